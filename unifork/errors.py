@@ -1,0 +1,32 @@
+"""The errors a user can meet. Each message names the value, the place and what is allowed."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UniForkError(Exception):
+    """A mistake in the input, the configuration or the state on disk; never a bug of the program."""
+
+
+class ConfigError(UniForkError):
+    """A configuration, card, plan or command line that cannot be used."""
+
+
+class DataError(UniForkError):
+    """A shard, manifest or picture that is missing, damaged or of another kind than promised."""
+
+
+class IdentityError(UniForkError):
+    """Codes, codebooks or encoders that do not belong together."""
+
+
+class CheckpointError(UniForkError):
+    """A checkpoint that is incomplete, damaged or belongs to another run."""
+
+
+def unknown(what: str, name: str, known: Iterable[str], place: str) -> ConfigError:
+    """The error for a name outside a fixed set, with the nearest known names first."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return ConfigError(f"{place}: unknown {what} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.")
