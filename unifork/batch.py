@@ -71,6 +71,8 @@ class Batch:
     """Tokens per task (padding included), in the order of TASKS."""
     modality_counts: tuple[int, ...]
     """Tokens per modality (padding counts as text), in the order of MODALITIES."""
+    tasks_grouped: bool = False
+    """Whether the flattened tokens come task by task, so that a task route is slices."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
@@ -132,6 +134,7 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
         image_target_MD=_joined(image_target, depth),
         task_counts=tuple(int((tasks_BT == t).sum()) for t in range(len(TASKS))),
         modality_counts=(B * T - in_image, in_image)[: len(MODALITIES)],
+        tasks_grouped=bool((np.diff(tasks_BT.reshape(-1)) >= 0).all()),
     )
 
 

@@ -125,8 +125,8 @@ class DecoderConfig(Plain):
     """Channels at full resolution."""
     multipliers: tuple[PositiveInt, ...]
     """Channels at each resolution as multiples of `channels`, full resolution first; each step halves."""
-    blocks: PositiveInt
-    """Residual blocks per resolution, one of them extra, as VQGAN counts (2 means 3)."""
+    blocks: NonNegativeInt
+    """Residual blocks per resolution, one of them extra, as VQGAN counts (2 means 3, 0 means 1)."""
     attention_levels: tuple[NonNegativeInt, ...]
     """Levels (0 is full resolution) whose blocks are followed by attention."""
     norm_groups: PositiveInt
@@ -152,6 +152,8 @@ class TokenizerTraining(Plain):
     """Weight of the commitment loss beside the reconstruction loss."""
     ema_decay: Fraction01
     """Decay of the codebook's moving averages."""
+    local: bool = True
+    """Whether the encoder's attention and positions stay at zero, so that the codes of a patch depend on nothing else."""
     held_out_images: PositiveInt
     """Pictures kept out of training and used for the reported errors."""
 
@@ -262,6 +264,21 @@ class Track(Plain):
     """Share of generation documents whose prompt is replaced by the dropped-prompt token."""
 
 
+class Sampling(Plain):
+    """How codes are drawn."""
+
+    guidance: PositiveFloat = 4.0
+    """Classifier-free guidance scale; 1 switches it off."""
+    temperature: PositiveFloat = 1.0
+    """Divides the guided logits."""
+    top_k: PositiveInt = 900
+    """Codes kept before top-p."""
+    top_p: Fraction01 = 0.96
+    """Probability mass kept; the code that crosses it is kept too."""
+    seed: NonNegativeInt = 0
+    """Seed of the draws."""
+
+
 class Stage(Plain):
     """One training run: its tracks and how they take turns."""
 
@@ -276,23 +293,10 @@ class Stage(Plain):
     """Checkpoints kept on disk; the newest always is."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts whose pictures show the progress of generation after the stage."""
+    sampling: Sampling = Sampling()
+    """How those pictures are drawn."""
     seed: NonNegativeInt = 0
     """Seed of order, prompt dropping and sampling."""
-
-
-class Sampling(Plain):
-    """How codes are drawn."""
-
-    guidance: PositiveFloat = 4.0
-    """Classifier-free guidance scale; 1 switches it off."""
-    temperature: PositiveFloat = 1.0
-    """Divides the guided logits."""
-    top_k: PositiveInt = 900
-    """Codes kept before top-p."""
-    top_p: Fraction01 = 0.96
-    """Probability mass kept; the code that crosses it is kept too."""
-    seed: NonNegativeInt = 0
-    """Seed of the draws."""
 
 
 class Benchmark(Plain):
@@ -384,6 +388,10 @@ class Cluster(Plain):
     """Object store of the local Ray in MiB; jobs pass paths, not pictures."""
     runtime_env: dict[str, Any] = {}
     """Ray runtime environment of submitted jobs, beside the working directory."""
+    root: str | None = None
+    """The folder of the experiment as the cluster sees it; None where it has the same path as here."""
+    python: str | None = None
+    """Python of the cluster's nodes; None where this very interpreter is on shared storage."""
     hops: dict[str, HopResources] = {}
     """Resources of `download`, `filter` and `encode`."""
     train: TrainResources = TrainResources()

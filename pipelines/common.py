@@ -1,0 +1,56 @@
+"""What the programs share: arguments, folders, configuration.
+
+All paths are relative to the working directory, which is the root of the experiment.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from unifork.cluster import Cluster, load_cluster, local_ray, map_shards, run_stage
+from unifork.config import Experiment, HopResources, load
+from unifork.data.hop import Hop, run_hop
+from unifork.manifest import Manifest
+from unifork.processes import exclusive
+
+RAW, FILTERED, CODES = Path("data/raw"), Path("data/filtered"), Path("data/codes")
+IMAGE_TOKENIZER, TEXT_TOKENIZER = Path("tokenizers/image"), Path("tokenizers/text")
+MODELS, RUNS, SCORES, REPORTS = Path("models"), Path("runs"), Path("scores"), Path("reports")
+
+
+def experiment() -> Experiment:
+    """The experiment of this folder."""
+    return load(Experiment, "params.yaml")
+
+
+def program(module: str, output: Callable[[str], Path], main: Callable[[str], None], what: str | None) -> None:
+    """Run `main(name)` where the cluster file says, alone in its output folder.
+
+    what: what the one argument of the program names; None for a program without arguments.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=sys.modules["__main__"].__doc__)
+    if what:
+        parser.add_argument("name", help=what)
+    name: str = getattr(parser.parse_args(), "name", "")
+    folder = output(name)
+
+    def alone() -> None:
+        with exclusive(folder):
+            main(name)
+
+    run_stage(alone, module, [name] if what else [], [folder])
+
+
+def run(hop: Hop, worker: type, arguments: tuple[object, ...], step: str, columns: dict[str, str], lineage: dict[str, object]) -> Manifest:
+    """Run a hop with the workers that the cluster file gives to `step`, and print its progress."""
+    cluster: Cluster = load_cluster()
+    resources = cluster.hops.get(step, HopResources())
+    with local_ray(cluster, needed=resources.workers > 0):
+        return run_hop(
+            hop,
+            lambda tasks, on_result: map_shards(tasks, worker, arguments, resources, on_result),
+            columns,
+            lineage,
+            lambda progress: print(progress, flush=True),
+        )

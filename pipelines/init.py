@@ -1,0 +1,35 @@
+"""Create a variant's model around the frozen codebook: step 0, which the first stage begins with."""
+
+import shutil
+
+from pipelines.common import IMAGE_TOKENIZER, MODELS, TEXT_TOKENIZER, experiment, program
+from unifork import inference
+from unifork.data.text_tokenizer import TextTokenizer
+from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.models.warm_start import create_model
+from unifork.vocabulary import SPECIAL_TOKENS
+
+
+def main(name: str) -> None:
+    variant = experiment().variants[name]
+    pictures, text = ImageTokenizer.load(IMAGE_TOKENIZER), TextTokenizer(TEXT_TOKENIZER)
+    model = create_model(
+        variant,
+        pictures.quantizer.codebook,
+        pictures.architecture.depth,
+        pictures.architecture.grid,
+        pictures.encoder_id,
+        text.vocab_size,
+        special_tokens={token: text.id_of(token) for token in SPECIAL_TOKENS},
+    )
+    folder = MODELS / f"{name}-init"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    shutil.copytree(IMAGE_TOKENIZER, folder / inference.IMAGE_TOKENIZER)
+    shutil.copytree(TEXT_TOKENIZER, folder / inference.TEXT_TOKENIZER)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{name}: {variant.plan}, {count / 1e6:.2f} M parameters -> {folder}")
+
+
+if __name__ == "__main__":
+    program("pipelines.init", lambda name: MODELS / f"{name}-init", main, "variant of the experiment")

@@ -1,0 +1,55 @@
+"""Every cluster file loads; the one in use is the one that the environment names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unifork.cluster import load_cluster
+from unifork.config import Cluster, load
+from unifork.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "clusters").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_loads(path: Path) -> None:
+    cluster = load(Cluster, path)
+    assert cluster.name == path.stem
+    assert set(cluster.hops) == {"download", "filter", "encode"}
+
+
+def test_the_local_one_starts_on_two_cores() -> None:
+    cluster = load(Cluster, ROOT / "clusters" / "local.yaml")
+    assert cluster.address is None
+    for resources in [*cluster.hops.values(), cluster.train, *cluster.train_stages.values()]:
+        assert resources.workers * resources.cpus <= 2
+        assert resources.gpus == 0
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("UNIFORK_CLUSTER", raising=False)
+    assert load_cluster().name == "local"
+    monkeypatch.setenv("UNIFORK_CLUSTER", "clusters/slurm.yaml")
+    assert load_cluster().name == "slurm"
+    monkeypatch.setenv("UNIFORK_CLUSTER", "clusters/nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"clusters/nowhere\.yaml: no such file"):
+        load_cluster()
+
+
+def test_ray_is_not_imported_before_it_is_needed() -> None:
+    program = """
+import sys
+from unifork.cluster import map_shards, local_ray, load_cluster
+from unifork.config import HopResources
+class Same:
+    def __call__(self, task):
+        return task
+with local_ray(load_cluster(), needed=False):
+    print(map_shards([{"a": 1}], Same, (), HopResources()), "ray" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[{'a': 1}] False\n"

@@ -1,0 +1,312 @@
+"""A stage that submits itself: against a pretended job server, and once against a real cluster in token mode."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from unifork.config import Cluster
+from unifork.errors import ConfigError, UniForkError
+from unifork.jobs import knock
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+PROGRAM = """
+import sys
+import time
+from pathlib import Path
+
+import unifork
+from unifork.cluster import in_job, load_cluster, local_ray, map_shards, run_stage
+from unifork.errors import DataError
+from stages.worker import Square
+
+OUTPUTS = [Path(name) for name in sys.argv[2:]]
+
+
+def main():
+    print(f"code from {Path(unifork.__file__).parent}")
+    match sys.argv[1]:
+        case "fail":
+            sys.exit(7)
+        case "mistake":
+            raise DataError("shard 3: damaged")
+        case "bug":
+            raise ZeroDivisionError("internal mistake")
+        case "wait":
+            OUTPUTS[0].touch()
+            time.sleep(600)
+        case "note":
+            OUTPUTS[0].write_text(f"{load_cluster().name} {in_job()}")
+        case "work":
+            cluster = load_cluster()
+            encode = cluster.hops["encode"]
+            with local_ray(cluster, needed=encode.workers > 0):
+                results = map_shards([{"n": n} for n in range(4)], Square, (), encode)
+            OUTPUTS[0].write_text(str([result["n"] for result in results]))
+
+
+if __name__ == "__main__":
+    run_stage(main, "stages.program", sys.argv[1:], OUTPUTS)
+"""
+
+WORKER = """
+class Square:
+    def __call__(self, task):
+        return {"n": task["n"] ** 2}
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    """A folder with a package of programs and a cluster file, as a checkout is."""
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "__init__.py").touch()
+    (tmp_path / "stages" / "program.py").write_text(PROGRAM)
+    (tmp_path / "stages" / "worker.py").write_text(WORKER)
+    (tmp_path / "local.yaml").write_text("name: local\nhops: {encode: {workers: 0}}\n")
+    return tmp_path
+
+
+class Start(Protocol):
+    """Starts the program in the experiment's folder, as `dvc repro` does."""
+
+    def __call__(self, cluster: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]": ...
+
+
+@pytest.fixture
+def start(experiment: Path) -> Iterator[Start]:
+    """Programs of the experiment; none outlives the test."""
+    processes = []
+
+    def start(cluster: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "stages.program", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "UNIFORK_CLUSTER": cluster, **environment}
+        process = subprocess.Popen(
+            command, cwd=experiment, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+# ----------------------------------------------------------------------------------------- locally
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["work", "out.txt"], 0, ""),
+        (["note", "out.txt"], 0, ""),
+        (["fail"], 7, ""),
+        (["mistake"], 2, "error: shard 3: damaged\n"),
+        (["bug"], 1, "ZeroDivisionError: internal mistake\n"),
+    ],
+    ids=["work", "note", "fail", "mistake", "bug"],
+)
+def test_exit_codes_of_a_local_stage(start: Start, arguments: list[str], code: int, message: str) -> None:
+    process = start("local.yaml", *arguments)
+    _, errors = process.communicate()
+    assert process.returncode == code
+    assert errors.endswith(message)
+    assert ("Traceback" in errors) == (code == 1)
+
+
+# ------------------------------------------------------------------------ a pretended job server
+
+
+class Door(BaseHTTPRequestHandler):
+    """Answers as Ray's job server does: 401 without a token, 403 with a wrong one."""
+
+    token: str | None = None
+
+    def do_GET(self) -> None:
+        given = self.headers.get("Authorization")
+        status = 200 if self.token is None or given == f"Bearer {self.token}" else 403 if given else 401
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"ray_version": "2.60.0"}).encode())
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Address of a pretended job server; no token is known."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_token_is_sent_only_where_it_is_wanted(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = Cluster(name="far", address=door)
+    monkeypatch.setattr(Door, "token", None)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    assert knock(cluster, door) == {}
+    monkeypatch.setattr(Door, "token", "right")
+    assert knock(cluster, door) == {"Authorization": "Bearer right"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(ConfigError, match=rf"cluster 'far' \({door}\): the job server refuses the token"):
+        knock(cluster, door)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    with pytest.raises(ConfigError, match="wants a token and there is none: set RAY_AUTH_TOKEN"):
+        knock(cluster, door)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("right\n")
+    assert knock(cluster, door) == {"Authorization": "Bearer right"}
+
+
+def test_dead_server_is_one_line(start: Start, experiment: Path) -> None:
+    (experiment / "dead.yaml").write_text(f"name: dead\naddress: http://127.0.0.1:{free_port()}\n")
+    process = start("dead.yaml", "work", "out.txt")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.startswith("error: cluster 'dead' (http://127.0.0.1:")
+    assert errors.count("\n") == 1
+    assert "no Ray job server answers: [Errno 111] Connection refused" in errors
+
+
+def test_a_server_of_another_kind(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Door, "do_GET", lambda self: self.send_error(500))
+    with pytest.raises(UniForkError, match="no Ray job server answers: HTTP 500"):
+        knock(Cluster(name="far", address=door), door)
+
+
+# ------------------------------------------------------------------------------- a real cluster
+
+
+@dataclass
+class Head:
+    """A running head node in token mode."""
+
+    address: str
+    environment: dict[str, str]
+
+    def get(self, path: str) -> dict[str, object]:
+        """What the job server says; HTTPError where it refuses."""
+        token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text()
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as page:
+            answer: dict[str, object] = json.load(page)
+        return answer
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_until(condition: object, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (done := condition()) and time.monotonic() < deadline:  # type: ignore[operator]
+        time.sleep(0.2)
+    return bool(done)
+
+
+@pytest.fixture
+def head() -> Iterator[Head]:
+    """`ray start --head` in token mode with a home and a session folder of its own."""
+    home = Path(tempfile.mkdtemp(prefix="unifork-ray-"))  # short: Ray's sockets lie below, their paths have a limit
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "UNIFORK_"))}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    port = free_port()
+    server = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", "--object-store-memory=80000000",
+         f"--port={free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}",
+         f"--ray-client-server-port={free_port()}", f"--temp-dir={home / 'ray'}"],
+        env=environment, cwd=home, start_new_session=True, stdout=(home / "log").open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    head = Head(f"http://127.0.0.1:{port}", environment)
+
+    def ready() -> bool:
+        try:
+            return "ray_version" in head.get("/api/version")
+        except OSError:
+            return False
+
+    try:
+        assert wait_until(ready, 60), (home / "log").read_text()
+        yield head
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # a polite end takes up to 30 seconds
+        server.wait()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def submit_by_hand(head: Head, experiment: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """What a user can do without any help: `ray job submit`, with the code as the working directory."""
+    code = experiment / "code"
+    shutil.copytree(REPOSITORY / "unifork", code / "unifork", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(experiment / "stages", code / "stages")
+    variables = {"UNIFORK_ROOT": str(experiment), "UNIFORK_CLUSTER": "far.yaml"}
+    command = [BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", code]
+    command += ["--runtime-env-json", json.dumps({"env_vars": variables})]
+    command += ["--", sys.executable, "-m", "stages.program", *arguments]
+    return subprocess.Popen(command, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.cluster
+def test_stages_submit_themselves_to_a_cluster_in_token_mode(head: Head, start: Start, experiment: Path) -> None:
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
+    (experiment / "far.yaml").write_text(
+        f"name: far\naddress: {head.address}\nhops: {{encode: {{workers: 2, cpus: 0.5}}}}\n"
+    )
+    # no mode and no address is inherited: the file in HOME is all that the stage needs
+    environment = {"HOME": head.environment["HOME"], "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "http://127.0.0.1:1"}
+    waits = start("far.yaml", "wait", "started", **environment)
+    fails = start("far.yaml", "fail", **environment)
+    works = start("far.yaml", "work", "squares.txt", **environment)
+
+    by_hand = submit_by_hand(head, experiment, "note", "by-hand.txt")
+
+    out, errors = fails.communicate(timeout=80)
+    assert fails.returncode == 7, errors
+    assert "code from " in out
+    assert f"code from {REPOSITORY}" not in out  # it ran the code that was sent
+    assert "exit code 7" in errors
+
+    assert wait_until((experiment / "started").exists, 60)
+    waits.send_signal(signal.SIGTERM)
+    out, errors = waits.communicate(timeout=60)
+    assert waits.returncode == 143, errors
+    job = out.split()[1]
+    assert head.get(f"/api/jobs/{job}")["status"] == "STOPPED"
+
+    out, errors = works.communicate(timeout=80)
+    assert works.returncode == 0, errors + out
+    assert (experiment / "squares.txt").read_text() == "[0, 1, 4, 9]"
+
+    out, _ = by_hand.communicate(timeout=80)
+    assert by_hand.returncode == 0, out
+    assert (experiment / "by-hand.txt").read_text() == "far True"  # in a job, so not submitted again

@@ -1,0 +1,23 @@
+"""One Ray for all tests that need one. Two on one machine disturb each other, so there is never a second beside it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from unifork.cluster import local_ray, set_ray_environment
+from unifork.config import Cluster
+
+set_ray_environment()  # before any test imports ray
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a cluster of their own come first, before the session's Ray starts."""
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Cluster]:
+    """A Ray with two CPUs and two pretended GPUs, started once; `local_ray` uses it too."""
+    cluster = Cluster(name="tests", cpus=2, gpus=2, object_store_mb=80)
+    with local_ray(cluster):
+        yield cluster

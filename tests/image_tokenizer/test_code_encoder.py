@@ -1,0 +1,98 @@
+"""Pictures to codes: fixed batches, both views, unreadable pictures, and that Ray is not needed."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unifork.errors import ConfigError, DataError
+from unifork.image_tokenizer import canaries
+from unifork.image_tokenizer.code_encoder import CodeEncoder
+from unifork.image_tokenizer.model import ImageTokenizer
+
+
+def pictures(count=7):
+    """Wide pictures, because square ones look the same in both views."""
+    rng = np.random.default_rng(2)
+    return [Image.fromarray(rng.integers(0, 256, (40, 70, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_codes_do_not_depend_on_their_neighbours(directory):
+    encoder = CodeEncoder(directory, "crop", None, batch_images=4)
+    codes = encoder.encode_pictures(pictures())
+    assert codes.shape == (7, 16 * 3)
+    assert codes.dtype == np.dtype("<u2")
+    one_by_one = np.concatenate([encoder.encode_pictures([picture]) for picture in pictures()])
+    backwards = encoder.encode_pictures(pictures()[::-1])[::-1]
+    assert (codes == one_by_one).all()
+    assert (codes == backwards).all()
+    assert encoder.encode_pictures([]).shape == (0, 48)
+
+
+def test_every_batch_has_the_same_shape(directory, monkeypatch):
+    shapes = []
+    encode = ImageTokenizer.encode
+    monkeypatch.setattr(ImageTokenizer, "encode", lambda self, x: (shapes.append(tuple(x.shape)), encode(self, x))[1])
+    encoder = CodeEncoder(directory, "pad", None, batch_images=4)
+    shapes.clear()
+    encoder.encode_pictures(pictures(6))
+    assert shapes == [(4, 3, 32, 32)] * 2
+
+
+def test_views_give_different_codes(directory):
+    crop, pad = (CodeEncoder(directory, view, None, 4).encode_pictures(pictures()) for view in ("crop", "pad"))
+    assert (crop != pad).mean() > 0.2
+
+
+def test_bytes_are_read_like_images(directory):
+    file = io.BytesIO()
+    pictures()[0].save(file, "PNG")
+    encoder = CodeEncoder(directory, "pad", (255, 255, 255), 2)
+    assert (encoder.encode_pictures([file.getvalue()]) == encoder.encode_pictures(pictures(1))).all()
+    with pytest.raises(DataError, match="picture 1 cannot be read"):
+        encoder.encode_pictures([file.getvalue(), file.getvalue()[:300]])
+    with pytest.raises(DataError, match="picture 0 cannot be read"):
+        encoder.encode_pictures([b"no picture"])
+
+
+def test_decoding(directory):
+    encoder = CodeEncoder(directory, "crop", None, batch_images=4)
+    codes = encoder.encode_pictures(pictures(5))
+    images = encoder.decode_codes(codes)
+    assert len(images) == 5
+    assert images[0].size == (32, 32)
+    assert images[0].mode == "RGB"
+    assert encoder.decode_codes(codes.reshape(5, 16, 3))[4].tobytes() == images[4].tobytes()
+    with pytest.raises(DataError, match="16 positions with 3 codes"):
+        encoder.decode_codes(codes[:, :-1])
+
+
+def test_encoding_says_what_codes_depend_on(directory):
+    encoding = CodeEncoder(directory, "pad", (1, 2, 3), batch_images=4).encoding
+    assert encoding["view"] == "pad"
+    assert encoding["matte"] == [1, 2, 3]
+    assert encoding["batch_shape"] == [4, 3, 32, 32]
+    assert encoding["dtype"] == "float32"
+    assert encoding["device_class"].startswith("cpu")
+    assert encoding["libraries"].keys() == {"torch", "transformers", "pillow"}
+
+
+def test_low_precision_keeps_the_codebook(directory, monkeypatch):
+    """The table stays float32: a rounded one would have another identity and other distances."""
+    monkeypatch.setattr(canaries, "LARGEST_FLIP_RATE", 1.0)  # random weights lose many codes
+    encoder = CodeEncoder(directory, "crop", None, 4, dtype="bfloat16")
+    assert encoder.tokenizer.quantizer.codebook.dtype == torch.float32
+    assert encoder.tokenizer.codebook_id == ImageTokenizer.load(directory).codebook_id
+    assert encoder.encoding["dtype"] == "bfloat16"
+    assert encoder.decode_codes(encoder.encode_pictures(pictures(3)))[0].size == (32, 32)
+
+
+def test_wrong_arguments(directory):
+    with pytest.raises(ConfigError, match="unknown view"):
+        CodeEncoder(directory, "square", None, 4)
+    with pytest.raises(ConfigError, match="unknown dtype"):
+        CodeEncoder(directory, "crop", None, 4, dtype="float8")
+    with pytest.raises(ConfigError, match="batch_images is 0"):
+        CodeEncoder(directory, "crop", None, 0)

@@ -1,0 +1,98 @@
+"""Views: byte-equal to the official preprocessing, transparent and odd pictures included."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unifork.errors import ConfigError, DataError
+from unifork.image_tokenizer import views
+
+OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
+SHA256 = json.loads((OFFICIAL / "04_preprocess.sha256.json").read_text())
+VARIANTS = {"gen": views.crop_view, "und": views.pad_view, "und_infer_pad": views.pad_first_view}
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", [name for name in SHA256 if name.endswith("uint8")])
+def test_bytes_equal_the_official_ones(name):
+    """Hashes of the official (3, 384, 384) bytes; sizes wide, tall and thin, modes RGB, P, L, RGBA."""
+    image, variant, _ = name.split(".")
+    pixels = VARIANTS[variant](Image.open(OFFICIAL / "images" / f"{image}.png"), 384, None)
+    assert digest(pixels.transpose(2, 0, 1)) == SHA256[name]
+
+
+def test_values_of_bytes_equal_the_official_ones():
+    values = views.to_tensor(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1))
+    assert digest(values.numpy().reshape(-1)) == SHA256["lut"]
+    assert (views.to_bytes(values).reshape(-1) == np.arange(256)).all()
+
+
+def wide() -> Image.Image:
+    pixels = np.zeros((20, 60, 3), dtype=np.uint8)
+    pixels[:, :20, 0] = 255
+    pixels[:, 40:, 2] = 255
+    return Image.fromarray(pixels)
+
+
+def test_crop_cuts_and_pad_keeps():
+    crop, pad = views.crop_view(wide(), 24, None), views.pad_view(wide(), 24, None)
+    assert crop.shape == pad.shape == (24, 24, 3)
+    assert not crop[12, 6:18].any(), "the middle third alone is in the crop"
+    assert (pad[[0, -1]] == 127).all(), "grey above and below"
+    assert pad[12, 1, 0] == 255
+    assert pad[12, -2, 2] == 255
+
+
+def test_very_thin_pictures():
+    pad = views.pad_view(Image.new("RGB", (3, 3000), (9, 9, 9)), 48, None)
+    assert (pad == 9).all(axis=2).any(axis=0).sum() == views.SMALLEST_SIDE
+    with pytest.raises(DataError, match="too thin"):
+        views.crop_view(Image.new("RGB", (1, 60_000), (9, 9, 9)), 384, None)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1"])
+def test_opaque_pictures_do_not_depend_on_the_matte(mode):
+    image = wide().convert(mode)
+    seen = [views.crop_view(image, 24, matte).tobytes() for matte in (None, (255, 255, 255), (0, 200, 0))]
+    assert len(set(seen)) == 1
+
+
+def half_transparent(mode: str) -> Image.Image:
+    image = Image.new("RGBA", (60, 20), (10, 20, 30, 255))
+    image.paste((200, 0, 0, 0), (0, 0, 60, 10))
+    if mode != "P":
+        return image.convert(mode)
+    file = io.BytesIO()
+    image.quantize().save(file, "PNG")
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_show_the_matte(mode):
+    matted = views.pad_view(half_transparent(mode), 60, (0, 255, 0))
+    assert (matted[22] == (0, 255, 0)).all()
+    assert (matted[37] < 40).all(), "the opaque half keeps its colour"
+    assert not (views.pad_view(half_transparent(mode), 60, None)[22] == (0, 255, 0)).all()
+
+
+def test_exif_rotation_is_not_applied():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide().save(file, "PNG", exif=exif)
+    rotated = Image.open(file)
+    assert rotated.getexif()[0x0112] == 6
+    assert (views.crop_view(rotated, 24, None) == views.crop_view(wide(), 24, None)).all()
+
+
+def test_unknown_view():
+    with pytest.raises(ConfigError, match=r"unknown view 'corp'.*'crop'"):
+        views.view_of(wide(), "corp", 24, None)

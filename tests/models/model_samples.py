@@ -1,0 +1,130 @@
+"""Small models and documents for the tests of `unifork.models`."""
+
+import functools
+
+import numpy as np
+import torch
+import transformers
+
+from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack
+from unifork.config import HeadConfig, Variant
+from unifork.models.modeling import UniForkModel
+from unifork.models.warm_start import create_model, warm_start
+
+VOCAB, DEPTH, GRID, CODES, CHANNELS = 97, 3, 3, 23, 8
+BACKBONES = {
+    "qwen2": {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+    },
+}
+PLANS = [
+    "shared*4",
+    "shared*2 task*2 norm:task",
+    "task*4 norm:task",
+    "modality*4 norm:modality",
+    "(shared modality_mlp)*2",
+    "modality_isolated*1 shared*2 modality_isolated*1",
+    "task_mlp*2 modality_isolated*2 norm:task",
+]
+
+
+def codebook() -> torch.Tensor:
+    return torch.randn(CODES, CHANNELS, generator=torch.Generator().manual_seed(5))
+
+
+def new_model(plan: str, family: str = "qwen2", seed: int = 0) -> UniForkModel:
+    head = HeadConfig(layers=2, heads=2, head_dim=20)
+    variant = Variant(plan=plan, backbone=BACKBONES[family], head=head, stages=(), seed=seed)
+    return create_model(variant, codebook(), DEPTH, GRID, "encoder", VOCAB)
+
+
+def noisy_model(plan: str, family: str = "qwen2", seed: int = 0) -> UniForkModel:
+    """A model in which every tensor matters and no two branches are alike."""
+    model = new_model(plan, family)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = parameter.shape[1] ** -0.5 if parameter.dim() > 1 else 0.2
+            shift = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(shift + scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@functools.cache
+def dense_model(family: str) -> transformers.PreTrainedModel:
+    """A dense causal language model with noise in every weight."""
+    values = dict(BACKBONES[family], vocab_size=VOCAB)
+    config = transformers.CONFIG_MAPPING[values.pop("model_type")](**values)
+    dense = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            shift = 1.0 if "norm" in name else 0.0
+            parameter.copy_(shift + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return dense
+
+
+def warm_model(plan: str, family: str) -> UniForkModel:
+    model = new_model(plan, family)
+    warm_start(model, dense_model(family).state_dict())
+    return model.eval()
+
+
+def understanding(seed: int, before: int = 2, answer: int = 4) -> Document:
+    """Text, a picture, text of which the last tokens are learned."""
+    rng = np.random.default_rng(seed)
+    P = GRID * GRID
+    kinds = np.array([TEXT] * before + [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE] + [TEXT] * (answer + 2))
+    ids = np.where(kinds == TEXT, rng.integers(0, VOCAB, len(kinds)), 0)
+    learned = np.arange(len(kinds)) >= len(kinds) - answer
+    return Document(f"und{seed}", "understanding", kinds, ids, learned, rng.integers(0, CODES, (P, DEPTH)))
+
+
+def generation(seed: int, prompt: int = 5) -> Document:
+    """A prompt and a picture that is learned."""
+    rng = np.random.default_rng(1000 + seed)
+    P = GRID * GRID
+    kinds = np.array([TEXT] * prompt + [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE])
+    ids = np.where(kinds == TEXT, rng.integers(0, VOCAB, len(kinds)), 0)
+    codes = rng.integers(0, CODES, (P, DEPTH))
+    return Document(f"gen{seed}", "generation", kinds, ids, np.zeros(len(kinds), bool), codes)
+
+
+def text_only(seed: int, length: int = 12) -> Document:
+    rng = np.random.default_rng(2000 + seed)
+    ids = rng.integers(0, VOCAB, length)
+    none = np.zeros((0, DEPTH), np.int64)
+    return Document(f"text{seed}", "understanding", np.full(length, TEXT), ids, np.arange(length) > 3, none)
+
+
+def rows(*documents: list[Document], tokens: int = 64) -> Batch:
+    return pack(list(documents), tokens, DEPTH)
+
+
+def mixed_batch() -> Batch:
+    """Two rows whose tokens do not come task by task, padding included."""
+    return rows([understanding(1), generation(1)], [generation(2, 3), text_only(1), understanding(2, 0)])
+
+
+def gradients(model: UniForkModel) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found

@@ -1,0 +1,97 @@
+"""`unifork`: the commands for people. What programs run is in `pipelines/`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unifork.errors import ConfigError, UniForkError
+
+# Heavy imports stand inside the commands: `unifork --help` must not wait for torch.
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example models/unifork-s3")]
+
+
+@app.command()
+def use(
+    name: Annotated[str, typer.Argument(help="experiment, a file of experiments/")],
+    force: Annotated[bool, typer.Option(help="overwrite edits made by hand")] = False,
+) -> None:
+    """Write params.yaml from experiments/NAME.yaml; `dvc repro` then runs it."""
+    from unifork import experiments
+
+    experiment = experiments.use(name, force)
+    print(f"params.yaml: {name}, data sets {', '.join(experiment.datasets)}, runs {', '.join(experiment.runs)}")
+
+
+@app.command()
+def generate(
+    model: ModelDirectory,
+    prompt: Annotated[str, typer.Option(help="what the pictures show")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures")],
+    cfg: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 switches it off")] = 4.0,
+    seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, help="number of pictures")] = 1,
+    template: Annotated[str, typer.Option(help="prompt template of the model's last stage")] = "generate",
+) -> None:
+    """Draw pictures for a prompt: OUT/0000.png, 0001.png, ..."""
+    from unifork.config import Sampling
+    from unifork.inference import IMAGE_TOKENIZER, Speaker
+
+    codes = Speaker.load(model).paint([prompt] * n, Sampling(guidance=cfg, seed=seed), template)
+    out.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(_decoder(model / IMAGE_TOKENIZER).decode_codes(codes)):
+        path = out / f"{number:04d}.png"
+        picture.save(path)
+        print(path)
+
+
+@app.command()
+def describe(
+    model: ModelDirectory,
+    image: Annotated[Path, typer.Option(help="picture file")],
+    question: Annotated[str, typer.Option(help="what to ask about it")],
+    template: Annotated[str, typer.Option(help="prompt template of the model's last stage")] = "answer",
+) -> None:
+    """Answer a question about a picture."""
+    from unifork.inference import IMAGE_TOKENIZER, Speaker
+
+    if not image.exists():
+        raise ConfigError(f"--image {image}: no such file")
+    codes = _decoder(model / IMAGE_TOKENIZER, "pad").encode_pictures([image.read_bytes()])
+    speaker = Speaker.load(model)
+    config = speaker.model.config
+    print(speaker.answer(codes.reshape(-1, config.positions, config.depth), [question], template)[0])
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="folder with a manifest.json")]) -> None:
+    """Check every shard of a finished hop against its manifest."""
+    from unifork.manifest import fault, read_manifest
+
+    manifest = read_manifest(folder)
+    faults = [f"{shard.path}: {problem}" for shard in manifest.shards if (problem := fault(folder, shard))]
+    if faults:
+        raise UniForkError(f"{folder}: {len(faults)} of {len(manifest.shards)} shards: " + "; ".join(faults))
+    print(f"{folder}: {len(manifest.shards)} shards, {manifest.rows} rows, all as the manifest says")
+
+
+def _decoder(directory: Path, view: str = "crop"):  # type: ignore[no-untyped-def] # noqa: ANN202
+    from unifork.image_tokenizer.code_encoder import CodeEncoder
+
+    return CodeEncoder(directory, view, (255, 255, 255), batch_images=8)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Entry point: users' mistakes are one line, everything else keeps its traceback."""
+    try:
+        app()
+    except UniForkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Rules that keep or drop a row, with a reason. Pure functions of one row; the card chooses them.
+
+A picture that cannot be decoded is dropped by every hop, whatever the card says, and goes to the
+quarantine with what the decoder said.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from unifork.config import Card
+from unifork.data.schema import CONVERSATIONS, text_columns
+from unifork.errors import unknown
+
+Row = dict[str, Any]
+MAX_PIXELS = 64_000_000
+"""Largest picture that is decoded; the header is read first, so a bomb costs nothing."""
+
+
+def unreadable(row: Row) -> str | None:
+    """Why a picture cannot be decoded, in the decoder's words; None when it can."""
+    data = row["image"]
+    if not data:
+        return "empty"
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                return f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}"
+            picture.load()
+    except Exception as error:  # any decoder may raise anything on hostile bytes
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def min_side(row: Row, pixels: int) -> bool:
+    """Keep pictures whose shorter side has at least `pixels`."""
+    return bool(min(row["width"], row["height"]) >= pixels)
+
+
+def max_aspect(row: Row, ratio: float) -> bool:
+    """Keep pictures whose sides differ by at most `ratio`."""
+    long, short = max(row["width"], row["height"]), min(row["width"], row["height"])
+    return bool(long <= ratio * short)
+
+
+def text_length(row: Row, column: str, least: int, most: int) -> bool:
+    """Keep rows whose text has between `least` and `most` characters."""
+    return least <= len(row.get(column) or "") <= most
+
+
+def no_chinese(row: Row, column: str) -> bool:
+    """Keep rows without Chinese characters (the paper drops such captions)."""
+    return not any("\u4e00" <= char <= "\u9fff" for char in row.get(column) or "")
+
+
+RULES: dict[str, Callable[..., bool]] = {
+    "min_side": min_side,
+    "max_aspect": max_aspect,
+    "text_length": text_length,
+    "no_chinese": no_chinese,
+}
+
+
+def judge(row: Row, card: Card) -> tuple[str, str] | None:
+    """(reason, detail) why a row is dropped, None when it is kept.
+
+    Raises ConfigError when the card names an unknown rule.
+    """
+    problem = unreadable(row)
+    if problem:
+        return "unreadable", problem
+    if not any(row.get(name) for name in text_columns(card)):
+        return "no_text", f"none of {', '.join(text_columns(card))} is filled"
+    for number, entry in enumerate(card.filters):
+        if entry.rule not in RULES:
+            raise unknown("filter rule", entry.rule, RULES, f"{card.name}: filters[{number}]")
+        if not RULES[entry.rule](row, **entry.options):
+            shown = {name: row[name] for name in row if name not in ("image", CONVERSATIONS)}
+            return entry.rule, f"{entry.options} on {shown}"
+    return None

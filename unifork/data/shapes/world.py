@@ -1,0 +1,228 @@
+"""The world `shapes`: (seed, index, split) goes in, a scene comes out, and `draw` paints it.
+
+Flat-coloured shapes lie on a lattice of 16-pixel cells. A base picture is 48x48 pixels, 3x3 cells;
+about a third of the pictures are 96x48 or 48x96, whose centre crop is such a base picture and whose
+outer cells hold more objects, so that the two views of a picture show different things. Why so
+regular: a small tokenizer with 8-pixel patches sees each object as exactly 2x2 patches in the crop,
+and as 2x2 quarter-filled patches in the padded view of a wide picture (which halves it), so that a
+small model trained for minutes can learn the world, while telling shape, colour, number and place
+apart stays a real task.
+
+A scene is a pure function of its arguments: all draws come from Philox keyed by them. The kinds are
+GenEval's six. Some compositions never occur in the splits `train` and `seen`, and at least one of
+them occurs in every scene of `held_out`.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+from PIL import Image
+
+from unifork.errors import unknown
+
+Split = Literal["train", "seen", "held_out"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+"""`seen` draws from the compositions of `train`, under other keys; `held_out` from the others."""
+
+Kind = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""GenEval's six, by GenEval's names."""
+
+SINGLE_KINDS: tuple[Kind, ...] = ("single_object", "colors")
+
+Relation = Literal["left of", "right of", "above", "below"]
+RELATIONS: dict[Relation, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""The step (columns, rows) from the second object to the first; rows grow downwards."""
+
+SHAPES = ("circle", "square", "triangle", "cross", "diamond")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 30),
+    "green": (20, 150, 60),
+    "blue": (40, 80, 230),
+    "yellow": (250, 205, 0),
+    "purple": (150, 40, 190),
+    "black": (15, 15, 15),
+}
+GROUNDS = ((250, 250, 250), (252, 246, 236), (238, 246, 252), (241, 250, 239))
+
+CELL = 16
+"""Side of a lattice cell in pixels."""
+SIZE = 14
+"""Side of every object in pixels; the gap keeps neighbours of one colour apart."""
+CROP = 48
+"""Short side of every picture, and side of its centre crop."""
+LONG = 96
+"""Long side of wide and tall pictures; the crop begins 24 pixels in, the outer cells lie at 8 and 72."""
+MOST = 4
+"""Most objects in a picture."""
+
+HELD_OUT_COLORS = frozenset(
+    {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square"), ("purple", "diamond")}
+)
+HELD_OUT_PAIRS = frozenset({frozenset({"circle", "cross"}), frozenset({"square", "triangle"})})
+HELD_OUT_COUNTS = frozenset({("cross", 2), ("square", 3), ("circle", 4)})
+"""Compositions that training never shows: a coloured shape, two shapes in one picture, a number of one shape."""
+
+Item = TypeVar("Item")
+
+
+class Draws:
+    """A stream of draws keyed by a few words and numbers; equal keys give equal streams on every machine."""
+
+    def __init__(self, *key: str | int) -> None:
+        digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+        words = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8)]
+        self._bits = np.random.Philox(key=np.array(words, dtype=np.uint64))
+
+    def below(self, limit: int) -> int:
+        """A whole number from 0 to limit - 1; only raw bits are used, which NumPy promises to keep."""
+        return int(self._bits.random_raw()) % limit
+
+    def pick(self, items: Sequence[Item]) -> Item:
+        """One of the items."""
+        return items[self.below(len(items))]
+
+    def shuffled(self, items: Sequence[Item]) -> list[Item]:
+        """The items in a drawn order."""
+        left = list(items)
+        return [left.pop(self.below(len(left))) for _ in range(len(left))]
+
+    def some(self, items: Sequence[Item], count: int) -> list[Item]:
+        """`count` different items in a drawn order."""
+        return self.shuffled(items)[:count]
+
+
+class Object(NamedTuple):
+    """A shape of one colour; the box is (left, top, right, bottom) in pixels, right and bottom outside."""
+
+    shape: str
+    color: str
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. The objects of the centre crop come first, in the order in which the kind means them."""
+
+    seed: int
+    index: int
+    split: Split
+    kind: Kind
+    width: int
+    height: int
+    ground: int
+    objects: tuple[Object, ...]
+
+
+def scene(seed: int, index: int, split: Split, kind: Kind | None = None, *, alone: bool = False) -> Scene:
+    """The scene under a key. `kind` None draws one; `alone` leaves out the objects outside the crop."""
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS, "shapes.scene")
+    if kind is not None and kind not in KINDS:
+        raise unknown("kind of scene", kind, KINDS, "shapes.scene")
+    draws = Draws("scene", seed, split, index, kind or "any", int(alone))
+    drawn: Kind = draws.pick(KINDS) if kind is None else kind
+    want = split == "held_out"
+    while True:
+        inner = _inner(drawn, draws)
+        if _held_out(inner) == want:
+            break
+    wide = len(inner) < MOST and draws.below(100) < 36
+    tall = wide and draws.below(2) == 1
+    while True:
+        outer = _outer(MOST - len(inner), draws) if wide and not alone else []
+        if _held_out(inner + outer) == want:
+            break
+    start, margin = ((LONG - CROP) // 2 if wide else 0), (CELL - SIZE) // 2
+    corners = [(shape, color, (start + CELL * i, CELL * j)) for shape, color, (i, j) in inner] + outer
+    objects = []
+    for shape, color, (x, y) in corners:
+        left, top = (y + margin, x + margin) if tall else (x + margin, y + margin)
+        objects.append(Object(shape, color, (left, top, left + SIZE, top + SIZE)))
+    sides = (CROP, LONG) if tall else (LONG, CROP) if wide else (CROP, CROP)
+    return Scene(seed, index, split, drawn, *sides, draws.below(len(GROUNDS)), tuple(objects))
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture of a scene: RGB, no antialiasing, so that it holds few distinct patches and reads back exactly."""
+    pixels = np.empty((scene.height, scene.width, 3), dtype=np.uint8)
+    pixels[:] = GROUNDS[scene.ground]
+    for shape, color, (left, top, right, bottom) in scene.objects:
+        pixels[top:bottom, left:right][mask(shape, right - left)] = COLORS[color]
+    return Image.fromarray(pixels)
+
+
+def crop_objects(scene: Scene) -> tuple[Object, ...]:
+    """The objects that the centre crop shows whole, in the crop's own pixels."""
+    dx, dy = (scene.width - CROP) // 2, (scene.height - CROP) // 2
+    moved = (Object(s, c, (x0 - dx, y0 - dy, x1 - dx, y1 - dy)) for s, c, (x0, y0, x1, y1) in scene.objects)
+    return tuple(thing for thing in moved if min(thing.box) >= 0 and max(thing.box) <= CROP)
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the picture or its centre crop shows a composition that training never shows."""
+    return _held_out(scene.objects) or _held_out(crop_objects(scene))
+
+
+def relation(a: Object, b: Object) -> Relation | None:
+    """Where `a` lies from `b` when they share a row or a column; None when they do not."""
+    x, y = a.box[0] - b.box[0], a.box[1] - b.box[1]
+    step = ((x > 0) - (x < 0), (y > 0) - (y < 0))
+    return next((name for name, direction in RELATIONS.items() if direction == step), None)
+
+
+def mask(shape: str, size: int) -> np.ndarray:
+    """The pixels of a shape in a square of `size` pixels, as booleans."""
+    line = (np.arange(size) + 0.5) * 2 / size - 1
+    x, y = np.meshgrid(line, line)
+    match shape:
+        case "circle":
+            return x**2 + y**2 <= 1
+        case "square":
+            return np.ones((size, size), dtype=bool)
+        case "triangle":
+            return abs(x) <= (y + 1) / 2 + 1 / size  # the top line holds two pixels, not none
+        case "cross":
+            return np.minimum(abs(x), abs(y)) <= 0.3
+        case "diamond":
+            return abs(x) + abs(y) <= 1
+    raise unknown("shape", shape, SHAPES, "shapes.mask")
+
+
+def _held_out(things: Sequence[tuple[str, str, object]]) -> bool:
+    """Whether a set of objects, as (shape, colour, place), holds a held-out composition."""
+    counts = Counter(shape for shape, _, _ in things)
+    return (
+        any((color, shape) in HELD_OUT_COLORS for shape, color, _ in things)
+        or any(frozenset(pair) in HELD_OUT_PAIRS for pair in combinations(counts, 2))
+        or any(item in HELD_OUT_COUNTS for item in counts.items())
+    )
+
+
+def _inner(kind: Kind, draws: Draws) -> list[tuple[str, str, tuple[int, int]]]:
+    """The objects of the crop as (shape, colour, (column, row)), before anything is held out."""
+    cells = [(i, j) for j in range(3) for i in range(3)]
+    colors = tuple(COLORS)
+    if kind in SINGLE_KINDS:
+        return [(draws.pick(SHAPES), draws.pick(colors), draws.pick(cells))]
+    if kind == "counting":
+        shape, color = draws.pick(SHAPES), draws.pick(colors)
+        return [(shape, color, cell) for cell in draws.some(cells, 2 + draws.below(3))]
+    shapes = draws.some(SHAPES, 2)
+    paints = draws.some(colors, 2) if kind == "color_attr" else [draws.pick(colors), draws.pick(colors)]
+    places = draws.some(cells, 2)
+    if kind == "position":  # one row or one column, so that exactly one relation holds
+        places = draws.pick([[a, b] for a in cells for b in cells if a != b and (a[0] == b[0] or a[1] == b[1])])
+    return list(zip(shapes, paints, places, strict=True))
+
+
+def _outer(most: int, draws: Draws) -> list[tuple[str, str, tuple[int, int]]]:
+    """One or two objects beside the crop of a wide picture, as (shape, colour, (left, top) of the cell)."""
+    cells = [(x, CELL * j) for x in (8, LONG - 8 - CELL) for j in range(3)]
+    places = draws.some(cells, 1 + draws.below(min(2, most)))
+    return [(draws.pick(SHAPES), draws.pick(tuple(COLORS)), place) for place in places]

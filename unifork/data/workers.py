@@ -1,0 +1,97 @@
+"""The workers of the download and filter hops: one task in, one finished shard out.
+
+Each is a plain callable class without Ray; `unifork.cluster.map_shards` decides whether it runs in
+this process or as an actor. A task carries `output`, `inputs` and what the hop planned for it.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unifork.config import Card, parse
+from unifork.data.filters import judge
+from unifork.data.hop import Hop, write_shard
+from unifork.data.schema import columns_of, image_text_schema
+from unifork.data.sources import plan, rows_of
+from unifork.manifest import Manifest, Shard, checked, read_manifest, write_atomically
+
+DOWNLOAD_VERSION = 1
+"""Raise when the same card and task would give other rows."""
+FILTER_VERSION = 1
+"""Raise when the same rows would be judged otherwise."""
+
+QUARANTINE = "quarantine"
+
+
+class Materialise:
+    """Rows of a source -> image-text shard."""
+
+    def __init__(self, card: dict[str, Any]) -> None:
+        self.card = parse(Card, card, "card")
+        self.schema = image_text_schema(self.card)
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        rows = sorted(rows_of(task), key=lambda row: row["key"])
+        dropped = Counter(row["problem"] for row in rows if "problem" in row)
+        table = table_of([row for row in rows if "problem" not in row], self.schema)
+        return write_shard(Path(task["output"]), table, task["inputs"], dict(dropped)).model_dump(mode="json")
+
+
+def download_hop(card: Card, rows: int | None, shard_rows: int, seed: int, folder: Path) -> Hop:
+    """The plan of the download hop."""
+    tasks = plan(card.source.kind, card.source.options, rows, shard_rows, seed, f"card {card.name}")
+    made_with = {"version": DOWNLOAD_VERSION, "columns": columns_of(image_text_schema(card)), "licence": card.licence}
+    return Hop("image-text", card.name, folder, made_with, tasks)
+
+
+class Filter:
+    """Image-text shard -> the rows its card keeps; the rest goes to the quarantine with reasons."""
+
+    def __init__(self, card: dict[str, Any]) -> None:
+        self.card = parse(Card, card, "card")
+        self.schema = image_text_schema(self.card)
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        output = Path(task["output"])
+        kept, rejected = [], []
+        for row in read_rows(task):
+            verdict = judge(row, self.card)
+            if verdict is None:
+                kept.append(row)
+            else:
+                rejected.append({"key": row["key"], "reason": verdict[0], "detail": verdict[1], "image": row["image"]})
+        quarantine = output.parent / QUARANTINE / output.name
+        if rejected:
+            write_atomically(quarantine, lambda path: pq.writetable_of(pa.Table.from_pylist(rejected), path))
+        else:
+            quarantine.unlink(missing_ok=True)
+        dropped = dict(Counter(row["reason"] for row in rejected))
+        return write_shard(output, table_of(kept, self.schema), task["inputs"], dropped).model_dump(mode="json")
+
+
+def filter_hop(card: Card, source: Path, folder: Path) -> Hop:
+    """The plan of the filter hop: one task per image-text shard."""
+    made_with = {"version": FILTER_VERSION, "filters": [rule.model_dump(mode="json") for rule in card.filters]}
+    return Hop("image-text", card.name, folder, made_with, tasks_from(read_manifest(source)), source)
+
+
+def tasks_from(manifest: Manifest) -> list[dict[str, Any]]:
+    """One task per shard of an earlier hop."""
+    # the file name and hash are part of the fingerprint, the folder is not: data may move
+    return [{"shard": shard.model_dump(mode="json", exclude={"inputs", "dropped"})} for shard in manifest.shards]
+
+
+def read_rows(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a task's input shard, after checking size and hash."""
+    shard = parse(Shard, {**task["shard"], "inputs": ""}, "task")
+    return pq.read_table(checked(Path(task["source"]), shard)).to_pylist()
+
+
+def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of exactly that schema; columns a row lacks are null, others are left out."""
+    names = schema.names
+    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], schema=pa.schema(list(schema)))
+    return table.replace_schema_metadata(schema.metadata)

@@ -1,0 +1,1 @@
+"""Benchmarks that judge pictures painted from prompts."""

@@ -1,0 +1,1 @@
+"""Benchmarks that judge answers to questions about pictures."""

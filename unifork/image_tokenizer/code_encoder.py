@@ -1,0 +1,115 @@
+"""Pictures to codes and back, as a plain class that holds the heavy state once per worker.
+
+In: Pillow images or encoded bytes. Out: uint16 codes (n, N * D), position by position, and back to
+images. Every call of the encoder sees a batch of the same shape, the last one filled up: in low
+precision (and in rare last bits always) the codes of a picture depend on the shape of its batch.
+What else they depend on is in `encoding`, which goes into the manifest of every shard.
+
+Shape suffixes: B pictures of a batch, S side in pixels, C channels (RGB), N positions, D code depth.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unifork.errors import ConfigError, DataError, unknown
+from unifork.image_tokenizer.canaries import environment
+from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.image_tokenizer.views import PREPROCESSING_VERSION, RGB, VIEWS, to_bytes, to_tensor, view_of
+from unifork.vocabulary import CODE_DTYPE, View
+
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on damaged bytes, depending on the format."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CodeEncoder:
+    """A loaded tokenizer with one view, one matte and one batch shape.
+
+    directory: tokenizer directory; its canaries are re-encoded here. matte: colour behind transparent
+    pixels, None drops the alpha channel as the official code does. batch_images: pictures per call.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        view: View,
+        matte: RGB | None,
+        batch_images: int,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        if view not in VIEWS:
+            raise unknown("view", view, VIEWS, "CodeEncoder")
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES, "CodeEncoder")
+        if batch_images < 1:
+            raise ConfigError(f"CodeEncoder: batch_images is {batch_images}; at least 1 is allowed")
+        self.view: View = view
+        self.matte = matte
+        self.batch_images = batch_images
+        self.tokenizer = ImageTokenizer.load(directory, device, DTYPES[dtype])
+        self.device = self.tokenizer.quantizer.codebook.device
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """Plain data: everything beside the tokenizer's identities that a code depends on."""
+        size = self.tokenizer.architecture.image_size
+        return {
+            "view": self.view,
+            "matte": None if self.matte is None else list(self.matte),
+            "preprocessing": PREPROCESSING_VERSION,
+            "batch_shape": [self.batch_images, 3, size, size],
+            **environment(self.device, self.tokenizer.post_quant_conv.weight.dtype),
+        }
+
+    def encode_pictures(self, pictures: Sequence[Image.Image | bytes]) -> np.ndarray:
+        """Codes (n, N * D), uint16, of pictures in order. Raises DataError naming an unreadable picture."""
+        architecture = self.tokenizer.architecture
+        width = architecture.grid**2 * architecture.depth
+        codes = np.zeros((len(pictures), width), dtype=CODE_DTYPE)
+        for start in range(0, len(pictures), self.batch_images):
+            part = pictures[start : start + self.batch_images]
+            batch_BSSC = np.zeros((self.batch_images, *[architecture.image_size] * 2, 3), dtype=np.uint8)
+            for row, picture in enumerate(part):
+                batch_BSSC[row] = self._view(picture, start + row)
+            codes_BND = self.tokenizer.encode(to_tensor(batch_BSSC)).cpu().numpy()
+            codes[start : start + len(part)] = codes_BND[: len(part)].reshape(len(part), width)
+        return codes
+
+    def decode_codes(self, codes: np.ndarray) -> list[Image.Image]:
+        """The pictures that codes (n, N * D) or (n, N, D) stand for. Raises DataError where they do not fit."""
+        architecture = self.tokenizer.architecture
+        positions, depth = architecture.grid**2, architecture.depth
+        if codes.ndim not in (2, 3) or codes[0:1].size not in (0, positions * depth):
+            raise DataError(
+                f"codes of shape {codes.shape}: allowed are {positions} positions with {depth} codes per picture"
+            )
+        codes_nND = codes.reshape(len(codes), positions, depth).astype(np.int64)
+        images: list[Image.Image] = []
+        for start in range(0, len(codes_nND), self.batch_images):
+            part_BND = torch.from_numpy(codes_nND[start : start + self.batch_images])
+            images += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
+        return images
+
+    def _view(self, picture: Image.Image | bytes, index: int) -> np.ndarray:
+        """The view of one picture, which may be encoded bytes."""
+        size = self.tokenizer.architecture.image_size
+        try:
+            image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+            return view_of(image, self.view, size, self.matte)
+        except DataError as error:
+            raise DataError(f"picture {index}: {error}") from None
+        except UNREADABLE as error:
+            raise DataError(f"picture {index} cannot be read: {type(error).__name__}: {error}") from None

@@ -1,0 +1,282 @@
+"""Training a small image tokenizer; large ones are imported.
+
+In: groups of pictures (one per data set and view), uint8 (n, S, S, 3), and as many held-out ones.
+Out: a tokenizer directory and a report. In order: an autoencoder without quantisation; residual
+k-means on its features for a first codebook; moving averages and straight-through gradients; at the
+end encoder and codebook stand still and the decoder alone learns to draw from the final codes.
+
+Every batch holds equal parts of all groups. The same seed, pictures and number of threads give the
+same bytes. There is no resuming: this takes minutes, and the directory appears whole or not at all.
+
+Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth, M vectors,
+K codebook rows.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unifork.config import ImageTokenizerConfig
+from unifork.errors import ConfigError, DataError
+from unifork.image_tokenizer.codebook_training import CodebookAverages
+from unifork.image_tokenizer.decoder import zero_last_convolutions
+from unifork.image_tokenizer.measures import code_use, reconstruction_error
+from unifork.image_tokenizer.model import Architecture, ImageTokenizer
+from unifork.image_tokenizer.quantizer import residual_codes
+from unifork.image_tokenizer.views import to_bytes, to_tensor
+
+REFILL_UNTIL = 0.7
+"""Share of the steps after which unused rows stay where they are."""
+DECODER_ALONE_FROM = 0.85
+"""Share of the steps after which only the decoder learns."""
+EDGE_WEIGHT = 1.0
+"""Weight of the differences between neighbouring pixels in the reconstruction loss."""
+KMEANS_VECTORS_PER_ROW = 64
+REPORT_EVERY_SECONDS = 5.0
+MEASURE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One line of progress."""
+
+    step: int
+    steps: int
+    loss: float
+    images_per_second: float
+    eta_seconds: float
+    quantised: bool
+
+    def __str__(self) -> str:
+        return (
+            f"image tokenizer step {self.step}/{self.steps} loss {self.loss:.4f}"
+            f"{' (codes)' if self.quantised else ''} {self.images_per_second:.0f} images/s ETA {self.eta_seconds:.0f} s"
+        )
+
+
+Groups = Mapping[str, np.ndarray]
+
+
+def train_tokenizer(
+    config: ImageTokenizerConfig,
+    pictures: Groups,
+    held_out: Groups,
+    directory: Path | str,
+    progress: Callable[[Progress], None] = print,
+) -> dict[str, Any]:
+    """Train, write the tokenizer directory, and return the report (see `measure`).
+
+    Raises DataError for pictures of another size than the configuration's.
+    """
+    for where, groups in (("pictures", pictures), ("held_out", held_out)):
+        _check_groups(groups, config.image_size, where)
+    if config.training.quantise_from_step >= config.training.steps:
+        raise ConfigError(
+            f"image_tokenizer.training.quantise_from_step {config.training.quantise_from_step} must be "
+            f"below steps {config.training.steps}"
+        )
+    started = time.monotonic()
+    trainer = TokenizerTrainer(config, pictures)
+    _run(trainer, config, progress)
+    report = measure(trainer.tokenizer, held_out)
+    report["rows_refilled"] = trainer.rows_refilled
+    save_whole(trainer.tokenizer, directory)
+    return report | {"seconds": time.monotonic() - started}
+
+
+def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
+    """Reconstruction error and code use of every group and of all together."""
+    report: dict[str, Any] = {"groups": {}}
+    codes, originals, drawn = [], [], []
+    for name, pixels_BSSC in groups.items():
+        codes_BND = encode_all(tokenizer, pixels_BSSC)
+        drawn_BSSC = decode_all(tokenizer, codes_BND)
+        use = code_use(codes_BND, tokenizer.architecture.codebook_size)
+        report["groups"][name] = reconstruction_error(pixels_BSSC, drawn_BSSC) | {"codes": use}
+        codes.append(codes_BND)
+        originals.append(pixels_BSSC)
+        drawn.append(drawn_BSSC)
+    all_codes_BND = np.concatenate(codes)
+    report["images"] = len(all_codes_BND)
+    report |= reconstruction_error(np.concatenate(originals), np.concatenate(drawn))
+    return report | {"codes": code_use(all_codes_BND, tokenizer.architecture.codebook_size)}
+
+
+def encode_all(tokenizer: ImageTokenizer, pixels_BSSC: np.ndarray) -> np.ndarray:
+    """Codes (B, N, D) of pictures of the right size."""
+    parts = [tokenizer.encode(to_tensor(part_BSSC)).cpu().numpy() for part_BSSC in _parts(pixels_BSSC)]
+    return np.concatenate(parts)
+
+
+def decode_all(tokenizer: ImageTokenizer, codes_BND: np.ndarray) -> np.ndarray:
+    """Bytes (B, S, S, C) of codes."""
+    return np.concatenate([to_bytes(tokenizer.decode(torch.from_numpy(part_BND))) for part_BND in _parts(codes_BND)])
+
+
+def save_whole(tokenizer: ImageTokenizer, directory: Path | str) -> None:
+    """Write a tokenizer directory next to its place and swap it in."""
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.replace(directory)
+
+
+class TokenizerTrainer:
+    """A tokenizer, its optimizer and its codebook's averages; `step` is one optimizer step."""
+
+    def __init__(self, config: ImageTokenizerConfig, pictures: Groups) -> None:
+        self.training = config.training
+        self.batches = Batches(pictures, config.training.batch_images, config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.tokenizer = ImageTokenizer(Architecture.of(config), "image_tokenizer")
+        self.tokenizer.requires_grad_(True)
+        self.tokenizer.encoder.start_local(stay=config.training.local)
+        zero_last_convolutions(self.tokenizer.decoder)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.averages: CodebookAverages | None = None
+        self.rows_refilled = 0
+        learning = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=1e-4)
+
+    def step(self, step: int) -> float:
+        """Optimizer step number `step`; returns the loss."""
+        share = step / self.training.steps
+        decoder_alone = share >= DECODER_ALONE_FROM and self.averages is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.learning_rate * _schedule(step, self.training.warmup_steps, self.training.steps)
+        if step == self.training.quantise_from_step:
+            self._start_codebook(step)
+        pixels_BCSS = to_tensor(self.batches.take(step))
+        with torch.set_grad_enabled(not decoder_alone):
+            features_BNC = self.tokenizer.encoder(pixels_BCSS)
+        commitment = torch.zeros(())
+        if self.averages is not None:
+            features_BNC, commitment = self._quantise(features_BNC, share, learn=not decoder_alone)
+        drawn_BCSS = self.tokenizer.draw(features_BNC)
+        loss = reconstruction_loss(drawn_BCSS, pixels_BCSS) + self.training.commitment * commitment
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def finish(self) -> ImageTokenizer:
+        """The trained tokenizer, frozen."""
+        self.tokenizer.requires_grad_(False)
+        return self.tokenizer
+
+    def _start_codebook(self, step: int) -> None:
+        """Residual k-means on the features of the pictures that come next."""
+        config = self.tokenizer.architecture
+        batches = math.ceil(
+            config.codebook_size * KMEANS_VECTORS_PER_ROW / (self.training.batch_images * config.grid**2)
+        )
+        with torch.no_grad():
+            features = [self.tokenizer.encoder(to_tensor(self.batches.take(step + i))) for i in range(batches)]
+        features_MC = torch.cat(features).flatten(0, 1)
+        self.averages = CodebookAverages.from_features(
+            self.tokenizer.quantizer, features_MC, self.training.ema_decay, self.generator
+        )
+
+    def _quantise(self, features_BNC: Tensor, share: float, *, learn: bool) -> tuple[Tensor, Tensor]:
+        """Quantised features with straight-through gradients, and the commitment loss.
+
+        The commitment is the official one: the mean over depths of the mean squared distance
+        between features and partial sums of code rows.
+        """
+        quantizer = self.tokenizer.quantizer
+        flat_MC = features_BNC.flatten(0, 1)
+        codes_MD, residuals_MDC = residual_codes(flat_MC.detach(), quantizer.codebook, quantizer.depth)
+        partial_MDC = quantizer.codebook[codes_MD].cumsum(1)
+        commitment = (flat_MC[:, None] - partial_MDC).square().mean()
+        quantised_MC = flat_MC + (partial_MDC[:, -1] - flat_MC).detach()
+        if learn and self.averages is not None:
+            self.rows_refilled += self.averages.update(codes_MD, residuals_MDC, refill=share < REFILL_UNTIL)
+        return quantised_MC.view_as(features_BNC), commitment
+
+
+class Batches:
+    """Which pictures a step sees: equal parts of every group, each group in its own shuffled passes."""
+
+    def __init__(self, groups: Groups, batch_images: int, seed: int) -> None:
+        self.groups = list(groups.values())
+        self.batch_images = batch_images
+        self.seed = seed
+
+    def take(self, step: int) -> np.ndarray:
+        """The pictures of a step, (B, S, S, C) bytes: a function of seed and step."""
+        parts = []
+        for index, group in enumerate(self.groups):
+            count = self.batch_images // len(self.groups) + (index < self.batch_images % len(self.groups))
+            positions = step * count + np.arange(count)
+            passes = positions // len(group)
+            chosen = np.empty(count, dtype=np.int64)
+            for number in np.unique(passes):
+                order = np.random.default_rng([self.seed, index, number]).permutation(len(group))
+                inside = passes == number
+                chosen[inside] = order[positions[inside] % len(group)]
+            parts.append(group[chosen])
+        return np.concatenate(parts)
+
+
+def reconstruction_loss(drawn_BCSS: Tensor, pixels_BCSS: Tensor) -> Tensor:
+    """L1 and L2 of the pixels, and L1 of the differences between neighbours, which keeps edges sharp."""
+    difference_BCSS = drawn_BCSS - pixels_BCSS
+    edges = (difference_BCSS.diff(dim=2).abs().mean() + difference_BCSS.diff(dim=3).abs().mean()) / 2
+    return difference_BCSS.abs().mean() + difference_BCSS.square().mean() + EDGE_WEIGHT * edges
+
+
+def _run(trainer: TokenizerTrainer, config: ImageTokenizerConfig, progress: Callable[[Progress], None]) -> None:
+    steps = config.training.steps
+    started = reported = time.monotonic()
+    for step in range(steps):
+        loss = trainer.step(step)
+        now = time.monotonic()
+        if now - reported < REPORT_EVERY_SECONDS and step + 1 < steps:
+            continue
+        reported = now
+        seconds_per_step = (now - started) / (step + 1)
+        progress(
+            Progress(
+                step=step + 1,
+                steps=steps,
+                loss=loss,
+                images_per_second=config.training.batch_images / seconds_per_step,
+                eta_seconds=seconds_per_step * (steps - step - 1),
+                quantised=trainer.averages is not None,
+            )
+        )
+    trainer.finish()
+
+
+def _schedule(step: int, warmup_steps: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def _parts(array: np.ndarray) -> list[np.ndarray]:
+    return [array[i : i + MEASURE_BATCH] for i in range(0, len(array), MEASURE_BATCH)]
+
+
+def _check_groups(groups: Groups, size: int, where: str) -> None:
+    if not groups:
+        raise DataError(f"train_tokenizer: {where} is empty")
+    for name, array in groups.items():
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (size, size, 3) or not len(array):
+            raise DataError(
+                f"train_tokenizer: {where}[{name!r}] is {array.dtype} of shape {array.shape}; "
+                f"allowed is uint8 of shape (at least 1, {size}, {size}, 3)"
+            )

@@ -1,0 +1,128 @@
+"""What a task sees of a picture: a square of bytes.
+
+In: a Pillow image in any mode, the side S in pixels, and a matte (the colour put behind transparent
+pixels; None drops the alpha channel as the official code does). Out: uint8 pixels of shape (S, S, 3).
+
+Bytes equal the official preprocessing's (tliby/UniFork: Pillow's bicubic filter, sizes truncated
+after the same order of float operations), because codes of any other bytes are other codes. For
+the same reason an EXIF rotation is not applied: the official code converts to RGB and no more.
+Change PREPROCESSING_VERSION with any change of bytes; it is recorded with every shard of codes.
+
+Shape suffixes: B pictures, H height, W width, S side of the view, C channels (RGB).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unifork.errors import DataError, unknown
+from unifork.vocabulary import View
+
+RGB = tuple[int, int, int]
+
+PREPROCESSING_VERSION = "official-bicubic-1"
+
+PAD_COLOUR: RGB = (127, 127, 127)
+"""The official background: int(0.5 * 255)."""
+
+SMALLEST_SIDE = 14
+"""The official `min_size`: a very thin picture is widened to this many pixels."""
+
+LARGEST_RESIZED_PIXELS = 89_478_485
+"""Pillow's own limit for one picture; a crop of a hair-thin picture would be resized beyond it."""
+
+
+def to_rgb(image: Image.Image, matte: RGB | None) -> Image.Image:
+    """Any Pillow image as RGB.
+
+    Transparent pixels are laid over `matte`; None drops the alpha channel, which shows whatever
+    colour hides below it. A picture without a transparent pixel comes out the same for any matte.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    try:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        pixels = image.convert("RGBA")
+    except (ValueError, OSError) as error:
+        raise DataError(f"a picture of mode {image.mode!r} and size {image.size} cannot become RGB: {error}") from None
+    if matte is None or pixels.getchannel("A").getextrema()[0] == 255:
+        return pixels.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", pixels.size, (*matte, 255)), pixels).convert("RGB")
+
+
+def crop_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
+    """The shorter side resized to `size`, the centre cut out: what generation learns to draw."""
+    picture = to_rgb(image, matte)
+    scale = size / min(picture.size)
+    width, height = (max(int(side * scale), size) for side in picture.size)
+    resized = _resize(picture, width, height)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def pad_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
+    """The longer side resized to `size`, the rest filled with grey: what understanding reads.
+
+    This is the official training variant: resize, then pad.
+    """
+    picture = to_rgb(image, matte)
+    longer = max(picture.size)
+    width, height = (max(int(side / longer * size), SMALLEST_SIDE) for side in picture.size)
+    return np.asarray(_on_grey_square(_resize(picture, width, height)))
+
+
+def pad_first_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
+    """The official inference variant, which pads to a square first and resizes after; other bytes."""
+    square = _on_grey_square(to_rgb(image, matte))
+    return np.asarray(_resize(square, size, size))
+
+
+VIEWS: dict[View, Callable[[Image.Image, int, RGB | None], np.ndarray]] = {"crop": crop_view, "pad": pad_view}
+"""The views codes are made of; `unifork.vocabulary.VIEW_OF_TASK` says which task reads which."""
+
+
+def view_of(image: Image.Image, view: str, size: int, matte: RGB | None) -> np.ndarray:
+    """The named view of a picture, uint8 (S, S, 3). Raises ConfigError for an unknown view."""
+    if view not in VIEWS:
+        raise unknown("view", view, VIEWS, "image tokenizer")
+    return VIEWS[view](image, size, matte)
+
+
+def to_tensor(pixels_BSSC: np.ndarray) -> Tensor:
+    """Bytes as the encoder reads them: float32 (B, C, S, S), from -1 to 1.
+
+    A table of 256 values, made in the official order: times 1/255 in float64, rounded to float32,
+    minus 0.5, over 0.5. (Times a float32 1/255 gives other last bits.)
+    """
+    values_BSSC = _VALUE_OF_BYTE[pixels_BSSC]
+    return torch.from_numpy(np.ascontiguousarray(values_BSSC.transpose(0, 3, 1, 2)))
+
+
+def to_bytes(pixels_BCSS: Tensor) -> np.ndarray:
+    """What the decoder drew, about -1 to 1, as bytes (B, S, S, C)."""
+    bytes_BCSS = ((pixels_BCSS.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(bytes_BCSS.permute(0, 2, 3, 1).cpu().numpy())
+
+
+_VALUE_OF_BYTE = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+
+
+def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    if width * height > LARGEST_RESIZED_PIXELS:
+        raise DataError(
+            f"a picture of size {picture.size} would be resized to {width}x{height}; "
+            f"allowed are {LARGEST_RESIZED_PIXELS} pixels: it is too thin to be cropped"
+        )
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _on_grey_square(picture: Image.Image) -> Image.Image:
+    """A picture in the middle of a grey square of its longer side."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square

@@ -1,0 +1,148 @@
+"""Files that exist only when they are whole, and the manifest that says which ones there are.
+
+A shard appears by write-temp, fsync, rename; the manifest is written last, so its existence means
+that the hop is done. It lists shards with rows and hash, drops by reason, schema and lineage, and
+nothing that changes from run to run. Consumers read the manifest and check every shard they open.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from unifork.config import Plain, parse
+from unifork.errors import DataError
+
+MANIFEST = "manifest.json"
+
+
+class Shard(Plain):
+    """One finished shard of a hop."""
+
+    path: str
+    """File name inside the folder of the manifest."""
+    rows: int
+    bytes: int
+    sha256: str
+    inputs: str
+    """Fingerprint of everything the shard was made from; a re-run keeps a shard only if it agrees."""
+    dropped: dict[str, int] = {}
+    """Rows of the input that are not in the shard, by reason."""
+
+
+class Manifest(Plain):
+    """What a hop left behind."""
+
+    format: int = 1
+    kind: str
+    """`image-text` or `codes`."""
+    dataset: str
+    columns: dict[str, str]
+    """Column names and Arrow types."""
+    shards: tuple[Shard, ...]
+    lineage: dict[str, Any] = {}
+    """Identities and fingerprints of what the shards were made with."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows dropped by the hop, by reason, most frequent first."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.dropped)
+        return dict(total.most_common())
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary path beside `path`, flush it to disk and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid4().hex[:8]}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, plain: Any) -> None:
+    """Plain data as sorted, indented JSON, atomically; equal data gives equal bytes."""
+    text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Remove every file the manifest does not name, then write it."""
+    keep_only(folder, [shard.path for shard in manifest.shards] + [MANIFEST])
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def keep_only(folder: Path, names: Iterable[str]) -> None:
+    """Delete the files of `folder` that are not named."""
+    wanted = set(names)
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in wanted:
+            path.unlink()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished hop. Raises DataError when the hop has not finished."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise DataError(f"{folder}: no {MANIFEST}; the hop that writes this folder has not finished. Run it first.")
+    try:
+        plain = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: damaged: {error}. Delete it and run the hop again.") from None
+    return parse(Manifest, plain, str(path))
+
+
+def manifest_sha256(folder: Path) -> str:
+    """Hash of a finished hop's manifest, which names the hash of every shard. Raises DataError."""
+    read_manifest(folder)
+    return file_sha256(folder / MANIFEST)
+
+
+def fault(folder: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard on disk, in words; None when it is as the manifest says."""
+    path = folder / shard.path
+    if not path.exists():
+        return "missing"
+    size = path.stat().st_size
+    if size != shard.bytes:
+        return f"{size} bytes instead of {shard.bytes}"
+    found = file_sha256(path)
+    return None if found == shard.sha256 else f"sha256 {found[:12]}... instead of {shard.sha256[:12]}..."
+
+
+def checked(folder: Path, shard: Shard) -> Path:
+    """The path of a shard after checking size and hash. Raises DataError saying what differs."""
+    problem = fault(folder, shard)
+    if problem:
+        raise DataError(f"{folder / shard.path}: {problem}. Run the hop that writes {folder} again: it redoes only this shard.")
+    return folder / shard.path

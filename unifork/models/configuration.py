@@ -1,0 +1,87 @@
+"""The `config.json` of a model: its plan, its dense backbone, its head and its codebook's identity.
+
+Everything that is needed to build the model again is in it; nothing about training or data is.
+"""
+
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from unifork.config import HeadConfig, parse
+from unifork.errors import ConfigError, unknown
+from unifork.models.decoder import FAMILIES
+from unifork.models.layer_plan import LayerPlan
+
+_OLDER_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
+"""Keys of older configurations that transformers still translates."""
+
+
+class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """Configuration of a unified model. Wrong values raise ConfigError when they are read."""
+
+    model_type = "unifork"
+    has_no_defaults_at_init: ClassVar[bool] = True
+
+    plan: str
+    """Layer plan, see `unifork.models.layer_plan`."""
+    backbone: dict[str, Any]
+    """Keys of the dense model's transformers configuration, `model_type` among them."""
+    head: dict[str, Any]
+    """Fields of `unifork.config.HeadConfig`."""
+    codebook_size: int
+    """Codes of the codebook, K."""
+    code_channels: int
+    """Width of a code vector, C."""
+    depth: int
+    """Codes per position, D."""
+    grid: int
+    """Positions along one side of a picture."""
+    codebook_id: str
+    """`unifork.identity.codebook_identity` of the frozen codebook table."""
+    encoder_id: str
+    """Identity of the image encoder that made the codes the model was trained on."""
+    special_tokens: dict[str, int] | None = None
+    """Ids of the special tokens in the text tokenizer the model belongs to, by name."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        dense = self.backbone_config()
+        self.layer_plan()
+        self.head_config()
+        self.tie_word_embeddings = bool(dense.tie_word_embeddings)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def positions(self) -> int:
+        """Positions of one picture."""
+        return self.grid * self.grid
+
+    def backbone_config(self) -> PreTrainedConfig:
+        """The dense model's own configuration."""
+        values = dict(self.backbone)
+        model_type = values.pop("model_type", "(missing)")
+        if model_type not in FAMILIES:
+            raise unknown("model_type", model_type, FAMILIES, "backbone")
+        kind = CONFIG_MAPPING[model_type]
+        known = {field.name for field in fields(kind)} | _OLDER_KEYS
+        for key in values.keys() - known:
+            raise unknown("key", key, known, f"backbone of model_type {model_type}")
+        try:
+            config = kind(**values)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ConfigError(f"backbone: not a {model_type} configuration: {error}") from error
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise ConfigError("backbone: sliding-window attention is not supported; set use_sliding_window to false")
+        return config
+
+    def layer_plan(self) -> LayerPlan:
+        """The plan, checked against the depth of the backbone."""
+        return LayerPlan.parse(self.plan, self.backbone_config().num_hidden_layers)
+
+    def head_config(self) -> HeadConfig:
+        """The head, typed."""
+        return parse(HeadConfig, self.head, "head")
+
+
+AutoConfig.register("unifork", UniForkConfig, exist_ok=True)

@@ -1,0 +1,147 @@
+"""The decoder: transformers' own modules, with a forward in which a token chooses its branch.
+
+In: hidden states of packed tokens and a `Reading` (routes, masks, rotary angles, cache). Out: hidden
+states. Attention projections, MLP, norms and rotary embedding are those of the dense family (Qwen2
+or Llama), so a joint plan is that dense model; nothing of its modelling file is repeated. Every part
+is a ModuleDict by branch name, so names carry the branch:
+`layers.14.self_attn.generation.q_proj.weight`, `layers.3.mlp.shared.up_proj.weight`.
+
+Shape suffixes: B rows, T tokens of a row, X = B*T, H hidden size, E head size, S keys.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from unifork.errors import unknown
+from unifork.models.layer_plan import BRANCHES, Kind, LayerPlan, RouteBy
+from unifork.models.masks import Mask
+from unifork.models.routing import Routes, routed
+
+FAMILIES: dict[str, str] = {"qwen2": "Qwen2", "llama": "Llama"}
+"""Dense families by transformers' model type, with the prefix of their class names."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one dense family is composed of."""
+
+    attention: Callable[..., nn.Module]
+    mlp: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    rotary: Callable[..., nn.Module]
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+    eager_attention: Callable[..., Any]
+
+
+def family(model_type: str) -> Family:
+    """The parts of a dense family. Raises ConfigError for one that is not known."""
+    if model_type not in FAMILIES:
+        raise unknown("model_type", model_type, FAMILIES, "backbone")
+    modeling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    prefix = FAMILIES[model_type]
+    return Family(
+        attention=getattr(modeling, f"{prefix}Attention"),
+        mlp=getattr(modeling, f"{prefix}MLP"),
+        norm=getattr(modeling, f"{prefix}RMSNorm"),
+        rotary=getattr(modeling, f"{prefix}RotaryEmbedding"),
+        rotate=modeling.apply_rotary_pos_emb,
+        eager_attention=modeling.eager_attention_forward,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Everything a block needs to know about the tokens it is given."""
+
+    routes: Routes
+    masks: Mapping[RouteBy, Mask]
+    """By the route that attention is isolated by; `none` where it is not."""
+    cos_BTE: Tensor
+    sin_BTE: Tensor
+    attention: str
+    """Name of transformers' attention implementation."""
+    cache: DynamicCache | None = None
+
+
+class Block(nn.Module):
+    """One decoder layer of a given kind."""
+
+    def __init__(self, kind: Kind, config: PreTrainedConfig, index: int, parts: Family) -> None:
+        super().__init__()
+        attention, mlp = BRANCHES[kind.route_of("attention")], BRANCHES[kind.route_of("mlp")]
+        self.kind = kind
+        self.index = index
+        self.rotate = parts.rotate
+        self.eager_attention = parts.eager_attention
+        self.activation_checkpointing = False
+        self.input_layernorm = norms(attention, config, parts)
+        self.self_attn = nn.ModuleDict({branch: parts.attention(config, index) for branch in attention})
+        self.post_attention_layernorm = norms(mlp, config, parts)
+        self.mlp = nn.ModuleDict({branch: parts.mlp(config) for branch in mlp})
+
+    def forward(self, x_XH: Tensor, reading: Reading) -> Tensor:
+        """Hidden states after the layer; recomputed in the backward pass if so switched."""
+        if self.activation_checkpointing and torch.is_grad_enabled() and reading.cache is None:
+            # inside the module, so that hooks around it (sharding) run once; nothing here is random
+            again: Tensor = checkpoint(self._layer, x_XH, reading, use_reentrant=False, preserve_rng_state=False)
+            return again
+        return self._layer(x_XH, reading)
+
+    def _layer(self, x_XH: Tensor, reading: Reading) -> Tensor:
+        x_XH = x_XH + self._attend(x_XH, reading)
+        branches = {name: (self.post_attention_layernorm[name], mlp) for name, mlp in self.mlp.items()}
+        route = reading.routes[self.kind.route_of("mlp")]
+        return x_XH + routed(branches, route, lambda branch, part: branch[1](branch[0](part)), x_XH)
+
+    def _attend(self, x_XH: Tensor, reading: Reading) -> Tensor:
+        route = reading.routes[self.kind.route_of("attention")]
+        attentions: dict[str, Any] = dict(self.self_attn.items())
+        parts = zip(attentions.items(), route.split(x_XH), strict=True)
+        projected = [_project(attention, self.input_layernorm[name](part)) for (name, attention), part in parts]
+        module = next(iter(attentions.values()))
+        B, T, E = *reading.cos_BTE.shape[:2], module.head_dim
+        query, key, value = (
+            route.join(part).view(B, T, -1, E).transpose(1, 2) for part in zip(*projected, strict=True)
+        )
+        query, key = self.rotate(query, key, reading.cos_BTE, reading.sin_BTE)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if reading.cache is not None:
+            key, value = reading.cache.update(key, value, self.index)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, self.eager_attention)
+        mask = reading.masks[isolated_by(self.kind)]
+        attended, _ = attend(module, query, key, value, mask, dropout=0.0, scaling=module.scaling)
+        attended_XE = attended.reshape(B * T, -1)
+        return routed(attentions, route, lambda attention, part: attention.o_proj(part), attended_XE)
+
+
+def _project(attention: Any, x_XH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.q_proj(x_XH), attention.k_proj(x_XH), attention.v_proj(x_XH)
+
+
+def norms(branches: tuple[str, ...], config: PreTrainedConfig, parts: Family) -> nn.ModuleDict:
+    """One norm of the hidden size per branch."""
+    return nn.ModuleDict({branch: parts.norm(config.hidden_size, eps=config.rms_norm_eps) for branch in branches})
+
+
+def isolated_by(kind: Kind) -> RouteBy:
+    """Which mask a layer of this kind uses."""
+    return kind.route if kind.isolated else "none"
+
+
+def routes_of(plan: LayerPlan) -> frozenset[RouteBy]:
+    """Everything a plan routes by."""
+    parts = {kind.route_of(part) for kind in plan.kinds for part in ("attention", "mlp")}
+    return frozenset(parts | {plan.norm_route})
+
+
+def masks_of(plan: LayerPlan) -> frozenset[RouteBy]:
+    """The masks a plan needs."""
+    return frozenset(isolated_by(kind) for kind in plan.kinds)

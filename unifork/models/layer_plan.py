@@ -1,0 +1,144 @@
+"""Architectures as data: what every layer shares between tasks or modalities, and what it does not.
+
+In: a plan such as `shared*12 task*12 norm:task` or `(shared modality_mlp)*12`. Out: a `LayerPlan`,
+the kind of every layer, first to last. In a decoder block everything but the attention product
+is position-wise, so a kind says three things only: by what tokens are routed, which position-wise
+parts have a copy per branch, and whether attention stays within a branch. Several consecutive
+equal layers are written once with their number; a group in parentheses may be repeated, not nested.
+"""
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, Self
+
+from unifork.errors import ConfigError, unknown
+from unifork.vocabulary import MODALITIES, TASKS
+
+RouteBy = Literal["none", "task", "modality"]
+Part = Literal["attention", "mlp"]
+
+BRANCHES: dict[RouteBy, tuple[str, ...]] = {"none": ("shared",), "task": TASKS, "modality": MODALITIES}
+"""Names of the copies of a part, in the order of the route's branch numbers."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one layer does. `attention` includes the norm before it, `mlp` the norm before that."""
+
+    route: RouteBy
+    split: frozenset[Part] = frozenset()
+    isolated: bool = False
+
+    def route_of(self, part: Part) -> RouteBy:
+        """By what the tokens of a part are routed; parts that are not split see all tokens alike."""
+        return self.route if part in self.split else "none"
+
+
+_BOTH: frozenset[Part] = frozenset({"attention", "mlp"})
+_MLP: frozenset[Part] = frozenset({"mlp"})
+
+KINDS: dict[str, Kind] = {
+    "shared": Kind("none"),
+    "task": Kind("task", _BOTH),
+    "task_mlp": Kind("task", _MLP),
+    "modality": Kind("modality", _BOTH),
+    "modality_mlp": Kind("modality", _MLP),
+    "modality_isolated": Kind("modality", _BOTH, isolated=True),
+}
+
+NORMS: dict[str, RouteBy] = {"shared": "none", "task": "task", "modality": "modality"}
+"""How `norm:` routes the norm after the last layer."""
+
+_ITEM = re.compile(r"\((?P<group>[^()]*)\)\s*\*\s*(?P<times>\d+)|norm:(?P<norm>\S+)|(?P<run>[^\s()]+)")
+_RUN = re.compile(r"(?P<kind>[^\s*]+)(?:\*(?P<times>\d+))?")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The kind of every layer by name, and how the final norm is routed."""
+
+    layers: tuple[str, ...]
+    norm: str = "shared"
+
+    @classmethod
+    def parse(cls, text: str, num_hidden_layers: int | None = None) -> Self:
+        """The plan a text describes. Raises ConfigError when it is malformed or of another depth."""
+        place = f"layer plan {text!r}"
+        rest = _ITEM.sub("", text).strip()
+        if rest:
+            raise ConfigError(f"{place}: cannot read {rest!r}; write kind*number, (kind kind)*number or norm:route")
+        layers: list[str] = []
+        norms: list[str] = []
+        for item in _ITEM.finditer(text):
+            if item["norm"]:
+                norms.append(item["norm"])
+            elif item["run"]:
+                layers += _run(item["run"], place)
+            else:
+                group = [layer for run in item["group"].split() for layer in _run(run, place)]
+                layers += group * _times(item["times"], place)
+        for norm in norms:
+            if norm not in NORMS:
+                raise unknown("norm route", norm, NORMS, place)
+        if len(norms) > 1:
+            raise ConfigError(f"{place}: says norm: {len(norms)} times; once is enough")
+        if not layers:
+            raise ConfigError(f"{place}: has no layers. Known kinds: {', '.join(sorted(KINDS))}")
+        if num_hidden_layers is not None and len(layers) != num_hidden_layers:
+            raise ConfigError(f"{place}: has {len(layers)} layers, the backbone num_hidden_layers={num_hidden_layers}")
+        return cls(tuple(layers), *norms)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What every layer does."""
+        return tuple(KINDS[layer] for layer in self.layers)
+
+    @property
+    def norm_route(self) -> RouteBy:
+        """By what the final norm routes."""
+        return NORMS[self.norm]
+
+    def __str__(self) -> str:
+        """The one shortest way to write the plan; parses back to an equal plan."""
+        items, start = [], 0
+        while start < len(self.layers):
+            period, times = _best_repeat(self.layers[start:])
+            group = self.layers[start : start + period]
+            items.append(_written(group) if times == 1 or period == 1 else f"({_written(group)})*{times}")
+            if period == 1:
+                items[-1] = _written(group * times)
+            start += period * times
+        return " ".join(items + [f"norm:{self.norm}"] * (self.norm != "shared"))
+
+
+def _run(text: str, place: str) -> list[str]:
+    match = _RUN.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{place}: cannot read {text!r}; write kind*number with a whole number")
+    if match["kind"] not in KINDS:
+        raise unknown("layer kind", match["kind"], KINDS, place)
+    return [match["kind"]] * _times(match["times"] or "1", place)
+
+
+def _times(text: str, place: str) -> int:
+    if int(text) < 1:
+        raise ConfigError(f"{place}: repeats something {text} times; at least 1 is allowed")
+    return int(text)
+
+
+def _best_repeat(layers: tuple[str, ...]) -> tuple[int, int]:
+    """(period, times) of the repetition at the start that covers most layers, short periods first."""
+    best = (1, 1)
+    for period in range(1, len(layers) // 2 + 1):
+        times = 1
+        while layers[times * period : (times + 1) * period] == layers[:period]:
+            times += 1
+        if times > 1 and period * times > best[0] * best[1]:
+            best = (period, times)
+    return best
+
+
+def _written(layers: tuple[str, ...]) -> str:
+    runs = [(kind, len(list(run))) for kind, run in groupby(layers)]
+    return " ".join(kind if times == 1 else f"{kind}*{times}" for kind, times in runs)

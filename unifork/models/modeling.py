@@ -1,0 +1,245 @@
+"""The model: text and image tokens in, both losses or hidden states out.
+
+In: packed rows (`Batch`) whose image tokens are codes. Out: in training the sums of both losses,
+computed inside the root module's forward so that sharded and tied weights are whole when they are
+used; in decoding hidden states, with a cache. An image token enters as the sum of its D code vectors
+through the connector; the codebook is a frozen table in the model, so codes are all it needs.
+
+Both heads and every branch take part in every forward, with zero loss where they have no tokens:
+sharded gradients are silently wrong otherwise. There is no dropout anywhere.
+
+Shape suffixes: B rows, T tokens of a row, X = B*T, S keys or supervised text tokens, N image tokens,
+M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, V words.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModel, DynamicCache, PreTrainedModel
+
+from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
+from unifork.errors import CheckpointError, ConfigError, IdentityError
+from unifork.identity import codebook_identity
+from unifork.models.configuration import UniForkConfig
+from unifork.models.decoder import Block, Reading, family, masks_of, norms, routes_of
+from unifork.models.image_head import HeadBlock, ImageHead
+from unifork.models.layer_plan import BRANCHES, RouteBy
+from unifork.models.masks import Mask, attention_mask
+from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
+
+
+class Losses(NamedTuple):
+    """Sums of cross entropy over supervised targets, float32; whoever trains divides by global counts."""
+
+    text_loss_sum: Tensor
+    image_loss_sum_D: Tensor
+
+
+@dataclass(eq=False)
+class Context:
+    """What a decoding run has read so far; `step` moves it on."""
+
+    cache: DynamicCache
+    documents_BS: Tensor
+    modalities_BS: Tensor
+    lengths_B: Tensor
+    """Tokens of each row without padding, which is also the next rotary position."""
+    task: int
+
+
+class Connector(nn.Module):
+    """Brings code vectors to the hidden size, and owns the begin and end of image embeddings."""
+
+    def __init__(self, code_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(code_channels, hidden_size)
+        self.linear2 = nn.Linear(hidden_size, hidden_size)
+        self.token_embedding = nn.Embedding(2, hidden_size)
+        """Row 0 begins an image, row 1 ends it."""
+
+    def forward(self, code_sums_NC: Tensor) -> Tensor:
+        """Image tokens (N, H) from the sums of their code vectors."""
+        projected: Tensor = self.linear2(F.gelu(self.linear1(code_sums_NC.to(self.linear1.weight.dtype))))
+        return projected
+
+
+class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """A unified model of any layer plan."""
+
+    config_class = UniForkConfig
+    config: UniForkConfig
+    base_model_prefix = ""
+    main_input_name = "batch"
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["codebook"]  # noqa: RUF012
+
+    def __init__(self, config: UniForkConfig) -> None:
+        super().__init__(config)
+        dense, plan = config.backbone_config(), config.layer_plan()
+        parts = family(dense.model_type)
+        H = dense.hidden_size
+        self.plan = plan
+        self.routes_needed = routes_of(plan)
+        self.masks_needed = masks_of(plan)
+        self.embed_tokens = nn.Embedding(dense.vocab_size, H)
+        self.connector = Connector(config.code_channels, H)
+        self.layers = nn.ModuleList([Block(kind, dense, index, parts) for index, kind in enumerate(plan.kinds)])
+        self.norm = norms(BRANCHES[plan.norm_route], dense, parts)
+        self.rotary_emb = parts.rotary(config=dense)
+        self.lm_head = nn.Linear(H, dense.vocab_size, bias=False)
+        self.image_head = ImageHead(config.head_config(), H, config.code_channels, config.codebook_size, config.depth)
+        self.register_buffer("codebook", torch.zeros(config.codebook_size, config.code_channels))
+        self.codebook: Tensor
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(self, batch: Batch) -> Losses:
+        """Both losses of packed rows, summed over their supervised targets."""
+        hidden_XH = self.hidden(batch).flatten(0, 1)
+        logits_SV = self.text_logits(hidden_XH.index_select(0, batch.text_source_S))
+        text_loss_sum = F.cross_entropy(logits_SV.float(), batch.text_target_S, reduction="sum")
+        source_MH = hidden_XH.index_select(0, batch.image_source_M)
+        logits_MDK = self.image_head(source_MH, batch.image_target_MD, self.codebook)
+        target_MD = batch.image_target_MD
+        loss_X = F.cross_entropy(logits_MDK.float().flatten(0, 1), target_MD.flatten(), reduction="none")
+        return Losses(text_loss_sum, loss_X.view(target_MD.shape).sum(0))
+
+    def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
+        """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
+        routes = batch_routes(batch, self.routes_needed)
+        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), batch.kinds_BT.shape[1])
+        return self._read(self.embed(batch), batch.positions_BT, routes, masks, cache)
+
+    def prefill(self, batch: Batch) -> tuple[Tensor, Context]:
+        """Read prompts, one document a row, all of one task. Returns the last token's hidden state (B, H)."""
+        used = [task for task, count in enumerate(batch.task_counts) if count]
+        if len(used) != 1:
+            raise ValueError(f"prompts of {len(used)} tasks in one batch; decoding takes exactly one")
+        cache = DynamicCache()
+        hidden_BTH = self.hidden(batch, cache)
+        lengths_B = (batch.documents_BT != NO_DOCUMENT).sum(1)
+        context = Context(cache, batch.documents_BT, modalities(batch.kinds_BT), lengths_B, used[0])
+        rows = torch.arange(len(lengths_B), device=lengths_B.device)
+        return hidden_BTH[rows, lengths_B - 1], context
+
+    def step(self, x_BH: Tensor, modality: int, context: Context) -> Tensor:
+        """Read one more token a row, all of one modality. Returns its hidden state (B, H), moves the context."""
+        B = len(x_BH)
+        new_B1 = context.documents_BS.new_zeros(B, 1)
+        context.documents_BS = torch.cat([context.documents_BS, new_B1], 1)
+        context.modalities_BS = torch.cat([context.modalities_BS, new_B1 + modality], 1)
+        masks = self._masks(context.documents_BS, context.modalities_BS, 1)
+        routes = step_routes(B, context.task, modality)
+        hidden_B1H = self._read(x_BH[:, None], context.lengths_B[:, None], routes, masks, context.cache)
+        context.lengths_B = context.lengths_B + 1
+        return hidden_B1H[:, 0]
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What enters the first layer (B, T, H): words, borders of images, and codes."""
+        words_BTH = self.embed_tokens(batch.text_ids_BT)
+        borders_BTH = self.connector.token_embedding((batch.kinds_BT > BEGIN_IMAGE).long())
+        x_BTH = torch.where((batch.kinds_BT == TEXT)[..., None], words_BTH, borders_BTH.to(words_BTH.dtype))
+        image_NH = self.embed_codes(batch.codes_ND).to(x_BTH.dtype)
+        return x_BTH.flatten(0, 1).index_copy(0, batch.image_index_N, image_NH).view_as(x_BTH)
+
+    def embed_codes(self, codes_ND: Tensor) -> Tensor:
+        """Image tokens (N, H) from their codes."""
+        embedded: Tensor = self.connector(self.codebook[codes_ND].sum(1))
+        return embedded
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary (..., V)."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Recompute blocks in the backward pass instead of keeping what they computed."""
+        for module in self.modules():
+            if isinstance(module, Block | HeadBlock):
+                module.activation_checkpointing = on
+
+    def _masks(self, documents_BS: Tensor, modalities_BS: Tensor, queries: int) -> dict[RouteBy, Mask]:
+        # documents have one task each, so isolation by task is what every mask already says
+        branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": modalities_BS}
+        dtype = self.embed_tokens.weight.dtype
+        return {
+            route: attention_mask(self.config._attn_implementation, documents_BS, branches[route], queries, dtype)
+            for route in self.masks_needed
+        }
+
+    def _read(
+        self,
+        x_BTH: Tensor,
+        positions_BT: Tensor,
+        routes: Routes,
+        masks: Mapping[RouteBy, Mask],
+        cache: DynamicCache | None,
+    ) -> Tensor:
+        cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions_BT)
+        reading = Reading(routes, masks, cos_BTE, sin_BTE, self.config._attn_implementation, cache)
+        x_XH = x_BTH.flatten(0, 1)
+        for layer in self.layers:
+            x_XH = layer(x_XH, reading)
+        branches: dict[str, Any] = dict(self.norm.items())
+        x_XH = routed(branches, routes[self.plan.norm_route], lambda norm, part: norm(part), x_XH)
+        return x_XH.view_as(x_BTH)
+
+
+AutoModel.register(UniForkConfig, UniForkModel, exist_ok=True)
+
+
+def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> UniForkModel:
+    """The model `save_pretrained` wrote. The codebook stays float32 whatever the dtype.
+
+    Raises CheckpointError when a tensor is missing, unexpected, of another shape or unreadable, and
+    IdentityError when the codebook is not the one the configuration names. Pickles are not read.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json, so not the folder of a model")
+    if not list(folder.glob("*.safetensors")):
+        found = sorted(path.name for path in folder.iterdir())
+        raise CheckpointError(f"{folder}: no .safetensors weights (pickles are not read); found {', '.join(found)}")
+    try:
+        loaded: Any = UniForkModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: weights cannot be read: {error}") from error
+    model: UniForkModel
+    model, info = loaded
+    problems = [f"{what} {name}" for what, name in _problems(info)]
+    if problems:
+        raise CheckpointError(f"{folder}: weights do not fit config.json: {'; '.join(problems)}")
+    config = model.config
+    found_id = codebook_identity(model.codebook, config.depth, config.grid)
+    if found_id != config.codebook_id:
+        raise IdentityError(
+            f"{folder}: the codebook in the weights is {found_id}, config.json says {config.codebook_id}"
+        )
+    model.train(False)
+    return model
+
+
+def _problems(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for what in ("missing", "unexpected"):
+        for name in sorted(info[f"{what}_keys"]):
+            yield what, name
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        yield "mismatched", f"{name} ({tuple(found)} on disk, {tuple(wanted)} in the model)"

@@ -1,0 +1,147 @@
+"""Where a model's first weights come from: a seed, or a dense language model.
+
+In: a variant, a codebook, and optionally the weights of a dense Qwen2 or Llama. Out: a model whose
+branches are copies of each other. Weights are drawn by (seed, name without the branch), so every
+plan starts from the same function; a warm start copies each dense tensor to every branch of its
+part, whatever the plan.
+
+Shape suffixes: K codebook rows, C code channels.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unifork.config import Variant
+from unifork.errors import CheckpointError, ConfigError
+from unifork.identity import codebook_identity
+from unifork.models.configuration import UniForkConfig
+from unifork.models.layer_plan import BRANCHES
+from unifork.models.modeling import UniForkModel
+
+_NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
+_BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
+_NOT_DENSE = ("connector.", "image_head.", "codebook")
+_NOT_WEIGHTS = re.compile(r"rotary_emb\.(original_)?inv_freq$")
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a warm start did, by tensor name."""
+
+    copied: dict[str, tuple[str, ...]]
+    """Dense tensor -> the model's tensors that now equal it."""
+    created: tuple[str, ...]
+    """Tensors of the model that no dense model has; they keep their first values."""
+    left_out: tuple[str, ...]
+    """Dense tensors the model has no use for: tied copies and rotary tables."""
+
+
+def without_branch(name: str) -> str:
+    """A tensor's name as a dense model would have it: `norm.generation.weight` -> `norm.weight`."""
+    return _BRANCH.sub(r"\1.", name)
+
+
+def create_model(
+    variant: Variant,
+    codebook_KC: Tensor,
+    depth: int,
+    grid: int,
+    encoder_id: str,
+    vocab_size: int,
+    seed: int | None = None,
+    special_tokens: Mapping[str, int] | None = None,
+) -> UniForkModel:
+    """A new model of a variant around a frozen codebook; `seed` stands in for the variant's own."""
+    named = variant.backbone.get("vocab_size", vocab_size)
+    if named < vocab_size:
+        raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
+    config = UniForkConfig(
+        plan=variant.plan,
+        backbone={**variant.backbone, "vocab_size": named},
+        head=variant.head.model_dump(),
+        codebook_size=codebook_KC.shape[0],
+        code_channels=codebook_KC.shape[1],
+        depth=depth,
+        grid=grid,
+        codebook_id=codebook_identity(codebook_KC, depth, grid),
+        encoder_id=encoder_id,
+        special_tokens=None if special_tokens is None else dict(special_tokens),
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = UniForkModel(config)
+    initialise(model, variant.seed if seed is None else seed)
+    model.codebook.copy_(codebook_KC)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: UniForkModel, seed: int) -> None:
+    """Draw every weight by (seed, name without the branch); copies of a part start equal."""
+    std = model.config.backbone_config().initializer_range
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            digest = hashlib.sha256(f"{seed} {without_branch(name)}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+@torch.no_grad()
+def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) -> WarmStart:
+    """Copy a dense causal language model (state dict or folder) into every branch of its parts.
+
+    Raises CheckpointError when a tensor is missing, of another shape, or of no use to the model.
+    """
+    place = "dense model" if isinstance(dense, Mapping) else str(dense)
+    state = dense if isinstance(dense, Mapping) else read_weights(Path(dense))
+    source = {name.removeprefix("model."): name for name in state}
+    parameters = dict(model.named_parameters())
+    created = tuple(name for name in model.state_dict() if name.startswith(_NOT_DENSE))
+    targets: dict[str, list[str]] = {}
+    for name in parameters.keys() - set(created):
+        targets.setdefault(without_branch(name), []).append(name)
+
+    left_out = {name for name in source if _NOT_WEIGHTS.search(name)}
+    if model.config.tie_word_embeddings:
+        left_out |= {"lm_head.weight"} & source.keys()
+    missing = sorted(targets.keys() - source.keys())
+    unused = sorted(source.keys() - targets.keys() - left_out)
+    shapes = [
+        f"{source[name]} {tuple(state[source[name]].shape)}, wanted {tuple(parameters[copies[0]].shape)}"
+        for name, copies in sorted(targets.items())
+        if name in source and state[source[name]].shape != parameters[copies[0]].shape
+    ]
+    for what, names in (("missing", missing), ("of no use to this plan", unused), ("of another shape", shapes)):
+        if names:
+            raise CheckpointError(f"{place}: tensors {what}: {', '.join(names)}")
+    for name, copies in targets.items():
+        for copy in copies:
+            parameters[copy].copy_(state[source[name]])
+    return WarmStart(
+        copied={source[name]: tuple(sorted(copies)) for name, copies in sorted(targets.items())},
+        created=created,
+        left_out=tuple(sorted(source[name] for name in left_out)),
+    )
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files. Raises CheckpointError when there are none or one is damaged."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no .safetensors weights (pickles are not read)")
+    state: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return state

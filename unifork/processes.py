@@ -1,0 +1,96 @@
+"""What keeps two programs from writing one folder: dying with the parent, and a lock beside the folder.
+
+In: the folder a program is about to write. Out: nothing; either the program may write, or it is told who does.
+
+Why: `kill -9` of `dvc` leaves the stage it started running, and the next `dvc repro` would start a second
+writer beside the orphan. So a stage asks the kernel to be killed with its parent (Linux), and takes a lock that
+vanishes with the process, however it ends. The lock lies beside the folder (`<folder>.lock`), since what lies
+inside is hashed and cached by DVC.
+"""
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unifork.errors import UniForkError
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h; the signal also needs a parent that is one program, without a shell between."""
+
+_PARENT = os.getppid()
+"""The parent when this module was imported: another one later means that it has died since."""
+
+
+def die_with_parent(signal_number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent dies. Does nothing outside Linux.
+
+    The kernel forgets the request when the parent is already gone, so the parent is compared afterwards.
+    (Strictly it is the parent's *thread* that counts: a parent must start programs from a thread that stays.)
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != _PARENT:
+        os.kill(os.getpid(), signal_number)
+
+
+def lock_path(folder: Path | str) -> Path:
+    """Where the lock of a folder lies: beside it, so that it is no part of the folder."""
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(folder.name + ".lock")
+
+
+@contextmanager
+def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
+    """Be the only program that writes a folder, on all machines that share it.
+
+    Waits a few seconds, since an orphan may be about to die, then raises UniForkError naming the folder and
+    the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`.
+    """
+    path = lock_path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_seconds
+    while (handle := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise UniForkError(
+                f"{folder}: being written by {_holder(path)}, which still lives after {wait_seconds:g} seconds. "
+                f"Wait for it or stop it, then start again; the lock {path} goes away with it"
+            )
+        time.sleep(0.1)
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held: nobody can lock the file of a dead name
+        os.close(handle)
+
+
+def _try_lock(path: Path) -> int | None:
+    """The descriptor of the locked file, or None when another process holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(path)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):  # held; or removed by its holder between our open and our lock
+        pass
+    os.close(handle)
+    return None
+
+
+def _holder(path: Path) -> str:
+    """Who wrote the lock file, as far as it says."""
+    try:
+        return path.read_text().strip() or "another process"
+    except OSError:
+        return "another process"

@@ -1,0 +1,52 @@
+"""Ray Train as launcher: placement, process groups and restarts. Checkpoints are not its business.
+
+With zero workers the stage runs in Ray Train's local mode, in this process; otherwise on worker
+processes, each with what the cluster file asks for.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from unifork.training.loop import Run
+from unifork.training.stage import StageJob, train_stage
+
+
+def _worker(config: dict[str, Any]) -> None:
+    job = StageJob.model_validate(config)
+    context = ray.train.get_context()
+    workers = job.resources.workers
+    run = Run(
+        rank=context.get_world_rank() if workers else 0,
+        workers=max(workers, 1),
+        device=str(ray.train.torch.get_device()) if job.resources.gpus else "cpu",
+        report=ray.train.report,
+    )
+    train_stage(job, run)
+
+
+def launch(job: StageJob) -> None:
+    """Run a stage where its resources say. Raises what the worker raised."""
+    resources = job.resources
+    scaling = ScalingConfig(
+        num_workers=resources.workers,
+        use_gpu=resources.gpus > 0,
+        resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus} if resources.workers else None,
+    )
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=job.model_dump(mode="json"),
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        run_config=RunConfig(
+            name=f"{job.key}-{job.fingerprint()}",
+            storage_path=str(Path(job.root) / "runs" / ".ray"),
+            failure_config=FailureConfig(max_failures=resources.max_restarts),
+        ),
+    )
+    trainer.fit()

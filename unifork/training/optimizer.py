@@ -1,0 +1,64 @@
+"""What is trained, and how: name patterns, AdamW and its schedule."""
+
+import math
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from unifork.config import OptimizerConfig
+from unifork.errors import ConfigError
+
+
+def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -> list[str]:
+    """Parameters that match a glob pattern; a pattern starting with `!` takes names out again.
+
+    Raises ConfigError when a pattern matches nothing, listing the names nearest to it.
+    """
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        remove, glob = pattern.startswith("!"), pattern.removeprefix("!")
+        matched = [name for name in names if fnmatchcase(name, glob)]
+        if not matched:
+            near = get_close_matches(glob.replace("*", ""), names, n=4, cutoff=0.3)
+            raise ConfigError(
+                f"{place}: the pattern {pattern!r} matches none of the {len(names)} parameters; "
+                f"nearest names: {', '.join(near) or ', '.join(names[:4])}"
+            )
+        for name in matched:
+            if remove:
+                chosen.pop(name, None)
+            else:
+                chosen[name] = None
+    return [name for name in names if name in chosen]
+
+
+def freeze_all_but(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Switch gradients on for `names` alone and return those parameters."""
+    wanted = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name not in wanted:
+            parameter.grad = None
+    return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of the update that follows `step` finished ones, out of `steps`."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    through = min(1.0, max(0.0, step + 1 - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    return config.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * through))
+
+
+def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (norms, biases, positions) do not."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)

@@ -1,0 +1,221 @@
+"""One stage from start to end: prepare, resume or begin, train, export.
+
+The run folder (`runs/<key>`) holds checkpoints and the history; it belongs to the loop alone. The
+model folder (`models/<key>`) is what later stages and people read; it appears when the stage ends.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unifork.config import Experiment, Plain, Stage, TrainResources, fingerprint
+from unifork.data.documents import CodesIdentity, Quarantine
+from unifork.data.loader import TrackLoader
+from unifork.data.text_tokenizer import TextTokenizer
+from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
+from unifork.manifest import file_sha256, manifest_sha256, write_json
+from unifork.models.modeling import UniForkModel, load_model
+from unifork.training import checkpoint
+from unifork.training.checkpoint import State
+from unifork.training.history import History, Progress, read, write_csv
+from unifork.training.loop import Run, TrackRun, turns
+from unifork.training.strategies import barrier, strategy, whole
+from unifork.vocabulary import VIEW_OF_TASK
+
+
+class StageJob(Plain):
+    """Everything a worker needs to know; plain data, so that it can travel."""
+
+    key: str
+    """Name of the run, `<variant>-<stage>`."""
+    experiment: Experiment
+    resources: TrainResources
+    root: str
+    """Absolute folder that all paths of the experiment are relative to."""
+
+    @property
+    def stage(self) -> Stage:
+        """The stage's configuration."""
+        return self.experiment.stages[self.experiment.runs[self.key].stage]
+
+    @property
+    def start(self) -> Path:
+        """Model directory the stage begins with."""
+        return Path(self.root) / self.experiment.runs[self.key].after
+
+    @property
+    def codes(self) -> Path:
+        """Folder of all data sets' codes."""
+        return Path(self.root) / "data" / "codes"
+
+    @property
+    def run_folder(self) -> Path:
+        """Checkpoints and history."""
+        return Path(self.root) / "runs" / self.key
+
+    @property
+    def model_folder(self) -> Path:
+        """What the stage makes."""
+        return Path(self.root) / "models" / self.key
+
+    def fingerprint(self) -> str:
+        """Of everything that decides the weights: stage, start model, codes, text tokenizer."""
+        data = {
+            str(folder.relative_to(self.codes)): manifest_sha256(folder)
+            for track in self.stage.tracks.values()
+            for entry in track.mixture
+            for folder in [self.codes / entry.dataset / VIEW_OF_TASK[entry.task]]
+        }
+        plain = self.stage.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints", "sample_prompts"})
+        model = {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")}
+        return fingerprint({"stage": plain, "start": model, "data": data, "text": TextTokenizer(self.start / TEXT_TOKENIZER).identity})
+
+
+def code_digest() -> str:
+    """Hash of the code that decides the weights; a finished run is reused only by the same code."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([package / "batch.py", *(p for part in ("data", "models", "training") for p in (package / part).rglob("*.py"))]):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def train_stage(job: StageJob, run: Run) -> None:
+    """Train a stage to its end, from wherever an earlier attempt left off."""
+    torch.set_num_threads(job.resources.threads)
+    started = time.monotonic()
+    lead = run.rank == 0
+    stage, mark = job.stage, job.fingerprint()
+    if lead:
+        _make_room(job, mark)
+    barrier()
+    model = load_model(job.start).to(run.device)
+    tokenizer = TextTokenizer(job.start / TEXT_TOKENIZER)
+    identity = CodesIdentity(model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id)
+    quarantine = Quarantine()
+    loaders = {
+        name: TrackLoader(
+            name, track, job.codes, tokenizer, identity,
+            seed=stage.seed, context=stage.context, row_tokens=job.resources.row_tokens,
+            rows_per_microbatch=job.resources.rows_per_microbatch, quarantine=quarantine,
+        )
+        for name, track in stage.tracks.items()
+    }  # fmt: skip
+    wrapped = strategy(job.resources.strategy, run.workers).wrap(model)
+    tracks = {name: TrackRun(name, track, loaders[name], model) for name, track in stage.tracks.items()}
+    pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
+    order = turns(stage)
+    state = State(dict.fromkeys(stage.tracks, 0))
+    found = checkpoint.latest(job.run_folder)
+    if found:
+        state = checkpoint.restore(*found, model, pairs)
+    if lead:
+        _announce(job, model, tracks, quarantine, state, len(order))
+    history = History(job.run_folder, state.total) if lead else None
+    progress = Progress(job.key, state.total, len(order))
+    wrapped.train()
+    for done in range(state.total, len(order)):
+        name, step = order[done]
+        metrics = tracks[name].step(model, wrapped, step, run)
+        state = State({**state.steps, name: step + 1})
+        if history:
+            history.add(metrics)
+            progress.show(done + 1, metrics, stage.tracks[name].batch_documents)
+        if (done + 1) % stage.checkpoint_every == 0 or done + 1 == len(order):
+            checkpoint.save(job.run_folder, model, pairs, state, mark, stage.keep_checkpoints, lead)
+            run.report({"finished_steps": done + 1, **{k: v for k, v in metrics.items() if v is not None}})
+    if history:
+        history.close()
+    _export(job, model, tokenizer, run, quarantine, tracks)
+    if lead:
+        seconds = time.monotonic() - started
+        write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "code": code_digest(), "seconds": seconds})
+        print(f"{job.key}: finished in {seconds:.0f} s -> {job.model_folder}", flush=True)
+
+
+def _make_room(job: StageJob, mark: str) -> None:
+    """Decide what an existing run folder is worth; another configuration's is moved aside."""
+    folder = job.run_folder
+    if folder.exists():
+        found = checkpoint.latest(folder)
+        finished = folder / checkpoint.FINISHED
+        reason = None
+        if found and found[1]["fingerprint"] != mark:
+            reason = "belongs to another configuration, start model or data"
+        elif finished.exists() and json.loads(finished.read_text())["code"] != code_digest():
+            reason = "was finished by other code"
+        if reason:
+            print(f"{job.key}: {folder} {reason}; moved to {checkpoint.set_aside(folder)}, starting afresh", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _announce(
+    job: StageJob, model: nn.Module, tracks: dict[str, TrackRun], quarantine: Quarantine, state: State, total: int
+) -> None:
+    where = f"continuing from step {state.total} of {total}" if state.total else f"starting, {total} steps"
+    every = sum(p.numel() for p in model.parameters())
+    print(f"{job.key}: {where}; {every / 1e6:.2f} M parameters", flush=True)
+    for name, track in tracks.items():
+        count = sum(p.numel() for p in track.parameters.values())
+        sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
+        print(f"  track {name}: {count / 1e6:.2f} M trained; documents: {sets}", flush=True)
+    for reason, count in quarantine.counts().items():
+        print(f"  quarantined: {count} x {reason}", flush=True)
+
+
+def _export(
+    job: StageJob, model: UniForkModel, tokenizer: TextTokenizer, run: Run,
+    quarantine: Quarantine, tracks: dict[str, TrackRun],
+) -> None:  # fmt: skip
+    """Write the model directory: weights, companions, history, samples and what was done."""
+    tensors = {name: whole(tensor) for name, tensor in checkpoint.all_tensors(model).items()}
+    if run.rank != 0:
+        return
+    temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model = load_model(job.start)  # whole and on the CPU, however the trained one was shared
+    checkpoint.fill(checkpoint.all_tensors(model), tensors, temporary)
+    model.save_pretrained(temporary)
+    for name in COMPANIONS:
+        if (job.start / name).exists():
+            shutil.copytree(job.start / name, temporary / name)
+    training = temporary / "training"
+    write_csv(read(job.run_folder), training / "history.csv")
+    trained = {name for track in tracks.values() for name in track.names}
+    write_json(
+        training / "summary.json",
+        {
+            "run": job.key,
+            "stage": job.stage.model_dump(mode="json"),
+            "quarantined": quarantine.counts(),
+            "documents": {
+                name: [
+                    {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
+                    for p, seen in zip(track.loader.parts, track.loader.order.served(track.track.steps), strict=True)
+                ]
+                for name, track in tracks.items()
+            },
+            "tensors": {
+                name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "trained": name in trained}
+                for name, tensor in checkpoint.all_tensors(model).items()
+            },
+        },
+    )
+    if job.stage.sample_prompts:
+        np.savez(training / "samples.npz", codes=_sample(model, tokenizer, job.stage))
+    shutil.rmtree(job.model_folder, ignore_errors=True)
+    temporary.rename(job.model_folder)
+
+
+def _sample(model: UniForkModel, tokenizer: TextTokenizer, stage: Stage) -> np.ndarray:
+    """Codes (prompts, N, D) for the stage's prompts, written as the stage writes them."""
+    entries = [entry for track in stage.tracks.values() for entry in track.mixture if entry.task == "generation"]
+    template = entries[0].template if entries else "generate"
+    return Speaker(model.eval(), tokenizer).paint(stage.sample_prompts, stage.sampling, template)

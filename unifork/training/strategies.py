@@ -1,0 +1,97 @@
+"""How workers share a model. One small interface; a checkpoint looks the same whatever was used.
+
+Both strategies average gradients over workers, so a worker's loss is multiplied by the number of
+workers before the backward pass (FSDP2's own divide factor does not work on gloo).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from unifork.errors import unknown
+
+
+class Strategy(Protocol):
+    """What the loop needs to know of a way to share a model."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call; the names of `model`'s parameters stay as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One worker: nothing to share."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+@dataclass(frozen=True)
+class DDP:
+    """Every worker holds the whole model."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return DistributedDataParallel(model)
+
+
+@dataclass(frozen=True)
+class FSDP2:
+    """Parameters, gradients and optimizer state are sharded; resharding is loading."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        for block in model.blocks():  # type: ignore[operator]
+            fully_shard(block)
+        fully_shard(model)
+        return model
+
+
+STRATEGIES: dict[str, type[Plain] | type[DDP] | type[FSDP2]] = {"plain": Plain, "ddp": DDP, "fsdp2": FSDP2}
+
+
+def strategy(name: str, workers: int) -> Strategy:
+    """The strategy by name; one worker always gets the plain one."""
+    if name not in STRATEGIES:
+        raise unknown("strategy", name, STRATEGIES, "cluster file")
+    return STRATEGIES[name]() if workers > 1 else Plain()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, in full, on the CPU. Every worker must call this."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu()
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a full tensor into one that may be sharded."""
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            target.copy_(distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements))
+        else:
+            target.copy_(value)
+
+
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """A full tensor in the layout of `target`."""
+    made = torch.empty_like(target, dtype=value.dtype)
+    put(made, value)
+    return made
+
+
+def summed(values: Tensor) -> Tensor:
+    """Sum of a small tensor over all workers."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all workers."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
