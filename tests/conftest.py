@@ -1,6 +1,8 @@
 """One Ray for all tests that need one. Two on one machine disturb each other, so there is never a second beside it."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from unifork.cluster import local_ray, set_ray_environment
 from unifork.config import Cluster
 
 set_ray_environment()  # before any test imports ray
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such as `tiny`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,3 +24,14 @@ def ray_session() -> Iterator[Cluster]:
     cluster = Cluster(name="tests", cpus=2, gpus=2, object_store_mb=80)
     with local_ray(cluster):
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment root with everything up to a fresh model, made by the real hops in this process.
+
+    Read-only: tests that train or damage something copy it.
+    """
+    from tiny import build
+
+    return build(tmp_path_factory.mktemp("tiny"))

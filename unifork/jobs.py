@@ -97,7 +97,7 @@ async def run_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str
     job = _start_job(client, cluster, module, argv)
     print(f"job {job} on cluster {cluster.name!r}: {module}", flush=True)
     try:
-        info = await _follow(client, job)
+        info = await follow(client, job)
     except asyncio.CancelledError:
         _stop(client, job)
         return 128 + int(received[0])
@@ -132,7 +132,7 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
     return job
 
 
-async def _follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
+async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
     """Print the job's log until it ends; what the server says about it then.
 
     The log is one websocket. When that breaks, it is read again and what was printed is skipped.

@@ -1,5 +1,6 @@
 """A stage that submits itself: against a pretended job server, and once against a real cluster in token mode."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -12,17 +13,18 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 
 import pytest
 
 from unifork.config import Cluster
 from unifork.errors import ConfigError, UniForkError
-from unifork.jobs import knock
+from unifork.jobs import follow, knock, wait_for_outputs
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -196,6 +198,36 @@ def test_a_server_of_another_kind(door: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Door, "do_GET", lambda self: self.send_error(500))
     with pytest.raises(UniForkError, match="no Ray job server answers: HTTP 500"):
         knock(Cluster(name="far", address=door), door)
+
+
+class Flaky:
+    """A job client whose connection breaks once in the middle of the log."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.connections += 1
+        if self.connections == 1:
+            yield "one\ntw"
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        for text in ("one\n", "two\nth", "ree\n"):
+            yield text
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: self.connections > 1))
+
+
+def test_a_broken_log_is_taken_up_where_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(follow(Flaky(), "job"))
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_outputs_that_cannot_be_seen_are_named(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    wait_for_outputs([tmp_path / "there"], Cluster(name="far"))
+    with pytest.raises(UniForkError, match=r"cluster 'far': the job succeeded, but .*missing cannot be seen here"):
+        wait_for_outputs([tmp_path / "there", tmp_path / "missing"], Cluster(name="far"), patience_seconds=0)
 
 
 # ------------------------------------------------------------------------------- a real cluster

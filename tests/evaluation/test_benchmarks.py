@@ -20,16 +20,22 @@ UNDERSTANDING = Benchmark(kind="shapes-understanding", samples=40)
 PERFECT = Model(shapes_oracle.paint, shapes_oracle.answer)
 
 
-def random_paint(texts):
-    """Crops of training pictures other than those that chance is measured with."""
-    scenes = [scene(99, index, "train") for index in range(len(texts))]
+def random_pictures(items):
+    """Crops of pictures of the same split, other than those that chance is measured with."""
+    scenes = [scene(99, number, item.prompt.split) for number, item in enumerate(items)]
     return [Image.fromarray(crop_view(draw(this), 48, None)) for this in scenes]
 
 
 def random_answers(items):
-    """Right answers to other training questions of the same kind."""
-    others = {kind: understanding._items(kind, "train", 80, 99) for kind in understanding.KINDS}
-    return [Draws("random", number).pick(others[item.kind]).answer for number, item in enumerate(items)]
+    """Right answers to other questions of the same kind and split."""
+    others = {
+        (kind, split): understanding._items(kind, split, 80, 99)
+        for kind in understanding.KINDS
+        for split in understanding.SPLITS
+    }
+    return [
+        Draws("random", number).pick(others[item.kind, item.scene.split]).answer for number, item in enumerate(items)
+    ]
 
 
 def by_name(scores, split):
@@ -52,7 +58,8 @@ def test_a_perfect_model_scores_one(config):
 
 
 def test_pictures_painted_without_reading_the_prompt_score_chance():
-    scores = evaluate(GENERATION, 0, Model(random_paint, shapes_oracle.answer)).scores
+    items = generation.prepare(GENERATION, 0)
+    scores = generation.score(items, random_pictures(items))
     for split in ("seen", "held_out"):
         names = by_name(scores, split)
         for kind in KINDS:

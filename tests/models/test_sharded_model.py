@@ -7,7 +7,11 @@ from torch.distributed.fsdp import fully_shard
 from unifork.batch import Batch
 from unifork.training.distributed_testing import run_distributed
 
-PLANS = ["shared*2 task*2 norm:task", "modality*1 (shared modality_mlp)*1 modality_isolated*1 norm:modality"]
+CASES = [
+    ("shared*2 task*2 norm:task", False),
+    ("modality*1 (shared modality_mlp)*1 modality_isolated*1 norm:modality", True),
+]
+"""Plan, and whether activations are recomputed."""
 DOCUMENTS = [[understanding(1), understanding(2)], [generation(1), generation(2)]]
 
 
@@ -21,22 +25,21 @@ def backward(model, batch: Batch, world_size: int) -> None:
 
 def sharded(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
     found = []
-    for plan in PLANS:
-        for checkpointing in (False, True):
-            model = noisy_model(plan).train()
-            model.set_activation_checkpointing(checkpointing)
-            for layer in model.layers:
-                fully_shard(layer)
-            fully_shard(model)
-            backward(model, rows(DOCUMENTS[rank]), world_size)
-            found.append({name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()})
+    for plan, checkpointing in CASES:
+        model = noisy_model(plan).train()
+        model.set_activation_checkpointing(checkpointing)
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        backward(model, rows(DOCUMENTS[rank]), world_size)
+        found.append({name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()})
     return found
 
 
 def test_one_task_per_rank_gives_the_gradients_of_one_process():
     torch.set_num_threads(1)
     results = run_distributed(sharded, 2)
-    for number, plan in enumerate(plan for plan in PLANS for _ in range(2)):
+    for number, (plan, _) in enumerate(CASES):
         model = noisy_model(plan).train()
         backward(model, rows(*DOCUMENTS), 1)
         wanted = gradients(model)

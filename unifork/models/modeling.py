@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
-from unifork.errors import CheckpointError, ConfigError, IdentityError
+from unifork.errors import CheckpointError, IdentityError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig
 from unifork.models.decoder import Block, Reading, family, masks_of, norms, routes_of
@@ -218,8 +218,6 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, attention
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except ConfigError:
-        raise
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: weights cannot be read: {error}") from error
     model: UniForkModel

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from unifork.data.text_tokenizer import TextTokenizer
 from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
 from unifork.manifest import file_sha256, manifest_sha256, write_json
 from unifork.models.modeling import UniForkModel, load_model
+from unifork.processes import exclusive
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.history import History, Progress, read, write_csv
@@ -88,8 +90,17 @@ def code_digest() -> str:
 
 
 def train_stage(job: StageJob, run: Run) -> None:
-    """Train a stage to its end, from wherever an earlier attempt left off."""
+    """Train a stage to its end, from wherever an earlier attempt left off.
+
+    The lead worker holds the run folder's lock: a worker that outlives its driver for a few seconds
+    and its successor must not write at the same time.
+    """
     torch.set_num_threads(job.resources.threads)
+    with exclusive(job.run_folder) if run.rank == 0 else nullcontext():
+        _train(job, run)
+
+
+def _train(job: StageJob, run: Run) -> None:
     started = time.monotonic()
     lead = run.rank == 0
     stage, mark = job.stage, job.fingerprint()

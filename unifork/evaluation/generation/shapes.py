@@ -1,7 +1,8 @@
 """GenEval on the world `shapes`: prompts go out, pictures come back, six scores and their mean come out.
 
 Pictures are read by the world's own detector and judged by GenEval's rules. Chance is measured, not
-assumed: it is the score of pictures of training scenes drawn without looking at the prompt.
+assumed: it is the score of other pictures of the same split, drawn without looking at the prompt.
+(Training pictures would do for the seen split; on held-out prompts they score 0 by construction.)
 
 Seen and held-out compositions are scored apart. A prompt for a single object names no composition,
 so those of `held_out` are the seen ones; the score `composed`, the mean of the other five, is the one
@@ -16,14 +17,16 @@ from PIL import Image
 from unifork.config import Benchmark
 from unifork.data.shapes.detector import detect
 from unifork.data.shapes.language import Prompt, prompts
-from unifork.data.shapes.world import KINDS, Draws, Split, crop_objects, scene
+from unifork.data.shapes.world import KINDS, Draws, Object, Split, crop_objects, scene
 from unifork.errors import DataError
 from unifork.evaluation.generation.geneval import Verdict, judge
 from unifork.evaluation.statistics import Score, mean, proportion
 
 SPLITS: tuple[Split, ...] = ("seen", "held_out")
 CHANCE_PICTURES = 256
-"""Training scenes that every prompt is held against."""
+"""Other pictures of its split that every prompt is held against."""
+CHANCE_START = 1_000_000
+"""Number of the first of them, far from those of any data set."""
 
 Painter = Callable[[list[str]], list[Image.Image]]
 """Texts in, one picture for each of them out."""
@@ -90,13 +93,18 @@ def score(items: Sequence[Item], pictures: Sequence[Image.Image]) -> list[Score]
 
 
 def _chances(items: Sequence[Item]) -> dict[Prompt, float]:
-    """For each prompt the share of training pictures that would be right for it by accident."""
+    """For each prompt the share of other pictures of its split that would be right for it by accident."""
     seed = items[0].seed
-    pictures = []
-    for number in range(CHANCE_PICTURES):
-        objects = crop_objects(scene(seed, number, "train"))
-        pictures.append(Draws("chance", seed, number).shuffled(objects))  # a detector's order knows no first object
+    pictures = {split: [_accident(seed, number, split) for number in range(CHANCE_PICTURES)] for split in SPLITS}
     return {
-        prompt: sum(judge(prompt.include, prompt.exclude, objects).correct for objects in pictures) / len(pictures)
+        prompt: proportion(
+            [judge(prompt.include, prompt.exclude, objects).correct for objects in pictures[prompt.split]]
+        ).value
         for prompt in {item.prompt for item in items}
     }
+
+
+def _accident(seed: int, number: int, split: Split) -> list[Object]:
+    """The objects of a crop, in any order: a detector does not know which the scene means first."""
+    objects = crop_objects(scene(seed, CHANCE_START + number, split))
+    return Draws("chance", seed, split, number).shuffled(objects)

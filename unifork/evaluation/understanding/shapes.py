@@ -5,13 +5,13 @@ of an answer (`yes_no_*`) and by a strict one (`yes_no_strict_*`). Questions abo
 position and the caption of the whole picture are scored by exact match. Held-out questions are about
 held-out compositions, none of which training names, not even to deny it.
 
-Chance is what answers taken from training questions of the same kind about other pictures score.
+Chance is measured: it is what the right answers to other questions of the same kind and split score.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count, islice
+from itertools import count
 from typing import Any, Literal, NamedTuple, get_args
 
 from PIL import Image
@@ -29,7 +29,9 @@ SPLITS: tuple[Split, ...] = ("seen", "held_out")
 Kind = Literal["yes_no", "color", "count", "position", "caption"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 CHANCE_QUESTIONS = 500
-"""Training questions of each kind whose answers make the chance level."""
+"""Other questions of each kind and split, whose answers make the chance level."""
+CHANCE_START = 1_000_000
+"""Number of the first scene they are about, far from those of any data set."""
 
 Answerer = Callable[[list[Image.Image], list[str]], list[str]]
 """Pictures and one question about each in, one answer for each out."""
@@ -84,10 +86,10 @@ def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
     return scores
 
 
-def _yes_no_scores(pairs: Sequence[tuple[Item, str]], split: str) -> list[Score]:
+def _yes_no_scores(pairs: Sequence[tuple[Item, str]], split: Split) -> list[Score]:
     labels = [item.answer == "yes" for item, _ in pairs]
     seed = pairs[0][0].seed
-    chances = _coin(_training_answers("yes_no", seed)["yes"], sum(labels) / len(labels))
+    chances = _coin(_other_answers("yes_no", split, seed)["yes"], sum(labels) / len(labels))
     readings = {"yes_no": pope_yes, "yes_no_strict": strict_yes}
     return [
         Score(f"{prefix}_{name}", *estimate, chances[name], len(pairs), seed, split)
@@ -107,10 +109,10 @@ def _coin(says_yes: float, is_yes: float) -> dict[str, float]:
     }
 
 
-def _exact_score(pairs: Sequence[tuple[Item, str]], kind: Kind, split: str) -> Score:
+def _exact_score(pairs: Sequence[tuple[Item, str]], kind: Kind, split: Split) -> Score:
     seed = pairs[0][0].seed
-    training = _training_answers(kind, seed)
-    chance = sum(training.get(item.answer, 0.0) for item, _ in pairs) / len(pairs)
+    others = _other_answers(kind, split, seed)
+    chance = sum(others.get(item.answer, 0.0) for item, _ in pairs) / len(pairs)
     return Score(f"{kind}_exact", *proportion([_right(*pair) for pair in pairs]), chance, len(pairs), seed, split)
 
 
@@ -119,10 +121,10 @@ def _right(item: Item, answer: str) -> bool:
     return normalised(answer) == item.answer
 
 
-def _items(kind: Kind, split: Split, samples: int, seed: int) -> list[Item]:
+def _items(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[Item]:
     """The first questions of a kind that the scenes of a split allow."""
     found: list[Item] = []
-    scenes = (scene(seed, index, split) for index in count())
+    scenes = (scene(seed, index, split) for index in count(start))
     while len(found) < samples:
         this = next(scenes)
         wanted = ("yes", "no")[len(found) % 2] if kind == "yes_no" else None
@@ -132,15 +134,14 @@ def _items(kind: Kind, split: Split, samples: int, seed: int) -> list[Item]:
     return found
 
 
-def _question(this: Scene, kind: Kind, wanted: str | None = None) -> Question | None:
+def _question(this: Scene, kind: Kind, wanted: str | None) -> Question | None:
     if kind == "caption":
         return Question(INSTRUCTION, full_caption(this))
     return pick_question(this, kind, Draws("benchmark", this.seed, this.split, this.index, kind), wanted)
 
 
 @cache
-def _training_answers(kind: Kind, seed: int) -> dict[str, float]:
-    """How often each answer is right, among training questions of a kind."""
-    asked = (_question(scene(seed, index, "train"), kind) for index in count())
-    answers = islice((question.answer for question in asked if question is not None), CHANCE_QUESTIONS)
-    return {answer: number / CHANCE_QUESTIONS for answer, number in Counter(answers).items()}
+def _other_answers(kind: Kind, split: Split, seed: int) -> dict[str, float]:
+    """How often each answer is right, among other questions of a kind and split."""
+    counts = Counter(item.answer for item in _items(kind, split, CHANCE_QUESTIONS, seed, CHANCE_START))
+    return {answer: number / CHANCE_QUESTIONS for answer, number in counts.items()}

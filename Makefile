@@ -1,0 +1,42 @@
+# Needs Python >= 3.11, pip and make; everything else is installed into .venv from requirements.lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test check soak lock clean
+
+demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the report
+	dvc repro
+	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
+
+test: $(VENV)/.installed        ## all tests but the long kill tests
+	python -m pytest -m "not soak" --durations=15
+
+check: $(VENV)/.installed       ## style and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+soak: $(VENV)/.installed        ## long random kill tests
+	python -m pytest -m soak --durations=15
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# What pip resolves today for the extras of demo and tests, in an empty environment. pandas < 3 is for
+# img2dataset (extra `download`); local versions and CUDA packages are left out, so that the lock
+# installs on any Linux machine: torch brings the CUDA packages that belong to it.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "pandas<3" "torch==2.13.0" ".[demo,dev]"
+	.venv-lock/bin/python -m pip freeze --exclude unifork \
+	| sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)' > requirements.lock
+	rm -rf .venv-lock build unifork.egg-info
+
+clean:                          ## everything that dvc repro makes; the cache stays
+	rm -rf data tokenizers models runs scores reports

@@ -1,0 +1,157 @@
+"""Download, filter and encode: counts, quarantine, exactly-once, repair."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import ROWS, here
+
+from unifork.config import load_card
+from unifork.data.encoding import Encode, encode_hop, encode_identity, encoder_for
+from unifork.data.hop import RECORD_SUFFIX, run_hop
+from unifork.data.schema import codes_schema, columns_of, image_text_schema
+from unifork.data.workers import QUARANTINE, Filter, Materialise, download_hop, filter_hop
+from unifork.errors import ConfigError, DataError
+from unifork.manifest import MANIFEST, fault, read_manifest
+
+
+@pytest.fixture
+def card():
+    return load_card("shapes")
+
+
+def download(card, folder, rows=40, shard_rows=16):
+    made = []
+    worker = Materialise(card.model_dump(mode="json"))
+
+    def counting(task):
+        made.append(task["output"])
+        return worker(task)
+
+    hop = download_hop(card, rows, shard_rows, 0, folder)
+    return run_hop(hop, here(counting), columns_of(image_text_schema(card)), {}), made
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_a_hop_lists_its_shards_and_its_rows_are_sorted_by_key(card, tmp_path):
+    manifest, _ = download(card, tmp_path / "raw")
+    assert [shard.rows for shard in manifest.shards] == [16, 16, 8]
+    keys = [k for s in manifest.shards for k in pq.read_table(tmp_path / "raw" / s.path)["key"].to_pylist()]
+    assert keys == sorted(set(keys))
+    assert read_manifest(tmp_path / "raw") == manifest
+
+
+def test_a_second_run_does_nothing_and_changes_no_byte(card, tmp_path):
+    download(card, tmp_path / "raw")
+    before = bytes_of(tmp_path / "raw")
+    _, made = download(card, tmp_path / "raw")
+    assert made == []
+    assert bytes_of(tmp_path / "raw") == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_only_the_damaged_shard_is_made_again(card, tmp_path, damage):
+    download(card, tmp_path / "raw")
+    before = bytes_of(tmp_path / "raw")
+    victim = tmp_path / "raw" / "part-00001.parquet"
+    data = bytearray(victim.read_bytes())
+    victim.unlink()
+    if damage == "truncated":
+        victim.write_bytes(data[:-10])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    assert fault(tmp_path / "raw", read_manifest(tmp_path / "raw").shards[1])
+    _, made = download(card, tmp_path / "raw")
+    assert [name.rpartition("/")[2] for name in made] == ["part-00001.parquet"]
+    assert bytes_of(tmp_path / "raw") == before
+
+
+def test_a_killed_hop_keeps_its_finished_shards_and_ends_with_the_same_bytes(card, tmp_path):
+    download(card, tmp_path / "whole")
+    worker = Materialise(card.model_dump(mode="json"))
+
+    def dies_on_the_second(task):
+        if task["output"].endswith("part-00001.parquet"):
+            raise KeyboardInterrupt
+        return worker(task)
+
+    hop = download_hop(card, 40, 16, 0, tmp_path / "raw")
+    with pytest.raises(KeyboardInterrupt):
+        run_hop(hop, here(dies_on_the_second), columns_of(image_text_schema(card)), {})
+    assert not (tmp_path / "raw" / MANIFEST).exists()
+    with pytest.raises(DataError, match="has not finished"):
+        read_manifest(tmp_path / "raw")
+    _, made = download(card, tmp_path / "raw")
+    assert len(made) == 2
+    assert bytes_of(tmp_path / "raw") == bytes_of(tmp_path / "whole")
+
+
+def test_another_plan_removes_what_it_does_not_name(card, tmp_path):
+    download(card, tmp_path / "raw")
+    (tmp_path / "raw" / "part-00009.parquet").write_bytes(b"left over")
+    manifest, made = download(card, tmp_path / "raw", rows=16)
+    assert made == []
+    assert set(bytes_of(tmp_path / "raw")) == {MANIFEST, "part-00000.parquet"}
+    assert not list((tmp_path / "raw").glob("*" + RECORD_SUFFIX))
+    assert manifest.rows == 16
+
+
+def test_the_filter_counts_and_quarantines_and_loses_nothing_else(card, tmp_path):
+    download(card, tmp_path / "raw")
+    shard = tmp_path / "raw" / "part-00000.parquet"
+    rows = pq.read_table(shard).to_pylist()
+    rows[3]["image"] = rows[3]["image"][:60]
+    rows[5]["image"] = b"<html>not found</html>"
+    rows[7]["width"] = 20
+    rows[9] = rows[9] | {"caption": "", "description": None, "conversations": None}
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(shard)), shard)
+    manifest = read_manifest(tmp_path / "raw").model_dump(mode="json")
+    from unifork.manifest import file_sha256
+
+    manifest["shards"][0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    (tmp_path / "raw" / MANIFEST).write_text(json.dumps(manifest))
+
+    hop = filter_hop(card, tmp_path / "raw", tmp_path / "filtered")
+    kept = run_hop(hop, here(Filter(card.model_dump(mode="json"))), columns_of(image_text_schema(card)), {})
+    assert kept.dropped == {"unreadable": 2, "min_side": 1, "no_text": 1}
+    assert kept.rows == 36
+    rejected = pq.read_table(tmp_path / "filtered" / QUARANTINE / "part-00000.parquet").to_pylist()
+    assert {row["key"] for row in rejected} == {rows[n]["key"] for n in (3, 5, 7, 9)}
+    assert all(row["detail"] for row in rejected)
+    keys = [k for s in kept.shards for k in pq.read_table(tmp_path / "filtered" / s.path)["key"].to_pylist()]
+    assert len(keys) == 36
+
+
+def test_a_consumer_refuses_a_shard_that_is_not_what_the_manifest_says(card, tiny_root, tmp_path):
+    folder = tmp_path / "filtered"
+    shutil.copytree(tiny_root / "data/filtered/shapes", folder)
+    (folder / "part-00001.parquet").write_bytes(b"PAR1")
+    encoder = encoder_for(card, "generation", tiny_root / "tokenizers/image")
+    hop = encode_hop(card, "generation", folder, tmp_path / "codes", encoder)
+    worker = Encode(card.model_dump(mode="json"), "generation", str(tiny_root / "tokenizers/image"), "cpu")
+    schema = codes_schema(card, "generation", 6, 4, encode_identity(encoder))
+    with pytest.raises(DataError, match=r"part-00001.*4 bytes instead of"):
+        run_hop(hop, here(worker), columns_of(schema), {})
+
+
+def test_codes_say_who_made_them(tiny_root):
+    manifest = read_manifest(tiny_root / "data/codes/shapes/crop")
+    assert manifest.rows == ROWS
+    assert manifest.lineage["encoding"]["view"] == "crop"
+    other = read_manifest(tiny_root / "data/codes/shapes/pad")
+    for name in ("codebook_id", "encoder_id"):
+        assert manifest.lineage[name] == other.lineage[name]
+
+
+def test_an_unknown_source_or_rule_names_the_known_ones(card, tmp_path):
+    wrong = card.model_copy(update={"source": card.source.model_copy(update={"kind": "shape"})})
+    with pytest.raises(ConfigError, match=r"'shape'.*Did you mean 'shapes'"):
+        download(wrong, tmp_path / "raw")
+    with pytest.raises(ConfigError, match="endless"):
+        download(card, tmp_path / "raw", rows=None)

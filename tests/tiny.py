@@ -1,0 +1,100 @@
+"""A tiny experiment root for tests: `micro` with an untrained image tokenizer."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+
+from unifork.config import Experiment, load, load_card
+from unifork.data.encoding import Encode, encode_hop, encode_identity, encoder_for
+from unifork.data.hop import run_hop
+from unifork.data.schema import codes_schema, columns_of, image_text_schema
+from unifork.data.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
+from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
+from unifork.experiments import params_text, resolve
+from unifork.image_tokenizer.model import Architecture, ImageTokenizer
+from unifork.image_tokenizer.training import save_whole
+from unifork.models.warm_start import create_model
+
+REPOSITORY = Path(__file__).parent.parent
+ROWS, SHARD_ROWS = 96, 32
+CHANGES = {
+    "datasets": {"shapes": {"rows": ROWS, "shard_rows": SHARD_ROWS}},
+}
+
+
+def here(worker):
+    """A `map_tasks` that works in this process."""
+    return lambda tasks, on_result: [on_result(worker(task)) for task in tasks]
+
+
+def write_experiment(root: Path, changes: dict | None = None) -> Experiment:
+    """`micro` with changes, as the params.yaml of a root that has the project's own files."""
+    for name in ("datasets", "experiments", "clusters"):
+        if not (root / name).exists():
+            shutil.copytree(REPOSITORY / name, root / name)
+    (root / "experiments" / "tiny.yaml").write_text(yaml.safe_dump({"extends": "micro", **CHANGES, **(changes or {})}))
+    experiment = resolve("tiny", root / "experiments", root / "datasets")
+    (root / "params.yaml").write_text(params_text(experiment))
+    return load(Experiment, root / "params.yaml")
+
+
+def fresh_tokenizer(experiment: Experiment, directory: Path) -> ImageTokenizer:
+    """Random weights with a codebook of the encoder's own features, so that codes differ."""
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(Architecture.of(experiment.image_tokenizer))
+    size, rows = experiment.image_tokenizer.image_size, experiment.image_tokenizer.codebook_size
+    features = tokenizer.encoder(torch.rand(16, 3, size, size) * 2 - 1).flatten(0, 1)
+    tokenizer.quantizer.codebook.copy_(features[:rows] * torch.rand(rows, 1))
+    save_whole(tokenizer, directory)
+    return ImageTokenizer.load(directory)
+
+
+def build(root: Path, changes: dict | None = None) -> Path:
+    """Raw, filtered and coded shards, tokenizers and a fresh model below `root`."""
+    experiment = write_experiment(root, changes)
+    card = load_card("shapes", root / "datasets")
+    plain = card.model_dump(mode="json")
+    columns = columns_of(image_text_schema(card))
+    raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
+    use = experiment.datasets["shapes"]
+    run_hop(download_hop(card, use.rows, use.shard_rows, 0, raw), here(Materialise(plain)), columns, {})
+    run_hop(filter_hop(card, raw, filtered), here(Filter(plain)), columns, {})
+    pictures = fresh_tokenizer(experiment, root / "tokenizers/image")
+    text = train_text_tokenizer(
+        [t for t in texts_of(filtered, card)], experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
+    )
+    for task, task_use in card.tasks.items():
+        encoder = encoder_for(card, task, root / "tokenizers/image")
+        hop = encode_hop(card, task, filtered, root / "data/codes/shapes" / task_use.view, encoder)
+        identity, shape = encode_identity(encoder), encoder.tokenizer.architecture
+        schema = codes_schema(card, task, shape.grid, shape.depth, identity)
+        run_hop(hop, here(Encode(plain, task, str(root / "tokenizers/image"), "cpu")), columns_of(schema), identity)
+    write_model(experiment, pictures, text, root / "models/unifork-init", root)
+    return root
+
+
+def write_model(
+    experiment: Experiment, pictures: ImageTokenizer, text: TextTokenizer, folder: Path, root: Path
+) -> None:
+    """Step 0 of the variant `unifork`."""
+    shape = pictures.architecture
+    model = create_model(
+        experiment.variants["unifork"],
+        pictures.quantizer.codebook,
+        shape.depth,
+        shape.grid,
+        pictures.encoder_id,
+        text.vocab_size,
+    )
+    model.save_pretrained(folder)
+    shutil.copytree(root / "tokenizers/image", folder / "image_tokenizer")
+    shutil.copytree(root / "tokenizers/text", folder / "text_tokenizer")
+
+
+def copy_of(root: Path, target: Path) -> Path:
+    """A private copy of a root, hard links where possible."""
+    shutil.copytree(root, target, copy_function=lambda a, b: os.link(a, b), dirs_exist_ok=True)
+    return target
