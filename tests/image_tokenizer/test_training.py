@@ -12,7 +12,8 @@ from unifork.image_tokenizer.codebook_training import CodebookAverages, kmeans, 
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.quantizer import ResidualQuantizer, nearest_rows, residual_codes
-from unifork.image_tokenizer.training import Batches, measure, train_tokenizer
+from unifork.image_tokenizer.training import Batches, measure, train_tokenizer, without_repeats
+from unifork.image_tokenizer.views import to_tensor
 
 
 def generator():
@@ -103,6 +104,22 @@ def test_batches_take_equal_parts_in_passes():
     assert sorted(steps[:5, :2].ravel()) == list(range(10)), "one pass sees every picture once"
     assert sorted(steps[2:4, 2:].ravel()) == [100, 101, 102, 103]
     assert (batches.take(7) == steps[7]).all(), "a step is a function of its number"
+
+
+def test_pictures_that_repeat_are_learned_once(blocks):
+    groups = without_repeats({"crop": blocks[:4], "pad": blocks[2:6], "same": blocks[:3]})
+    assert {name: len(group) for name, group in groups.items()} == {"crop": 4, "pad": 2}
+    assert (groups["pad"] == blocks[4:6]).all()
+
+
+def test_codes_of_a_patch_depend_on_the_patch_alone(trained, blocks):
+    """`local`, the default: the same patch has the same codes at every place and beside any other."""
+    tokenizer = ImageTokenizer.load(trained[0])
+    picture = to_tensor(blocks[:1])
+    codes = tokenizer.encode(picture).reshape(4, 4, 3)
+    moved = tokenizer.encode(picture.roll((8, 16), dims=(2, 3))).reshape(4, 4, 3)
+    assert (moved == codes.roll((1, 2), dims=(0, 1))).all()
+    assert codes.reshape(16, 3).unique(dim=0).shape[0] > 1
 
 
 def test_wrong_input(config, blocks, tmp_path):

@@ -65,7 +65,7 @@ class Filter:
                 rejected.append({"key": row["key"], "reason": verdict[0], "detail": verdict[1], "image": row["image"]})
         quarantine = output.parent / QUARANTINE / output.name
         if rejected:
-            write_atomically(quarantine, lambda path: pq.writetable_of(pa.Table.from_pylist(rejected), path))
+            write_atomically(quarantine, lambda path: pq.write_table(pa.Table.from_pylist(rejected), path))
         else:
             quarantine.unlink(missing_ok=True)
         dropped = dict(Counter(row["reason"] for row in rejected))

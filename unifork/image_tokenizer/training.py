@@ -5,13 +5,15 @@ Out: a tokenizer directory and a report. In order: an autoencoder without quanti
 k-means on its features for a first codebook; moving averages and straight-through gradients; at the
 end encoder and codebook stand still and the decoder alone learns to draw from the final codes.
 
-Every batch holds equal parts of all groups. The same seed, pictures and number of threads give the
+Every batch holds equal parts of all groups; a picture that an earlier group holds already is left
+out of the later ones, since square pictures are the same in both views. The same seed, pictures and number of threads give the
 same bytes. There is no resuming: this takes minutes, and the directory appears whole or not at all.
 
 Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth, M vectors,
 K codebook rows.
 """
 
+import hashlib
 import math
 import shutil
 import time
@@ -84,7 +86,7 @@ def train_tokenizer(
             f"below steps {config.training.steps}"
         )
     started = time.monotonic()
-    trainer = TokenizerTrainer(config, pictures)
+    trainer = TokenizerTrainer(config, without_repeats(pictures))
     _run(trainer, config, progress)
     report = measure(trainer.tokenizer, held_out)
     report["rows_refilled"] = trainer.rows_refilled
@@ -228,6 +230,22 @@ class Batches:
                 chosen[inside] = order[positions[inside] % len(group)]
             parts.append(group[chosen])
         return np.concatenate(parts)
+
+
+def without_repeats(groups: Groups) -> dict[str, np.ndarray]:
+    """The groups without pictures that occurred before, byte for byte; a group left empty is dropped."""
+    seen: set[bytes] = set()
+    left = {}
+    for name, pixels_BSSC in groups.items():
+        new = []
+        for index, picture_SSC in enumerate(pixels_BSSC):
+            key = hashlib.sha256(np.ascontiguousarray(picture_SSC)).digest()
+            if key not in seen:
+                seen.add(key)
+                new.append(index)
+        if new:
+            left[name] = pixels_BSSC[new]
+    return left
 
 
 def reconstruction_loss(drawn_BCSS: Tensor, pixels_BCSS: Tensor) -> Tensor:

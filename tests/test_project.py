@@ -1,0 +1,124 @@
+"""The project's own rules: imports go down, files load, the lock is fit for strangers, the README is true."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from unifork.config import Card, Cluster, Experiment, load, load_card
+from unifork.experiments import params_text, resolve
+
+ROOT = Path(__file__).parent.parent
+LEVELS = [
+    {"errors"},
+    {"vocabulary", "processes"},
+    {"config", "batch", "identity"},
+    {"manifest", "jobs"},
+    {"image_tokenizer", "models"},
+    {"data"},
+    {"experiments", "inference"},
+    {"training", "evaluation", "analysis", "report", "cluster"},
+    {"cli", "pipelines"},
+]
+"""A module imports only from levels below its own, or from its own package."""
+SIBLINGS_APART = {("models", "data"), ("data", "models"), ("models", "image_tokenizer"), ("training", "image_tokenizer")}
+RAY_ALLOWED = {"unifork/cluster.py", "unifork/training/launch.py", "unifork/jobs.py"}
+
+
+def sources():
+    return [p for folder in ("unifork", "pipelines") for p in (ROOT / folder).rglob("*.py")]
+
+
+def part_of(module: str) -> str:
+    names = module.split(".")
+    return names[0] if names[0] == "pipelines" or len(names) == 1 else names[1]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_go_down_only():
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    faults = []
+    for path in sources():
+        mine = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if mine in ("__init__", "unifork"):
+            continue
+        for module in imports(path):
+            if not module.startswith(("unifork.", "pipelines.")):
+                continue
+            other = part_of(module)
+            if other != mine and other in level and (level[other] >= level[mine] or (mine, other) in SIBLINGS_APART):
+                faults.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert faults == []
+
+
+def test_ray_is_imported_in_three_places_only():
+    users = {str(p.relative_to(ROOT)) for p in sources() if any(m.partition(".")[0] == "ray" for m in imports(p))}
+    assert users <= RAY_ALLOWED
+
+
+def test_datasets_holds_no_python():
+    """Otherwise transformers would take the folder for the library of the same name."""
+    assert not list((ROOT / "datasets").rglob("*.py"))
+
+
+def test_every_file_a_user_edits_loads():
+    for path in (ROOT / "datasets").glob("*.yaml"):
+        assert isinstance(load_card(path.stem, ROOT / "datasets"), Card)
+    for path in (ROOT / "clusters").glob("*.yaml"):
+        assert load(Cluster, path).name == path.stem
+    for path in (ROOT / "experiments").glob("*.yaml"):
+        experiment = resolve(path.stem, ROOT / "experiments", ROOT / "datasets")
+        assert experiment.runs
+        assert Experiment.model_validate(yaml.safe_load(params_text(experiment))) == experiment
+
+
+def test_the_committed_params_are_the_demo():
+    assert (ROOT / "params.yaml").read_text() == params_text(resolve("demo", ROOT / "experiments", ROOT / "datasets"))
+
+
+def test_no_file_is_long():
+    long = {str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.read_text().splitlines())) > 400}
+    assert long == {}
+
+
+def test_the_lock_is_fit_for_strangers():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[A-Za-z0-9_.!]+", line) for line in lines), "only NAME==VERSION"
+    names = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    assert "torch==2.13.0" in lines
+    assert not any(name.startswith(("nvidia", "cuda", "triton")) for name in names)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["demo"], *extras["dev"]]:
+        assert re.split(r"[\[<>=]", requirement)[0].lower() in names, requirement
+    assert int(next(line for line in lines if line.startswith("pandas==")).split("==")[1].split(".")[0]) < 3
+    assert "flash-attn" not in names
+    assert all("flash-attn" not in " ".join(extra) for name, extra in extras.items() if name != "flash")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_commands_of_the_pages_exist(page):
+    text = (ROOT / page).read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z]+)", text):
+        assert target in targets
+    programs = {path.stem for path in (ROOT / "pipelines").glob("*.py")}
+    for program in re.findall(r"python -m pipelines\.(\w+)", text):
+        assert program in programs
+    commands = set(re.findall(r"@app\.command\(\)\ndef (\w+)", (ROOT / "unifork/cli.py").read_text()))
+    for command in re.findall(r"(?:^|`)unifork (\w+)", text, re.MULTILINE):
+        assert command in commands
+    for path in re.findall(r"\]\(([a-z][\w/.-]+)\)", text):
+        assert (ROOT / path).exists(), path
