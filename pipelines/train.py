@@ -14,7 +14,7 @@ def main(name: str) -> None:
     if name not in params.runs:
         raise unknown("run", name, params.runs, "params.yaml: runs")
     resources = cluster.for_stage(params.runs[name].stage)
-    with local_ray(cluster, needed=resources.workers > 0, worker_output=True):
+    with local_ray(cluster, needed=resources.workers > 0):
         launch(StageJob(key=name, experiment=params, resources=resources, root=os.getcwd()))
 
 

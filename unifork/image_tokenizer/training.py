@@ -6,8 +6,9 @@ k-means on its features for a first codebook; moving averages and straight-throu
 end encoder and codebook stand still and the decoder alone learns to draw from the final codes.
 
 Every batch holds equal parts of all groups; a picture that an earlier group holds already is left
-out of the later ones, since square pictures are the same in both views. The same seed, pictures and number of threads give the
-same bytes. There is no resuming: this takes minutes, and the directory appears whole or not at all.
+out of the later ones, since square pictures are the same in both views. The same seed, pictures and
+number of threads give the same bytes. There is no resuming: this takes minutes, and the directory
+appears whole or not at all.
 
 Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth, M vectors,
 K codebook rows.
@@ -239,7 +240,7 @@ def without_repeats(groups: Groups) -> dict[str, np.ndarray]:
     for name, pixels_BSSC in groups.items():
         new = []
         for index, picture_SSC in enumerate(pixels_BSSC):
-            key = hashlib.sha256(np.ascontiguousarray(picture_SSC)).digest()
+            key = hashlib.sha256(picture_SSC.tobytes()).digest()
             if key not in seen:
                 seen.add(key)
                 new.append(index)

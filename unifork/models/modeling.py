@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
@@ -32,6 +33,8 @@ from unifork.models.image_head import HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, RouteBy
 from unifork.models.masks import Mask, attention_mask
 from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
+
+transformers_logging.disable_progress_bar()  # bars for reading and writing a file say nothing here
 
 
 class Losses(NamedTuple):

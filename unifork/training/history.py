@@ -64,15 +64,31 @@ def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
+LOG = "log.txt"
+
+
+class Log:
+    """Lines for people, in `log.txt` of the run folder; whoever launched the run shows them."""
+
+    def __init__(self, folder: Path, title: str) -> None:
+        self.path, self.title = folder / LOG, title
+
+    def __call__(self, text: str) -> None:
+        """Write a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as handle:
+            handle.write(f"{self.title}: {text}\n")
+
+
 class Progress:
     """A line every few seconds: steps done of steps known, losses, rate and ETA."""
 
-    def __init__(self, title: str, done: int, total: int, every_seconds: float = 10.0) -> None:
-        self.title, self.first, self.total, self.every = title, done, total, every_seconds
+    def __init__(self, log: Log, done: int, total: int, every_seconds: float = 10.0) -> None:
+        self.log, self.first, self.total, self.every = log, done, total, every_seconds
         self.started = self.shown = time.monotonic()
 
     def show(self, done: int, row: dict[str, Any], documents: int) -> None:
-        """Print the line if it is time for one, and always at the end."""
+        """Write the line if it is time for one, and always at the end."""
         now = time.monotonic()
         if done < self.total and now - self.shown < self.every:
             return
@@ -80,8 +96,7 @@ class Progress:
         rate = (done - self.first) / max(now - self.started, 1e-9)
         losses = "  ".join(f"{name} {row[name]:.3f}" for name in ("text_loss", "image_loss") if row.get(name) is not None)
         eta = f"  {(self.total - done) / rate:.0f} s to go" if done < self.total else ""
-        print(
-            f"{self.title}: step {done}/{self.total} [{row['track']}]  {losses}  "
-            f"lr {row['learning_rate']:.2e}  {rate * documents:.0f} documents/s{eta}",
-            flush=True,
+        self.log(
+            f"step {done}/{self.total} [{row['track']}]  {losses}  "
+            f"lr {row['learning_rate']:.2e}  {rate * documents:.0f} documents/s{eta}"
         )

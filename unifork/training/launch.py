@@ -5,6 +5,9 @@ processes, each with what the cluster file asks for.
 """
 
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from unifork.training.history import LOG
 from unifork.training.loop import Run
 from unifork.training.stage import StageJob, train_stage
 
@@ -32,12 +36,13 @@ def _worker(config: dict[str, Any]) -> None:
 def launch(job: StageJob) -> None:
     """Run a stage where its resources say. Raises what the worker raised."""
     resources = job.resources
+    for name in ("ray.train", "ray.air"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     scaling = ScalingConfig(
         num_workers=resources.workers,
         use_gpu=resources.gpus > 0,
         resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus} if resources.workers else None,
     )
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.model_dump(mode="json"),
@@ -49,4 +54,33 @@ def launch(job: StageJob) -> None:
             failure_config=FailureConfig(max_failures=resources.max_restarts),
         ),
     )
-    trainer.fit()
+    with _shown(job.run_folder / LOG):
+        trainer.fit()
+
+
+@contextmanager
+def _shown(path: Path) -> Iterator[None]:
+    """Print the lines that are added to a file while the block runs, wherever they are written."""
+    offset = path.stat().st_size if path.exists() else 0
+    done = threading.Event()
+
+    def follow() -> None:
+        nonlocal offset
+        while True:
+            last = done.wait(0.5)
+            if path.exists():
+                offset = 0 if path.stat().st_size < offset else offset  # moved aside, begun again
+                with open(path) as handle:
+                    handle.seek(offset)
+                    print(handle.read(), end="", flush=True)
+                    offset = handle.tell()
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

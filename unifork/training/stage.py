@@ -26,7 +26,7 @@ from unifork.models.modeling import UniForkModel, load_model
 from unifork.processes import exclusive
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
-from unifork.training.history import History, Progress, read, write_csv
+from unifork.training.history import History, Log, Progress, read, write_csv
 from unifork.training.loop import Run, TrackRun, turns
 from unifork.training.strategies import barrier, strategy, whole
 from unifork.vocabulary import VIEW_OF_TASK
@@ -103,9 +103,10 @@ def train_stage(job: StageJob, run: Run) -> None:
 def _train(job: StageJob, run: Run) -> None:
     started = time.monotonic()
     lead = run.rank == 0
+    log = Log(job.run_folder, job.key)
     stage, mark = job.stage, job.fingerprint()
     if lead:
-        _make_room(job, mark)
+        _make_room(job, mark, log)
     barrier()
     model = load_model(job.start).to(run.device)
     tokenizer = TextTokenizer(job.start / TEXT_TOKENIZER)
@@ -128,9 +129,9 @@ def _train(job: StageJob, run: Run) -> None:
     if found:
         state = checkpoint.restore(*found, model, pairs)
     if lead:
-        _announce(job, model, tracks, quarantine, state, len(order))
+        _announce(log, model, tracks, quarantine, state, len(order))
     history = History(job.run_folder, state.total) if lead else None
-    progress = Progress(job.key, state.total, len(order))
+    progress = Progress(log, state.total, len(order))
     wrapped.train()
     for done in range(state.total, len(order)):
         name, step = order[done]
@@ -148,10 +149,10 @@ def _train(job: StageJob, run: Run) -> None:
     if lead:
         seconds = time.monotonic() - started
         write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "code": code_digest(), "seconds": seconds})
-        print(f"{job.key}: finished in {seconds:.0f} s -> {job.model_folder}", flush=True)
+        log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
 
 
-def _make_room(job: StageJob, mark: str) -> None:
+def _make_room(job: StageJob, mark: str, log: Log) -> None:
     """Decide what an existing run folder is worth; another configuration's is moved aside."""
     folder = job.run_folder
     if folder.exists():
@@ -163,22 +164,23 @@ def _make_room(job: StageJob, mark: str) -> None:
         elif finished.exists() and json.loads(finished.read_text())["code"] != code_digest():
             reason = "was finished by other code"
         if reason:
-            print(f"{job.key}: {folder} {reason}; moved to {checkpoint.set_aside(folder)}, starting afresh", flush=True)
+            aside = checkpoint.set_aside(folder)
+            log(f"{folder.name} {reason}; moved to {aside.name}, starting afresh")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def _announce(
-    job: StageJob, model: nn.Module, tracks: dict[str, TrackRun], quarantine: Quarantine, state: State, total: int
+    log: Log, model: nn.Module, tracks: dict[str, TrackRun], quarantine: Quarantine, state: State, total: int
 ) -> None:
     where = f"continuing from step {state.total} of {total}" if state.total else f"starting, {total} steps"
     every = sum(p.numel() for p in model.parameters())
-    print(f"{job.key}: {where}; {every / 1e6:.2f} M parameters", flush=True)
+    log(f"{where}; {every / 1e6:.2f} M parameters")
     for name, track in tracks.items():
         count = sum(p.numel() for p in track.parameters.values())
         sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
-        print(f"  track {name}: {count / 1e6:.2f} M trained; documents: {sets}", flush=True)
+        log(f"track {name}: {count / 1e6:.2f} M trained; documents: {sets}")
     for reason, count in quarantine.counts().items():
-        print(f"  quarantined: {count} x {reason}", flush=True)
+        log(f"quarantined: {count} x {reason}")
 
 
 def _export(

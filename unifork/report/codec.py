@@ -1,0 +1,76 @@
+"""The image tokenizer as a report needs it: codes to pixels, and pixels through codes to pixels.
+
+In: a tokenizer directory. Out: a `Codec`. It is handed to the report, which knows no model: so a page can be built,
+and tested, without one.
+
+Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from unifork.errors import DataError
+from unifork.image_tokenizer.model import CONFIG_FILE, ImageTokenizer
+from unifork.image_tokenizer.training import decode_all, encode_all
+from unifork.manifest import file_sha256
+
+
+class Codec(Protocol):
+    """What turns codes into pictures."""
+
+    def decode(self, codes_BND: np.ndarray) -> np.ndarray:
+        """Bytes (B, S, S, C) of codes."""
+
+    def reconstruct(self, pixels_BSSC: np.ndarray) -> np.ndarray:
+        """Bytes of the same shape, by way of codes."""
+
+
+LoadCodec = Callable[[Path], Codec]
+
+
+class TokenizerCodec:
+    """A trained image tokenizer; its canaries are checked when it is loaded."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tokenizer = ImageTokenizer.load(directory)
+
+    def decode(self, codes_BND: np.ndarray) -> np.ndarray:
+        """Bytes (B, S, S, C). Raises DataError where the codes are of another shape or outside the codebook."""
+        architecture = self.tokenizer.architecture
+        allowed = (architecture.grid**2, architecture.depth)
+        if codes_BND.shape[1:] != allowed:
+            raise DataError(f"{self.directory}: codes of shape {codes_BND.shape}; allowed are (pictures, {allowed})")
+        if codes_BND.size and not 0 <= codes_BND.min() <= codes_BND.max() < architecture.codebook_size:
+            raise DataError(
+                f"{self.directory}: codes from {codes_BND.min()} to {codes_BND.max()}; "
+                f"allowed are 0 to {architecture.codebook_size - 1}"
+            )
+        return decode_all(self.tokenizer, codes_BND.astype(np.int64))
+
+    def reconstruct(self, pixels_BSSC: np.ndarray) -> np.ndarray:
+        """Bytes of the same shape, by way of codes."""
+        return decode_all(self.tokenizer, encode_all(self.tokenizer, pixels_BSSC))
+
+
+def load_codec(directory: Path) -> Codec:
+    """The tokenizer of a directory; every model carries a copy of the same one, which is loaded once."""
+    config = directory / CONFIG_FILE
+    if not config.exists():
+        raise DataError(f"{directory}: no {CONFIG_FILE}; the image tokenizer that travels with a model is not there")
+    return _loaded(file_sha256(config), directory if directory.is_absolute() else Path(directory))
+
+
+_by_identity: dict[str, Codec] = {}
+
+
+@cache
+def _loaded(identity: str, directory: Path) -> Codec:
+    """Loaded anew only for another `config.json`, which names the weights."""
+    if identity not in _by_identity:
+        _by_identity[identity] = TokenizerCodec(directory)
+    return _by_identity[identity]
