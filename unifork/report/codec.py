@@ -7,7 +7,6 @@ Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D c
 """
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -62,15 +61,11 @@ def load_codec(directory: Path) -> Codec:
     config = directory / CONFIG_FILE
     if not config.exists():
         raise DataError(f"{directory}: no {CONFIG_FILE}; the image tokenizer that travels with a model is not there")
-    return _loaded(file_sha256(config), directory if directory.is_absolute() else Path(directory))
+    identity = file_sha256(config)
+    if identity not in _loaded:
+        _loaded[identity] = TokenizerCodec(directory)
+    return _loaded[identity]
 
 
-_by_identity: dict[str, Codec] = {}
-
-
-@cache
-def _loaded(identity: str, directory: Path) -> Codec:
-    """Loaded anew only for another `config.json`, which names the weights."""
-    if identity not in _by_identity:
-        _by_identity[identity] = TokenizerCodec(directory)
-    return _by_identity[identity]
+_loaded: dict[str, Codec] = {}
+"""By the hash of `config.json`, which names the weights."""

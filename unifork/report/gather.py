@@ -33,6 +33,12 @@ from unifork.vocabulary import VIEWS, View
 SPLITS = ("seen", "held_out")
 """Order of the columns; other splits follow."""
 
+FIRST_SCORES = (
+    *("overall", "composed", "single_object", "two_object", "counting", "colors", "position", "color_attr"),
+    *("yes_no_accuracy", "yes_no_f1", "yes_no_precision", "yes_no_recall", "yes_no_yes_ratio"),
+)
+"""Order of the rows of a score table; others follow by name."""
+
 PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
 """Order of the rows; branches come after the shared trunk."""
 
@@ -64,7 +70,8 @@ class HopFacts:
     def encoding(self) -> str:
         """What codes depend on beside the tokenizer, in words; empty for pictures."""
         encoding: dict[str, Any] = self.manifest.lineage.get("encoding", {}) if self.manifest else {}
-        return "; ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in encoding.items() if name != "view")
+        settings = {name.replace("_", " "): _plain(value) for name, value in encoding.items() if name != "view"}
+        return "; ".join(f"{name} {value}" for name, value in settings.items())
 
     @property
     def size(self) -> str:
@@ -133,8 +140,9 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """The scores by name, in the order of the file."""
-        return list(dict.fromkeys(score.name for score in self.scores))
+        """The scores by name, in the order of the page."""
+        found = {score.name for score in self.scores}
+        return [*(name for name in FIRST_SCORES if name in found), *sorted(found - set(FIRST_SCORES))]
 
     def score(self, name: str, split: str) -> Score | None:
         """One score."""

@@ -143,7 +143,8 @@ def data_pictures(data: DataSet, filtered: Path, size: int, codec: Codec | None)
         strips.append(strip(f"{view} view", pixels_BSSC, texts))
         if codec is not None:
             drawn_BSSC = codec.reconstruct(pixels_BSSC)
-            reconstructions += [strip(f"{view}, original", pixels_BSSC, texts), strip("decoded from codes", drawn_BSSC, texts)]
+            reconstructions.append(strip(f"{view}, original", pixels_BSSC, texts))
+            reconstructions.append(strip("decoded from codes", drawn_BSSC, texts))
             if data.card.source.kind == "shapes":
                 detector[view] = same_reading(pixels_BSSC, drawn_BSSC)
     return DataPictures(texts, strips, rejected_rows(filtered, manifest), reconstructions, detector)
@@ -162,7 +163,7 @@ def same_reading(original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> Same:
 
 
 def sample_rows(folder: Path, manifest: Manifest, count: int, card: Card) -> list[dict[str, Any]]:
-    """Evenly spaced rows of evenly spaced shards: key, image, and the first text that a row has."""
+    """Evenly spaced rows of evenly spaced shards, those to show first: key, image, and the first text a row has."""
     texts = list(dict.fromkeys(text for use in card.tasks.values() for text in use.texts if text != "conversations"))
     filled = [shard for shard in manifest.shards if shard.rows]
     shards = [filled[i] for i in _spread(len(filled), SAMPLED_SHARDS)]
@@ -170,10 +171,10 @@ def sample_rows(folder: Path, manifest: Manifest, count: int, card: Card) -> lis
     for number, shard in enumerate(shards):
         share = (count + number) // len(shards)
         table = read_table(folder, shard, ["key", "image", *texts])
-        # the first rows of the list are the ones shown, so that each shard has a part in them
         found += table.take(_spread(shard.rows, share)).to_pylist()
-    mixed = [found[i] for start in range(SAMPLES) for i in range(start, len(found), SAMPLES)]
-    return [row | {"text": next((row[name] for name in texts if row[name]), row["key"])} for row in mixed]
+    shown = _spread(len(found), SAMPLES)
+    rows = [found[i] for i in [*shown, *sorted(set(range(len(found))) - set(shown))]]
+    return [row | {"text": next((row[name] for name in texts if row[name]), row["key"])} for row in rows]
 
 
 def rejected_rows(folder: Path, manifest: Manifest) -> list[Rejected]:
@@ -247,7 +248,7 @@ def answered_questions(found: Evaluation) -> list[AnsweredQuestion]:
     return shown
 
 
-def _first(samples: Sequence[Drawn] | Sequence[Answered], count: int) -> list[int]:
+def _first(samples: Sequence[Drawn | Answered], count: int) -> list[int]:
     """Positions of the first samples of every kind and split."""
     taken: dict[tuple[str, str], list[int]] = {}
     for number, sample in enumerate(samples):
@@ -259,7 +260,7 @@ def _first(samples: Sequence[Drawn] | Sequence[Answered], count: int) -> list[in
 
 def _spread(length: int, count: int) -> list[int]:
     """At most `count` evenly spaced numbers below `length`."""
-    return sorted({int(i * length / count) for i in range(min(count, length))} if length >= count else set(range(length)))
+    return sorted({i * length // count for i in range(count)}) if length else []
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

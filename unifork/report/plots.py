@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from unifork.evaluation.statistics import Score
 from unifork.report.reading import Step
@@ -33,6 +34,7 @@ SETTINGS = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.15,
     "legend.frameon": False,
     "legend.fontsize": 8.0,
@@ -89,21 +91,24 @@ def score_plot(title: str, scores: Sequence[Score], splits: Sequence[str], names
                 label=worded(split),
             )
             ends = (np.array(places) - thickness * 0.45, np.array(places) + thickness * 0.45)
-            label = "chance" if number == 0 else None
-            axes.vlines([s.chance for _, s in rows], *ends, color=INK, linestyle=(0, (1.5, 1)), linewidth=1.8, label=label)
+            axes.vlines([score.chance for _, score in rows], *ends, color=INK, linestyle=(0, (1.5, 1)), linewidth=2)
+        axes.plot([], [], color=INK, linestyle=(0, (1.5, 1)), linewidth=2, label="chance")
         axes.set_yticks(range(len(names)), [worded(name) for name in names])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         figure.legend(loc="outside upper right", ncols=len(splits) + 1)
-        alt = "; ".join(f"{worded(s.name)}, {worded(s.split)}: {s.value:.3f}, chance {s.chance:.3f}" for s in scores)
-        return Plot(title, _svg(figure), f"Bars of the scores in the table. {alt}")
+        alt = f"{title}: the scores of the table above as bars, with standard errors and chance levels."
+        return Plot(title, _svg(figure), alt)
 
 
 def worded(name: str) -> str:
     """A name of a score or split as people write it."""
-    return "held-out" if name == "held_out" else name.replace("_", " ")
+    spoken = {"held_out": "held-out", "yes_no": "yes/no", "_f1": " F1", "_attr": " attribution"}
+    for written, words in spoken.items():
+        name = name.replace(written, words)
+    return name.replace("_", " ")
 
 
 def _per_track(history: Sequence[Step], name: str, label: str = "") -> list[Curve]:
@@ -119,14 +124,14 @@ def _per_track(history: Sequence[Step], name: str, label: str = "") -> list[Curv
 
 def _curves(title: str, curves: Sequence[Curve]) -> Plot:
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
-        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(3.6, 2.3))
+        axes = figure.add_axes((0.14, 0.19, 0.84, 0.74))  # a layout engine would draw everything twice
         for number, (label, steps, values) in enumerate(curves):
             axes.plot(*_thinned(steps, values), color=COLORS[number % len(COLORS)], label=label)
         _legend(axes, len(curves))
         axes.set_xlabel("step of the track")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         said = "; ".join(f"{label}: {values[0]:.3g} to {values[-1]:.3g}" for label, _, values in curves)
         return Plot(title, _svg(figure), f"{title} over {max(curve[1][-1] for curve in curves)} steps. {said}")
 

@@ -192,7 +192,7 @@ def read_codes(path: Path, pictures: int) -> np.ndarray | None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (UnicodeDecodeError, OSError) as error:

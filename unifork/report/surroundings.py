@@ -50,7 +50,8 @@ def revision(root: Path) -> str:
     if commit is None:
         return "not a git checkout"
     # the lock file is rewritten by the very `dvc repro` that writes this page
-    changed = _said("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)dvc.lock")
+    paths = ("--", ":/", ":(exclude,top)dvc.lock")
+    changed = _said("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", *paths)
     if changed is None:
         return commit
     files = len(changed.splitlines())

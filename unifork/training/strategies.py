@@ -46,7 +46,7 @@ class FSDP2:
     """Parameters, gradients and optimizer state are sharded; resharding is loading."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        for block in model.blocks():  # type: ignore[operator]
+        for block in model.layers:  # type: ignore[union-attr]
             fully_shard(block)
         fully_shard(model)
         return model

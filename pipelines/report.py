@@ -1,0 +1,32 @@
+"""Everything the experiment left behind, on one page that opens offline: reports/<experiment>/index.html."""
+
+import time
+from pathlib import Path
+
+from pipelines.common import CODES, FILTERED, IMAGE_TOKENIZER, MODELS, RAW, REPORTS, RUNS, SCORES, experiment, program
+from unifork import inference
+from unifork.manifest import write_atomically
+from unifork.report.build import build
+from unifork.report.codec import load_codec
+from unifork.report.gather import Layout
+
+CARDS = Path("datasets")
+
+
+def write(path: Path, page: str) -> None:
+    path.write_text(page, encoding="utf-8")
+
+
+def main(_: str) -> None:
+    started = time.monotonic()
+    params = experiment()
+    companion = inference.IMAGE_TOKENIZER
+    layout = Layout(CARDS, RAW, FILTERED, CODES, IMAGE_TOKENIZER, MODELS, RUNS, SCORES, companion)
+    page = build(params, layout, load_codec)
+    path = REPORTS / params.name / "index.html"
+    write_atomically(path, lambda temporary: write(temporary, page))
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB in {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    program("pipelines.report", lambda _: REPORTS / experiment().name, main, None)

@@ -1,0 +1,254 @@
+"""A small finished experiment on disk, made by hand: no training, no tokenizer, pictures of the world `shapes`."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from unifork.config import Experiment, load_card, parse
+from unifork.data.hop import write_shard
+from unifork.data.schema import image_text_schema
+from unifork.data.shapes.world import draw, scene
+from unifork.manifest import Manifest, write_json, write_manifest
+from unifork.report.gather import Layout
+
+NASTY = "<script>alert('a')</script> & <b>"
+DEPTH = 2
+
+CARD = {
+    "name": "world",
+    "title": "A small world",
+    "homepage": "https://example.org/world",
+    "licence": "CC-BY-4.0",
+    "attribution": f"made by {NASTY}",
+    "redistribute_codes": False,
+    "source": {"kind": "shapes"},
+    "tasks": {
+        "generation": {"view": "crop", "texts": ["caption"]},
+        "understanding": {"view": "pad", "texts": ["description"]},
+    },
+}
+
+
+def entry(task):
+    return {"dataset": "world", "task": task, "text": "caption", "template": "generate", "weight": 1.0}
+
+
+def track(task):
+    optimizer = {"learning_rate": 0.001, "schedule": "constant", "warmup_steps": 0}
+    return {
+        "mixture": [entry("generation" if task == "joint" else task)],
+        "steps": 3,
+        "batch_documents": 4,
+        "trainable": ["*"],
+        "optimizer": optimizer,
+    }
+
+
+def stage(*tracks, prompts=()):
+    return {
+        "tracks": {name: track(name) for name in tracks},
+        "context": 64,
+        "checkpoint_every": 3,
+        "sample_prompts": list(prompts),
+    }
+
+
+def experiment(variants=("fork",)) -> Experiment:
+    decoder = {
+        "z_channels": 4,
+        "channels": 4,
+        "multipliers": [1],
+        "blocks": 0,
+        "attention_levels": [],
+        "norm_groups": 1,
+    }
+    training = {"datasets": ["world"], "steps": 2, "quantise_from_step": 1, "batch_images": 2, "learning_rate": 0.1}
+    training |= {"warmup_steps": 0, "commitment": 0.1, "ema_decay": 0.9, "held_out_images": 2}
+    head = {"layers": 1, "heads": 1, "head_dim": 4}
+    return parse(
+        Experiment,
+        {
+            "name": "tiny",
+            "datasets": {"world": {"rows": 4, "shard_rows": 4}},
+            "image_tokenizer": {
+                "image_size": 48,
+                "patch_size": 8,
+                "encoder": {"hidden_size": 4, "layers": 2, "heads": 1, "intermediate_size": 4},
+                "depth": DEPTH,
+                "codebook_size": 16,
+                "decoder": decoder,
+                "training": training,
+                "seed": 0,
+            },
+            "text_tokenizer": {"vocab_size": 300, "datasets": ["world"]},
+            "variants": {
+                name: {"plan": "shared*1 task*1 norm:task", "backbone": {}, "head": head, "stages": ["s1", "s3"]}
+                for name in variants
+            },
+            "stages": {
+                "s1": stage("joint", prompts=["a red circle", NASTY]),
+                "s3": stage("generation", "understanding", prompts=["a red circle"]),
+            },
+            "benchmarks": {
+                kind: {"kind": kind, "samples": 2} for kind in ("shapes-generation", "shapes-understanding")
+            },
+            "runs": {
+                f"{name}-{one}": {"variant": name, "stage": one, "after": "models/x", "codes": "data/codes"}
+                for name in variants
+                for one in ("s1", "s3")
+            },
+            "evaluations": {
+                f"{name}-{kind}": {"variant": name, "benchmark": kind, "model": f"models/{name}-s3"}
+                for name in variants
+                for kind in ("shapes-generation", "shapes-understanding")
+            },
+        },
+        "test",
+    )
+
+
+def layout(root: Path) -> Layout:
+    (root / "datasets").mkdir(parents=True, exist_ok=True)
+    (root / "datasets" / "world.yaml").write_text(yaml.safe_dump(CARD))
+    return Layout(
+        cards=root / "datasets",
+        raw=root / "data/raw",
+        filtered=root / "data/filtered",
+        codes=root / "data/codes",
+        image_tokenizer=root / "tokenizers/image",
+        models=root / "models",
+        runs=root / "runs",
+        scores=root / "scores",
+        companion="image_tokenizer",
+    )
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_data(where: Layout) -> None:
+    """Four pictures, after three were dropped, one of them unreadable; codes of the crop view only."""
+    schema = image_text_schema(load_card("world", where.cards))
+    columns = {name: [None] * 4 for name in schema.names} | {
+        "key": [f"row-{number}" for number in range(4)],
+        "image": [png(draw(scene(0, number, "train"))) for number in range(4)],
+        "caption": ["one", "two", None, NASTY],
+        "description": ["first", "second", "third", None],
+    }
+    table = pa.table(columns, schema=schema)
+    dropped = {"unreadable": 2, "min_side": 1}
+    folders = {where.raw: {}, where.filtered: dropped, where.codes: {}}
+    for folder, drops in folders.items():
+        place = folder / "world" / ("crop" if folder == where.codes else "")
+        shard = write_shard(place / "part-00000.parquet", table, "made", drops)
+        lineage = (
+            {"encoder_id": "abc", "encoding": {"view": "crop", "dtype": "float32"}} if folder == where.codes else {}
+        )
+        write_manifest(place, Manifest(kind="any", dataset="world", columns={}, shards=(shard,), lineage=lineage))
+    address = "cannot identify <_io.BytesIO object at 0x7f00>"
+    rejected = [
+        {"key": "bad-1", "reason": "unreadable", "detail": address, "image": b"\x89PNG no"},
+        {"key": "bad-2", "reason": "unreadable", "detail": "empty", "image": None},
+        {"key": "thin", "reason": "min_side", "detail": NASTY, "image": png(Image.new("RGB", (90, 9), "red"))},
+    ]
+    (where.filtered / "world" / "quarantine").mkdir()
+    pq.write_table(pa.Table.from_pylist(rejected), where.filtered / "world" / "quarantine" / "part-00000.parquet")
+
+
+def write_tokenizer(where: Layout) -> None:
+    one = {"rows_used": 12, "perplexity": 7.25, "conditional_bits": 2.0}
+    use = {"rows_used": 13, "bits_per_position": 4.5, "distinct_positions": 9, "depths": [one] * DEPTH}
+    group = {"mean_absolute_levels": 3.5, "psnr_db": 27.25, "codes": use}
+    write_json(where.image_tokenizer / "report.json", {**group, "images": 8, "groups": {"world/crop": group}})
+    write_json(where.image_tokenizer / "config.json", {})
+
+
+def write_stage(where: Layout, key: str, plan: Experiment) -> None:
+    this = plan.stages[plan.runs[key].stage]
+    folder = where.models / key / "training"
+    shapes = {
+        "embed_tokens.weight": (10, 2),
+        "layers.0.mlp.shared.up_proj.weight": (5, 2),
+        "layers.1.mlp.generation.up_proj.weight": (3, 2),
+        "layers.1.mlp.understanding.up_proj.weight": (3, 2),
+        "norm.generation.weight": (2,),
+        "image_head.blocks.0.fc1.weight": (4, 4),
+        "codebook": (16, 2),
+    }
+    tensors = {
+        name: {"shape": shape, "dtype": "torch.float32", "trained": ".generation." in name}
+        for name, shape in shapes.items()
+    }
+    documents = {name: [{"dataset": "world", "template": "generate", "usable": 3, "seen": 12}] for name in this.tracks}
+    summary = {"run": key, "stage": this.model_dump(mode="json"), "documents": documents, "tensors": tensors}
+    write_json(folder / "summary.json", {**summary, "quarantined": {"world: too long": 7}})
+    lines = [
+        "track,step,loss,text_loss,image_loss,image_loss_depth_0,image_loss_depth_1,learning_rate,gradient_norm,fill"
+    ]
+    for name in this.tracks:
+        image = "2.0,2.1,1.9" if name != "understanding" else ",,"
+        text = "3.0" if name != "generation" else ""
+        lines += [f"{name},{step},5.0,{text},{image},0.001,{1 + step},0.9" for step in range(3)]
+    (folder / "history.csv").write_text("\n".join(lines) + "\n")
+    codes = np.arange(len(this.sample_prompts) * 4 * DEPTH).reshape(-1, 4, DEPTH) % 16
+    np.savez(folder / "samples.npz", codes=codes)
+    write_json(where.runs / key / "finished.json", {"seconds": 90.0, "code": "x", "fingerprint": "y"})
+
+
+def write_scores(where: Layout, key: str, names: tuple[str, ...], samples: list[dict], codes: bool) -> None:
+    row = {"standard_error": 0.0625, "chance": 0.125, "samples": 2, "seed": 5}
+    table = {
+        "held_out": {name: {**row, "value": 0.25} for name in names},
+        "seen": {name: {**row, "value": 0.75} for name in names},
+    }
+    write_json(where.scores / key / "metrics.json", table)
+    outputs = where.scores / key / "outputs"
+    outputs.mkdir()
+    (outputs / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    if codes:
+        np.savez(outputs / "codes.npz", codes=np.ones((len(samples), 4, DEPTH), dtype=np.int64))
+
+
+def write_all(root: Path, plan: Experiment, variant: str = "fork") -> Layout:
+    """Everything that the stages of one variant leave behind."""
+    where = layout(root)
+    write_data(where)
+    write_tokenizer(where)
+    for key, run in plan.runs.items():
+        if run.variant == variant:
+            write_stage(where, key, plan)
+    drawn = [
+        {"prompt": "a cross", "kind": "single_object", "split": "seen", "objects": [], "correct": True, "faults": []},
+        {"prompt": NASTY, "kind": "colors", "split": "held_out", "objects": [], "correct": False, "faults": ["no <i>"]},
+    ]
+    write_scores(where, f"{variant}-shapes-generation", ("overall", "single_object", "colors"), drawn, codes=True)
+    asked = {"picture": "seen-00000000", "kind": "yes_no", "split": "seen", "question": "Is there a cross?"}
+    answered = [
+        {**asked, "expected": "yes", "answer": "yes", "correct": True},
+        {**asked, "expected": "no", "answer": NASTY, "correct": False},
+    ]
+    write_scores(where, f"{variant}-shapes-understanding", ("yes_no_accuracy",), answered, codes=False)
+    return where
+
+
+class FakeCodec:
+    """Pictures whose colour is the mean of their codes; reconstructions that lose nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def decode(self, codes_BND):
+        grey_B = codes_BND.mean(axis=(1, 2)).astype(np.uint8) * 9
+        return np.broadcast_to(grey_B[:, None, None, None], (len(codes_BND), 48, 48, 3)).copy()
+
+    def reconstruct(self, pixels_BSSC):
+        return pixels_BSSC

@@ -1,0 +1,207 @@
+"""The whole page: what it says, that it needs nothing else, that it is there at any time, and what it refuses."""
+
+import base64
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from report_samples import NASTY, FakeCodec, experiment, layout, write_all
+
+from unifork.errors import UniForkError
+from unifork.report.build import build
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Elements, resources and visible text of a page; refuses tags that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.resources, self.images, self.text = [], [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.tags.append(tag)
+        self.text += " "
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(values)
+        if tag in ("img", "script", "link", "iframe", "object", "source"):
+            self.resources += [values[name] for name in ("src", "href", "data", "srcset") if name in values]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def words(page):
+    return re.sub(r"\s+", " ", Page(page).text)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    plan = experiment()
+    return build(plan, write_all(root, plan), FakeCodec, root), root
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Pages without the plots of training, which take most of the time."""
+    monkeypatch.setattr("unifork.report.build.training_plots", lambda history: [])
+
+
+def test_it_says_what_was_run_and_what_came_out(whole):
+    text = words(whole[0])
+    assert "tiny" in text
+    assert "shared*1 task*1 norm:task" in text
+    assert "0.750 ± 0.062" in text
+    assert "0.250 ± 0.062" in text
+    assert "chance 0.12" in text
+    assert "seed 5; samples 2" in text
+    assert "3 min" in text  # two stages of 90 s
+    assert "not a git checkout" in text
+
+
+def test_it_shows_the_data_with_drops_and_quarantine(whole):
+    text = words(whole[0])
+    assert "unreadable: 2, min_side: 1" in text
+    assert "CC-BY-4.0" in text
+    assert "may not be published" in text
+    assert "encode, pad not there yet" in text
+    assert "dtype float32" in text
+    assert "bad-1" in text
+    assert "cannot be shown" in text
+    assert "0x7f00" not in text  # an address, other in every run
+    assert "7 × world: too long" in text
+
+
+def test_it_shows_the_tokenizer(whole):
+    text = words(whole[0])
+    assert "27.2" in text
+    assert "7.2, 7.2" in text
+    assert "world/crop 4 of 4 1.000" in text
+    assert "world/pad 4 of 4 1.000" in text
+
+
+def test_it_shows_training_and_samples(whole):
+    page = Page(whole[0])
+    alts = [image["alt"] for image in page.images]
+    assert "a red circle, drawn after s1" in alts
+    assert "a red circle, drawn after s3" in alts
+    for title in ("Text loss", "Image loss", "Image loss by code depth", "Gradient norm", "Learning rate"):
+        assert sum(alt.startswith(f"{title} over 3 steps") for alt in alts) == 2
+    text = words(whole[0])
+    assert "generation branch 8 trained trained" in text
+    assert "understanding branch 6 frozen frozen" in text
+
+
+def test_it_shows_samples_with_verdicts(whole):
+    text = words(whole[0])
+    assert "a cross ✓ correct" in text
+    assert f"{NASTY} ✗ no <i>" in text
+    assert "the picture seen-00000000" in [image["alt"] for image in Page(whole[0]).images]
+
+
+def test_it_needs_no_network_and_no_other_file(whole):
+    page = Page(whole[0])
+    assert page.resources
+    assert all(resource.startswith("data:") for resource in page.resources)
+    assert not {"script", "iframe", "object", "base"} & set(page.tags)
+    styles = "".join(re.findall(r"<style>.*?</style>", whole[0], re.DOTALL))
+    assert "@import" not in styles
+    assert "url(" not in styles
+    drawings = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", whole[0])
+    for drawing in drawings:
+        svg = base64.b64decode(drawing).decode()
+        assert not re.search(r"(href|src)=\"(?!#)", svg)
+        assert "currentColor" in svg
+    assert len(drawings) == 12
+    assert len(whole[0]) < 1_000_000
+
+
+def test_every_text_is_escaped(whole):
+    assert "<script" not in whole[0]
+    assert "<i>" not in whole[0].replace("</i>", "").replace('<i style="', "")
+    assert NASTY in Page(whole[0]).text
+
+
+def test_every_picture_has_a_text(whole):
+    assert all(image["alt"] for image in Page(whole[0]).images)
+
+
+def test_no_folder_of_this_machine_is_told(whole):
+    assert str(whole[1]) not in whole[0]
+
+
+def test_equal_results_give_equal_bytes(whole, tmp_path):
+    plan = experiment()
+    assert build(plan, write_all(tmp_path, plan), FakeCodec, tmp_path) == whole[0]
+
+
+def test_before_anything_has_run(tmp_path):
+    page = build(experiment(), layout(tmp_path), FakeCodec, tmp_path)
+    text = words(page)
+    assert text.count("not there yet") > 10
+    assert "not known yet" in text
+    assert "not measured" in text
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_variant_that_has_not_run_stands_beside_one_that_has(tmp_path):
+    plan = experiment(("dense", "fork"))
+    text = words(build(plan, write_all(tmp_path, plan, "fork"), FakeCodec, tmp_path))
+    assert "dense shared*1 task*1 norm:task not known yet 0 of 2 not measured" in text
+    assert "2 of 2 3 min" in text
+    assert "Scores of dense-shapes-generation: not there yet" in text
+    assert "seen, fork 0.75" in text
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("missing", ["models/fork-s3", "runs", "tokenizers", "data/filtered", "scores", "data/raw"])
+def test_any_stage_may_be_missing(whole, tmp_path, missing):
+    plan = experiment()
+    where = write_all(tmp_path, plan)
+    shutil.rmtree(tmp_path / missing)
+    assert build(plan, where, FakeCodec, tmp_path) != whole[0]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "data/filtered/world/manifest.json",
+        "data/filtered/world/part-00000.parquet",
+        "data/filtered/world/quarantine/part-00000.parquet",
+        "tokenizers/image/report.json",
+        "models/fork-s1/training/summary.json",
+        "models/fork-s1/training/history.csv",
+        "models/fork-s1/training/samples.npz",
+        "runs/fork-s1/finished.json",
+        "scores/fork-shapes-generation/metrics.json",
+        "scores/fork-shapes-generation/outputs/samples.jsonl",
+        "scores/fork-shapes-generation/outputs/codes.npz",
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, file):
+    plan = experiment()
+    where = write_all(tmp_path, plan)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    with pytest.raises(UniForkError, match=re.escape(path.name)):
+        build(plan, where, FakeCodec, tmp_path)
+
+
+def test_fewer_pictures_than_prompts_are_refused(tmp_path):
+    plan = experiment()
+    where = write_all(tmp_path, plan)
+    lines = (where.scores / "fork-shapes-generation/outputs/samples.jsonl").read_text().splitlines(keepends=True)
+    (where.scores / "fork-shapes-generation/outputs/samples.jsonl").write_text(lines[0])
+    with pytest.raises(UniForkError, match="allowed are integers of shape"):
+        build(plan, where, FakeCodec, tmp_path)

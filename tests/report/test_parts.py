@@ -1,0 +1,121 @@
+"""The pieces of a page: parts of a model, pictures as data, plots, surroundings, and the real tokenizer's codec."""
+
+import base64
+import io
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_samples import experiment
+
+from unifork.errors import DataError
+from unifork.image_tokenizer.model import Architecture, ImageTokenizer
+from unifork.report.build import count, duration
+from unifork.report.codec import load_codec
+from unifork.report.gather import part_of
+from unifork.report.pictures import LARGEST, picture
+from unifork.report.plots import MOST_POINTS, training_plots
+from unifork.report.reading import Step, read_samples
+from unifork.report.surroundings import revision, surroundings
+
+
+@pytest.mark.parametrize(
+    ("tensor", "part"),
+    [
+        ("layers.14.self_attn.generation.q_proj.weight", "generation branch"),
+        ("layers.0.mlp.shared.up_proj.weight", "shared trunk"),
+        ("norm.image.weight", "image branch"),
+        ("norm.shared.weight", "shared trunk"),
+        ("embed_tokens.weight", "embeddings"),
+        ("connector.linear1.bias", "connector"),
+        ("image_head.norm.weight", "image head"),
+        ("lm_head.weight", "text head"),
+        ("codebook", "codebook"),
+    ],
+)
+def test_parts_of_a_model(tensor, part):
+    assert part_of(tensor) == part
+
+
+def test_small_pictures_are_exact_and_large_ones_small():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 30, 3), dtype=np.uint8)
+    small = picture(Image.fromarray(pixels), "noise")
+    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(small.src.partition(",")[2])))) == pixels).all()
+    large = picture(Image.new("CMYK", (4000, 1000)), "large")
+    assert (large.width, large.height) == (LARGEST, LARGEST // 4)
+    assert large.src.startswith("data:image/jpeg")
+    assert len(large.src) < 5000
+
+
+def test_transparency_survives():
+    clear = picture(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "clear")
+    assert Image.open(io.BytesIO(base64.b64decode(clear.src.partition(",")[2]))).getpixel((0, 0))[3] == 0
+
+
+def test_long_histories_make_small_plots():
+    history = [Step("joint", step, {"text_loss": 1 / (1 + step)}) for step in range(20_000)]
+    (plot,) = training_plots(history)
+    assert len(plot.src) < 60 * MOST_POINTS + 10_000
+    assert "20000 steps" in plot.alt
+
+
+def test_a_benchmark_that_a_report_does_not_know_has_no_samples(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps({"frames": 3}) + "\n")
+    assert read_samples(path) == []
+    assert read_samples(tmp_path / "missing.jsonl") == []
+
+
+def test_numbers_as_people_write_them():
+    assert count(9_999) == "9\u202f999"
+    assert count(385_500_000) == "385.50\u202fM"
+    assert [duration(seconds) for seconds in (None, 4.2, 600, 9000)] == ["not measured", "4 s", "10 min", "2 h 30 min"]
+
+
+def test_the_revision_says_whether_it_is_clean(tmp_path, monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert revision(tmp_path) == "not a git checkout"
+
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "file").write_text("one")
+    (tmp_path / "dvc.lock").write_text("one")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (tmp_path / "dvc.lock").write_text("two")
+    assert revision(tmp_path).endswith(", clean")
+    (tmp_path / "file").write_text("two")
+    assert revision(tmp_path).endswith("with uncommitted changes in 1 file")
+
+
+def test_surroundings_without_any_program(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = surroundings(tmp_path)
+    assert found.revision == "not a git checkout"
+    assert found.versions["torch"]
+    assert found.gpus == ()
+
+
+def test_the_codec_of_a_real_tokenizer(tmp_path):
+    config = experiment().image_tokenizer
+    decoder = config.decoder.model_copy(update={"multipliers": (1, 1, 1, 1)})
+    architecture = Architecture.of(config.model_copy(update={"decoder": decoder}))
+    tokenizer = ImageTokenizer(architecture)
+    tokenizer.save(tmp_path / "one")
+    tokenizer.save(tmp_path / "two")
+    codec = load_codec(tmp_path / "one")
+    assert load_codec(tmp_path / "two") is codec
+    assert codec.decode(np.zeros((3, 36, 2), dtype=np.uint16)).shape == (3, 48, 48, 3)
+    assert codec.reconstruct(np.zeros((2, 48, 48, 3), dtype=np.uint8)).shape == (2, 48, 48, 3)
+    with pytest.raises(DataError, match="allowed are"):
+        codec.decode(np.zeros((3, 35, 2), dtype=np.int64))
+    with pytest.raises(DataError, match="0 to 15"):
+        codec.decode(np.full((1, 36, 2), 16))
+    with pytest.raises(DataError, match="not there"):
+        load_codec(tmp_path / "three")
