@@ -5,12 +5,14 @@ All paths are relative to the working directory, which is the root of the experi
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from unifork.cluster import Cluster, load_cluster, local_ray, map_shards, run_stage
-from unifork.config import Experiment, HopResources, load
+from unifork.cluster import load_cluster, local_ray, map_shards, run_stage
+from unifork.config import Cluster, DatasetUse, Experiment, HopResources, load
 from unifork.data.hop import Hop, run_hop
+from unifork.errors import UniForkError, unknown
 from unifork.manifest import Manifest
 from unifork.processes import exclusive
 
@@ -24,6 +26,13 @@ def experiment() -> Experiment:
     return load(Experiment, "params.yaml")
 
 
+def dataset_use(params: Experiment, name: str) -> DatasetUse:
+    """How the experiment uses a data set. Raises ConfigError when it does not."""
+    if name not in params.datasets:
+        raise unknown("data set", name, params.datasets, "params.yaml: datasets")
+    return params.datasets[name]
+
+
 def program(module: str, output: Callable[[str], Path], main: Callable[[str], None], what: str | None) -> None:
     """Run `main(name)` where the cluster file says, alone in its output folder.
 
@@ -33,7 +42,10 @@ def program(module: str, output: Callable[[str], Path], main: Callable[[str], No
     if what:
         parser.add_argument("name", help=what)
     name: str = getattr(parser.parse_args(), "name", "")
-    folder = output(name)
+    try:
+        folder = output(name)
+    except UniForkError as error:
+        parser.exit(2, f"error: {error}\n")
 
     def alone() -> None:
         with exclusive(folder):
@@ -42,7 +54,14 @@ def program(module: str, output: Callable[[str], Path], main: Callable[[str], No
     run_stage(alone, module, [name] if what else [], [folder])
 
 
-def run(hop: Hop, worker: type, arguments: tuple[object, ...], step: str, columns: dict[str, str], lineage: dict[str, object]) -> Manifest:
+def run(
+    hop: Hop,
+    worker: type,
+    arguments: tuple[object, ...],
+    step: str,
+    columns: dict[str, str],
+    lineage: Mapping[str, Any],
+) -> Manifest:
     """Run a hop with the workers that the cluster file gives to `step`, and print its progress."""
     cluster: Cluster = load_cluster()
     resources = cluster.hops.get(step, HopResources())

@@ -1,6 +1,6 @@
 """Bring a data set's pictures and texts into image-text shards, as its card says. 1 source range : 1 shard."""
 
-from pipelines.common import RAW, experiment, program, run
+from pipelines.common import RAW, dataset_use, experiment, program, run
 from unifork.config import load_card
 from unifork.data.schema import columns_of, image_text_schema
 from unifork.data.workers import Materialise, download_hop
@@ -8,7 +8,7 @@ from unifork.data.workers import Materialise, download_hop
 
 def main(name: str) -> None:
     card, params = load_card(name), experiment()
-    use = params.datasets[name]
+    use = dataset_use(params, name)
     hop = download_hop(card, use.rows, use.shard_rows, params.seed, RAW / name)
     lineage = {"source": card.source.model_dump(mode="json"), "licence": card.licence, "attribution": card.attribution}
     run(hop, Materialise, (card.model_dump(mode="json"),), "download", columns_of(image_text_schema(card)), lineage)

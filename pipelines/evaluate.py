@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,6 @@ from unifork.evaluation.benchmarks import Model, evaluate
 from unifork.image_tokenizer.code_encoder import CodeEncoder
 from unifork.inference import IMAGE_TOKENIZER, Speaker
 from unifork.manifest import write_atomically, write_json
-from pathlib import Path
 
 BATCH_PICTURES = 64
 GROUND = (255, 255, 255)
@@ -49,7 +49,10 @@ def main(name: str) -> None:
     for score in result.scores:
         row = score.to_dict()
         table.setdefault(row.pop("split"), {})[row.pop("name")] = row
-        print(f"{name}: {score.split} {score.name} {score.value:.3f} +- {score.standard_error:.3f} (chance {score.chance:.3f})")
+        print(
+            f"{name}: {score.split} {score.name} {score.value:.3f} +- {score.standard_error:.3f} "
+            f"(chance {score.chance:.3f})"
+        )
     write_json(folder / "metrics.json", table)
 
 

@@ -5,13 +5,17 @@ import shutil
 from pipelines.common import IMAGE_TOKENIZER, MODELS, TEXT_TOKENIZER, experiment, program
 from unifork import inference
 from unifork.data.text_tokenizer import TextTokenizer
+from unifork.errors import unknown
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.warm_start import create_model
 from unifork.vocabulary import SPECIAL_TOKENS
 
 
 def main(name: str) -> None:
-    variant = experiment().variants[name]
+    params = experiment()
+    if name not in params.variants:
+        raise unknown("variant", name, params.variants, "params.yaml: variants")
+    variant = params.variants[name]
     pictures, text = ImageTokenizer.load(IMAGE_TOKENIZER), TextTokenizer(TEXT_TOKENIZER)
     model = create_model(
         variant,

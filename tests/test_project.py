@@ -24,7 +24,12 @@ LEVELS = [
     {"cli", "pipelines"},
 ]
 """A module imports only from levels below its own, or from its own package."""
-SIBLINGS_APART = {("models", "data"), ("data", "models"), ("models", "image_tokenizer"), ("training", "image_tokenizer")}
+SIBLINGS_APART = {
+    ("models", "data"),
+    ("data", "models"),
+    ("models", "image_tokenizer"),
+    ("training", "image_tokenizer"),
+}
 RAY_ALLOWED = {"unifork/cluster.py", "unifork/training/launch.py", "unifork/jobs.py"}
 
 

@@ -64,7 +64,7 @@ def build(root: Path, changes: dict | None = None) -> Path:
     run_hop(filter_hop(card, raw, filtered), here(Filter(plain)), columns, {})
     pictures = fresh_tokenizer(experiment, root / "tokenizers/image")
     text = train_text_tokenizer(
-        [t for t in texts_of(filtered, card)], experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
+        texts_of(filtered, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
     )
     for task, task_use in card.tasks.items():
         encoder = encoder_for(card, task, root / "tokenizers/image")
@@ -96,5 +96,5 @@ def write_model(
 
 def copy_of(root: Path, target: Path) -> Path:
     """A private copy of a root, hard links where possible."""
-    shutil.copytree(root, target, copy_function=lambda a, b: os.link(a, b), dirs_exist_ok=True)
+    shutil.copytree(root, target, copy_function=os.link, dirs_exist_ok=True)
     return target

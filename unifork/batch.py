@@ -7,7 +7,7 @@ Shape suffixes: B rows, T tokens of a row, N image tokens of the batch (row by r
 D code depth, S supervised text tokens, M supervised image positions, P positions of one image.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -76,11 +76,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        return type(self)(**moved)
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:

@@ -78,7 +78,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="folder with a manifest.j
     print(f"{folder}: {len(manifest.shards)} shards, {manifest.rows} rows, all as the manifest says")
 
 
-def _decoder(directory: Path, view: str = "crop"):  # type: ignore[no-untyped-def] # noqa: ANN202
+def _decoder(directory: Path, view: str = "crop"):  # type: ignore[no-untyped-def]
     from unifork.image_tokenizer.code_encoder import CodeEncoder
 
     return CodeEncoder(directory, view, (255, 255, 255), batch_images=8)  # type: ignore[arg-type]

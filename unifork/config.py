@@ -153,7 +153,7 @@ class TokenizerTraining(Plain):
     ema_decay: Fraction01
     """Decay of the codebook's moving averages."""
     local: bool = True
-    """Whether the encoder's attention and positions stay at zero, so that the codes of a patch depend on nothing else."""
+    """Whether the encoder's attention and positions stay at zero: codes of a patch then depend on it alone."""
     held_out_images: PositiveInt
     """Pictures kept out of training and used for the reported errors."""
 
@@ -393,7 +393,7 @@ class Cluster(Plain):
     python: str | None = None
     """Python of the cluster's nodes; None where this very interpreter is on shared storage."""
     hops: dict[str, HopResources] = {}
-    """Resources of `download`, `filter` and `encode`."""
+    """Resources of `download`, `filter` and `encode`; the CPUs of `image_tokenizer` are the threads of its training."""
     train: TrainResources = TrainResources()
     train_stages: dict[str, TrainResources] = {}
     """Resources of single stages, by stage name, instead of `train`."""

@@ -40,7 +40,7 @@ def use(name: str, force: bool = False) -> Experiment:
     if PARAMS.exists() and not force:
         current = PARAMS.read_text()
         other = (read_yaml(PARAMS) or {}).get("name")
-        written = params_text(resolve(other)) if (FOLDER / f"{other}.yaml").exists() else None
+        written = params_text(resolve(other)) if other and (FOLDER / f"{other}.yaml").exists() else None
         if current not in (written, params_text(experiment)):
             raise ConfigError(
                 f"{PARAMS} differs from experiments/{other}.yaml; put the changes into a file of experiments/ "
@@ -87,7 +87,9 @@ def _derived(experiment: Experiment) -> dict[str, Any]:
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
-    again = parse(Experiment, {**experiment.model_dump(mode="json"), "runs": runs, "evaluations": evaluations}, "derived")
+    again = parse(
+        Experiment, {**experiment.model_dump(mode="json"), "runs": runs, "evaluations": evaluations}, "derived"
+    )
     return {"runs": again.runs, "evaluations": again.evaluations}
 
 
@@ -98,9 +100,9 @@ def _check(experiment: Experiment, cards: dict[str, Card], place: str) -> None:
             if dataset not in experiment.datasets:
                 raise unknown("data set", dataset, experiment.datasets, f"{place}: {part}.datasets")
     for name, variant in experiment.variants.items():
-        for stage in variant.stages:
-            if stage not in experiment.stages:
-                raise unknown("stage", stage, experiment.stages, f"{place}: variants.{name}.stages")
+        for stage_name in variant.stages:
+            if stage_name not in experiment.stages:
+                raise unknown("stage", stage_name, experiment.stages, f"{place}: variants.{name}.stages")
     for stage_name, stage in experiment.stages.items():
         for track_name, track in stage.tracks.items():
             for entry in track.mixture:

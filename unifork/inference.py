@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from unifork.batch import Document
 from unifork.config import Sampling
@@ -39,10 +40,14 @@ class Speaker:
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> "Speaker":
         """A model directory with its text tokenizer. Raises CheckpointError or DataError."""
-        return cls(load_model(directory).to(device).eval(), TextTokenizer(directory / TEXT_TOKENIZER))
+        return cls(_on(load_model(directory), device), TextTokenizer(directory / TEXT_TOKENIZER))
 
     def paint(
-        self, prompts: Sequence[str], sampling: Sampling, template: str = "generate", progress: Callable[[int], None] = lambda done: None
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        template: str = "generate",
+        progress: Callable[[int], None] = lambda _: None,
     ) -> np.ndarray:
         """Codes (B, N, D) of one picture per prompt; picture i depends on prompt i, i and the seed alone."""
         form = template_named(template, "paint")
@@ -52,7 +57,11 @@ class Speaker:
         config, made = self.model.config, []
         for numbers in self._batches(len(prompts)):
             codes = generate_images(
-                self.model, [ids[n] for n in numbers], self._until_image(UNCONDITIONAL), sampling, image_numbers=list(numbers)
+                self.model,
+                [ids[n] for n in numbers],
+                self._until_image(UNCONDITIONAL),
+                sampling,
+                image_numbers=list(numbers),
             )
             made.append(codes.cpu().numpy())
             progress(numbers.stop)
@@ -65,7 +74,9 @@ class Speaker:
         form, stop = template_named(template, "answer"), self.tokenizer.id_of(TURN_END)
         positions = self.model.config.positions
         prompts = [
-            skeleton(question(form, asked), self.tokenizer, positions).with_codes("", "understanding", codes.astype(np.int64))
+            skeleton(question(form, asked), self.tokenizer, positions).with_codes(
+                "", "understanding", codes.astype(np.int64)
+            )
             for asked, codes in zip(questions, codes_BND, strict=True)
         ]
         answers: list[str] = [""] * len(prompts)
@@ -79,8 +90,14 @@ class Speaker:
         return answers
 
     def _until_image(self, marked: str) -> list[int]:
-        return self.tokenizer.encode(marked.split(IMAGE_MARK)[0])
+        return self.tokenizer.encode(marked.split(IMAGE_MARK, maxsplit=1)[0])
 
     def _batches(self, total: int) -> Iterator[range]:
         for start in range(0, total, self.batch):
             yield range(start, min(start + self.batch, total))
+
+
+def _on(model: UniForkModel, device: str) -> UniForkModel:
+    model.to(torch.device(device))  # type: ignore[arg-type] - transformers' wrapper hides torch's signature
+    model.train(False)
+    return model

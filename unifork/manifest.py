@@ -61,7 +61,7 @@ class Manifest(Plain):
         return dict(total.most_common())
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, flush it to disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{uuid4().hex[:8]}")
@@ -144,5 +144,7 @@ def checked(folder: Path, shard: Shard) -> Path:
     """The path of a shard after checking size and hash. Raises DataError saying what differs."""
     problem = fault(folder, shard)
     if problem:
-        raise DataError(f"{folder / shard.path}: {problem}. Run the hop that writes {folder} again: it redoes only this shard.")
+        raise DataError(
+            f"{folder / shard.path}: {problem}. Run the hop that writes {folder} again: it redoes only this shard."
+        )
     return folder / shard.path

@@ -155,3 +155,23 @@ def test_an_unknown_source_or_rule_names_the_known_ones(card, tmp_path):
         download(wrong, tmp_path / "raw")
     with pytest.raises(ConfigError, match="endless"):
         download(card, tmp_path / "raw", rows=None)
+
+
+def test_the_two_views_of_a_wide_picture_have_different_codes(tiny_root):
+    """What a swap of the views would do to the scores is shown in tests/evaluation."""
+    raw = tiny_root / "data/filtered/shapes"
+    sides = [
+        s
+        for m in read_manifest(raw).shards
+        for s in pq.read_table(raw / m.path, columns=["width", "height"]).to_pylist()
+    ]
+    codes = {}
+    for view in ("crop", "pad"):
+        folder = tiny_root / "data/codes/shapes" / view
+        codes[view] = [
+            c for m in read_manifest(folder).shards for c in pq.read_table(folder / m.path)["codes"].to_pylist()
+        ]
+    square = [side["width"] == side["height"] for side in sides]
+    assert 0.2 < 1 - sum(square) / len(square) < 0.5
+    for same, crop, pad in zip(square, codes["crop"], codes["pad"], strict=True):
+        assert (crop == pad) == same

@@ -7,7 +7,9 @@ from unifork.data.order import MixtureOrder, SetOrder, schedule
 from unifork.errors import ConfigError
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.6, 0.05, 0.1, 0.25], [1 / 3, 2 / 3], [7.0, 2.0, 2.0], [0.999, 0.001]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [0.5, 0.5], [0.6, 0.05, 0.1, 0.25], [1 / 3, 2 / 3], [7.0, 2.0, 2.0], [0.999, 0.001]]
+)
 def test_every_prefix_is_within_one_document_of_the_weights(weights):
     slots = schedule(weights)
     shares = np.array(weights) / sum(weights)
@@ -52,7 +54,7 @@ def test_steps_hold_exactly_their_documents_and_no_document_twice_in_a_pass():
     order = MixtureOrder([0.75, 0.25], sets, 16)
     served = [slot for step in range(15) for slot in order.documents(step)]
     assert len(served) == 240
-    first = [slot.index for slot in served if slot.part == 0]
+    first = [slot.document for slot in served if slot.part == 0]
     assert len(first) == 180
     assert len(set(first)) == 180
     assert order.served(15) == [180, 60]

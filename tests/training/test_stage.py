@@ -133,8 +133,10 @@ def test_another_configuration_never_continues_old_weights(root, unbroken):
     aside = one.run_folder.with_name(one.run_folder.name + ".old-1")
     assert (aside / "latest").exists()
     assert len(read(changed.run_folder)) == 8
-    assert not torch.equal(weights(changed)["lm_head.weight" if "lm_head.weight" in weights(changed) else
-                                            "embed_tokens.weight"], unbroken["unifork-s2-pretrain"][0]["embed_tokens.weight"])
+    assert not torch.equal(
+        weights(changed)["lm_head.weight" if "lm_head.weight" in weights(changed) else "embed_tokens.weight"],
+        unbroken["unifork-s2-pretrain"][0]["embed_tokens.weight"],
+    )
     log = (changed.run_folder / "log.txt").read_text()
     assert "starting afresh" in log
     assert "starting, 8 steps" in log

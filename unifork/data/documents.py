@@ -155,7 +155,8 @@ class Part:
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's picture, int64, shape (N, D)."""
         shard, group, row = self.locations[index]
-        return self._group(shard, group)[row].astype(np.int64)
+        codes_ND: np.ndarray = self._group(shard, group)[row].astype(np.int64)
+        return codes_ND
 
     def _row_groups(self, text: str) -> Iterator[tuple[tuple[int, int], list[dict[str, Any]]]]:
         for number, shard in enumerate(self.shards):
@@ -170,7 +171,9 @@ class Part:
     def _check_identity(self, meta: dict[str, Any], place: str) -> None:
         want = self.identity
         if meta["shape"] != [want.positions, want.depth]:
-            raise IdentityError(f"{place}: codes of shape {meta['shape']}, the model reads [{want.positions}, {want.depth}]")
+            raise IdentityError(
+                f"{place}: codes of shape {meta['shape']}, the model reads [{want.positions}, {want.depth}]"
+            )
         for name in ("codebook_id", "encoder_id"):
             if meta[name] != getattr(want, name):
                 raise IdentityError(

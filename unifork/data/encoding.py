@@ -46,7 +46,9 @@ class Encode:
             for row, code in zip(kept, codes, strict=True)
         ]
         dropped = {"no_text_for_task": len(rows) - len(kept)} if len(kept) < len(rows) else {}
-        return write_shard(Path(task["output"]), table_of(out, self.schema), task["inputs"], dropped).model_dump(mode="json")
+        return write_shard(Path(task["output"]), table_of(out, self.schema), task["inputs"], dropped).model_dump(
+            mode="json"
+        )
 
 
 def encode_identity(encoder: CodeEncoder) -> dict[str, Any]:
@@ -63,6 +65,8 @@ def encode_hop(card: Card, task: Task, source: Path, folder: Path, encoder: Code
         "codebook_id": identity["codebook_id"],
         "encoder_id": identity["encoder_id"],
         "texts": card.tasks[task].texts,
-        "encoding": {name: value for name, value in encoder.encoding.items() if name not in ("device_class", "libraries")},
+        "encoding": {
+            name: value for name, value in encoder.encoding.items() if name not in ("device_class", "libraries")
+        },
     }
     return Hop("codes", card.name, folder, made_with, tasks_from(read_manifest(source)), source)

@@ -7,7 +7,7 @@ shard (`<shard>.done`) is written right after the shard and folded into the mani
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ class Hop:
 
 def write_shard(path: Path, table: pa.Table, inputs: str, dropped: dict[str, int]) -> Shard:
     """Write a table as a Parquet shard, atomically, and its record after it."""
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd"))
+    write_atomically(
+        path, lambda temporary: pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
+    )
     record = Shard(
         path=path.name,
         rows=table.num_rows,
@@ -91,7 +93,7 @@ def run_hop(
     hop: Hop,
     map_tasks: Callable[[list[dict[str, Any]], Callable[[dict[str, Any]], None]], Any],
     columns: dict[str, str],
-    lineage: dict[str, Any],
+    lineage: Mapping[str, Any],
     progress: Callable[["Progress"], None] | None = None,
 ) -> Manifest:
     """Make every missing or damaged shard, then write the manifest.
@@ -135,7 +137,7 @@ def run_hop(
         dataset=hop.dataset,
         columns=columns,
         shards=tuple(records[name] for name in names),
-        lineage=lineage,
+        lineage=dict(lineage),
     )
     write_manifest(hop.folder, manifest)
     return manifest
@@ -167,9 +169,10 @@ class Progress:
         left = self.total - done
         eta = f", {left * seconds / self.made:.0f} s to go" if self.made and left else ""
         rate = f", {self.rows / seconds:.0f} rows/s" if self.made and seconds > 0 else ""
-        drops = "".join(f", {count} {reason}" for reason, count in sorted(self.dropped.items()))
+        drops = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         kept = f" ({self.kept} kept from before)" if self.kept else ""
-        return f"{self.hop.folder}: {done}/{self.total} shards{kept}, {self.rows} new rows{rate}{eta}{drops and '; dropped' + drops[1:]}"
+        shards = f"{self.hop.folder}: {done}/{self.total} shards{kept}"
+        return f"{shards}, {self.rows} new rows{rate}{eta}{drops and '; dropped ' + drops}"
 
 
 def read_table(folder: Path, shard: Shard, columns: Iterable[str] | None = None) -> pa.Table:

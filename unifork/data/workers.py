@@ -87,11 +87,14 @@ def tasks_from(manifest: Manifest) -> list[dict[str, Any]]:
 def read_rows(task: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a task's input shard, after checking size and hash."""
     shard = parse(Shard, {**task["shard"], "inputs": ""}, "task")
-    return pq.read_table(checked(Path(task["source"]), shard)).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(checked(Path(task["source"]), shard)).to_pylist()
+    return rows
 
 
 def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as a table of exactly that schema; columns a row lacks are null, others are left out."""
     names = schema.names
-    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], schema=pa.schema(list(schema)))
+    table = pa.Table.from_pylist(
+        [{name: row.get(name) for name in names} for row in rows], schema=pa.schema(list(schema))
+    )
     return table.replace_schema_metadata(schema.metadata)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
 from unifork.errors import CheckpointError, IdentityError
@@ -34,7 +34,7 @@ from unifork.models.layer_plan import BRANCHES, RouteBy
 from unifork.models.masks import Mask, attention_mask
 from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
 
-transformers_logging.disable_progress_bar()  # bars for reading and writing a file say nothing here
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
 
 class Losses(NamedTuple):

@@ -40,11 +40,6 @@ class Headline:
     split: str
     scores: list[Score | None]
 
-    @property
-    def chance(self) -> float | None:
-        """Chance level, which depends on the benchmark alone."""
-        return next((score.chance for score in self.scores if score), None)
-
 
 @dataclass(frozen=True, eq=False)
 class StageView:
@@ -113,7 +108,6 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec, root: P
         detector=_detector(facts, data),
         detector_measured_here=not (facts.measures and facts.measures.detector),
         variants=[_variant(run, load_codec) for run in facts.variants],
-        splits=SPLITS,
     )
 
 

@@ -7,6 +7,7 @@ workers, so training can go on with another number of them.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def save(
     folder: Path,
     model: nn.Module,
-    optimizers: dict[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]],
+    optimizers: Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]],
     state: State,
     fingerprint: str,
     keep: int,
@@ -105,7 +106,7 @@ def restore(
     path: Path,
     plain: dict[str, Any],
     model: nn.Module,
-    optimizers: dict[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]],
+    optimizers: Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]],
 ) -> State:
     """Load a checkpoint into a model and its optimizers, strictly.
 

@@ -94,7 +94,9 @@ class Progress:
             return
         self.shown = now
         rate = (done - self.first) / max(now - self.started, 1e-9)
-        losses = "  ".join(f"{name} {row[name]:.3f}" for name in ("text_loss", "image_loss") if row.get(name) is not None)
+        losses = "  ".join(
+            f"{name} {row[name]:.3f}" for name in ("text_loss", "image_loss") if row.get(name) is not None
+        )
         eta = f"  {(self.total - done) / rate:.0f} s to go" if done < self.total else ""
         self.log(
             f"step {done}/{self.total} [{row['track']}]  {losses}  "

@@ -29,7 +29,7 @@ class Run:
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
-    report: Callable[[dict[str, Any]], None] = lambda metrics: None
+    report: Callable[[dict[str, Any]], None] = lambda _: None
     """Called by every worker equally often, with the metrics of a step."""
 
 

@@ -10,7 +10,6 @@ import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +76,18 @@ class StageJob(Plain):
         }
         plain = self.stage.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints", "sample_prompts"})
         model = {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")}
-        return fingerprint({"stage": plain, "start": model, "data": data, "text": TextTokenizer(self.start / TEXT_TOKENIZER).identity})
+        return fingerprint(
+            {"stage": plain, "start": model, "data": data, "text": TextTokenizer(self.start / TEXT_TOKENIZER).identity}
+        )
 
 
 def code_digest() -> str:
     """Hash of the code that decides the weights; a finished run is reused only by the same code."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([package / "batch.py", *(p for part in ("data", "models", "training") for p in (package / part).rglob("*.py"))]):
+    for path in sorted(
+        [package / "batch.py", *(p for part in ("data", "models", "training") for p in (package / part).rglob("*.py"))]
+    ):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -108,9 +111,12 @@ def _train(job: StageJob, run: Run) -> None:
     if lead:
         _make_room(job, mark, log)
     barrier()
-    model = load_model(job.start).to(run.device)
+    model = load_model(job.start)
+    model.to(torch.device(run.device))  # type: ignore[arg-type]
     tokenizer = TextTokenizer(job.start / TEXT_TOKENIZER)
-    identity = CodesIdentity(model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id)
+    identity = CodesIdentity(
+        model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id
+    )
     quarantine = Quarantine()
     loaders = {
         name: TrackLoader(
@@ -148,7 +154,9 @@ def _train(job: StageJob, run: Run) -> None:
     _export(job, model, tokenizer, run, quarantine, tracks)
     if lead:
         seconds = time.monotonic() - started
-        write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "code": code_digest(), "seconds": seconds})
+        write_json(
+            job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "code": code_digest(), "seconds": seconds}
+        )
         log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
 
 
@@ -231,4 +239,4 @@ def _sample(model: UniForkModel, tokenizer: TextTokenizer, stage: Stage) -> np.n
     """Codes (prompts, N, D) for the stage's prompts, written as the stage writes them."""
     entries = [entry for track in stage.tracks.values() for entry in track.mixture if entry.task == "generation"]
     template = entries[0].template if entries else "generate"
-    return Speaker(model.eval(), tokenizer).paint(stage.sample_prompts, stage.sampling, template)
+    return Speaker(model, tokenizer).paint(stage.sample_prompts, stage.sampling, template)

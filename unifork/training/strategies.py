@@ -72,7 +72,9 @@ def put(target: Tensor, value: Tensor) -> None:
     """Copy a full tensor into one that may be sharded."""
     with torch.no_grad():
         if isinstance(target, DTensor):
-            target.copy_(distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements))
+            target.copy_(
+                distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
+            )
         else:
             target.copy_(value)
 

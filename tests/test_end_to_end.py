@@ -1,0 +1,206 @@
+"""The whole line by `dvc repro` of `micro`, in a fresh checkout: killed, resumed, idle, damaged, changed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from unifork.config import Experiment, TrainResources, load
+from unifork.manifest import read_manifest
+
+REPOSITORY = Path(__file__).parent.parent
+STAGE = "unifork-s2-pretrain"
+CLUSTER = {
+    "name": "test",
+    "cpus": 2,
+    "object_store_mb": 80,
+    "hops": {"encode": {"workers": 2, "cpus": 0.5}},
+    "train": {"workers": 0, "threads": 1, "row_tokens": 384},
+    "train_stages": {"s2-pretrain": {"workers": 1, "cpus": 1, "threads": 1, "row_tokens": 384}},
+}
+
+pytestmark = pytest.mark.cluster  # has a Ray of its own
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The tracked files of this working tree as a repository of their own, without cache or outputs."""
+    root = tmp_path_factory.mktemp("checkout")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
+    for name in files.decode().split("\0"):
+        if name and (REPOSITORY / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, root / name)
+    (root / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
+    for command in (["git", "init", "-q"], ["git", "add", "-A"]):
+        subprocess.run(command, check=False, cwd=root, check=True)
+    run(root, sys.executable, "-m", "unifork.cli", "use", "micro")
+    return root
+
+
+def environment(root: Path) -> dict[str, str]:
+    scripts = str(Path(sys.executable).parent)
+    return os.environ | {
+        "UNIFORK_CLUSTER": str(root / "cluster.yaml"),
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "PYTHONPATH": str(root),
+    }
+
+
+def run(root: Path, *command: str) -> str:
+    done = subprocess.run(command, check=False, cwd=root, env=environment(root), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL for a process and everything below it, as a lost machine would."""
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in tree:
+        one.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def ran(text: str) -> list[str]:
+    return re.findall(r"Running stage '([^']+)'", text)
+
+
+@pytest.fixture(scope="module")
+def reproduced(checkout) -> Path:
+    """Killed in the middle of the stage that runs on a worker process, then run to the end."""
+    with open(checkout / "first.log", "w") as log:
+        first = subprocess.Popen(
+            ["dvc", "repro"], cwd=checkout, env=environment(checkout), stdout=log, stderr=log, start_new_session=True
+        )
+        pointer, deadline = checkout / "runs" / STAGE / "latest", time.monotonic() + 400
+        while not (pointer.exists() and int(pointer.read_text().removeprefix("step-")) >= 10):
+            assert first.poll() is None, (checkout / "first.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (checkout / "first.log").read_text()[-3000:]
+            time.sleep(0.1)
+        kill_tree(first)
+    assert not (checkout / "models" / STAGE).exists()
+    second = run(checkout, "dvc", "repro")
+    assert "encode@shapes" not in ran(second)
+    (checkout / "second.log").write_text(second)
+    return checkout
+
+
+def test_it_goes_on_from_the_last_checkpoint_and_says_so(reproduced):
+    said = (reproduced / "second.log").read_text()
+    assert re.search(rf"{STAGE}: continuing from step (10|15|20|25) of 30", said)
+
+
+def test_it_ends_with_the_weights_of_an_unbroken_run(reproduced, tmp_path):
+    from unifork.training.loop import Run
+    from unifork.training.stage import StageJob, train_stage
+
+    root = tmp_path / "root"
+    for name in ("data", "models/unifork-init", "models/unifork-s1-captions"):
+        shutil.copytree(reproduced / name, root / name)
+    experiment = load(Experiment, reproduced / "params.yaml")
+    resources = TrainResources(threads=1, row_tokens=384)
+    before = torch.get_num_threads()
+    train_stage(StageJob(key=STAGE, experiment=experiment, resources=resources, root=str(root)), Run())
+    torch.set_num_threads(before)
+    expected = load_file(root / "models" / STAGE / "model.safetensors")
+    found = load_file(reproduced / "models" / STAGE / "model.safetensors")
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    for name in ("history.csv",):
+        file = Path("models") / STAGE / "training" / name
+        assert (reproduced / file).read_text() == (root / file).read_text()
+
+
+def test_everything_is_there(reproduced):
+    for view in ("crop", "pad"):
+        assert read_manifest(reproduced / "data/codes/shapes" / view).rows == 600
+    metrics = json.loads((reproduced / "scores/unifork-shapes-generation/metrics.json").read_text())
+    assert set(metrics) == {"seen", "held_out"}
+    for name in ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"):
+        assert {"value", "standard_error", "chance", "samples", "seed"} <= set(metrics["seen"][name])
+    page = (reproduced / "reports/micro/index.html").read_text()
+    assert len(page) > 50_000
+
+
+def test_a_second_repro_does_nothing_in_under_five_seconds(reproduced):
+    started = time.monotonic()
+    said = run(reproduced, "dvc", "repro")
+    assert time.monotonic() - started < 5
+    assert ran(said) == []
+    assert "up to date" in said
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_code_shard_is_noticed_and_only_it_is_made_again(reproduced, damage):
+    shutil.rmtree(reproduced / ".dvc/cache/runs", ignore_errors=True)
+    folder = reproduced / "data/codes/shapes/crop"
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    victim = folder / "part-00001.parquet"
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-20])
+    said = run(reproduced, "dvc", "repro")
+    assert ran(said) == ["encode@shapes"]
+    assert "2/3 shards (2 kept from before)" in said
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    assert {name for name in before if before[name] != after[name]} <= {"part-00001.parquet", "manifest.json"}
+    assert {name: data for name, (_, data) in before.items()} == {name: data for name, (_, data) in after.items()}
+
+
+def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
+    params = reproduced / "params.yaml"
+    original = params.read_text()
+    plain = yaml.safe_load(original)
+    plain["stages"]["s3"]["seed"] = 5
+    params.write_text(yaml.safe_dump(plain, sort_keys=False))
+    stages = ran(run(reproduced, "dvc", "repro", "--dry"))
+    params.write_text(original)
+    assert stages == [
+        "train@unifork-s3",
+        "evaluate@unifork-shapes-generation",
+        "evaluate@unifork-shapes-understanding",
+        "report",
+    ]
+
+
+def test_the_model_draws_and_answers_from_the_command_line(reproduced, tmp_path):
+    cli = (sys.executable, "-m", "unifork.cli")
+    model = ("--model", "models/unifork-s3")
+    said = run(reproduced, *cli, "generate", *model, "--prompt", "a red circle", "--out", str(tmp_path), "-n", "2")
+    assert [Path(line).name for line in said.split() if line.endswith(".png")] == ["0000.png", "0001.png"]
+    first = (tmp_path / "0000.png").read_bytes()
+    run(
+        reproduced,
+        *cli,
+        "generate",
+        *model,
+        "--prompt",
+        "a red circle",
+        "--out",
+        str(tmp_path),
+        "-n",
+        "1",
+        "--seed",
+        "1",
+    )
+    assert (tmp_path / "0000.png").read_bytes() != first
+    question = ("--question", "Is there a red circle in the image?")
+    run(reproduced, *cli, "describe", *model, "--image", str(tmp_path / "0001.png"), *question)
+    done = subprocess.run(
+        [*cli, "describe", *model, "--image", "nowhere.png", *question],
+        cwd=reproduced, env=environment(reproduced), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: --image nowhere.png: no such file\n"
