@@ -44,7 +44,7 @@ def checkout(tmp_path_factory) -> Path:
             shutil.copy2(REPOSITORY / name, root / name)
     (root / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
     for command in (["git", "init", "-q"], ["git", "add", "-A"]):
-        subprocess.run(command, check=False, cwd=root, check=True)
+        subprocess.run(command, cwd=root, check=True)
     run(root, sys.executable, "-m", "unifork.cli", "use", "micro")
     return root
 

@@ -20,7 +20,8 @@ LEVELS = [
     {"image_tokenizer", "models"},
     {"data"},
     {"experiments", "inference"},
-    {"training", "evaluation", "analysis", "report", "cluster"},
+    {"training", "evaluation", "analysis", "cluster"},
+    {"report"},
     {"cli", "pipelines"},
 ]
 """A module imports only from levels below its own, or from its own package."""

@@ -8,7 +8,7 @@ D code depth, S supervised text tokens, M supervised image positions, P position
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -77,7 +77,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:

@@ -98,6 +98,6 @@ class Speaker:
 
 
 def _on(model: UniForkModel, device: str) -> UniForkModel:
-    model.to(torch.device(device))  # type: ignore[arg-type] - transformers' wrapper hides torch's signature
+    model.to(torch.device(device))  # type: ignore[arg-type]
     model.train(False)
     return model

@@ -79,11 +79,11 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     config: UniForkConfig
     base_model_prefix = ""
     main_input_name = "batch"
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules = ["Block"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["codebook"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ["codebook"]
 
     def __init__(self, config: UniForkConfig) -> None:
         super().__init__(config)

@@ -1,0 +1,70 @@
+"""What a user writes, typed: data cards, experiments and clusters.
+
+Three kinds of file, three owners: `datasets/*.yaml` says what the data is, `params.yaml` (written
+by `unifork use NAME` from `experiments/`) what the experiment is, `clusters/*.yaml` where it runs.
+No key lives in two of them. Everything is frozen, unknown keys are errors.
+"""
+
+from unifork.config.base import Plain, fingerprint, load, parse, read_yaml
+from unifork.config.card import (
+    Card,
+    FilterRule,
+    Source,
+    TaskUse,
+    load_card,
+)
+from unifork.config.cluster import (
+    Cluster,
+    HopResources,
+    TrainResources,
+)
+from unifork.config.experiment import (
+    Benchmark,
+    DatasetUse,
+    DecoderConfig,
+    EncoderConfig,
+    Experiment,
+    HeadConfig,
+    ImageTokenizerConfig,
+    MixtureEntry,
+    OptimizerConfig,
+    Run,
+    Sampling,
+    Stage,
+    TextTokenizerConfig,
+    TokenizerTraining,
+    Track,
+    Variant,
+)
+
+__all__ = [
+    "Benchmark",
+    "Card",
+    "Cluster",
+    "DatasetUse",
+    "DecoderConfig",
+    "EncoderConfig",
+    "Experiment",
+    "FilterRule",
+    "HeadConfig",
+    "HopResources",
+    "ImageTokenizerConfig",
+    "MixtureEntry",
+    "OptimizerConfig",
+    "Plain",
+    "Run",
+    "Sampling",
+    "Source",
+    "Stage",
+    "TaskUse",
+    "TextTokenizerConfig",
+    "TokenizerTraining",
+    "Track",
+    "TrainResources",
+    "Variant",
+    "fingerprint",
+    "load",
+    "load_card",
+    "parse",
+    "read_yaml",
+]

@@ -1,0 +1,72 @@
+"""`datasets/*.yaml`: what a data set is, where it comes from, who may use it and how it is read."""
+
+from pathlib import Path
+from typing import Any
+
+from unifork.config.base import Plain, load
+from unifork.errors import ConfigError, unknown
+from unifork.vocabulary import Task, View
+
+
+class Source(Plain):
+    """Where the pictures come from: a kind of source known to `unifork.data.sources`."""
+
+    kind: str
+    """Name of the source, a key of `unifork.data.sources.SOURCES`."""
+    options: dict[str, Any] = {}
+    """What this kind of source needs to know; checked by the source itself."""
+
+
+class TaskUse(Plain):
+    """How one task reads a data set."""
+
+    view: View
+    """Which view of a picture becomes codes; generation reads crops, understanding pads."""
+    texts: tuple[str, ...]
+    """Text columns that a mixture may choose from for this task."""
+
+
+class FilterRule(Plain):
+    """One rule of `unifork.data.filters`, applied in the order of the card."""
+
+    rule: str
+    """Name of the rule, a key of `unifork.data.filters.RULES`."""
+    options: dict[str, Any] = {}
+    """The rule's thresholds."""
+
+
+class Card(Plain):
+    """One data set: what it is, where it comes from, who may use it and how it is read."""
+
+    name: str
+    """Name of the data set; the file is called the same."""
+    title: str
+    """One line for people."""
+    homepage: str
+    """Where the data set is described by its makers."""
+    licence: str
+    """SPDX identifier of the pictures' licence, or a short name where none exists."""
+    attribution: str
+    """Whom to credit, as the licence asks."""
+    redistribute_codes: bool
+    """Whether codes, which can be decoded to pictures, may be published."""
+    source: Source
+    matte: tuple[int, int, int] = (255, 255, 255)
+    """RGB colour (0 to 255) put behind transparent pictures."""
+    columns: tuple[str, ...] = ()
+    """Source columns kept beside the fixed ones."""
+    tasks: dict[Task, TaskUse]
+    """The tasks this set serves."""
+    filters: tuple[FilterRule, ...] = ()
+    """Rules of the filter stage, in order."""
+
+
+def load_card(name: str, folder: Path | str = "datasets") -> Card:
+    """The card of a data set. Raises ConfigError when the file and its name disagree."""
+    path = Path(folder) / f"{name}.yaml"
+    if not path.exists():
+        raise unknown("data set", name, (p.stem for p in Path(folder).glob("*.yaml")), str(folder))
+    card = load(Card, path)
+    if card.name != name:
+        raise ConfigError(f"{path}: name is {card.name!r}, but the file is called {name!r}")
+    return card

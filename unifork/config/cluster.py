@@ -1,0 +1,68 @@
+"""`clusters/*.yaml`: where things run. Never a parameter of DVC, since results do not depend on it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from unifork.config.base import Plain
+
+
+class HopResources(Plain):
+    """Workers of one data hop."""
+
+    workers: NonNegativeInt = 0
+    """Actors of the Ray Data job; 0 works in the stage's own process, for small data."""
+    cpus: PositiveFloat = 1.0
+    """CPUs each actor asks for."""
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs each actor asks for."""
+
+
+class TrainResources(Plain):
+    """Workers of a training stage."""
+
+    workers: NonNegativeInt = 0
+    """Ray Train worker processes; 0 is Ray Train's local mode, in the stage's own process."""
+    cpus: PositiveFloat = 1.0
+    """CPUs each worker asks for."""
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs each worker asks for."""
+    threads: PositiveInt = 1
+    """Torch threads per worker; part of what makes results bit-equal on a CPU."""
+    row_tokens: PositiveInt = 512
+    """Tokens of a packed row; changes only the speed. At least the longest document."""
+    rows_per_microbatch: PositiveInt = 1
+    """Rows a device processes at once; changes only the speed."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """How workers share the model; one worker needs neither."""
+    max_restarts: NonNegativeInt = 0
+    """How often a failed worker group is started again from the last checkpoint."""
+
+
+class Cluster(Plain):
+    """Where things run. Never a parameter of DVC: results do not depend on it."""
+
+    name: str
+    address: str | None = None
+    """Job server (`http://HOST:8265`) to submit stages to; None runs them here."""
+    cpus: PositiveInt | None = None
+    """CPUs given to the local Ray; None takes what the machine has."""
+    gpus: NonNegativeInt | None = None
+    """GPUs given to the local Ray; None takes what the machine has."""
+    object_store_mb: PositiveInt = 200
+    """Object store of the local Ray in MiB; jobs pass paths, not pictures."""
+    runtime_env: dict[str, Any] = {}
+    """Ray runtime environment of submitted jobs, beside the working directory."""
+    root: str | None = None
+    """The folder of the experiment as the cluster sees it; None where it has the same path as here."""
+    python: str | None = None
+    """Python of the cluster's nodes; None where this very interpreter is on shared storage."""
+    hops: dict[str, HopResources] = {}
+    """Resources of `download`, `filter` and `encode`; the CPUs of `image_tokenizer` are the threads of its training."""
+    train: TrainResources = TrainResources()
+    train_stages: dict[str, TrainResources] = {}
+    """Resources of single stages, by stage name, instead of `train`."""
+
+    def for_stage(self, stage: str) -> TrainResources:
+        """Resources of a training stage."""
+        return self.train_stages.get(stage, self.train)
