@@ -15,6 +15,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from unifork.config import TrainResources
 from unifork.training.history import LOG
 from unifork.training.loop import Run
 from unifork.training.stage import StageJob, train_stage
@@ -33,20 +34,24 @@ def _worker(config: dict[str, Any]) -> None:
     train_stage(job, run)
 
 
+def scaling(resources: TrainResources) -> ScalingConfig:
+    """What Ray Train is asked for."""
+    return ScalingConfig(
+        num_workers=resources.workers,
+        use_gpu=resources.gpus > 0,
+        resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus} if resources.workers else None,
+    )
+
+
 def launch(job: StageJob) -> None:
     """Run a stage where its resources say. Raises what the worker raised."""
     resources = job.resources
     for name in ("ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    scaling = ScalingConfig(
-        num_workers=resources.workers,
-        use_gpu=resources.gpus > 0,
-        resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus} if resources.workers else None,
-    )
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.model_dump(mode="json"),
-        scaling_config=scaling,
+        scaling_config=scaling(resources),
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
         run_config=RunConfig(
             name=f"{job.key}-{job.fingerprint()}",
