@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines.common import CODES, FILTERED, IMAGE_TOKENIZER, MODELS, RAW, REPORTS, RUNS, SCORES, experiment, program
 from unifork import inference
 from unifork.manifest import write_atomically
-from unifork.report.build import build
+from unifork.report.build import build, loss_pictures
 from unifork.report.codec import load_codec
 from unifork.report.gather import Layout
 
@@ -25,6 +25,10 @@ def main(_: str) -> None:
     page = build(params, layout, load_codec)
     path = REPORTS / params.name / "index.html"
     write_atomically(path, lambda temporary: write(temporary, page))
+    for name, picture in loss_pictures(params, layout).items():
+        write_atomically(
+            path.with_name("losses") / f"{name}.png", lambda temporary, data=picture: temporary.write_bytes(data)
+        )
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB in {time.monotonic() - started:.1f} s", flush=True)
 
 

@@ -20,7 +20,7 @@ from unifork.report import pictures
 from unifork.report.codec import LoadCodec
 from unifork.report.gather import SPLITS, Evaluation, Facts, Layout, StageRun, VariantRun, gather
 from unifork.report.pictures import AnsweredQuestion, DataPictures, DrawnPicture, Picture
-from unifork.report.plots import Plot, score_plot, training_plots, worded
+from unifork.report.plots import Plot, score_plot, training_plots, whole_line, worded
 from unifork.report.reading import Same
 from unifork.report.surroundings import surroundings
 
@@ -89,6 +89,15 @@ class VariantView:
     def parts(self) -> list[str]:
         """Parts of the model, in order."""
         return list(dict.fromkeys(part.name for stage in self.stages for part in stage.run.parts))
+
+
+def loss_pictures(experiment: Experiment, layout: Layout) -> dict[str, bytes]:
+    """For each variant that has been trained, its losses over all stages, as a PNG."""
+    runs = {
+        one.name: [(run.name, run.history) for run in one.stages if run.history]
+        for one in gather(experiment, layout).variants
+    }
+    return {name: whole_line(stages) for name, stages in runs.items() if stages}
 
 
 def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec, root: Path = Path()) -> str:

@@ -72,6 +72,32 @@ def training_plots(history: Sequence[Step]) -> list[Plot]:
     return [_curves(title, curves) for title, curves in wanted.items() if curves]
 
 
+def whole_line(stages: Sequence[tuple[str, Sequence[Step]]]) -> bytes:
+    """Both losses over all stages of a variant, one after the other, as a PNG for `dvc plots`."""
+    with matplotlib.rc_context(SETTINGS | {"axes.edgecolor": "black", "text.color": "black"}):  # type: ignore[arg-type]
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        borders = np.cumsum([0, *(len(history) for _, history in stages)])
+        for number, name in enumerate(("text_loss", "image_loss")):
+            points = [
+                (start + index, step.values[name])
+                for start, (_, history) in zip(borders, stages, strict=False)
+                for index, step in enumerate(history)
+                if name in step.values
+            ]
+            if points:
+                x, y = _thinned([x for x, _ in points], [y for _, y in points])
+                axes.plot(x, y, color=COLORS[number], label=name.replace("_", " "))
+        for start, (name, _) in zip(borders, stages, strict=False):
+            axes.axvline(start, color="0.7", linewidth=0.8)
+            axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
+        axes.set_xlabel("step of the line")
+        _legend(axes, 2)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+        return stream.getvalue()
+
+
 def score_plot(title: str, scores: Sequence[Score], splits: Sequence[str], names: Sequence[str]) -> Plot:
     """Bars with standard errors, the splits side by side, and a mark at the chance level of each."""
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
