@@ -13,8 +13,9 @@ from unifork.report.gather import Layout
 CARDS = Path("datasets")
 
 
-def write(path: Path, page: str) -> None:
-    path.write_text(page, encoding="utf-8")
+def write(path: Path, data: bytes) -> None:
+    """Put a file into place, whole."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def main(_: str) -> None:
@@ -24,11 +25,9 @@ def main(_: str) -> None:
     layout = Layout(CARDS, RAW, FILTERED, CODES, IMAGE_TOKENIZER, MODELS, RUNS, SCORES, companion)
     page = build(params, layout, load_codec)
     path = REPORTS / params.name / "index.html"
-    write_atomically(path, lambda temporary: write(temporary, page))
+    write(path, page.encode())
     for name, picture in loss_pictures(params, layout).items():
-        write_atomically(
-            path.with_name("losses") / f"{name}.png", lambda temporary, data=picture: temporary.write_bytes(data)
-        )
+        write(path.with_name("losses") / f"{name}.png", picture)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB in {time.monotonic() - started:.1f} s", flush=True)
 
 
