@@ -1,0 +1,92 @@
+"""`dvc.yaml` tells DVC what each program reads: its code, its parameters, its folders."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from unifork.errors import ConfigError
+from unifork.experiments import params_text, resolve, use
+
+ROOT = Path(__file__).parent.parent
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+WHERE_NOT_WHAT = {"errors", "processes", "cluster", "jobs", "config", "vocabulary"}
+"""Modules that do not decide what comes out; the values of `config` are parameters."""
+
+
+def stage(name: str) -> dict:
+    return STAGES[name].get("do", STAGES[name])
+
+
+def file_of(module: str) -> Path | None:
+    path = ROOT / Path(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def closure(path: Path, seen: set[Path]) -> set[Path]:
+    """The project's files that a file imports, directly or not."""
+    if path in seen:
+        return seen
+    seen.add(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.startswith(("unifork", "pipelines")) and (found := file_of(name)):
+                relative = found.relative_to(ROOT)
+                if relative.parts[0] == "unifork" and relative.with_suffix("").parts[1] in WHERE_NOT_WHAT:
+                    continue
+                closure(found, seen)
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_a_stage_depends_on_the_code_it_imports(name):
+    program = stage(name)["cmd"].split()[2].removeprefix("pipelines.")
+    assert stage(name)["cmd"].startswith("python -m pipelines.")
+    deps = [dep for dep in stage(name)["deps"] if dep.startswith(("unifork", "pipelines"))]
+    files = {str(path.relative_to(ROOT)) for path in closure(ROOT / "pipelines" / f"{program}.py", set())}
+    files -= {"unifork/__init__.py", "pipelines/__init__.py"}
+    uncovered = {file for file in files if not any(file == dep or file.startswith(dep + "/") for dep in deps)}
+    assert uncovered == set()
+    unused = {dep for dep in deps if not any(file == dep or file.startswith(dep + "/") for file in files)}
+    assert unused == set()
+    assert all((ROOT / dep).exists() for dep in deps)
+
+
+def test_what_a_hop_can_go_on_from_is_kept():
+    for name in ("download", "filter", "encode"):
+        assert all(next(iter(out.values()))["persist"] for out in stage(name)["outs"])
+
+
+def test_use_refuses_to_overwrite_edits(tmp_path, monkeypatch):
+    for folder in ("experiments", "datasets"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    use("demo")
+    use("micro")
+    assert Path("params.yaml").read_text() == params_text(resolve("micro"))
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 30", "steps: 31"))
+    with pytest.raises(ConfigError, match="differs from experiments/micro.yaml"):
+        use("demo")
+    use("demo", force=True)
+    assert Path("params.yaml").read_text() == params_text(resolve("demo"))
+
+
+def test_an_unknown_name_in_an_experiment_is_an_error(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("extends: demo\nvariants: {unifork: {stages: [s2-pretain]}}\n")
+    (tmp_path / "demo.yaml").write_text((ROOT / "experiments/demo.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"wrong\.yaml: variants\.unifork\.stages.*'s2-pretain'.*'s2-pretrain'"):
+        resolve("wrong", tmp_path, ROOT / "datasets")
+    (tmp_path / "loop.yaml").write_text("extends: loop\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        resolve("loop", tmp_path, ROOT / "datasets")
+    with pytest.raises(ConfigError, match=r"unknown experiment 'dem'.*Did you mean 'demo'"):
+        resolve("dem", tmp_path, ROOT / "datasets")
