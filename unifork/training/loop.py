@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unifork.config import Stage, Track
 from unifork.data.loader import StepPlan, TrackLoader
 from unifork.errors import UniForkError
-from unifork.training.optimizer import freeze_all_but, learning_rate, make_optimizer, trainable_names
+from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
 from unifork.training.strategies import summed, whole
 
 
@@ -46,19 +46,23 @@ def turns(stage: Stage) -> list[tuple[str, int]]:
     ]
 
 
+def trained_by(name: str, track: Track, model: nn.Module) -> list[str]:
+    """Names of the parameters that a track trains. Raises ConfigError for a pattern without a match."""
+    names = [name for name, _ in model.named_parameters()]
+    return trainable_names(names, track.trainable, f"track {name}: trainable")
+
+
 class TrackRun:
     """One track's optimizer over its trained parameters."""
 
     def __init__(self, name: str, track: Track, loader: TrackLoader, model: nn.Module) -> None:
         self.name, self.track, self.loader = name, track, loader
-        names = [name for name, _ in model.named_parameters()]
-        self.names = trainable_names(names, track.trainable, f"track {self.name}: trainable")
-        self.parameters = freeze_all_but(model, self.names)
+        named = dict(model.named_parameters())
+        self.parameters = {one: named[one] for one in trained_by(name, track, model)}
         self.optimizer = make_optimizer(track.optimizer, self.parameters.values())
 
     def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: Run) -> dict[str, Any]:
         """One optimizer step; returns its metrics, equal on every worker."""
-        freeze_all_but(model, self.names)
         rate = learning_rate(self.track.optimizer, step, self.track.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -73,7 +77,7 @@ class TrackRun:
                 f"stopped before the update. Documents of the step: {', '.join(plan.keys)}"
             )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
         return metrics
 
     def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: Run) -> Tensor:

@@ -35,14 +35,15 @@ def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -
     return [name for name in names if name in chosen]
 
 
-def freeze_all_but(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Switch gradients on for `names` alone and return those parameters."""
+def freeze_all_but(model: nn.Module, names: Iterable[str]) -> None:
+    """Switch gradients on for `names` alone, once for a whole stage.
+
+    What is trained by any track keeps its gradients in all of them: DDP and FSDP2 fix at the start
+    which parameters have some. Each track's optimizer then updates its own parameters alone.
+    """
     wanted = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
-        if name not in wanted:
-            parameter.grad = None
-    return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -26,7 +26,8 @@ from unifork.processes import exclusive
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.history import History, Log, Progress, read, write_csv
-from unifork.training.loop import Run, TrackRun, turns
+from unifork.training.loop import Run, TrackRun, trained_by, turns
+from unifork.training.optimizer import freeze_all_but
 from unifork.training.strategies import barrier, strategy, whole
 from unifork.vocabulary import VIEW_OF_TASK
 
@@ -126,6 +127,7 @@ def _train(job: StageJob, run: Run) -> None:
         )
         for name, track in stage.tracks.items()
     }  # fmt: skip
+    freeze_all_but(model, {one for name, track in stage.tracks.items() for one in trained_by(name, track, model)})
     wrapped = strategy(job.resources.strategy, run.workers).wrap(model)
     tracks = {name: TrackRun(name, track, loaders[name], model) for name, track in stage.tracks.items()}
     pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
@@ -209,7 +211,7 @@ def _export(
             shutil.copytree(job.start / name, temporary / name)
     training = temporary / "training"
     write_csv(read(job.run_folder), training / "history.csv")
-    trained = {name for track in tracks.values() for name in track.names}
+    trained = {name for track in tracks.values() for name in track.parameters}
     write_json(
         training / "summary.json",
         {
