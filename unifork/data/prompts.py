@@ -53,6 +53,7 @@ TEMPLATES: dict[str, Template] = {
     "answer-plain": Template(
         "understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]", first_turn_only=True
     ),
+    "answers-plain": Template("understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]"),
     "caption": Template(
         "understanding",
         f"{TURN_START}{SYSTEM} USER: {IMAGE_MARK}\n{INSTRUCTION} ASSISTANT:[[ {{caption}}{TURN_END}]]",
