@@ -147,7 +147,15 @@ def test_what_changes_only_the_speed_does_not_start_afresh(root):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "after the update", 5)
         train_stage(one, Run())
-    train_stage(job(root, checkpoint_every=2, resources=RESOURCES.model_copy(update={"row_tokens": 512})), Run())
+    train_stage(
+        job(
+            root,
+            checkpoint_every=2,
+            sample_prompts=("a circle",),
+            resources=RESOURCES.model_copy(update={"row_tokens": 512}),
+        ),
+        Run(),
+    )
     assert "continuing from step 3 of 8" in (one.run_folder / "log.txt").read_text()
 
 

@@ -31,6 +31,9 @@ from unifork.training.optimizer import freeze_all_but
 from unifork.training.strategies import barrier, strategy, whole
 from unifork.vocabulary import VIEW_OF_TASK
 
+NOT_IN_THE_WEIGHTS = {"checkpoint_every", "keep_checkpoints", "sample_prompts", "sampling"}
+"""Fields of a stage that decide nothing about its weights."""
+
 
 class StageJob(Plain):
     """Everything a worker needs to know; plain data, so that it can travel."""
@@ -75,7 +78,7 @@ class StageJob(Plain):
             for entry in track.mixture
             for folder in [self.codes / entry.dataset / VIEW_OF_TASK[entry.task]]
         }
-        plain = self.stage.model_dump(mode="json", exclude={"checkpoint_every", "keep_checkpoints", "sample_prompts"})
+        plain = self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS)
         model = {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")}
         return fingerprint(
             {"stage": plain, "start": model, "data": data, "text": TextTokenizer(self.start / TEXT_TOKENIZER).identity}
