@@ -5,13 +5,12 @@ All paths are relative to the working directory, which is the root of the experi
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from unifork.cluster import load_cluster, local_ray, map_shards, run_stage
-from unifork.config import Cluster, DatasetUse, Experiment, HopResources, load
-from unifork.data.hop import Hop, run_hop
+from unifork.config import DatasetUse, Experiment, HopResources, load
+from unifork.data.hop import Hop, run_hops
 from unifork.errors import UniForkError, unknown
 from unifork.manifest import Manifest
 from unifork.processes import exclusive
@@ -54,22 +53,13 @@ def program(module: str, output: Callable[[str], Path], main: Callable[[str], No
     run_stage(alone, module, [name] if what else [], [folder])
 
 
-def run(
-    hop: Hop,
-    worker: type,
-    arguments: tuple[object, ...],
-    step: str,
-    columns: dict[str, str],
-    lineage: Mapping[str, Any],
-) -> Manifest:
-    """Run a hop with the workers that the cluster file gives to `step`, and print its progress."""
-    cluster: Cluster = load_cluster()
+def run(step: str, hops: Sequence[Hop], worker: type, *arguments: object) -> list[Manifest]:
+    """Run hops with the workers that the cluster file gives to `step`, and print their progress."""
+    cluster = load_cluster()
     resources = cluster.hops.get(step, HopResources())
     with local_ray(cluster, needed=resources.workers > 0):
-        return run_hop(
-            hop,
+        return run_hops(
+            hops,
             lambda tasks, on_result: map_shards(tasks, worker, arguments, resources, on_result),
-            columns,
-            lineage,
             lambda progress: print(progress, flush=True),
         )

@@ -2,7 +2,6 @@
 
 from pipelines.common import RAW, dataset_use, experiment, program, run
 from unifork.config import load_card
-from unifork.data.schema import columns_of, image_text_schema
 from unifork.data.workers import Materialise, download_hop
 
 
@@ -10,8 +9,7 @@ def main(name: str) -> None:
     card, params = load_card(name), experiment()
     use = dataset_use(params, name)
     hop = download_hop(card, use.rows, use.shard_rows, params.seed, RAW / name)
-    lineage = {"source": card.source.model_dump(mode="json"), "licence": card.licence, "attribution": card.attribution}
-    run(hop, Materialise, (card.model_dump(mode="json"),), "download", columns_of(image_text_schema(card)), lineage)
+    run("download", [hop], Materialise, card.model_dump(mode="json"))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 
 from pipelines.common import FILTERED, RAW, program, run
 from unifork.config import load_card
-from unifork.data.schema import columns_of, image_text_schema
 from unifork.data.workers import Filter, filter_hop
 
 
 def main(name: str) -> None:
     card = load_card(name)
     hop = filter_hop(card, RAW / name, FILTERED / name)
-    lineage = {"filters": [rule.model_dump(mode="json") for rule in card.filters]}
-    manifest = run(hop, Filter, (card.model_dump(mode="json"),), "filter", columns_of(image_text_schema(card)), lineage)
+    (manifest,) = run("filter", [hop], Filter, card.model_dump(mode="json"))
     drops = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items())
     print(f"{name}: kept {manifest.rows} rows, dropped {drops or 'none'}")
 

@@ -8,9 +8,8 @@ import torch
 import yaml
 
 from unifork.config import Experiment, load, load_card
-from unifork.data.encoding import Encode, encode_hop, encode_identity, encoder_for
-from unifork.data.hop import run_hop
-from unifork.data.schema import codes_schema, columns_of, image_text_schema
+from unifork.data.encoding import Encode, encode_hop
+from unifork.data.hop import run_hops
 from unifork.data.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
 from unifork.experiments import params_text, resolve
@@ -57,21 +56,18 @@ def build(root: Path, changes: dict | None = None) -> Path:
     experiment = write_experiment(root, changes)
     card = load_card("shapes", root / "datasets")
     plain = card.model_dump(mode="json")
-    columns = columns_of(image_text_schema(card))
     raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
     use = experiment.datasets["shapes"]
-    run_hop(download_hop(card, use.rows, use.shard_rows, 0, raw), here(Materialise(plain)), columns, {})
-    run_hop(filter_hop(card, raw, filtered), here(Filter(plain)), columns, {})
+    run_hops([download_hop(card, use.rows, use.shard_rows, 0, raw)], here(Materialise(plain)))
+    run_hops([filter_hop(card, raw, filtered)], here(Filter(plain)))
     pictures = fresh_tokenizer(experiment, root / "tokenizers/image")
     text = train_text_tokenizer(
         texts_of(filtered, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
     )
-    for task, task_use in card.tasks.items():
-        encoder = encoder_for(card, task, root / "tokenizers/image")
-        hop = encode_hop(card, task, filtered, root / "data/codes/shapes" / task_use.view, encoder)
-        identity, shape = encode_identity(encoder), encoder.tokenizer.architecture
-        schema = codes_schema(card, task, shape.grid, shape.depth, identity)
-        run_hop(hop, here(Encode(plain, task, str(root / "tokenizers/image"), "cpu")), columns_of(schema), identity)
+    tokenizer = root / "tokenizers/image"
+    codes = root / "data/codes/shapes"
+    hops = [encode_hop(card, task, filtered, codes / use.view, tokenizer) for task, use in card.tasks.items()]
+    run_hops(hops, here(Encode(plain, str(tokenizer), "cpu")))
     write_model(experiment, pictures, text, root / "models/unifork-init", root)
     return root
 

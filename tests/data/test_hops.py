@@ -9,9 +9,8 @@ import pytest
 from tiny import ROWS, here
 
 from unifork.config import load_card
-from unifork.data.encoding import Encode, encode_hop, encode_identity, encoder_for
-from unifork.data.hop import RECORD_SUFFIX, run_hop
-from unifork.data.schema import codes_schema, columns_of, image_text_schema
+from unifork.data.encoding import Encode, encode_hop
+from unifork.data.hop import RECORD_SUFFIX, run_hops
 from unifork.data.workers import QUARANTINE, Filter, Materialise, download_hop, filter_hop
 from unifork.errors import ConfigError, DataError
 from unifork.manifest import MANIFEST, fault, read_manifest
@@ -31,7 +30,8 @@ def download(card, folder, rows=40, shard_rows=16):
         return worker(task)
 
     hop = download_hop(card, rows, shard_rows, 0, folder)
-    return run_hop(hop, here(counting), columns_of(image_text_schema(card)), {}), made
+    (manifest,) = run_hops([hop], here(counting))
+    return manifest, made
 
 
 def bytes_of(folder):
@@ -83,7 +83,7 @@ def test_a_killed_hop_keeps_its_finished_shards_and_ends_with_the_same_bytes(car
 
     hop = download_hop(card, 40, 16, 0, tmp_path / "raw")
     with pytest.raises(KeyboardInterrupt):
-        run_hop(hop, here(dies_on_the_second), columns_of(image_text_schema(card)), {})
+        run_hops([hop], here(dies_on_the_second))
     assert not (tmp_path / "raw" / MANIFEST).exists()
     with pytest.raises(DataError, match="has not finished"):
         read_manifest(tmp_path / "raw")
@@ -118,7 +118,7 @@ def test_the_filter_counts_and_quarantines_and_loses_nothing_else(card, tmp_path
     (tmp_path / "raw" / MANIFEST).write_text(json.dumps(manifest))
 
     hop = filter_hop(card, tmp_path / "raw", tmp_path / "filtered")
-    kept = run_hop(hop, here(Filter(card.model_dump(mode="json"))), columns_of(image_text_schema(card)), {})
+    (kept,) = run_hops([hop], here(Filter(card.model_dump(mode="json"))))
     assert kept.dropped == {"unreadable": 2, "min_side": 1, "no_text": 1}
     assert kept.rows == 36
     rejected = pq.read_table(tmp_path / "filtered" / QUARANTINE / "part-00000.parquet").to_pylist()
@@ -132,12 +132,10 @@ def test_a_consumer_refuses_a_shard_that_is_not_what_the_manifest_says(card, tin
     folder = tmp_path / "filtered"
     shutil.copytree(tiny_root / "data/filtered/shapes", folder)
     (folder / "part-00001.parquet").write_bytes(b"PAR1")
-    encoder = encoder_for(card, "generation", tiny_root / "tokenizers/image")
-    hop = encode_hop(card, "generation", folder, tmp_path / "codes", encoder)
-    worker = Encode(card.model_dump(mode="json"), "generation", str(tiny_root / "tokenizers/image"), "cpu")
-    schema = codes_schema(card, "generation", 6, 4, encode_identity(encoder))
+    tokenizer = tiny_root / "tokenizers/image"
+    hop = encode_hop(card, "generation", folder, tmp_path / "codes", tokenizer)
     with pytest.raises(DataError, match=r"part-00001.*4 bytes instead of"):
-        run_hop(hop, here(worker), columns_of(schema), {})
+        run_hops([hop], here(Encode(card.model_dump(mode="json"), str(tokenizer), "cpu")))
 
 
 def test_codes_say_who_made_them(tiny_root):

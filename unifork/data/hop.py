@@ -7,8 +7,9 @@ shard (`<shard>.done`) is written right after the shard and folded into the mani
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,18 @@ ROW_GROUP = 256
 
 @dataclass(frozen=True)
 class Hop:
-    """What a hop is about to do; plain data, so that it can travel to any worker."""
+    """What a hop is about to do."""
 
     kind: str
     dataset: str
     folder: Path
+    columns: dict[str, str]
+    """Names and Arrow types of what it writes."""
     made_with: dict[str, Any]
     """Everything besides the task that decides the rows: card sections, versions, identities."""
-    tasks: list[dict[str, Any]] = field(default_factory=list)
+    lineage: dict[str, Any]
+    """What the manifest says about the origin."""
+    tasks: list[dict[str, Any]]
     """One per shard; plain data. The output of task i is `part-<i>.parquet`."""
     source: Path | None = None
     """Folder of the input shards; not part of any fingerprint, since data may move."""
@@ -58,8 +63,9 @@ class Hop:
         return fingerprint({"made_with": self.made_with, "task": self.tasks[index]})
 
 
-def write_shard(path: Path, table: pa.Table, inputs: str, dropped: dict[str, int]) -> Shard:
-    """Write a table as a Parquet shard, atomically, and its record after it."""
+def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int]) -> dict[str, Any]:
+    """Write a task's table as a Parquet shard, atomically, and its record after it: the task's result."""
+    path = Path(task["output"])
     write_atomically(
         path, lambda temporary: pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
     )
@@ -68,11 +74,11 @@ def write_shard(path: Path, table: pa.Table, inputs: str, dropped: dict[str, int
         rows=table.num_rows,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
-        inputs=inputs,
-        dropped=dropped,
-    )
-    write_json(path.with_name(path.name + RECORD_SUFFIX), record.model_dump(mode="json"))
-    return record
+        inputs=task["inputs"],
+        dropped=dict(dropped),
+    ).model_dump(mode="json")
+    write_json(path.with_name(path.name + RECORD_SUFFIX), record)
+    return {"output": task["output"], "shard": record}
 
 
 def finished_shards(folder: Path) -> dict[str, Shard]:
@@ -89,89 +95,96 @@ def finished_shards(folder: Path) -> dict[str, Shard]:
     return records
 
 
-def run_hop(
-    hop: Hop,
+def run_hops(
+    hops: Sequence[Hop],
     map_tasks: Callable[[list[dict[str, Any]], Callable[[dict[str, Any]], None]], Any],
-    columns: dict[str, str],
-    lineage: Mapping[str, Any],
-    progress: Callable[["Progress"], None] | None = None,
-) -> Manifest:
-    """Make every missing or damaged shard, then write the manifest.
+    progress: Callable[["Progress"], None] = lambda _: None,
+) -> list[Manifest]:
+    """Make every missing or damaged shard of some hops with one set of workers, then write the manifests.
 
-    map_tasks(tasks, on_result) runs the worker on each task and calls on_result with each record;
-    it decides where. Prints one line per finished shard through `progress`.
-    Raises DataError when a worker did not deliver a shard.
+    map_tasks(tasks, on_result) runs the worker on each task and calls on_result with each result; it
+    decides where. Raises DataError when a worker did not deliver a shard.
     """
-    hop.folder.mkdir(parents=True, exist_ok=True)
-    known = finished_shards(hop.folder)
-    records: dict[str, Shard] = {}
-    todo = []
-    for index, task in enumerate(hop.tasks):
-        name, inputs = hop.shard_name(index), hop.inputs(index)
-        old = known.get(name)
-        if old and old.inputs == inputs and fault(hop.folder, old) is None:
-            records[name] = old
-        else:
-            source = str(hop.source.absolute()) if hop.source else None
-            todo.append({**task, "source": source, "output": str((hop.folder / name).absolute()), "inputs": inputs})
-    state = Progress(hop, total=len(hop.tasks), kept=len(records))
-    state.report(progress)
+    states = [Progress(hop) for hop in hops]
+    todo: list[dict[str, Any]] = []
+    owner: dict[str, Progress] = {}
+    for state in states:
+        tasks = state.begin()
+        owner |= {task["output"]: state for task in tasks}
+        todo += tasks
+        progress(state)
 
-    def on_result(record: dict[str, Any]) -> None:
-        shard = parse(Shard, record, f"result of {hop.folder}")
-        records[shard.path] = shard
-        state.add(shard)
-        state.report(progress)
+    def on_result(result: dict[str, Any]) -> None:
+        state = owner[result["output"]]
+        state.add(parse(Shard, result["shard"], f"result of {state.hop.folder}"))
+        progress(state)
 
     if todo:
-        for name, shard in records.items():  # without a manifest the kept shards need their records again
-            write_json(hop.folder / (name + RECORD_SUFFIX), shard.model_dump(mode="json"))
-        (hop.folder / MANIFEST).unlink(missing_ok=True)
         map_tasks(todo, on_result)
-    names = [hop.shard_name(index) for index in range(len(hop.tasks))]
-    absent = [name for name in names if name not in records]
-    if absent:
-        raise DataError(f"{hop.folder}: {len(absent)} of {len(names)} shards were not made, first {absent[0]}")
-    manifest = Manifest(
-        kind=hop.kind,
-        dataset=hop.dataset,
-        columns=columns,
-        shards=tuple(records[name] for name in names),
-        lineage=dict(lineage),
-    )
-    write_manifest(hop.folder, manifest)
-    return manifest
+    return [state.end() for state in states]
 
 
 class Progress:
-    """Counts of a running hop: shards and rows done of those known, drops, rate and ETA."""
+    """A running hop: shards and rows done of those known, drops, rate and ETA."""
 
-    def __init__(self, hop: Hop, total: int, kept: int) -> None:
-        self.hop, self.total, self.kept = hop, total, kept
-        self.made = self.rows = 0
-        self.dropped: dict[str, int] = {}
+    def __init__(self, hop: Hop) -> None:
+        self.hop = hop
+        self.finished: dict[str, Shard] = {}
+        self.kept = self.rows = 0
+        self.dropped: Counter[str] = Counter()
         self.started = time.monotonic()
+
+    def begin(self) -> list[dict[str, Any]]:
+        """Find out what an earlier run finished; the tasks that are left to do."""
+        hop, todo = self.hop, []
+        hop.folder.mkdir(parents=True, exist_ok=True)
+        known = finished_shards(hop.folder)
+        for index, task in enumerate(hop.tasks):
+            name, inputs = hop.shard_name(index), hop.inputs(index)
+            old = known.get(name)
+            if old and old.inputs == inputs and fault(hop.folder, old) is None:
+                self.finished[name] = old
+            else:
+                source = str(hop.source.absolute()) if hop.source else None
+                todo.append({**task, "source": source, "output": str((hop.folder / name).absolute()), "inputs": inputs})
+        self.kept = len(self.finished)
+        if todo:
+            for name, shard in self.finished.items():  # without a manifest the kept shards need their records again
+                write_json(hop.folder / (name + RECORD_SUFFIX), shard.model_dump(mode="json"))
+            (hop.folder / MANIFEST).unlink(missing_ok=True)
+        return todo
 
     def add(self, shard: Shard) -> None:
         """Count a finished shard."""
-        self.made += 1
+        self.finished[shard.path] = shard
         self.rows += shard.rows
-        for reason, count in shard.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.dropped.update(shard.dropped)
 
-    def report(self, sink: Callable[["Progress"], None] | None) -> None:
-        """Hand the state to whoever shows it."""
-        if sink:
-            sink(self)
+    def end(self) -> Manifest:
+        """Write the manifest. Raises DataError when shards are missing."""
+        hop = self.hop
+        names = [hop.shard_name(index) for index in range(len(hop.tasks))]
+        absent = [name for name in names if name not in self.finished]
+        if absent:
+            raise DataError(f"{hop.folder}: {len(absent)} of {len(names)} shards were not made, first {absent[0]}")
+        manifest = Manifest(
+            kind=hop.kind,
+            dataset=hop.dataset,
+            columns=hop.columns,
+            shards=tuple(self.finished[name] for name in names),
+            lineage=hop.lineage,
+        )
+        write_manifest(hop.folder, manifest)
+        return manifest
 
     def __str__(self) -> str:
-        done, seconds = self.kept + self.made, time.monotonic() - self.started
-        left = self.total - done
-        eta = f", {left * seconds / self.made:.0f} s to go" if self.made and left else ""
-        rate = f", {self.rows / seconds:.0f} rows/s" if self.made and seconds > 0 else ""
+        done, total, seconds = len(self.finished), len(self.hop.tasks), time.monotonic() - self.started
+        made = done - self.kept
+        eta = f", {(total - done) * seconds / made:.0f} s to go" if made and done < total else ""
+        rate = f", {self.rows / seconds:.0f} rows/s" if made and seconds > 0 else ""
         drops = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         kept = f" ({self.kept} kept from before)" if self.kept else ""
-        shards = f"{self.hop.folder}: {done}/{self.total} shards{kept}"
+        shards = f"{self.hop.folder}: {done}/{total} shards{kept}"
         return f"{shards}, {self.rows} new rows{rate}{eta}{drops and '; dropped ' + drops}"
 
 

@@ -37,14 +37,16 @@ class Materialise:
         rows = sorted(rows_of(task), key=lambda row: row["key"])
         dropped = Counter(row["problem"] for row in rows if "problem" in row)
         table = table_of([row for row in rows if "problem" not in row], self.schema)
-        return write_shard(Path(task["output"]), table, task["inputs"], dict(dropped)).model_dump(mode="json")
+        return write_shard(task, table, dropped)
 
 
 def download_hop(card: Card, rows: int | None, shard_rows: int, seed: int, folder: Path) -> Hop:
     """The plan of the download hop."""
     tasks = plan(card.source.kind, card.source.options, rows, shard_rows, seed, f"card {card.name}")
-    made_with = {"version": DOWNLOAD_VERSION, "columns": columns_of(image_text_schema(card)), "licence": card.licence}
-    return Hop("image-text", card.name, folder, made_with, tasks)
+    columns = columns_of(image_text_schema(card))
+    made_with = {"version": DOWNLOAD_VERSION, "columns": columns, "licence": card.licence}
+    lineage = {"source": card.source.model_dump(mode="json"), "licence": card.licence, "attribution": card.attribution}
+    return Hop("image-text", card.name, folder, columns, made_with, lineage, tasks)
 
 
 class Filter:
@@ -68,14 +70,14 @@ class Filter:
             write_atomically(quarantine, lambda path: pq.write_table(pa.Table.from_pylist(rejected), path))
         else:
             quarantine.unlink(missing_ok=True)
-        dropped = dict(Counter(row["reason"] for row in rejected))
-        return write_shard(output, table_of(kept, self.schema), task["inputs"], dropped).model_dump(mode="json")
+        return write_shard(task, table_of(kept, self.schema), Counter(row["reason"] for row in rejected))
 
 
 def filter_hop(card: Card, source: Path, folder: Path) -> Hop:
     """The plan of the filter hop: one task per image-text shard."""
-    made_with = {"version": FILTER_VERSION, "filters": [rule.model_dump(mode="json") for rule in card.filters]}
-    return Hop("image-text", card.name, folder, made_with, tasks_from(read_manifest(source)), source)
+    filters = {"filters": [rule.model_dump(mode="json") for rule in card.filters]}
+    columns, made_with = columns_of(image_text_schema(card)), {"version": FILTER_VERSION, **filters}
+    return Hop("image-text", card.name, folder, columns, made_with, filters, tasks_from(read_manifest(source)), source)
 
 
 def tasks_from(manifest: Manifest) -> list[dict[str, Any]]:
