@@ -14,7 +14,7 @@ from unifork.config import Experiment, load_card, parse
 from unifork.data.hop import write_shard
 from unifork.data.schema import image_text_schema
 from unifork.data.shapes.world import draw, scene
-from unifork.manifest import Manifest, write_json, write_manifest
+from unifork.manifest import Manifest, Shard, write_json, write_manifest
 from unifork.report.gather import Layout
 
 NASTY = "<script>alert('a')</script> & <b>"
@@ -149,7 +149,8 @@ def write_data(where: Layout) -> None:
     folders = {where.raw: {}, where.filtered: dropped, where.codes: {}}
     for folder, drops in folders.items():
         place = folder / "world" / ("crop" if folder == where.codes else "")
-        shard = write_shard(place / "part-00000.parquet", table, "made", drops)
+        task = {"output": str(place / "part-00000.parquet"), "inputs": "made"}
+        shard = Shard.model_validate(write_shard(task, table, drops)["shard"])
         lineage = (
             {"encoder_id": "abc", "encoding": {"view": "crop", "dtype": "float32"}} if folder == where.codes else {}
         )
