@@ -35,9 +35,7 @@ class Materialise:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         rows = sorted(rows_of(task), key=lambda row: row["key"])
-        dropped = Counter(row["problem"] for row in rows if "problem" in row)
-        table = table_of([row for row in rows if "problem" not in row], self.schema)
-        return write_shard(task, table, dropped)
+        return write_shard(task, table_of(rows, self.schema), {})
 
 
 def download_hop(card: Card, rows: int | None, shard_rows: int, seed: int, folder: Path) -> Hop:
