@@ -20,7 +20,7 @@ LEVELS = [
     {"image_tokenizer", "models"},
     {"data"},
     {"experiments", "inference"},
-    {"training", "evaluation", "analysis", "cluster"},
+    {"training", "evaluation", "parity", "analysis", "cluster"},
     {"report"},
     {"cli", "pipelines"},
 ]
