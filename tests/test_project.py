@@ -22,6 +22,7 @@ LEVELS = [
     {"experiments", "inference"},
     {"training", "evaluation", "parity", "analysis", "cluster"},
     {"report"},
+    {"commands"},
     {"cli", "pipelines"},
 ]
 """A module imports only from levels below its own, or from its own package."""

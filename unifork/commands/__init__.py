@@ -1,0 +1,1 @@
+"""Groups of commands of `unifork`, one file a group; heavy imports stand inside the functions."""
