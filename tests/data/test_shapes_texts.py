@@ -62,7 +62,7 @@ def test_dialogues_take_turns_and_are_short():
     for this in SCENES[:300]:
         turns = conversations(this)
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
-        assert 6 <= len(turns) <= 8
+        assert 10 <= len(turns) <= 16
         assert max(len(turn["text"].split()) for turn in turns[1::2]) <= 2
 
 

@@ -29,8 +29,9 @@ def _answer(objects, question):
         return "yes" if there else "no"
     if match := re.fullmatch(r"What color (?:is|are) the (\w+)\?", question):
         return next((thing.color for thing in objects if match[1] in (thing.shape, noun(thing.shape, None, 2))), "")
-    if match := re.fullmatch(r"How many (\w+) are there\?", question):
-        return NUMBERS[sum(match[1] in ("objects", noun(thing.shape, None, 2)) for thing in objects)]
+    if match := re.fullmatch(r"How many (.+) are there\?", question):
+        named = [("objects", *(noun(thing.shape, color, 2) for color in (None, thing.color))) for thing in objects]
+        return NUMBERS[sum(match[1] in names for names in named)]
     match = re.fullmatch(r"Is the (\w+) left of, right of, above or below the (\w+)\?", question)
     pair = [next((thing for thing in objects if thing.shape == shape), None) for shape in match.groups()]
     return (relation(*pair) or "") if all(pair) else ""

@@ -101,24 +101,21 @@ def class_name(scene: Scene) -> str | None:
 
 
 def conversations(scene: Scene) -> list[dict[str, str]]:
-    """Four questions about the picture with very short answers: two yes/no (each by a fair coin), two others.
+    """Up to eight questions about the picture with very short answers, half of them yes/no (each by a fair coin).
 
-    In the split `train` no text names a held-out composition either.
+    Many, because they cost little beside the picture. In the split `train` no text names a held-out composition either.
     """
     draws = Draws("conversation", scene.seed, scene.split, scene.index)
     asked: list[Question] = []
-    others: list[QuestionKind] = draws.shuffled(("color", "count"))
-    kinds: list[QuestionKind] = ["yes_no", "yes_no", "position", *others]
+    kinds: list[QuestionKind] = [*["yes_no"] * 4, "position", "color", "count", "count"]
     for kind in kinds:
         answer = draws.pick(("yes", "no")) if kind == "yes_no" else None
-        for _ in range(20):  # a repeated question is drawn again with the same answer, to keep yes and no in balance
-            question = pick_question(scene, kind, draws, answer)
-            if question is not None and question not in asked:
-                asked.append(question)
-                break
+        question = pick_question(scene, kind, draws, answer, asked)
+        if question is not None:
+            asked.append(question)
     return [
         turn
-        for question in draws.shuffled(asked[:4])
+        for question in draws.shuffled(asked)
         for turn in ({"role": "user", "text": question.text}, {"role": "assistant", "text": question.answer})
     ]
 

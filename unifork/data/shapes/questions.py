@@ -7,6 +7,7 @@ speak of held-out compositions alone.
 """
 
 from collections import Counter
+from collections.abc import Collection
 from itertools import permutations, product
 from typing import Literal, NamedTuple, get_args
 
@@ -42,8 +43,10 @@ class _Candidate(NamedTuple):
     question: Question
 
 
-def pick_question(scene: Scene, kind: QuestionKind, draws: Draws, answer: str | None = None) -> Question | None:
-    """One question of a kind, with the wanted answer if one is given; None when the scene allows none.
+def pick_question(
+    scene: Scene, kind: QuestionKind, draws: Draws, answer: str | None = None, asked: Collection[Question] = ()
+) -> Question | None:
+    """One question of a kind not asked yet, with the wanted answer if one is given; None when there is none.
 
     Without a wanted answer, yes or no is decided by a fair coin. Half of the coloured shapes that
     are asked for and not there are made of a colour and a shape that are, on different objects.
@@ -53,7 +56,13 @@ def pick_question(scene: Scene, kind: QuestionKind, draws: Draws, answer: str | 
     if kind == "yes_no" and answer is None:
         answer = draws.pick(("yes", "no"))
     listed = _LISTS[kind](scene)
-    usable = [c for c in listed if c.held_out == (scene.split == "held_out") and answer in (None, c.question.answer)]
+    usable = [
+        candidate
+        for candidate in listed
+        if candidate.held_out == (scene.split == "held_out")
+        and answer in (None, candidate.question.answer)
+        and candidate.question not in asked
+    ]
     groups = sorted({candidate.group for candidate in usable})
     if not groups:
         return None
@@ -94,16 +103,27 @@ def _color(scene: Scene) -> list[_Candidate]:
 
 
 def _count(scene: Scene) -> list[_Candidate]:
-    """For every shape that is there, and for all objects: how many?"""
-    total = Question("How many objects are there?", NUMBERS[len(scene.objects)])
-    return [_Candidate("objects", False, total)] + [
-        _Candidate(
-            "shape count",
-            (shape, count) in HELD_OUT_COUNTS,
-            Question(f"How many {noun(shape, None, 2)} are there?", NUMBERS[count]),
-        )
-        for shape, count in Counter(thing.shape for thing in scene.objects).items()
-    ]
+    """For all objects, every shape, and every coloured shape of which at least a part is there: how many?
+
+    What is not there is asked for too: the answer zero teaches what "no" means, long before yes and no do.
+    """
+    shapes = Counter(thing.shape for thing in scene.objects)
+    pairs = Counter((thing.color, thing.shape) for thing in scene.objects)
+    colors = {color for color, _ in pairs}
+    found = [_Candidate("objects", False, Question("How many objects are there?", NUMBERS[len(scene.objects)]))]
+    for shape in SHAPES:
+        held_out = (shape, shapes[shape]) in HELD_OUT_COUNTS
+        found.append(_how_many("shape", held_out, noun(shape, None, 2), shapes[shape]))
+    for color, shape in product(COLORS, SHAPES):
+        if color in colors or shape in shapes:
+            held_out = (color, shape) in HELD_OUT_COLORS or (shape, pairs[color, shape]) in HELD_OUT_COUNTS
+            found.append(_how_many("colored shape", held_out, noun(shape, color, 2), pairs[color, shape]))
+    return found
+
+
+def _how_many(what: str, held_out: bool, named: str, count: int) -> _Candidate:
+    group = f"{what} there" if count else f"{what} not there"
+    return _Candidate(group, held_out, Question(f"How many {named} are there?", NUMBERS[count]))
 
 
 def _position(scene: Scene) -> list[_Candidate]:

@@ -1,6 +1,6 @@
 """Words for objects: a shape, a colour and a number go in, a noun or a noun phrase comes out."""
 
-NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("zero", "one", "two", "three", "four")
 """Numbers as they are spoken; a picture never holds more than four objects."""
 
 
