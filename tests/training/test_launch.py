@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 
 def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
     import ray.train
@@ -29,14 +27,3 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
     trainer.fit()
     seen = {(tmp_path / rank).read_text() for rank in ("0", "1")}
     assert all(devices for devices in seen)
-
-
-@pytest.mark.parametrize(("workers", "gpus", "wanted"), [(0, 0.0, None), (2, 1.0, {"CPU": 1.0, "GPU": 1.0})])
-def test_scaling(workers, gpus, wanted):
-    from unifork.config import TrainResources
-    from unifork.training.launch import scaling
-
-    asked = scaling(TrainResources(workers=workers, gpus=gpus))
-    assert asked.num_workers == workers
-    assert asked.resources_per_worker == wanted
-    assert asked.use_gpu == bool(gpus)

@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +45,8 @@ class FSDP2:
     """Parameters, gradients and optimizer state are sharded; resharding is loading."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  slow to import, and one worker does without
+
         for block in model.layers:  # type: ignore[union-attr]
             fully_shard(block)
         fully_shard(model)

@@ -107,7 +107,7 @@ def conversations(scene: Scene) -> list[dict[str, str]]:
     """
     draws = Draws("conversation", scene.seed, scene.split, scene.index)
     asked: list[Question] = []
-    kinds: list[QuestionKind] = [*["yes_no"] * 4, "position", "color", "count", "count"]
+    kinds: list[QuestionKind] = ["yes_no", "yes_no", "yes_no", "yes_no", "position", "color", "count", "count"]
     for kind in kinds:
         answer = draws.pick(("yes", "no")) if kind == "yes_no" else None
         question = pick_question(scene, kind, draws, answer, asked)
