@@ -71,6 +71,8 @@ class Batch:
     """Tokens per task (padding included), in the order of TASKS."""
     modality_counts: tuple[int, ...]
     """Tokens per modality (padding counts as text), in the order of MODALITIES."""
+    document_counts: tuple[tuple[int, ...], ...]
+    """Tokens of each document per modality, row by row; the padding that ends a row follows as text."""
     tasks_grouped: bool = False
     """Whether the flattened tokens come task by task, so that a task route is slices."""
 
@@ -94,6 +96,7 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
     positions_BT = np.zeros((B, T), np.int64)
     tasks_BT = np.zeros((B, T), np.int64)
     codes, text_source, text_target, image_source, image_target = [], [], [], [], []
+    document_counts: list[tuple[int, ...]] = []
     for b, row in enumerate(rows):
         start = 0
         for number, document in enumerate(row):
@@ -107,6 +110,7 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
             positions_BT[span] = np.arange(len(document))
             tasks_BT[b, start:] = TASKS.index(document.task)
             codes.append(document.codes_ND)
+            document_counts.append(_modality_counts(document.kinds_T))
             flat = b * T + start
             learned = np.flatnonzero(document.learned_T)
             text_source.append(flat + learned - 1)
@@ -115,9 +119,10 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
                 image_source.append(flat + np.flatnonzero(document.kinds_T == IMAGE) - 1)
                 image_target.append(document.codes_ND)
             start = stop
+        if start < T:
+            document_counts.append(_modality_counts(kinds_BT[b, start:]))
     flat_kinds = kinds_BT.reshape(-1)
     image_index_N = np.flatnonzero(flat_kinds == IMAGE)
-    in_image = int((flat_kinds != TEXT).sum())
     return Batch(
         text_ids_BT=torch.from_numpy(text_ids_BT),
         kinds_BT=torch.from_numpy(kinds_BT),
@@ -131,9 +136,15 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
         image_source_M=_joined(image_source),
         image_target_MD=_joined(image_target, depth),
         task_counts=tuple(int((tasks_BT == t).sum()) for t in range(len(TASKS))),
-        modality_counts=(B * T - in_image, in_image)[: len(MODALITIES)],
+        modality_counts=_modality_counts(flat_kinds),
+        document_counts=tuple(document_counts),
         tasks_grouped=bool((np.diff(tasks_BT.reshape(-1)) >= 0).all()),
     )
+
+
+def _modality_counts(kinds_T: np.ndarray) -> tuple[int, ...]:
+    in_image = int((kinds_T != TEXT).sum())
+    return (len(kinds_T) - in_image, in_image)[: len(MODALITIES)]
 
 
 def _joined(parts: list[np.ndarray], depth: int | None = None) -> Tensor:

@@ -121,7 +121,7 @@ class Variant(Plain):
     """One architecture, and the stages it goes through."""
 
     plan: str
-    """Layer plan in run-length notation, for example `shared*12 task*12 norm:task`."""
+    """Layer plan in run-length notation, for example `shared*12 task*12 norm:task`, or a preset, here `unifork:12`."""
     backbone: dict[str, Any]
     """Keys of the transformers configuration of the dense model (`model_type` qwen2 or llama)."""
     head: HeadConfig

@@ -25,7 +25,7 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     has_no_defaults_at_init: ClassVar[bool] = True
 
     plan: str
-    """Layer plan, see `unifork.models.layer_plan`."""
+    """Layer plan or preset, see `unifork.models.layer_plan`; kept, and written, as the expanded plan."""
     backbone: dict[str, Any]
     """Keys of the dense model's transformers configuration, `model_type` among them."""
     head: dict[str, Any]
@@ -47,7 +47,7 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def __post_init__(self, **kwargs: Any) -> None:
         dense = self.backbone_config()
-        self.layer_plan()
+        self.plan = str(self.layer_plan())
         self.head_config()
         self.tie_word_embeddings = bool(dense.tie_word_embeddings)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]

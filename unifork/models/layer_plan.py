@@ -1,15 +1,17 @@
 """Architectures as data: what every layer shares between tasks or modalities, and what it does not.
 
-In: a plan such as `shared*12 task*12 norm:task` or `(shared modality_mlp)*12`. Out: a `LayerPlan`,
-the kind of every layer, first to last. In a decoder block everything but the attention product
-is position-wise, so a kind says three things only: by what tokens are routed, which position-wise
-parts have a copy per branch, and whether attention stays within a branch. Several consecutive
-equal layers are written once with their number; a group in parentheses may be repeated, not nested.
+In: a plan such as `shared*12 task*12 norm:task` or `(shared modality_mlp)*12`, or the name of one
+such as `unifork:12`. Out: a `LayerPlan`, the kind of every layer, first to last. In a decoder block
+everything but the attention product is position-wise, so a kind says three things only: by what
+tokens are routed, which position-wise parts have a copy per branch, and whether attention stays
+within a branch. Several consecutive equal layers are written once with their number; a group in
+parentheses may be repeated, not nested. One item may be repeated `*rest` times: it fills the layers
+that are left, the last group cut short where they do not divide.
 """
 
 import re
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby, islice
 from typing import Literal, Self
 
 from unifork.errors import ConfigError, unknown
@@ -50,8 +52,25 @@ KINDS: dict[str, Kind] = {
 NORMS: dict[str, RouteBy] = {"shared": "none", "task": "task", "modality": "modality"}
 """How `norm:` routes the norm after the last layer."""
 
-_ITEM = re.compile(r"\((?P<group>[^()]*)\)\s*\*\s*(?P<times>\d+)|norm:(?P<norm>\S+)|(?P<run>[^\s()]+)")
-_RUN = re.compile(r"(?P<kind>[^\s*]+)(?:\*(?P<times>\d+))?")
+PRESETS: dict[str, str] = {
+    "shared": "shared*rest",
+    "generation-expert": "shared*rest",
+    "understanding-expert": "shared*rest",
+    "unifork:M": "shared*{M} task*rest norm:task",
+    "mot": "modality*rest norm:modality",
+    "hard-moe": "(shared modality_mlp)*rest",
+    "uni-x:FIRST:LAST": "modality_isolated*{FIRST} shared*rest modality_isolated*{LAST}",
+}
+"""Plans of the comparison by name; capitals stand for numbers of layers.
+
+Experts are the fully shared model trained on one task. UniFork: paper section 3, M shared layers.
+Mixture of transformers: BAGEL's split by modality. HardMoE and Uni-X: as the Uni-X paper describes
+them, with every second MLP, or the first and last layers, split by modality.
+"""
+
+_ITEM = re.compile(r"\((?P<group>[^()]*)\)\s*\*\s*(?P<times>\d+|rest)|norm:(?P<norm>\S+)|(?P<run>[^\s()]+)")
+_WORD = re.compile(r"(?!norm:)[\w-]+(:[\w-]*)*")
+_RUN = re.compile(r"(?P<kind>[^\s*]+)(?:\*(?P<times>\d+|rest))?")
 
 
 @dataclass(frozen=True)
@@ -65,24 +84,18 @@ class LayerPlan:
     def parse(cls, text: str, num_hidden_layers: int | None = None) -> Self:
         """The plan a text describes. Raises ConfigError when it is malformed or of another depth."""
         place = f"layer plan {text!r}"
-        rest = _ITEM.sub("", text).strip()
+        written = _expanded(text.strip(), place)
+        rest = _ITEM.sub("", written).strip()
         if rest:
             raise ConfigError(f"{place}: cannot read {rest!r}; write kind*number, (kind kind)*number or norm:route")
-        layers: list[str] = []
-        norms: list[str] = []
-        for item in _ITEM.finditer(text):
-            if item["norm"]:
-                norms.append(item["norm"])
-            elif item["run"]:
-                layers += _run(item["run"], place)
-            else:
-                group = [layer for run in item["group"].split() for layer in _run(run, place)]
-                layers += group * _times(item["times"], place)
+        items = list(_ITEM.finditer(written))
+        norms = [item["norm"] for item in items if item["norm"]]
         for norm in norms:
             if norm not in NORMS:
                 raise unknown("norm route", norm, NORMS, place)
         if len(norms) > 1:
             raise ConfigError(f"{place}: says norm: {len(norms)} times; once is enough")
+        layers = _filled([_repeated(item, place) for item in items if not item["norm"]], num_hidden_layers, place)
         if not layers:
             raise ConfigError(f"{place}: has no layers. Known kinds: {', '.join(sorted(KINDS))}")
         if num_hidden_layers is not None and len(layers) != num_hidden_layers:
@@ -100,7 +113,7 @@ class LayerPlan:
         return NORMS[self.norm]
 
     def __str__(self) -> str:
-        """The one shortest way to write the plan; parses back to an equal plan."""
+        """The one shortest way to write the plan; parses back to an equal plan, given its number of layers."""
         items, start = [], 0
         while start < len(self.layers):
             period, times = _best_repeat(self.layers[start:])
@@ -112,19 +125,64 @@ class LayerPlan:
         return " ".join(items + [f"norm:{self.norm}"] * (self.norm != "shared"))
 
 
-def _run(text: str, place: str) -> list[str]:
+_Repeated = tuple[list[str], int | None]
+"""Kinds and how often they are repeated; None fills the layers that are left."""
+
+
+def _expanded(text: str, place: str) -> str:
+    """The plan a preset stands for; any other text as it is."""
+    name, *numbers = text.split(":")
+    spellings = {spelling.split(":")[0]: spelling for spelling in PRESETS}
+    if name not in spellings:
+        if _WORD.fullmatch(text) and text not in KINDS:
+            raise unknown("preset or layer kind", name, {*PRESETS, *KINDS}, place)
+        return text
+    parameters = spellings[name].split(":")[1:]
+    if len(numbers) != len(parameters) or not all(map(str.isdecimal, numbers)):
+        raise ConfigError(f"{place}: write {spellings[name]}" + " with whole numbers of layers" * bool(parameters))
+    return PRESETS[spellings[name]].format(**dict(zip(parameters, numbers, strict=True)))
+
+
+def _repeated(item: re.Match[str], place: str) -> _Repeated:
+    if item["run"]:
+        return _run(item["run"], place)
+    group: list[str] = []
+    for run in item["group"].split():
+        kinds, times = _run(run, place)
+        if times is None:
+            raise ConfigError(f"{place}: *rest inside a group; a group as a whole may be repeated *rest")
+        group += kinds * times
+    return group, _times(item["times"])
+
+
+def _run(text: str, place: str) -> _Repeated:
     match = _RUN.fullmatch(text)
     if match is None:
         raise ConfigError(f"{place}: cannot read {text!r}; write kind*number with a whole number")
     if match["kind"] not in KINDS:
         raise unknown("layer kind", match["kind"], KINDS, place)
-    return [match["kind"]] * _times(match["times"] or "1", place)
+    return [match["kind"]], _times(match["times"] or "1")
 
 
-def _times(text: str, place: str) -> int:
-    if int(text) < 1:
-        raise ConfigError(f"{place}: repeats something {text} times; at least 1 is allowed")
-    return int(text)
+def _times(text: str) -> int | None:
+    return None if text == "rest" else int(text)
+
+
+def _filled(items: list[_Repeated], num_hidden_layers: int | None, place: str) -> list[str]:
+    """Every layer of the items, `*rest` resolved."""
+    open_ends = sum(times is None for _, times in items)
+    left = 0
+    if open_ends:
+        if open_ends > 1 or num_hidden_layers is None:
+            why = "says *rest twice" if open_ends > 1 else "*rest needs the number of layers of the backbone"
+            raise ConfigError(f"{place}: {why}")
+        named = sum(len(kinds) * times for kinds, times in items if times is not None)
+        if named > num_hidden_layers:
+            raise ConfigError(f"{place}: names {named} layers, the backbone has num_hidden_layers={num_hidden_layers}")
+        left = num_hidden_layers - named
+    return [
+        layer for kinds, times in items for layer in (islice(cycle(kinds), left) if times is None else kinds * times)
+    ]
 
 
 def _best_repeat(layers: tuple[str, ...]) -> tuple[int, int]:

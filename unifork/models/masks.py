@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from unifork.errors import unknown
+from unifork.models.sequences import VARLEN, Counts, Sequences, sequences
 
-Mask = Tensor | BlockMask
+Mask = Tensor | BlockMask | Sequences
 
 
 def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) -> Tensor:
@@ -35,18 +36,24 @@ def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) 
     return seen
 
 
-def boolean_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> Mask:
+def boolean_mask(
+    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype, _counts: Counts = ()
+) -> Tensor:
     """For sdpa: (B, 1, T, S), True where a key is seen."""
     return visible_BTS(documents_BS, branches_BS, queries)[:, None]
 
 
-def additive_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype) -> Mask:
+def additive_mask(
+    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype, _counts: Counts = ()
+) -> Tensor:
     """For eager attention: (B, 1, T, S), 0 where a key is seen, else the lowest number of the dtype."""
     seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> Mask:
+def block_mask(
+    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype, _counts: Counts = ()
+) -> BlockMask:
     """For flex attention: blocks nobody sees are skipped. Flex has no backward on a CPU."""
     B, S = documents_BS.shape
     offset = S - queries
@@ -59,18 +66,33 @@ def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _
     return create_block_mask(seen, B, None, queries, S, device=str(documents_BS.device))
 
 
-MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype], Mask]] = {
+def sequence_mask(
+    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype, counts: Counts = ()
+) -> Mask:
+    """For variable-length kernels: no mask but sequences; the boolean one in steps of decoding."""
+    if not counts:
+        return boolean_mask(documents_BS, branches_BS, queries, dtype)
+    return sequences(documents_BS, branches_BS, counts)
+
+
+MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype, Counts], Mask]] = {
     "sdpa": boolean_mask,
     "eager": additive_mask,
     "flex_attention": block_mask,
+    VARLEN: sequence_mask,
 }
-"""The attention implementations there is a mask for, by transformers' names."""
+"""The attention implementations there is a mask for, by the names they have in transformers."""
 
 
 def attention_mask(
-    implementation: str, documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype
+    implementation: str,
+    documents_BS: Tensor,
+    branches_BS: Tensor | None,
+    queries: int,
+    dtype: torch.dtype,
+    counts: Counts = (),
 ) -> Mask:
     """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown."""
     if implementation not in MASKS:
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
-    return MASKS[implementation](documents_BS, branches_BS, queries, dtype)
+    return MASKS[implementation](documents_BS, branches_BS, queries, dtype, counts)

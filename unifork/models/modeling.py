@@ -33,6 +33,7 @@ from unifork.models.image_head import HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, RouteBy
 from unifork.models.masks import Mask, attention_mask
 from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
+from unifork.models.sequences import Counts
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
@@ -118,7 +119,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
         """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
         routes = batch_routes(batch, self.routes_needed)
-        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), batch.kinds_BT.shape[1])
+        T = batch.kinds_BT.shape[1]
+        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts)
         return self._read(self.embed(batch), batch.positions_BT, routes, masks, cache)
 
     def prefill(self, batch: Batch) -> tuple[Tensor, Context]:
@@ -169,12 +171,14 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             if isinstance(module, Block | HeadBlock):
                 module.activation_checkpointing = on
 
-    def _masks(self, documents_BS: Tensor, modalities_BS: Tensor, queries: int) -> dict[RouteBy, Mask]:
+    def _masks(
+        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = ()
+    ) -> dict[RouteBy, Mask]:
         # documents have one task each, so isolation by task is what every mask already says
         branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": modalities_BS}
-        dtype = self.embed_tokens.weight.dtype
+        name, dtype = self.config._attn_implementation, self.embed_tokens.weight.dtype
         return {
-            route: attention_mask(self.config._attn_implementation, documents_BS, branches[route], queries, dtype)
+            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts)
             for route in self.masks_needed
         }
 

@@ -1,0 +1,122 @@
+"""Packed rows as sequences of their own, so that attention needs no mask.
+
+In: how many tokens every document has, in isolated layers in each branch of it. Out: `Sequences`,
+the order that brings the tokens of a sequence together and their lengths, and `varlen`, an attention
+implementation for transformers' interface that reads them. Where nothing is isolated the documents
+already follow each other and nothing is sorted; for isolated layers tokens are sorted by document
+and branch. Causal attention within each sequence is then exactly what the masks say.
+
+On a CUDA device in half precision this is torch's variable-length kernel, else one call per
+sequence, which is the reference the kernel is tested against.
+
+Shape suffixes: B rows, T tokens of a row, X = B*T, E head size, A attention heads, G key heads,
+Q1 sequences and one more, L tokens of a sequence.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from unifork.batch import NO_DOCUMENT
+
+VARLEN = "varlen"
+"""The name of the attention implementation."""
+
+Counts = tuple[tuple[int, ...], ...]
+"""Tokens of each document of packed rows by branch (`Batch.document_counts`)."""
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Which tokens attend to each other, causally: `lengths` consecutive ones of the ordered tokens."""
+
+    lengths: tuple[int, ...]
+    starts_Q1: Tensor
+    """Where each sequence starts, and the number of tokens at the end; int32, on the tokens' device."""
+    order_X: Tensor | None = None
+    """Sorts tokens by sequence; None where they already are. inverse_X puts them back."""
+    inverse_X: Tensor | None = None
+
+    def gather(self, heads_BATE: Tensor) -> Tensor:
+        """What attention computes on (B, A, T, E) as ordered tokens (X, A, E)."""
+        tokens_XAE = heads_BATE.transpose(1, 2).flatten(0, 1)
+        return tokens_XAE if self.order_X is None else tokens_XAE.index_select(0, self.order_X)
+
+    def scatter(self, tokens_XAE: Tensor) -> Tensor:
+        """Ordered tokens in the order of the rows."""
+        return tokens_XAE if self.inverse_X is None else tokens_XAE.index_select(0, self.inverse_X)
+
+
+def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts) -> Sequences:
+    """The sequences of packed rows. `counts` come from the batch, so the device is never waited for."""
+    lengths = tuple(map(sum, counts)) if branches_BT is None else tuple(filter(None, chain.from_iterable(counts)))
+    starts_Q1 = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    starts_Q1 = starts_Q1.to(documents_BT.device, non_blocking=True)
+    if branches_BT is None:
+        return Sequences(lengths, starts_Q1)
+    B, T = documents_BT.shape
+    last_BT = torch.where(documents_BT == NO_DOCUMENT, T, documents_BT)
+    rows_B1 = torch.arange(B, device=documents_BT.device)[:, None]
+    order_X = torch.argsort((((T + 1) * rows_B1 + last_BT) * 2 + branches_BT).flatten(), stable=True)
+    return Sequences(lengths, starts_Q1, order_X, torch.argsort(order_X))
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Sequences | Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of (B, A, T, E) queries for transformers' interface: (B, T, A, E) and no weights.
+
+    With a cache the queries are fewer than the keys and the mask is a tensor: that is sdpa.
+    """
+    if isinstance(attention_mask, Tensor):
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
+        )
+        return attended
+    B, A, T, E = query.shape
+    groups = A // key.shape[1]
+    query_XAE, key_XGE, value_XGE = map(attention_mask.gather, (query, key, value))
+    # every release of torch with the kernel takes as many key heads as query heads, not all take fewer
+    key_XAE, value_XAE = key_XGE.repeat_interleave(groups, 1), value_XGE.repeat_interleave(groups, 1)
+    kernel = by_kernel if query.is_cuda and query.dtype in _KERNEL_DTYPES else one_by_one
+    attended_XAE = kernel(query_XAE, key_XAE, value_XAE, attention_mask, scaling)
+    return attention_mask.scatter(attended_XAE).reshape(B, T, A, E), None
+
+
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
+    """Causal attention (X, A, E) within each sequence, in one call of torch's kernel."""
+    longest = max(mask.lengths)
+    starts_Q1 = mask.starts_Q1
+    attended = varlen_attn(
+        query, key, value, starts_Q1, starts_Q1, longest, longest, scale=scaling, window_size=(-1, 0)
+    )
+    return cast(Tensor, attended)
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
+    """The same with one call per sequence, on any device."""
+    parts_ALE = (torch.split(heads.transpose(0, 1), list(mask.lengths), 1) for heads in (query, key, value))
+    attended_ALE = [
+        F.scaled_dot_product_attention(one, keys, values, is_causal=True, scale=scaling)
+        for one, keys, values in zip(*parts_ALE, strict=True)
+    ]
+    return torch.cat(attended_ALE, 1).transpose(0, 1)
+
+
+AttentionInterface.register(VARLEN, attend)
