@@ -35,15 +35,9 @@ BACKBONES = {
         "rms_norm_eps": 1e-5,
     },
 }
-PLANS = [
-    "shared*4",
-    "shared*2 task*2 norm:task",
-    "task*4 norm:task",
-    "modality*4 norm:modality",
-    "(shared modality_mlp)*2",
-    "modality_isolated*1 shared*2 modality_isolated*1",
-    "task_mlp*2 modality_isolated*2 norm:task",
-]
+JOINT = ["shared", "unifork:2", "unifork:0", "mot", "hard-moe"]
+"""Presets in which all tokens of a document see each other; the experts are the shared plan."""
+PLANS = [*JOINT, "uni-x:1:1", "task_mlp*2 modality_isolated*2 norm:task"]
 
 
 def codebook() -> torch.Tensor:

@@ -32,10 +32,12 @@ def prompt_of(document: Document, length: int) -> Document:
 
 
 @pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen"])
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
-def test_cached_decoding_equals_the_full_pass(plan, family):
+def test_cached_decoding_equals_the_full_pass(plan, attention, family):
     model = noisy_model(plan, family)
+    model.set_attn_implementation(attention)
     pictures = [generation(1, 5), generation(2, 3)]
     prefix = [6, 4]
     full = [model.hidden(rows([document]))[0] for document in pictures]

@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from model_samples import PLANS, VOCAB, dense_model, mixed_batch, new_model, noisy_model
+from model_samples import PLANS, mixed_batch, new_model, noisy_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from unifork.errors import CheckpointError, ConfigError, IdentityError
 from unifork.models.modeling import UniForkModel, load_model
-from unifork.models.warm_start import warm_start, without_branch
+from unifork.models.warm_start import without_branch
 
 torch.set_num_threads(1)
 
@@ -39,7 +39,8 @@ def test_what_is_written_is_read_back(tmp_path, family):
     assert (again.lm_head.weight is again.embed_tokens.weight) == (family == "qwen2")
     assert all(torch.equal(a, b) for a, b in zip(model(mixed_batch()), again(mixed_batch()), strict=True))
     assert isinstance(AutoModel.from_pretrained(tmp_path), UniForkModel)
-    assert AutoConfig.from_pretrained(tmp_path).plan == PLANS[1]
+    assert AutoConfig.from_pretrained(tmp_path).plan == "shared*2 task*2 norm:task"
+    assert json.loads((tmp_path / "config.json").read_text())["plan"] == "shared*2 task*2 norm:task"
 
 
 def test_large_models_are_written_in_several_files(tmp_path):
@@ -146,34 +147,6 @@ def test_a_new_model_does_not_move_the_global_generator():
     before = torch.get_rng_state()
     new_model(PLANS[0])
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_warm_start_reports_what_it_did(tmp_path):
-    model = new_model(PLANS[1])
-    dense_model("qwen2").save_pretrained(tmp_path)
-    report = warm_start(model, tmp_path)
-    assert report.copied["model.layers.3.mlp.up_proj.weight"] == (
-        "layers.3.mlp.generation.up_proj.weight",
-        "layers.3.mlp.understanding.up_proj.weight",
-    )
-    assert "image_head.classifier.weight" in report.created
-    assert "codebook" in report.created
-    reached = {name for names in report.copied.values() for name in names} | set(report.created)
-    assert reached | {"lm_head.weight"} == model.state_dict().keys()
-
-
-def test_warm_start_refuses_what_does_not_fit():
-    state = dict(dense_model("qwen2").state_dict())
-    gone = state.pop("model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(CheckpointError, match=r"missing: layers\.1\.mlp\.up_proj\.weight"):
-        warm_start(new_model(PLANS[1]), state)
-    with pytest.raises(CheckpointError, match=r"of no use to this plan: layers\.7\.mlp"):
-        warm_start(new_model(PLANS[1]), dict(dense_model("qwen2").state_dict()) | {"model.layers.7.mlp.x": gone})
-    state["model.layers.1.mlp.up_proj.weight"] = gone[:3]
-    with pytest.raises(CheckpointError, match=r"of another shape: model\.layers\.1\.mlp\.up_proj\.weight \(3, 32\)"):
-        warm_start(new_model(PLANS[1]), state)
-    assert gone.shape[1] == 32
-    assert VOCAB == 97
 
 
 @pytest.mark.parametrize(

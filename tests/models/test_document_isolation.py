@@ -1,0 +1,244 @@
+"""Who sees whom, on every path that attention can take: documents are apart, isolated modalities are apart."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from model_samples import (
+    BACKBONES,
+    PLANS,
+    dense_model,
+    generation,
+    gradients,
+    mixed_batch,
+    noisy_model,
+    rows,
+    text_only,
+    understanding,
+    warm_model,
+)
+from transformers import DynamicCache
+
+from unifork.batch import TEXT, pack
+from unifork.models import sequences as sequences_module
+from unifork.models.masks import MASKS
+from unifork.models.routing import modalities
+from unifork.models.sequences import by_kernel, one_by_one, sequences
+from unifork.models.warm_start import without_branch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    """transformers compiles flex attention, which takes a minute on a CPU; uncompiled it has no backward there."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def model_with(attention: str, plan: str, family: str = "qwen2"):
+    model = noisy_model(plan, family)
+    model.set_attn_implementation(attention)
+    return model
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("attention", MASKS)
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_changing_a_document_leaves_the_others_bit_identical(plan, attention, family):
+    model = model_with(attention, plan, family)
+    first, last = understanding(1), generation(2)
+    before, after = (
+        model.text_logits(model.hidden(rows([first, middle, last], tokens=60)))[0]
+        for middle in (generation(1), generation(7))
+    )
+    middle = slice(len(first), len(first) + len(generation(1)))
+    assert not torch.equal(before[middle], after[middle])
+    assert torch.equal(before[: middle.start], after[: middle.start])
+    assert torch.equal(before[middle.stop :], after[middle.stop :])
+
+
+@pytest.mark.parametrize("attention", MASKS.keys() - {"sdpa"})
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_attention_implementations_agree(plan, attention):
+    wanted = model_with("sdpa", plan).hidden(mixed_batch())
+    assert (model_with(attention, plan).hidden(mixed_batch()) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "varlen"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradients_of_attention_implementations_agree(plan, attention):
+    found = []
+    for name in ("sdpa", attention):
+        model = model_with(name, plan).train()
+        losses = model(mixed_batch())
+        (losses.text_loss_sum + losses.image_loss_sum_D.sum()).backward()
+        found.append(gradients(model))
+    assert all((found[0][name] - found[1][name]).abs().max() < 1e-4 for name in found[0])
+
+
+@pytest.mark.parametrize("attention", MASKS)
+@torch.no_grad()
+def test_isolated_layers_keep_text_and_image_apart_and_others_do_not(attention):
+    model = model_with(attention, "uni-x:2:0")
+    kept = {}
+    for index, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda module, args, output, index=index: kept.setdefault(index, []).append(output))
+    document = understanding(1)
+    other = dataclasses.replace(document, text_ids_T=(document.text_ids_T + 1) % 90)
+    for text in (document, other):
+        model.hidden(rows([text], tokens=len(text)))
+    image = torch.from_numpy(document.kinds_T != TEXT)
+    same = [torch.equal(before[image], after[image]) for before, after in kept.values()]
+    assert same == [True, True, False, False]
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("attention", MASKS)
+@pytest.mark.parametrize("plan", ["uni-x:1:1", "uni-x:4:0", "task_mlp*2 modality_isolated*2 norm:task"])
+@torch.no_grad()
+def test_isolated_layers_equal_each_modality_of_each_document_read_alone(plan, attention, family):
+    """Gather the tokens, read them with transformers' causal layer at their positions, scatter."""
+    model = model_with(attention, plan, family)
+    batch = mixed_batch()
+    kept = {}
+    for layer in model.layers:
+        if layer.kind.isolated:
+            layer.register_forward_hook(lambda module, args, output: kept.update({module.index: (args[0], output)}))
+    model.hidden(batch)
+    groups = torch.stack([batch.documents_BT, modalities(batch.kinds_BT)], -1)
+    assert kept
+    for index, (given_XH, found_XH) in kept.items():
+        layers = [dense_layer(model, index, branch, family) for branch in ("text", "image")]
+        for row, row_groups in enumerate(groups):
+            for document, modality in row_groups.unique(dim=0).tolist():
+                chosen = (row_groups == torch.tensor([document, modality])).all(-1)
+                given, found = (x_XH.view(*groups.shape[:2], -1)[row][chosen] for x_XH in (given_XH, found_XH))
+                angles = model.rotary_emb(given[None], batch.positions_BT[row][chosen][None])
+                alone = layers[modality](given[None], position_embeddings=angles)[0]
+                assert (found - alone).abs().max() < 1e-5
+
+
+def dense_layer(model, index: int, branch: str, family: str):
+    """One branch of a fully split layer as transformers' own layer."""
+    layer = copy.deepcopy(dense_model(family).model.layers[index])
+    prefix = f"layers.{index}."
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
+    layer.load_state_dict(
+        {without_branch(name).removeprefix(prefix): tensor for name, tensor in state.items() if f".{branch}." in name}
+    )
+    return layer
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@torch.no_grad()
+def test_transformers_leaks_between_packed_documents_and_ours_does_not(family):
+    """It finds borders in the positions only without a cache, which it makes by default, and without a mask."""
+    dense, model = dense_model(family), warm_model("shared", family)
+    last = text_only(2, 10)
+    found = {"default": [], "mask of ones": [], "neither": [], "ours": [], "ours with a cache": []}
+    for first in (text_only(1, 12), text_only(9, 12)):
+        batch = rows([first, last], tokens=22)
+        packed = {"input_ids": batch.text_ids_BT, "position_ids": batch.positions_BT}
+        ones = torch.ones_like(batch.text_ids_BT)
+        found["default"].append(dense(**packed).logits)
+        found["mask of ones"].append(dense(**packed, attention_mask=ones, use_cache=False).logits)
+        found["neither"].append(dense(**packed, use_cache=False).logits)
+        found["ours"].append(model.text_logits(model.hidden(batch)))
+        found["ours with a cache"].append(model.text_logits(model.hidden(batch, DynamicCache())))
+    isolated = {name for name, (one, other) in found.items() if torch.equal(one[:, 12:], other[:, 12:])}
+    assert isolated == {"neither", "ours", "ours with a cache"}
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@torch.no_grad()
+def test_transformers_cuts_a_document_where_its_positions_jump_and_ours_does_not(family):
+    dense, model = dense_model(family), warm_model("shared", family)
+    found = {"transformers": [], "ours": []}
+    for first_id in (3, 4):
+        batch = rows([text_only(1, 12)], tokens=12)
+        batch.text_ids_BT[0, 0] = first_id
+        batch.positions_BT[0, 6:] += 5
+        inputs = {"input_ids": batch.text_ids_BT, "position_ids": batch.positions_BT}
+        found["transformers"].append(dense(**inputs, use_cache=False).logits)
+        found["ours"].append(model.text_logits(model.hidden(batch)))
+    cut = {name for name, (one, other) in found.items() if torch.equal(one[:, 6:], other[:, 6:])}
+    assert cut == {"transformers"}
+
+
+def awkward_batch():
+    """Neither padding nor pictures in the first row, nothing but padding in the last."""
+    return rows([text_only(1, 20)], [generation(2, 3), text_only(1), understanding(2, 0)], [], tokens=64)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize(
+    "batch", [mixed_batch(), awkward_batch(), pack([[text_only(1, 20)]], 20, 3)], ids=["mixed", "awkward", "full"]
+)
+def test_sequences_are_the_documents_and_their_branches_in_order(batch, isolated):
+    kinds_BT = modalities(batch.kinds_BT)
+    found = sequences(batch.documents_BT, kinds_BT if isolated else None, batch.document_counts)
+    B, T = kinds_BT.shape
+    wanted: dict[tuple[int, ...], list[int]] = {}
+    for slot in range(B * T):
+        b, t = divmod(slot, T)
+        document = int(batch.documents_BT[b, t])
+        wanted.setdefault((b, document % (T + 1), int(kinds_BT[b, t]) * isolated), []).append(slot)
+    slots = torch.arange(B * T).view(B, 1, T, 1)
+    ordered = found.gather(slots)
+    assert [part.flatten().tolist() for part in ordered.split(found.lengths)] == [wanted[key] for key in sorted(wanted)]
+    assert found.starts_Q1.dtype == torch.int32
+    assert found.starts_Q1.diff().tolist() == list(found.lengths)
+    assert found.starts_Q1[0] == 0
+    assert torch.equal(found.scatter(ordered).flatten(), slots.flatten())
+
+
+def random_heads(sequence, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(sum(sequence.lengths), 4, 8, generator=generator).to(device, dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_the_kernel_is_given_what_one_call_per_sequence_reads(isolated, monkeypatch):
+    """A stand-in with the kernel's arguments: where sequences start, the longest, a causal window."""
+
+    def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        assert window_size == (-1, 0)
+        assert max_q == max_k == int(cu_seq_q.diff().max())
+        number_X = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:], right=True)
+        seen = (number_X[:, None] == number_X).tril()
+        heads = (part.transpose(0, 1) for part in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale).transpose(0, 1)
+
+    monkeypatch.setattr(sequences_module, "varlen_attn", stand_in)
+    batch = awkward_batch()
+    kinds_BT = modalities(batch.kinds_BT) if isolated else None
+    found = sequences(batch.documents_BT, kinds_BT, batch.document_counts)
+    heads = random_heads(found)
+    assert (by_kernel(*heads, found, 0.3) - one_by_one(*heads, found, 0.3)).abs().max() < 1e-5
+
+
+def test_the_installed_kernel_takes_our_arguments():
+    batch = mixed_batch()
+    found = sequences(batch.documents_BT, modalities(batch.kinds_BT), batch.document_counts)
+    found = dataclasses.replace(found, starts_Q1=found.starts_Q1.to("meta"))
+    heads = random_heads(found, torch.bfloat16, "meta")
+    assert by_kernel(*heads, found, 0.3).shape == heads[0].shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's variable-length kernel needs a CUDA device")
+@pytest.mark.parametrize("isolated", [False, True])
+def test_the_kernel_equals_one_call_per_sequence(isolated):
+    batch = awkward_batch().to("cuda")
+    kinds_BT = modalities(batch.kinds_BT) if isolated else None
+    found = sequences(batch.documents_BT, kinds_BT, batch.document_counts)
+    results = []
+    for kernel in (by_kernel, one_by_one):
+        heads = [part.requires_grad_() for part in random_heads(found, torch.bfloat16, "cuda")]
+        attended = kernel(*heads, found, 0.3)
+        results.append([attended, *torch.autograd.grad(attended.float().square().sum(), heads)])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=0.02, atol=0.02)

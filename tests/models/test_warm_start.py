@@ -1,0 +1,135 @@
+"""Dense models as beginnings: every copy of every part is warm, and a branch learns while the other stands still."""
+
+import copy
+
+import pytest
+import torch
+from model_samples import (
+    BACKBONES,
+    PLANS,
+    dense_model,
+    generation,
+    new_model,
+    rows,
+    understanding,
+)
+from transformers import AutoModelForCausalLM
+
+from unifork.config import OptimizerConfig, Sampling
+from unifork.errors import CheckpointError
+from unifork.models.generation import generate_images
+from unifork.models.layer_plan import BRANCHES
+from unifork.models.warm_start import warm_start, without_branch
+from unifork.training.optimizer import freeze_all_but, make_optimizer, trainable_names
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_copy_of_every_part_is_warm(plan, family):
+    """Also those a baseline forgets: the second projections, norms and experts of every plan."""
+    model, dense = new_model(plan, family), dense_model(family).state_dict()
+    report = warm_start(model, dense)
+    parameters = dict(model.named_parameters())
+    warm = {one: name for name, copies in report.copied.items() for one in copies}
+    assert warm.keys() == {name for name in parameters if not name.startswith(("connector.", "image_head."))}
+    for one, name in warm.items():
+        assert name.removeprefix("model.") == without_branch(one)
+        assert torch.equal(parameters[one], dense[name])
+    for index, kind in enumerate(model.plan.kinds):
+        for part, module, weight in (("attention", "self_attn", "o_proj.weight"), ("mlp", "mlp", "up_proj.weight")):
+            copies = sorted(f"layers.{index}.{module}.{branch}.{weight}" for branch in BRANCHES[kind.route_of(part)])
+            assert report.copied[f"model.layers.{index}.{module}.{weight}"] == tuple(copies)
+
+
+def test_warm_start_reports_what_it_did(tmp_path):
+    model = new_model(PLANS[1])
+    dense_model("qwen2").save_pretrained(tmp_path)
+    report = warm_start(model, tmp_path)
+    assert report.copied["model.layers.3.mlp.up_proj.weight"] == (
+        "layers.3.mlp.generation.up_proj.weight",
+        "layers.3.mlp.understanding.up_proj.weight",
+    )
+    assert "image_head.classifier.weight" in report.created
+    assert "codebook" in report.created
+    reached = {name for names in report.copied.values() for name in names} | set(report.created)
+    assert reached | {"lm_head.weight"} == model.state_dict().keys()
+
+
+def test_warm_start_refuses_what_does_not_fit():
+    state = dict(dense_model("qwen2").state_dict())
+    gone = state.pop("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(CheckpointError, match=r"missing: layers\.1\.mlp\.up_proj\.weight"):
+        warm_start(new_model(PLANS[1]), state)
+    with pytest.raises(CheckpointError, match=r"of no use to this plan: layers\.7\.mlp"):
+        warm_start(new_model(PLANS[1]), dict(dense_model("qwen2").state_dict()) | {"model.layers.7.mlp.x": gone})
+    state["model.layers.1.mlp.up_proj.weight"] = gone[:3]
+    with pytest.raises(CheckpointError, match=r"of another shape: model\.layers\.1\.mlp\.up_proj\.weight \(3, 32\)"):
+        warm_start(new_model(PLANS[1]), state)
+
+
+@pytest.fixture(scope="module")
+def vila_u(tmp_path_factory):
+    """The language model folder of a VILA-U checkpoint in small: Llama, untied, several files, half precision."""
+    folder = tmp_path_factory.mktemp("vila-u") / "llm"
+    copy.deepcopy(dense_model("llama")).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+def started(plan: str, folder) -> torch.nn.Module:
+    model = new_model(plan, "llama")
+    warm_start(model, folder)
+    return model
+
+
+PROMPTS, UNCONDITIONAL = [[3, 1, 4], [1, 5]], [9, 2]
+
+
+@torch.no_grad()
+def everything_generated(model) -> list[torch.Tensor]:
+    """Hidden states, logits, losses and drawn codes of the task generation."""
+    documents = [generation(1), generation(2)]
+    hidden = model.hidden(rows(documents))
+    codes = generate_images(model, PROMPTS, UNCONDITIONAL, Sampling(guidance=4.0))
+    return [hidden, model.text_logits(hidden), *model(rows(documents)), codes]
+
+
+def test_vila_u_unifork_learns_to_understand_and_generates_as_before(vila_u):
+    """The latter half is duplicated for understanding; training it alone changes no bit of generation."""
+    source, model = started("shared", vila_u), started("unifork:2", vila_u)
+    wanted = everything_generated(source)
+    picture = rows([generation(1)], tokens=len(generation(1)))
+    with torch.no_grad():
+        llama = AutoModelForCausalLM.from_pretrained(vila_u, dtype=torch.float32)
+        logits = llama(inputs_embeds=source.embed(picture)).logits
+        assert torch.equal(model.text_logits(model.hidden(picture)), logits)
+    assert all(torch.equal(found, want) for found, want in zip(everything_generated(model), wanted, strict=True))
+    lesson = rows([understanding(1)], [understanding(2)])
+    with torch.no_grad():
+        read = model.hidden(lesson)
+        assert torch.equal(read, source.hidden(lesson))
+
+    patterns = ["layers.*.understanding.*", "norm.understanding.*"]
+    names = trainable_names([name for name, _ in model.named_parameters()], patterns, "stage")
+    freeze_all_but(model, names)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0), learned.values()
+    )
+    losses = []
+    for _ in range(5):
+        loss = model.train()(lesson).text_loss_sum
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    after = model.eval().state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == learned.keys() == set(names)
+    assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"2", "3"}
+    with torch.no_grad():
+        assert not torch.equal(model.hidden(lesson), read)
+    assert all(torch.equal(found, want) for found, want in zip(everything_generated(model), wanted, strict=True))
