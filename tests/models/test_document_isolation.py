@@ -28,6 +28,7 @@ from unifork.models.sequences import by_kernel, one_by_one, sequences
 from unifork.models.warm_start import without_branch
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 @pytest.fixture(autouse=True)
