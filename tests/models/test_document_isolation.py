@@ -44,8 +44,11 @@ def model_with(attention: str, plan: str, family: str = "qwen2"):
     return model
 
 
-@pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("attention", MASKS)
+PATHS = [*((attention, "qwen2") for attention in MASKS), ("sdpa", "llama"), ("eager", "llama")]
+"""Attention and family; the other two paths are not of the family."""
+
+
+@pytest.mark.parametrize(("attention", "family"), PATHS)
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
 def test_changing_a_document_leaves_the_others_bit_identical(plan, attention, family):
@@ -97,8 +100,7 @@ def test_isolated_layers_keep_text_and_image_apart_and_others_do_not(attention):
     assert same == [True, True, False, False]
 
 
-@pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("attention", MASKS)
+@pytest.mark.parametrize(("attention", "family"), PATHS)
 @pytest.mark.parametrize("plan", ["uni-x:1:1", "uni-x:4:0", "task_mlp*2 modality_isolated*2 norm:task"])
 @torch.no_grad()
 def test_isolated_layers_equal_each_modality_of_each_document_read_alone(plan, attention, family):
