@@ -14,7 +14,7 @@ from unifork.experiments import params_text, resolve
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
-    {"vocabulary", "processes"},
+    {"vocabulary", "processes", "weights"},
     {"config", "batch", "identity"},
     {"manifest", "jobs"},
     {"image_tokenizer", "models"},

@@ -81,7 +81,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="folder with a manifest.j
 def _decoder(directory: Path, view: str = "crop"):  # type: ignore[no-untyped-def]
     from unifork.image_tokenizer.code_encoder import CodeEncoder
 
-    return CodeEncoder(directory, view, (255, 255, 255), batch_images=8)  # type: ignore[arg-type]
+    return CodeEncoder(directory, view, (255, 255, 255), batch_images=8)
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from PIL import Image
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.canaries import environment
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.views import PREPROCESSING_VERSION, RGB, VIEWS, to_bytes, to_tensor, view_of
-from unifork.vocabulary import CODE_DTYPE, View
+from unifork.image_tokenizer.views import PREPROCESSING_VERSION, RGB, VARIANTS, to_bytes, to_tensor, view_of
+from unifork.vocabulary import CODE_DTYPE
 
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
@@ -44,19 +44,19 @@ class CodeEncoder:
     def __init__(
         self,
         directory: Path | str,
-        view: View,
+        view: str,
         matte: RGB | None,
         batch_images: int,
         device: torch.device | str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        if view not in VIEWS:
-            raise unknown("view", view, VIEWS, "CodeEncoder")
+        if view not in VARIANTS:
+            raise unknown("view", view, VARIANTS, "CodeEncoder")
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES, "CodeEncoder")
         if batch_images < 1:
             raise ConfigError(f"CodeEncoder: batch_images is {batch_images}; at least 1 is allowed")
-        self.view: View = view
+        self.view = view
         self.matte = matte
         self.batch_images = batch_images
         self.tokenizer = ImageTokenizer.load(directory, device, DTYPES[dtype])

@@ -22,6 +22,7 @@ from unifork.errors import DataError, unknown
 from unifork.vocabulary import View
 
 RGB = tuple[int, int, int]
+Look = Callable[[Image.Image, int, RGB | None], np.ndarray]
 
 PREPROCESSING_VERSION = "official-bicubic-1"
 
@@ -81,15 +82,18 @@ def pad_first_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarr
     return np.asarray(_resize(square, size, size))
 
 
-VIEWS: dict[View, Callable[[Image.Image, int, RGB | None], np.ndarray]] = {"crop": crop_view, "pad": pad_view}
+VIEWS: dict[View, Look] = {"crop": crop_view, "pad": pad_view}
 """The views codes are made of; `unifork.vocabulary.VIEW_OF_TASK` says which task reads which."""
+
+VARIANTS: dict[str, Look] = {"crop": crop_view, "pad": pad_view, "pad-first": pad_first_view}
+"""All ways to see a picture; what is not in VIEWS serves evaluation alone, no data set may ask for it."""
 
 
 def view_of(image: Image.Image, view: str, size: int, matte: RGB | None) -> np.ndarray:
     """The named view of a picture, uint8 (S, S, 3). Raises ConfigError for an unknown view."""
-    if view not in VIEWS:
-        raise unknown("view", view, VIEWS, "image tokenizer")
-    return VIEWS[view](image, size, matte)
+    if view not in VARIANTS:
+        raise unknown("view", view, VARIANTS, "image tokenizer")
+    return VARIANTS[view](image, size, matte)
 
 
 def to_tensor(pixels_BSSC: np.ndarray) -> Tensor:

@@ -1,0 +1,217 @@
+"""Official tokenizers as ours: VILA-U's `vision_tower` folder, or the tower inside a UniFork checkpoint.
+
+In: a folder, or its name on the Hub. Out: an `ImageTokenizer` with the same numbers. Every tensor of
+the tower is either renamed (`RENAMED`) or known to play no part (`UNUSED`); any other name is an
+error, and so is a missing tensor or another shape: a tower that was understood half is not loaded.
+
+The tower inside a UniFork checkpoint is its own: the official quantiser goes on learning while the
+language model is trained, so its codebook may differ from the one of the folder it began with. The
+SigLIP configuration is named by `pretrained_model` and read from a folder of that name beside the
+tower's configuration; only where there is none the Hub is asked.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from unifork.config import DecoderConfig, EncoderConfig, Plain, parse
+from unifork.errors import CheckpointError, ConfigError
+from unifork.image_tokenizer.model import CONFIG_FILE, Architecture, ImageTokenizer
+from unifork.weights import PICKLED, StoredWeights, local_folder, read_json
+
+TOWER_IN_UNIFORK = "model.vision_tower.vision_tower."
+"""Prefix of the tower's tensors in a UniFork checkpoint."""
+
+RENAMED = (
+    (r"rqvaesiglip\.siglip_model\.vision_model\.embeddings\.(patch|position)_embedding\.(.+)",
+     r"encoder.embeddings.\1_embedding.\2"),
+    (r"rqvaesiglip\.siglip_model\.vision_model\.encoder\.layers\.(.+)", r"encoder.layers.\1"),
+    (r"rqvaesiglip\.quantizer\.codebooks\.\d+\.weight", "quantizer.codebook"),
+    (r"rqvaesiglip\.(post_quant_conv|decoder)\.(.+)", r"\1.\2"),
+)  # fmt: skip
+"""Official names as regular expressions, and ours; several codebooks become one."""
+
+UNUSED = (
+    r"rqtransformer\..+",  # the image head: part of the language model here
+    r"rqvaesiglip\.(siglip_model\.)?logit_(scale|bias)",
+    r"rqvaesiglip\.siglip_model\.text_model\..+",
+    r"rqvaesiglip\.siglip_model\.vision_model\.(post_layernorm|head)\..+",
+    r"rqvaesiglip\.siglip_model\.vision_model\.embeddings\.position_ids",  # 0, 1, 2, ..., of old transformers
+    r"rqvaesiglip\.quantizer\.codebooks\.\d+\.(cluster_size_ema|embed_ema)",  # state of its training
+)
+"""Official names that take no part in codes or pictures; the encoder's last layer is one more."""
+
+LISTED = 20
+"""Names of an error message."""
+
+
+class _Official(Plain):
+    """Keys that are read of a configuration with many more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _DecoderFacts(_Official):
+    ch: PositiveInt
+    ch_mult: tuple[PositiveInt, ...]
+    num_res_blocks: NonNegativeInt
+    z_channels: PositiveInt
+    resolution: PositiveInt
+    attn_resolutions: tuple[PositiveInt, ...]
+
+
+class _RqVae(_Official):
+    code_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    ddconfig: _DecoderFacts
+    n_embed: PositiveInt
+    shared_codebook: Literal[True]
+    decoder_latent_shape: None = None
+    pretrained_model: str
+
+
+class _Tower(_Official):
+    rqvaesiglip: _RqVae
+
+
+class _Vision(_Official):
+    """transformers' defaults, which configurations on the Hub leave out."""
+
+    hidden_size: PositiveInt = 768
+    intermediate_size: PositiveInt = 3072
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    num_channels: Literal[3] = 3
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    layer_norm_eps: float = Field(1e-6, ge=1e-6, le=1e-6)
+
+
+class _Siglip(_Official):
+    vision_config: _Vision
+
+
+def read_official(
+    source: Path | str,
+    image_size: int | None = None,
+    vision_tower: Path | str | None = None,
+    allow_pickle: bool = False,
+) -> ImageTokenizer:
+    """The tokenizer of an official folder, for pictures of `image_size` (the tower's own if None).
+
+    source: a `vision_tower` folder or a UniFork checkpoint. vision_tower: for the latter, the folder
+    with the tower's configuration, where the checkpoint's own `mm_vision_tower` names none. Raises
+    CheckpointError for anything missing, damaged, unknown or not fitting; then nothing is loaded.
+    """
+    files = ["*.json", "*.safetensors", *(f"*{suffix}" for suffix in PICKLED if allow_pickle)]
+    folder = local_folder(source, files=files)
+    tower, prefix = _tower_of(folder, vision_tower)
+    try:
+        architecture = _architecture(tower, image_size)
+        tokenizer = ImageTokenizer(architecture, str(tower / CONFIG_FILE))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    weights = StoredWeights(folder, allow_pickle)
+    sources = _renamed(weights.file_of, prefix, architecture.encoder.layers, str(folder))
+    tensors = weights.read(name for names in sources.values() for name in names)
+    state = {ours: tensors[names[0]].to(torch.float32) for ours, names in sources.items()}
+    codebooks = sources.get("quantizer.codebook", [])
+    if len(codebooks) not in (0, 1, architecture.depth) or any(
+        not torch.equal(tensors[name], tensors[codebooks[0]]) for name in codebooks
+    ):
+        raise CheckpointError(
+            f"{folder}: {len(codebooks)} codebooks that are not {architecture.depth} copies of one; "
+            "only tokenizers that share one codebook over all depths can be used"
+        )
+    if codebooks and state["quantizer.codebook"].shape[0] == architecture.codebook_size + 1:
+        state["quantizer.codebook"] = state["quantizer.codebook"][:-1]  # a row of zeros, never chosen
+    tokenizer.load_weights(state, str(folder))
+    return tokenizer
+
+
+def _tower_of(folder: Path, vision_tower: Path | str | None) -> tuple[Path, str]:
+    """The folder of the tower's configuration, and what stands in front of its tensors' names."""
+    plain = read_json(folder / CONFIG_FILE)
+    if "rqvaesiglip" in plain:
+        return folder, ""
+    named = vision_tower or plain.get("mm_vision_tower")
+    if not isinstance(named, str | Path):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: has neither rqvaesiglip (a vision_tower folder) nor mm_vision_tower (a UniFork "
+            "checkpoint); if the folder contains a vision_tower, name that one"
+        )
+    beside = (Path(),) if vision_tower else (folder, folder.parent, Path())
+    try:
+        return local_folder(named, beside, ("*.json",)), TOWER_IN_UNIFORK
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; {folder / CONFIG_FILE} needs a vision_tower folder for the tower's configuration: "
+            "name one with --vision-tower"
+        ) from None
+
+
+def _architecture(tower: Path, image_size: int | None) -> Architecture:
+    """What the configurations of tower and SigLIP say. Raises ConfigError where they cannot be used."""
+    rqvae = parse(_Tower, read_json(tower / CONFIG_FILE), str(tower / CONFIG_FILE)).rqvaesiglip
+    siglip = local_folder(rqvae.pretrained_model, (tower, tower.parent, Path()), (CONFIG_FILE,)) / CONFIG_FILE
+    vision, decoder = parse(_Siglip, read_json(siglip), str(siglip)).vision_config, rqvae.ddconfig
+    sides = [decoder.resolution // 2**level for level in range(len(decoder.ch_mult))]
+    plain: dict[str, Any] = {
+        "image_size": image_size or vision.image_size,
+        "patch_size": vision.patch_size,
+        "position_grid": vision.image_size // vision.patch_size,
+        "depth": rqvae.code_shape[-1],
+        "codebook_size": rqvae.n_embed,
+        "encoder": EncoderConfig(
+            hidden_size=vision.hidden_size,
+            layers=vision.num_hidden_layers,
+            heads=vision.num_attention_heads,
+            intermediate_size=vision.intermediate_size,
+        ),
+        "decoder": DecoderConfig(
+            z_channels=decoder.z_channels,
+            channels=decoder.ch,
+            multipliers=decoder.ch_mult,
+            blocks=decoder.num_res_blocks,
+            attention_levels=tuple(level for level, side in enumerate(sides) if side in decoder.attn_resolutions),
+            norm_groups=32,  # VQGAN's, written in its code
+        ),
+    }
+    return parse(Architecture, plain, str(tower / CONFIG_FILE))
+
+
+def _renamed(names: Iterable[str], prefix: str, layers: int, place: str) -> dict[str, list[str]]:
+    """Our names, and the official tensors that are each of them; all others are known to be unused."""
+    last = rf"rqvaesiglip\.siglip_model\.vision_model\.encoder\.layers\.{layers - 1}\..+"
+    sources: dict[str, list[str]] = {}
+    unknown, last_layer_seen = [], False
+    part = ".".join(prefix.split(".")[:2])  # the tower's part of a whole model
+    for name in sorted(name for name in names if name.startswith(part)):
+        inner = name.removeprefix(prefix)
+        if re.fullmatch(last, inner):
+            last_layer_seen = True
+        elif (ours := _our_name(inner)) is not None:
+            sources.setdefault(ours, []).append(name)
+        elif not any(re.fullmatch(pattern, inner) for pattern in UNUSED):
+            unknown.append(name)
+    if unknown:
+        listed = ", ".join(unknown[:LISTED]) + (", ..." if len(unknown) > LISTED else "")
+        raise CheckpointError(f"{place}: {len(unknown)} tensors of unknown use: {listed}")
+    if not sources:
+        raise CheckpointError(
+            f"{place}: no tensors of a tower ({prefix}rqvaesiglip...); was it saved without its tower?"
+        )
+    if not last_layer_seen:
+        raise CheckpointError(f"{place}: no encoder layer {layers - 1}, but the configuration lists {layers} layers")
+    return sources
+
+
+def _our_name(official: str) -> str | None:
+    for pattern, ours in RENAMED:
+        if match := re.fullmatch(pattern, official):
+            return match.expand(ours)
+    return None

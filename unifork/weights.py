@@ -1,0 +1,157 @@
+"""Checkpoint folders that others wrote: where they lie, and the tensors in them.
+
+In: a local folder or the name of one on the Hugging Face Hub. Out: a local folder, the names of its
+tensors, and the tensors that are asked for. Safetensors whole or in shards; pickles only where the
+caller allows them, because loading one can run code. Names are known before anything is read, so
+that a checkpoint of a billion parameters is refused or picked from without loading it.
+
+Nothing here asks the network while the folder is there.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unifork.errors import CheckpointError
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLED = (".bin", ".pt", ".pth")
+HUB_NAME = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inside>(/[\w-][\w.-]*)*)(@(?P<revision>[\w./-]+))?")
+"""`owner/name`, a folder inside it, and a revision: `owner/name/vision_tower@main`."""
+_DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
+
+
+def local_folder(
+    name: Path | str,
+    beside: Sequence[Path] = (Path(),),
+    files: Sequence[str] = ("*.json", "*.safetensors"),
+) -> Path:
+    """The folder of that name below one of the folders `beside`, else from the Hub.
+
+    files: patterns of what is downloaded; local folders are taken as they are. Raises
+    CheckpointError that says where it was looked for and what the Hub answered.
+    """
+    found = next((folder for folder in (base / name for base in beside) if folder.is_dir()), None)
+    if found:
+        return found
+    looked = f"{name}: no such folder ({', '.join(str((base / name).absolute()) for base in beside)})"
+    match = HUB_NAME.fullmatch(str(name))
+    if not match:
+        raise CheckpointError(f"{looked}, and no name on the Hub (OWNER/NAME[/FOLDER][@REVISION])")
+    inside = match["inside"].removeprefix("/")
+    return _from_hub(match["id"], inside, match["revision"], files, looked) / inside
+
+
+def _from_hub(repository: str, inside: str, revision: str | None, files: Sequence[str], looked: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  most uses need no network
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+
+    patterns = [f"{inside}/{pattern}" if inside else pattern for pattern in files]
+    try:
+        folder = Path(str(snapshot_download(repository, revision=revision, allow_patterns=patterns)))
+    except (OSError, HFValidationError) as error:
+        raise CheckpointError(f"{looked}; the Hub did not give {repository}: {_line(error)}") from None
+    if not (folder / inside).is_dir():
+        raise CheckpointError(f"{looked}; {repository} on the Hub has no folder {inside}")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError when the file is missing, damaged or something else."""
+    try:
+        plain = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(plain).__name__}")
+    return plain
+
+
+class StoredWeights:
+    """The tensors of a checkpoint folder by name, not yet read.
+
+    Raises CheckpointError when there are none, when a file is damaged or missing, when an index
+    disagrees with its files, and for pickles without `allow_pickle`.
+    """
+
+    def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
+        self.folder = folder
+        listed = _weight_file(folder, allow_pickle)
+        if listed.suffix == ".json":
+            self.file_of = _sharded(listed)
+        else:
+            self.file_of = dict.fromkeys(_open(listed)[0], listed)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on the CPU, in the dtype they are stored in."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.file_of[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, wanted in by_file.items():
+            _, read = _open(path)
+            try:
+                tensors |= {name: read(name) for name in wanted}
+            except _DAMAGED as error:
+                raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
+        return tensors
+
+
+def _weight_file(folder: Path, allow_pickle: bool) -> Path:
+    for name in (WHOLE, INDEX):
+        if (folder / name).exists():
+            return folder / name
+    pickles = [folder / name for name in PICKLES if (folder / name).exists()][:1]
+    pickles = pickles or sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
+    if not pickles:
+        raise CheckpointError(f"{folder}: no weights; expected {WHOLE} or {INDEX}")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{pickles[0]}: pickled weights can run code when they are loaded; convert them to safetensors, "
+            "or allow this file with --allow-pickle (plain tensors only, even then)"
+        )
+    if len(pickles) > 1:
+        raise CheckpointError(f"{folder}: several pickled checkpoints: {', '.join(path.name for path in pickles)}")
+    return pickles[0]
+
+
+def _sharded(index: Path) -> dict[str, Path]:
+    """The file of each tensor of an index, after a look into every file."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+        raise CheckpointError(f"{index}: expected a weight_map from tensors to files beside it")
+    held = {file: set(_open(index.parent / file)[0]) for file in sorted(set(weight_map.values()))}
+    lost = [f"{name} in {file}" for name, file in weight_map.items() if name not in held[file]]
+    if lost:
+        raise CheckpointError(f"{index}: {len(lost)} tensors are not where it says: {', '.join(lost[:5])}")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _open(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
+    """The names in one file, and how to read one of them."""
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, "pt")
+            return list(file.keys()), file.get_tensor  # type: ignore[no-untyped-call]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except _DAMAGED as error:
+        raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: expected tensors by name, found {type(state).__name__}")
+    return list(state), state.__getitem__
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
