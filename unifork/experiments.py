@@ -1,6 +1,7 @@
 """From `experiments/NAME.yaml` to `params.yaml`: inheritance, derived entries, cross-checks.
 
-An experiment may say `extends: OTHER` and then only what differs; `null` takes an entry out. What
+An experiment may say `extends: OTHER` and then only what differs; `null` takes an entry out, and an
+image tokenizer that is imported replaces the inherited one whole. What
 DVC needs and follows from the rest (every stage of every variant, every evaluation) is derived here
 and written into `params.yaml`, so that `dvc.yaml` can loop over it.
 """
@@ -10,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, load_card, parse, read_yaml
+from unifork.config import Card, Experiment, ImageTokenizerConfig, load_card, parse, read_yaml
 from unifork.errors import ConfigError, unknown
 
 FOLDER = Path("experiments")
 PARAMS = Path("params.yaml")
+IMPORT = "import"
 
 
 def resolve(name: str, folder: Path = FOLDER, cards: Path = Path("datasets")) -> Experiment:
@@ -66,7 +68,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         if value is None:
             merged.pop(key, None)
-        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict) and IMPORT not in value:
             merged[key] = _merged(merged[key], value)
         else:
             merged[key] = value
@@ -94,9 +96,13 @@ def _derived(experiment: Experiment) -> dict[str, Any]:
 
 
 def _check(experiment: Experiment, cards: dict[str, Card], place: str) -> None:
-    for part in ("image_tokenizer.training", "text_tokenizer"):
-        owner = experiment.image_tokenizer.training if part.startswith("image") else experiment.text_tokenizer
-        for dataset in owner.datasets:
+    pictures = experiment.image_tokenizer
+    readers = {
+        "image_tokenizer.training": pictures.training.datasets if isinstance(pictures, ImageTokenizerConfig) else (),
+        "text_tokenizer": experiment.text_tokenizer.datasets,
+    }
+    for part, datasets in readers.items():
+        for dataset in datasets:
             if dataset not in experiment.datasets:
                 raise unknown("data set", dataset, experiment.datasets, f"{place}: {part}.datasets")
     for name, variant in experiment.variants.items():

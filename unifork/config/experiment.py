@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
 from unifork.config.base import Fraction01, Plain
 from unifork.vocabulary import Task
@@ -93,6 +93,29 @@ class ImageTokenizerConfig(Plain):
     def grid(self) -> int:
         """Positions along one side of the picture."""
         return self.image_size // self.patch_size
+
+
+class ImportedTokenizer(Plain):
+    """An official tokenizer, which brings its architecture along."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: str = Field(alias="import")
+    """A `vision_tower` folder or a UniFork checkpoint: a local folder, or OWNER/NAME[/FOLDER][@REVISION] of the Hub."""
+    image_size: PositiveInt
+    """Side of both views in pixels; the position table is resized as the official code does."""
+
+
+def _how_it_comes(tokenizer: Any) -> str:
+    """Whether a tokenizer, as plain data or typed, is imported or trained."""
+    imported = "import" in tokenizer if isinstance(tokenizer, dict) else isinstance(tokenizer, ImportedTokenizer)
+    return "imported" if imported else "trained"
+
+
+AnyTokenizer = Annotated[
+    Annotated[ImageTokenizerConfig, Tag("trained")] | Annotated[ImportedTokenizer, Tag("imported")],
+    Discriminator(_how_it_comes),
+]
 
 
 class TextTokenizerConfig(Plain):
@@ -242,7 +265,8 @@ class Experiment(Plain):
     seed: NonNegativeInt = 0
     """Seed of the data (generators, splits)."""
     datasets: dict[str, DatasetUse]
-    image_tokenizer: ImageTokenizerConfig
+    image_tokenizer: AnyTokenizer
+    """Trained here, or with the key `import` taken from others."""
     text_tokenizer: TextTokenizerConfig
     variants: dict[str, Variant]
     stages: dict[str, Stage]

@@ -17,17 +17,17 @@ MAX_PICTURES = 20_000
 """Pictures of one view held in memory; a small tokenizer sees no more in its training."""
 
 
-def sample_views(folder: Path, card: Card, view: View, size: int, seed: int) -> np.ndarray:
-    """One view of a set's pictures in a seeded order, uint8 (n, S, S, 3), n at most MAX_PICTURES."""
+def sample_views(folder: Path, card: Card, view: View, size: int, seed: int, most: int = MAX_PICTURES) -> np.ndarray:
+    """One view of a set's pictures in a seeded order, uint8 (n, S, S, 3), n at most `most`."""
     manifest = read_manifest(folder)
-    chosen = set(keyed(seed, card.name).permutation(manifest.rows)[:MAX_PICTURES].tolist())
+    chosen = set(keyed(seed, card.name).permutation(manifest.rows)[:most].tolist())
     pictures, first = [], 0
     for shard in manifest.shards:
-        column = read_table(folder, shard, ["image"]).column("image")
-        for number in range(shard.rows):
-            if first + number in chosen:
-                picture = Image.open(io.BytesIO(column[number].as_py()))
-                pictures.append(np.asarray(VIEWS[view](picture, size, card.matte), np.uint8))
+        wanted = [number for number in range(shard.rows) if first + number in chosen]
+        column = read_table(folder, shard, ["image"]).column("image") if wanted else []
+        for number in wanted:
+            picture = Image.open(io.BytesIO(column[number].as_py()))
+            pictures.append(np.asarray(VIEWS[view](picture, size, card.matte), np.uint8))
         first += shard.rows
     order = keyed(seed, card.name, "order").permutation(len(pictures))
     return np.stack(pictures)[order]

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, Plain, parse
+from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, ImportedTokenizer, Plain, parse
 from unifork.errors import CheckpointError, ConfigError, IdentityError
 from unifork.identity import codebook_identity, weights_identity
 from unifork.image_tokenizer import canaries
@@ -214,6 +214,14 @@ class ImageTokenizer(nn.Module):
             more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
             raise CheckpointError(f"{place}: does not fit its configuration: {'; '.join(faults[:5])}{more}")
         self.load_state_dict(dict(state))
+
+
+def architecture_of(config: ImageTokenizerConfig | ImportedTokenizer, directory: Path | str) -> Architecture | None:
+    """What an experiment's tokenizer looks like; an imported one, once it lies in its directory."""
+    if isinstance(config, ImageTokenizerConfig):
+        return Architecture.of(config)
+    place = Path(directory) / CONFIG_FILE
+    return parse(Architecture, read_config(directory).get("architecture"), str(place)) if place.exists() else None
 
 
 def read_config(directory: Path | str) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def residual_codes(features_MC: Tensor, codebook_KC: Tensor, depth: int) -> tupl
     return torch.stack(codes, dim=1), torch.stack(residuals, dim=1)
 
 
+def commitment_loss(features_MC: Tensor, partial_MDC: Tensor) -> Tensor:
+    """The official one: the mean over depths of the mean squared distance between features and partial sums of rows."""
+    return (features_MC[:, None] - partial_MDC).square().mean()
+
+
 @torch.no_grad()
 def nearest_rows(vectors_MC: Tensor, codebook_KC: Tensor) -> Tensor:
     """The nearest codebook row of each vector by squared distance, (M,), int64."""

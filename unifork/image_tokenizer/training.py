@@ -33,7 +33,7 @@ from unifork.image_tokenizer.codebook_training import CodebookAverages
 from unifork.image_tokenizer.decoder import zero_last_convolutions
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
 from unifork.image_tokenizer.model import Architecture, ImageTokenizer
-from unifork.image_tokenizer.quantizer import residual_codes
+from unifork.image_tokenizer.quantizer import commitment_loss, residual_codes
 from unifork.image_tokenizer.views import to_bytes, to_tensor
 
 REFILL_UNTIL = 0.7
@@ -193,16 +193,12 @@ class TokenizerTrainer:
         )
 
     def _quantise(self, features_BNC: Tensor, share: float, *, learn: bool) -> tuple[Tensor, Tensor]:
-        """Quantised features with straight-through gradients, and the commitment loss.
-
-        The commitment is the official one: the mean over depths of the mean squared distance
-        between features and partial sums of code rows.
-        """
+        """Quantised features with straight-through gradients, and the commitment loss."""
         quantizer = self.tokenizer.quantizer
         flat_MC = features_BNC.flatten(0, 1)
         codes_MD, residuals_MDC = residual_codes(flat_MC.detach(), quantizer.codebook, quantizer.depth)
         partial_MDC = quantizer.codebook[codes_MD].cumsum(1)
-        commitment = (flat_MC[:, None] - partial_MDC).square().mean()
+        commitment = commitment_loss(flat_MC, partial_MDC)
         quantised_MC = flat_MC + (partial_MDC[:, -1] - flat_MC).detach()
         if learn and self.averages is not None:
             self.rows_refilled += self.averages.update(codes_MD, residuals_MDC, refill=share < REFILL_UNTIL)

@@ -16,6 +16,7 @@ import yaml
 
 from unifork.config import Experiment
 from unifork.evaluation.statistics import Score
+from unifork.image_tokenizer.model import architecture_of
 from unifork.report import pictures
 from unifork.report.codec import LoadCodec
 from unifork.report.gather import SPLITS, Evaluation, Facts, Layout, StageRun, VariantRun, gather
@@ -113,7 +114,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec, root: P
         datasets=[(one, data[one.name]) for one in facts.datasets],
         view_notes=pictures.VIEW_NOTES,
         measures=facts.measures,
-        codebook_size=experiment.image_tokenizer.codebook_size,
+        tokenizer=architecture_of(experiment.image_tokenizer, layout.image_tokenizer),
         detector=_detector(facts, data),
         detector_measured_here=not (facts.measures and facts.measures.detector),
         variants=[_variant(run, load_codec) for run in facts.variants],

@@ -1,0 +1,40 @@
+"""`unifork parity`: this project's numbers beside those of the official code."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def parity(
+    folder: Annotated[Path, typer.Argument(help="reference numbers, for example tests/fixtures/official_tiny")],
+    out: Annotated[Path | None, typer.Option(help="folder for the tensors computed here")] = None,
+) -> None:
+    """Compare every tensor of a fixture folder; exit with 1 if any differs."""
+    import torch
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from unifork.parity.run import allowed, difference, verdicts, write
+
+    torch.set_num_threads(1)
+    found = list(verdicts(folder))
+    table = Table("item", "tensor", "max difference", "tolerance", "verdict")
+    for column in table.columns:
+        column.overflow = "fold"
+    for one in found:
+        numbers = (difference(one.comparison), allowed(one.comparison)) if one.comparison else (escape(one.error), "")
+        table.add_row(one.item, one.tensor, *numbers, "equal" if one.passed else "[red]DIFFERENT[/red]")
+    console = Console()
+    Console(width=console.width if console.is_terminal else WIDTH).print(table)
+    failed = [one for one in found if not one.passed]
+    if out:
+        for path in write([one.comparison for one in found if one.comparison], folder, out):
+            print(path)
+    print(f"{len(found) - len(failed)} of {len(found)} agree")
+    raise typer.Exit(1 if failed or not found else 0)
+
+
+WIDTH = 160
+"""Columns of the table where nobody looks at a terminal."""

@@ -1,0 +1,117 @@
+"""`unifork tokenizer`: official tokenizers as ours, pictures to codes, codes to pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unifork.errors import DataError, IdentityError
+
+if TYPE_CHECKING:
+    from unifork.image_tokenizer.code_encoder import CodeEncoder
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+TokenizerDirectory = Annotated[Path, typer.Option(help="tokenizer directory, for example tokenizers/image")]
+MATTE = (255, 255, 255)
+"""Behind transparent pixels."""
+BATCH_IMAGES = 8
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="a vision_tower folder or a UniFork checkpoint, local or OWNER/NAME")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="side of the pictures; default: the tower's own")
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="folder with the tower's configuration, if a UniFork checkpoint names none")
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="read .bin and .pt files, which safetensors replace")] = False,
+) -> None:
+    """Write an official tokenizer as a tokenizer directory of this project."""
+    from unifork.image_tokenizer.conversion import read_official
+    from unifork.image_tokenizer.training import save_whole
+
+    tokenizer = read_official(source, image_size, vision_tower, allow_pickle)
+    save_whole(tokenizer, out)
+    shape = tokenizer.architecture
+    print(
+        f"{out}: pictures of {shape.image_size} pixels, {shape.grid} x {shape.grid} positions with {shape.depth} "
+        f"codes of {shape.codebook_size}; codebook_id {tokenizer.codebook_id}, encoder_id {tokenizer.encoder_id}"
+    )
+
+
+@app.command()
+def encode(
+    images: Annotated[list[Path], typer.Argument(help="picture files")],
+    tokenizer: TokenizerDirectory,
+    out: Annotated[Path, typer.Option(help="file to write, .npz")],
+    view: Annotated[str, typer.Option(help="crop (generation), pad (understanding) or pad-first")] = "crop",
+) -> None:
+    """Write the codes of pictures: arrays `codes` (picture, row, column, depth), `names`, and what made them."""
+    import numpy as np
+
+    from unifork.manifest import write_atomically
+
+    coder = _coder(tokenizer, view)
+    for path in images:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    shape = coder.tokenizer.architecture
+    codes = coder.encode_pictures([path.read_bytes() for path in images])
+    facts: dict[str, Any] = {
+        "codes": codes.reshape(len(codes), shape.grid, shape.grid, shape.depth),
+        "names": [path.name for path in images],
+        "view": view,
+        "codebook_id": coder.tokenizer.codebook_id,
+        "encoder_id": coder.tokenizer.encoder_id,
+    }
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **facts)
+
+    write_atomically(out, write)
+    print(f"{out}: codes {facts['codes'].shape}, view {view}")
+
+
+@app.command()
+def decode(
+    codes: Annotated[Path, typer.Argument(help="file of `unifork tokenizer encode`")],
+    tokenizer: TokenizerDirectory,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")],
+) -> None:
+    """Draw the pictures that codes stand for: OUT/0000-NAME.png, ..."""
+    coder = _coder(tokenizer, "crop")
+    stored = _read(codes)
+    if str(stored["codebook_id"]) != coder.tokenizer.codebook_id:
+        raise IdentityError(
+            f"{codes}: codes of the codebook {stored['codebook_id']}; {tokenizer} has {coder.tokenizer.codebook_id}"
+        )
+    array = stored["codes"]
+    pictures = coder.decode_codes(array.reshape(len(array), -1))
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (picture, name) in enumerate(zip(pictures, stored["names"], strict=True)):
+        path = out / f"{number:04d}-{Path(str(name)).stem}.png"
+        picture.save(path)
+        print(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in ("codes", "names", "codebook_id")}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: no file of `unifork tokenizer encode`: {error}") from None
+
+
+def _coder(directory: Path, view: str) -> "CodeEncoder":
+    from unifork.image_tokenizer.code_encoder import CodeEncoder
+
+    return CodeEncoder(directory, view, MATTE, BATCH_IMAGES)
