@@ -21,7 +21,7 @@ from unifork.image_tokenizer.views import VARIANTS
 
 REPOSITORY = Path(__file__).parents[2]
 OFFICIAL = REPOSITORY / "tests/fixtures/official_tiny"
-IMPORT = {"import": str(OFFICIAL / "unifork"), "image_size": 48}
+IMPORT = {"import": str(OFFICIAL / "unifork"), "image_size": 32}
 
 
 def unifork(*arguments) -> str:
@@ -88,7 +88,7 @@ def test_the_stage_imports(root):
     command = [sys.executable, "-m", "pipelines.image_tokenizer"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    made, expected = ImageTokenizer.load(root / "tokenizers/image"), read_official(OFFICIAL / "unifork", 48)
+    made, expected = ImageTokenizer.load(root / "tokenizers/image"), read_official(OFFICIAL / "unifork", 32)
     assert (made.codebook_id, made.encoder_id) == (expected.codebook_id, expected.encoder_id)
     report = yaml.safe_load((root / "tokenizers/image/report.json").read_text())
     assert report["detector"]

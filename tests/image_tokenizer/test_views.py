@@ -83,14 +83,63 @@ def test_transparent_pixels_show_the_matte(mode):
     assert not (views.pad_view(half_transparent(mode), 60, None)[22] == (0, 255, 0)).all()
 
 
-def test_exif_rotation_is_not_applied():
+def stored(image: Image.Image, kind: str, **options) -> Image.Image:
+    """A picture as it comes from a file."""
     file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(file)
+
+
+def rotated() -> Image.Image:
     exif = Image.Exif()
     exif[0x0112] = 6
-    wide().save(file, "PNG", exif=exif)
-    rotated = Image.open(file)
-    assert rotated.getexif()[0x0112] == 6
-    assert (views.crop_view(rotated, 24, None) == views.crop_view(wide(), 24, None)).all()
+    return stored(wide(), "PNG", exif=exif)
+
+
+def inked() -> Image.Image:
+    """Cyan, magenta, yellow and black, and half of each: Pillow's conversion is 255 - ink, less the black."""
+    inks = np.zeros((16, 16, 4), dtype=np.uint8)
+    for channel in range(4):
+        inks[4 * channel : 4 * channel + 4, :8, channel] = 255
+        inks[4 * channel : 4 * channel + 4, 8:, channel] = 128
+    return stored(Image.fromarray(inks, "CMYK"), "TIFF")
+
+
+def see_through() -> Image.Image:
+    """A palette with one transparent entry."""
+    picture = Image.new("P", (16, 16), 1)
+    picture.putpalette([9, 8, 7, 200, 100, 50])
+    picture.paste(0, (0, 0, 16, 8))
+    return stored(picture, "PNG", transparency=0)
+
+
+GREY = np.linspace(0, 255, 256, dtype=np.uint8).reshape(16, 16)
+INKS = np.repeat(
+    [[[0, 255, 255], [127, 255, 255]], [[255, 0, 255], [255, 127, 255]], [[255, 255, 0], [255, 255, 127]],
+     [[0, 0, 0], [127, 127, 127]]], 4, axis=0,
+).repeat(8, axis=1)  # fmt: skip
+HALVES = np.repeat([[[9, 8, 7]], [[200, 100, 50]]], 8, axis=0).repeat(16, axis=1)
+KINDS = {
+    "grey": (lambda: Image.fromarray(GREY), np.stack([GREY] * 3, -1)),
+    "palette": (see_through, HALVES),
+    "CMYK": (inked, INKS),
+    "alpha": (lambda: Image.fromarray(np.dstack([HALVES, GREY]).astype(np.uint8)), HALVES),
+    "EXIF": (lambda: rotated().crop((0, 0, 16, 16)), np.asarray(wide().crop((0, 0, 16, 16)))),
+}
+"""Pictures of 16 x 16 pixels, and the colours that all views must show: the official code's, alpha dropped."""
+
+
+@pytest.mark.parametrize("variant", views.VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_pictures(kind, variant):
+    make, expected = KINDS[kind]
+    assert (views.view_of(make(), variant, 16, None) == expected).all()
+
+
+@pytest.mark.parametrize("variant", views.VARIANTS)
+def test_exif_rotation_is_not_applied(variant):
+    assert rotated().getexif()[0x0112] == 6
+    assert (views.view_of(rotated(), variant, 24, None) == views.view_of(wide(), variant, 24, None)).all()
 
 
 def test_unknown_view():
