@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unifork import weights
+from unifork.config import DecoderConfig, EncoderConfig
 from unifork.errors import CheckpointError
 from unifork.image_tokenizer.conversion import TOWER_IN_UNIFORK, read_official
-from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.image_tokenizer.model import Architecture, ImageTokenizer
 from unifork.image_tokenizer.training import save_whole
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
@@ -248,6 +249,44 @@ def test_folders_on_the_hub(tower, monkeypatch):
         read_official("some/model/elsewhere")
     with pytest.raises(CheckpointError, match="no name on the Hub"):
         read_official("/not/here")
+
+
+OTHER = Architecture(
+    image_size=24,
+    patch_size=8,
+    position_grid=3,
+    encoder=EncoderConfig(hidden_size=24, layers=3, heads=3, intermediate_size=20),
+    depth=3,
+    codebook_size=21,
+    decoder=DecoderConfig(
+        z_channels=5, channels=32, multipliers=(1, 2, 1, 1), blocks=0, attention_levels=(1, 3), norm_groups=32
+    ),
+)
+
+
+def test_every_size_follows_from_the_configuration(tmp_path):
+    """A tower of other numbers: layers, heads, patches, depth, attention at two resolutions."""
+    made, state = ImageTokenizer(OTHER), {}
+    made.quantizer.codebook.normal_()
+    for name, tensor in made.state_dict().items():
+        part, _, rest = name.partition(".")
+        vision = VISION + ("encoder." if rest.startswith("layers") else "")
+        state[vision + rest if part == "encoder" else f"rqvaesiglip.{name}"] = tensor
+    codebook = state.pop("rqvaesiglip.quantizer.codebook")
+    state[CODEBOOKS + "0.weight"] = torch.cat([codebook, torch.zeros(1, 24)])
+    state[VISION + "encoder.layers.2.mlp.fc1.bias"] = torch.zeros(20)
+    save_file(state, tmp_path / "model.safetensors")
+    decoder = {"ch": 32, "ch_mult": [1, 2, 1, 1], "num_res_blocks": 0, "z_channels": 5}
+    decoder |= {"resolution": 24, "attn_resolutions": [3, 12]}
+    rqvae = {"code_shape": [3, 3, 3], "n_embed": 21, "shared_codebook": True, "pretrained_model": "siglip"}
+    (tmp_path / "config.json").write_text(json.dumps({"rqvaesiglip": rqvae | {"ddconfig": decoder}}))
+    vision = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 3}
+    (tmp_path / "siglip").mkdir()
+    plain = {"vision_config": vision | {"image_size": 24, "patch_size": 8}}
+    (tmp_path / "siglip" / "config.json").write_text(json.dumps(plain))
+    read = read_official(tmp_path)
+    assert read.architecture == OTHER
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in made.state_dict().items())
 
 
 def test_codes_of_an_import_equal_the_official_ones(expected):
