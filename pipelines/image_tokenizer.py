@@ -69,7 +69,7 @@ def trained(config: ImageTokenizerConfig) -> tuple[Report, Views]:
 
 def imported(config: ImportedTokenizer, datasets: Iterable[str], seed: int) -> tuple[Report, Views]:
     """Import, and measure on a few pictures of the data sets that are there."""
-    tokenizer = read_official(config.source, config.image_size)
+    tokenizer = read_official(config.source, config.image_size, config.vision_tower)
     save_whole(tokenizer, IMAGE_TOKENIZER)
     print(f"{config.source}: codebook_id {tokenizer.codebook_id}, encoder_id {tokenizer.encoder_id}", flush=True)
     views = sampled(datasets, config.image_size, seed, MEASURED_PICTURES)

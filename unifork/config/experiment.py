@@ -104,6 +104,8 @@ class ImportedTokenizer(Plain):
     """A `vision_tower` folder or a UniFork checkpoint: a local folder, or OWNER/NAME[/FOLDER][@REVISION] of the Hub."""
     image_size: PositiveInt
     """Side of both views in pixels; the position table is resized as the official code does."""
+    vision_tower: str | None = None
+    """Folder with the configuration of a UniFork checkpoint's tower, where the checkpoint names none that is here."""
 
 
 def _how_it_comes(tokenizer: Any) -> str:
