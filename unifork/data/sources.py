@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -32,11 +32,15 @@ class Source:
 def plan(kind: str, options: dict[str, Any], rows: int | None, shard_rows: int, seed: int, place: str) -> list[Task]:
     """The shards of a source: consecutive ranges of at most `shard_rows` rows.
 
-    Raises ConfigError for an unknown kind, or when an endless source is asked for all its rows.
+    Raises ConfigError for an unknown kind, for a set that has to be brought, or when an endless source
+    is asked for all its rows.
     """
     if kind not in SOURCES:
         raise unknown("kind of source", kind, SOURCES, place)
-    known = SOURCES[kind].count(options)
+    try:
+        known = SOURCES[kind].count(options)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
     if known is None and rows is None:
         raise ConfigError(f"{place}: a {kind!r} source is endless; say how many rows to take")
     total = min(n for n in (known, rows) if n is not None)
@@ -97,7 +101,18 @@ def _emoji_rows(task: Task) -> Iterator[Row]:
         }
 
 
+# ---------------------------------------------------------------------------------------- external
+
+
+def _brought(options: dict[str, Any]) -> NoReturn:
+    raise ConfigError(
+        f"an 'external' set is not downloaded by this version. Where it is: {options.get('access', 'see homepage')}. "
+        f"Name a source that can be read in the card, or write image-text shards and their manifest yourself"
+    )
+
+
 SOURCES: dict[str, Source] = {
+    "external": Source(count=_brought, rows=lambda task: _brought(task["options"])),
     "shapes": Source(count=lambda _: None, rows=_shapes_rows),
     "emoji": Source(count=lambda _: len(_emoji_files()), rows=_emoji_rows),
 }
