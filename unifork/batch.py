@@ -30,7 +30,7 @@ class Document:
     kinds_T: kind of each token. text_ids_T: vocabulary ids, 0 where the token is not text.
     learned_T: True where the token is a text token that the model is taught to predict.
     codes_ND: the codes of the image tokens, in order of appearance; in a document of the task
-    `generation` all of them are targets, in one of `understanding` none.
+    `generation` the first `supervised_positions` (None: all) are targets, in one of `understanding` none.
     """
 
     key: str
@@ -39,6 +39,7 @@ class Document:
     text_ids_T: np.ndarray
     learned_T: np.ndarray
     codes_ND: np.ndarray
+    supervised_positions: int | None = None
 
     def __len__(self) -> int:
         return len(self.kinds_T)
@@ -116,8 +117,9 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
             text_source.append(flat + learned - 1)
             text_target.append(document.text_ids_T[learned])
             if document.task == "generation":
-                image_source.append(flat + np.flatnonzero(document.kinds_T == IMAGE) - 1)
-                image_target.append(document.codes_ND)
+                learned_N = slice(document.supervised_positions)
+                image_source.append(flat + np.flatnonzero(document.kinds_T == IMAGE)[learned_N] - 1)
+                image_target.append(document.codes_ND[learned_N])
             start = stop
         if start < T:
             document_counts.append(_modality_counts(kinds_BT[b, start:]))

@@ -54,12 +54,13 @@ class Speaker:
         if form.task != "generation":
             raise ConfigError(f"paint: template {template!r} is for {form.task}, not for generation")
         ids = [self._until_image(written(form, prompt)) for prompt in prompts]
+        away = UNCONDITIONAL if sampling.negative_prompt is None else written(form, sampling.negative_prompt)
         config, made = self.model.config, []
         for numbers in self._batches(len(prompts)):
             codes = generate_images(
                 self.model,
                 [ids[n] for n in numbers],
-                self._until_image(UNCONDITIONAL),
+                self._until_image(away),
                 sampling,
                 image_numbers=list(numbers),
             )

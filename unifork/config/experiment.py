@@ -201,6 +201,8 @@ class Track(Plain):
     optimizer: OptimizerConfig
     prompt_drop: Fraction01 = 0.0
     """Share of generation documents whose prompt is replaced by the dropped-prompt token."""
+    supervised_positions: PositiveInt | None = None
+    """Positions of a generated picture that are learned, the first in reading order; None learns all."""
 
 
 class Sampling(Plain):
@@ -214,6 +216,8 @@ class Sampling(Plain):
     """Codes kept before top-p."""
     top_p: Fraction01 = 0.96
     """Probability mass kept; the code that crosses it is kept too."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional rows in the template of the others; None takes the dropped prompt of training."""
     seed: NonNegativeInt = 0
     """Seed of the draws."""
 

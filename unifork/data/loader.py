@@ -5,7 +5,7 @@ dropped, how they are packed and who gets which rows. A worker reads only the co
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unifork.batch import Batch, Document, pack
@@ -14,6 +14,7 @@ from unifork.data.documents import CodesIdentity, Part, Quarantine, Skeleton, un
 from unifork.data.order import MixtureOrder, SetOrder, Slot, uniform
 from unifork.data.packing import deal, fill, pack_step
 from unifork.data.text_tokenizer import TextTokenizer
+from unifork.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class TrackLoader:
             track.batch_documents,
         )
         self.unconditional: Skeleton = unconditional(tokenizer, identity.positions)
+        self.supervised_positions = track.supervised_positions or identity.positions
+        if self.supervised_positions > identity.positions:
+            raise ConfigError(
+                f"track {name}: supervised_positions is {self.supervised_positions}; "
+                f"a picture has {identity.positions} positions"
+            )
 
     def plan(self, step: int, workers: int) -> StepPlan:
         """Everything about a step but the codes."""
@@ -80,7 +87,7 @@ class TrackLoader:
             lengths=lengths,
             microbatches=deal(rows, workers, self.rows_per_microbatch),
             text_targets=text,
-            image_targets=pictures * self.identity.positions,
+            image_targets=pictures * self.supervised_positions,
             fill=fill(rows, lengths, self.row_tokens),
         )
 
@@ -95,8 +102,10 @@ class TrackLoader:
         slot = plan.slots[number]
         part = self.parts[slot.part]
         if plan.dropped[number]:
-            return self.unconditional.with_codes(part.keys[slot.document], part.task, part.codes(slot.document))
-        return part.document(slot.document)
+            made = self.unconditional.with_codes(part.keys[slot.document], part.task, part.codes(slot.document))
+        else:
+            made = part.document(slot.document)
+        return replace(made, supervised_positions=self.supervised_positions)
 
     def _drops(self, slot: Slot, step: int, number: int) -> bool:
         part = self.parts[slot.part]
