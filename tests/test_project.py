@@ -21,7 +21,7 @@ LEVELS = [
     {"data"},
     {"experiments", "inference"},
     {"training", "evaluation", "parity", "analysis", "cluster"},
-    {"report"},
+    {"report", "planning"},
     {"commands"},
     {"cli", "pipelines"},
 ]

@@ -8,12 +8,14 @@ import typer
 
 from unifork.commands import tokenizer
 from unifork.commands.parity import parity
+from unifork.commands.plan import plan
 from unifork.errors import ConfigError, UniForkError
 
 # Heavy imports stand inside the commands: `unifork --help` must not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(parity)
+app.command()(plan)
 
 ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example models/unifork-s3")]
 

@@ -1,0 +1,344 @@
+"""What an experiment costs, before anything runs: parameters, documents, tokens, FLOPs, disk, GPU hours.
+
+In: an experiment with its cards. Out: plain numbers. Models are built on the meta device, so a count
+is of the model that would be trained. What cannot be counted before there is data is an assumption
+(`Assumptions`); GPU hours exist only for a chip of `PEAK_TFLOPS` at an utilisation that is given.
+
+FLOPs of one document, multiply and add counted apart, embeddings, norms and biases not at all:
+
+- a matrix of W weights: 2W per token forward; 2W more backward where it learns or lies behind
+  something that does; 2W more for its own gradient where it learns;
+- attention: 4 * keys * heads * head_dim per query forward, twice that backward; a query sees
+  (length + 1) / 2 keys on average, because only the causal half is counted;
+- the vocabulary: at supervised text tokens alone;
+- the image head: D items at every supervised position, each through all blocks and the classifier.
+
+Padding and recomputed activations cost time, not FLOPs of this count: they lower the utilisation.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from pydantic import PositiveInt
+
+from unifork.config import Card, Experiment, MixtureEntry, Track, Variant
+from unifork.config.base import Fraction01, Plain
+from unifork.data.documents import template_named
+from unifork.data.prompts import IMAGE_MARK, Template
+from unifork.errors import unknown
+from unifork.models.configuration import UniForkConfig
+from unifork.models.layer_plan import BRANCHES
+from unifork.models.modeling import UniForkModel
+from unifork.training.optimizer import trainable_names
+from unifork.vocabulary import CODE_DTYPE, MODALITIES, TASKS, VIEW_OF_TASK, Modality, Task
+
+PEAK_TFLOPS = {
+    "a100": 312.0,
+    "h100": 989.4,
+    "h100-pcie": 756.5,
+    "h200": 989.4,
+    "l40s": 362.0,
+    "rtx4090": 165.2,
+}
+"""Dense bfloat16 peak in TFLOP/s, from NVIDIA's data sheets (half of what they give with sparsity)."""
+
+BYTES_PER_CODE = int(CODE_DTYPE[-1])
+FLOAT32_BYTES = 4
+ADAM_BYTES = 8
+"""Two float32 moments per trained parameter."""
+BORDER_TOKENS = 2
+"""Begin and end of a picture."""
+
+_BRANCHED = re.compile(rf"\.({'|'.join(name for names in BRANCHES.values() for name in names)})\.")
+_HEAD_ATTENTION = re.compile(r"image_head\.blocks\.\d+\.(in|q|k|v|o|out)_proj\.")
+
+
+class Assumptions(Plain):
+    """What is not known before the data is there."""
+
+    caption_tokens: PositiveInt = 40
+    """Tokens of a caption."""
+    dialogue_tokens: PositiveInt = 150
+    """Tokens of a dialogue, without the frame of its template."""
+    answer_share: Fraction01 = 0.5
+    """Share of a dialogue's tokens that is learned."""
+    characters_per_token: PositiveInt = 4
+    """For the frame of a template."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens of an average document of a mixture entry."""
+
+    text: float
+    image: int
+    learned_text: float
+    learned_positions: int
+
+    @property
+    def total(self) -> float:
+        """Of both modalities."""
+        return self.text + self.image
+
+
+@dataclass(frozen=True)
+class EntryPlan:
+    """One entry of a mixture over a whole track."""
+
+    entry: MixtureEntry
+    documents: float
+    passes: float | None
+    """How often its data set is read, None where the number of rows is not given."""
+    length: Length
+    flops: float
+
+
+@dataclass(frozen=True)
+class TrackPlan:
+    """One track of one stage of one variant."""
+
+    variant: str
+    stage: str
+    track: str
+    steps: int
+    trained: int
+    """Parameters that it trains."""
+    entries: tuple[EntryPlan, ...]
+
+    @property
+    def documents(self) -> float:
+        """Documents over all steps."""
+        return sum(one.documents for one in self.entries)
+
+    @property
+    def text_tokens(self) -> float:
+        """Text tokens over all steps."""
+        return sum(one.documents * one.length.text for one in self.entries)
+
+    @property
+    def image_tokens(self) -> float:
+        """Image tokens over all steps, borders included."""
+        return sum(one.documents * one.length.image for one in self.entries)
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward over all steps."""
+        return sum(one.flops for one in self.entries)
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """Parameters of one variant."""
+
+    parts: dict[str, int]
+    """By part and branch."""
+    used: dict[Task, int]
+    """Those a task reads; embeddings and connector included."""
+    paper: dict[str, int]
+    """As the paper counts, see `paper_counts`."""
+
+    @property
+    def total(self) -> int:
+        """All parameters, tied ones once."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """Bytes on disk."""
+
+    picture: int
+    """Codes of one picture in one view."""
+    codes: dict[str, int | None]
+    """Codes of `<set>/<view>`, None where the number of rows is not given."""
+    checkpoints: dict[str, tuple[int, int]]
+    """Per run: bytes of one checkpoint (weights and optimizer, float32), and how many are kept."""
+
+
+def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
+    """The model of a variant without memory for its weights. Raises ConfigError as the real one would."""
+    pictures = experiment.image_tokenizer
+    config = UniForkConfig(
+        plan=variant.plan,
+        backbone={"vocab_size": experiment.text_tokenizer.vocab_size, **variant.backbone},
+        head=variant.head.model_dump(),
+        codebook_size=pictures.codebook_size,
+        code_channels=pictures.encoder.hidden_size,
+        depth=pictures.depth,
+        grid=pictures.grid,
+        codebook_id="not made yet",
+        encoder_id="not made yet",
+    )
+    with torch.device("meta"):
+        return UniForkModel(config)
+
+
+# -------------------------------------------------------------------------------------- parameters
+
+
+def parameter_plan(model: UniForkModel) -> ParameterPlan:
+    """Parameters by part, by task, and as the paper counts."""
+    sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
+    parts: dict[str, int] = {}
+    for name, size in sizes.items():
+        branch = _branch(name)
+        part = name.split(".")[0] + (f" ({branch})" if branch else "")
+        parts[part] = parts.get(part, 0) + size
+    used = {task: sum(size for name, size in sizes.items() if _serves(name, task)) for task in TASKS}
+    return ParameterPlan(parts, used, paper_counts(model))
+
+
+def paper_counts(model: UniForkModel) -> dict[str, int]:
+    """The three numbers of the paper's section 4.1, counted its way, with the published, unfolded head.
+
+    Understanding: embeddings, its layers and norm. Generation: its layers, norm and the image head,
+    no embeddings. Total: all of these, the output matrix beside the embeddings it is tied to. The
+    connector is in none. (The rule was found by counting the official model; it meets all three.)
+    """
+    sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
+    inner = model.config.head_config().heads * model.config.head_config().head_dim
+    H, blocks = model.config.backbone_config().hidden_size, model.config.head_config().layers
+    attention = 4 * (inner * inner + inner) + (inner * H + inner) + (H * inner + H)
+    rest = sum(n for name, n in sizes.items() if name.startswith("image_head.") and not _HEAD_ATTENTION.match(name))
+    head = rest + blocks * attention
+    words = sizes["embed_tokens.weight"]
+    body = {name: n for name, n in sizes.items() if name.startswith(("layers.", "norm."))}
+    of_task = {task: sum(n for name, n in body.items() if _serves(name, task)) for task in TASKS}
+    return {
+        "understanding": words + of_task["understanding"],
+        "generation": of_task["generation"] + head,
+        "total": 2 * words + sum(body.values()) + head,
+    }
+
+
+def _branch(name: str) -> str:
+    """The branch in a parameter's name: a task, a modality, `shared`, or nothing."""
+    found = _BRANCHED.search(name)
+    return found.group(1) if found else ""
+
+
+def _serves(name: str, task: Task, modality: Modality | None = None) -> bool:
+    """Whether a parameter takes part in a task, for tokens of one modality or of any."""
+    if name.startswith("image_head."):
+        return task == "generation"
+    if name.startswith("lm_head."):
+        return task == "understanding"
+    branch = _branch(name)
+    other_modality = modality is not None and branch in MODALITIES and branch != modality
+    return not (branch in TASKS and branch != task) and not other_modality
+
+
+# ------------------------------------------------------------------------------- tokens and FLOPs
+
+
+def average_length(
+    entry: MixtureEntry, track: Track, positions: int, context: int, assumed: Assumptions, place: str
+) -> Length:
+    """An average document of a mixture entry, cut at the context."""
+    template = template_named(entry.template, place)
+    fields = assumed.dialogue_tokens if template.turn else assumed.caption_tokens
+    image = positions + BORDER_TOKENS
+    text = min(fields + len(_frame(template)) / assumed.characters_per_token, context - image)
+    if entry.task == "generation":
+        return Length(text, image, 0.0, track.supervised_positions or positions)
+    return Length(text, image, min(fields * (assumed.answer_share if template.turn else 1.0), text), 0)
+
+
+def _frame(template: Template) -> str:
+    """What a template writes around its fields, once."""
+    return re.sub(r"\{\w+\}|\[\[|\]\]", "", (template.opening + template.turn + template.text).replace(IMAGE_MARK, ""))
+
+
+def document_flops(model: UniForkModel, task: Task, length: Length, trained: set[str]) -> float:
+    """FLOPs of one document of a task, forward and backward, by the formula of the module's docstring."""
+    config, dense = model.config, model.config.backbone_config()
+    matrices = {name: tensor.numel() for name, tensor in model.named_parameters() if tensor.ndim == 2}
+    head_dim = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+    tokens: dict[Modality, float] = {"text": length.text, "image": length.image}
+
+    def cost(prefix: str, count: float, behind: bool, modality: Modality | None = None) -> float:
+        chosen = {n: w for n, w in matrices.items() if n.startswith(prefix) and _serves(n, task, modality)}
+        learned = sum(w for n, w in chosen.items() if n in trained)
+        return 2.0 * count * (sum(chosen.values()) * (1 + behind) + learned)
+
+    def learns(prefix: str) -> bool:
+        return any(name.startswith(prefix) and _serves(name, task) for name in trained)
+
+    behind = learns("connector.")
+    total = cost("connector.linear", length.image - BORDER_TOKENS, behind)
+    behind = behind or learns("embed_tokens.")
+    for number, kind in enumerate(model.plan.kinds):
+        layer = f"layers.{number}."
+        behind = behind or learns(layer)
+        total += sum(cost(layer, count, behind, modality) for modality, count in tokens.items())
+        rows = list(tokens.values()) if kind.isolated else [length.total]
+        width = dense.num_attention_heads * head_dim
+        total += sum(_attention(row, width) for row in rows) * (1 + 2 * behind)
+    behind = behind or learns("norm.")
+    if task == "understanding":
+        words = "lm_head." if "lm_head.weight" in matrices else "embed_tokens."
+        return total + cost(words, length.learned_text, behind or learns(words))
+    behind, places, depth = behind or learns("image_head."), length.learned_positions, config.depth
+    head = config.head_config()
+    items = {"hidden_proj.": 1, "code_proj.": depth - 1, "blocks.": depth, "classifier.": depth}
+    total += sum(cost(f"image_head.{part}", places * count, behind) for part, count in items.items())
+    return total + places * head.layers * _attention(depth, head.heads * head.head_dim) * (1 + 2 * behind)
+
+
+def _attention(length: float, width: int) -> float:
+    """Forward FLOPs of causal attention over a sequence."""
+    return 4 * length * (length + 1) / 2 * width
+
+
+def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:
+    """Every track of every stage of a variant, in order. Raises ConfigError for a pattern without a match."""
+    sizes = {one: tensor.numel() for one, tensor in model.named_parameters()}
+    for stage_name in experiment.variants[name].stages:
+        stage = experiment.stages[stage_name]
+        for track_name, track in stage.tracks.items():
+            place = f"stages.{stage_name}.tracks.{track_name}"
+            trained = set(trainable_names(list(sizes), track.trainable, f"{place}.trainable"))
+            weights = sum(entry.weight for entry in track.mixture)
+            entries = []
+            for entry in track.mixture:
+                length = average_length(entry, track, model.config.positions, stage.context, assumed, place)
+                documents = track.steps * track.batch_documents * entry.weight / weights
+                rows = experiment.datasets[entry.dataset].rows
+                flops = documents * document_flops(model, entry.task, length, trained)
+                entries.append(EntryPlan(entry, documents, documents / rows if rows else None, length, flops))
+            count = sum(sizes[one] for one in trained)
+            yield TrackPlan(name, stage_name, track_name, track.steps, count, tuple(entries))
+
+
+def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None:
+    """Hours of one GPU, None (not measured) unless both are given. Raises ConfigError for an unknown chip."""
+    if chip is not None and chip not in PEAK_TFLOPS:
+        raise unknown("chip", chip, PEAK_TFLOPS, "--chip")
+    return None if chip is None or mfu is None else flops / (PEAK_TFLOPS[chip] * 1e12 * mfu) / 3600
+
+
+# -------------------------------------------------------------------------------------------- disk
+
+
+def disk_plan(experiment: Experiment, cards: Mapping[str, Card], models: Mapping[str, UniForkModel]) -> DiskPlan:
+    """Codes of every view the cards offer, and the checkpoints of every run."""
+    pictures = experiment.image_tokenizer
+    picture = pictures.grid**2 * pictures.depth * BYTES_PER_CODE
+    codes = {
+        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * picture
+        for dataset, use in experiment.datasets.items()
+        for task in cards[dataset].tasks
+    }
+    checkpoints = {}
+    for key, run in experiment.runs.items():
+        sizes = {name: tensor.numel() for name, tensor in models[run.variant].named_parameters()}
+        stage = experiment.stages[run.stage]
+        moments = sum(
+            sum(sizes[one] for one in trainable_names(list(sizes), track.trainable, f"run {key}"))
+            for track in stage.tracks.values()
+        )
+        weights = sum(sizes.values()) + models[run.variant].codebook.numel()
+        checkpoints[key] = (weights * FLOAT32_BYTES + moments * ADAM_BYTES, stage.keep_checkpoints)
+    return DiskPlan(picture, codes, checkpoints)
