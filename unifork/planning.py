@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from pydantic import PositiveInt
 
-from unifork.config import Card, Experiment, MixtureEntry, Track, Variant
+from unifork.config import Card, Experiment, ImageTokenizerConfig, MixtureEntry, Track, Variant
 from unifork.config.base import Fraction01, Plain
 from unifork.data.documents import template_named
-from unifork.data.prompts import IMAGE_MARK, Template
-from unifork.errors import unknown
+from unifork.data.prompts import SYSTEM, Template
+from unifork.errors import ConfigError, unknown
 from unifork.models.configuration import UniForkConfig
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
@@ -157,17 +157,43 @@ class DiskPlan:
     """Per run: bytes of one checkpoint (weights and optimizer, float32), and how many are kept."""
 
 
+@dataclass(frozen=True)
+class CodeShape:
+    """What an image tokenizer makes of a picture."""
+
+    grid: int
+    depth: int = 4
+    codebook_size: int = 16384
+    channels: int = 1024
+
+    @property
+    def picture_bytes(self) -> int:
+        """Codes of one picture on disk."""
+        return self.grid**2 * self.depth * BYTES_PER_CODE
+
+
+def code_shape(experiment: Experiment) -> CodeShape:
+    """The shape of an experiment's codes; an imported tokenizer is taken for VILA-U's, 16 pixels a position."""
+    pictures = experiment.image_tokenizer
+    if isinstance(pictures, ImageTokenizerConfig):
+        return CodeShape(pictures.grid, pictures.depth, pictures.codebook_size, pictures.encoder.hidden_size)
+    return CodeShape(pictures.image_size // 16)
+
+
 def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
     """The model of a variant without memory for its weights. Raises ConfigError as the real one would."""
-    pictures = experiment.image_tokenizer
+    words = variant.backbone.get("vocab_size") or getattr(experiment.text_tokenizer, "vocab_size", None)
+    if words is None:
+        raise ConfigError(f"{experiment.name}: an imported text tokenizer needs vocab_size in every variant's backbone")
+    shape = code_shape(experiment)
     config = UniForkConfig(
         plan=variant.plan,
-        backbone={"vocab_size": experiment.text_tokenizer.vocab_size, **variant.backbone},
+        backbone={**variant.backbone, "vocab_size": words},
         head=variant.head.model_dump(),
-        codebook_size=pictures.codebook_size,
-        code_channels=pictures.encoder.hidden_size,
-        depth=pictures.depth,
-        grid=pictures.grid,
+        codebook_size=shape.codebook_size,
+        code_channels=shape.channels,
+        depth=shape.depth,
+        grid=shape.grid,
         codebook_id="not made yet",
         encoder_id="not made yet",
     )
@@ -248,7 +274,8 @@ def average_length(
 
 def _frame(template: Template) -> str:
     """What a template writes around its fields, once."""
-    return re.sub(r"\{\w+\}|\[\[|\]\]", "", (template.opening + template.turn + template.text).replace(IMAGE_MARK, ""))
+    marked = (template.opening + template.turn + template.text).replace("{system}", SYSTEM)
+    return re.sub(r"\{\w+\}|\[\[|\]\]|<image>", "", marked)
 
 
 def document_flops(model: UniForkModel, task: Task, length: Length, trained: set[str]) -> float:
@@ -324,8 +351,7 @@ def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None
 
 def disk_plan(experiment: Experiment, cards: Mapping[str, Card], models: Mapping[str, UniForkModel]) -> DiskPlan:
     """Codes of every view the cards offer, and the checkpoints of every run."""
-    pictures = experiment.image_tokenizer
-    picture = pictures.grid**2 * pictures.depth * BYTES_PER_CODE
+    picture = code_shape(experiment).picture_bytes
     codes = {
         f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * picture
         for dataset, use in experiment.datasets.items()
