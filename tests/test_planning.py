@@ -1,0 +1,134 @@
+"""`unifork plan`: numbers against arithmetic by hand, at the size of the paper."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from unifork import planning
+from unifork.cli import app
+from unifork.config import load_card
+from unifork.errors import ConfigError
+from unifork.experiments import resolve
+
+ROOT = Path(__file__).parent.parent
+PAPER = resolve("paper", ROOT / "experiments", ROOT / "datasets")
+MODEL = planning.meta_model(PAPER, PAPER.variants["unifork"])
+ASSUMED = planning.Assumptions()
+
+# by hand from Qwen2.5-0.5B's shape: hidden 896, 2 of 14 heads of 64 for keys, MLP 4864, 151,936 words
+WORDS = 151_936 * 896
+LAYER = 2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864
+"""Weights of the matrices of one layer."""
+EXTRAS = 896 + 2 * 128 + 2 * 896
+"""Biases of query, key and value, and two norms."""
+CONNECTOR = 1024 * 896 + 896 * 896
+HEAD_BLOCK = 4 * 896 * 3584 + 2 * 896 * 3584
+CLASSIFIER = 896 * 16384
+PUBLISHED_HEAD = 401_936_896
+
+
+def test_parameters_are_the_papers():
+    found = planning.parameter_plan(MODEL)
+    branch = 12 * (LAYER + EXTRAS)
+    assert found.parts["embed_tokens"] == WORDS
+    assert {found.parts[f"layers ({name})"] for name in ("shared", "understanding", "generation")} == {branch}
+    assert found.paper == {
+        "understanding": WORDS + 2 * branch + 896,
+        "generation": 2 * branch + 896 + PUBLISHED_HEAD,
+        "total": 2 * WORDS + 3 * branch + 2 * 896 + PUBLISHED_HEAD,
+    }
+    assert [round(n / 1e6, 1) for n in found.paper.values()] == [494.0, 759.8, 1211.1]
+    assert found.total == sum(p.numel() for p in MODEL.parameters())
+    assert found.used["understanding"] == found.total - branch - 896 - found.parts["image_head"]
+
+
+def expected_flops(task: str, trained: str) -> float:
+    """One document of 100 text tokens (60 learned) and a picture, by hand. trained: all, head or branch."""
+    L = 100 + 578
+    passes = {"all": 3 + 3, "align": 2 + 2, "branch": 1 + 3}[trained]  # forward and backward, trunk + branch
+    attention_passes = {"all": 3 + 3, "align": 3 + 3, "branch": 1 + 3}[trained]
+    total = L * 12 * (LAYER * 2 * passes + 4 * (L + 1) / 2 * 896 * attention_passes)
+    total += 576 * CONNECTOR * 2 * {"all": 3, "align": 3, "branch": 1}[trained]
+    if task == "understanding":
+        return total + 60 * WORDS * 2 * {"all": 3, "align": 2, "branch": 2}[trained]
+    matrices = 896 * 896 + 3 * 1024 * 896 + 4 * (6 * HEAD_BLOCK + CLASSIFIER)
+    head = 2 if trained == "branch" else 3
+    return total + 576 * (matrices * 2 * head + 6 * 4 * 4 * 2.5 * 3584 * 3)
+
+
+@pytest.mark.parametrize("task", ["understanding", "generation"])
+@pytest.mark.parametrize("trained", ["all", "align", "branch"])
+def test_flops_are_those_of_the_formula(task, trained):
+    names = {
+        "all": lambda _: True,
+        "align": lambda name: name.startswith(("connector.", "image_head.")),
+        "branch": lambda name: f".{task}." in name,
+    }[trained]
+    chosen = {name for name, _ in MODEL.named_parameters() if names(name)}
+    learned = (60.0, 0) if task == "understanding" else (0.0, 576)
+    length = planning.Length(100.0, 578, *learned)
+    found = planning.document_flops(MODEL, task, length, chosen)
+    assert found == pytest.approx(expected_flops(task, trained), rel=1e-12)
+
+
+def test_tracks_count_documents_tokens_and_passes():
+    tracks = {(t.stage, t.track): t for t in planning.track_plans(PAPER, "unifork", MODEL, ASSUMED)}
+    imagenet = tracks["s1-imagenet", "joint"]
+    assert imagenet.documents == 26_700 * 384
+    assert imagenet.image_tokens == 26_700 * 384 * 578
+    assert imagenet.entries[0].passes == pytest.approx(26_700 * 192 / 1_281_167)
+    assert round(imagenet.trained / 1e6, 1) == 133.9  # the folded head and the connector
+    understanding = tracks["s3", "understanding"]
+    assert understanding.documents == 15_000 * 256
+    assert understanding.trained == 12 * (LAYER + EXTRAS) + 896
+    assert sum(t.documents for t in tracks.values()) == pytest.approx(132_480_000)
+
+
+def test_fewer_supervised_positions_and_isolated_layers_cost_less():
+    track = PAPER.stages["s2-sft"].tracks["joint"]
+    entry = track.mixture[0]
+    short = track.model_copy(update={"supervised_positions": 256})
+    lengths = [planning.average_length(entry, one, 576, 1350, ASSUMED, "test") for one in (track, short)]
+    assert [one.learned_positions for one in lengths] == [576, 256]
+    alone = PAPER.variants["unifork"].model_copy(update={"plan": "modality_isolated*24 norm:modality"})
+    joint = alone.model_copy(update={"plan": "modality*24 norm:modality"})
+    cost = [
+        planning.document_flops(planning.meta_model(PAPER, one), "generation", lengths[0], set())
+        for one in (alone, joint)
+    ]
+    text, image = lengths[0].text, lengths[0].image
+    assert cost[1] - cost[0] == pytest.approx(24 * 4 * 896 * text * image)  # pairs of text and image are not computed
+
+
+def test_disk_is_codes_and_checkpoints():
+    cards = {name: load_card(name, ROOT / "datasets") for name in PAPER.datasets}
+    disk = planning.disk_plan(PAPER, cards, {"unifork": MODEL})
+    assert disk.picture == 576 * 4 * 2
+    assert disk.codes["coyo/pad"] == 10_000_000 * 4608
+    total = sum(p.numel() for p in MODEL.parameters())
+    assert disk.checkpoints["unifork-s2-sft"] == (4 * (total + 16384 * 1024) + 8 * total, 2)
+
+
+def test_hours_need_a_known_chip_and_a_utilisation():
+    assert planning.gpu_hours(312e12 * 3600, "a100", 0.5) == pytest.approx(2.0)
+    assert planning.gpu_hours(1e18, "a100", None) is None
+    with pytest.raises(ConfigError, match=r"--chip: unknown chip 'h10'.*Did you mean 'h100'"):
+        planning.gpu_hours(1e18, "h10", 0.5)
+
+
+def test_an_imported_tokenizer_has_the_published_shape():
+    imported = SimpleNamespace(image_tokenizer=SimpleNamespace(image_size=384))
+    assert planning.code_shape(imported) == planning.code_shape(PAPER)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hours"), [([], "not measured"), (["--chip", "a100", "--mfu", "0.4"], "of a100")]
+)
+def test_the_command_prints_it(arguments, hours, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(app, ["plan", "paper", *arguments])
+    assert result.exit_code == 0, result.output
+    for text in ("494.0", "759.8", "1,211.1", "4,608 bytes", "unifork-s2-pretrain", "Assumed: 40 tokens", hours):
+        assert text in result.output
