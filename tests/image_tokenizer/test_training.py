@@ -96,14 +96,18 @@ def test_training_is_repeatable_and_leaves_nothing_behind(trained, config, block
         assert path.read_bytes() == (tmp_path / "tokenizer" / path.name).read_bytes()
 
 
-def test_batches_take_equal_parts_in_passes():
+def test_batches_take_fixed_parts_in_passes():
     groups = {"a": np.arange(10), "b": 100 + np.arange(4)}
-    batches = Batches(groups, 4, seed=0)
+    batches = Batches(groups, 4, seed=0, shares={})
     steps = np.stack([batches.take(step) for step in range(10)])
     assert ((steps < 100).sum(1) == 2).all()
     assert sorted(steps[:5, :2].ravel()) == list(range(10)), "one pass sees every picture once"
     assert sorted(steps[2:4, 2:].ravel()) == [100, 101, 102, 103]
     assert (batches.take(7) == steps[7]).all(), "a step is a function of its number"
+    weighted = Batches(groups, 4, seed=0, shares={"b": 3}).take(0)
+    assert ((weighted < 100).sum(), (weighted >= 100).sum()) == (1, 3)
+    with pytest.raises(ConfigError, match="'c'"):
+        Batches(groups, 4, seed=0, shares={"c": 1})
 
 
 def test_pictures_that_repeat_are_learned_once(blocks):

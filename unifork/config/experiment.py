@@ -51,7 +51,9 @@ class TokenizerTraining(Plain):
     """How the demo's small tokenizer is trained; large ones are imported."""
 
     datasets: tuple[str, ...]
-    """Data sets whose filtered pictures it learns from, in equal parts of the views they serve."""
+    """Data sets whose filtered pictures it learns from, in the views they serve."""
+    shares: dict[str, PositiveFloat] = {}
+    """Weight in every batch of a data set's view, by `<data set>/<view>`; those not named weigh 1."""
     steps: PositiveInt
     """Optimizer steps."""
     quantise_from_step: NonNegativeInt

@@ -5,7 +5,7 @@ Out: a tokenizer directory and a report. In order: an autoencoder without quanti
 k-means on its features for a first codebook; moving averages and straight-through gradients; at the
 end encoder and codebook stand still and the decoder alone learns to draw from the final codes.
 
-Every batch holds equal parts of all groups; a picture that an earlier group holds already is left
+Every batch holds the same parts of all groups; a picture that an earlier group holds already is left
 out of the later ones, since square pictures are the same in both views. The same seed, pictures and
 number of threads give the same bytes. There is no resuming: this takes minutes, and the directory
 appears whole or not at all.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from unifork.config import ImageTokenizerConfig
-from unifork.errors import ConfigError, DataError
+from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.codebook_training import CodebookAverages
 from unifork.image_tokenizer.decoder import zero_last_convolutions
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
@@ -139,7 +139,7 @@ class TokenizerTrainer:
 
     def __init__(self, config: ImageTokenizerConfig, pictures: Groups) -> None:
         self.training = config.training
-        self.batches = Batches(pictures, config.training.batch_images, config.seed)
+        self.batches = Batches(pictures, config.training.batch_images, config.seed, config.training.shares)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.tokenizer = ImageTokenizer(Architecture.of(config), "image_tokenizer")
@@ -206,18 +206,21 @@ class TokenizerTrainer:
 
 
 class Batches:
-    """Which pictures a step sees: equal parts of every group, each group in its own shuffled passes."""
+    """Which pictures a step sees: a fixed part of every group, each group in its own shuffled passes."""
 
-    def __init__(self, groups: Groups, batch_images: int, seed: int) -> None:
+    def __init__(self, groups: Groups, batch_images: int, seed: int, shares: Mapping[str, float]) -> None:
+        """shares: weights of groups, 1 where none is given. Raises ConfigError for a group that is not there."""
+        for name in shares.keys() - groups.keys():
+            raise unknown("group of pictures", name, groups, "image_tokenizer.training.shares")
         self.groups = list(groups.values())
-        self.batch_images = batch_images
         self.seed = seed
+        ends = np.cumsum([0.0, *(shares.get(name, 1.0) for name in groups)])
+        self.counts = np.diff(np.rint(ends / ends[-1] * batch_images).astype(int))
 
     def take(self, step: int) -> np.ndarray:
         """The pictures of a step, (B, S, S, C) bytes: a function of seed and step."""
         parts = []
-        for index, group in enumerate(self.groups):
-            count = self.batch_images // len(self.groups) + (index < self.batch_images % len(self.groups))
+        for index, (group, count) in enumerate(zip(self.groups, self.counts, strict=True)):
             positions = step * count + np.arange(count)
             passes = positions // len(group)
             chosen = np.empty(count, dtype=np.int64)
