@@ -8,7 +8,6 @@ from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import unknown
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.warm_start import create_model
-from unifork.vocabulary import SPECIAL_TOKENS
 
 
 def main(name: str) -> None:
@@ -24,7 +23,7 @@ def main(name: str) -> None:
         pictures.architecture.grid,
         pictures.encoder_id,
         text.vocab_size,
-        special_tokens={token: text.id_of(token) for token in SPECIAL_TOKENS},
+        special_tokens=text.special_tokens,
     )
     folder = MODELS / f"{name}-init"
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,13 +1,17 @@
-"""Train the demo's small byte-level BPE on the texts of filtered rows."""
+"""Import the text tokenizer of a language model, or train a small byte-level BPE on the texts of filtered rows."""
 
 from pipelines.common import FILTERED, TEXT_TOKENIZER, experiment, program
-from unifork.config import load_card
+from unifork.config import TextTokenizerImport, load_card
 from unifork.data.prompts import INSTRUCTION, SYSTEM
-from unifork.data.text_tokenizer import texts_of, train_text_tokenizer
+from unifork.data.text_tokenizer import import_text_tokenizer, texts_of, train_text_tokenizer
 
 
 def main(_: str) -> None:
     config = experiment().text_tokenizer
+    if isinstance(config, TextTokenizerImport):
+        tokenizer = import_text_tokenizer(config.source, config.revision, TEXT_TOKENIZER)
+        print(f"{tokenizer.vocab_size} entries from {config.source} -> {TEXT_TOKENIZER}")
+        return
     texts = [text for name in config.datasets for text in texts_of(FILTERED / name, load_card(name))]
     frame = [f"{SYSTEM} USER: \n{INSTRUCTION} ASSISTANT: "] * max(1, len(texts) // 10)
     tokenizer = train_text_tokenizer([*texts, *frame], config.vocab_size, TEXT_TOKENIZER)

@@ -1,5 +1,6 @@
 """One Ray for all tests that need one. Two on one machine disturb each other, so there is never a second beside it."""
 
+import lzma
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,3 +36,13 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import build
 
     return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def qwen_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2.5's real tokenizer, as a directory of the Hub. Read-only."""
+    packed = Path(__file__).parent / "fixtures" / "qwen2.5_tokenizer"
+    directory = tmp_path_factory.mktemp("qwen")
+    (directory / "tokenizer.json").write_bytes(lzma.decompress((packed / "tokenizer.json.xz").read_bytes()))
+    (directory / "tokenizer_config.json").write_bytes((packed / "tokenizer_config.json").read_bytes())
+    return directory

@@ -1,7 +1,7 @@
 """From `experiments/NAME.yaml` to `params.yaml`: inheritance, derived entries, cross-checks.
 
-An experiment may say `extends: OTHER` and then only what differs; `null` takes an entry out, and an
-image tokenizer that is imported replaces the inherited one whole. What
+An experiment may say `extends: OTHER` and then only what differs; `null` takes an entry out, and a
+tokenizer that is imported replaces the inherited one whole. What
 DVC needs and follows from the rest (every stage of every variant, every evaluation) is derived here
 and written into `params.yaml`, so that `dvc.yaml` can loop over it.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, ImageTokenizerConfig, load_card, parse, read_yaml
+from unifork.config import Card, Experiment, ImageTokenizerConfig, TextTokenizerConfig, load_card, parse, read_yaml
 from unifork.errors import ConfigError, unknown
 
 FOLDER = Path("experiments")
@@ -96,10 +96,10 @@ def _derived(experiment: Experiment) -> dict[str, Any]:
 
 
 def _check(experiment: Experiment, cards: dict[str, Card], place: str) -> None:
-    pictures = experiment.image_tokenizer
+    pictures, texts = experiment.image_tokenizer, experiment.text_tokenizer
     readers = {
         "image_tokenizer.training": pictures.training.datasets if isinstance(pictures, ImageTokenizerConfig) else (),
-        "text_tokenizer": experiment.text_tokenizer.datasets,
+        "text_tokenizer": texts.datasets if isinstance(texts, TextTokenizerConfig) else (),
     }
     for part, datasets in readers.items():
         for dataset in datasets:

@@ -15,7 +15,7 @@ import torch
 from unifork.batch import Document
 from unifork.config import Sampling
 from unifork.data.documents import skeleton, template_named
-from unifork.data.prompts import IMAGE_MARK, UNCONDITIONAL, question, written
+from unifork.data.prompts import PICTURE, UNCONDITIONAL, Piece, question, written
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.models.generation import answer_texts, generate_images
@@ -90,8 +90,9 @@ class Speaker:
                 answers[n] = self.tokenizer.decode(ids).strip()
         return answers
 
-    def _until_image(self, marked: str) -> list[int]:
-        return self.tokenizer.encode(marked.split(IMAGE_MARK, maxsplit=1)[0])
+    def _until_image(self, pieces: Sequence[Piece]) -> list[int]:
+        ids: list[int] = self.tokenizer.encode_pieces(pieces[: pieces.index(PICTURE)])[0].tolist()
+        return ids
 
     def _batches(self, total: int) -> Iterator[range]:
         for start in range(0, total, self.batch):

@@ -1,13 +1,15 @@
 """Prepared mixtures: what is quarantined, what is refused, what a step contains."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import ROWS
+from tiny import ROWS, copy_of
 
-from unifork.batch import IMAGE
+from unifork.batch import IMAGE, pack
 from unifork.config import Experiment, MixtureEntry, load
 from unifork.data.documents import CodesIdentity, Part, Quarantine
 from unifork.data.loader import TrackLoader
@@ -58,6 +60,45 @@ def test_documents_that_are_too_long_are_quarantined_with_key_and_reason(tiny_ro
     assert f"context of {context}" in quarantine.rows[0][2]
     assert sum(quarantine.counts().values()) == len(quarantine.rows)
     assert sum(made.group_sizes) == len(made)
+
+
+def test_rows_without_a_picture_are_dialogues_of_text_alone(tiny_root, tmp_path):
+    """Null codes mean no picture; what cannot be written then is quarantined with its key."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = copy_of(tiny_root, tmp_path)
+    folder = root / "data/codes/shapes/pad"
+    shard = read_manifest(folder).shards[0]
+    table = pq.read_table(folder / shard.path)
+    rows = table.to_pylist()
+    rows[1]["codes"] = rows[3]["codes"] = None
+    rows[3]["conversations"] = [{"role": "user", "text": "<image>\nWhat?"}, {"role": "assistant", "text": "x"}]
+    rows[5]["conversations"] = [{"role": "user", "text": "What?"}, {"role": "assistant", "text": "a <image>"}]
+    rows[6]["conversations"] = [{"role": "assistant", "text": "x"}]
+    (folder / shard.path).unlink()
+    changed = pa.Table.from_pylist(rows, schema=pa.schema([f.with_nullable(True) for f in table.schema]))
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), folder / shard.path, row_group_size=16)
+    plain = json.loads((folder / "manifest.json").read_text())
+    data = (folder / shard.path).read_bytes()
+    plain["shards"][0].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text(json.dumps(plain))
+
+    quarantine = Quarantine()
+    made = part(root, ANSWER, quarantine=quarantine)
+    assert quarantine.rows == [
+        ("shapes", rows[3]["key"], "image markers: 1, pictures: 0"),
+        ("shapes", rows[5]["key"], "an image marker inside an answer"),
+        ("shapes", rows[6]["key"], "roles are ['assistant'], not user and assistant in turn"),
+    ]
+    documents = [made.document(number) for number in range(4)]
+    assert [one.key for one in documents] == [rows[n]["key"] for n in (0, 1, 2, 4)]
+    assert [(one.kinds_T == IMAGE).sum() for one in documents] == [36, 0, 36, 36]
+    assert [one.codes_ND.shape for one in documents] == [(36, 4), (0, 4), (36, 4), (36, 4)]
+    assert (documents[2].codes_ND == np.frombuffer(rows[2]["codes"], "<u2").reshape(36, 4)).all()
+    assert documents[1].learned_T.any()
+    assert len(pack([documents], 2048, 4).image_index_N) == 3 * 36
 
 
 def test_nothing_usable_is_an_error(tiny_root):

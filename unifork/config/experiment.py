@@ -131,6 +131,28 @@ class TextTokenizerConfig(Plain):
     """Data sets whose texts it is trained on."""
 
 
+class TextTokenizerImport(Plain):
+    """The text tokenizer of a language model, instead of a trained one."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: str = Field(alias="import")
+    """Tokenizer directory (needs no network), or a repository of the Hub, `owner/name`."""
+    revision: str | None = None
+    """Commit of the repository; None takes its newest. A directory has none."""
+
+
+def _import_or_train(value: Any) -> str:
+    imports = isinstance(value, TextTokenizerImport) or (isinstance(value, dict) and "import" in value)
+    return "import" if imports else "train"
+
+
+AnyTextTokenizer = Annotated[
+    Annotated[TextTokenizerImport, Tag("import")] | Annotated[TextTokenizerConfig, Tag("train")],
+    Discriminator(_import_or_train),
+]
+
+
 class HeadConfig(Plain):
     """The residual depth transformer that predicts the codes of a position one by one."""
 
@@ -275,7 +297,7 @@ class Experiment(Plain):
     datasets: dict[str, DatasetUse]
     image_tokenizer: AnyTokenizer
     """Trained here, or with the key `import` taken from others."""
-    text_tokenizer: TextTokenizerConfig
+    text_tokenizer: AnyTextTokenizer
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]

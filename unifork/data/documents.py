@@ -9,10 +9,10 @@ Shape suffixes: T tokens of a document, N its image tokens, D code depth.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ import pyarrow.parquet as pq
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document
 from unifork.config import MixtureEntry
-from unifork.data.prompts import TEMPLATES, UNCONDITIONAL, Template, Unusable, segments, written
+from unifork.data.dialogues import Unusable
+from unifork.data.prompts import PICTURE, TEMPLATES, UNCONDITIONAL, Border, Piece, Template, written
 from unifork.data.schema import codes_array, codes_meta
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, IdentityError, unknown
 from unifork.manifest import checked, read_manifest
 from unifork.vocabulary import VIEW_OF_TASK, Task
+
+PICTURES = "(pictures)"
+"""Column added to rows that are read: how many pictures a row has, 0 where its codes are null."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,21 @@ class Skeleton:
         return Document(key, task, self.kinds_T, self.text_ids_T, self.learned_T, codes_ND)
 
 
-def skeleton(marked: str, tokenizer: TextTokenizer, positions: int) -> Skeleton:
-    """Tokenise a marked text; `<image>` becomes begin, `positions` image tokens and end."""
+def skeleton(pieces: Sequence[Piece], tokenizer: TextTokenizer, positions: int, border: Border = "letters") -> Skeleton:
+    """Tokenise a written sample; a picture becomes begin, `positions` image tokens and end."""
     kinds, ids, learned = [], [], []
     block = np.array([BEGIN_IMAGE] + [IMAGE] * positions + [END_IMAGE], np.int64)
-    for number, part in enumerate(segments(marked)):
-        if number:
-            kinds.append(block)
-            ids.append(np.zeros(len(block), np.int64))
-            learned.append(np.zeros(len(block), bool))
-        text_ids, text_learned = tokenizer.encode_learned(part.text, part.learned)
-        kinds.append(np.full(len(text_ids), TEXT, np.int64))
-        ids.append(text_ids)
-        learned.append(text_learned)
+    for is_picture, stretch in groupby(pieces, key=lambda piece: piece == PICTURE):
+        run = list(stretch)
+        if is_picture:
+            kinds += [block] * len(run)
+            ids += [np.zeros(len(block), np.int64)] * len(run)
+            learned += [np.zeros(len(block), bool)] * len(run)
+        else:
+            text_ids, text_learned = tokenizer.encode_pieces(run, border)
+            kinds.append(np.full(len(text_ids), TEXT, np.int64))
+            ids.append(text_ids)
+            learned.append(text_learned)
     return Skeleton(np.concatenate(kinds), np.concatenate(ids), np.concatenate(learned))
 
 
@@ -117,7 +123,8 @@ class Part:
             before = len(built)
             for number, row in enumerate(rows):
                 try:
-                    made = skeleton(written(template, row[entry.text]), tokenizer, identity.positions)
+                    pieces = written(template, row[entry.text], row[PICTURES])
+                    made = skeleton(pieces, tokenizer, identity.positions, template.border)
                     _check(made, entry.task, context)
                 except Unusable as reason:
                     quarantine.rows.append((entry.dataset, row["key"], str(reason)))
@@ -150,7 +157,9 @@ class Part:
         """A document with its codes."""
         span = slice(self._ends[index], self._ends[index + 1])
         text = Skeleton(self._kinds[span].astype(np.int64), self._ids[span].astype(np.int64), self._learned[span])
-        return text.with_codes(self.keys[index], self.task, self.codes(index))
+        seen = bool((text.kinds_T == IMAGE).any())
+        codes_ND = self.codes(index) if seen else np.zeros((0, self.identity.depth), np.int64)
+        return text.with_codes(self.keys[index], self.task, codes_ND)
 
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's picture, int64, shape (N, D)."""
@@ -166,7 +175,10 @@ class Part:
                 raise unknown("text column", text, set(file.schema_arrow.names) - {"key", "codes"}, str(path))
             self._check_identity(codes_meta(file.schema_arrow, str(path)), str(path))
             for group in range(file.num_row_groups):
-                yield (number, group), file.read_row_group(group, columns=["key", text]).to_pylist()
+                rows = file.read_row_group(group, columns=["key", text]).to_pylist()
+                for row, pictures in zip(rows, _pictures(file, group), strict=True):
+                    row[PICTURES] = pictures
+                yield (number, group), rows
 
     def _check_identity(self, meta: dict[str, Any], place: str) -> None:
         want = self.identity
@@ -188,6 +200,16 @@ class Part:
         file = pq.ParquetFile(self.folder / self.shards[shard].path)
         shape = (self.identity.positions, self.identity.depth)
         return codes_array(file.read_row_group(group, columns=["codes"]).column("codes"), shape)
+
+
+def _pictures(file: pq.ParquetFile, group: int) -> list[int]:
+    """Pictures of each row of a row group. The codes are read only where some are missing."""
+    columns = file.metadata.row_group(group)
+    codes = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "codes")
+    if codes.statistics is not None and codes.statistics.null_count == 0:
+        return [1] * columns.num_rows
+    present = file.read_row_group(group, columns=["codes"]).column("codes").is_valid()
+    return [int(one) for one in present.to_pylist()]
 
 
 def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:

@@ -1,76 +1,124 @@
 """Prompt templates as data: what a sample of each stage reads like, and which part is learned.
 
 A template is a text with three kinds of mark: `<image>` stands for the picture, `{name}` for a
-field, and what is between `[[` and `]]` is what an understanding model is taught to write. The
-formats are those of the official code (its stages 1.0 to 5.0); `docs/reproducing.md` compares them
-with the paper.
+field, and what is between `[[` and `]]` is what an understanding model is taught to write. Marks
+count in templates only: whatever a caption or a dialogue says is text, special tokens included.
+
+The formats are those of the official code (its stages 1.0 to 5.0). Where ours learns other tokens,
+the official way stands beside it under a name that begins with `official-`.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal
 
+from unifork.data.dialogues import IMAGE_MARK, Exchange, Unusable, dialogue
 from unifork.data.schema import CONVERSATIONS
-from unifork.errors import UniForkError
 from unifork.vocabulary import DROPPED_PROMPT, TURN_END, TURN_START, Task
 
-IMAGE_MARK = "<image>"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+Border = Literal["letters", "count"]
+"""Which token is the first that is learned, where a token can cross the border between given and learned.
 
-class Unusable(UniForkError):
-    """A row from which no document can be made; the message is the reason it is quarantined for."""
+`letters`: the first that holds learned letters alone. `count`: the one after as many tokens as the
+given text has by itself, whatever it holds (official code): it can be one too early or too late.
+"""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How rows of one text column are written for one task.
-
-    text: for captions, the whole sample with `{caption}`.
-    opening, turn: for dialogues, the beginning and one exchange with `{user}` and `{assistant}`;
-    the picture stands in the first exchange. first_turn_only: later exchanges are left out.
-    """
+    """How rows of one text column are written for one task."""
 
     task: Task
     text: str = ""
+    """For captions: the whole sample with `{caption}`."""
     opening: str = ""
+    """For dialogues: what stands before the first exchange; `{system}` is the dialogue's own text or SYSTEM."""
     turn: str = ""
+    """For dialogues: one exchange with `{user}` and `{assistant}`; the picture stands in one of them."""
     first_turn_only: bool = False
+    """Whether later exchanges are left out."""
+    border: Border = "letters"
+    once: str = ""
+    """A text that must stand once in every exchange, or nothing of the sample is learned (official code)."""
 
 
 INSTRUCTION = "Provide a one-sentence caption for the image."
-GENERATE = f"{TURN_START}USER: {{caption}} ASSISTANT: {IMAGE_MARK}"
+CAPTION_PLAIN = Template("understanding", f"{IMAGE_MARK}\n{INSTRUCTION}[[{{caption}}{TURN_END}]]")
+ANSWERS_PLAIN = Template("understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]")
+ANSWER_PLAIN = replace(ANSWERS_PLAIN, first_turn_only=True)
+ANSWER = Template(
+    "understanding",
+    opening=f"{TURN_START}{{system}} ",
+    turn=f"USER: {IMAGE_MARK}\n{{user}} ASSISTANT:[[ {{assistant}}{TURN_END}]]",
+)
 
 TEMPLATES: dict[str, Template] = {
     "generate-class": Template("generation", f"{TURN_START}{{caption}}{IMAGE_MARK}"),
     "name-class": Template("understanding", f"{TURN_START}{IMAGE_MARK}[[{{caption}}]]"),
     "generate-plain": Template("generation", f"{{caption}}{IMAGE_MARK}"),
-    "caption-plain": Template("understanding", f"{IMAGE_MARK}\n{INSTRUCTION}[[{{caption}}{TURN_END}]]"),
-    "generate": Template("generation", GENERATE),
-    "answer-plain": Template(
-        "understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]", first_turn_only=True
-    ),
-    "answers-plain": Template("understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]"),
+    "caption-plain": CAPTION_PLAIN,
+    "official-caption-plain": replace(CAPTION_PLAIN, border="count"),
+    "generate": Template("generation", f"{TURN_START}USER: {{caption}} ASSISTANT: {IMAGE_MARK}"),
+    # with a full stop, as the official scripts for GenEval and MJHQ write prompts, and every negative prompt
+    "official-generate-stop": Template("generation", f"{TURN_START}USER: {{caption}}. ASSISTANT: {IMAGE_MARK}"),
+    "answer-plain": ANSWER_PLAIN,
+    "official-answer-plain": replace(ANSWER_PLAIN, border="count"),
+    "answers-plain": ANSWERS_PLAIN,
     "caption": Template(
         "understanding",
         f"{TURN_START}{SYSTEM} USER: {IMAGE_MARK}\n{INSTRUCTION} ASSISTANT:[[ {{caption}}{TURN_END}]]",
     ),
-    "answer": Template(
-        "understanding",
-        opening=f"{TURN_START}{SYSTEM} ",
-        turn=f"USER: {IMAGE_MARK}\n{{user}} ASSISTANT:[[ {{assistant}}{TURN_END}]]",
-    ),
+    "answer": ANSWER,
+    "official-answer": replace(ANSWER, border="count", once=" ASSISTANT: "),
 }
 
-UNCONDITIONAL = f"{TURN_START}USER: {DROPPED_PROMPT}. ASSISTANT: {IMAGE_MARK}"
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a written sample.
+
+    text: None where the picture stands. learned: a model is taught to write it. control: special
+    tokens in it are control tokens; true of a template's own words, never of a field's.
+    """
+
+    text: str | None
+    learned: bool = False
+    control: bool = False
+
+
+PICTURE = Piece(None)
+
+_MARKS = re.compile(r"(<image>|\[\[|\]\]|\{\w+\})")
+
+
+def laid_out(form: str, fields: Mapping[str, str]) -> list[Piece]:
+    """A template's text as pieces, with its fields filled in."""
+    pieces, learned = [], False
+    for number, part in enumerate(_MARKS.split(form)):
+        if part == IMAGE_MARK:
+            pieces.append(PICTURE)
+        elif part in ("[[", "]]"):
+            learned = part == "[["
+        elif number % 2:
+            pieces.append(Piece(fields[part[1:-1]], learned))
+        elif part:
+            pieces.append(Piece(part, learned, control=True))
+    return pieces
+
+
+UNCONDITIONAL = laid_out(f"{TURN_START}USER: {DROPPED_PROMPT}. ASSISTANT: {IMAGE_MARK}", {})
 """What a dropped prompt reads like, whatever the template (as in the official code)."""
 
 
-def written(template: Template, value: Any) -> str:
-    """The marked text of one row: a caption, or a list of turns `{role, text}`.
+def written(template: Template, value: Any, pictures: int = 1) -> list[Piece]:
+    """One row as pieces. value: a caption, or a list of turns `{role, text}`; pictures: how many the row has.
 
     Raises Unusable with the reason when the value does not fit the template.
     """
@@ -79,60 +127,44 @@ def written(template: Template, value: Any) -> str:
     if template.text:
         if not isinstance(value, str):
             raise Unusable(f"a caption is expected, {CONVERSATIONS} were given")
-        return template.text.replace("{caption}", _plain(value))
-    exchanges = list(_exchanges(value))
-    parts = [template.opening]
-    for number, (user, assistant) in enumerate(exchanges[:1] if template.first_turn_only else exchanges):
-        turn = template.turn if number == 0 else template.turn.replace(f"{IMAGE_MARK}\n", "")
-        parts.append(turn.replace("{user}", _plain(user)).replace("{assistant}", _plain(assistant)))
-    return "".join(parts)
+        if pictures != 1:
+            raise Unusable(f"pictures: {pictures}, a caption belongs to one")
+        return laid_out(template.text, {"caption": _without_mark(value)})
+    if isinstance(value, str):
+        raise Unusable(f"{CONVERSATIONS} are expected, a caption was given")
+    spoken = dialogue(value, pictures)
+    if spoken.system and "{system}" not in template.opening:
+        raise Unusable("a system turn, the template has no place for it")
+    exchanges = spoken.exchanges[:1] if template.first_turn_only else spoken.exchanges
+    if pictures and not any(exchange.picture for exchange in exchanges):
+        raise Unusable("the picture belongs to a later question, the template writes only the first")
+    parts = [_exchange(template, exchange) for exchange in exchanges]
+    parts[0] = laid_out(template.opening, {"system": spoken.system or SYSTEM}) + parts[0]
+    learnable = not template.once or all(_read(part).count(template.once) == 1 for part in parts)
+    return [piece if learnable else replace(piece, learned=False) for part in parts for piece in part]
 
 
-def question(template: Template, user: str) -> str:
-    """What a model is given to answer: the first exchange up to the learned part."""
-    text = template.opening + template.turn.replace("{user}", _plain(user)) if template.turn else template.text
-    return text.split("[[")[0]
+def question(template: Template, user: str) -> list[Piece]:
+    """What a model is given to answer about a picture: the sample up to the learned part."""
+    form = template.opening + template.turn if template.turn else template.text
+    fields = {"system": SYSTEM, "user": _without_mark(user), "assistant": "", "caption": ""}
+    return list(takewhile(lambda piece: not piece.learned, laid_out(form, fields)))
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of text between pictures, with the character spans that are learned."""
-
-    text: str
-    learned: list[tuple[int, int]]
-
-
-def segments(marked: str) -> list[Segment]:
-    """Cut a marked text at the pictures and take the `[[ ]]` marks out."""
-    parts = []
-    inside = False
-    for stretch in marked.split(IMAGE_MARK):
-        text, spans = "", []
-        for piece in re.split(r"(\[\[|\]\])", stretch):
-            if piece == "[[":
-                inside, start = True, len(text)
-            elif piece == "]]":
-                inside = False
-                spans.append((start, len(text)))
-            else:
-                text += piece
-        parts.append(Segment(text, spans))
-    if inside:
-        raise Unusable("a learned part crosses a picture")
-    return parts
+def _exchange(template: Template, exchange: Exchange) -> list[Piece]:
+    form = template.turn
+    if not exchange.picture:
+        form = form.replace(f"{IMAGE_MARK}\n", "")
+    elif not exchange.question:
+        form = form.replace(f"{IMAGE_MARK}\n", IMAGE_MARK)
+    return laid_out(form, {"user": exchange.question, "assistant": exchange.answer})
 
 
-def _plain(value: str) -> str:
-    """A field's text. Marks inside it would be taken for the template's, so they end the row."""
-    for mark in (IMAGE_MARK, "[[", "]]", TURN_START, TURN_END):
-        if mark in value:
-            raise Unusable(f"the text contains the mark {mark}")
+def _read(pieces: list[Piece]) -> str:
+    return "".join(IMAGE_MARK if piece.text is None else piece.text for piece in pieces)
+
+
+def _without_mark(value: str) -> str:
+    if IMAGE_MARK in value:
+        raise Unusable(f"the text contains the mark {IMAGE_MARK}")
     return value
-
-
-def _exchanges(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
-    roles = [turn["role"] for turn in turns]
-    if roles != ["user", "assistant"] * (len(turns) // 2) or not roles:
-        raise Unusable(f"roles are {roles[:6]}, not user and assistant in turn")
-    texts = [turn["text"].replace(f"{IMAGE_MARK}\n", "").replace(f"\n{IMAGE_MARK}", "") for turn in turns]
-    return list(zip(texts[::2], texts[1::2], strict=True))
