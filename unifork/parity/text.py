@@ -1,0 +1,102 @@
+"""`06_text.json`: token ids, labels and supervised positions of every stage's template.
+
+In: a fixture folder with its tokenizer. Out: what the original's templates and masks gave, beside
+what the templates of `unifork.data.prompts` give for the same caption or dialogue. A picture is one
+token in both: the original's marker.
+
+Shape suffixes: T tokens of a sample.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE
+from unifork.data.dialogues import IMAGE_MARK, turns_of
+from unifork.data.documents import skeleton
+from unifork.data.prompts import TEMPLATES, UNCONDITIONAL, Piece, Template, question, written
+from unifork.data.text_tokenizer import TextTokenizer
+from unifork.errors import DataError
+from unifork.parity.comparison import Comparison
+from unifork.vocabulary import TURN_END
+
+ITEM = "06_text"
+IGNORED = -100
+PICTURE_ID = -200
+"""The original's marker for a picture, in ids and, where the picture is learned, in labels."""
+
+SAMPLES: dict[str, str] = {
+    "stage1_imagenet_gen": "generate-class",
+    "stage1_imagenet_und": "name-class",
+    "stage1.5_gen": "generate-plain",
+    "stage1.5_und": "official-caption-plain",
+    "stage2_und": "official-answer-plain",
+    "stage2_3_4_gen": "generate",
+    "stage3_und": "official-answer",
+}
+"""Template of the cases whose name begins so."""
+DROPPED, INFERENCE = "gen_dropped", "inference_und"
+"""The cases of a dropped prompt, and of a question without an answer."""
+
+
+def comparisons(folder: Path) -> Iterator[Comparison]:
+    """Every case of `06_text.json`. Raises DataError for a case that no template is known for."""
+    tokenizer = TextTokenizer(folder / "tokenizer")
+    for name, case in json.loads((folder / f"{ITEM}.json").read_text()).items():
+        actual = _computed(name, case, tokenizer, str(folder / f"{ITEM}.json"))
+        for key in actual:
+            if key in case:
+                yield Comparison(ITEM, f"{name}.{key}", _tensor(case[key]), _tensor(actual[key]))
+
+
+def _computed(name: str, case: dict[str, Any], tokenizer: TextTokenizer, place: str) -> dict[str, list[int]]:
+    """input_ids, labels and supervised_positions of a case."""
+    template = next((TEMPLATES[form] for start, form in SAMPLES.items() if name.startswith(start)), None)
+    if name.startswith(DROPPED):
+        return _labelled(UNCONDITIONAL, TEMPLATES["generate"], tokenizer)
+    if name.startswith(INFERENCE):
+        asked = _between(case["text"], "USER: ", " ASSISTANT:").removeprefix(f"{IMAGE_MARK}\n")
+        return _labelled(question(TEMPLATES["official-answer"], asked), TEMPLATES["official-answer"], tokenizer)
+    if template is None:
+        raise DataError(f"{place}: no template is known for the case {name!r}; known: {', '.join(SAMPLES)}")
+    if template.text:
+        return _labelled(written(template, case.get("caption", case.get("text"))), template, tokenizer)
+    turns = case["conversation"] if "conversation" in case else _conversation_of(case["input_ids"], tokenizer)
+    pictures = sum(IMAGE_MARK in text for _, text in turns)
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    return _labelled(written(template, turns_of(row), pictures), template, tokenizer)
+
+
+def _labelled(pieces: Sequence[Piece], template: Template, tokenizer: TextTokenizer) -> dict[str, list[int]]:
+    made = skeleton(pieces, tokenizer, 1, template.border)
+    ids, labels = [], []
+    for kind, number, learned in zip(made.kinds_T, made.text_ids_T.tolist(), made.learned_T, strict=True):
+        if kind == IMAGE:
+            ids.append(PICTURE_ID)
+            labels.append(PICTURE_ID if template.task == "generation" else IGNORED)
+        elif kind not in (BEGIN_IMAGE, END_IMAGE):
+            ids.append(number)
+            labels.append(number if learned else IGNORED)
+    positions = [place for place, label in enumerate(labels) if label != IGNORED]
+    return {"input_ids": ids, "labels": labels, "supervised_positions": positions}
+
+
+def _conversation_of(ids: list[int], tokenizer: TextTokenizer) -> list[tuple[str, str]]:
+    """The one exchange that ids of a stage 3 sample were made from, where the case does not give it."""
+    text = ""
+    for name, run in groupby(ids, key=lambda i: IMAGE_MARK if i == PICTURE_ID else tokenizer.control_token(i)):
+        text += name * len(list(run)) if name else tokenizer.decode(run)
+    user, _, assistant = _between(text, "USER: ", TURN_END).rpartition(" ASSISTANT: ")
+    return [("human", user), ("gpt", assistant)]
+
+
+def _between(text: str, start: str, stop: str) -> str:
+    return text.partition(start)[2].rpartition(stop)[0]
+
+
+def _tensor(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
