@@ -89,7 +89,8 @@ def _conversation_of(ids: list[int], tokenizer: TextTokenizer) -> list[tuple[str
     """The one exchange that ids of a stage 3 sample were made from, where the case does not give it."""
     text = ""
     for name, run in groupby(ids, key=lambda i: IMAGE_MARK if i == PICTURE_ID else tokenizer.control_token(i)):
-        text += name * len(list(run)) if name else tokenizer.decode(run)
+        numbers = list(run)
+        text += name * len(numbers) if name else tokenizer.decode(numbers)
     user, _, assistant = _between(text, "USER: ", TURN_END).rpartition(" ASSISTANT: ")
     return [("human", user), ("gpt", assistant)]
 
