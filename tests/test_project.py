@@ -6,8 +6,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from unifork.cli import app
 from unifork.config import Card, Cluster, Experiment, load, load_card
 from unifork.experiments import params_text, resolve
 
@@ -19,7 +21,7 @@ LEVELS = [
     {"manifest", "jobs"},
     {"image_tokenizer", "models"},
     {"data"},
-    {"experiments", "inference"},
+    {"experiments", "inference", "inspection"},
     {"training", "evaluation", "parity", "analysis", "cluster"},
     {"report", "planning"},
     {"commands"},
@@ -124,7 +126,7 @@ def test_commands_of_the_pages_exist(page):
     programs = {path.stem for path in (ROOT / "pipelines").glob("*.py")}
     for program in re.findall(r"python -m pipelines\.(\w+)", text):
         assert program in programs
-    commands = set(re.findall(r"@app\.command\(\)\ndef (\w+)", (ROOT / "unifork/cli.py").read_text()))
+    commands = set(typer.main.get_command(app).commands)
     for command in re.findall(r"(?:^|`)unifork (\w+)", text, re.MULTILINE):
         assert command in commands
     for path in re.findall(r"\]\(([a-z][\w/.-]+)\)", text):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from unifork.commands import tokenizer
+from unifork.commands.inspect import inspect
 from unifork.commands.parity import parity
 from unifork.commands.plan import plan
 from unifork.errors import ConfigError, UniForkError
@@ -14,6 +15,7 @@ from unifork.errors import ConfigError, UniForkError
 # Heavy imports stand inside the commands: `unifork --help` must not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(tokenizer.app, name="tokenizer")
+app.command()(inspect)
 app.command()(parity)
 app.command()(plan)
 
