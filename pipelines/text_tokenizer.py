@@ -3,13 +3,14 @@
 from pipelines.common import FILTERED, TEXT_TOKENIZER, experiment, program
 from unifork.config import TextTokenizerImport, load_card
 from unifork.data.prompts import INSTRUCTION, SYSTEM
-from unifork.data.text_tokenizer import import_text_tokenizer, texts_of, train_text_tokenizer
+from unifork.data.text_tokenizer import FILES, import_text_tokenizer, texts_of, train_text_tokenizer
+from unifork.weights import local_folder
 
 
 def main(_: str) -> None:
     config = experiment().text_tokenizer
     if isinstance(config, TextTokenizerImport):
-        tokenizer = import_text_tokenizer(config.source, config.revision, TEXT_TOKENIZER)
+        tokenizer = import_text_tokenizer(local_folder(config.source, files=FILES), TEXT_TOKENIZER)
         print(f"{tokenizer.vocab_size} entries from {config.source} -> {TEXT_TOKENIZER}")
         return
     texts = [text for name in config.datasets for text in texts_of(FILTERED / name, load_card(name))]

@@ -11,7 +11,7 @@ from tiny import write_experiment
 from unifork.config import Experiment, TextTokenizerImport, load
 from unifork.data.prompts import Piece
 from unifork.data.text_tokenizer import FILES, TextTokenizer, import_text_tokenizer, train_text_tokenizer
-from unifork.errors import ConfigError, DataError
+from unifork.errors import CheckpointError, DataError
 from unifork.vocabulary import DROPPED_PROMPT, PAD, TURN_END, TURN_START
 
 OFFICIAL = Path(__file__).parent.parent / "fixtures" / "official_tiny"
@@ -82,25 +82,44 @@ def test_the_official_batch_is_padded_with_the_token_named_pad():
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_an_imported_directory_is_the_same_tokenizer_without_any_network(slow, qwen_directory, tmp_path, monkeypatch):
+def test_the_stage_takes_a_directory_as_data_without_any_network(slow, qwen_directory, tmp_path, monkeypatch):
     import socket
 
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("network was asked for"))
-    source = OFFICIAL / "tokenizer" if slow else qwen_directory
-    made = import_text_tokenizer(str(source), None, tmp_path / "text")
-    assert made.identity == TextTokenizer(source).identity
-    assert sorted(p.name for p in (tmp_path / "text").iterdir()) == sorted(p.name for p in source.iterdir())
-
-
-def test_the_stage_takes_a_directory_as_data(tmp_path, monkeypatch):
     from pipelines import text_tokenizer
 
-    changes = {"text_tokenizer": {"import": str(OFFICIAL / "tokenizer"), "vocab_size": None, "datasets": None}}
-    write_experiment(tmp_path, changes)
+    source = OFFICIAL / "tokenizer" if slow else qwen_directory
+    write_experiment(tmp_path, {"text_tokenizer": {"import": str(source)}})
     assert isinstance(load(Experiment, tmp_path / "params.yaml").text_tokenizer, TextTokenizerImport)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("network was asked for"))
     text_tokenizer.main("")
-    assert TextTokenizer(Path("tokenizers/text")).identity == TextTokenizer(OFFICIAL / "tokenizer").identity
+    made = tmp_path / "tokenizers/text"
+    assert TextTokenizer(made).identity == TextTokenizer(source).identity
+    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in source.iterdir())
+
+
+def test_the_stage_takes_the_tokenizer_files_of_a_repository_alone(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from pipelines import text_tokenizer
+
+    asked = {}
+
+    def snapshot(name, **options):
+        asked.update(options, name=name)
+        return str(OFFICIAL / "tokenizer")
+
+    write_experiment(tmp_path, {"text_tokenizer": {"import": "Qwen/Qwen2.5-0.5B@060db64"}})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    text_tokenizer.main("")
+    assert asked == {"name": "Qwen/Qwen2.5-0.5B", "revision": "060db64", "allow_patterns": list(FILES)}
+
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline"))
+    )
+    with pytest.raises(CheckpointError, match=r"no such folder .* the Hub did not give Qwen/Qwen2.5-0.5B: .*offline"):
+        text_tokenizer.main("")
 
 
 def with_config(directory: Path, change) -> None:
@@ -134,36 +153,9 @@ def test_a_directory_that_cannot_be_used_is_one_clear_error(damage, message, tmp
     shutil.copytree(OFFICIAL / "tokenizer", source)
     damage(source)
     with pytest.raises(DataError, match=message) as caught:
-        import_text_tokenizer(str(source), None, tmp_path / "text")
+        import_text_tokenizer(source, tmp_path / "text")
     assert str(source) in str(caught.value)
     assert not (tmp_path / "text").exists()
-
-
-def test_neither_a_directory_nor_a_repository_is_one_clear_error(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def no_network(*args, **kwargs):
-        assert kwargs["allow_patterns"] == list(FILES)
-        raise OfflineModeIsEnabled("no network here\nmore lines")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    with pytest.raises(ConfigError, match=r"import 'Qwen/Nothing' is neither .*: no network here$"):
-        import_text_tokenizer("Qwen/Nothing", None, tmp_path)
-
-
-def test_a_repository_of_the_hub_is_taken_at_its_revision(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot(name, **options):
-        asked.update(options, name=name)
-        return str(OFFICIAL / "tokenizer")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    import_text_tokenizer("Qwen/Qwen2.5-0.5B", "060db64", tmp_path)
-    assert asked == {"name": "Qwen/Qwen2.5-0.5B", "revision": "060db64", "allow_patterns": list(FILES)}
 
 
 def test_the_demos_own_tokenizer_is_as_before(tmp_path):

@@ -112,7 +112,8 @@ class ImportedTokenizer(Plain):
 
 def _how_it_comes(tokenizer: Any) -> str:
     """Whether a tokenizer, as plain data or typed, is imported or trained."""
-    imported = "import" in tokenizer if isinstance(tokenizer, dict) else isinstance(tokenizer, ImportedTokenizer)
+    typed = (ImportedTokenizer, TextTokenizerImport)
+    imported = "import" in tokenizer if isinstance(tokenizer, dict) else isinstance(tokenizer, typed)
     return "imported" if imported else "trained"
 
 
@@ -137,19 +138,12 @@ class TextTokenizerImport(Plain):
     model_config = ConfigDict(serialize_by_alias=True)
 
     source: str = Field(alias="import")
-    """Tokenizer directory (needs no network), or a repository of the Hub, `owner/name`."""
-    revision: str | None = None
-    """Commit of the repository; None takes its newest. A directory has none."""
-
-
-def _import_or_train(value: Any) -> str:
-    imports = isinstance(value, TextTokenizerImport) or (isinstance(value, dict) and "import" in value)
-    return "import" if imports else "train"
+    """Tokenizer directory (needs no network), or OWNER/NAME[/FOLDER][@REVISION] of the Hub."""
 
 
 AnyTextTokenizer = Annotated[
-    Annotated[TextTokenizerImport, Tag("import")] | Annotated[TextTokenizerConfig, Tag("train")],
-    Discriminator(_import_or_train),
+    Annotated[TextTokenizerConfig, Tag("trained")] | Annotated[TextTokenizerImport, Tag("imported")],
+    Discriminator(_how_it_comes),
 ]
 
 
@@ -298,6 +292,7 @@ class Experiment(Plain):
     image_tokenizer: AnyTokenizer
     """Trained here, or with the key `import` taken from others."""
     text_tokenizer: AnyTextTokenizer
+    """Likewise."""
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]

@@ -20,7 +20,7 @@ from unifork.config import Card, fingerprint
 from unifork.data.hop import read_table
 from unifork.data.prompts import Border, Piece
 from unifork.data.schema import text_columns
-from unifork.errors import ConfigError, DataError
+from unifork.errors import DataError
 from unifork.manifest import read_manifest, write_atomically, write_json
 from unifork.vocabulary import DROPPED_PROMPT, PAD, SPECIAL_TOKENS, TURN_END, TURN_START
 
@@ -175,33 +175,14 @@ def _splitting() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def import_text_tokenizer(source: str, revision: str | None, directory: Path) -> TextTokenizer:
-    """Copy a tokenizer directory, or the one of a Hub repository `owner/name`; local ones need no network.
-
-    Raises ConfigError when there is neither, DataError when it is not a tokenizer that can be used.
-    """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        folder = _from_hub(source, revision)
+def import_text_tokenizer(folder: Path, directory: Path) -> TextTokenizer:
+    """Copy the tokenizer of a folder as it is. Raises DataError when it is not one that can be used."""
     TextTokenizer(folder)
     for name in FILES:
         if (folder / name).exists():
             data = (folder / name).read_bytes()
             write_atomically(directory / name, lambda path, data=data: path.write_bytes(data))  # type: ignore[misc]
     return TextTokenizer(directory)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only those who import need it
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-    except (HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"text_tokenizer: import {name!r} is neither a directory nor a repository the Hub gives: {reason}"
-        ) from None
 
 
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> TextTokenizer:

@@ -44,25 +44,28 @@ DROPPED, INFERENCE = "gen_dropped", "inference_und"
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
-    """Every case of `06_text.json`. Raises DataError for a case that no template is known for."""
+    """Every case of `06_text.json`. Raises DataError at the end for cases that no template is known for."""
     tokenizer = TextTokenizer(folder / "tokenizer")
-    for name, case in json.loads((folder / f"{ITEM}.json").read_text()).items():
-        actual = _computed(name, case, tokenizer, str(folder / f"{ITEM}.json"))
+    cases = json.loads((folder / f"{ITEM}.json").read_text())
+    known = {name: case for name, case in cases.items() if name.startswith((*SAMPLES, DROPPED, INFERENCE))}
+    for name, case in known.items():
+        actual = _computed(name, case, tokenizer)
         for key in actual:
             if key in case:
                 yield Comparison(ITEM, f"{name}.{key}", _tensor(case[key]), _tensor(actual[key]))
+    if known != cases:
+        others = ", ".join(name for name in cases if name not in known)
+        raise DataError(f"{folder / ITEM}.json: no template is known for {others}; known: {', '.join(SAMPLES)}")
 
 
-def _computed(name: str, case: dict[str, Any], tokenizer: TextTokenizer, place: str) -> dict[str, list[int]]:
+def _computed(name: str, case: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, list[int]]:
     """input_ids, labels and supervised_positions of a case."""
-    template = next((TEMPLATES[form] for start, form in SAMPLES.items() if name.startswith(start)), None)
     if name.startswith(DROPPED):
         return _labelled(UNCONDITIONAL, TEMPLATES["generate"], tokenizer)
     if name.startswith(INFERENCE):
         asked = _between(case["text"], "USER: ", " ASSISTANT:").removeprefix(f"{IMAGE_MARK}\n")
         return _labelled(question(TEMPLATES["official-answer"], asked), TEMPLATES["official-answer"], tokenizer)
-    if template is None:
-        raise DataError(f"{place}: no template is known for the case {name!r}; known: {', '.join(SAMPLES)}")
+    template = next(TEMPLATES[form] for start, form in SAMPLES.items() if name.startswith(start))
     if template.text:
         return _labelled(written(template, case.get("caption", case.get("text"))), template, tokenizer)
     turns = case["conversation"] if "conversation" in case else _conversation_of(case["input_ids"], tokenizer)

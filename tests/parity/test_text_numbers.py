@@ -45,5 +45,5 @@ def test_a_difference_is_seen(tmp_path, change, wrong):
 
 
 def test_a_case_without_a_template_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"no template is known for the case 'stage9'"):
+    with pytest.raises(DataError, match=r"no template is known for stage9"):
         changed(tmp_path, lambda cases: cases.update(stage9={"input_ids": []}))
