@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from rich.console import Console
 from tiny import copy_of
 
@@ -100,6 +101,20 @@ def test_every_track_has_its_own_batch(tiny_root):
     assert [one.title.split(", ")[2] for one in found] == ["track generation", "track understanding"]
     assert [[share.documents for share in one.tasks] for one in found] == [[0, 16], [16, 0]]
     assert [one.hidden for one in found] == [16, 16]
+
+
+def test_of_a_picture_learned_in_part_the_learned_positions_count(tiny_root, tmp_path):
+    root = copy_of(tiny_root, tmp_path)
+    plain = yaml.safe_load((root / "params.yaml").read_text())
+    plain["stages"]["s2-pretrain"]["tracks"]["joint"]["supervised_positions"] = 10
+    (root / "params.yaml").unlink()
+    (root / "params.yaml").write_text(yaml.safe_dump(plain))
+    [found] = inspect(root, "unifork", "s2-pretrain", STEP, documents=100)
+    drawn = [one for one in found.documents if one.task == "generation"]
+    assert {(one.targets, one.share, one.stretches[-1].text) for one in drawn} == {
+        (10, 1 / len(drawn), "image 36x4 codes, the first 10 learned")
+    }
+    assert found.tasks[1].step_targets == 10 * len(drawn)
 
 
 EVIL = "[bold red]x[/bold red] <b>y</b> <|im_end|> ]] \\ \x1b[31m\r\x07 :smile: \u202e [image 36x4 codes]"

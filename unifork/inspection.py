@@ -17,7 +17,7 @@ from typing import Literal
 from rich.text import Text
 
 from unifork import jobs
-from unifork.batch import IMAGE, TEXT, Batch, Document
+from unifork.batch import TEXT, Batch, Document
 from unifork.config import Cluster, Experiment, Track, load
 from unifork.data.documents import CodesIdentity, Quarantine
 from unifork.data.loader import StepPlan, TrackLoader
@@ -102,7 +102,8 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int) -> 
         raise unknown("stage", stage, params.variants[variant].stages, f"params.yaml: variants.{variant}.stages")
     chosen, resources = params.stages[stage], load(Cluster, root / jobs.cluster_file()).for_stage(stage)
     workers = max(resources.workers, 1)
-    layers = LayerPlan.parse(params.variants[variant].plan)
+    architecture = params.variants[variant]
+    layers = LayerPlan.parse(architecture.plan, architecture.backbone.get("num_hidden_layers"))
     tokenizer = TextTokenizer(_there(root / "tokenizers" / "text", "dvc repro text_tokenizer"))
     identity = _identity(_there(root / "tokenizers" / "image", "dvc repro image_tokenizer"))
     codes = root / "data" / "codes"
@@ -174,7 +175,8 @@ def _some_of_each_task(made: dict[int, Document], limit: int) -> list[int]:
 
 
 def _targets(document: Document) -> int:
-    return int((document.kinds_T == IMAGE).sum() if document.task == "generation" else document.learned_T.sum())
+    is_generated = document.task == "generation"
+    return len(document.codes_ND[: document.supervised_positions]) if is_generated else int(document.learned_T.sum())
 
 
 def _stretches(document: Document, tokenizer: TextTokenizer) -> Iterator[Stretch]:
@@ -190,7 +192,9 @@ def _stretches(document: Document, tokenizer: TextTokenizer) -> Iterator[Stretch
     for (kind, learned), run in groupby(tokens, key=lambda token: (token[0], token[2])):
         numbers = [number for _, number, _ in run]
         if kind == "image":
-            yield Stretch("image", f"image {numbers.count(IMAGE)}x{document.codes_ND.shape[1]} codes", learned)
+            positions, depth = document.codes_ND.shape
+            part = f", the first {_targets(document)} learned" if learned and _targets(document) < positions else ""
+            yield Stretch("image", f"image {positions}x{depth} codes{part}", learned)
         elif kind == "control":
             yield Stretch("control", "".join(tokenizer.control_token(number) or "" for number in numbers), learned)
         else:

@@ -66,8 +66,6 @@ TEMPLATES: dict[str, Template] = {
     "caption-plain": CAPTION_PLAIN,
     "official-caption-plain": replace(CAPTION_PLAIN, border="count"),
     "generate": Template("generation", f"{TURN_START}USER: {{caption}} ASSISTANT: {IMAGE_MARK}"),
-    # with a full stop, as the official scripts for GenEval and MJHQ write prompts, and every negative prompt
-    "official-generate-stop": Template("generation", f"{TURN_START}USER: {{caption}}. ASSISTANT: {IMAGE_MARK}"),
     "answer-plain": ANSWER_PLAIN,
     "official-answer-plain": replace(ANSWER_PLAIN, border="count"),
     "answers-plain": ANSWERS_PLAIN,
