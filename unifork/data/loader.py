@@ -83,7 +83,7 @@ class TrackLoader:
         return StepPlan(
             slots=slots,
             dropped=dropped,
-            keys=[part.keys[slot.document] for part, slot in zip(parts, slots, strict=True)],
+            keys=[part.key(slot.document) for part, slot in zip(parts, slots, strict=True)],
             lengths=lengths,
             microbatches=deal(rows, workers, self.rows_per_microbatch),
             text_targets=text,
@@ -102,7 +102,7 @@ class TrackLoader:
         slot = plan.slots[number]
         part = self.parts[slot.part]
         if plan.dropped[number]:
-            made = self.unconditional.with_codes(part.keys[slot.document], part.task, part.codes(slot.document))
+            made = self.unconditional.with_codes(part.key(slot.document), part.task, part.codes(slot.document))
         else:
             made = part.document(slot.document)
         return replace(made, supervised_positions=self.supervised_positions)
