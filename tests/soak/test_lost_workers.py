@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from unittest import mock
 
 import pytest
 from tiny import REPOSITORY, build, copy_of
@@ -31,12 +32,14 @@ def cluster():
     """A head without CPUs and two nodes of one CPU each: one worker on each node."""
     set_ray_environment()
     os.environ["PYTHONPATH"] = str(REPOSITORY)
+    import ray
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1)
     yield made
+    ray.shutdown()
     made.shutdown()
 
 
@@ -55,7 +58,8 @@ def kill_the_lead(one, cluster):
 
 def lose_a_node(one, cluster):
     cluster.remove_node(sorted(cluster.worker_nodes, key=lambda node: node.unique_id)[0], allow_graceful=False)
-    cluster.add_node(num_cpus=1)
+    with mock.patch("ray._private.utils.set_sigterm_handler"):  # allowed in the main thread alone, which trains
+        cluster.add_node(num_cpus=1)
 
 
 @pytest.mark.parametrize("loss", [kill_the_lead, lose_a_node])
