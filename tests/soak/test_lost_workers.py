@@ -68,7 +68,7 @@ def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_pa
 
     root, unbroken = prepared
     one = job(copy_of(root, tmp_path / "root"), 2)
-    lost = []
+    lost, ended = [], threading.Event()
 
     def watch():
         pointer, deadline = one.run_folder / "latest", time.monotonic() + 300
@@ -76,13 +76,17 @@ def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_pa
             if pointer.exists() and int(pointer.read_text().removeprefix("step-")) >= DIES_AFTER:
                 loss(one, cluster)
                 lost.append(True)
+                ended.wait()  # a node dies with the thread that started it
                 return
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    launch(one)
-    watcher.join()
+    try:
+        launch(one)
+    finally:
+        ended.set()
+        watcher.join()
     assert lost
     assert "continuing from step" in (one.run_folder / "log.txt").read_text()
     history = read(one.run_folder)
