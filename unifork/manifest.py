@@ -76,12 +76,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Make a rename inside `folder` survive a power cut; flushes a file as well."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file below `folder`, and the folders themselves, to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync_folder(path)
 
 
 def write_json(path: Path, plain: Any) -> None:

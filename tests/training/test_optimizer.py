@@ -39,7 +39,7 @@ def stage(interleave, **steps):
 
 
 def test_turns_hold_every_step_of_every_track_once_and_in_order():
-    for interleave in ("sequential", 1, 3, 50):
+    for interleave in ("sequential", "concurrent", 1, 3, 50):
         order = turns(stage(interleave, generation=7, understanding=4))
         assert [step for name, step in order if name == "generation"] == list(range(7))
         assert [step for name, step in order if name == "understanding"] == list(range(4))
@@ -50,3 +50,4 @@ def test_how_tracks_take_turns():
     assert turns(stage("sequential", g=2, u=2)) == [("g", 0), ("g", 1), ("u", 0), ("u", 1)]
     assert turns(stage(1, g=2, u=2)) == [("g", 0), ("u", 0), ("g", 1), ("u", 1)]
     assert turns(stage(2, g=3, u=1)) == [("g", 0), ("g", 1), ("u", 0), ("g", 2)]
+    assert turns(stage("concurrent", g=4, u=2)) == [("g", 0), ("g", 1), ("u", 0), ("g", 2), ("g", 3), ("u", 1)]

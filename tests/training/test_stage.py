@@ -2,14 +2,19 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import re
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import copy_of
+from torch.multiprocessing.spawn import ProcessExitedException
 
-from unifork.config import Experiment, TrainResources, load
+from unifork.config import Experiment, LossBand, TrainResources, load
 from unifork.errors import CheckpointError, UniForkError
 from unifork.training import checkpoint, loop
 from unifork.training.distributed_testing import run_distributed
@@ -18,10 +23,6 @@ from unifork.training.loop import Run
 from unifork.training.stage import StageJob, train_stage
 
 RESOURCES = TrainResources(threads=1, row_tokens=384)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing may catch it."""
 
 
 def job(root, key="unifork-s2-pretrain", resources=RESOURCES, **stage_changes):
@@ -36,6 +37,19 @@ def job(root, key="unifork-s2-pretrain", resources=RESOURCES, **stage_changes):
     stages = {name: stage.model_copy(update={"tracks": tracks, **changes})}
     experiment = experiment.model_copy(update={"runs": runs, "stages": stages})
     return StageJob(key=key, experiment=experiment, resources=resources, root=str(root))
+
+
+def edge(root):
+    """One track over one data set whose first pass ends with step 6: 96 documents, 16 a step."""
+    one = job(root, "unifork-s3")
+    stage = one.experiment.stages["s3"]
+    tracks = {"generation": stage.tracks["generation"].model_copy(update={"batch_documents": 16})}
+    stages = {"s3": stage.model_copy(update={"tracks": tracks})}
+    return one.model_copy(update={"experiment": one.experiment.model_copy(update={"stages": stages})})
+
+
+def job_named(root, key):
+    return edge(root) if key == "edge" else job(root, key)
 
 
 def weights(one):
@@ -55,58 +69,76 @@ def root(tiny_root, tmp_path):
 
 @pytest.fixture(scope="module")
 def unbroken(tiny_root, tmp_path_factory):
-    """Both stages run without interruption: weights and history by key."""
-    root = copy_of(tiny_root, tmp_path_factory.mktemp("unbroken") / "root")
+    """The stages run without interruption: weights and history by key."""
     done = {}
-    for key in ("unifork-s2-pretrain", "unifork-s3"):
-        train_stage(job(root, key), Run())
-        done[key] = weights(job(root, key)), read(job(root, key).run_folder)
+    for key in ("unifork-s2-pretrain", "unifork-s3", "edge"):
+        one = job_named(copy_of(tiny_root, tmp_path_factory.mktemp("unbroken") / "root"), key)
+        train_stage(one, Run())
+        done[key] = weights(one), read(one.run_folder)
     return done
 
 
-def die_at(monkeypatch, where, when):
-    """Make a named point of the run raise Killed the `when`-th time it is reached."""
+POINTS = {
+    "before the update": (torch.optim.AdamW, "step", False),
+    "after the update": (torch.optim.AdamW, "step", True),
+    "in the middle of a checkpoint": (checkpoint, "save_shards", True),
+    "between checkpoint and latest": (checkpoint, "fsync_folder", False),
+    "between latest and the metrics": (checkpoint, "_prune", True),
+    "before the history": (History, "add", False),
+}
+"""Named points of a run: what is replaced, and whether the worker dies after it."""
+
+
+def train_and_die(plain, where, when, rank=0, workers=1):
+    """Run a stage whose process gets SIGKILL the `when`-th time it reaches a point."""
     reached = [0]
-    owner, name, after = {
-        "before the update": (torch.optim.AdamW, "step", False),
-        "after the update": (torch.optim.AdamW, "step", True),
-        "in the middle of a checkpoint": (checkpoint, "write_json", False),
-        "between checkpoint and latest": (checkpoint, "fsync_folder", False),
-        "after a checkpoint": (checkpoint, "_prune", True),
-        "before the history": (History, "add", False),
-    }[where]
+    owner, name, after = POINTS[where]
     original = getattr(owner, name)
 
     def dying(*args, **kwargs):
         reached[0] += 1
         if reached[0] == when and not after:
-            raise Killed
+            os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
         if reached[0] == when:
-            raise Killed
+            os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    monkeypatch.setattr(owner, name, dying)
+    setattr(owner, name, dying)  # in this process alone, which ends here
+    train_stage(StageJob.model_validate(plain), Run(rank=rank, workers=workers))
 
 
-POINTS = [
-    ("before the update", 5),
-    ("after the update", 5),
-    ("in the middle of a checkpoint", 2),
-    ("between checkpoint and latest", 2),
-    ("after a checkpoint", 1),
-    ("before the history", 3),
+def killed(one, where, when):
+    """Train in a process of its own until SIGKILL."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=train_and_die, args=(one.model_dump(mode="json"), where, when))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+KILLS = [
+    ("unifork-s2-pretrain", "before the update", 5),
+    ("unifork-s2-pretrain", "after the update", 5),
+    ("unifork-s2-pretrain", "in the middle of a checkpoint", 2),
+    ("unifork-s2-pretrain", "between checkpoint and latest", 2),
+    ("unifork-s2-pretrain", "between latest and the metrics", 1),
+    ("unifork-s2-pretrain", "before the history", 3),
+    # steps 4 to 6 of Stage III are generation, understanding, understanding
+    ("unifork-s3", "after the update", 4),
+    ("unifork-s3", "after the update", 6),
+    ("unifork-s3", "between latest and the metrics", 2),
+    # a checkpoint lies exactly where the data set's second pass begins
+    ("edge", "between latest and the metrics", (2, 1)),
+    ("edge", "after the update", (7, 1)),
 ]
 
 
-@pytest.mark.parametrize("key", ["unifork-s2-pretrain", "unifork-s3"])
-@pytest.mark.parametrize(("where", "when"), POINTS)
+@pytest.mark.parametrize(("key", "where", "when"), KILLS)
 def test_killed_twice_and_resumed_ends_with_the_same_weights_and_history(root, unbroken, key, where, when):
-    one = job(root, key)
-    for _ in range(2):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            die_at(patch, where, when)
-            train_stage(one, Run())
+    one = job_named(root, key)
+    for reached in when if isinstance(when, tuple) else (when, when):
+        killed(one, where, reached)
     train_stage(one, Run())
     expected, history = unbroken[key]
     assert_equal(weights(one), expected)
@@ -125,9 +157,7 @@ def test_the_exported_history_has_every_step_once(unbroken, root):
 
 def test_another_configuration_never_continues_old_weights(root, unbroken):
     one = job(root)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, "after the update", 5)
-        train_stage(one, Run())
+    killed(one, "after the update", 5)
     changed = job(root, seed=7)
     train_stage(changed, Run())
     aside = one.run_folder.with_name(one.run_folder.name + ".old-1")
@@ -144,9 +174,7 @@ def test_another_configuration_never_continues_old_weights(root, unbroken):
 
 def test_what_changes_only_the_speed_does_not_start_afresh(root):
     one = job(root)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, "after the update", 5)
-        train_stage(one, Run())
+    killed(one, "after the update", 5)
     train_stage(
         job(
             root,
@@ -179,9 +207,9 @@ def test_a_damaged_checkpoint_is_an_error_and_nothing_is_loaded(root):
     train_stage(one, Run())
     shutil.rmtree(one.model_folder)
     newest = one.run_folder / (one.run_folder / "latest").read_text()
-    file = newest / "model.safetensors"
+    file = newest / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors.*bytes instead of"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp.*bytes instead of"):
         train_stage(one, Run())
 
 
@@ -210,8 +238,9 @@ def test_stage_three_branches_do_not_touch_each_other(root, unbroken):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_how_tracks_take_turns_does_not_change_the_weights(root, unbroken):
-    one = job(root, "unifork-s3", interleave="sequential")
+@pytest.mark.parametrize("interleave", ["sequential", "concurrent"])
+def test_how_tracks_take_turns_does_not_change_the_weights(root, unbroken, interleave):
+    one = job(root, "unifork-s3", interleave=interleave)
     train_stage(one, Run())
     assert_equal(weights(one), unbroken["unifork-s3"][0])
 
@@ -228,9 +257,95 @@ def test_a_summary_says_what_was_trained_and_seen(root, unbroken):
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_documents_keys(root, monkeypatch):
     one = job(root)
-    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("nan")))
-    with pytest.raises(UniForkError, match=r"step 0.*shapes-0000"):
+    monkeypatch.setattr(loop.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(UniForkError, match=r"step 0.*8 documents are in .*stopped\.json.*shapes-0000"):
         train_stage(one, Run())
+    stopped = json.loads((one.run_folder / "stopped.json").read_text())
+    assert len(stopped["documents"]) == 8
+    assert not (one.run_folder / "latest").exists()
+
+
+@pytest.mark.parametrize(
+    ("band", "said"),
+    [
+        ({"stop": 0.9}, r"step 0: text_loss .* is above 0\.9 x 5\.991"),
+        ({"warn": 1e-4}, r"warning: track joint, step 0: image_loss 4\.\d+, expected 4\.159"),
+        ({"first_text": 2.5}, r"warning: track joint, step 0: text_loss .*, expected 2\.500"),
+        ({}, None),
+    ],
+)
+def test_losses_are_compared_with_what_is_expected(root, band, said):
+    one = job(root, steps=1, loss_band=LossBand(**band))
+    if "stop" in band:
+        with pytest.raises(UniForkError, match=said):
+            train_stage(one, Run())
+        return
+    train_stage(one, Run())
+    log = (one.run_folder / "log.txt").read_text()
+    assert re.search(said, log) if said else "warning" not in log
+
+
+def test_rows_change_nothing_but_the_speed(root, unbroken):
+    history = {}
+    for row_tokens, rows in [(384, 1), (1024, 1), (512, 2)]:
+        resources = RESOURCES.model_copy(update={"row_tokens": row_tokens, "rows_per_microbatch": rows})
+        one = job(root, resources=resources, steps=2)
+        shutil.rmtree(one.run_folder, ignore_errors=True)
+        train_stage(one, Run())
+        history[row_tokens] = read(one.run_folder)
+    for other in (512, 1024):
+        for ours, theirs in zip(history[other], history[384], strict=True):
+            assert ours["documents"] == theirs["documents"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+            assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
+
+
+def test_the_trunk_of_stage_three_has_no_graph(root, monkeypatch):
+    graphs = []
+
+    def watching(self, model, wrapped, step, run):
+        handles = [layer.register_forward_hook(lambda *io: graphs[-1].append(io[2].grad_fn)) for layer in model.layers]
+        graphs.append([])
+        metrics = original(self, model, wrapped, step, run)
+        for handle in handles:
+            handle.remove()
+        return metrics
+
+    original = loop.TrackRun.step
+    monkeypatch.setattr(loop.TrackRun, "step", watching)
+    train_stage(job(root, "unifork-s3", steps=1), Run())
+    assert len(graphs) == 2
+    for shared, branched in (graph[:2] for graph in graphs):
+        assert shared is None
+        assert branched is not None
+
+
+def test_norms_of_the_parts_make_up_the_whole_and_tensorboard_has_them(root, unbroken):
+    rows = unbroken["unifork-s2-pretrain"][1]
+    parts = {name.removeprefix("gradient_norm_") for name in rows[0] if name.startswith("gradient_norm_")}
+    assert parts == {"trunk", "understanding", "generation", "head", "connector"}
+    for row in rows:
+        assert sum(row[f"gradient_norm_{part}"] ** 2 for part in parts) == pytest.approx(
+            row["gradient_norm"] ** 2, rel=1e-5
+        )
+    one = job(root, steps=1)
+    train_stage(one, Run())
+    (events,) = (one.run_folder / "tensorboard").iterdir()
+    assert b"joint/gradient_norm_trunk" in events.read_bytes()
+
+
+def test_a_checkpoint_lists_and_exports_every_tensor(root):
+    one = job(root, "unifork-s3", steps=2)
+    train_stage(one, Run())
+    path, plain = checkpoint.latest(one.run_folder)
+    whole = checkpoint.all_tensors(checkpoint.whole_model(path, one.start))
+    assert {name: (list(t.shape), str(t.dtype)) for name, t in whole.items()} == {
+        name: (listed["shape"], listed["dtype"]) for name, listed in plain["tensors"].items()
+    }
+    trained = {name for name, listed in plain["tensors"].items() if listed["trained"]}
+    assert trained
+    assert all("generation" in n or "understanding" in n or n.startswith("image_head.") for n in trained)
+    assert_equal({name: whole[name] for name in weights(one)}, weights(one))
 
 
 def _worker(rank, world, plain):
@@ -251,14 +366,24 @@ def test_two_workers_give_the_weights_of_one_within_reduction_noise(root, unbrok
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_training_goes_on_with_another_number_of_workers(root, unbroken):
-    one = job(root)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, "after the update", 5)
-        train_stage(one, Run())
-    two = job(root, resources=RESOURCES.model_copy(update={"workers": 2, "strategy": "fsdp2"}))
-    run_distributed(_worker, 2, two.model_dump(mode="json"))
-    history = read(one.run_folder)
-    assert "continuing from step 3 of 8" in (one.run_folder / "log.txt").read_text()
-    for ours, theirs in zip(history, unbroken["unifork-s2-pretrain"][1], strict=True):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_training_goes_on_with_two_workers_and_then_with_one(root, unbroken, strategy):
+    """Killed on one worker, then on two, finished on one: the same documents, the losses within reduction noise."""
+    one = job(root, checkpoint_every=2)
+    killed(one, "after the update", 3)
+    two = job(root, checkpoint_every=2, resources=RESOURCES.model_copy(update={"workers": 2, "strategy": strategy}))
+    with pytest.raises(ProcessExitedException):
+        run_distributed(_dying_worker, 2, two.model_dump(mode="json"))
+    train_stage(one, Run())
+    log = (one.run_folder / "log.txt").read_text()
+    assert "continuing from step 2 of 8" in log
+    assert "continuing from step 4 of 8" in log
+    for ours, theirs in zip(read(one.run_folder), unbroken["unifork-s2-pretrain"][1], strict=True):
+        assert ours["documents"] == theirs["documents"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, unbroken["unifork-s2-pretrain"][0][name], atol=2e-4), name
+
+
+def _dying_worker(rank, world, plain):
+    train_and_die(plain, "after the update", 4, rank, world)

@@ -240,12 +240,24 @@ class Sampling(Plain):
     """Seed of the draws."""
 
 
+class LossBand(Plain):
+    """Bounds of the losses. Guessing evenly costs ln V nats per word and ln K per code."""
+
+    first_text: PositiveFloat | None = None
+    """Text loss in nats expected of the first step, such as a warm-started model's; None: at most guessing evenly."""
+    warn: PositiveFloat = 0.15
+    """Relative distance of a first step's loss from the expected one that is reported."""
+    stop: PositiveFloat = 2.0
+    """Multiple of guessing evenly above which any step's loss stops the run."""
+
+
 class Stage(Plain):
     """One training run: its tracks and how they take turns."""
 
     tracks: dict[str, Track]
-    interleave: Literal["sequential"] | PositiveInt = "sequential"
-    """`sequential`: one track after the other; a number N: N steps of each in turn."""
+    interleave: Literal["sequential", "concurrent"] | PositiveInt = "sequential"
+    """`sequential`: one track after the other; a number N: N steps of each in turn; `concurrent`: side by side in
+    proportion to their steps, so that all end together. The weights are the same."""
     context: PositiveInt
     """Longest document in tokens; longer ones are quarantined."""
     checkpoint_every: PositiveInt
@@ -256,6 +268,8 @@ class Stage(Plain):
     """Prompts whose pictures show the progress of generation after the stage."""
     sampling: Sampling = Sampling()
     """How those pictures are drawn."""
+    loss_band: LossBand = LossBand()
+    """When a loss is reported and when it stops the run."""
     seed: NonNegativeInt = 0
     """Seed of order, prompt dropping and sampling."""
 

@@ -1,33 +1,41 @@
 """Code shards + template + text tokenizer -> documents that were all checked before step 0.
 
-A part of a mixture is prepared once per stage: each row is written, tokenised and checked. Rows
-that cannot be used (no text for this template, nothing to learn, too long) are quarantined with
-key and reason and are not part of the order. Texts stay in memory as flat arrays; codes are read
-on demand, one row group at a time.
+A part of a mixture is prepared once: each row is written, tokenised and checked, and the result is
+kept as an index (`data/prepared`) under the hash of everything it depends on. Rows that cannot be
+used (no text for this template, nothing to learn, too long) are quarantined with key and reason and
+are not part of the order. Codes are read on demand, one row group at a time.
 
 Shape suffixes: T tokens of a document, N its image tokens, D code depth.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate, groupby
+from dataclasses import asdict, dataclass, field
+from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import tokenizers
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document
-from unifork.config import MixtureEntry
+from unifork.config import MixtureEntry, fingerprint
 from unifork.data.dialogues import Unusable
+from unifork.data.index import NO_PICTURE, QUARANTINE, Index, Words, Writer, prepared
 from unifork.data.prompts import PICTURE, TEMPLATES, UNCONDITIONAL, Border, Piece, Template, written
 from unifork.data.schema import codes_array, codes_meta
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, IdentityError, unknown
-from unifork.manifest import checked, read_manifest
+from unifork.manifest import checked, manifest_sha256, read_manifest
 from unifork.vocabulary import VIEW_OF_TASK, Task
+
+PREPARED = "prepared"
+"""Folder of all indices, beside the folder of codes."""
+
 
 PICTURES = "(pictures)"
 """Column added to rows that are read: how many pictures a row has, 0 where its codes are null."""
@@ -85,12 +93,23 @@ def template_named(name: str, place: str) -> Template:
 class Quarantine:
     """Rows of a mixture that are not trained on, with the reason of each."""
 
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    """(data set, key, reason)"""
+    parts: list[tuple[str, Index]] = field(default_factory=list)
+    """Data set and index of every part."""
 
     def counts(self) -> dict[str, int]:
         """Rows per `data set: reason`, most frequent first."""
-        return dict(Counter(f"{dataset}: {reason}" for dataset, _, reason in self.rows).most_common())
+        total: Counter[str] = Counter()
+        for dataset, index in self.parts:
+            total.update({f"{dataset}: {reason}": count for reason, count in index.quarantined.items()})
+        return dict(total.most_common())
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """(data set, key, reason) of every row."""
+        for dataset, index in self.parts:
+            with open(index.folder / QUARANTINE) as lines:
+                for line in lines:
+                    key, reason = json.loads(line)
+                    yield dataset, key, reason
 
 
 class Part:
@@ -115,57 +134,89 @@ class Part:
             )
         self.folder = codes / entry.dataset / VIEW_OF_TASK[entry.task]
         self.shards = read_manifest(self.folder).shards
-        self.keys: list[str] = []
-        self.locations: list[tuple[int, int, int]] = []  # shard, row group, row of the group
-        self.group_sizes: list[int] = []
-        built: list[Skeleton] = []
-        for where, rows in self._row_groups(entry.text):
-            before = len(built)
-            for number, row in enumerate(rows):
-                try:
-                    pieces = written(template, row[entry.text], row[PICTURES])
-                    made = skeleton(pieces, tokenizer, identity.positions, template.border)
-                    _check(made, entry.task, context)
-                except Unusable as reason:
-                    quarantine.rows.append((entry.dataset, row["key"], str(reason)))
-                    continue
-                built.append(made)
-                self.keys.append(row["key"])
-                self.locations.append((*where, number))
-            if len(built) > before:
-                self.group_sizes.append(len(built) - before)
-        if not built:
-            raise DataError(f"{self.folder}: none of its rows can be used with template {entry.template!r}")
-        self._ends = [0, *accumulate(len(one.kinds_T) for one in built)]
-        self._kinds = np.concatenate([one.kinds_T for one in built]).astype(np.int8)
-        self._ids = np.concatenate([one.text_ids_T for one in built]).astype(np.int32)
-        self._learned = np.concatenate([one.learned_T for one in built])
+        inputs = {
+            "codes": manifest_sha256(self.folder),
+            "identity": asdict(identity),
+            "text": entry.text,
+            "template": asdict(template),
+            "tokenizer": tokenizer.identity,
+            "context": context,
+            "code": _preparing_code(),
+        }
+        name = f"{entry.dataset}-{entry.template}-{fingerprint(inputs)}"
+        self.index = prepared(
+            codes.parent / PREPARED / name, lambda writer: self._prepare(writer, template, tokenizer, context)
+        )
+        for shard in self.shards:  # their hashes were checked when the index was made
+            path = self.folder / shard.path
+            if not path.exists() or path.stat().st_size != shard.bytes:
+                checked(self.folder, shard)
+        quarantine.parts.append((entry.dataset, self.index))
         self._group = lru_cache(maxsize=128)(self._read_group)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self.index.rows
+
+    @property
+    def group_sizes(self) -> np.ndarray:
+        """Usable documents of each row group that has any, in file order."""
+        return self.index.group_sizes_G
+
+    def key(self, index: int) -> str:
+        """Key of a document."""
+        return self.index.key(index)
 
     def length(self, index: int) -> int:
         """Tokens of a document."""
-        return self._ends[index + 1] - self._ends[index]
+        text = self.index.text(index)
+        seen = self.index.picture_at_R[index] != NO_PICTURE
+        return int(text.stop - text.start) + (self.identity.positions + 2 if seen else 0)
 
     def learned(self, index: int) -> int:
         """Text tokens of a document that are learned."""
-        return int(self._learned[self._ends[index] : self._ends[index + 1]].sum())
+        return int(self.index.learned_count_R[index])
 
     def document(self, index: int) -> Document:
         """A document with its codes."""
-        span = slice(self._ends[index], self._ends[index + 1])
-        text = Skeleton(self._kinds[span].astype(np.int64), self._ids[span].astype(np.int64), self._learned[span])
-        seen = bool((text.kinds_T == IMAGE).any())
-        codes_ND = self.codes(index) if seen else np.zeros((0, self.identity.depth), np.int64)
-        return text.with_codes(self.keys[index], self.task, codes_ND)
+        text = self.index.text(index)
+        at, image = int(self.index.picture_at_R[index]), self.identity.positions + 2
+        if at == NO_PICTURE:
+            ids_T, learned_T = self.index.text_ids_S[text].astype(np.int64), np.array(self.index.learned_S[text])
+            alone = Skeleton(np.full(len(ids_T), TEXT, np.int64), ids_T, learned_T)
+            return alone.with_codes(self.key(index), self.task, np.zeros((0, self.identity.depth), np.int64))
+        T = text.stop - text.start + image
+        kinds_T, text_ids_T, learned_T = np.full(T, TEXT, np.int64), np.zeros(T, np.int64), np.zeros(T, bool)
+        kinds_T[at], kinds_T[at + 1 : at + image - 1], kinds_T[at + image - 1] = BEGIN_IMAGE, IMAGE, END_IMAGE
+        for target_T, source in ((text_ids_T, self.index.text_ids_S), (learned_T, self.index.learned_S)):
+            target_T[:at], target_T[at + image :] = source[text][:at], source[text][at:]
+        return Document(self.key(index), self.task, kinds_T, text_ids_T, learned_T, self.codes(index))
 
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's picture, int64, shape (N, D)."""
-        shard, group, row = self.locations[index]
+        shard, group, row = self.index.where_R3[index].tolist()
         codes_ND: np.ndarray = self._group(shard, group)[row].astype(np.int64)
         return codes_ND
+
+    def _prepare(self, writer: Writer, template: Template, tokenizer: TextTokenizer, context: int) -> None:
+        for (shard, group), rows in self._row_groups(self.entry.text):
+            usable = []
+            for number, row in enumerate(rows):
+                try:
+                    pieces = written(template, row[self.entry.text], row[PICTURES])
+                    made = skeleton(pieces, tokenizer, self.identity.positions, template.border)
+                    _check(made, self.task, context)
+                except Unusable as reason:
+                    writer.quarantine(row["key"], str(reason))
+                    continue
+                text = made.kinds_T == TEXT
+                at = NO_PICTURE if text.all() else int(np.argmin(text))
+                usable.append(Words(row["key"], made.text_ids_T[text], made.learned_T[text], at, number))
+            writer.add(shard, group, usable)
+        if not writer.rows:
+            raise DataError(
+                f"{self.folder}: none of its rows can be used with template {self.entry.template!r}: "
+                f"{dict(writer.quarantined.most_common(3))}"
+            )
 
     def _row_groups(self, text: str) -> Iterator[tuple[tuple[int, int], list[dict[str, Any]]]]:
         for number, shard in enumerate(self.shards):
@@ -215,6 +266,16 @@ def _pictures(file: pq.ParquetFile, group: int) -> list[int]:
 def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:
     """The skeleton that replaces a generation document whose prompt is dropped."""
     return skeleton(UNCONDITIONAL, tokenizer, positions)
+
+
+@cache
+def _preparing_code() -> str:
+    """Hash of the code and the library that make documents of rows."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(tokenizers.__version__.encode())
+    for name in ("dialogues.py", "documents.py", "index.py", "prompts.py", "text_tokenizer.py"):
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _check(made: Skeleton, task: Task, context: int) -> None:

@@ -12,7 +12,7 @@ from unifork.batch import Batch, Document, pack
 from unifork.config import Track
 from unifork.data.documents import CodesIdentity, Part, Quarantine, Skeleton, unconditional
 from unifork.data.order import MixtureOrder, SetOrder, Slot, uniform
-from unifork.data.packing import deal, fill, pack_step
+from unifork.data.packing import deal, pack_step
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 
@@ -32,6 +32,7 @@ class StepPlan:
     microbatches: list[list[list[list[int]]]]
     text_targets: int
     image_targets: int
+    row_tokens: int
     fill: float
 
 
@@ -77,32 +78,34 @@ class TrackLoader:
             len(self.unconditional.kinds_T) if drop else part.length(slot.document)
             for part, slot, drop in zip(parts, slots, dropped, strict=True)
         ]
-        rows = pack_step(lengths, [part.task for part in parts], self.row_tokens)
+        tasks = [part.task for part in parts]
+        packing = pack_step(lengths, tasks, self.row_tokens, workers * self.rows_per_microbatch)
         text = sum(part.learned(slot.document) for part, slot in zip(parts, slots, strict=True))
         pictures = sum(part.task == "generation" for part in parts)
         return StepPlan(
             slots=slots,
             dropped=dropped,
-            keys=[part.keys[slot.document] for part, slot in zip(parts, slots, strict=True)],
+            keys=[part.key(slot.document) for part, slot in zip(parts, slots, strict=True)],
             lengths=lengths,
-            microbatches=deal(rows, workers, self.rows_per_microbatch),
+            microbatches=deal(packing.rows, workers, self.rows_per_microbatch),
             text_targets=text,
             image_targets=pictures * self.supervised_positions,
-            fill=fill(rows, lengths, self.row_tokens),
+            row_tokens=packing.row_tokens,
+            fill=packing.fill,
         )
 
     def batches(self, plan: StepPlan, worker: int) -> Iterator[Batch]:
         """The microbatches of one worker, in order."""
         for rows in plan.microbatches[worker]:
             documents = [[self.document(plan, number) for number in row] for row in rows]
-            yield pack(documents, self.row_tokens, self.identity.depth)
+            yield pack(documents, plan.row_tokens, self.identity.depth)
 
     def document(self, plan: StepPlan, number: int) -> Document:
         """One document of a step, its prompt dropped or not as the plan says."""
         slot = plan.slots[number]
         part = self.parts[slot.part]
         if plan.dropped[number]:
-            made = self.unconditional.with_codes(part.keys[slot.document], part.task, part.codes(slot.document))
+            made = self.unconditional.with_codes(part.key(slot.document), part.task, part.codes(slot.document))
         else:
             made = part.document(slot.document)
         return replace(made, supervised_positions=self.supervised_positions)

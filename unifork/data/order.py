@@ -7,6 +7,7 @@ so memory is flat and reads are local. Nothing here knows workers, packing or hi
 """
 
 import hashlib
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -44,7 +45,7 @@ def uniform(*keys: object) -> float:
 class SetOrder:
     """The endless order of one data set, by position."""
 
-    def __init__(self, group_sizes: list[int], *keys: object) -> None:
+    def __init__(self, group_sizes: Sequence[int] | np.ndarray, *keys: object) -> None:
         """group_sizes: usable documents per row group, in file order."""
         self.sizes = np.array(group_sizes, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).astype(np.int64)

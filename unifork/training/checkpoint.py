@@ -1,30 +1,38 @@
 """Checkpoints are ours alone: `step-N` folders and a `latest` that is renamed into place.
 
 A checkpoint holds every tensor, trained or frozen, the optimizer state of every track by parameter
-name, the counters of every track, and the fingerprint of what it belongs to. It knows nothing of
-workers, so training can go on with another number of them.
+name, the counters of every track, the fingerprint of what it belongs to and a list of its tensors.
+Every worker writes and reads its own shards (torch.distributed.checkpoint): no worker ever holds the
+whole of a sharded model, and training can go on with another number of workers or another strategy.
 """
 
 import json
+import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from unifork.errors import CheckpointError
-from unifork.manifest import fsync_folder, write_atomically, write_json
-from unifork.training.strategies import barrier, like, put, whole
+from unifork.manifest import fsync_folder, fsync_tree, write_atomically, write_json
+from unifork.models.modeling import UniForkModel, load_model
+from unifork.training.strategies import barrier
 
 LATEST = "latest"
 STATE = "state.json"
 FINISHED = "finished.json"
-FORMAT = 1
+FORMAT = 2
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,11 @@ class State:
     def total(self) -> int:
         """Finished steps of all tracks."""
         return sum(self.steps.values())
+
+
+def folder_of(run: Path, state: State) -> Path:
+    """Where the checkpoint of a state lies in a run folder."""
+    return run / f"step-{state.total}"
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -54,25 +67,37 @@ def save(
     state: State,
     fingerprint: str,
     keep: int,
-    writes: bool,
-) -> Path:
-    """Write a checkpoint; every worker calls this, the one that `writes` touches the disk.
+    lead: bool,
+) -> None:
+    """Write a checkpoint; every worker calls this and writes its shards, the lead makes it count.
 
     optimizers: for each track its optimizer and its parameters by name.
     """
-    tensors = {name: whole(tensor).contiguous() for name, tensor in all_tensors(model).items()}
-    moments = {track: _optimizer_tensors(*pair) for track, pair in optimizers.items()}
-    final = folder / f"step-{state.total}"
-    if writes:
-        temporary = folder / f".{final.name}.tmp"
+    final = folder_of(folder, state)
+    temporary = folder / f".{final.name}.tmp"
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in all_tensors(model).items()}
+    for track, (optimizer, parameters) in optimizers.items():
+        for name, parameter in parameters.items():
+            for moment in MOMENTS if parameter in optimizer.state else ():
+                tensors[f"optimizer/{track}/{name}/{moment}"] = optimizer.state[parameter][moment]
+    if lead:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        files = {"model.safetensors": tensors} | {f"optimizer-{t}.safetensors": m for t, m in moments.items()}
-        for name, content in files.items():
-            write_atomically(temporary / name, lambda path, content=content: save_file(content, path))  # type: ignore[misc]
-        sizes = {name: (temporary / name).stat().st_size for name in files}
-        plain = {"format": FORMAT, "fingerprint": fingerprint, "steps": state.steps, "files": sizes}
+    barrier()
+    alone = not (dist.is_available() and dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that one process saves alone
+        save_shards(tensors, storage_writer=FileSystemWriter(temporary), no_dist=alone)
+    barrier()
+    if lead:
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        trained = {name for _, parameters in optimizers.values() for name in parameters}
+        listed = tensor_list(model, trained)
+        plain = {
+            "format": FORMAT, "fingerprint": fingerprint, "steps": state.steps, "files": sizes, "tensors": listed
+        }  # fmt: skip
         write_json(temporary / STATE, plain)
+        fsync_tree(temporary)
         if final.exists():  # the same step of an earlier attempt; the content is the same
             shutil.rmtree(final)
         temporary.rename(final)
@@ -80,7 +105,14 @@ def save(
         write_atomically(folder / LATEST, lambda path: path.write_text(final.name))
         _prune(folder, keep)
     barrier()
-    return final
+
+
+def tensor_list(model: nn.Module, trained: set[str]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and trained-or-frozen of every tensor of a checkpoint."""
+    return {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "trained": name in trained}
+        for name, tensor in all_tensors(model).items()
+    }
 
 
 def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -108,16 +140,33 @@ def restore(
     model: nn.Module,
     optimizers: Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]],
 ) -> State:
-    """Load a checkpoint into a model and its optimizers, strictly.
+    """Load a checkpoint into a model and its optimizers, strictly; a worker reads only its shards.
 
-    Raises CheckpointError when names or shapes differ.
+    Raises CheckpointError when names, shapes or dtypes differ.
     """
-    fill(all_tensors(model), _load(path / "model.safetensors"), path / "model.safetensors")
+    _read(path, "model", all_tensors(model))
     for track, (optimizer, parameters) in optimizers.items():
-        if plain["steps"][track]:
-            file = path / f"optimizer-{track}.safetensors"
-            _restore_optimizer(optimizer, parameters, _load(file), file)
+        if not plain["steps"][track]:
+            continue
+        moments = {
+            name: {m: torch.tensor(0.0) if m == "step" else torch.zeros_like(parameter.detach()) for m in MOMENTS}
+            for name, parameter in parameters.items()
+        }
+        flat = {f"{name}/{moment}": value for name, state in moments.items() for moment, value in state.items()}
+        _read(path, f"optimizer/{track}", flat)
+        for name, parameter in parameters.items():
+            optimizer.state[parameter].update(moments[name])
     return State(dict(plain["steps"]))
+
+
+def whole_model(path: Path, start: Path) -> UniForkModel:
+    """The model of a checkpoint in one piece on the CPU, whatever strategy wrote it.
+
+    start: model directory the run began with, which has the configuration. Raises CheckpointError.
+    """
+    model = load_model(start)
+    _read(path, "model", all_tensors(model))
+    return model
 
 
 def set_aside(folder: Path) -> Path:
@@ -129,46 +178,29 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
+    """Fill `targets` with the tensors below `part`. Raises CheckpointError."""
+    reader = FileSystemReader(path)
+    wanted = {f"{part}/{name}": tensor.detach() for name, tensor in targets.items()}
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        stored = {
+            name: meta for name, meta in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith(f"{part}/")
+        }  # fmt: skip
+        missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+        if missing or surplus:
+            raise CheckpointError(f"{path}: missing {missing[:5]}, not expected {surplus[:5]}")
+        for name, tensor in wanted.items():
+            found = stored[name].size, stored[name].properties.dtype  # type: ignore[union-attr]
+            if found != (tensor.shape, tensor.dtype):
+                raise CheckpointError(
+                    f"{path}: {name} is {tuple(found[0])} {found[1]}, not {tuple(tensor.shape)} {tensor.dtype}"
+                )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that no process group is used: none is needed
+            load_shards(wanted, storage_reader=reader, no_dist=True)
+    except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-
-
-def fill(targets: dict[str, Tensor], values: dict[str, Tensor], path: Path) -> None:
-    """Copy `values` into `targets` by name. Raises CheckpointError when names or shapes differ."""
-    missing, surplus = sorted(targets.keys() - values.keys()), sorted(values.keys() - targets.keys())
-    if missing or surplus:
-        raise CheckpointError(f"{path}: missing {missing[:5]}, not expected {surplus[:5]}")
-    for name, target in targets.items():
-        if target.shape != values[name].shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(values[name].shape)}, not {tuple(target.shape)}")
-        put(target, values[name])
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {
-        f"{name}|{moment}": whole(optimizer.state[parameter][moment]).contiguous()
-        for name, parameter in parameters.items()
-        if parameter in optimizer.state
-        for moment in MOMENTS
-    }
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], values: dict[str, Tensor], path: Path
-) -> None:
-    expected = {f"{name}|{moment}" for name in parameters for moment in MOMENTS}
-    if expected != values.keys():
-        raise CheckpointError(f"{path}: optimizer state of other parameters: {sorted(expected ^ values.keys())[:5]}")
-    for name, parameter in parameters.items():
-        for moment in MOMENTS:
-            value = values[f"{name}|{moment}"]
-            optimizer.state[parameter][moment] = value.clone() if moment == "step" else like(parameter, value)
 
 
 def _prune(folder: Path, keep: int) -> None:

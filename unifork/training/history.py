@@ -13,11 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tensorboardX import SummaryWriter
+
 FILE = "history.jsonl"
+BOARD = "tensorboard"
 
 
 class History:
-    """The record of a run; one process writes it."""
+    """The record of a run; one process writes it: `history.jsonl`, and the same numbers for TensorBoard."""
 
     def __init__(self, folder: Path, finished: int) -> None:
         """finished: steps (of all tracks) that the checkpoint already holds."""
@@ -28,15 +31,27 @@ class History:
             handle.flush()
             os.fsync(handle.fileno())
         self._handle = open(self.path, "a")  # noqa: SIM115 - lives as long as the run
+        self._done = len(kept)
+        # what an attempt before this one wrote after the checkpoint is hidden
+        self._board = SummaryWriter(str(folder / BOARD), purge_step=len(kept) + 1)
 
     def add(self, row: dict[str, Any]) -> None:
         """One step."""
         self._handle.write(json.dumps(row) + "\n")
         self._handle.flush()
+        self._done += 1
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{row['track']}/{name}", value, self._done)
+
+    def sync(self) -> None:
+        """Bring every step so far to the disk; a checkpoint must not know steps that the history does not."""
+        os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         """No more steps."""
         self._handle.close()
+        self._board.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -100,5 +115,6 @@ class Progress:
         eta = f"  {(self.total - done) / rate:.0f} s to go" if done < self.total else ""
         self.log(
             f"step {done}/{self.total} [{row['track']}]  {losses}  "
-            f"lr {row['learning_rate']:.2e}  {rate * documents:.0f} documents/s{eta}"
+            f"lr {row['learning_rate']:.2e}  fill {row['fill']:.2f}  "
+            f"{rate * documents:.0f} documents/s  {rate * row['tokens']:.0f} tokens/s{eta}"
         )

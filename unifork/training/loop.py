@@ -8,6 +8,7 @@ losses are added. So the result does not depend on workers, accumulation or pack
 Shape suffixes: D code depth.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from unifork.config import Stage, Track
 from unifork.data.loader import StepPlan, TrackLoader
-from unifork.errors import UniForkError
+from unifork.models.layer_plan import BRANCHES
 from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
 from unifork.training.strategies import summed, whole
+from unifork.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Run:
 def turns(stage: Stage) -> list[tuple[str, int]]:
     """The order of all optimizer steps of a stage: (track, step of the track)."""
     steps = {name: track.steps for name, track in stage.tracks.items()}
+    if stage.interleave == "concurrent":  # side by side in proportion, so that all end together
+        every = [((step + 1) / total, name, step) for name, total in steps.items() for step in range(total)]
+        return [(name, step) for _, name, step in sorted(every, key=lambda one: one[0])]
     burst = max(steps.values()) if stage.interleave == "sequential" else stage.interleave
     rounds = -(-max(steps.values()) // burst)
     return [
@@ -52,58 +57,83 @@ def trained_by(name: str, track: Track, model: nn.Module) -> list[str]:
     return trainable_names(names, track.trainable, f"track {name}: trainable")
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, for gradient norms: a branch, or one of the rest."""
+    words = name.split(".")
+    branches = {branch for route, names in BRANCHES.items() if route != "none" for branch in names}
+    named = {"image_head": "head", "connector": "connector"}
+    return named.get(words[0]) or next((word for word in words if word in branches), "trunk")
+
+
 class TrackRun:
     """One track's optimizer over its trained parameters."""
 
-    def __init__(self, name: str, track: Track, loader: TrackLoader, model: nn.Module) -> None:
-        self.name, self.track, self.loader = name, track, loader
+    def __init__(self, name: str, track: Track, loader: TrackLoader, model: nn.Module, watch: Watch) -> None:
+        self.name, self.track, self.loader, self.watch = name, track, loader, watch
         named = dict(model.named_parameters())
         self.parameters = {one: named[one] for one in trained_by(name, track, model)}
+        self.parts: dict[str, list[nn.Parameter]] = {}
+        for one, parameter in self.parameters.items():
+            self.parts.setdefault(part_of(one), []).append(parameter)
         self.optimizer = make_optimizer(track.optimizer, self.parameters.values())
 
     def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: Run) -> dict[str, Any]:
-        """One optimizer step; returns its metrics, equal on every worker."""
+        """One optimizer step; returns its metrics, equal on every worker.
+
+        Raises UniForkError before the update when a loss or the gradient is out of bounds.
+        """
         rate = learning_rate(self.track.optimizer, step, self.track.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         plan = self.loader.plan(step, run.workers)
         sums_1D = self._accumulate(wrapped, plan, run)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.track.optimizer.clip_norm)
-        norm_value = float(whole(norm))
-        metrics = _metrics(self.name, step, sums_1D, plan, rate, norm_value)
-        if not torch.isfinite(torch.tensor([norm_value, metrics["loss"]])).all():
-            raise UniForkError(
-                f"track {self.name}, step {step}: loss {metrics['loss']}, gradient norm {norm_value}; "
-                f"stopped before the update. Documents of the step: {', '.join(plan.keys)}"
-            )
+        norms = self._clip()
+        names = ["gradient_norm", *(f"gradient_norm_{part}" for part in self.parts)]
+        metrics = {
+            "track": self.name,
+            "step": step,
+            **_losses(sums_1D.tolist(), plan),
+            "learning_rate": rate,
+            **dict(zip(names, norms.tolist(), strict=True)),
+            "tokens": sum(plan.lengths),
+            "fill": round(plan.fill, 4),
+            "documents": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
+        }
+        self.watch.check(metrics, plan.keys)
         self.optimizer.step()
         model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
         return metrics
+
+    def _clip(self) -> Tensor:
+        """Clip the whole gradient; its norm before that, and the norm of each part, in one tensor."""
+        parts = [
+            whole(nn.utils.get_total_norm([one.grad for one in part if one.grad is not None]))
+            for part in self.parts.values()
+        ]
+        norms = torch.stack(parts)
+        total = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.track.optimizer.clip_norm, total)
+        return torch.cat([total.reshape(1), norms])
 
     def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: Run) -> Tensor:
         """Backward over all microbatches; [text, depth 0, ... depth D-1] loss sums of the step."""
         text_scale = run.workers / max(plan.text_targets, 1)
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)
-        sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64)
+        sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64, device=run.device)
         for batch in self.loader.batches(plan, run.rank):
             losses = wrapped(batch.to(run.device))
             (losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale).backward()
-            sums += torch.cat([losses.text_loss_sum.reshape(1), losses.image_loss_sum_D]).detach().cpu().double()
+            sums += torch.cat([losses.text_loss_sum.reshape(1), losses.image_loss_sum_D]).detach().double()
         return summed(sums)
 
 
-def _metrics(track: str, step: int, sums_1D: Tensor, plan: StepPlan, rate: float, norm: float) -> dict[str, Any]:
-    text = float(sums_1D[0]) / plan.text_targets if plan.text_targets else None
-    depths = [float(one) / plan.image_targets for one in sums_1D[1:]] if plan.image_targets else []
+def _losses(sums: list[float], plan: StepPlan) -> dict[str, Any]:
+    text = sums[0] / plan.text_targets if plan.text_targets else None
+    depths = [one / plan.image_targets for one in sums[1:]] if plan.image_targets else []
     image = sum(depths) / len(depths) if depths else None
     return {
-        "track": track,
-        "step": step,
         "loss": (text or 0.0) + (image or 0.0),
         "text_loss": text,
         "image_loss": image,
         **{f"image_loss_depth_{depth}": value for depth, value in enumerate(depths)},
-        "learning_rate": rate,
-        "gradient_norm": norm,
-        "fill": round(plan.fill, 4),
     }

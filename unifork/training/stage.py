@@ -10,6 +10,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +29,13 @@ from unifork.training.checkpoint import State
 from unifork.training.history import History, Log, Progress, read, write_csv
 from unifork.training.loop import Run, TrackRun, trained_by, turns
 from unifork.training.optimizer import freeze_all_but
-from unifork.training.strategies import barrier, strategy, whole
+from unifork.training.strategies import barrier, strategy
+from unifork.training.watch import Watch
 from unifork.vocabulary import VIEW_OF_TASK
 
-NOT_IN_THE_WEIGHTS = {"checkpoint_every", "keep_checkpoints", "sample_prompts", "sampling"}
+TRAINING = "training"
+"""Folder of a model that says how it was trained; a fresh one has none."""
+NOT_IN_THE_WEIGHTS = {"checkpoint_every", "keep_checkpoints", "sample_prompts", "sampling", "loss_band"}
 """Fields of a stage that decide nothing about its weights."""
 
 
@@ -132,7 +136,10 @@ def _train(job: StageJob, run: Run) -> None:
     }  # fmt: skip
     freeze_all_but(model, {one for name, track in stage.tracks.items() for one in trained_by(name, track, model)})
     wrapped = strategy(job.resources.strategy, run.workers).wrap(model)
-    tracks = {name: TrackRun(name, track, loaders[name], model) for name, track in stage.tracks.items()}
+    fresh = not (job.start / TRAINING).exists()
+    words = model.config.backbone_config().vocab_size
+    watch = Watch(stage.loss_band, words, model.config.codebook_size, fresh, job.run_folder, lead, log)
+    tracks = {name: TrackRun(name, track, loaders[name], model, watch) for name, track in stage.tracks.items()}
     pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
     order = turns(stage)
     state = State(dict.fromkeys(stage.tracks, 0))
@@ -152,12 +159,15 @@ def _train(job: StageJob, run: Run) -> None:
             history.add(metrics)
             progress.show(done + 1, metrics, stage.tracks[name].batch_documents)
         if (done + 1) % stage.checkpoint_every == 0 or done + 1 == len(order):
+            if history:
+                history.sync()
             checkpoint.save(job.run_folder, model, pairs, state, mark, stage.keep_checkpoints, lead)
             run.report({"finished_steps": done + 1, **{k: v for k, v in metrics.items() if v is not None}})
     if history:
         history.close()
-    _export(job, model, tokenizer, run, quarantine, tracks)
     if lead:
+        _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, quarantine, tracks)
+        _report_seen(log, tracks, read(job.run_folder))
         seconds = time.monotonic() - started
         write_json(
             job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "code": code_digest(), "seconds": seconds}
@@ -172,7 +182,9 @@ def _make_room(job: StageJob, mark: str, log: Log) -> None:
         found = checkpoint.latest(folder)
         finished = folder / checkpoint.FINISHED
         reason = None
-        if found and found[1]["fingerprint"] != mark:
+        if found and found[1]["format"] != checkpoint.FORMAT:
+            reason = "holds checkpoints of another format"
+        elif found and found[1]["fingerprint"] != mark:
             reason = "belongs to another configuration, start model or data"
         elif finished.exists() and json.loads(finished.read_text())["code"] != code_digest():
             reason = "was finished by other code"
@@ -196,23 +208,26 @@ def _announce(
         log(f"quarantined: {count} x {reason}")
 
 
+def _report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any]]) -> None:
+    for name, track in tracks.items():
+        parts = zip(track.loader.parts, track.loader.order.served(track.track.steps), strict=True)
+        seen = ", ".join(f"{n} {p.entry.dataset} ({p.entry.template}), {n / len(p):.2f} passes" for p, n in parts)
+        fills = [row["fill"] for row in rows if row["track"] == name]
+        log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
+
+
 def _export(
-    job: StageJob, model: UniForkModel, tokenizer: TextTokenizer, run: Run,
-    quarantine: Quarantine, tracks: dict[str, TrackRun],
-) -> None:  # fmt: skip
-    """Write the model directory: weights, companions, history, samples and what was done."""
-    tensors = {name: whole(tensor) for name, tensor in checkpoint.all_tensors(model).items()}
-    if run.rank != 0:
-        return
+    job: StageJob, path: Path, tokenizer: TextTokenizer, quarantine: Quarantine, tracks: dict[str, TrackRun]
+) -> None:
+    """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
     temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = load_model(job.start)  # whole and on the CPU, however the trained one was shared
-    checkpoint.fill(checkpoint.all_tensors(model), tensors, temporary)
+    model = checkpoint.whole_model(path, job.start)
     model.save_pretrained(temporary)
     for name in COMPANIONS:
         if (job.start / name).exists():
             shutil.copytree(job.start / name, temporary / name)
-    training = temporary / "training"
+    training = temporary / TRAINING
     write_csv(read(job.run_folder), training / "history.csv")
     trained = {name for track in tracks.values() for name in track.parameters}
     write_json(
@@ -228,10 +243,7 @@ def _export(
                 ]
                 for name, track in tracks.items()
             },
-            "tensors": {
-                name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "trained": name in trained}
-                for name, tensor in checkpoint.all_tensors(model).items()
-            },
+            "tensors": checkpoint.tensor_list(model, trained),
         },
     )
     if job.stage.sample_prompts:

@@ -7,10 +7,9 @@ workers before the backward pass (FSDP2's own divide factor does not work on glo
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unifork.errors import unknown
@@ -64,27 +63,8 @@ def strategy(name: str, workers: int) -> Strategy:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, in full, on the CPU. Every worker must call this."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu()
-
-
-def put(target: Tensor, value: Tensor) -> None:
-    """Copy a full tensor into one that may be sharded."""
-    with torch.no_grad():
-        if isinstance(target, DTensor):
-            target.copy_(
-                distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
-            )
-        else:
-            target.copy_(value)
-
-
-def like(target: Tensor, value: Tensor) -> Tensor:
-    """A full tensor in the layout of `target`."""
-    made = torch.empty_like(target, dtype=value.dtype)
-    put(made, value)
-    return made
+    """A small tensor that may be sharded, in full. Every worker must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def summed(values: Tensor) -> Tensor:

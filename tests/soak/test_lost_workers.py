@@ -1,0 +1,95 @@
+"""A worker process or a whole node dies inside a running fit: it is replaced and training goes on."""
+
+import os
+import signal
+import threading
+import time
+from unittest import mock
+
+import pytest
+from tiny import REPOSITORY, build, copy_of
+
+from unifork.cluster import set_ray_environment
+from unifork.config import Experiment, TrainResources, load
+from unifork.processes import lock_path
+from unifork.training.history import read
+from unifork.training.loop import Run
+from unifork.training.stage import StageJob, train_stage
+
+KEY, STEPS, DIES_AFTER = "unifork-s1-captions", 60, 10
+CHANGES = {"stages": {"s1-captions": {"tracks": {"joint": {"steps": STEPS}}, "checkpoint_every": 5}}}
+
+pytestmark = pytest.mark.soak
+
+
+def job(root, workers):
+    resources = TrainResources(workers=workers, cpus=1, threads=1, row_tokens=384, max_restarts=3)
+    return StageJob(key=KEY, experiment=load(Experiment, root / "params.yaml"), resources=resources, root=str(root))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without CPUs and two nodes of one CPU each: one worker on each node."""
+    set_ray_environment()
+    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=1)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A root, and the history of the same stage on one worker without interruption."""
+    root = build(tmp_path_factory.mktemp("lost"), CHANGES)
+    alone = copy_of(root, tmp_path_factory.mktemp("alone") / "root")
+    train_stage(job(alone, 0), Run())
+    return root, read(job(alone, 0).run_folder)
+
+
+def kill_the_lead(one, cluster):
+    os.kill(int(lock_path(one.run_folder).read_text().split()[1]), signal.SIGKILL)
+
+
+def lose_a_node(one, cluster):
+    cluster.remove_node(sorted(cluster.worker_nodes, key=lambda node: node.unique_id)[0], allow_graceful=False)
+    with mock.patch("ray._private.utils.set_sigterm_handler"):  # allowed in the main thread alone, which trains
+        cluster.add_node(num_cpus=1)
+
+
+@pytest.mark.parametrize("loss", [kill_the_lead, lose_a_node])
+def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_path, loss):
+    from unifork.training.launch import launch
+
+    root, unbroken = prepared
+    one = job(copy_of(root, tmp_path / "root"), 2)
+    lost, ended = [], threading.Event()
+
+    def watch():
+        pointer, deadline = one.run_folder / "latest", time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if pointer.exists() and int(pointer.read_text().removeprefix("step-")) >= DIES_AFTER:
+                loss(one, cluster)
+                lost.append(True)
+                ended.wait()  # a node dies with the thread that started it
+                return
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        launch(one)
+    finally:
+        ended.set()
+        watcher.join()
+    assert lost
+    assert "continuing from step" in (one.run_folder / "log.txt").read_text()
+    history = read(one.run_folder)
+    assert [row["documents"] for row in history] == [row["documents"] for row in unbroken]
+    for ours, theirs in zip(history, unbroken, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
