@@ -158,6 +158,8 @@ class HeadConfig(Plain):
     """Width of one attention head."""
     mlp_ratio: PositiveInt = 4
     """MLP width as a multiple of the backbone's hidden size."""
+    folded: bool = True
+    """False: with the linear maps in front of and behind attention that the published head has besides."""
 
 
 class Variant(Plain):
