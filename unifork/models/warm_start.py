@@ -13,17 +13,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unifork.config import Variant
 from unifork.errors import CheckpointError, ConfigError
 from unifork.identity import codebook_identity
-from unifork.models.configuration import UniForkConfig
+from unifork.models.configuration import UniForkConfig, backbone_of
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
+from unifork.weights import StoredWeights, read_json
 
 _NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
 _BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
@@ -46,6 +47,19 @@ class WarmStart:
 def without_branch(name: str) -> str:
     """A tensor's name as a dense model would have it: `norm.generation.weight` -> `norm.weight`."""
     return _BRANCH.sub(r"\1.", name)
+
+
+def branch_of(name: str) -> str | None:
+    """The branch a tensor's name carries: `norm.generation.weight` -> `generation`; None without any."""
+    found = _BRANCH.match(name)
+    return found[2] if found else None
+
+
+def dense_backbone(folder: Path) -> dict[str, Any]:
+    """The backbone a dense model's `config.json` describes. Raises CheckpointError or ConfigError."""
+    path = folder / "config.json"
+    plain = read_json(path)
+    return backbone_of(plain, str(plain.get("model_type", "(missing)")), str(path))
 
 
 def create_model(
@@ -101,7 +115,11 @@ def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) ->
     Raises CheckpointError when a tensor is missing, of another shape, or of no use to the model.
     """
     place = "dense model" if isinstance(dense, Mapping) else str(dense)
-    state = dense if isinstance(dense, Mapping) else read_weights(Path(dense))
+    if isinstance(dense, Mapping):
+        state = dense
+    else:
+        stored = StoredWeights(Path(dense))
+        state = stored.read(stored.file_of)
     source = {name.removeprefix("model."): name for name in state}
     parameters = dict(model.named_parameters())
     created = tuple(name for name in model.state_dict() if name.startswith(_NOT_DENSE))
@@ -130,18 +148,3 @@ def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) ->
         created=created,
         left_out=tuple(sorted(source[name] for name in left_out)),
     )
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files. Raises CheckpointError when there are none or one is damaged."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no .safetensors weights (pickles are not read)")
-    state: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return state
