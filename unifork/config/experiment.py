@@ -168,7 +168,11 @@ class Variant(Plain):
     plan: str
     """Layer plan in run-length notation, for example `shared*12 task*12 norm:task`, or a preset, here `unifork:12`."""
     backbone: dict[str, Any]
-    """Keys of the transformers configuration of the dense model (`model_type` qwen2 or llama)."""
+    """Keys of the transformers configuration of the dense model (`model_type` qwen2 or llama).
+
+    With `warm_start`, only keys that differ from that model's own configuration."""
+    warm_start: str | None = None
+    """Folder of the dense model every branch starts as a copy of, or its name on the Hub; None draws weights."""
     head: HeadConfig
     stages: tuple[str, ...]
     """Names of the stages, in order."""

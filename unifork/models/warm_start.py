@@ -24,7 +24,7 @@ from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
-from unifork.weights import StoredWeights, read_json
+from unifork.weights import StoredWeights, local_folder, read_json
 
 _NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
 _BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
@@ -62,6 +62,35 @@ def dense_backbone(folder: Path) -> dict[str, Any]:
     return backbone_of(plain, str(plain.get("model_type", "(missing)")), str(path))
 
 
+def model_config(
+    variant: Variant,
+    codebook_size: int,
+    code_channels: int,
+    depth: int,
+    grid: int,
+    vocab_size: int,
+    codebook_id: str = "",
+    encoder_id: str = "",
+    special_tokens: Mapping[str, int] | None = None,
+) -> UniForkConfig:
+    """The configuration of a variant. Raises ConfigError when its vocabulary is smaller than the tokenizer's."""
+    named = variant.backbone.get("vocab_size", vocab_size)
+    if named < vocab_size:
+        raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
+    return UniForkConfig(
+        plan=variant.plan,
+        backbone={**variant.backbone, "vocab_size": named},
+        head=variant.head.model_dump(),
+        codebook_size=codebook_size,
+        code_channels=code_channels,
+        depth=depth,
+        grid=grid,
+        codebook_id=codebook_id,
+        encoder_id=encoder_id,
+        special_tokens=None if special_tokens is None else dict(special_tokens),
+    )
+
+
 def create_model(
     variant: Variant,
     codebook_KC: Tensor,
@@ -72,25 +101,21 @@ def create_model(
     seed: int | None = None,
     special_tokens: Mapping[str, int] | None = None,
 ) -> UniForkModel:
-    """A new model of a variant around a frozen codebook; `seed` stands in for the variant's own."""
-    named = variant.backbone.get("vocab_size", vocab_size)
-    if named < vocab_size:
-        raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
-    config = UniForkConfig(
-        plan=variant.plan,
-        backbone={**variant.backbone, "vocab_size": named},
-        head=variant.head.model_dump(),
-        codebook_size=codebook_KC.shape[0],
-        code_channels=codebook_KC.shape[1],
-        depth=depth,
-        grid=grid,
-        codebook_id=codebook_identity(codebook_KC, depth, grid),
-        encoder_id=encoder_id,
-        special_tokens=None if special_tokens is None else dict(special_tokens),
-    )
+    """A new model of a variant around a frozen codebook; `seed` stands in for the variant's own.
+
+    Raises ConfigError or CheckpointError when the dense model of `warm_start` does not fit.
+    """
+    dense = None if variant.warm_start is None else local_folder(variant.warm_start)
+    if dense is not None:
+        variant = variant.model_copy(update={"backbone": {**dense_backbone(dense), **variant.backbone}})
+    identity = codebook_identity(codebook_KC, depth, grid)
+    K, C = codebook_KC.shape
+    config = model_config(variant, K, C, depth, grid, vocab_size, identity, encoder_id, special_tokens)
     with torch.random.fork_rng(devices=[]):
         model = UniForkModel(config)
     initialise(model, variant.seed if seed is None else seed)
+    if dense is not None:
+        warm_start(model, dense)
     model.codebook.copy_(codebook_KC)
     return model
 
