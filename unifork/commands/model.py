@@ -44,7 +44,7 @@ def import_(
     from safetensors.torch import save_file
 
     from unifork import inference
-    from unifork.image_tokenizer.conversion import TOWER_IN_UNIFORK, read_official
+    from unifork.image_tokenizer.conversion import read_official, siglip_of, tower_of
     from unifork.image_tokenizer.official_export import REMAINDER_FILE, SIGLIP_FOLDER, remainder
     from unifork.models import conversion
     from unifork.weights import PICKLED, StoredWeights, local_folder, read_json
@@ -53,11 +53,9 @@ def import_(
     folder = local_folder(source, files=("*.json", "*.txt", "*.safetensors", *(f"*{end}" for end in PICKLED)))
     plain = read_json(folder / "config.json")
     pictures = read_official(folder, image_size, vision_tower, allow_pickle)
-    places = (Path(),) if vision_tower else (folder, folder.parent, Path())
-    tower = local_folder(vision_tower or str(plain.get("mm_vision_tower")), places, ("*.json",))
+    tower, prefix = tower_of(folder, vision_tower)
     tower_plain = read_json(tower / "config.json")
-    named = str(tower_plain["rqvaesiglip"]["pretrained_model"])
-    siglip = read_json(local_folder(named, (tower, tower.parent, Path()), ("config.json",)) / "config.json")
+    siglip = read_json(siglip_of(tower, tower_plain["rqvaesiglip"]["pretrained_model"]))
     codebook, grid = pictures.quantizer.codebook, pictures.architecture.grid
     config = conversion.official_config(plain, tower_plain, codebook, grid, pictures.encoder_id, str(folder))
     text = _text_folder(
@@ -68,7 +66,7 @@ def import_(
     weights = StoredWeights(folder, allow_pickle)
     model = conversion.from_official(weights, config, codebook)
     read = weights.read(name for name in weights.file_of if name.startswith(conversion.TOKENIZER))
-    kept = remainder({n.removeprefix(TOWER_IN_UNIFORK): t for n, t in read.items()}, pictures, model.dtype)
+    kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, pictures, model.dtype)
     conversion.set_head_form(model, folded)
     with _new(out) as partial:
         model.save_pretrained(partial)
@@ -215,20 +213,24 @@ def summary(
 
 def _variant_config(experiment: str, variant: str) -> "UniForkConfig":
     from unifork import experiments
+    from unifork.config import TextTokenizerConfig
+    from unifork.image_tokenizer.model import architecture_of
     from unifork.models.warm_start import model_config
 
-    params = experiments.resolve(experiment)
+    params, directory = experiments.resolve(experiment), Path("tokenizers/image")
     if variant not in params.variants:
         raise unknown("variant", variant, params.variants, f"experiments/{experiment}.yaml: variants")
-    pictures = params.image_tokenizer
-    return model_config(
-        params.variants[variant],
-        pictures.codebook_size,
-        pictures.encoder.hidden_size,
-        pictures.depth,
-        pictures.grid,
-        params.text_tokenizer.vocab_size,
+    shape = architecture_of(params.image_tokenizer, directory)
+    if shape is None:
+        raise ConfigError(f"experiment {experiment}: its image tokenizer is imported, and not yet in {directory}")
+    text = params.text_tokenizer
+    words = text.vocab_size if isinstance(text, TextTokenizerConfig) else 0
+    config = model_config(
+        params.variants[variant], shape.codebook_size, shape.encoder.hidden_size, shape.depth, shape.grid, words
     )
+    if not config.backbone["vocab_size"]:
+        raise ConfigError(f"experiment {experiment}: variant {variant} has no vocab_size in its backbone")
+    return config
 
 
 def _config(model: Path) -> "UniForkConfig":

@@ -73,13 +73,19 @@ def model_config(
     encoder_id: str = "",
     special_tokens: Mapping[str, int] | None = None,
 ) -> UniForkConfig:
-    """The configuration of a variant. Raises ConfigError when its vocabulary is smaller than the tokenizer's."""
-    named = variant.backbone.get("vocab_size", vocab_size)
+    """The configuration of a variant, completed by that of the dense model it starts from.
+
+    Raises ConfigError when its vocabulary is smaller than the text tokenizer's, CheckpointError when
+    the dense model's configuration cannot be read.
+    """
+    dense = {} if variant.warm_start is None else dense_backbone(local_folder(variant.warm_start))
+    backbone = {**dense, **variant.backbone}
+    named = backbone.get("vocab_size", vocab_size)
     if named < vocab_size:
         raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
     return UniForkConfig(
         plan=variant.plan,
-        backbone={**variant.backbone, "vocab_size": named},
+        backbone={**backbone, "vocab_size": named},
         head=variant.head.model_dump(),
         codebook_size=codebook_size,
         code_channels=code_channels,
@@ -105,17 +111,14 @@ def create_model(
 
     Raises ConfigError or CheckpointError when the dense model of `warm_start` does not fit.
     """
-    dense = None if variant.warm_start is None else local_folder(variant.warm_start)
-    if dense is not None:
-        variant = variant.model_copy(update={"backbone": {**dense_backbone(dense), **variant.backbone}})
     identity = codebook_identity(codebook_KC, depth, grid)
     K, C = codebook_KC.shape
     config = model_config(variant, K, C, depth, grid, vocab_size, identity, encoder_id, special_tokens)
     with torch.random.fork_rng(devices=[]):
         model = UniForkModel(config)
     initialise(model, variant.seed if seed is None else seed)
-    if dense is not None:
-        warm_start(model, dense)
+    if variant.warm_start is not None:
+        warm_start(model, local_folder(variant.warm_start))
     model.codebook.copy_(codebook_KC)
     return model
 
