@@ -194,7 +194,7 @@ def test_parameters_at_real_size_are_the_papers(folded, head, counts):
     assert paper_counts(config) == counts
     counted = {part.name: part for part in parts(config)}
     assert counted["image_head"].parameters == head
-    assert counted["image_head"].tasks == counted["layers generation"].tasks == ("generation",)
+    assert counted["image_head"].tasks == counted["layers (generation)"].tasks == ("generation",)
     assert counted["lm_head"].parameters == 0
     assert counted["lm_head"].tasks == ("understanding",)
-    assert counted["layers shared"].tasks == ("understanding", "generation")
+    assert counted["layers (shared)"].tasks == ("understanding", "generation")

@@ -188,8 +188,7 @@ def summary(
     variant: Annotated[str, typer.Option(help="which of its variants")] = "unifork",
 ) -> None:
     """Print the parts of a model, their parameters, the tasks that use and train them, and the paper's sums."""
-    from unifork.models.configuration import UniForkConfig
-    from unifork.models.parameters import paper_counts, parts
+    from unifork.models.parameters import paper_counts, parts, with_head
     from unifork.vocabulary import TASKS
 
     if (model is None) == (not experiment):
@@ -204,33 +203,19 @@ def summary(
     print(f"{'all':<24}{sum(part.parameters for part in counted):>16,}\n")
     print("as the paper counts them (see unifork.models.parameters):")
     for name, folded in HEADS.items():
-        form = UniForkConfig.from_dict({**config.to_dict(), "head": {**config.head, "folded": folded}})
-        counts = paper_counts(form)
+        counts = paper_counts(with_head(config, folded))
         mine = " (this model)" if folded == config.head_config().folded else ""
         sums = ", ".join(f"{what} {count / 1e6:,.1f} M" for what, count in counts.items())
         print(f"  {name + ' head:':<15}{sums}{mine}")
 
 
 def _variant_config(experiment: str, variant: str) -> "UniForkConfig":
-    from unifork import experiments
-    from unifork.config import TextTokenizerConfig
-    from unifork.image_tokenizer.model import architecture_of
-    from unifork.models.warm_start import model_config
+    from unifork import experiments, planning
 
-    params, directory = experiments.resolve(experiment), Path("tokenizers/image")
+    params = experiments.resolve(experiment)
     if variant not in params.variants:
         raise unknown("variant", variant, params.variants, f"experiments/{experiment}.yaml: variants")
-    shape = architecture_of(params.image_tokenizer, directory)
-    if shape is None:
-        raise ConfigError(f"experiment {experiment}: its image tokenizer is imported, and not yet in {directory}")
-    text = params.text_tokenizer
-    words = text.vocab_size if isinstance(text, TextTokenizerConfig) else 0
-    config = model_config(
-        params.variants[variant], shape.codebook_size, shape.encoder.hidden_size, shape.depth, shape.grid, words
-    )
-    if not config.backbone["vocab_size"]:
-        raise ConfigError(f"experiment {experiment}: variant {variant} has no vocab_size in its backbone")
-    return config
+    return planning.meta_model(params, params.variants[variant]).config
 
 
 def _config(model: Path) -> "UniForkConfig":

@@ -170,7 +170,7 @@ class Variant(Plain):
     backbone: dict[str, Any]
     """Keys of the transformers configuration of the dense model (`model_type` qwen2 or llama).
 
-    With `warm_start`, only keys that differ from that model's own configuration."""
+    Empty: those of `warm_start`'s own configuration."""
     warm_start: str | None = None
     """Folder of the dense model every branch starts as a copy of, or its name on the Hub; None draws weights."""
     head: HeadConfig

@@ -56,11 +56,16 @@ def paper_counts(config: UniForkConfig) -> dict[str, int]:
     }
 
 
+def with_head(config: UniForkConfig, folded: bool) -> UniForkConfig:
+    """The configuration of the same model with its image head in one of the two forms."""
+    return UniForkConfig.from_dict({**config.to_dict(), "head": {**config.head, "folded": folded}})
+
+
 def _part_of(name: str) -> str:
     branch, start = branch_of(name), name.partition(".")[0]
-    return f"{start} {branch}" if branch else start
+    return f"{start} ({branch})" if branch else start
 
 
 def _tasks_of(part: str) -> tuple[Task, ...]:
-    branch = part.partition(" ")[2]
+    branch = part.partition(" ")[2].strip("()")
     return tuple(task for task in TASKS if task == branch) if branch in BRANCHES["task"] else _TASKS.get(part, TASKS)

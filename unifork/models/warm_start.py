@@ -73,13 +73,14 @@ def model_config(
     encoder_id: str = "",
     special_tokens: Mapping[str, int] | None = None,
 ) -> UniForkConfig:
-    """The configuration of a variant, completed by that of the dense model it starts from.
+    """The configuration of a variant; one without a backbone has that of the dense model it starts from.
 
     Raises ConfigError when its vocabulary is smaller than the text tokenizer's, CheckpointError when
     the dense model's configuration cannot be read.
     """
-    dense = {} if variant.warm_start is None else dense_backbone(local_folder(variant.warm_start))
-    backbone = {**dense, **variant.backbone}
+    backbone = variant.backbone
+    if variant.warm_start is not None and not backbone:
+        backbone = dense_backbone(local_folder(variant.warm_start))
     named = backbone.get("vocab_size", vocab_size)
     if named < vocab_size:
         raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")

@@ -279,10 +279,8 @@ def _document(task: Task, kinds_T: np.ndarray, ids_T: np.ndarray, codes_ND: np.n
 
 def _packed(original: Original, documents: list[Document]) -> Batch:
     """One document a row; of each picture to be generated the positions that the original supervises."""
-    config = original.model.config
-    batch = pack([[document] for document in documents], max(map(len, documents)), config.depth)
-    first = torch.arange(len(batch.image_source_M)) % config.positions < original.supervised
-    return replace(batch, image_source_M=batch.image_source_M[first], image_target_MD=batch.image_target_MD[first])
+    rows = [[replace(document, supervised_positions=original.supervised)] for document in documents]
+    return pack(rows, max(map(len, documents)), original.model.config.depth)
 
 
 def _losses(model: UniForkModel, batch: Batch) -> dict[str, Tensor]:
