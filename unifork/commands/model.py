@@ -20,7 +20,8 @@ Out = Annotated[Path, typer.Option(help="directory to write; it must not exist")
 Head = Annotated[str, typer.Option(help="form of the image head: folded or unfolded, the same function")]
 HEADS = {"folded": True, "unfolded": False}
 OFFICIAL = "official"
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+TEXT_FILES = ("tokenizer.json", "vocab.json")
+"""A folder with one of these holds a text tokenizer."""
 TOWER = "vision_tower"
 
 
@@ -44,6 +45,7 @@ def import_(
     from safetensors.torch import save_file
 
     from unifork import inference
+    from unifork.data.text_tokenizer import TextTokenizer
     from unifork.image_tokenizer.conversion import read_official, siglip_of, tower_of
     from unifork.image_tokenizer.official_export import REMAINDER_FILE, SIGLIP_FOLDER, remainder
     from unifork.models import conversion
@@ -58,11 +60,10 @@ def import_(
     siglip = read_json(siglip_of(tower, tower_plain["rqvaesiglip"]["pretrained_model"]))
     codebook, grid = pictures.quantizer.codebook, pictures.architecture.grid
     config = conversion.official_config(plain, tower_plain, codebook, grid, pictures.encoder_id, str(folder))
-    text = _text_folder(
-        [text_tokenizer] if text_tokenizer else [folder, folder / "tokenizer", folder.parent / "tokenizer"]
-    )
+    usual = (folder, folder / "tokenizer", folder.parent / "tokenizer")
+    text = text_tokenizer or next((path for path in usual if any((path / file).is_file() for file in TEXT_FILES)), None)
     if text:
-        config.special_tokens = _special_tokens(text)
+        config.special_tokens = TextTokenizer(text).special_tokens
     weights = StoredWeights(folder, allow_pickle)
     model = conversion.from_official(weights, config, codebook)
     read = weights.read(name for name in weights.file_of if name.startswith(conversion.TOKENIZER))
@@ -108,8 +109,7 @@ def export(
             _write_official(loaded, model / inference.IMAGE_TOKENIZER, partial)
         else:
             dense_branch(loaded, branch).save_pretrained(partial)
-        if text := _text_folder([model / inference.TEXT_TOKENIZER]):
-            _copy_text(text, partial)
+        _copy_text(model / inference.TEXT_TOKENIZER, partial)
     print(f"{out}: {format} {branch}".rstrip())
 
 
@@ -172,7 +172,7 @@ def create(
         shape.grid,
         pictures.encoder_id,
         text.vocab_size,
-        special_tokens=_special_tokens(text_tokenizer),
+        special_tokens=text.special_tokens,
     )
     with _new(out) as partial:
         model.save_pretrained(partial)
@@ -232,27 +232,11 @@ def _form(head: str) -> bool:
     return HEADS[head]
 
 
-def _text_folder(candidates: list[Path]) -> Path | None:
-    return next((path for path in candidates if any((path / name).is_file() for name in TEXT_FILES)), None)
-
-
-def _special_tokens(folder: Path) -> dict[str, int] | None:
-    """Ids of Qwen2.5's special tokens that `tokenizer_config.json` or `tokenizer.json` adds to the vocabulary."""
-    from unifork.vocabulary import SPECIAL_TOKENS
-    from unifork.weights import read_json
-
-    ids: dict[str, int] = {}
-    if (path := folder / "tokenizer_config.json").exists():
-        added = read_json(path).get("added_tokens_decoder", {})
-        ids |= {token["content"]: int(number) for number, token in added.items()}
-    if (path := folder / "tokenizer.json").exists():
-        ids |= {token["content"]: token["id"] for token in read_json(path)["added_tokens"]}
-    return {token: ids[token] for token in SPECIAL_TOKENS if token in ids} or None
-
-
 def _copy_text(source: Path, target: Path) -> None:
+    from unifork.data.text_tokenizer import FILES
+
     target.mkdir(exist_ok=True)
-    for name in TEXT_FILES:
+    for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -2,8 +2,8 @@
 
 In: a fixture folder with an official checkpoint (`unifork/`, `vision_tower/`, `tokenizer/`) and the
 tensors of 02_head, 03_llm, 03_grads and 05_generate. Out: one comparison for every tensor of these
-that is computed. What the originals were given is given here too and not compared: prompts,
-pictures, backbone vectors and logits to sample from. Sizes, seeds and settings come from the folder.
+that is computed. What the originals were given is given here too and not compared: token ids of the
+training batch, pictures, backbone vectors, logits to sample from. Sizes and settings come from the folder.
 
 The original pads rows, and its padding reads the row's tokens; padding here reads nothing. What it
 computes at padding is therefore taken from the dense model a branch is (`dense_branch`).
@@ -29,6 +29,8 @@ from torch import Tensor
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, NO_DOCUMENT, TEXT, Batch, Document, pack
 from unifork.config import Sampling
+from unifork.data.prompts import Piece
+from unifork.data.text_tokenizer import TextTokenizer
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models import generation
@@ -36,7 +38,7 @@ from unifork.models.conversion import dense_branch, from_official, official_conf
 from unifork.models.generation import answer_texts, generate_images, guide, probabilities
 from unifork.models.modeling import UniForkModel
 from unifork.parity.comparison import Comparison
-from unifork.vocabulary import TURN_END, Task
+from unifork.vocabulary import PAD, TURN_END, Task
 from unifork.weights import StoredWeights, read_json
 
 HEAD, LLM, GRADS, GENERATE = "02_head", "03_llm", "03_grads", "05_generate"
@@ -203,6 +205,12 @@ def _decoding(original: Original) -> Iterator[Comparison]:
     ids_BL, D = given["input_ids"], model.config.depth
     boi = np.append(np.full(ids_BL.shape[1], TEXT), BEGIN_IMAGE)
     rows = [_document("generation", boi, np.append(ids, 0), np.zeros((0, D))) for ids in ids_BL.numpy()]
+    text = TextTokenizer(original.folder / "tokenizer")
+    written = [text.encode_pieces([Piece(one, control=True)])[0].tolist() for one in notes["texts"]]
+    padding = [ids_BL.shape[1] - len(ids) for ids in written]
+    pad = text.id_of(PAD)
+    yield compare("input_ids", torch.tensor([[pad] * left + ids for left, ids in zip(padding, written, strict=True)]))
+    yield compare("attention_mask", (torch.arange(len(boi)) >= torch.tensor(padding)[:, None]))
     yield compare("prompt_embeds_with_boi", model.embed(pack([[row] for row in rows], len(boi), D)), NUMBERS)
 
     real_BL = given["attention_mask"][:, : ids_BL.shape[1]].bool()
