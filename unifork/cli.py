@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from unifork.commands import model as model_group
 from unifork.commands import tokenizer
 from unifork.commands.inspect import inspect
 from unifork.commands.parity import parity
@@ -16,6 +17,7 @@ from unifork.errors import ConfigError, UniForkError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(inspect)
+app.add_typer(model_group.app, name="model")
 app.command()(parity)
 app.command()(plan)
 

@@ -28,9 +28,10 @@ from unifork.config.base import Fraction01, Plain
 from unifork.data.documents import template_named
 from unifork.data.prompts import SYSTEM, Template
 from unifork.errors import ConfigError, unknown
-from unifork.models.configuration import UniForkConfig
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
+from unifork.models.parameters import paper_counts, parts, with_head
+from unifork.models.warm_start import model_config
 from unifork.training.optimizer import trainable_names
 from unifork.vocabulary import CODE_DTYPE, MODALITIES, TASKS, VIEW_OF_TASK, Modality, Task
 
@@ -52,7 +53,6 @@ BORDER_TOKENS = 2
 """Begin and end of a picture."""
 
 _BRANCHED = re.compile(rf"\.({'|'.join(name for names in BRANCHES.values() for name in names)})\.")
-_HEAD_ATTENTION = re.compile(r"image_head\.blocks\.\d+\.(in|q|k|v|o|out)_proj\.")
 
 
 class Assumptions(Plain):
@@ -182,21 +182,10 @@ def code_shape(experiment: Experiment) -> CodeShape:
 
 def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
     """The model of a variant without memory for its weights. Raises ConfigError as the real one would."""
-    words = variant.backbone.get("vocab_size") or getattr(experiment.text_tokenizer, "vocab_size", None)
-    if words is None:
+    shape, words = code_shape(experiment), getattr(experiment.text_tokenizer, "vocab_size", 0)
+    config = model_config(variant, shape.codebook_size, shape.channels, shape.depth, shape.grid, words)
+    if not config.backbone["vocab_size"]:
         raise ConfigError(f"{experiment.name}: an imported text tokenizer needs vocab_size in every variant's backbone")
-    shape = code_shape(experiment)
-    config = UniForkConfig(
-        plan=variant.plan,
-        backbone={**variant.backbone, "vocab_size": words},
-        head=variant.head.model_dump(),
-        codebook_size=shape.codebook_size,
-        code_channels=shape.channels,
-        depth=shape.depth,
-        grid=shape.grid,
-        codebook_id="not made yet",
-        encoder_id="not made yet",
-    )
     with torch.device("meta"):
         return UniForkModel(config)
 
@@ -205,38 +194,11 @@ def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
 
 
 def parameter_plan(model: UniForkModel) -> ParameterPlan:
-    """Parameters by part, by task, and as the paper counts."""
-    sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
-    parts: dict[str, int] = {}
-    for name, size in sizes.items():
-        branch = _branch(name)
-        part = name.split(".")[0] + (f" ({branch})" if branch else "")
-        parts[part] = parts.get(part, 0) + size
-    used = {task: sum(size for name, size in sizes.items() if _serves(name, task)) for task in TASKS}
-    return ParameterPlan(parts, used, paper_counts(model))
-
-
-def paper_counts(model: UniForkModel) -> dict[str, int]:
-    """The three numbers of the paper's section 4.1, counted its way, with the published, unfolded head.
-
-    Understanding: embeddings, its layers and norm. Generation: its layers, norm and the image head,
-    no embeddings. Total: all of these, the output matrix beside the embeddings it is tied to. The
-    connector is in none. (The rule was found by counting the official model; it meets all three.)
-    """
-    sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
-    inner = model.config.head_config().heads * model.config.head_config().head_dim
-    H, blocks = model.config.backbone_config().hidden_size, model.config.head_config().layers
-    attention = 4 * (inner * inner + inner) + (inner * H + inner) + (H * inner + H)
-    rest = sum(n for name, n in sizes.items() if name.startswith("image_head.") and not _HEAD_ATTENTION.match(name))
-    head = rest + blocks * attention
-    words = sizes["embed_tokens.weight"]
-    body = {name: n for name, n in sizes.items() if name.startswith(("layers.", "norm."))}
-    of_task = {task: sum(n for name, n in body.items() if _serves(name, task)) for task in TASKS}
-    return {
-        "understanding": words + of_task["understanding"],
-        "generation": of_task["generation"] + head,
-        "total": 2 * words + sum(body.values()) + head,
-    }
+    """Parameters by part, by task, and as the paper counts, whose head is the published, unfolded one."""
+    counted = parts(model.config)
+    used = {task: sum(part.parameters for part in counted if task in part.tasks) for task in TASKS}
+    sizes = {part.name: part.parameters for part in counted if part.parameters}
+    return ParameterPlan(sizes, used, paper_counts(with_head(model.config, folded=False)))
 
 
 def _branch(name: str) -> str:

@@ -44,15 +44,15 @@ def codebook() -> torch.Tensor:
     return torch.randn(CODES, CHANNELS, generator=torch.Generator().manual_seed(5))
 
 
-def new_model(plan: str, family: str = "qwen2", seed: int = 0) -> UniForkModel:
-    head = HeadConfig(layers=2, heads=2, head_dim=20)
+def new_model(plan: str, family: str = "qwen2", seed: int = 0, folded: bool = True) -> UniForkModel:
+    head = HeadConfig(layers=2, heads=2, head_dim=20, folded=folded)
     variant = Variant(plan=plan, backbone=BACKBONES[family], head=head, stages=(), seed=seed)
     return create_model(variant, codebook(), DEPTH, GRID, "encoder", VOCAB)
 
 
-def noisy_model(plan: str, family: str = "qwen2", seed: int = 0) -> UniForkModel:
+def noisy_model(plan: str, family: str = "qwen2", seed: int = 0, folded: bool = True) -> UniForkModel:
     """A model in which every tensor matters and no two branches are alike."""
-    model = new_model(plan, family)
+    model = new_model(plan, family, folded=folded)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

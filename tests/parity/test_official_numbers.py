@@ -4,6 +4,7 @@ UNIFORK_FIXTURES names another folder of the same layout.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,12 +16,18 @@ from typer.testing import CliRunner
 
 from unifork.cli import app
 from unifork.errors import DataError
+from unifork.parity import model
 from unifork.parity.comparison import Comparison
 from unifork.parity.run import AREAS, Verdict, verdicts, write
 
 OURS = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 FOLDER = Path(os.environ.get("UNIFORK_FIXTURES", OURS))
 INPUTS = (".pixel_values",)
+GIVEN = re.compile(
+    r"teacher\.(embed_from_body|code)|generate_cfg\S+\.hidden|sampling\.logits|text\.prompt_ids"
+    r"|batch\.(images_\w+|input_ids|is_gen|attention_mask)"
+)
+"""What the model's part was given and is not compared."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,6 +62,12 @@ def test_every_tensor_of_tokenizer_and_preprocessing_is_compared_and_written(fou
     assert all(np.array_equal(pixels[name], expected[name]) for name in pixels.files)
 
 
+@pytest.mark.parametrize("item", ["02_head", "03_llm", "05_generate"])
+def test_every_computed_tensor_of_the_model_is_compared(found, item):
+    stored = {name for name in load_file(FOLDER / f"{item}.safetensors") if not GIVEN.fullmatch(name)}
+    assert stored == {one.tensor for one in found["unifork.parity.model"] if one.item == item}
+
+
 @pytest.fixture
 def copy(tmp_path) -> Path:
     return shutil.copytree(FOLDER, tmp_path / "fixtures")
@@ -84,6 +97,15 @@ def test_drifted_weights_fail(copy):
     save_file(state, copy / "unifork" / "model.safetensors")
     wrong = {one.tensor for area in AREAS for one in verdicts(copy, [area]) if not one.passed}
     assert {"native.pre_quant_features", "bigger.patch_plus_pos_embeddings"} <= wrong
+
+
+def test_a_changed_weight_of_the_model_fails(copy):
+    state = load_file(copy / "unifork" / "model.safetensors")
+    state["model.norm_gen.weight"][0] += 0.01
+    save_file(state, copy / "unifork" / "model.safetensors")
+    wrong = {one.tensor for one in verdicts(copy, [model]) if not one.passed}
+    assert {"gen.last_hidden", "gen.loss", "guided_logits"} <= wrong
+    assert not {"und.last_hidden", "und.loss", "teacher.logits"} & wrong
 
 
 def test_a_folder_that_is_not_there():

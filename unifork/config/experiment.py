@@ -158,6 +158,8 @@ class HeadConfig(Plain):
     """Width of one attention head."""
     mlp_ratio: PositiveInt = 4
     """MLP width as a multiple of the backbone's hidden size."""
+    folded: bool = True
+    """False: with the linear maps in front of and behind attention that the published head has besides."""
 
 
 class Variant(Plain):
@@ -166,7 +168,11 @@ class Variant(Plain):
     plan: str
     """Layer plan in run-length notation, for example `shared*12 task*12 norm:task`, or a preset, here `unifork:12`."""
     backbone: dict[str, Any]
-    """Keys of the transformers configuration of the dense model (`model_type` qwen2 or llama)."""
+    """Keys of the transformers configuration of the dense model (`model_type` qwen2 or llama).
+
+    Empty: those of `warm_start`'s own configuration."""
+    warm_start: str | None = None
+    """Folder of the dense model every branch starts as a copy of, or its name on the Hub; None draws weights."""
     head: HeadConfig
     stages: tuple[str, ...]
     """Names of the stages, in order."""

@@ -109,7 +109,7 @@ def read_official(
     """
     files = ["*.json", "*.safetensors", *(f"*{suffix}" for suffix in PICKLED if allow_pickle)]
     folder = local_folder(source, files=files)
-    tower, prefix = _tower_of(folder, vision_tower)
+    tower, prefix = tower_of(folder, vision_tower)
     try:
         architecture = _architecture(tower, image_size)
         tokenizer = ImageTokenizer(architecture, str(tower / CONFIG_FILE))
@@ -133,8 +133,11 @@ def read_official(
     return tokenizer
 
 
-def _tower_of(folder: Path, vision_tower: Path | str | None) -> tuple[Path, str]:
-    """The folder of the tower's configuration, and what stands in front of its tensors' names."""
+def tower_of(folder: Path, vision_tower: Path | str | None) -> tuple[Path, str]:
+    """The folder of the tower's configuration, and what stands in front of its tensors' names.
+
+    Raises CheckpointError where there is none.
+    """
     plain = read_json(folder / CONFIG_FILE)
     if "rqvaesiglip" in plain:
         return folder, ""
@@ -154,10 +157,15 @@ def _tower_of(folder: Path, vision_tower: Path | str | None) -> tuple[Path, str]
         ) from None
 
 
+def siglip_of(tower: Path, named: str) -> Path:
+    """The SigLIP configuration of that name, beside the tower's or on the Hub. Raises CheckpointError."""
+    return local_folder(named, (tower, tower.parent, Path()), (CONFIG_FILE,)) / CONFIG_FILE
+
+
 def _architecture(tower: Path, image_size: int | None) -> Architecture:
     """What the configurations of tower and SigLIP say. Raises ConfigError where they cannot be used."""
     rqvae = parse(_Tower, read_json(tower / CONFIG_FILE), str(tower / CONFIG_FILE)).rqvaesiglip
-    siglip = local_folder(rqvae.pretrained_model, (tower, tower.parent, Path()), (CONFIG_FILE,)) / CONFIG_FILE
+    siglip = siglip_of(tower, rqvae.pretrained_model)
     vision, decoder = parse(_Siglip, read_json(siglip), str(siglip)).vision_config, rqvae.ddconfig
     sides = [decoder.resolution // 2**level for level in range(len(decoder.ch_mult))]
     plain: dict[str, Any] = {

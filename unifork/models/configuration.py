@@ -3,6 +3,7 @@
 Everything that is needed to build the model again is in it; nothing about training or data is.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -82,6 +83,19 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def head_config(self) -> HeadConfig:
         """The head, typed."""
         return parse(HeadConfig, self.head, "head")
+
+
+def backbone_of(plain: Mapping[str, Any], model_type: str, place: str) -> dict[str, Any]:
+    """What `UniForkConfig.backbone` keeps of a whole `config.json`: the keys that make the dense model.
+
+    Raises ConfigError when the model type is not one of `unifork.models.decoder.FAMILIES`.
+    """
+    if model_type not in FAMILIES:
+        raise unknown("model_type", model_type, FAMILIES, place)
+    general = {field.name for field in fields(PreTrainedConfig)} | {"torch_dtype"}
+    known = ({field.name for field in fields(CONFIG_MAPPING[model_type])} | _OLDER_KEYS) - general
+    kept = {key: value for key, value in plain.items() if key in known and value is not None}
+    return {"model_type": model_type, **kept}
 
 
 AutoConfig.register("unifork", UniForkConfig, exist_ok=True)

@@ -5,14 +5,14 @@ for each depth. The sequence it reads is the projected backbone vector, then the
 code vectors of depths 0..d-1 for d = 1..D-1; depth d is predicted from item d. All depths share
 the codebook and the classifier.
 
-This is the folded form. The original puts one more linear map in front of each of query, key and
-value and one behind the output projection; two linear maps in a row are one, so the folded head is
-the same function with less than a third of the weights. The head runs D times per image token and
-is most of the cost of training and sampling. Attention may be wider than the hidden size
-(heads * head_dim).
+It has two forms. The original puts one more linear map in front of query, key and value and one
+behind the output projection. Two linear maps in a row are one, so the folded head, the default, is
+the same function with less than a third of the weights; the head runs D times per image token and
+is most of the cost of training and sampling. Trained on, the two forms take different ways: the
+optimizer sees other parameters. Attention may be wider than the hidden size (heads * head_dim).
 
 Shape suffixes: M positions, D depth, L items of the sequence (at most D), H hidden size, C code
-channels, K codebook rows, E head size.
+channels, K codebook rows, E head size, O and I outputs and inputs of a linear map.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unifork.config import HeadConfig
+from unifork.errors import ConfigError
 
 KeyValue = tuple[Tensor, Tensor]
 Choose = Callable[[Tensor, int], Tensor]
@@ -36,13 +37,16 @@ class HeadBlock(nn.Module):
     def __init__(self, hidden_size: int, config: HeadConfig) -> None:
         super().__init__()
         inner, wide = config.heads * config.head_dim, config.mlp_ratio * hidden_size
+        width = hidden_size if config.folded else inner
         self.head_dim = config.head_dim
         self.activation_checkpointing = False
         self.attention_norm = nn.LayerNorm(hidden_size)
-        self.q_proj = nn.Linear(hidden_size, inner)
-        self.k_proj = nn.Linear(hidden_size, inner)
-        self.v_proj = nn.Linear(hidden_size, inner)
-        self.o_proj = nn.Linear(inner, hidden_size)
+        self.in_proj = nn.Identity() if config.folded else nn.Linear(hidden_size, inner)
+        self.q_proj = nn.Linear(width, inner)
+        self.k_proj = nn.Linear(width, inner)
+        self.v_proj = nn.Linear(width, inner)
+        self.o_proj = nn.Linear(inner, width)
+        self.out_proj = nn.Identity() if config.folded else nn.Linear(inner, hidden_size)
         self.mlp_norm = nn.LayerNorm(hidden_size)
         self.fc1 = nn.Linear(hidden_size, wide)
         self.fc2 = nn.Linear(wide, hidden_size)
@@ -61,12 +65,43 @@ class HeadBlock(nn.Module):
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         return self._rest(x_M1H, F.scaled_dot_product_attention(query, key, value)), (key, value)
 
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply the outer maps into the projections; the same function with fewer weights."""
+        if isinstance(self.in_proj, nn.Linear) and isinstance(self.out_proj, nn.Linear):
+            self.q_proj, self.k_proj, self.v_proj = (
+                _product(project, self.in_proj) for project in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            self.o_proj = _product(self.out_proj, self.o_proj)
+            self.in_proj = self.out_proj = nn.Identity()
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Put identities, padded with zeros, in front and behind: the published form of the same function.
+
+        Raises ConfigError when attention is narrower than the hidden size, where no identity fits.
+        """
+        if isinstance(self.in_proj, nn.Linear):
+            return
+        inner, hidden_size = self.q_proj.weight.shape
+        if inner < hidden_size:
+            raise ConfigError(
+                f"image head: heads * head_dim = {inner} is narrower than hidden_size {hidden_size}; "
+                "a folded head has an unfolded form from that width on"
+            )
+        eye_HH = torch.eye(hidden_size).to(self.q_proj.weight)
+        identity = _linear(eye_HH, torch.zeros_like(eye_HH[0]))
+        self.in_proj, self.out_proj = _padded(identity, inner, hidden_size), _padded(identity, hidden_size, inner)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            _padded(project, inner, inner) for project in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        )
+
     def _layer(self, x_MLH: Tensor) -> Tensor:
         query, key, value = self._heads(x_MLH)
         return self._rest(x_MLH, F.scaled_dot_product_attention(query, key, value, is_causal=True))
 
     def _heads(self, x_MLH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        normed = self.attention_norm(x_MLH)
+        normed = self.in_proj(self.attention_norm(x_MLH))
         query, key, value = (
             project(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -74,10 +109,29 @@ class HeadBlock(nn.Module):
         return query, key, value
 
     def _rest(self, x_MLH: Tensor, attended: Tensor) -> Tensor:
-        x_MLH = x_MLH + self.o_proj(attended.transpose(1, 2).flatten(2))
+        x_MLH = x_MLH + self.out_proj(self.o_proj(attended.transpose(1, 2).flatten(2)))
         normed: Tensor = self.mlp_norm(x_MLH)
         added: Tensor = self.fc2(F.gelu(self.fc1(normed)))
         return x_MLH + added
+
+
+def _linear(weight_OI: Tensor, bias_O: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight_OI), nn.Parameter(bias_O)
+    return linear
+
+
+def _product(outer: nn.Linear, inner: nn.Linear) -> nn.Linear:
+    """One map for two in a row, multiplied in float64."""
+    weight_OI = outer.weight.double() @ inner.weight.double()
+    bias_O = outer.weight.double() @ inner.bias.double() + outer.bias.double()
+    return _linear(weight_OI.to(outer.weight.dtype), bias_O.to(outer.bias.dtype))
+
+
+def _padded(linear: nn.Linear, outputs: int, inputs: int) -> nn.Linear:
+    """The same map with zero rows and columns added."""
+    rows, columns = outputs - linear.out_features, inputs - linear.in_features
+    return _linear(F.pad(linear.weight, (0, columns, 0, rows)), F.pad(linear.bias, (0, rows)))
 
 
 class ImageHead(nn.Module):
@@ -118,6 +172,16 @@ class ImageHead(nn.Module):
             codes.append(choose(self._classify(x_M1H)[:, 0], depth))
             sums_MC = sums_MC + codebook_KC[codes[-1]]
         return torch.stack(codes, 1)
+
+    def fold(self) -> None:
+        """Bring every block into the folded form, in place; nothing changes in one that is."""
+        for block in cast(list[HeadBlock], list(self.blocks)):
+            block.fold()
+
+    def unfold(self) -> None:
+        """Bring every block into the published form, in place. Raises ConfigError, see `HeadBlock.unfold`."""
+        for block in cast(list[HeadBlock], list(self.blocks)):
+            block.unfold()
 
     def _project_codes(self, sums: Tensor) -> Tensor:
         projected: Tensor = self.code_proj(sums.to(self.code_proj.weight.dtype))

@@ -13,17 +13,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unifork.config import Variant
 from unifork.errors import CheckpointError, ConfigError
 from unifork.identity import codebook_identity
-from unifork.models.configuration import UniForkConfig
+from unifork.models.configuration import UniForkConfig, backbone_of
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
+from unifork.weights import StoredWeights, local_folder, read_json
 
 _NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
 _BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
@@ -48,6 +49,55 @@ def without_branch(name: str) -> str:
     return _BRANCH.sub(r"\1.", name)
 
 
+def branch_of(name: str) -> str | None:
+    """The branch a tensor's name carries: `norm.generation.weight` -> `generation`; None without any."""
+    found = _BRANCH.match(name)
+    return found[2] if found else None
+
+
+def dense_backbone(folder: Path) -> dict[str, Any]:
+    """The backbone a dense model's `config.json` describes. Raises CheckpointError or ConfigError."""
+    path = folder / "config.json"
+    plain = read_json(path)
+    return backbone_of(plain, str(plain.get("model_type", "(missing)")), str(path))
+
+
+def model_config(
+    variant: Variant,
+    codebook_size: int,
+    code_channels: int,
+    depth: int,
+    grid: int,
+    vocab_size: int,
+    codebook_id: str = "",
+    encoder_id: str = "",
+    special_tokens: Mapping[str, int] | None = None,
+) -> UniForkConfig:
+    """The configuration of a variant; one without a backbone has that of the dense model it starts from.
+
+    Raises ConfigError when its vocabulary is smaller than the text tokenizer's, CheckpointError when
+    the dense model's configuration cannot be read.
+    """
+    backbone = variant.backbone
+    if variant.warm_start is not None and not backbone:
+        backbone = dense_backbone(local_folder(variant.warm_start))
+    named = backbone.get("vocab_size", vocab_size)
+    if named < vocab_size:
+        raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
+    return UniForkConfig(
+        plan=variant.plan,
+        backbone={**backbone, "vocab_size": named},
+        head=variant.head.model_dump(),
+        codebook_size=codebook_size,
+        code_channels=code_channels,
+        depth=depth,
+        grid=grid,
+        codebook_id=codebook_id,
+        encoder_id=encoder_id,
+        special_tokens=None if special_tokens is None else dict(special_tokens),
+    )
+
+
 def create_model(
     variant: Variant,
     codebook_KC: Tensor,
@@ -58,25 +108,18 @@ def create_model(
     seed: int | None = None,
     special_tokens: Mapping[str, int] | None = None,
 ) -> UniForkModel:
-    """A new model of a variant around a frozen codebook; `seed` stands in for the variant's own."""
-    named = variant.backbone.get("vocab_size", vocab_size)
-    if named < vocab_size:
-        raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
-    config = UniForkConfig(
-        plan=variant.plan,
-        backbone={**variant.backbone, "vocab_size": named},
-        head=variant.head.model_dump(),
-        codebook_size=codebook_KC.shape[0],
-        code_channels=codebook_KC.shape[1],
-        depth=depth,
-        grid=grid,
-        codebook_id=codebook_identity(codebook_KC, depth, grid),
-        encoder_id=encoder_id,
-        special_tokens=None if special_tokens is None else dict(special_tokens),
-    )
+    """A new model of a variant around a frozen codebook; `seed` stands in for the variant's own.
+
+    Raises ConfigError or CheckpointError when the dense model of `warm_start` does not fit.
+    """
+    identity = codebook_identity(codebook_KC, depth, grid)
+    K, C = codebook_KC.shape
+    config = model_config(variant, K, C, depth, grid, vocab_size, identity, encoder_id, special_tokens)
     with torch.random.fork_rng(devices=[]):
         model = UniForkModel(config)
     initialise(model, variant.seed if seed is None else seed)
+    if variant.warm_start is not None:
+        warm_start(model, local_folder(variant.warm_start))
     model.codebook.copy_(codebook_KC)
     return model
 
@@ -101,7 +144,11 @@ def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) ->
     Raises CheckpointError when a tensor is missing, of another shape, or of no use to the model.
     """
     place = "dense model" if isinstance(dense, Mapping) else str(dense)
-    state = dense if isinstance(dense, Mapping) else read_weights(Path(dense))
+    if isinstance(dense, Mapping):
+        state = dense
+    else:
+        stored = StoredWeights(Path(dense))
+        state = stored.read(stored.file_of)
     source = {name.removeprefix("model."): name for name in state}
     parameters = dict(model.named_parameters())
     created = tuple(name for name in model.state_dict() if name.startswith(_NOT_DENSE))
@@ -130,18 +177,3 @@ def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) ->
         created=created,
         left_out=tuple(sorted(source[name] for name in left_out)),
     )
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files. Raises CheckpointError when there are none or one is damaged."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no .safetensors weights (pickles are not read)")
-    state: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                state.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return state

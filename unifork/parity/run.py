@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unifork.errors import DataError
-from unifork.parity import preprocessing, text, tokenizer
+from unifork.parity import model, preprocessing, text, tokenizer
 from unifork.parity.comparison import Comparison
 
 AREAS: tuple[ModuleType, ...] = (
     preprocessing,
     tokenizer,
     text,
+    model,
 )
 """Modules with `comparisons(folder) -> Iterator[Comparison]`, in the order of the table."""
 

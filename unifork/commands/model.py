@@ -1,0 +1,256 @@
+"""`unifork model`: official checkpoints in and out, warm starts, and what a model consists of."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unifork.errors import CheckpointError, ConfigError, unknown
+
+if TYPE_CHECKING:
+    from unifork.models.configuration import UniForkConfig
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+Out = Annotated[Path, typer.Option(help="directory to write; it must not exist")]
+Head = Annotated[str, typer.Option(help="form of the image head: folded or unfolded, the same function")]
+HEADS = {"folded": True, "unfolded": False}
+OFFICIAL = "official"
+TEXT_FILES = ("tokenizer.json", "vocab.json")
+"""A folder with one of these holds a text tokenizer."""
+TOWER = "vision_tower"
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="official UniFork checkpoint: a folder, or OWNER/NAME on the Hub")],
+    out: Out,
+    head: Head = "unfolded",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="side of the pictures, 384 in the paper; default: the tower's own")
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="folder with the tower's configuration, if the checkpoint names none")
+    ] = None,
+    text_tokenizer: Annotated[
+        Path | None, typer.Option(help="its text tokenizer, if not in the folder or in `tokenizer` beside it")
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="read .bin files, which safetensors replace")] = False,
+) -> None:
+    """Write an official checkpoint as a model directory, with the image tokenizer that is in it."""
+    from safetensors.torch import save_file
+
+    from unifork import inference
+    from unifork.data.text_tokenizer import TextTokenizer
+    from unifork.image_tokenizer.conversion import read_official, siglip_of, tower_of
+    from unifork.image_tokenizer.official_export import REMAINDER_FILE, SIGLIP_FOLDER, remainder
+    from unifork.models import conversion
+    from unifork.weights import PICKLED, StoredWeights, local_folder, read_json
+
+    folded = _form(head)
+    folder = local_folder(source, files=("*.json", "*.txt", "*.safetensors", *(f"*{end}" for end in PICKLED)))
+    plain = read_json(folder / "config.json")
+    pictures = read_official(folder, image_size, vision_tower, allow_pickle)
+    tower, prefix = tower_of(folder, vision_tower)
+    tower_plain = read_json(tower / "config.json")
+    siglip = read_json(siglip_of(tower, tower_plain["rqvaesiglip"]["pretrained_model"]))
+    codebook, grid = pictures.quantizer.codebook, pictures.architecture.grid
+    config = conversion.official_config(plain, tower_plain, codebook, grid, pictures.encoder_id, str(folder))
+    usual = (folder, folder / "tokenizer", folder.parent / "tokenizer")
+    text = text_tokenizer or next((path for path in usual if any((path / file).is_file() for file in TEXT_FILES)), None)
+    if text:
+        config.special_tokens = TextTokenizer(text).special_tokens
+    weights = StoredWeights(folder, allow_pickle)
+    model = conversion.from_official(weights, config, codebook)
+    read = weights.read(name for name in weights.file_of if name.startswith(conversion.TOKENIZER))
+    kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, pictures, model.dtype)
+    conversion.set_head_form(model, folded)
+    with _new(out) as partial:
+        model.save_pretrained(partial)
+        pictures.save(partial / inference.IMAGE_TOKENIZER)
+        beside = partial / inference.IMAGE_TOKENIZER / REMAINDER_FILE
+        save_file(kept, beside, metadata={SIGLIP_FOLDER: json.dumps(siglip)})
+        if text:
+            _copy_text(text, partial / inference.TEXT_TOKENIZER)
+    print(f"{out}: {config.plan}, {head} head, {grid} x {grid} positions, text tokenizer from {text or 'nowhere'}")
+    print(f"codebook_id {config.codebook_id}, encoder_id {config.encoder_id}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="model directory")],
+    out: Out,
+    format: Annotated[str, typer.Option(help="official, or the dense family of the backbone: qwen2 or llama")],
+    branch: Annotated[str, typer.Option(help="branch of a dense model: understanding, generation, text, image")] = "",
+) -> None:
+    """Write a model as an official checkpoint, or one branch of it as the dense language model it is."""
+    import torch
+
+    from unifork import inference
+    from unifork.models.conversion import dense_branch
+    from unifork.models.decoder import FAMILIES
+    from unifork.models.modeling import load_model
+
+    if format not in (OFFICIAL, *FAMILIES):
+        raise unknown("format", format, (OFFICIAL, *FAMILIES), "--format")
+    if (format == OFFICIAL) == bool(branch):
+        raise ConfigError(f"--branch {branch!r}: a dense model is one branch, an official checkpoint is all of them")
+    config = _config(model)
+    family = config.backbone["model_type"]
+    if format not in (OFFICIAL, family):
+        raise ConfigError(f"--format {format}: the backbone of {model} is {family}; allowed: {OFFICIAL}, {family}")
+    loaded = load_model(model, getattr(torch, str(config.dtype).removeprefix("torch.")))
+    with _new(out) as partial:
+        if format == OFFICIAL:
+            _write_official(loaded, model / inference.IMAGE_TOKENIZER, partial)
+        else:
+            dense_branch(loaded, branch).save_pretrained(partial)
+        _copy_text(model / inference.TEXT_TOKENIZER, partial)
+    print(f"{out}: {format} {branch}".rstrip())
+
+
+def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[no-untyped-def]
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from unifork.image_tokenizer import official_export
+    from unifork.image_tokenizer.model import ImageTokenizer
+    from unifork.models import conversion
+
+    conversion.set_head_form(loaded, folded=False)
+    tokenizer = ImageTokenizer.load(pictures)
+    tower = official_export.tower_tensors(tokenizer, loaded.dtype)
+    siglip = official_export.siglip_config(tokenizer)
+    if (path := pictures / official_export.REMAINDER_FILE).exists():
+        with safe_open(path, "pt") as kept:
+            tower |= {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+            siglip = json.loads(kept.metadata()[official_export.SIGLIP_FOLDER])
+    state = conversion.to_official(loaded) | {conversion.TOWER + name: tensor for name, tensor in tower.items()}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    files = {
+        "config.json": conversion.official_plain(loaded, TOWER),
+        f"{TOWER}/config.json": official_export.tower_config(tokenizer, conversion.official_head(loaded.config)),
+        f"{TOWER}/{official_export.SIGLIP_FOLDER}/config.json": siglip,
+    }
+    for name, plain in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps(plain, indent=1) + "\n")
+
+
+@app.command()
+def create(
+    plan: Annotated[str, typer.Option(help="layer plan, for example 'shared*12 task*12 norm:task'")],
+    backbone: Annotated[str, typer.Option(help="dense Qwen2 or Llama that every branch copies: folder, or OWNER/NAME")],
+    image_tokenizer: Annotated[Path, typer.Option(help="image tokenizer directory")],
+    text_tokenizer: Annotated[Path, typer.Option(help="text tokenizer directory")],
+    out: Out,
+    head: Head = "folded",
+    head_layers: Annotated[int, typer.Option(help="blocks of the image head")] = 6,
+    head_heads: Annotated[int, typer.Option(help="attention heads of the image head")] = 32,
+    head_dim: Annotated[int, typer.Option(help="width of one of them")] = 112,
+    seed: Annotated[int, typer.Option(help="seed of what a dense model does not have")] = 0,
+) -> None:
+    """Write a new model of any plan that starts from a dense language model."""
+    from unifork import inference
+    from unifork.config import HeadConfig, Variant
+    from unifork.data.text_tokenizer import TextTokenizer
+    from unifork.image_tokenizer.model import ImageTokenizer
+    from unifork.models.warm_start import create_model
+
+    form = HeadConfig(layers=head_layers, heads=head_heads, head_dim=head_dim, folded=_form(head))
+    variant = Variant(plan=plan, backbone={}, warm_start=backbone, head=form, stages=(), seed=seed)
+    pictures, text = ImageTokenizer.load(image_tokenizer), TextTokenizer(text_tokenizer)
+    shape = pictures.architecture
+    model = create_model(
+        variant,
+        pictures.quantizer.codebook,
+        shape.depth,
+        shape.grid,
+        pictures.encoder_id,
+        text.vocab_size,
+        special_tokens=text.special_tokens,
+    )
+    with _new(out) as partial:
+        model.save_pretrained(partial)
+        shutil.copytree(image_tokenizer, partial / inference.IMAGE_TOKENIZER)
+        _copy_text(text_tokenizer, partial / inference.TEXT_TOKENIZER)
+    print(f"{out}: {plan}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
+
+
+@app.command()
+def summary(
+    model: Annotated[Path | None, typer.Argument(help="model directory")] = None,
+    experiment: Annotated[str, typer.Option(help="instead: an experiment, a file of experiments/")] = "",
+    variant: Annotated[str, typer.Option(help="which of its variants")] = "unifork",
+) -> None:
+    """Print the parts of a model, their parameters, the tasks that use and train them, and the paper's sums."""
+    from unifork.models.parameters import paper_counts, parts, with_head
+    from unifork.vocabulary import TASKS
+
+    if (model is None) == (not experiment):
+        raise ConfigError("give either a model directory or --experiment")
+    config = _config(model) if model else _variant_config(experiment, variant)
+    counted = parts(config)
+    print(f"{config.plan}, {config.backbone['model_type']}\n")
+    print(f"{'part':<24}{'parameters':>16}  {'  '.join(TASKS)}")
+    for part in counted:
+        marks = "  ".join(("x" if task in part.tasks else "").center(len(task)) for task in TASKS)
+        print(f"{part.name:<24}{f'{part.parameters:,}' if part.parameters else 'tied':>16}  {marks}".rstrip())
+    print(f"{'all':<24}{sum(part.parameters for part in counted):>16,}\n")
+    print("as the paper counts them (see unifork.models.parameters):")
+    for name, folded in HEADS.items():
+        counts = paper_counts(with_head(config, folded))
+        mine = " (this model)" if folded == config.head_config().folded else ""
+        sums = ", ".join(f"{what} {count / 1e6:,.1f} M" for what, count in counts.items())
+        print(f"  {name + ' head:':<15}{sums}{mine}")
+
+
+def _variant_config(experiment: str, variant: str) -> "UniForkConfig":
+    from unifork import experiments, planning
+
+    params = experiments.resolve(experiment)
+    if variant not in params.variants:
+        raise unknown("variant", variant, params.variants, f"experiments/{experiment}.yaml: variants")
+    return planning.meta_model(params, params.variants[variant]).config
+
+
+def _config(model: Path) -> "UniForkConfig":
+    from unifork.models.configuration import UniForkConfig
+
+    if not (model / "config.json").is_file():
+        raise CheckpointError(f"{model}: no config.json, so not the folder of a model")
+    return UniForkConfig.from_pretrained(model)
+
+
+def _form(head: str) -> bool:
+    if head not in HEADS:
+        raise unknown("form", head, HEADS, "--head")
+    return HEADS[head]
+
+
+def _copy_text(source: Path, target: Path) -> None:
+    from unifork.data.text_tokenizer import FILES
+
+    target.mkdir(exist_ok=True)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """A folder to write into that takes its place when all of it is written. Raises ConfigError where one stands."""
+    if out.exists():
+        raise ConfigError(f"--out {out}: exists already; name another directory, or remove it")
+    partial = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,265 @@
+"""The official checkpoint and a dense language model: other layouts of the same weights.
+
+In: a folder the official trainer wrote, whose names and shapes are listed in `_PREFIXES`, `_LAYER`
+and `_HEAD_BLOCK` (tliby/UniFork at commit 2c5b757: modeling_qwen2, llava_arch, the tower's
+rqtransformer). Out: a model of the plan `shared*half task*half norm:task`, its head unfolded; and
+back, the same bytes. One branch of a model can also be taken out as the dense language model it is.
+
+The image tokenizer inside an official checkpoint (`TOKENIZER`) is not read here: its codebook comes
+as an argument, because a checkpoint's codebook may have drifted from the published one and codes
+mean nothing without the table that made them.
+
+Shape suffixes: K codebook rows, C code channels.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from unifork.config import HeadConfig
+from unifork.errors import CheckpointError, ConfigError
+from unifork.identity import codebook_identity
+from unifork.models.configuration import UniForkConfig, backbone_of
+from unifork.models.layer_plan import BRANCHES
+from unifork.models.modeling import UniForkModel
+from unifork.models.warm_start import branch_of, without_branch
+from unifork.weights import StoredWeights
+
+TOWER = "model.vision_tower.vision_tower."
+TOKENIZER = f"{TOWER}rqvaesiglip."
+HEAD = f"{TOWER}rqtransformer."
+
+_PREFIXES = {
+    "embed_tokens.": "model.embed_tokens.",
+    "lm_head.": "lm_head.",
+    "norm.understanding.": "model.norm.",
+    "norm.generation.": "model.norm_gen.",
+    "connector.": "model.mm_projector.",
+    "image_head.code_proj.": f"{HEAD}in_mlp_1.",
+    "image_head.hidden_proj.": f"{HEAD}in_mlp_2.",
+    "image_head.depth_embedding.weight": f"{HEAD}pos_emb_d",
+    "image_head.norm.": f"{HEAD}classifier_mlp.layer_norm.",
+    "image_head.classifier.": f"{HEAD}classifier_mlp.linear.",
+}
+"""Our names and theirs, from the start of the name on. pos_emb_d has one more axis in front."""
+_HEAD_BLOCK = {
+    "attention_norm": "ln1",
+    "in_proj": "attn_in_proj",
+    "q_proj": "attn.query",
+    "k_proj": "attn.key",
+    "v_proj": "attn.value",
+    "o_proj": "attn.proj",
+    "out_proj": "attn_out_proj",
+    "mlp_norm": "ln2",
+    "fc1": "mlp.0",
+    "fc2": "mlp.2",
+}
+_LAYERS = {"shared": "layers", "understanding": "layers", "generation": "gen_fork_layers"}
+_IN_LAYER = re.compile(
+    r"layers\.(?P<index>\d+)\.(?P<part>\w+)\.(?P<branch>shared|understanding|generation)\.(?P<rest>.+)"
+)
+_IN_HEAD_BLOCK = re.compile(r"image_head\.blocks\.(?P<index>\d+)\.(?P<part>\w+)\.(?P<rest>\w+)")
+_LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|^" + re.escape(TOKENIZER))
+_MLP_RATIO = 4
+"""Fixed in the official head."""
+
+
+def official_plan(layers: int) -> str:
+    """The official architecture: the first half (rounded down) shared, the rest twice."""
+    return f"shared*{layers // 2} task*{layers - layers // 2} norm:task"
+
+
+def official_names(model: UniForkModel) -> dict[str, str]:
+    """The official name of every tensor but the codebook, which is the tokenizer's.
+
+    Raises ConfigError when the model's architecture is another than the official one.
+    """
+    config, layers = model.config, len(model.layers)
+    head = config.head_config()
+    faults = {
+        f"plan {str(model.plan)!r}; allowed is {official_plan(layers)!r}": str(model.plan) != official_plan(layers),
+        f"backbone {config.backbone['model_type']!r}; allowed is 'qwen2'": config.backbone["model_type"] != "qwen2",
+        f"head.mlp_ratio {head.mlp_ratio}; allowed is {_MLP_RATIO}": head.mlp_ratio != _MLP_RATIO,
+        "a folded head; unfold it first": head.folded,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ConfigError(f"official layout: has no place for {fault}")
+    return {name: _official_name(name, layers // 2) for name in model.state_dict() if name != "codebook"}
+
+
+def _official_name(name: str, half: int) -> str:
+    if found := _IN_LAYER.fullmatch(name):
+        index = int(found["index"]) - (half if found["branch"] == "generation" else 0)
+        return f"model.{_LAYERS[found['branch']]}.{index}.{found['part']}.{found['rest']}"
+    if found := _IN_HEAD_BLOCK.fullmatch(name):
+        return f"{HEAD}head_transformer.blocks.{found['index']}.{_HEAD_BLOCK[found['part']]}.{found['rest']}"
+    ours, theirs = next((ours, theirs) for ours, theirs in _PREFIXES.items() if name.startswith(ours))
+    return theirs + name.removeprefix(ours)
+
+
+def official_config(
+    plain: Mapping[str, Any], tower: Mapping[str, Any], codebook_KC: Tensor, grid: int, encoder_id: str, place: str
+) -> UniForkConfig:
+    """Our configuration of an official `config.json` and of its tower's.
+
+    Raises CheckpointError naming a key that is missing, ConfigError for a value that cannot be used.
+    """
+    try:
+        head, depth = tower["rqtransformer"], int(tower["rqtransformer"]["block_size"][-1])
+        heads = int(head["head"]["block"]["n_head"])
+        form = HeadConfig(
+            layers=head["head"]["n_layer"],
+            heads=heads,
+            head_dim=head["embed_dim"] // heads,
+            mlp_ratio=_MLP_RATIO,
+            folded=False,
+        )
+        layers = int(plain["num_hidden_layers"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise CheckpointError(f"{place}: not the configuration of an official model and its tower: {error!r}") from None
+    return UniForkConfig(
+        plan=official_plan(layers),
+        backbone=backbone_of(plain, "qwen2", place),
+        head=form.model_dump(),
+        codebook_size=codebook_KC.shape[0],
+        code_channels=codebook_KC.shape[1],
+        depth=depth,
+        grid=grid,
+        codebook_id=codebook_identity(codebook_KC, depth, grid),
+        encoder_id=encoder_id,
+    )
+
+
+def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Tensor) -> UniForkModel:
+    """The model of an official checkpoint, in the checkpoint's own precision, head unfolded.
+
+    A tensor that is stored twice (tied embeddings) must be equal. Raises CheckpointError listing the
+    tensors that are missing, unknown, of another shape, or differ from their copy.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = UniForkModel(config)
+    names, own = official_names(model), model.state_dict()
+    if config.tie_word_embeddings and names["lm_head.weight"] not in weights.file_of:
+        names["lm_head.weight"] = names["embed_tokens.weight"]
+    stored = {name for name in weights.file_of if not _LEFT_OUT.search(name)}
+    _refuse(weights, "missing", sorted(set(names.values()) - stored))
+    _refuse(weights, "unknown", sorted(stored - set(names.values())))
+    theirs = weights.read(sorted(set(names.values())))
+    state = {ours: theirs[name][0] if name.endswith("pos_emb_d") else theirs[name] for ours, name in names.items()}
+    _refuse(
+        weights,
+        "of another shape than the configuration says",
+        [
+            f"{names[n]} {tuple(t.shape)}, wanted {tuple(own[n].shape)}"
+            for n, t in state.items()
+            if t.shape != own[n].shape
+        ],
+    )
+    if config.tie_word_embeddings and not torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):
+        raise CheckpointError(
+            f"{weights.folder}: lm_head.weight differs from model.embed_tokens.weight; config.json says they are tied"
+        )
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
+    model.load_state_dict(
+        {name: tensor.to(dtype) for name, tensor in state.items()} | {"codebook": codebook_KC.float()}, assign=True
+    )
+    model.tie_weights()
+    model.train(False)
+    return model
+
+
+def _refuse(weights: StoredWeights, what: str, names: list[str]) -> None:
+    if names:
+        more = f" (and {len(names) - 10} more)" if len(names) > 10 else ""
+        raise CheckpointError(f"{weights.folder}: {len(names)} tensors {what}: {', '.join(names[:10])}{more}")
+
+
+def to_official(model: UniForkModel) -> dict[str, Tensor]:
+    """The model's tensors under their official names, tied ones twice, without the tokenizer's.
+
+    Raises ConfigError when the official architecture has no place for the model.
+    """
+    state = model.state_dict()
+    theirs = {theirs: state[ours].detach().cpu().contiguous() for ours, theirs in official_names(model).items()}
+    return {name: t[None] if name.endswith("pos_emb_d") else t.clone() for name, t in theirs.items()}
+
+
+def official_plain(model: UniForkModel, tower: str) -> dict[str, Any]:
+    """The official `config.json`; `tower` is where it finds the tower's."""
+    config = model.config
+    plain = config.backbone_config().to_dict()
+    rope = dict(plain.pop("rope_parameters"))
+    theta, scaling = rope.pop("rope_theta"), rope if rope.get("rope_type") != "default" else None
+    return {
+        **{key: value for key, value in plain.items() if key not in ("layer_types", "dtype", "transformers_version")},
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "model_type": "llava_qwen2",
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+        "mm_vision_tower": tower,
+        "unfreeze_mm_vision_tower": True,  # without it the official loader drops the tower and the head
+        "mm_hidden_size": config.code_channels,
+        "image_token_num": config.positions,
+        "mm_patch_merge_type": "flat",
+        "image_aspect_ratio": "pad",
+        "tokenizer_padding_side": "right",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tune_mm_mlp_adapter": False,
+        "use_mm_proj": True,
+    }
+
+
+def official_head(config: UniForkConfig) -> dict[str, Any]:
+    """What the tower's `config.json` says of the image head."""
+    head, hidden_size = config.head_config(), config.backbone_config().hidden_size
+    return {
+        "architectures": ["RQTransformer"],
+        "model_type": "rqtransformer_model",
+        "block_size": [config.grid, config.grid, config.depth],
+        "embed_dim": head.heads * head.head_dim,
+        "embed_dim_out": hidden_size,
+        "head": {"block": {"n_head": head.heads}, "n_layer": head.layers},
+        "input_embed_dim_1": config.code_channels,
+        "input_embed_dim_2": hidden_size,
+        "vocab_size": config.codebook_size,
+    }
+
+
+def set_head_form(model: UniForkModel, folded: bool) -> None:
+    """Bring the image head into one of its forms, in place, and say so in the configuration."""
+    model.image_head.fold() if folded else model.image_head.unfold()
+    model.config.head = {**model.config.head, "folded": folded}
+
+
+def dense_branch(model: UniForkModel, branch: str) -> PreTrainedModel:
+    """The dense causal language model that text of one branch goes through: transformers' own class.
+
+    Raises ConfigError when a part of the model has no copy for that branch.
+    """
+    state, lacking = {}, set()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("connector.", "image_head.", "codebook")):
+            continue
+        mine = branch_of(name)
+        if mine in (None, "shared", branch):
+            plain = without_branch(name)
+            state[plain if plain.startswith("lm_head.") else f"model.{plain}"] = tensor
+        elif branch not in next(names for names in BRANCHES.values() if mine in names):
+            lacking.add(mine)
+    if lacking or branch not in {name for names in BRANCHES.values() for name in names}:
+        others = sorted({str(branch_of(name)) for name in model.state_dict()} - {"None", "shared"})
+        raise ConfigError(f"plan {str(model.plan)!r} has no branch {branch!r} throughout; it has: {', '.join(others)}")
+    build: Any = AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        dense: PreTrainedModel = build.from_config(model.config.backbone_config(), dtype=model.dtype)
+    dense.load_state_dict(state)
+    dense.train(False)
+    return dense
