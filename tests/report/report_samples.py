@@ -193,12 +193,12 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
     summary = {"run": key, "stage": this.model_dump(mode="json"), "documents": documents, "tensors": tensors}
     write_json(folder / "summary.json", {**summary, "quarantined": {"world: too long": 7}})
     lines = [
-        "track,step,loss,text_loss,image_loss,image_loss_depth_0,image_loss_depth_1,learning_rate,gradient_norm,fill"
+        "track,step,loss,text_loss,image_loss,image_loss_depth_0,image_loss_depth_1,learning_rate,gradient_norm,fill,documents_hash"
     ]
     for name in this.tracks:
         image = "2.0,2.1,1.9" if name != "understanding" else ",,"
         text = "3.0" if name != "generation" else ""
-        lines += [f"{name},{step},5.0,{text},{image},0.001,{1 + step},0.9" for step in range(3)]
+        lines += [f"{name},{step},5.0,{text},{image},0.001,{1 + step},0.9,1e0f78bca484d44c" for step in range(3)]
     (folder / "history.csv").write_text("\n".join(lines) + "\n")
     codes = np.arange(len(this.sample_prompts) * 4 * DEPTH).reshape(-1, 4, DEPTH) % 16
     np.savez(folder / "samples.npz", codes=codes)

@@ -166,10 +166,13 @@ def read_history(path: Path) -> list[Step]:
     text = _text(path)
     if text is None:
         return []
-    steps = []
+    steps: list[Step] = []
+    if not text.endswith("\n"):
+        raise _damaged(path, "it ends in the middle of a line")
     try:
         for row in csv.DictReader(text.splitlines(), strict=True):
             track, step = row.pop("track"), int(row.pop("step"))
+            row.pop("documents_hash", None)  # for comparing two runs, not for curves
             steps.append(Step(track, step, {name: float(value) for name, value in row.items() if value}))
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"line {len(steps) + 2}: {error!r}") from None

@@ -97,7 +97,7 @@ class TrackRun:
             **dict(zip(names, norms.tolist(), strict=True)),
             "tokens": sum(plan.lengths),
             "fill": round(plan.fill, 4),
-            "documents": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
+            "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
         }
         self.watch.check(metrics, plan.keys)
         self.optimizer.step()
