@@ -100,7 +100,7 @@ def reproduced(checkout) -> Path:
 
 def test_it_goes_on_from_the_last_checkpoint_and_says_so(reproduced):
     said = (reproduced / "second.log").read_text()
-    assert re.search(rf"{STAGE}: continuing from step (10|15|20|25) of 30", said)
+    assert re.search(rf"{STAGE}: continuing from step (10|15|20) of 25", said)
 
 
 def test_it_ends_with_the_weights_of_an_unbroken_run(reproduced, tmp_path):
