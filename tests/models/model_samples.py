@@ -122,3 +122,21 @@ def gradients(model: UniForkModel) -> dict[str, torch.Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def largest_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Of all tensors, the largest difference relative to the tensor's largest entry, and its name.
+
+    The head's key biases shift all scores of a query alike, so their gradient is zero but for
+    rounding; they are measured against the largest entry of all tensors.
+    """
+    assert found.keys() == wanted.keys()
+    overall = max(tensor.abs().max() for tensor in wanted.values())
+    ratios = {}
+    for name, tensor in wanted.items():
+        silent = name.startswith("image_head.") and name.endswith("k_proj.bias")
+        scale = overall if silent else tensor.abs().max()
+        difference = (found[name] - tensor).abs().max()
+        ratios[name] = float(difference / scale) if scale else float(difference)
+    worst = max(ratios, key=lambda name: ratios[name])
+    return ratios[worst], worst

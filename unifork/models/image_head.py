@@ -11,8 +11,8 @@ the same function with less than a third of the weights; the head runs D times p
 is most of the cost of training and sampling. Trained on, the two forms take different ways: the
 optimizer sees other parameters. Attention may be wider than the hidden size (heads * head_dim).
 
-Shape suffixes: M positions, D depth, L items of the sequence (at most D), H hidden size, C code
-channels, K codebook rows, E head size, O and I outputs and inputs of a linear map.
+Shape suffixes: M positions, D depth, R = M*D, L items of the sequence (at most D), H hidden size,
+C code channels, K codebook rows, E head size, O and I outputs and inputs of a linear map.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unifork.config import HeadConfig
 from unifork.errors import ConfigError
+from unifork.models.losses import linear_cross_entropy
 
 KeyValue = tuple[Tensor, Tensor]
 Choose = Callable[[Tensor, int], Tensor]
@@ -151,12 +152,23 @@ class ImageHead(nn.Module):
 
     def forward(self, hidden_MH: Tensor, codes_MD: Tensor, codebook_KC: Tensor) -> Tensor:
         """Logits (M, D, K); those of depth d depend on the backbone's vector and codes 0..d-1 only."""
+        logits_MDK: Tensor = self.classifier(self._read(hidden_MH, codes_MD, codebook_KC))
+        return logits_MDK
+
+    def loss(self, hidden_MH: Tensor, codes_MD: Tensor, codebook_KC: Tensor) -> Tensor:
+        """Cross entropy (M, D) of the codes under those logits, which are never whole."""
+        x_RH = self._read(hidden_MH, codes_MD, codebook_KC).flatten(0, 1)
+        loss_R = linear_cross_entropy(x_RH, self.classifier.weight, self.classifier.bias, codes_MD.flatten())
+        return loss_R.view(codes_MD.shape)
+
+    def _read(self, hidden_MH: Tensor, codes_MD: Tensor, codebook_KC: Tensor) -> Tensor:
         sums_MDC = codebook_KC[codes_MD[:, : self.depth - 1]].cumsum(1)
         items = [self.hidden_proj(hidden_MH)[:, None], self._project_codes(sums_MDC)]
         x_MLH = torch.cat(items, 1) + self.depth_embedding.weight
         for block in self.blocks:
             x_MLH = block(x_MLH)
-        return self._classify(x_MLH)
+        normed_MDH: Tensor = self.norm(x_MLH)
+        return normed_MDH
 
     def unroll(self, hidden_MH: Tensor, codebook_KC: Tensor, choose: Choose) -> Tensor:
         """Codes (M, D), each picked by `choose` from the logits given those before it."""
@@ -169,7 +181,7 @@ class ImageHead(nn.Module):
             x_M1H = (item + self.depth_embedding.weight[depth])[:, None]
             for number, block in enumerate(blocks):
                 x_M1H, past[number] = block.step(x_M1H, past[number])
-            codes.append(choose(self._classify(x_M1H)[:, 0], depth))
+            codes.append(choose(self.classifier(self.norm(x_M1H))[:, 0], depth))
             sums_MC = sums_MC + codebook_KC[codes[-1]]
         return torch.stack(codes, 1)
 
@@ -186,7 +198,3 @@ class ImageHead(nn.Module):
     def _project_codes(self, sums: Tensor) -> Tensor:
         projected: Tensor = self.code_proj(sums.to(self.code_proj.weight.dtype))
         return projected
-
-    def _classify(self, x_MLH: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.norm(x_MLH))
-        return logits

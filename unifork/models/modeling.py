@@ -31,6 +31,7 @@ from unifork.models.configuration import UniForkConfig
 from unifork.models.decoder import Block, Reading, family, masks_of, norms, routes_of
 from unifork.models.image_head import HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, RouteBy
+from unifork.models.losses import linear_cross_entropy
 from unifork.models.masks import Mask, attention_mask
 from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
 from unifork.models.sequences import Counts
@@ -39,7 +40,7 @@ transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # b
 
 
 class Losses(NamedTuple):
-    """Sums of cross entropy over supervised targets, float32; whoever trains divides by global counts."""
+    """Sums of cross entropy over supervised targets, at least float32; whoever trains divides by global counts."""
 
     text_loss_sum: Tensor
     image_loss_sum_D: Tensor
@@ -108,13 +109,11 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def forward(self, batch: Batch) -> Losses:
         """Both losses of packed rows, summed over their supervised targets."""
         hidden_XH = self.hidden(batch).flatten(0, 1)
-        logits_SV = self.text_logits(hidden_XH.index_select(0, batch.text_source_S))
-        text_loss_sum = F.cross_entropy(logits_SV.float(), batch.text_target_S, reduction="sum")
-        source_MH = hidden_XH.index_select(0, batch.image_source_M)
-        logits_MDK = self.image_head(source_MH, batch.image_target_MD, self.codebook)
-        target_MD = batch.image_target_MD
-        loss_X = F.cross_entropy(logits_MDK.float().flatten(0, 1), target_MD.flatten(), reduction="none")
-        return Losses(text_loss_sum, loss_X.view(target_MD.shape).sum(0))
+        text_SH = hidden_XH.index_select(0, batch.text_source_S)
+        text_loss_S = linear_cross_entropy(text_SH, self.lm_head.weight, None, batch.text_target_S)
+        image_MH = hidden_XH.index_select(0, batch.image_source_M)
+        image_loss_MD = self.image_head.loss(image_MH, batch.image_target_MD, self.codebook)
+        return Losses(text_loss_S.sum(), image_loss_MD.sum(0))
 
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
         """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
