@@ -75,7 +75,8 @@ def machine(device: str) -> str:
     if device == "cpu":
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-        what = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}"
+        name = names[0] if names else platform.processor()
+        what = f"{name}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}"
     else:
         what = torch.cuda.get_device_name()
     return f"{what}; torch {torch.__version__}; {date.today().isoformat()}"

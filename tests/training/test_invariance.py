@@ -1,0 +1,113 @@
+"""The gradient of a step depends on its documents alone: not on ranks, accumulation, packing or sharding.
+
+Eight packed microbatches on one rank, four each on two, two each on four.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from unifork.batch import pack
+from unifork.data.packing import deal
+from unifork.training.distributed_testing import run_distributed
+from unifork.training.loop import Run, TrackRun
+from unifork.training.strategies import strategy
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+from model_samples import DEPTH, generation, gradients, largest_difference, noisy_model, understanding
+
+PLAN = "shared*2 task*2 norm:task"
+DOCUMENTS = [understanding(n, answer=3 + n % 5) for n in range(7)] + [generation(n, 2 + n % 4) for n in range(9)]
+PACKED = [[2 * row, 2 * row + 1] for row in range(8)]
+ONE_BY_ONE = [[number] for number in range(len(DOCUMENTS))]
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+class Loader:
+    """The documents of one step in given rows."""
+
+    identity = SimpleNamespace(depth=DEPTH)
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def batches(self, plan, rank):
+        for microbatch in deal(self.rows, plan.workers, 1)[rank]:
+            yield pack([[DOCUMENTS[number] for number in row] for row in microbatch], 48, DEPTH)
+
+
+def step(rank, workers, name, rows, dtype):
+    """Loss sums and whole gradients of one step, by the loop's own rule."""
+    model = noisy_model(PLAN).to(dtype).train()
+    wrapped = strategy(name, workers).wrap(model)
+    plan = SimpleNamespace(
+        workers=workers,
+        text_targets=sum(int(one.learned_T.sum()) for one in DOCUMENTS),
+        image_targets=sum(len(one.codes_ND) for one in DOCUMENTS if one.task == "generation"),
+    )
+    sums_1D = TrackRun._accumulate(SimpleNamespace(loader=Loader(rows)), wrapped, plan, Run(rank, workers))
+    found = {one: g.full_tensor() if hasattr(g, "full_tensor") else g for one, g in gradients(model).items()}
+    return sums_1D, found
+
+
+CASES = [
+    ("ddp", PACKED, torch.float64),
+    ("ddp", PACKED, torch.float32),
+    ("ddp", ONE_BY_ONE, torch.float64),
+    ("fsdp2", PACKED, torch.float64),
+    ("fsdp2", PACKED, torch.float32),
+]
+
+
+def _rank(rank, workers, folder):
+    """All cases on four ranks, then on two; each of two pairs does the latter, which saves new processes."""
+    four = [step(rank, workers, *case) for case in CASES]
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/pair-{rank // 2}", rank=rank % 2, world_size=2)
+    two = [step(rank % 2, 2, *case) for case in CASES]
+    return {4: four, 2: two} if rank == 0 else None
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """One worker, eight packed microbatches."""
+    torch.set_num_threads(1)
+    return {dtype: step(0, 1, "plain", PACKED, dtype) for dtype in TOLERANCES}
+
+
+def assert_same(found, wanted, dtype):
+    assert torch.allclose(found[0], wanted[0], rtol=TOLERANCES[dtype])
+    difference, name = largest_difference(found[1], wanted[1])
+    assert difference <= TOLERANCES[dtype], name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_documents_one_by_one_or_all_in_one_row(reference, dtype):
+    assert_same(step(0, 1, "plain", ONE_BY_ONE, dtype), reference[dtype], dtype)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return run_distributed(_rank, 4, str(tmp_path_factory.mktemp("pairs")))[0]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_ranks_and_accumulation_under_ddp_and_fsdp2(reference, shared, workers):
+    for (_, _, dtype), found in zip(CASES, shared[workers], strict=True):
+        assert_same(found, reference[dtype], dtype)
+
+
+def test_a_wrong_rule_is_found(reference):
+    """The mean of the microbatches' means is another gradient."""
+    model = noisy_model(PLAN).double().train()
+    for row in PACKED:
+        out = model(pack([[DOCUMENTS[n] for n in row]], 48, DEPTH))
+        words = sum(int(DOCUMENTS[n].learned_T.sum()) for n in row)
+        codes = sum(DOCUMENTS[n].codes_ND.size for n in row if DOCUMENTS[n].task == "generation")
+        (out.text_loss_sum / max(words, 1) / 8 + out.image_loss_sum_D.sum() / max(codes, 1) / 8).backward()
+    difference, _ = largest_difference(gradients(model), reference[torch.float64][1])
+    assert difference > 0.1
