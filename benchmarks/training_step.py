@@ -1,0 +1,291 @@
+"""One optimizer step, ours against the parity path, and what each difference is worth.
+
+`python benchmarks/training_step.py --size small` prints how fast a step is, then a ladder that
+begins with the parity path and takes one step at a time towards ours. The parity path is what
+reproduces the official loss: one document a row, padded to the longest of its task; the image head
+with the published outer maps; one forward per task; the logits of every token of the understanding
+rows and of all image positions whole and in float32. All rungs compute the same loss on the same
+documents and end with clipping and AdamW. They are timed in turns in this process.
+
+Documents: half generation, with captions of 15 to 89 tokens, half understanding, with 40 to 499
+tokens of dialogue of which the last 60 % are learned, all beside one picture of 576 positions x 4
+codes (36 for `tiny`); uniformly drawn, an outline of the paper's mix within its context of 1350.
+
+Shape suffixes: B rows, T tokens, X = B*T, M image positions, D code depth, K codes, V words, H hidden size.
+"""
+
+import argparse
+import copy
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timing import alternate, interval, machine, ratio, table
+from torch import Tensor, nn
+
+from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack
+from unifork.config import HeadConfig, OptimizerConfig, Variant
+from unifork.data.packing import pack_step
+from unifork.models.image_head import HeadBlock
+from unifork.models.modeling import UniForkModel
+from unifork.models.warm_start import create_model
+from unifork.training.optimizer import make_optimizer
+from unifork.vocabulary import TASKS
+
+DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and how many documents a step has unless told otherwise."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    words: int
+    codes: int
+    channels: int
+    grid: int
+    head: HeadConfig
+    documents: int
+
+
+SIZES = {
+    "tiny": Size(64, 4, 4, 2, 192, 800, 256, 64, 6, HeadConfig(layers=2, heads=8, head_dim=32), 8),
+    "small": Size(128, 8, 4, 2, 384, 8192, 2048, 128, 24, HeadConfig(layers=6, heads=8, head_dim=64), 6),
+    "0.5b": Size(896, 24, 14, 2, 4864, 151_936, 16_384, 1024, 24, HeadConfig(layers=6, heads=32, head_dim=112), 48),
+}
+"""The heads are four times as wide as the hidden size, like the published one; `0.5b` is the paper's model."""
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+"""Dense bfloat16 peak by a part of the device's name (vendor's data sheets, without sparsity)."""
+
+
+class Unfolded(HeadBlock):
+    """The head's block as published: a linear map in front of query, key and value, and one behind."""
+
+    def __init__(self, hidden_size: int, config: HeadConfig) -> None:
+        super().__init__(hidden_size, config)
+        inner = config.heads * config.head_dim
+        self.before, self.after = nn.Linear(hidden_size, inner), nn.Linear(inner, hidden_size)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(inner, inner) for _ in range(3))
+        self.o_proj = nn.Linear(inner, inner)
+
+    def _layer(self, x_MDH: Tensor) -> Tensor:
+        normed = self.before(self.attention_norm(x_MDH))
+        query, key, value = (
+            project(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x_MDH = x_MDH + self.after(self.o_proj(attended.transpose(1, 2).flatten(2)))
+        return x_MDH + self.fc2(F.gelu(self.fc1(self.mlp_norm(x_MDH))))
+
+
+def make_model(size: Size, device: str) -> UniForkModel:
+    """A fresh UniFork model: half of the layers shared, half twice."""
+    backbone = {
+        "model_type": "qwen2", "hidden_size": size.hidden, "intermediate_size": size.mlp,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }  # fmt: skip
+    half = size.layers // 2
+    plan = f"shared*{half} task*{size.layers - half} norm:task"
+    variant = Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
+    codebook = torch.randn(size.codes, size.channels, generator=torch.Generator().manual_seed(0))
+    model = create_model(variant, codebook, DEPTH, size.grid, "benchmark", size.words).train()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def make_documents(size: Size, count: int) -> list[Document]:
+    """The length mix of the module's first lines, the two tasks in turns."""
+    rng = np.random.default_rng(0)
+    P, documents = size.grid**2, []
+    for number in range(count):
+        task = TASKS[number % 2]
+        text = int(rng.integers(15, 90) if task == "generation" else rng.integers(40, 500))
+        picture = [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE]
+        kinds = [TEXT] * text + picture if task == "generation" else [TEXT] * 4 + picture + [TEXT] * (text - 4)
+        kinds_T = np.array(kinds, np.int64)
+        ids_T = np.where(kinds_T == TEXT, rng.integers(0, size.words, len(kinds_T)), 0)
+        learned_T = np.zeros(len(kinds_T), bool)
+        if task == "understanding":
+            learned_T[-int(0.6 * text) :] = True
+        codes_ND = rng.integers(0, size.codes, (P, DEPTH))
+        documents.append(Document(str(number), task, kinds_T, ids_T, learned_T, codes_ND))
+    return documents
+
+
+def packed(documents: list[Document], row_tokens: int) -> list[Batch]:
+    """Rows of whole documents, one row a microbatch."""
+    rows = pack_step([len(one) for one in documents], [one.task for one in documents], row_tokens)
+    return [pack([[documents[number] for number in row]], row_tokens, DEPTH) for row in rows]
+
+
+def padded(documents: list[Document]) -> list[Batch]:
+    """One document a row, one batch per task, padded to its longest row."""
+    per_task = [[one for one in documents if one.task == task] for task in TASKS]
+    return [pack([[one] for one in some], max(map(len, some)), DEPTH) for some in per_task if some]
+
+
+def whole_logits(model: UniForkModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Both losses from logits that exist whole, in float32; those of text at every token of a row that learns any."""
+    hidden_BTH = model.hidden(batch)
+    B, T, _ = hidden_BTH.shape
+    source_MH = hidden_BTH.flatten(0, 1).index_select(0, batch.image_source_M)
+    logits_MDK = model.image_head(source_MH, batch.image_target_MD, model.codebook).float()
+    image_loss = F.cross_entropy(logits_MDK.flatten(0, 1), batch.image_target_MD.flatten(), reduction="sum")
+    if not len(batch.text_target_S):
+        return model.text_logits(hidden_BTH[:, :0]).sum().float(), image_loss
+    labels_X = batch.text_ids_BT.new_full((B * T,), -100).index_copy(0, batch.text_source_S, batch.text_target_S)
+    logits_XV = model.text_logits(hidden_BTH).float().flatten(0, 1)
+    return F.cross_entropy(logits_XV, labels_X, ignore_index=-100, reduction="sum"), image_loss
+
+
+def fused(model: UniForkModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Both losses as the model computes them."""
+    found = model(batch)
+    return found.text_loss_sum, found.image_loss_sum_D.sum()
+
+
+class Step:
+    """One way to do a step: its model, its batches, its loss."""
+
+    def __init__(
+        self,
+        model: UniForkModel,
+        batches: list[Batch],
+        loss: Callable[[UniForkModel, Batch], tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.loss, self.dtype = model, loss, dtype
+        self.device = model.codebook.device
+        self.batches = [batch.to(self.device) for batch in batches]
+        self.words = sum(len(batch.text_target_S) for batch in batches)
+        self.codes = sum(batch.image_target_MD.numel() for batch in batches)
+        config = OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup_steps=0)
+        self.optimizer = make_optimizer(config, model.parameters())
+        self.value = torch.zeros(())
+
+    def __call__(self) -> None:
+        """Forward, backward, clip, update."""
+        total = []
+        for batch in self.batches:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                text, image = self.loss(self.model, batch)
+            value = text / self.words + image / self.codes
+            value.backward()
+            total.append(value.detach())
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.value = torch.stack(total).sum()
+
+
+def useful_flops(size: Size, documents: list[Document]) -> float:
+    """Products of one forward and backward pass (three times the forward) over the documents themselves.
+
+    Two per weight and token for every matrix that a token meets, once per depth in the folded head,
+    plus 4 * width * visible keys of attention; no padding, no recomputation, no optimizer.
+    """
+    H, kv = size.hidden, size.hidden * size.kv_heads // size.heads
+    layer = H * (2 * H + 2 * kv) + 3 * H * size.mlp
+    inner = size.head.heads * size.head.head_dim
+    block = 4 * H * inner + 2 * size.head.mlp_ratio * H * H
+    items = DEPTH * (size.head.layers * block + H * size.codes) + H * H + (DEPTH - 1) * H * size.channels
+    forward = 0.0
+    for one in documents:
+        T, P = len(one), size.grid**2
+        forward += size.layers * (2 * T * layer + 4 * H * T * (T + 1) / 2) + 2 * P * (size.channels * H + H * H)
+        forward += 2 * int(one.learned_T.sum()) * H * size.words
+        forward += 2 * P * items if one.task == "generation" else 0
+    return 3 * forward
+
+
+def peak_flops(device: str) -> float | None:
+    """The chip's dense bfloat16 peak, if it is known."""
+    name = "" if device == "cpu" else torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--row-tokens", type=int, default=1350)
+    parser.add_argument("--documents", type=int)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="autocast; weights float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--ours-only", action="store_true", help="no ladder: the peak memory is then that of our step")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    size, dtype, device = SIZES[given.size], getattr(torch, given.dtype), given.device
+    documents = make_documents(size, given.documents or size.documents)
+    ours = make_model(size, device)
+    ours.set_activation_checkpointing(given.activation_checkpointing)
+    rows = packed(documents, given.row_tokens)
+    ways = {"single forward (ours)": Step(ours, rows, fused, dtype)}
+    if not given.ours_only:
+        unfolded = copy.deepcopy(ours)
+        unfolded.image_head.blocks = nn.ModuleList([Unfolded(size.hidden, size.head) for _ in ours.image_head.blocks])
+        unfolded.to(torch.device(device))  # type: ignore[arg-type]
+        by_task = [
+            batch
+            for task in TASKS
+            for batch in packed([one for one in documents if one.task == task], given.row_tokens)
+        ]
+        models = [unfolded, *(copy.deepcopy(ours) for _ in range(3))]
+        ways = {
+            "parity path": Step(models[0], padded(documents), whole_logits, dtype),
+            "folded head": Step(models[1], padded(documents), whole_logits, dtype),
+            "packed rows": Step(models[2], by_task, whole_logits, dtype),
+            "fused loss": Step(models[3], by_task, fused, dtype),
+            **ways,
+        }
+    seconds = alternate(ways, given.pairs, device)
+    tokens, flops = sum(map(len, documents)), useful_flops(size, documents)
+    step, targets = (
+        interval(seconds["single forward (ours)"]),
+        sum(int(one.learned_T.sum()) + one.codes_ND.size * (one.task == "generation") for one in documents),
+    )
+    peak = peak_flops(device)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = memory if device == "cpu" else torch.cuda.max_memory_allocated()
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    print(f"{machine(device)}; {given.dtype}; size {given.size}, {count / 1e6:.1f} M parameters, row_tokens "
+          f"{given.row_tokens}, {len(documents)} documents of {tokens} tokens, fill "
+          f"{tokens / (len(rows) * given.row_tokens):.2f}, {given.pairs} pairs\n")  # fmt: skip
+    print(table(["our step", "value"], [
+        ["seconds (median, 95 % interval)", step],
+        ["useful supervised targets a second", f"{targets / step.median:,.0f}"],
+        ["tokens a second", f"{tokens / step.median:,.0f}"],
+        ["TFLOPs by formula", f"{flops / 1e12:.3f}"],
+        ["TFLOP/s", f"{flops / step.median / 1e12:.3f}"],
+        ["MFU", f"{flops / step.median / peak:.1%}" if peak else "unknown"],
+        ["peak memory of the process, GiB", f"{memory / 2**30:.2f}"],
+    ]))  # fmt: skip
+    if given.ours_only:
+        return
+    names = list(ways)
+    print()
+    print(table(["rung", "seconds", "times faster than the rung before", "than the parity path"], [
+        [name, f"{interval(seconds[name]).median:.2f}",
+         ratio(seconds[before], seconds[name]) if before else "", ratio(seconds[names[0]], seconds[name])]
+        for before, name in zip([None, *names], names, strict=False)
+    ]))  # fmt: skip
+    losses = {name: f"{float(way.value):.5f}" for name, way in ways.items()}
+    print(f"\nlosses of the last step: {losses}")
+
+
+if __name__ == "__main__":
+    main()
