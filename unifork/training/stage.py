@@ -23,6 +23,7 @@ from unifork.data.text_tokenizer import TextTokenizer
 from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
 from unifork.manifest import file_sha256, manifest_sha256, write_json
 from unifork.models.modeling import UniForkModel, load_model
+from unifork.models.sequences import VARLEN
 from unifork.processes import exclusive
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
@@ -119,7 +120,7 @@ def _train(job: StageJob, run: Run) -> None:
     if lead:
         _make_room(job, mark, log)
     barrier()
-    model = load_model(job.start)
+    model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
     tokenizer = TextTokenizer(job.start / TEXT_TOKENIZER)
     identity = CodesIdentity(
