@@ -4,7 +4,8 @@ In: one `Document` per sample (text tokens with image spans). Out: a `Batch` of 
 were all computed on the CPU, so that the model never has to ask the device for a count.
 
 Shape suffixes: B rows, T tokens of a row, N image tokens of the batch (row by row, left to right),
-D code depth, S supervised text tokens, M supervised image positions, P positions of one image.
+D code depth, S supervised text tokens, M supervised image positions, X = B*T, R runs of tokens
+(documents and padding).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unifork.vocabulary import MODALITIES, TASKS, Task
+from unifork.vocabulary import TASKS, Task
 
 TEXT, IMAGE, BEGIN_IMAGE, END_IMAGE = range(4)
 """Kinds of token. Begin and end of image are embeddings of the connector, not of the vocabulary."""
@@ -90,65 +91,59 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
     An empty row is legal and consists of padding. Raises ValueError when a row does not fit,
     which is an error of the caller: packing decides beforehand what goes where.
     """
-    B, T = len(rows), row_tokens
-    text_ids_BT = np.zeros((B, T), np.int64)
-    kinds_BT = np.full((B, T), TEXT, np.int64)
-    documents_BT = np.full((B, T), NO_DOCUMENT, np.int64)
-    positions_BT = np.zeros((B, T), np.int64)
-    tasks_BT = np.zeros((B, T), np.int64)
-    codes, text_source, text_target, image_source, image_target = [], [], [], [], []
-    document_counts: list[tuple[int, ...]] = []
+    runs: list[tuple[int, int, int, int, int]] = []
+    """Tokens, number in the row, task, pictures' positions, supervised ones; padding is a run of its own."""
+    parts: list[Document] = []
     for b, row in enumerate(rows):
-        start = 0
+        free, task = row_tokens, 0
         for number, document in enumerate(row):
-            stop = start + len(document)
-            if stop > T:
-                raise ValueError(f"row {b} holds {sum(map(len, row))} tokens, more than row_tokens={T}")
-            span = (b, slice(start, stop))
-            text_ids_BT[span] = document.text_ids_T
-            kinds_BT[span] = document.kinds_T
-            documents_BT[span] = number
-            positions_BT[span] = np.arange(len(document))
-            tasks_BT[b, start:] = TASKS.index(document.task)
-            codes.append(document.codes_ND)
-            document_counts.append(_modality_counts(document.kinds_T))
-            flat = b * T + start
-            learned = np.flatnonzero(document.learned_T)
-            text_source.append(flat + learned - 1)
-            text_target.append(document.text_ids_T[learned])
-            if document.task == "generation":
-                learned_N = slice(document.supervised_positions)
-                image_source.append(flat + np.flatnonzero(document.kinds_T == IMAGE)[learned_N] - 1)
-                image_target.append(document.codes_ND[learned_N])
-            start = stop
-        if start < T:
-            document_counts.append(_modality_counts(kinds_BT[b, start:]))
-    flat_kinds = kinds_BT.reshape(-1)
-    image_index_N = np.flatnonzero(flat_kinds == IMAGE)
+            task = TASKS.index(document.task)
+            positions = len(document.codes_ND)
+            supervised = len(range(positions)[: document.supervised_positions]) if document.task == "generation" else 0
+            runs.append((len(document), number, task, positions, supervised))
+            parts.append(document)
+            free -= len(document)
+        if free < 0:
+            raise ValueError(f"row {b} holds {row_tokens - free} tokens, more than row_tokens={row_tokens}")
+        if free:
+            runs.append((free, NO_DOCUMENT, task, 0, 0))
+            parts.append(_padding(free))
+    lengths_R, numbers_R, tasks_R, images_R, supervised_R = np.array(runs, np.int64).reshape(-1, 5).T
+    starts_R = np.cumsum(lengths_R) - lengths_R
+    documents_X, tasks_X = np.repeat(numbers_R, lengths_R), np.repeat(tasks_R, lengths_R)
+    positions_X = np.arange(len(rows) * row_tokens) - np.repeat(starts_R, lengths_R)
+    positions_X[documents_X == NO_DOCUMENT] = 0
+    kinds_X, text_ids_X = _joined([one.kinds_T for one in parts]), _joined([one.text_ids_T for one in parts])
+    learned_S = np.flatnonzero(_joined([one.learned_T for one in parts], bool))
+    codes_ND = _joined([one.codes_ND for one in parts if len(one.codes_ND)]).reshape(-1, depth)
+    image_index_N = np.flatnonzero(kinds_X == IMAGE)
+    place_N = np.arange(len(image_index_N)) - np.repeat(np.cumsum(images_R) - images_R, images_R)
+    learned_N = place_N < np.repeat(supervised_R, images_R)
+    in_image_R = np.add.reduceat(kinds_X != TEXT, starts_R, dtype=np.int64) if runs else starts_R
+    shape = (len(rows), row_tokens)
     return Batch(
-        text_ids_BT=torch.from_numpy(text_ids_BT),
-        kinds_BT=torch.from_numpy(kinds_BT),
-        documents_BT=torch.from_numpy(documents_BT),
-        positions_BT=torch.from_numpy(positions_BT),
-        tasks_BT=torch.from_numpy(tasks_BT),
+        text_ids_BT=torch.from_numpy(text_ids_X.reshape(shape)),
+        kinds_BT=torch.from_numpy(kinds_X.reshape(shape)),
+        documents_BT=torch.from_numpy(documents_X.reshape(shape)),
+        positions_BT=torch.from_numpy(positions_X.reshape(shape)),
+        tasks_BT=torch.from_numpy(tasks_X.reshape(shape)),
         image_index_N=torch.from_numpy(image_index_N),
-        codes_ND=_joined(codes, depth),
-        text_source_S=_joined(text_source),
-        text_target_S=_joined(text_target),
-        image_source_M=_joined(image_source),
-        image_target_MD=_joined(image_target, depth),
-        task_counts=tuple(int((tasks_BT == t).sum()) for t in range(len(TASKS))),
-        modality_counts=_modality_counts(flat_kinds),
-        document_counts=tuple(document_counts),
-        tasks_grouped=bool((np.diff(tasks_BT.reshape(-1)) >= 0).all()),
+        codes_ND=torch.from_numpy(codes_ND),
+        text_source_S=torch.from_numpy(learned_S - 1),
+        text_target_S=torch.from_numpy(text_ids_X[learned_S]),
+        image_source_M=torch.from_numpy(image_index_N[learned_N] - 1),
+        image_target_MD=torch.from_numpy(codes_ND[learned_N]),
+        task_counts=tuple(int(lengths_R[tasks_R == task].sum()) for task in range(len(TASKS))),
+        modality_counts=(int((lengths_R - in_image_R).sum()), int(in_image_R.sum())),
+        document_counts=tuple(zip((lengths_R - in_image_R).tolist(), in_image_R.tolist(), strict=True)),
+        tasks_grouped=bool((np.diff(tasks_R) >= 0).all()),
     )
 
 
-def _modality_counts(kinds_T: np.ndarray) -> tuple[int, ...]:
-    in_image = int((kinds_T != TEXT).sum())
-    return (len(kinds_T) - in_image, in_image)[: len(MODALITIES)]
+def _padding(tokens: int) -> Document:
+    none = np.zeros(tokens, np.int8)
+    return Document("", "understanding", none, none, none.view(bool), none[:0])
 
 
-def _joined(parts: list[np.ndarray], depth: int | None = None) -> Tensor:
-    empty = np.zeros((0,) if depth is None else (0, depth), np.int64)
-    return torch.from_numpy(np.concatenate([empty, *parts]).astype(np.int64))
+def _joined(parts: list[np.ndarray], dtype: type = np.int64) -> np.ndarray:
+    return np.concatenate(parts, dtype=dtype) if parts else np.zeros(0, dtype)

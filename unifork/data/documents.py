@@ -192,9 +192,9 @@ class Part:
         return Document(self.key(index), self.task, kinds_T, text_ids_T, learned_T, self.codes(index))
 
     def codes(self, index: int) -> np.ndarray:
-        """The codes of a document's picture, int64, shape (N, D)."""
+        """The codes of a document's picture, uint16, shape (N, D)."""
         shard, group, row = self.index.where_R3[index].tolist()
-        codes_ND: np.ndarray = self._group(shard, group)[row].astype(np.int64)
+        codes_ND: np.ndarray = self._group(shard, group)[row]
         return codes_ND
 
     def _prepare(self, writer: Writer, template: Template, tokenizer: TextTokenizer, context: int) -> None:
