@@ -5,8 +5,8 @@ begins with the parity path and takes one step at a time towards ours. The parit
 reproduces the official loss: one document a row, padded to the longest of its task; the image head
 with the published outer maps; a mask over the square of the row; one forward per task; the logits of
 every token of the understanding rows and of all image positions whole and in float32. All rungs
-compute the same loss on the same documents (the unfolded head has fresh weights of its own) and end
-with clipping and AdamW. They are timed in turns in this process.
+compute the same function on the same documents and end with clipping and AdamW. They are timed in
+turns in this process.
 
 Documents: half generation, with captions of 15 to 89 tokens, half understanding, with 40 to 499
 tokens of dialogue of which the last 60 % are learned, all beside one picture of 576 positions x 4
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack
 from unifork.config import HeadConfig, OptimizerConfig, Variant
 from unifork.data.packing import pack_step
-from unifork.models.image_head import HeadBlock
 from unifork.models.modeling import UniForkModel
 from unifork.models.sequences import VARLEN
 from unifork.models.warm_start import create_model
@@ -66,27 +65,6 @@ SIZES = {
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 """Dense bfloat16 peak by a part of the device's name (vendor's data sheets, without sparsity)."""
-
-
-class Unfolded(HeadBlock):
-    """The head's block as published: a linear map in front of query, key and value, and one behind."""
-
-    def __init__(self, hidden_size: int, config: HeadConfig) -> None:
-        super().__init__(hidden_size, config)
-        inner = config.heads * config.head_dim
-        self.before, self.after = nn.Linear(hidden_size, inner), nn.Linear(inner, hidden_size)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(inner, inner) for _ in range(3))
-        self.o_proj = nn.Linear(inner, inner)
-
-    def _layer(self, x_MDH: Tensor) -> Tensor:
-        normed = self.before(self.attention_norm(x_MDH))
-        query, key, value = (
-            project(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x_MDH = x_MDH + self.after(self.o_proj(attended.transpose(1, 2).flatten(2)))
-        return x_MDH + self.fc2(F.gelu(self.fc1(self.mlp_norm(x_MDH))))
 
 
 def make_model(size: Size, device: str) -> UniForkModel:
@@ -128,8 +106,8 @@ def make_documents(size: Size, count: int) -> list[Document]:
 
 def packed(documents: list[Document], row_tokens: int) -> list[Batch]:
     """Rows of whole documents, one row a microbatch."""
-    rows = pack_step([len(one) for one in documents], [one.task for one in documents], row_tokens)
-    return [pack([[documents[number] for number in row]], row_tokens, DEPTH) for row in rows]
+    packing = pack_step([len(one) for one in documents], [one.task for one in documents], row_tokens)
+    return [pack([[documents[number] for number in row]], packing.row_tokens, DEPTH) for row in packing.rows]
 
 
 def padded(documents: list[Document]) -> list[Batch]:
@@ -242,8 +220,7 @@ def main() -> None:
         masked = copy.deepcopy(ours)
         masked.set_attn_implementation("sdpa")
         unfolded = copy.deepcopy(masked)
-        unfolded.image_head.blocks = nn.ModuleList([Unfolded(size.hidden, size.head) for _ in ours.image_head.blocks])
-        unfolded.to(torch.device(device))  # type: ignore[arg-type]
+        unfolded.image_head.unfold()
         by_task = [
             batch
             for task in TASKS
@@ -268,7 +245,7 @@ def main() -> None:
     count = sum(parameter.numel() for parameter in ours.parameters())
     print(f"{machine(device)}; {given.dtype}; size {given.size}, {count / 1e6:.1f} M parameters, row_tokens "
           f"{given.row_tokens}, {len(documents)} documents of {tokens} tokens, fill "
-          f"{tokens / (len(rows) * given.row_tokens):.2f}, {given.pairs} pairs\n")  # fmt: skip
+          f"{tokens / sum(batch.kinds_BT.numel() for batch in rows):.2f}, {given.pairs} pairs\n")  # fmt: skip
     print(table(["our step", "value"], [
         ["seconds (median, 95 % interval)", step],
         ["useful supervised targets a second", f"{targets / step.median:,.0f}"],

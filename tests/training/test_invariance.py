@@ -40,7 +40,7 @@ class Loader:
             yield pack([[DOCUMENTS[number] for number in row] for row in microbatch], 48, DEPTH)
 
 
-def step(rank, workers, name, rows, dtype):
+def step(rank, workers, name, rows, dtype, precision="float32"):
     """Loss sums and whole gradients of one step, by the loop's own rule."""
     model = noisy_model(PLAN).to(dtype).train()
     wrapped = strategy(name, workers).wrap(model)
@@ -49,7 +49,8 @@ def step(rank, workers, name, rows, dtype):
         text_targets=sum(int(one.learned_T.sum()) for one in DOCUMENTS),
         image_targets=sum(len(one.codes_ND) for one in DOCUMENTS if one.task == "generation"),
     )
-    sums_1D = TrackRun._accumulate(SimpleNamespace(loader=Loader(rows)), wrapped, plan, Run(rank, workers))
+    track = SimpleNamespace(loader=Loader(rows), track=SimpleNamespace(precision=precision))
+    sums_1D = TrackRun._accumulate(track, wrapped, plan, Run(rank, workers))
     found = {one: g.full_tensor() if hasattr(g, "full_tensor") else g for one, g in gradients(model).items()}
     return sums_1D, found
 
@@ -99,6 +100,15 @@ def shared(tmp_path_factory):
 def test_ranks_and_accumulation_under_ddp_and_fsdp2(reference, shared, workers):
     for (_, _, dtype), found in zip(CASES, shared[workers], strict=True):
         assert_same(found, reference[dtype], dtype)
+
+
+def test_bfloat16_products_keep_float32_gradients_near_those_of_float32(reference):
+    sums_1D, found = step(0, 1, "plain", PACKED, torch.float32, "bfloat16")
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    assert torch.allclose(sums_1D, reference[torch.float32][0], rtol=2e-2)
+    assert not torch.allclose(sums_1D, reference[torch.float32][0], rtol=1e-6)
+    difference, name = largest_difference(found, reference[torch.float32][1])
+    assert difference < 0.2, name
 
 
 def test_a_wrong_rule_is_found(reference):

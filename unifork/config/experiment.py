@@ -227,6 +227,8 @@ class Track(Plain):
     """Share of generation documents whose prompt is replaced by the dropped-prompt token."""
     supervised_positions: PositiveInt | None = None
     """Positions of a generated picture that are learned, the first in reading order; None learns all."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the products (autocast); weights, gradients, optimizer and losses are float32 in both."""
 
 
 class Sampling(Plain):

@@ -59,9 +59,9 @@ class Skeleton:
     text_ids_T: np.ndarray
     learned_T: np.ndarray
 
-    def with_codes(self, key: str, task: Task, codes_ND: np.ndarray) -> Document:
-        """The document itself."""
-        return Document(key, task, self.kinds_T, self.text_ids_T, self.learned_T, codes_ND)
+    def with_codes(self, key: str, task: Task, codes_ND: np.ndarray, supervised: int | None = None) -> Document:
+        """The document itself; `supervised` positions of its picture are targets, None: all."""
+        return Document(key, task, self.kinds_T, self.text_ids_T, self.learned_T, codes_ND, supervised)
 
 
 def skeleton(pieces: Sequence[Piece], tokenizer: TextTokenizer, positions: int, border: Border = "letters") -> Skeleton:
@@ -176,8 +176,8 @@ class Part:
         """Text tokens of a document that are learned."""
         return int(self.index.learned_count_R[index])
 
-    def document(self, index: int) -> Document:
-        """A document with its codes."""
+    def document(self, index: int, supervised: int | None = None) -> Document:
+        """A document with its codes; `supervised` positions of its picture are targets, None: all."""
         text = self.index.text(index)
         at, image = int(self.index.picture_at_R[index]), self.identity.positions + 2
         if at == NO_PICTURE:
@@ -185,11 +185,12 @@ class Part:
             alone = Skeleton(np.full(len(ids_T), TEXT, np.int64), ids_T, learned_T)
             return alone.with_codes(self.key(index), self.task, np.zeros((0, self.identity.depth), np.int64))
         T = text.stop - text.start + image
-        kinds_T, text_ids_T, learned_T = np.full(T, TEXT, np.int64), np.zeros(T, np.int64), np.zeros(T, bool)
+        kinds_T, text_ids_T, learned_T = np.full(T, TEXT, np.int8), np.zeros(T, np.int32), np.zeros(T, bool)
         kinds_T[at], kinds_T[at + 1 : at + image - 1], kinds_T[at + image - 1] = BEGIN_IMAGE, IMAGE, END_IMAGE
         for target_T, source in ((text_ids_T, self.index.text_ids_S), (learned_T, self.index.learned_S)):
             target_T[:at], target_T[at + image :] = source[text][:at], source[text][at:]
-        return Document(self.key(index), self.task, kinds_T, text_ids_T, learned_T, self.codes(index))
+        made = Skeleton(kinds_T, text_ids_T, learned_T)
+        return made.with_codes(self.key(index), self.task, self.codes(index), supervised)
 
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's picture, uint16, shape (N, D)."""

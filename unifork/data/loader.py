@@ -5,7 +5,7 @@ dropped, how they are packed and who gets which rows. A worker reads only the co
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from unifork.batch import Batch, Document, pack
@@ -104,11 +104,10 @@ class TrackLoader:
         """One document of a step, its prompt dropped or not as the plan says."""
         slot = plan.slots[number]
         part = self.parts[slot.part]
-        if plan.dropped[number]:
-            made = self.unconditional.with_codes(part.key(slot.document), part.task, part.codes(slot.document))
-        else:
-            made = part.document(slot.document)
-        return replace(made, supervised_positions=self.supervised_positions)
+        if not plan.dropped[number]:
+            return part.document(slot.document, self.supervised_positions)
+        key, codes_ND = part.key(slot.document), part.codes(slot.document)
+        return self.unconditional.with_codes(key, part.task, codes_ND, self.supervised_positions)
 
     def _drops(self, slot: Slot, step: int, number: int) -> bool:
         part = self.parts[slot.part]

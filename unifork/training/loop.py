@@ -121,7 +121,8 @@ class TrackRun:
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)
         sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64, device=run.device)
         for batch in self.loader.batches(plan, run.rank):
-            losses = wrapped(batch.to(run.device))
+            with torch.autocast(sums.device.type, torch.bfloat16, enabled=self.track.precision == "bfloat16"):
+                losses = wrapped(batch.to(run.device))
             (losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale).backward()
             sums += torch.cat([losses.text_loss_sum.reshape(1), losses.image_loss_sum_D]).detach().double()
         return summed(sums)
