@@ -73,7 +73,7 @@ def test_use_refuses_to_overwrite_edits(tmp_path, monkeypatch):
     use("demo")
     use("micro")
     assert Path("params.yaml").read_text() == params_text(resolve("micro"))
-    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 30", "steps: 31"))
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 25", "steps: 31"))
     with pytest.raises(ConfigError, match=r"differs from experiments/micro\.yaml"):
         use("demo")
     use("demo", force=True)
