@@ -15,7 +15,7 @@ from unifork.config import Card, parse
 from unifork.data.filters import judge
 from unifork.data.hop import Hop, write_shard
 from unifork.data.schema import columns_of, image_text_schema
-from unifork.data.sources import plan, rows_of
+from unifork.data.sources import Fault, plan, rows_of
 from unifork.manifest import Manifest, Shard, checked, read_manifest, write_atomically
 
 DOWNLOAD_VERSION = 1
@@ -27,15 +27,21 @@ QUARANTINE = "quarantine"
 
 
 class Materialise:
-    """Rows of a source -> image-text shard."""
+    """Rows of a source -> image-text shard; entries of which no row can be made go to the quarantine."""
 
     def __init__(self, card: dict[str, Any]) -> None:
         self.card = parse(Card, card, "card")
         self.schema = image_text_schema(self.card)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        rows = sorted(rows_of(task), key=lambda row: row["key"])
-        return write_shard(task, table_of(rows, self.schema), {})
+        kept, rejected = [], []
+        for one in rows_of(task):
+            if isinstance(one, Fault):
+                rejected.append({"key": one.key, "reason": one.reason, "detail": one.detail, "image": one.image})
+            else:
+                kept.append({"license": self.card.licence, **one})
+        kept.sort(key=lambda row: row["key"])
+        return write_shard(task, table_of(kept, self.schema), quarantined(task, rejected))
 
 
 def download_hop(card: Card, rows: int | None, shard_rows: int, seed: int, folder: Path) -> Hop:
@@ -55,7 +61,6 @@ class Filter:
         self.schema = image_text_schema(self.card)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        output = Path(task["output"])
         kept, rejected = [], []
         for row in read_rows(task):
             verdict = judge(row, self.card)
@@ -63,12 +68,7 @@ class Filter:
                 kept.append(row)
             else:
                 rejected.append({"key": row["key"], "reason": verdict[0], "detail": verdict[1], "image": row["image"]})
-        quarantine = output.parent / QUARANTINE / output.name
-        if rejected:
-            write_atomically(quarantine, lambda path: pq.write_table(pa.Table.from_pylist(rejected), path))
-        else:
-            quarantine.unlink(missing_ok=True)
-        return write_shard(task, table_of(kept, self.schema), Counter(row["reason"] for row in rejected))
+        return write_shard(task, table_of(kept, self.schema), quarantined(task, rejected))
 
 
 def filter_hop(card: Card, source: Path, folder: Path) -> Hop:
@@ -76,6 +76,18 @@ def filter_hop(card: Card, source: Path, folder: Path) -> Hop:
     filters = {"filters": [rule.model_dump(mode="json") for rule in card.filters]}
     columns, made_with = columns_of(image_text_schema(card)), {"version": FILTER_VERSION, **filters}
     return Hop("image-text", card.name, folder, columns, made_with, filters, tasks_from(read_manifest(source)), source)
+
+
+def quarantined(task: dict[str, Any], rejected: list[dict[str, Any]]) -> Counter[str]:
+    """Write what is left out beside the shard, sorted by key; how many there are of each reason."""
+    output = Path(task["output"])
+    quarantine = output.parent / QUARANTINE / output.name
+    if rejected:
+        rejected.sort(key=lambda row: (row["key"], row["reason"]))
+        write_atomically(quarantine, lambda path: pq.write_table(pa.Table.from_pylist(rejected), path))
+    else:
+        quarantine.unlink(missing_ok=True)
+    return Counter(row["reason"] for row in rejected)
 
 
 def tasks_from(manifest: Manifest) -> list[dict[str, Any]]:
