@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from unifork.data.sources.base import Fault
 
@@ -67,6 +68,8 @@ def _box(tar: tarfile.TarFile) -> Box:
     try:
         for member in _files(tar):
             members.append(member)  # one by one: those before a fault stay
+        if not _closed(tar):
+            fault = "it ends, or a header is damaged, before the empty block that closes a tar"
     except BROKEN as error:
         fault = f"{type(error).__name__}: {error}"
 
@@ -79,6 +82,13 @@ def _box(tar: tarfile.TarFile) -> Box:
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     return (member for member in tar if member.isfile() and not _hidden(member.name))
+
+
+def _closed(tar: tarfile.TarFile) -> bool:
+    """Whether a tar that was walked ends as it should: tarfile takes a damaged header for the end."""
+    file: Any = tar.fileobj
+    file.seek(tar.offset)  # type: ignore[attr-defined]
+    return bool(file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE))
 
 
 def _hidden(name: str) -> bool:

@@ -36,6 +36,8 @@ class ListOptions(Plain):
     """Field with the path of the picture."""
     texts: dict[str, str]
     """Column -> field that fills it; `Task2.Caption` is a field of a field. Dialogues are translated."""
+    keep: dict[str, str] = {}
+    """The same for columns that are no text of the row, such as the path of its picture."""
 
 
 class MetaOptions(Plain):
@@ -93,8 +95,8 @@ def _rows(path: Path, place: str, known: ListOptions, task: Task) -> Iterator[Ro
             yield made
             continue
         keys.append(key)
-        paths.append(made.pop(known.image))
-        texts.append(made)
+        paths.append(made[0])
+        texts.append(made[1])
     for index, image in picked(located(known.images), paths):
         if isinstance(image, Fault):
             yield Fault(keys[index], image.reason, image.detail)
@@ -102,8 +104,8 @@ def _rows(path: Path, place: str, known: ListOptions, task: Task) -> Iterator[Ro
             yield picture_row(keys[index], image, **texts[index])
 
 
-def _texts(key: str, entry: Any, known: ListOptions) -> dict[str, Any] | Fault:
-    """The text columns of an entry, and the path of its picture under the name of that field."""
+def _texts(key: str, entry: Any, known: ListOptions) -> tuple[str, dict[str, Any]] | Fault:
+    """The path of an entry's picture, and its columns."""
     if not isinstance(entry, dict):
         return Fault(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
     image = entry.get(known.image)
@@ -111,21 +113,24 @@ def _texts(key: str, entry: Any, known: ListOptions) -> dict[str, Any] | Fault:
     if len(images) != 1 or not isinstance(images[0], str):
         reason = "several_pictures" if len(images) > 1 else "no_picture"
         return Fault(key, reason, f"{known.image!r} is {image!r:.200}; a row has one picture")
-    made: dict[str, Any] = {}
-    for column, field in known.texts.items():
-        value: Any = entry
-        for name in field.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if column == CONVERSATIONS and value:
-            try:
-                made[column] = turns(value)
-            except DataError as error:
-                return Fault(key, "broken_dialogue", str(error))
-        elif value is not None:
-            made[column] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if not any(made.values()):
+    try:
+        texts = {column: _field(entry, column, field) for column, field in known.texts.items()}
+    except DataError as error:
+        return Fault(key, "broken_dialogue", str(error))
+    if not any(texts.values()):
         return Fault(key, "missing_caption", f"none of {', '.join(known.texts.values())} is filled")
-    return {**made, known.image: images[0]}
+    return images[0], {**texts, **{column: _field(entry, column, field) for column, field in known.keep.items()}}
+
+
+def _field(entry: Any, column: str, field: str) -> Any:
+    """A field of a field as a text, or as turns when the column holds dialogues; None when it is not there."""
+    for name in field.split("."):
+        entry = entry.get(name) if isinstance(entry, dict) else None
+    if entry is None or (column == CONVERSATIONS and not entry):
+        return None
+    if column == CONVERSATIONS:
+        return turns(entry)
+    return entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
