@@ -140,7 +140,7 @@ def twins(values: np.ndarray, numbers: np.ndarray, distance: int) -> Iterator[tu
     order = np.lexsort((numbers, values)) if distance == 0 else np.argsort(numbers)
     values, numbers = values[order], numbers[order]
     if distance == 0:
-        first = np.r_[True, values[1:] != values[:-1]]
+        first = np.r_[True, values[1:] != values[:-1]][: len(values)]
         keeper = numbers[np.maximum.accumulate(np.where(first, np.arange(len(values)), 0))]
         yield from zip(numbers[~first].tolist(), keeper[~first].tolist(), strict=True)
         return

@@ -137,6 +137,8 @@ def judge(row: Row, card: Card) -> tuple[str, str] | None:
         if entry.rule not in RULES:
             raise unknown("filter rule", entry.rule, RULES, f"{card.name}: filters[{number}]")
         if not RULES[entry.rule]({**row, DATASET: card.name}, **entry.options):
+            if entry.rule == TAKEDOWN:
+                return entry.rule, f"named in {entry.options['file']}"  # nothing else of it is kept
             shown = {name: row[name] for name in row if name not in ("image", CONVERSATIONS)}
             return entry.rule, f"{entry.options} on {shown}"
     return None

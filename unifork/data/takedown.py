@@ -5,7 +5,7 @@ A list is a text file, one entry per line: `url ADDRESS`, `host NAME` (and every
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from unifork.config import Plain, parse
 from unifork.data.hop import finished_shards, read_table, write_shard
 from unifork.data.sources.base import located
 from unifork.errors import DataError
-from unifork.manifest import Manifest, file_sha256, read_manifest, write_manifest
+from unifork.manifest import Manifest, file_sha256, read_manifest, write_atomically, write_manifest
 
 KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"
@@ -126,4 +126,4 @@ def _scrub(quarantine: Path, gone: pa.Array) -> None:
         table = pq.read_table(quarantine)
         kept = table.filter(pa.compute.invert(pa.compute.is_in(table.column("key"), value_set=gone)))
         if kept.num_rows < table.num_rows:
-            pq.write_table(kept, quarantine)
+            write_atomically(quarantine, partial(pq.write_table, kept))

@@ -73,7 +73,8 @@ class Filter:
             if verdict is None:
                 kept.append(row)
             else:
-                rejected.append({"key": row["key"], "reason": verdict[0], "detail": verdict[1], "image": row["image"]})
+                image = b"" if verdict[0] == TAKEDOWN else row["image"]
+                rejected.append({"key": row["key"], "reason": verdict[0], "detail": verdict[1], "image": image})
         return write_shard(task, table_of(kept, self.schema), quarantined(task, rejected))
 
 

@@ -87,7 +87,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _closed(tar: tarfile.TarFile) -> bool:
     """Whether a tar that was walked ends as it should: tarfile takes a damaged header for the end."""
     file: Any = tar.fileobj
-    file.seek(tar.offset)  # type: ignore[attr-defined]
+    file.seek(tar.offset)
     return bool(file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE))
 
 
