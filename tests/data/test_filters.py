@@ -2,10 +2,13 @@
 
 import io
 import random
+import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, put, tarred
 from PIL import Image, ImageEnhance
 
@@ -20,6 +23,8 @@ from unifork.data.takedown import Listing, listing, takedown, withdrawn
 from unifork.data.workers import filter_hop
 from unifork.errors import ConfigError, DataError
 from unifork.manifest import fault, read_manifest
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 # ------------------------------------------------------------------------------------------- rules
 
@@ -216,6 +221,28 @@ def test_twins_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, row
         assert "0/x" in details["f"]
         assert "0/x" in details["g"]
     assert found == [["a", "d"]] * 3
+
+
+def test_the_filter_program_signs_decides_and_drops(tmp_path, monkeypatch):
+    from pipelines import filter as program
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(REPOSITORY / "clusters", "clusters")
+    one, three = variants("img1"), variants("img3")
+    cards = {
+        "left": twin_card("left", shards(tmp_path / "left", [("x", one["png"], "theirs")], 1)),
+        "right": twin_card(
+            "right", shards(tmp_path / "right", [("a", three["png"], "own"), ("b", one["png"], "shared")], 2),
+            {"rule": "duplicates", "options": {"against": ["left"]}},
+        ),
+    }  # fmt: skip
+    for name, card in cards.items():
+        put(tmp_path / f"datasets/{name}.yaml", yaml.safe_dump(card.model_dump(mode="json")).encode())
+        download(card, tmp_path / "data/raw" / name)
+    for _ in range(2):
+        program.main("right")
+        manifest = read_manifest(tmp_path / "data/filtered/right")
+        assert (manifest.rows, manifest.dropped) == (1, {"duplicates": 1})
 
 
 def test_two_sets_cannot_both_leave_it_to_the_other(tmp_path):

@@ -26,8 +26,9 @@ def plan(kind: str, options: Options, rows: int | None, shard_rows: int, seed: i
     Raises ConfigError for an unknown kind, for files that are not there, or when an endless source is asked
     for all its rows.
     """
+    where = f". Where it is: {options[ACCESS]}" if ACCESS in options else ""
     if kind not in SOURCES:
-        raise unknown("kind of source", kind, SOURCES, place)
+        raise ConfigError(f"{unknown('kind of source', kind, SOURCES, place)}{where}")
     source, known = SOURCES[kind], {name: value for name, value in options.items() if name != ACCESS}
     if source.endless and rows is None:
         raise ConfigError(f"{place}: a {kind!r} source is endless; say how many rows to take")
@@ -41,7 +42,6 @@ def plan(kind: str, options: Options, rows: int | None, shard_rows: int, seed: i
             if taken == rows:
                 break
     except (ConfigError, DataError) as error:
-        where = f". Where it is: {options[ACCESS]}" if ACCESS in options else ""
         raise type(error)(f"{place}: {error}{where}") from None
     return tasks
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 Task = dict[str, Any]
@@ -95,16 +95,14 @@ def files_of(text: str, suffixes: Iterable[str]) -> list[tuple[str, Path]]:
     Names are relative to what the card names, so that they stay when the data moves; they are in sorted
     order. Raises ConfigError when there are none.
     """
-    path, endings = expanded(text), tuple(suffixes)
-    if path.is_file():
-        return [(path.name, path)]
-    if path.is_dir():
-        root, paths = path, [one for one in path.rglob("*") if one.name.lower().endswith(endings)]
+    root, pattern = _root(text)
+    endings = tuple(suffixes)
+    if root.is_file():
+        return [(root.name, root)]
+    if pattern is None:
+        paths = [one for one in root.rglob("*") if one.name.lower().endswith(endings)]
     else:
-        parts = path.parts
-        wild = next((number for number, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
-        root = Path(*parts[:wild])
-        paths = list(root.glob(str(Path(*parts[wild:])))) if wild < len(parts) else []
+        paths = list(root.glob(pattern))
     found = sorted((one.relative_to(root).as_posix(), one) for one in paths if not one.name.startswith("."))
     if not found:
         raise ConfigError(
@@ -112,6 +110,29 @@ def files_of(text: str, suffixes: Iterable[str]) -> list[tuple[str, Path]]:
             f"(relative paths start in {os.getcwd()!r})"
         )
     return found
+
+
+def file_named(text: str, name: str) -> Path:
+    """The path of one of `files_of(text)` by its name, without looking at the others."""
+    root, _ = _root(text)
+    return root if root.is_file() else root / name
+
+
+def as_planned(path: Path, task: Task) -> Path:
+    """The file of a slice. Raises DataError when it is gone or has another size than when it was planned."""
+    size = path.stat().st_size if path.is_file() else 0 if path.is_dir() else None
+    if size != task["bytes"]:
+        raise DataError(f"{path.name}: {size} bytes, {task['bytes']} when the shards were planned; run the stage again")
+    return path
+
+
+def _root(text: str) -> tuple[Path, str | None]:
+    """The part of a path before its first wild card, and the rest."""
+    path = expanded(text)
+    wild = next((number for number, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), None)
+    if wild is None or path.exists():
+        return path, None
+    return Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
 
 
 def without_suffix(name: str) -> str:

@@ -22,7 +22,18 @@ import pyarrow.parquet as pq
 from unifork.config import Plain, parse
 from unifork.data.order import keyed
 from unifork.data.sources.archives import BROKEN, opened, pictures_in
-from unifork.data.sources.base import Fault, Options, Row, Slice, Task, cut, located, picture_row, without_suffix
+from unifork.data.sources.base import (
+    Fault,
+    Options,
+    Row,
+    Slice,
+    Task,
+    as_planned,
+    cut,
+    located,
+    picture_row,
+    without_suffix,
+)
 from unifork.errors import ConfigError
 
 
@@ -138,7 +149,7 @@ def _labels(known: ImageNetOptions, classes: dict[str, Any], names: int) -> dict
 def rows(task: Task) -> Iterator[Row | Fault]:
     """The pictures of one slice with `class_name` and `class_prompt`."""
     known = parse(ImageNetOptions, task["options"], "source.options")
-    told, path = sentences(known.prompts), located(known.path) / task["file"]
+    told, path = sentences(known.prompts), as_planned(located(known.path) / task["file"], task)
     if "label" not in task:
         yield from _table_rows(path, task, told)
         return

@@ -18,7 +18,19 @@ from typing import IO, Any, cast
 from unifork.config import Plain, parse
 from unifork.data.schema import CONVERSATIONS
 from unifork.data.sources.archives import picked
-from unifork.data.sources.base import Fault, Options, Row, Slice, Task, cut, files_of, located, picture_row
+from unifork.data.sources.base import (
+    Fault,
+    Options,
+    Row,
+    Slice,
+    Task,
+    as_planned,
+    cut,
+    file_named,
+    files_of,
+    located,
+    picture_row,
+)
 from unifork.data.sources.base import without_suffix as bare
 from unifork.errors import ConfigError, DataError
 
@@ -77,13 +89,13 @@ def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iter
 def rows(task: Task) -> Iterator[Row | Fault]:
     """The rows of one slice of a list."""
     known = parse(ListOptions, task["options"], "source.options")
-    yield from _rows(dict(files_of(known.lists, LISTS))[task["file"]], bare(task["file"]), known, task)
+    yield from _rows(file_named(known.lists, task["file"]), bare(task["file"]), known, task)
 
 
 def _rows(path: Path, place: str, known: ListOptions, task: Task) -> Iterator[Row | Fault]:
     """Entries are read first and pictures then, so that an archive is opened once per shard."""
     keys, paths, texts = [], [], []
-    for number, entry in enumerate(_entries(path, task), task["start"]):
+    for number, entry in enumerate(_entries(as_planned(path, task), task), task["start"]):
         key = f"{place}/{number:09d}"
         try:
             told = json.loads(entry) if isinstance(entry, bytes) else entry

@@ -15,7 +15,9 @@ from unifork.data.sources.base import (
     Row,
     Slice,
     Task,
+    as_planned,
     cut,
+    file_named,
     files_of,
     located,
     picture_row,
@@ -28,7 +30,7 @@ class PairOptions(Plain):
     """What a card says of such a set."""
 
     files: str
-    """Tars, or a folder with tars, or a folder with the files themselves; globs are allowed."""
+    """Tars (globs are allowed), or a folder of tars, of folders, or of the pictures themselves."""
     text: str = "txt"
     """Ending of the members that are texts."""
     captions: str | None = None
@@ -38,12 +40,15 @@ class PairOptions(Plain):
 
 
 def _containers(files: str) -> list[tuple[str, Path]]:
-    """(name, path) of every tar, or of every folder that holds pictures when there are no tars."""
+    """(name, path) of every tar; without tars of every folder, or of the one folder that holds the pictures itself."""
     try:
         return files_of(files, ARCHIVES)
     except ConfigError:
         root = located(files)
+    entries = sorted(root.iterdir())
+    if any(is_picture(entry.name) for entry in entries):
         return [(".", root)]
+    return [(entry.name, entry) for entry in entries if entry.is_dir()]
 
 
 def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
@@ -60,8 +65,7 @@ def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
 def rows(task: Task) -> Iterator[Row | Fault]:
     """The samples of one slice."""
     known = parse(PairOptions, task["options"], "source.options")
-    path = dict(_containers(known.files))[task["file"]]
-    with opened(path) as box:
+    with opened(as_planned(file_named(known.files, task["file"]), task)) as box:
         chosen = _samples(box, task["file"], known)[task["start"] : task["stop"]]
         apart = None
         if known.captions:
