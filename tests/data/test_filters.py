@@ -331,6 +331,19 @@ def test_a_takedown_list_acts_in_the_filter_and_on_finished_shards(tmp_path):
     assert len(download_again.rows) == 4, "a hop that runs again keeps what was taken down away"
 
 
+def test_codes_without_a_withdrawn_row_are_still_codes(tiny_root, tmp_path):
+    folder = tmp_path / "crop"
+    shutil.copytree(tiny_root / "data/codes/shapes/crop", folder)
+    shard = read_manifest(folder).shards[1]
+    before = pq.read_table(folder / shard.path)
+    gone = before["key"].to_pylist()[3]
+    after_hop = takedown(folder, [gone, "no such key"])
+    after = pq.read_table(folder / shard.path)
+    assert after_hop.rows == read_manifest(tiny_root / "data/codes/shapes/crop").rows - 1
+    assert after.schema.equals(before.schema, check_metadata=True)
+    assert after.to_pylist() == [row for row in before.to_pylist() if row["key"] != gone]
+
+
 @pytest.mark.parametrize(
     ("url", "hit"),
     [

@@ -5,16 +5,16 @@ text, and a difference hash of what it shows. Pass 2 reads signatures only and s
 twin: earlier is the order (sets as named, the set itself last; then shards and rows as planned), so neither the
 number of workers nor which shard was done first changes anything. The filter then drops what the lists say.
 
-Memory of pass 2: about 50 bytes for each of at most BUCKET_ROWS rows at a time (signatures are visited in buckets,
-each of which reads all signature shards once), and the list of duplicates itself. Two rows with different bytes
-agree in 64 bits of SHA-256 by chance in one of 2,000 sets of 10^8 rows.
+Memory of pass 2: about 90 bytes (measured) for each of at most BUCKET_ROWS rows at a time, since signatures are
+visited in buckets, each of which reads all signature shards once; and the list of duplicates itself. That any two
+different pictures agree in 64 bits of SHA-256 is to be expected in one of 3,700 sets of 10^8 rows.
 """
 
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,7 +186,7 @@ class Signatures:
             shift, mask = np.uint64(number * width), np.uint64(2**width - 1 if bands > 1 else 2**64 - 1)
             for bucket in range(buckets):
                 chosen = []
-                for values, numbers in [*parts, *self.column(kind)]:
+                for values, numbers in chain(parts, self.column(kind)):
                     here = ((values >> shift) & mask) % np.uint64(buckets) == bucket
                     chosen.append((values[here], numbers[here]))
                 values, numbers = (np.concatenate(one) for one in zip(*chosen, strict=True))
