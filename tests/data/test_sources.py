@@ -270,7 +270,7 @@ LLAVA = [
     {"id": "2", "conversations": dialogue("text only", "yes")},
     {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("Again\n<image>", "Same id: ü ]} \".")},
     {"id": "3", "image": ["a.jpg", "b.jpg"], "conversations": dialogue("Which?", "Both.")},
-    {"id": "4", "image": "vg/2.jpg", "conversations": [{"from": "human", "value": 3}]},
+    {"id": "4", "image": "vg/2.jpg", "conversations": {"from": "human", "value": "no list"}},
     {"id": "5", "image": "vg/2.jpg", "conversations": [{"from": "system", "value": "Be brief."}, *dialogue("Q", "A")]},
     {"id": "6", "image": "vg/2.jpg", "conversations": []},
 ]  # fmt: skip
@@ -296,7 +296,7 @@ def test_llavas_array_is_read_piece_by_piece(at, monkeypatch, indent):
         {"role": role, "text": text}
         for role, text in zip(["user", "assistant"] * 2, ["<image>\nIt?", "A cat.", "Sure?", "Yes."], strict=True)
     ]
-    assert [turn["role"] for turn in made.rows["llava/000000005"]["conversations"]] == ["user", "assistant"]
+    assert [turn["role"] for turn in made.rows["llava/000000005"]["conversations"]] == ["system", "user", "assistant"]
     assert [reason for _, reason in made.rejects] == [
         "no_picture", "several_pictures", "broken_dialogue", "missing_caption",
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from unifork.config import Plain, parse
+from unifork.data.dialogues import Unusable, pictures_of, turns_of
 from unifork.data.schema import CONVERSATIONS
 from unifork.data.sources.archives import picked
 from unifork.data.sources.base import (
@@ -121,13 +122,13 @@ def _texts(key: str, entry: Any, known: ListOptions) -> tuple[str, dict[str, Any
     if not isinstance(entry, dict):
         return Fault(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
     image = entry.get(known.image)
-    images = image if isinstance(image, list) else [image] if image else []
+    images = pictures_of({"image": image}) if isinstance(image, (str, list)) else []
     if len(images) != 1 or not isinstance(images[0], str):
         reason = "several_pictures" if len(images) > 1 else "no_picture"
         return Fault(key, reason, f"{known.image!r} is {image!r:.200}; a row has one picture")
     try:
         texts = {column: _field(entry, column, field) for column, field in known.texts.items()}
-    except DataError as error:
+    except Unusable as error:
         return Fault(key, "broken_dialogue", str(error))
     if not any(texts.values()):
         return Fault(key, "missing_caption", f"none of {', '.join(known.texts.values())} is filled")
@@ -141,29 +142,8 @@ def _field(entry: Any, column: str, field: str) -> Any:
     if entry is None or (column == CONVERSATIONS and not entry):
         return None
     if column == CONVERSATIONS:
-        return turns(entry)
+        return turns_of({CONVERSATIONS: entry})
     return entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
-
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-
-def turns(dialogue: Any) -> list[dict[str, str]]:
-    """LLaVA's and InternVL's `{from, value}` as this project's `{role, text}`; a leading system turn goes.
-
-    Raises DataError for what is no such list.
-    """
-    if not isinstance(dialogue, list) or not all(isinstance(turn, dict) for turn in dialogue):
-        raise DataError(f"a list of turns is expected, this is {dialogue!r:.200}")
-    made = []
-    for number, turn in enumerate(dialogue):
-        who, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if number == 0 and who == "system":
-            continue
-        if who not in ROLES or not isinstance(text, str):
-            raise DataError(f"turn {number} is {turn!r:.200}; `from` is one of {', '.join(ROLES)}, `value` a text")
-        made.append({"role": ROLES[who], "text": text})
-    return made
 
 
 # ------------------------------------------------------------------------------------ file of files
