@@ -16,6 +16,7 @@ from unifork.manifest import Manifest
 from unifork.processes import exclusive
 
 RAW, FILTERED, CODES = Path("data/raw"), Path("data/filtered"), Path("data/codes")
+SIGNATURES = Path("data/signatures")
 IMAGE_TOKENIZER, TEXT_TOKENIZER = Path("tokenizers/image"), Path("tokenizers/text")
 MODELS, RUNS, SCORES, REPORTS = Path("models"), Path("runs"), Path("scores"), Path("reports")
 

@@ -1,0 +1,87 @@
+"""Lists of URLs as Parquet, TSV or CSV: LAION, COYO, Unsplash. Metadata only; nothing here opens a connection.
+
+Unsplash's tables are tab-separated whatever their ending says (`.tsv000`, `.csv000`), so a text table's
+separator is found in its first line.
+"""
+
+import csv
+import gzip
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from unifork.data.sources.base import Fault, Row, Slice, cut, files_of, without_suffix
+from unifork.data.sources.columns import Mapped, canonical, mapped
+from unifork.errors import DataError
+
+TABLES = (".parquet", ".tsv", ".csv", ".tsv.gz", ".csv.gz")
+csv.field_size_limit(1 << 24)  # a longer field is a stray quote, not a caption
+
+
+def url_slices(lists: str, shard_rows: int) -> Iterator[Slice]:
+    """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
+    for name, path in files_of(lists, TABLES):
+        if path.suffix == ".parquet":
+            file = pq.ParquetFile(path)
+            mapped(file.schema_arrow.names, name)
+            count = file.metadata.num_rows
+        else:
+            with _reader(path) as reader:
+                mapped(next(reader, []), name)
+                count = sum(1 for _ in reader)
+        yield from cut(count, shard_rows, file=name, bytes=path.stat().st_size)
+
+
+def url_rows(lists: str, one: Slice) -> Iterator[Row | Fault]:
+    """The entries of one slice: `key` and the columns of `COLUMNS` that the table has, in its order."""
+    path = dict(files_of(lists, TABLES))[one["file"]]
+    read = _parquet_rows if path.suffix == ".parquet" else _text_rows
+    for number, row in enumerate(read(path, one["start"], one["stop"]), one["start"]):
+        key = f"{without_suffix(one['file'])}/{number:09d}"
+        if isinstance(row, str):
+            yield Fault(key, "broken_line", row)
+        elif row["url"] is None:
+            yield Fault(key, "no_url", "the column of URLs is empty")
+        else:
+            yield {"key": key, **row}
+
+
+def _parquet_rows(path: Path, start: int, stop: int) -> Iterator[Row | str]:
+    file = pq.ParquetFile(path)
+    columns = mapped(file.schema_arrow.names, path.name)
+    wanted, first = [name for names in columns.values() for name in names], 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        begin, end = max(start - first, 0), min(stop - first, count)
+        if begin < end:
+            chunk = file.read_row_group(group, columns=wanted).slice(begin, end - begin)
+            for batch in chunk.to_batches(max_chunksize=1024):
+                yield from (canonical(row, columns) for row in batch.to_pylist())
+        first += count
+
+
+def _text_rows(path: Path, start: int, stop: int) -> Iterator[Row | str]:
+    with _reader(path) as reader:
+        names = next(reader)
+        columns: Mapped = mapped(names, path.name)
+        for fields in islice(reader, start, stop):
+            if len(fields) == len(names):
+                yield canonical(dict(zip(names, fields, strict=True)), columns)
+            else:
+                yield f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}"
+
+
+@contextmanager
+def _reader(path: Path) -> Iterator[Any]:
+    """The lines of a text table as lists of fields, the header first."""
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+        header = file.readline()
+        if not header:
+            raise DataError(f"{path}: empty, a line with the names of the columns is expected")
+        file.seek(0)
+        yield csv.reader(file, delimiter="\t" if "\t" in header else ",")
