@@ -11,6 +11,7 @@ from unifork.commands import tokenizer
 from unifork.commands.inspect import inspect
 from unifork.commands.parity import parity
 from unifork.commands.plan import plan
+from unifork.commands.publish import fetch, publish
 from unifork.errors import ConfigError, UniForkError
 
 # Heavy imports stand inside the commands: `unifork --help` must not wait for torch.
@@ -20,6 +21,8 @@ app.command()(inspect)
 app.add_typer(model_group.app, name="model")
 app.command()(parity)
 app.command()(plan)
+app.command()(publish)
+app.command()(fetch)
 
 ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example models/unifork-s3")]
 
