@@ -50,8 +50,8 @@ class PublishHop(Hop):
 def publish_hop(card: Card, task: Task, codes: Path, folder: Path, withdrawn: dict[str, list[str]]) -> PublishHop:
     """One task per code shard of a view; withdrawn: keys to leave out, by file name of the code shard."""
     origin = read_manifest(codes)
-    if origin.kind != "codes":
-        raise DataError(f"{codes}: holds {origin.kind!r}; only 'codes' are published")
+    if origin.kind != "codes" or not origin.shards:
+        raise DataError(f"{codes}: {len(origin.shards)} shards of kind {origin.kind!r}; only 'codes' are published")
     about = {name: getattr(card, name) for name in ("title", "homepage", "licence", "attribution")}
     about |= {"dataset": card.name, "task": task, "view": card.tasks[task].view, "layout": LAYOUT}
     schema = pq.read_schema(checked(codes, origin.shards[0]))
