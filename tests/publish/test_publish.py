@@ -24,6 +24,7 @@ from unifork.data.schema import codes_array, codes_meta
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
 from unifork.manifest import file_sha256, read_manifest
+from unifork.publish import stores
 from unifork.publish.card import size_category
 from unifork.publish.publication import permitted
 from unifork.publish.stores import CHECKSUMS, HubStore, open_store, parse_checksums, reread, sync
@@ -130,7 +131,7 @@ def test_checksums_are_those_of_the_files(published):
     )
 
 
-def test_a_stranger_loads_it_and_sees_pictures(root, monkeypatch):
+def test_a_stranger_loads_it_and_sees_pictures(root, monkeypatch, caplog):
     """The ten lines of the page, run as they stand there, in the folder of the page."""
     monkeypatch.setenv("HF_HOME", str(root / "hf"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "hf")
@@ -148,6 +149,7 @@ def test_a_stranger_loads_it_and_sees_pictures(root, monkeypatch):
         loaded = both[info["config_name"]]
         assert loaded.features._to_yaml_list() == info["features"]
         assert len(loaded) == info["splits"][0]["num_examples"]
+    assert not caplog.records  # the library warns of what it does not understand in the head
 
 
 def test_it_comes_back_byte_for_byte_and_trains(root):
@@ -204,6 +206,16 @@ def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
         command("publish", "shapes", "--to", "out")
 
 
+def test_a_shard_of_which_nothing_is_left_is_empty(root):
+    first = Path("data/codes/shapes/crop/part-00000.parquet")
+    Path("gone.txt").write_text("\n".join(pq.read_table(first)["key"].to_pylist()))
+    assert "64 rows, 32 withheld" in command("publish", "shapes", "--to", "out", "--takedown", "gone.txt", "--verify")
+    command("fetch", "out", "less")
+    assert [shard.rows for shard in read_manifest(Path("data/codes/less/crop")).shards] == [0, 32, 32]
+    rows = datasets.load_dataset(str(root / "out"), "crop", split="train", cache_dir=str(root / "hf"))
+    assert len(rows) == 64
+
+
 def test_what_is_wrong_is_said(root):
     with pytest.raises(ConfigError, match=r"journeydb.*redistribute_codes: false.*JourneyDB terms.*recipe"):
         permitted(load_card("journeydb", root / "datasets"))
@@ -240,7 +252,7 @@ class HubStub:
     """Stands for HfApi and HfFileSystem: no test speaks to the Hub."""
 
     def __init__(self):
-        self.files, self.commits, self._api = {}, [], self
+        self.files, self.commits = {}, []
 
     def invalidate_cache(self):
         pass
@@ -271,9 +283,10 @@ class HubStub:
         return io.BytesIO(self.files[path.removeprefix("datasets/user/name/")])
 
 
-def test_the_hub_gets_commits_of_what_differs(published):
+def test_the_hub_gets_commits_of_what_differs(published, monkeypatch):
     assert isinstance(open_store("hf://user/name"), HubStore)
     hub = HubStub()
+    monkeypatch.setattr(stores, "HfApi", lambda: hub)
     store = HubStore("hf://user/name", hub, "datasets/user/name")
     quiet = lambda done, total: None  # noqa: E731
     done = sync(published / "out", store, quiet)

@@ -17,26 +17,23 @@ def publish(
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
 ) -> None:
     """Publish the codes of a data set: only what is missing or differs is uploaded."""
-    from unifork.config import load_card
     from unifork.errors import DataError
     from unifork.processes import exclusive
-    from unifork.publish.publication import Layout, build, permitted
+    from unifork.publish.publication import Layout, build
     from unifork.publish.stores import open_store, reread, sync
     from unifork.publish.takedown import read_takedown
 
     layout, store = Layout(), open_store(to)
-    permitted(load_card(dataset, layout.cards))
     entries = read_takedown(takedown) if takedown != TAKEDOWN or takedown.exists() else frozenset()
     folder = store.local or layout.folder("published", dataset)
     with exclusive(folder):
         views = build(dataset, layout, folder, entries, lambda progress: print(progress, flush=True))
-        done = sync(folder, store, lambda files, total: print(f"{to}: {files}/{total} files", flush=True))
-    rows = ", ".join(f"{view.manifest.rows} rows of {view.name}" for view in views)
-    withheld = sum(sum(view.manifest.dropped.values()) for view in views)
-    print(
-        f"{to}: {rows}, {withheld} withheld; {len(done.uploaded)} files uploaded, {done.kept} were there, "
-        f"{len(done.removed)} removed"
-    )
+        for view in views:
+            withheld = sum(view.manifest.dropped.values())
+            print(f"{folder / view.name}: {view.manifest.rows} rows, {withheld} withheld")
+        if store.local is None:
+            done = sync(folder, store, lambda files, total: print(f"{to}: {files}/{total} files", flush=True))
+            print(f"{to}: {len(done.uploaded)} files uploaded, {done.kept} were there, {len(done.removed)} removed")
     if verify:
         if faults := reread(store):
             raise DataError(f"{to}: {len(faults)} files: {'; '.join(faults)}. Publish again: only these are uploaded")

@@ -66,9 +66,13 @@ class Hop:
 def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int]) -> dict[str, Any]:
     """Write a task's table as a Parquet shard, atomically, and its record after it: the task's result."""
     path = Path(task["output"])
-    write_atomically(
-        path, lambda temporary: pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
-    )
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+            if table.num_rows:  # readers, the library datasets for one, fail on a row group without rows
+                writer.write_table(table, row_group_size=ROW_GROUP)
+
+    write_atomically(path, write)
     record = Shard(
         path=path.name,
         rows=table.num_rows,

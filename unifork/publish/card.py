@@ -48,6 +48,8 @@ class ViewFacts:
     task: Task
     manifest: Manifest
     """Of the published shards."""
+    plain_bytes: int
+    """Size of all columns without compression."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,8 +96,9 @@ def front_matter(card: Card, views: Sequence[ViewFacts]) -> dict[str, Any]:
             {
                 "config_name": view.name,
                 "features": features_of(view.manifest.columns),
-                "splits": [{"name": "train", "num_examples": view.manifest.rows}],
+                "splits": [{"name": "train", "num_bytes": view.plain_bytes, "num_examples": view.manifest.rows}],
                 "download_size": sum(shard.bytes for shard in view.manifest.shards),
+                "dataset_size": view.plain_bytes,
             }
             for view in views
         ],

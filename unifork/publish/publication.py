@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from unifork.config import Card, load_card, parse
 from unifork.data.hop import Progress, run_hops
-from unifork.errors import ConfigError, writing
+from unifork.errors import ConfigError, DataError, writing
 from unifork.manifest import MANIFEST, Manifest, file_sha256, read_manifest, write_atomically
 from unifork.publish.card import CROISSANT, README, ViewFacts, croissant, readme
 from unifork.publish.shards import Fetch, Publish, fetch_hop, publish_hop
@@ -72,7 +73,7 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: frozenset[str], 
         withdrawn = withdrawn_keys(takedown, codes, layout.folder("filtered", dataset))
         hop = publish_hop(card, task, codes, folder / use.view, withdrawn)
         (manifest,) = run_hops([hop], _here(Publish(hop.lineage["about"])), tell)
-        views.append(ViewFacts(task, manifest))
+        views.append(ViewFacts(task, manifest, plain_bytes(folder / use.view, manifest)))
     hops = {hop: _manifest_at_hand(layout.folder(name, dataset)) for hop, name in HOPS.items()}
     _write_texts(
         folder,
@@ -86,6 +87,12 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: frozenset[str], 
     return views
 
 
+def plain_bytes(folder: Path, manifest: Manifest) -> int:
+    """Size of the columns of all shards without compression, as their footers say."""
+    footers = (pq.read_metadata(folder / shard.path) for shard in manifest.shards)
+    return sum(footer.row_group(group).total_byte_size for footer in footers for group in range(footer.num_row_groups))
+
+
 def fetch(store: Store, name: str, layout: Layout, tell: Tell) -> list[Manifest]:
     """Bring a publication back as `data/codes/<name>`, and its card where there is none of that name.
 
@@ -94,6 +101,8 @@ def fetch(store: Store, name: str, layout: Layout, tell: Tell) -> list[Manifest]
     sums = store.checksums()
 
     def read(file: str) -> bytes:
+        if file not in sums:
+            raise DataError(f"{store.uri}: {CHECKSUMS} names no {file}; this is no publication of codes")
         return store.read(file, sums[file])
 
     card = parse(Card, {**yaml.safe_load(read(CARD)), "name": name}, f"{store.uri}: {CARD}")

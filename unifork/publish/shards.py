@@ -99,7 +99,12 @@ class FetchHop(Hop):
 
 def fetch_hop(published: Manifest, name: str, uri: str, prefix: str, folder: Path) -> FetchHop:
     """One task per published shard of a view that lies at `prefix` of a store."""
-    origin = parse(Manifest, published.lineage["codes"], f"{uri}: {prefix}: lineage")
+    origin = parse(Manifest, published.lineage.get("codes"), f"{uri}: {prefix}: lineage")
+    if published.kind != PUBLISHED or len(origin.shards) != len(published.shards):
+        raise DataError(
+            f"{uri}: {prefix}: {len(published.shards)} shards of kind {published.kind!r} made from "
+            f"{len(origin.shards)}; allowed is one {PUBLISHED!r} shard for each"
+        )
     tasks = [
         {
             "uri": uri,

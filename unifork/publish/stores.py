@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from unifork.errors import ConfigError, DataError
 from unifork.manifest import file_sha256
@@ -61,18 +62,17 @@ class Store:
         if info.get("lfs"):  # the Hub keeps a SHA-256 of large files
             return bool(info["lfs"].sha256 == file_sha256(path))
         # S3's ETag is the MD5 of what was put in one piece; in parts or encrypted it is something else
-        with open(path, "rb") as handle:
-            known = str(info.get("ETag", "")).strip('"') == hashlib.file_digest(handle, "md5").hexdigest()
-        return known or self.sha256(name) == file_sha256(path)
+        if etag := info.get("ETag"):
+            with open(path, "rb") as handle:
+                if etag.strip('"') == hashlib.file_digest(handle, "md5").hexdigest():
+                    return True
+        return self.sha256(name) == file_sha256(path)
 
     def put(self, files: Mapping[str, Path]) -> None:
         """Upload files, by name."""
         with self._answering():
             for name, path in files.items():
-                target = self._path(name)
-                if self.local:
-                    self.system.makedirs(self.system._parent(target), exist_ok=True)
-                self.system.put_file(str(path), target)
+                self.system.put_file(str(path), self._path(name))
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files."""
@@ -130,21 +130,17 @@ class HubStore(Store):
 
     def put(self, files: Mapping[str, Path]) -> None:
         """Upload files in one commit."""
-        from huggingface_hub import CommitOperationAdd  # noqa: PLC0415
-
         with self._answering():
-            self.system._api.create_repo(self.repository, repo_type="dataset", exist_ok=True)
+            HfApi().create_repo(self.repository, repo_type="dataset", exist_ok=True)
         self._commit([CommitOperationAdd(name, str(path)) for name, path in files.items()], f"Add {len(files)} files")
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files in one commit."""
-        from huggingface_hub import CommitOperationDelete  # noqa: PLC0415
-
         self._commit([CommitOperationDelete(name) for name in names], f"Remove {len(names)} files")
 
     def _commit(self, operations: list[Any], message: str) -> None:
         with self._answering():
-            self.system._api.create_commit(self.repository, operations, commit_message=message, repo_type="dataset")
+            HfApi().create_commit(self.repository, operations, commit_message=message, repo_type="dataset")
 
 
 def open_store(uri: str) -> Store:
