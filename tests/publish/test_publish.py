@@ -20,15 +20,16 @@ import datasets
 from unifork.cli import app
 from unifork.config import MixtureEntry, load_card
 from unifork.data.documents import CodesIdentity, Part, Quarantine
+from unifork.data.hop import write_shard
 from unifork.data.schema import codes_array, codes_meta
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
-from unifork.manifest import file_sha256, read_manifest
+from unifork.manifest import Manifest, file_sha256, read_manifest, write_manifest
 from unifork.publish import stores
 from unifork.publish.card import size_category
 from unifork.publish.publication import permitted
 from unifork.publish.stores import CHECKSUMS, HubStore, open_store, parse_checksums, reread, sync
-from unifork.publish.takedown import read_takedown
+from unifork.publish.takedown import read_takedown, withdrawn_keys
 
 
 def command(*words: str) -> str:
@@ -187,7 +188,8 @@ def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
     pictures = Path("data/filtered/shapes")
     shards = [pq.read_table(pictures / shard.path) for shard in read_manifest(pictures).shards]
     gone = [shards[0]["key"][2].as_py(), shards[2]["key"][5].as_py()]
-    Path("takedown.txt").write_text(f"# asked for by mail\n{gone[0]}\n\n{shards[2]['sha256'][5].as_py()}\n")
+    digest = shards[2]["sha256"][5].as_py().upper()
+    Path("takedown.txt").write_text(f"# asked for by mail\nkey shapes/{gone[0]}\n\nsha256 {digest}\n")
     before = bytes_of(Path("out"))
     said = command("publish", "shapes", "--to", "out")
     assert "withheld" in said
@@ -202,13 +204,39 @@ def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
     command("fetch", "out", "less")
     assert read_manifest(Path("data/codes/less/crop")).dropped["takedown"] == 2
     shutil.rmtree(pictures)
-    with pytest.raises(DataError, match="entries of the takedown list are no keys"):
+    with pytest.raises(
+        DataError, match=r"filtered/shapes: not there, but 1 entries of the takedown list are no keys, first .sha256"
+    ):
         command("publish", "shapes", "--to", "out")
+
+
+def test_urls_and_hosts_are_found_in_the_image_text_shards(tmp_path):
+    rows = {
+        "a": "https://img.example.org/1.png",
+        "b": "http://example.org:81/x?y=1",
+        "c": "https://notexample.org/1.png",
+        "d": "https://other.net/one.png",
+        "e": "https://other.net/two.png",
+        "f": "http://[broken",
+        "g": None,
+    }
+    table = pa.table({"key": list(rows), "url": list(rows.values()), "sha256": pa.nulls(len(rows), pa.string())})
+    for folder in ("pictures", "codes"):
+        task = {"output": str(tmp_path / folder / "part-00000.parquet"), "inputs": ""}
+        shard = write_shard(task, table, {})["shard"]
+        write_manifest(tmp_path / folder, Manifest(kind="x", dataset="set", columns={}, shards=(shard,)))
+    (tmp_path / "list").write_text("host EXAMPLE.org\nurl https://other.net/two.png\nkey set/g\nkey another/d\n")
+    entries = read_takedown(tmp_path / "list")
+    found = withdrawn_keys(entries, "set", tmp_path / "codes", tmp_path / "pictures")
+    assert found == {"part-00000.parquet": ["a", "b", "e", "g"]}
+    (tmp_path / "list").write_text("key set/g\nsomething\n")
+    with pytest.raises(ConfigError, match=r"list:2: 'something' is no entry; url \| host"):
+        read_takedown(tmp_path / "list")
 
 
 def test_a_shard_of_which_nothing_is_left_is_empty(root):
     first = Path("data/codes/shapes/crop/part-00000.parquet")
-    Path("gone.txt").write_text("\n".join(pq.read_table(first)["key"].to_pylist()))
+    Path("gone.txt").write_text("".join(f"key shapes/{key}\n" for key in pq.read_table(first)["key"].to_pylist()))
     assert "64 rows, 32 withheld" in command("publish", "shapes", "--to", "out", "--takedown", "gone.txt", "--verify")
     command("fetch", "out", "less")
     assert [shard.rows for shard in read_manifest(Path("data/codes/less/crop")).shards] == [0, 32, 32]

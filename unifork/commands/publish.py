@@ -12,7 +12,7 @@ def publish(
     dataset: Annotated[str, typer.Argument(help="data set with finished codes, a card in datasets/")],
     to: Annotated[str, typer.Option(help="a folder, hf://user/name, s3://bucket/path, ...")],
     takedown: Annotated[
-        Path, typer.Option(help="list of keys, URLs or SHA-256 to leave out; the default is used where it exists")
+        Path, typer.Option(help="list of rows to leave out; the default is used where it exists")
     ] = TAKEDOWN,
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
 ) -> None:

@@ -21,7 +21,7 @@ from unifork.manifest import MANIFEST, Manifest, file_sha256, read_manifest, wri
 from unifork.publish.card import CROISSANT, README, ViewFacts, croissant, readme
 from unifork.publish.shards import Fetch, Publish, fetch_hop, publish_hop
 from unifork.publish.stores import CHECKSUMS, Store, checksums_text
-from unifork.publish.takedown import withdrawn_keys
+from unifork.publish.takedown import Entries, withdrawn_keys
 
 CARD = "dataset.yaml"
 HOPS = {"download": "raw", "filter": "filtered"}
@@ -57,10 +57,10 @@ def permitted(card: Card) -> None:
         )
 
 
-def build(dataset: str, layout: Layout, folder: Path, takedown: frozenset[str], tell: Tell) -> list[ViewFacts]:
+def build(dataset: str, layout: Layout, folder: Path, takedown: Entries, tell: Tell) -> list[ViewFacts]:
     """Make the publication of a data set in a folder; what is there and right is kept.
 
-    takedown: keys, URLs or hashes of rows to leave out. Raises ConfigError where the licence forbids
+    takedown: what names rows to leave out. Raises ConfigError where the licence forbids
     publishing, DataError where codes are missing or damaged.
     """
     card = load_card(dataset, layout.cards)
@@ -70,7 +70,7 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: frozenset[str], 
     views = []
     for task, use in card.tasks.items():
         codes = layout.folder("codes", dataset) / use.view
-        withdrawn = withdrawn_keys(takedown, codes, layout.folder("filtered", dataset))
+        withdrawn = withdrawn_keys(takedown, dataset, codes, layout.folder("filtered", dataset))
         hop = publish_hop(card, task, codes, folder / use.view, withdrawn)
         (manifest,) = run_hops([hop], _here(Publish(hop.lineage["about"])), tell)
         views.append(ViewFacts(task, manifest, plain_bytes(folder / use.view, manifest)))
