@@ -21,7 +21,7 @@ LEVELS = [
     {"manifest", "jobs"},
     {"image_tokenizer", "models"},
     {"data"},
-    {"experiments", "inference", "inspection"},
+    {"experiments", "inference", "inspection", "publish"},
     {"training", "evaluation", "parity", "analysis", "cluster"},
     {"report", "planning"},
     {"commands"},

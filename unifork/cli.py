@@ -11,6 +11,8 @@ from unifork.commands import tokenizer
 from unifork.commands.inspect import inspect
 from unifork.commands.parity import parity
 from unifork.commands.plan import plan
+from unifork.commands.publish import fetch, publish
+from unifork.commands.verify import verify
 from unifork.errors import ConfigError, UniForkError
 
 # Heavy imports stand inside the commands: `unifork --help` must not wait for torch.
@@ -20,6 +22,9 @@ app.command()(inspect)
 app.add_typer(model_group.app, name="model")
 app.command()(parity)
 app.command()(plan)
+app.command()(publish)
+app.command()(fetch)
+app.command()(verify)
 
 ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example models/unifork-s3")]
 
@@ -74,18 +79,6 @@ def describe(
     speaker = Speaker.load(model)
     config = speaker.model.config
     print(speaker.answer(codes.reshape(-1, config.positions, config.depth), [question], template)[0])
-
-
-@app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="folder with a manifest.json")]) -> None:
-    """Check every shard of a finished hop against its manifest."""
-    from unifork.manifest import fault, read_manifest
-
-    manifest = read_manifest(folder)
-    faults = [f"{shard.path}: {problem}" for shard in manifest.shards if (problem := fault(folder, shard))]
-    if faults:
-        raise UniForkError(f"{folder}: {len(faults)} of {len(manifest.shards)} shards: " + "; ".join(faults))
-    print(f"{folder}: {len(manifest.shards)} shards, {manifest.rows} rows, all as the manifest says")
 
 
 def _decoder(directory: Path, view: str = "crop"):  # type: ignore[no-untyped-def]

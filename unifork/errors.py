@@ -1,6 +1,9 @@
 """The errors a user can meet. Each message names the value, the place and what is allowed."""
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -30,3 +33,21 @@ def unknown(what: str, name: str, known: Iterable[str], place: str) -> ConfigErr
     near = get_close_matches(name, names, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ConfigError(f"{place}: unknown {what} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.")
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What an operating system says of a full, read-only or forbidden disk."""
+
+
+@contextmanager
+def writing(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Raise DataError, which names the place and the way on, where a disk takes nothing more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise DataError(
+            f"{os.fspath(path)}: cannot be written: {os.strerror(error.errno)}. Make room or allow writing, then run "
+            f"the same command again: what is finished stays"
+        ) from None

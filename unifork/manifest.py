@@ -15,9 +15,11 @@ from typing import Any
 from uuid import uuid4
 
 from unifork.config import Plain, parse
-from unifork.errors import DataError
+from unifork.errors import DataError, writing
 
 MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+"""In the name of a file that is being written."""
 
 
 class Shard(Plain):
@@ -62,17 +64,21 @@ class Manifest(Plain):
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary path beside `path`, flush it to disk and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{uuid4().hex[:8]}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    """Call `write` on a temporary path beside `path`, flush it to disk and rename it into place.
+
+    Raises DataError where the disk is full, read-only or forbidden; nothing half-written is left then.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY}{uuid4().hex[:8]}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -111,9 +117,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def keep_only(folder: Path, names: Iterable[str]) -> None:
     """Delete the files of `folder` that are not named."""
     wanted = set(names)
-    for path in folder.iterdir():
-        if path.is_file() and path.name not in wanted:
-            path.unlink()
+    with writing(folder):
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in wanted:
+                path.unlink()
 
 
 def read_manifest(folder: Path) -> Manifest:

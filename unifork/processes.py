@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unifork.errors import UniForkError
+from unifork.errors import UniForkError, writing
 
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h; the signal also needs a parent that is one program, without a shell between."""
@@ -57,7 +57,8 @@ def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
     the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`.
     """
     path = lock_path(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds
     while (handle := _try_lock(path)) is None:
         if time.monotonic() >= deadline:
@@ -77,7 +78,8 @@ def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
 
 def _try_lock(path: Path) -> int | None:
     """The descriptor of the locked file, or None when another process holds it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), os.stat(path)):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unifork.config import fingerprint, parse
-from unifork.errors import DataError
+from unifork.errors import ConfigError, DataError, writing
 from unifork.manifest import (
     MANIFEST,
     Manifest,
@@ -66,9 +66,13 @@ class Hop:
 def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int]) -> dict[str, Any]:
     """Write a task's table as a Parquet shard, atomically, and its record after it: the task's result."""
     path = Path(task["output"])
-    write_atomically(
-        path, lambda temporary: pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
-    )
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+            if table.num_rows:  # readers, the library datasets for one, fail on a row group without rows
+                writer.write_table(table, row_group_size=ROW_GROUP)
+
+    write_atomically(path, write)
     record = Shard(
         path=path.name,
         rows=table.num_rows,
@@ -90,7 +94,10 @@ def finished_shards(folder: Path) -> dict[str, Shard]:
         except DataError:  # a damaged manifest only means that nothing is known to be finished
             records = {}
     for path in folder.glob("*" + RECORD_SUFFIX):
-        shard = parse(Shard, json.loads(path.read_text()), str(path))
+        try:
+            shard = parse(Shard, json.loads(path.read_text()), str(path))
+        except (ConfigError, ValueError):  # so does a damaged record
+            continue
         records[shard.path] = shard
     return records
 
@@ -137,7 +144,8 @@ class Progress:
     def begin(self) -> list[dict[str, Any]]:
         """Find out what an earlier run finished; the tasks that are left to do."""
         hop, todo = self.hop, []
-        hop.folder.mkdir(parents=True, exist_ok=True)
+        with writing(hop.folder):
+            hop.folder.mkdir(parents=True, exist_ok=True)
         known = finished_shards(hop.folder)
         for index, task in enumerate(hop.tasks):
             name, inputs = hop.shard_name(index), hop.inputs(index)
@@ -151,7 +159,8 @@ class Progress:
         if todo:
             for name, shard in self.finished.items():  # without a manifest the kept shards need their records again
                 write_json(hop.folder / (name + RECORD_SUFFIX), shard.model_dump(mode="json"))
-            (hop.folder / MANIFEST).unlink(missing_ok=True)
+            with writing(hop.folder):
+                (hop.folder / MANIFEST).unlink(missing_ok=True)
         return todo
 
     def add(self, shard: Shard) -> None:

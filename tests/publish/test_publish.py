@@ -1,0 +1,333 @@
+"""Codes become a data set for strangers, and the data set becomes codes again."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tiny import copy_of
+from typer.testing import CliRunner
+
+import datasets
+from unifork.cli import app
+from unifork.config import MixtureEntry, load_card
+from unifork.data.documents import CodesIdentity, Part, Quarantine
+from unifork.data.hop import write_shard
+from unifork.data.schema import codes_array, codes_meta
+from unifork.data.text_tokenizer import TextTokenizer
+from unifork.errors import ConfigError, DataError
+from unifork.manifest import Manifest, file_sha256, read_manifest, write_manifest
+from unifork.publish import stores
+from unifork.publish.card import size_category
+from unifork.publish.publication import permitted
+from unifork.publish.stores import CHECKSUMS, HubStore, open_store, parse_checksums, reread, sync
+from unifork.publish.takedown import read_takedown, withdrawn_keys
+
+
+def command(*words: str) -> str:
+    """A command of the program, in this process and folder."""
+    done = CliRunner().invoke(app, words)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def published(tiny_root, tmp_path_factory) -> Path:
+    """A root whose shapes were published to `out`."""
+    root = copy_of(tiny_root, tmp_path_factory.mktemp("root"))
+    before = os.getcwd()
+    os.chdir(root)
+    command("publish", "shapes", "--to", "out", "--verify")
+    os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def root(published, tmp_path, monkeypatch) -> Path:
+    """A private copy, as the working directory."""
+    shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_shards_show_integers_and_say_what_they_are(published):
+    names = [p.name for p in sorted((published / "out/crop").glob("*.parquet"))]
+    assert names == [f"train-{number:05d}-of-00003.parquet" for number in range(3)]
+    path = published / "out/pad" / names[1]
+    file = pq.ParquetFile(path)
+    assert file.schema_arrow.field("codes").type.value_type == pa.uint16()
+    column = next(
+        c
+        for c in map(file.metadata.row_group(0).column, range(file.metadata.num_columns))
+        if "codes" in c.path_in_schema
+    )
+    assert column.compression == "ZSTD"
+    assert any("DICTIONARY" in name for name in column.encodings)
+    meta, about = codes_meta(file.schema_arrow, ""), json.loads(file.schema_arrow.metadata[b"unifork.published"])
+    assert (about["dataset"], about["view"], about["licence"]) == ("shapes", "pad", "CC0-1.0")
+    original = pq.read_table(published / "data/codes/shapes/pad/part-00001.parquet")
+    codes_ND = codes_array(original["codes"], tuple(meta["shape"]))
+    table = file.read()
+    assert np.array_equal(np.array(table["codes"].to_pylist()).reshape(codes_ND.shape), codes_ND)
+    assert table.drop_columns("codes").equals(original.drop_columns("codes"))
+
+
+def test_the_page_says_what_a_stranger_needs(published):
+    text = (published / "out/README.md").read_text()
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["license"] == "cc0-1.0"
+    assert head["size_categories"] == ["n<1K"]
+    assert [c["config_name"] for c in head["configs"]] == ["crop", "pad"]
+    identity = json.loads((published / "tokenizers/image/config.json").read_text())
+    for name in ("codebook_id", "encoder_id"):
+        assert f"`{identity[name]}`" in text
+    filtered = read_manifest(published / "data/filtered/shapes")
+    assert f"| filter | kept | {filtered.rows} |" in text
+    for rule in load_card("shapes", published / "datasets").filters:
+        assert re.search(rf"\| filter \| `{rule.rule}` \(.*\) \| {filtered.dropped.get(rule.rule, 0)} \|", text)
+    for name, rows in filtered.dropped.items():
+        assert re.search(rf"\| filter \| `{name}`.* \| {rows} \|", text)
+
+
+def test_croissant_names_every_shard_and_every_column(published):
+    plain = json.loads((published / "out/croissant.json").read_text())
+    assert (plain["@type"], plain["conformsTo"]) == ("sc:Dataset", "http://mlcommons.org/croissant/1.0")
+    files = {entry["@id"]: entry for entry in plain["distribution"]}
+    objects = {name: entry for name, entry in files.items() if entry["@type"] == "cr:FileObject"}
+    assert set(objects) == {
+        f"{v}/{s.path}" for v in ("crop", "pad") for s in read_manifest(published / "out" / v).shards
+    }
+    for name, entry in objects.items():
+        assert entry["sha256"] == file_sha256(published / "out" / name)
+    for records in plain["recordSet"]:
+        table = pq.read_schema(published / "out" / records["name"] / "train-00000-of-00003.parquet")
+        assert [field["name"] for field in records["field"]] == table.names
+        for field in [*records["field"], *(part for f in records["field"] for part in f.get("subField", []))]:
+            if "source" in field:
+                assert files[field["source"]["fileSet"]["@id"]]["@type"] == "cr:FileSet"
+                assert field["source"]["extract"]["column"] in table.names
+    for entry in files.values():
+        assert all(inner["@id"] in objects for inner in entry.get("containedIn", []))
+
+
+def test_checksums_are_those_of_the_files(published):
+    done = subprocess.run(["sha256sum", "-c", "--quiet", CHECKSUMS], cwd=published / "out", check=False)
+    assert done.returncode == 0
+    assert {*parse_checksums((published / "out" / CHECKSUMS).read_text()), CHECKSUMS} == set(
+        bytes_of(published / "out")
+    )
+
+
+def test_a_stranger_loads_it_and_sees_pictures(root, monkeypatch, caplog):
+    """The ten lines of the page, run as they stand there, in the folder of the page."""
+    monkeypatch.setenv("HF_HOME", str(root / "hf"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "hf")
+    text = Path("out/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    Path("out/tokenizers").symlink_to(root / "tokenizers")
+    monkeypatch.chdir(root / "out")
+    exec(compile(code, "README.md", "exec"), {})
+    keys = pq.read_table("crop/train-00000-of-00003.parquet")["key"].to_pylist()
+    assert {path.stem for path in Path().glob("*.png")} == set(keys[:4])
+    both = {name: datasets.load_dataset(str(root / "out"), name, split="train") for name in ("crop", "pad")}
+    head = yaml.safe_load(text.split("---\n")[1])
+    for info in head["dataset_info"]:
+        loaded = both[info["config_name"]]
+        assert loaded.features._to_yaml_list() == info["features"]
+        assert len(loaded) == info["splits"][0]["num_examples"]
+    assert not caplog.records  # the library warns of what it does not understand in the head
+
+
+def test_it_comes_back_byte_for_byte_and_trains(root):
+    shutil.move("data/codes/shapes", "original")
+    said = command("fetch", "out", "shapes")
+    assert "3/3 shards" in said
+    assert bytes_of(Path("data/codes/shapes")) == bytes_of(Path("original"))
+    tokenizer = json.loads(Path("tokenizers/image/config.json").read_text())
+    manifest = read_manifest(Path("data/codes/shapes/crop"))
+    meta = codes_meta(pq.read_schema(Path("data/codes/shapes/crop") / manifest.shards[0].path), "")
+    identity = CodesIdentity(*meta["shape"], tokenizer["codebook_id"], tokenizer["encoder_id"])
+    entry = MixtureEntry(dataset="shapes", task="generation", text="caption", template="generate", weight=1.0)
+    part = Part(entry, Path("data/codes"), TextTokenizer(Path("tokenizers/text")), identity, 512, Quarantine())
+    assert len(part) == manifest.rows
+    assert "(3 kept from before)" in command("fetch", "out", "shapes")
+
+
+def test_under_another_name_it_brings_its_card(root):
+    command("fetch", str(root / "out"), "theirs")
+    card = load_card("theirs", Path("datasets"))
+    assert card.tasks == load_card("shapes", Path("datasets")).tasks
+    assert read_manifest(Path("data/codes/theirs/pad")).dataset == "theirs"
+
+
+def test_publishing_again_changes_no_byte(root):
+    before = bytes_of(Path("out"))
+    assert "3/3 shards (3 kept from before)" in command("publish", "shapes", "--to", "out")
+    assert bytes_of(Path("out")) == before
+    shutil.rmtree("out")
+    command("publish", "shapes", "--to", "out")
+    assert bytes_of(Path("out")) == before
+
+
+def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
+    pictures = Path("data/filtered/shapes")
+    shards = [pq.read_table(pictures / shard.path) for shard in read_manifest(pictures).shards]
+    gone = [shards[0]["key"][2].as_py(), shards[2]["key"][5].as_py()]
+    digest = shards[2]["sha256"][5].as_py().upper()
+    Path("takedown.txt").write_text(f"# asked for by mail\nkey shapes/{gone[0]}\n\nsha256 {digest}\n")
+    before = bytes_of(Path("out"))
+    said = command("publish", "shapes", "--to", "out")
+    assert "withheld" in said
+    assert "3/3 shards (1 kept from before)" in said
+    after = bytes_of(Path("out"))
+    for view in ("crop", "pad"):
+        keys = [k for p in sorted(Path("out", view).glob("*.parquet")) for k in pq.read_table(p)["key"].to_pylist()]
+        assert not set(gone) & set(keys)
+        assert len(keys) == sum(table.num_rows for table in shards) - 2
+        assert after[f"{view}/train-00001-of-00003.parquet"] == before[f"{view}/train-00001-of-00003.parquet"]
+    assert not any(key.encode() in data for key in gone for data in after.values())
+    command("fetch", "out", "less")
+    assert read_manifest(Path("data/codes/less/crop")).dropped["takedown"] == 2
+    shutil.rmtree(pictures)
+    with pytest.raises(
+        DataError, match=r"filtered/shapes: not there, but 1 entries of the takedown list are no keys, first .sha256"
+    ):
+        command("publish", "shapes", "--to", "out")
+
+
+def test_urls_and_hosts_are_found_in_the_image_text_shards(tmp_path):
+    rows = {
+        "a": "https://img.example.org/1.png",
+        "b": "http://example.org:81/x?y=1",
+        "c": "https://notexample.org/1.png",
+        "d": "https://other.net/one.png",
+        "e": "https://other.net/two.png",
+        "f": "http://[broken",
+        "g": None,
+    }
+    table = pa.table({"key": list(rows), "url": list(rows.values()), "sha256": pa.nulls(len(rows), pa.string())})
+    for folder in ("pictures", "codes"):
+        task = {"output": str(tmp_path / folder / "part-00000.parquet"), "inputs": ""}
+        shard = write_shard(task, table, {})["shard"]
+        write_manifest(tmp_path / folder, Manifest(kind="x", dataset="set", columns={}, shards=(shard,)))
+    (tmp_path / "list").write_text("host EXAMPLE.org\nurl https://other.net/two.png\nkey set/g\nkey another/d\n")
+    entries = read_takedown(tmp_path / "list")
+    found = withdrawn_keys(entries, "set", tmp_path / "codes", tmp_path / "pictures")
+    assert found == {"part-00000.parquet": ["a", "b", "e", "g"]}
+    (tmp_path / "list").write_text("key set/g\nsomething\n")
+    with pytest.raises(ConfigError, match=r"list:2: 'something' is no entry; url \| host"):
+        read_takedown(tmp_path / "list")
+
+
+def test_a_shard_of_which_nothing_is_left_is_empty(root):
+    first = Path("data/codes/shapes/crop/part-00000.parquet")
+    Path("gone.txt").write_text("".join(f"key shapes/{key}\n" for key in pq.read_table(first)["key"].to_pylist()))
+    assert "64 rows, 32 withheld" in command("publish", "shapes", "--to", "out", "--takedown", "gone.txt", "--verify")
+    command("fetch", "out", "less")
+    assert [shard.rows for shard in read_manifest(Path("data/codes/less/crop")).shards] == [0, 32, 32]
+    rows = datasets.load_dataset(str(root / "out"), "crop", split="train", cache_dir=str(root / "hf"))
+    assert len(rows) == 64
+
+
+def test_what_is_wrong_is_said(root):
+    with pytest.raises(ConfigError, match=r"journeydb.*redistribute_codes: false.*JourneyDB terms.*recipe"):
+        permitted(load_card("journeydb", root / "datasets"))
+    with pytest.raises(ConfigError, match="redistribute_codes"):
+        command("publish", "laion_en", "--to", "elsewhere")
+    assert not Path("elsewhere").exists()
+    with pytest.raises(ConfigError, match=r"hf://user/name"):
+        open_store("hf://user")
+    with pytest.raises(ConfigError, match="nowhere://"):
+        open_store("nowhere://bucket")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_takedown(Path("missing.txt"))
+    with pytest.raises(DataError, match=r"has not finished"):
+        command("publish", "emoji", "--to", "elsewhere")
+    with pytest.raises(DataError, match=r"no SHA256SUMS"):
+        command("fetch", "elsewhere", "emoji")
+    victim = Path("out/crop/train-00001-of-00003.parquet")
+    victim.write_bytes(victim.read_bytes()[::-1])
+    (fault,) = reread(open_store("out"))
+    assert fault.startswith("crop/train-00001-of-00003.parquet: sha256")
+    with pytest.raises(DataError, match=r"train-00001.*publish the set again"):
+        command("fetch", "out", "broken")
+    command("publish", "shapes", "--to", "out", "--verify")
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"), [(0, "n<1K"), (1000, "1K<n<10K"), (90_000_000, "10M<n<100M"), (10**12, "n>1T")]
+)
+def test_size_categories(rows, name):
+    assert size_category(rows) == name
+
+
+class HubStub:
+    """Stands for HfApi and HfFileSystem: no test speaks to the Hub."""
+
+    def __init__(self):
+        self.files, self.commits = {}, []
+
+    def invalidate_cache(self):
+        pass
+
+    def create_repo(self, repository, repo_type, exist_ok):
+        assert (repository, repo_type, exist_ok) == ("user/name", "dataset", True)
+
+    def create_commit(self, repository, operations, commit_message, repo_type):
+        self.commits.append([type(one).__name__ for one in operations])
+        for one in operations:
+            if type(one).__name__ == "CommitOperationAdd":
+                self.files[one.path_in_repo] = Path(one.path_or_fileobj).read_bytes()
+            else:
+                del self.files[one.path_in_repo]
+
+    def find(self, root, detail):
+        from huggingface_hub.hf_api import BlobLfsInfo
+
+        def info(name, data):
+            lfs = BlobLfsInfo(size=len(data), sha256=hashlib.sha256(data).hexdigest(), pointer_size=1)
+            return {"size": len(data), "lfs": lfs if name.endswith(".parquet") else None}
+
+        return {f"{root}/{name}": info(name, data) for name, data in self.files.items()}
+
+    def open(self, path, mode):
+        import io
+
+        return io.BytesIO(self.files[path.removeprefix("datasets/user/name/")])
+
+
+def test_the_hub_gets_commits_of_what_differs(published, monkeypatch):
+    assert isinstance(open_store("hf://user/name"), HubStore)
+    hub = HubStub()
+    monkeypatch.setattr(stores, "HfApi", lambda: hub)
+    store = HubStore("hf://user/name", hub, "datasets/user/name")
+    quiet = lambda done, total: None  # noqa: E731
+    done = sync(published / "out", store, quiet)
+    assert hub.files == bytes_of(published / "out")
+    assert [len(commit) for commit in hub.commits] == [len(done.uploaded) - 1, 1]
+    assert sync(published / "out", store, quiet).uploaded == ()
+    assert len(hub.commits) == 2
+    hub.files["crop/train-00000-of-00003.parquet"] = b"x"
+    hub.files["crop/train-00003-of-00004.parquet"] = b"of an earlier publication"
+    hub.files[".gitattributes"] = b"theirs"
+    done = sync(published / "out", store, quiet)
+    assert (done.uploaded, done.removed) == (
+        ("crop/train-00000-of-00003.parquet",),
+        ("crop/train-00003-of-00004.parquet",),
+    )
+    assert hub.files == bytes_of(published / "out") | {".gitattributes": b"theirs"}

@@ -1,0 +1,117 @@
+"""DVC remotes: what one checkout made, another pulls and uses; a new input shard costs one shard."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import REPOSITORY, write_experiment
+
+from unifork.data.text_tokenizer import TextTokenizer
+from unifork.manifest import read_manifest
+
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # inside DVC
+STAGES = ("download@shapes", "filter@shapes", "text_tokenizer")
+FILES = ("lists/urls.tsv", "lists/fetched.tsv")
+ROWS, SHARD_ROWS = 24, 8
+
+
+@pytest.fixture(scope="module")
+def dvc(request):
+    """Runs a DVC command in a folder, in this process (each of its own would import for seconds)."""
+    from dvc.cli import main
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        patched.delenv("UNIFORK_CLUSTER", raising=False)
+
+        def run(folder: Path, *words: str) -> None:
+            patched.setenv("PYTHONPATH", str(folder))
+            before = os.getcwd()
+            try:
+                assert main(["--cd", str(folder), *words]) == 0, words
+            finally:
+                os.chdir(before)
+
+        yield run
+
+
+def git(folder: Path, *words: str) -> None:
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory, dvc, s3_server) -> Path:
+    """A checkout that ran three stages, brought two files in, and pushed to a folder and to S3."""
+    import boto3
+
+    base = tmp_path_factory.mktemp("remotes")
+    root = base / "origin"
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", "unifork", "pipelines"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, root / name)
+    write_experiment(root, {"datasets": {"shapes": {"rows": ROWS, "shard_rows": SHARD_ROWS}}})
+    git(root, "init", "-q")
+    (root / "lists").mkdir()
+    (root / FILES[0]).write_text("url\tcaption\nhttps://example.org/1.png\ta red circle\n")
+    (base / "elsewhere.tsv").write_text("url\tcaption\n")
+    dvc(root, "add", "-q", FILES[0])
+    dvc(root, "import-url", "-q", str(base / "elsewhere.tsv"), FILES[1])
+    dvc(root, "repro", *STAGES)
+    boto3.client("s3").create_bucket(Bucket="dvc")
+    dvc(root, "remote", "add", "-q", "-d", "disk", str(base / "disk"))
+    dvc(root, "remote", "add", "-q", "s3", "s3://dvc/unifork")
+    dvc(root, "remote", "modify", "s3", "endpointurl", s3_server)
+    for remote in ("disk", "s3"):
+        dvc(root, "push", "-q", "-r", remote)
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "all")
+    return root
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("remote", ["disk", "s3"])
+def test_another_clone_pulls_and_uses_what_was_made(origin, dvc, tmp_path, capfd, remote):
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(origin), str(clone))
+    assert not (clone / "data").exists()
+    dvc(clone, "pull", "-q", "-r", remote, *STAGES, *(f"{file}.dvc" for file in FILES))
+    capfd.readouterr()
+    for word in ("status", "repro"):
+        dvc(clone, word, *STAGES)
+        said = capfd.readouterr().out
+        assert "up to date" in said
+        assert "Running stage" not in said
+    for folder in ("data", "tokenizers", "lists"):
+        assert bytes_of(clone / folder) == bytes_of(origin / folder)
+    assert read_manifest(clone / "data/filtered/shapes").rows == ROWS
+    tokenizer = TextTokenizer(clone / "tokenizers/text")
+    assert tokenizer.decode(tokenizer.encode("a red circle")) == "a red circle"
+
+
+def test_one_more_input_shard_costs_one_shard(origin, dvc, tmp_path, capfd):
+    root = tmp_path / "grown"
+    shutil.copytree(origin, root, symlinks=True)
+    kept = {name: data for name, data in bytes_of(root / "data").items() if name.endswith(".parquet")}
+    assert len(kept) == 2 * ROWS // SHARD_ROWS
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params["datasets"]["shapes"]["rows"] += SHARD_ROWS
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    dvc(root, "repro", "filter@shapes")
+    said = capfd.readouterr().out
+    assert re.findall(r"(\S+): 4/4 shards \((\d) kept from before\), (\d+) new rows", said) == [
+        ("data/raw/shapes", "3", str(SHARD_ROWS)),
+        ("data/filtered/shapes", "3", str(SHARD_ROWS)),
+    ]
+    after = bytes_of(root / "data")
+    assert {name: after[name] for name in kept} == kept
+    assert len(read_manifest(root / "data/filtered/shapes").shards) == 4

@@ -1,0 +1,134 @@
+"""Publishing to a real S3 server: whole, interrupted, changed, verified, and read back."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import pytest
+
+from unifork.errors import DataError
+from unifork.publish.publication import Layout, build, fetch
+from unifork.publish.stores import CHECKSUMS, open_store, parse_checksums, reread, sync
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+from unifork.publish import stores
+
+seen = []
+
+class Dying:
+    def __init__(self, system): self.system = system
+    def __getattr__(self, name): return getattr(self.system, name)
+    def put_file(self, path, target):
+        seen.append(target)
+        if len(seen) == 4:
+            handle = self.system.open(target, "wb", block_size=5 * 2**20)
+            handle.write(bytes(6 * 2**20))  # one part of a larger object is on the server now
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.system.put_file(path, target)
+
+store = stores.open_store(sys.argv[2])
+stores.sync(Path(sys.argv[1]), stores.Store(store.uri, Dying(store.system), store.root), print)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_root, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("published")
+    build("shapes", Layout(tiny_root), out, frozenset(), lambda _: None)
+    return out
+
+
+def quiet(*_) -> None:
+    pass
+
+
+def contents(address: str) -> dict[str, bytes]:
+    """What lies below s3://bucket/path, read by another client."""
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    client = boto3.client("s3")
+    found = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+    return {
+        entry["Key"].removeprefix(prefix + "/"): client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
+        for entry in found
+    }
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):
+    address = f"{bucket}/sets/shapes"
+    store = open_store(address)
+    names = {*parse_checksums((folder / CHECKSUMS).read_text()), CHECKSUMS}
+    assert set(sync(folder, store, quiet).uploaded) == names
+    assert contents(address) == bytes_of(folder)
+    assert sync(folder, store, quiet) == sync(folder, open_store(address), quiet)
+    assert sync(folder, store, quiet).uploaded == ()
+    assert reread(store) == []
+
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    victim, lost = "crop/train-00001-of-00003.parquet", "pad/train-00002-of-00003.parquet"
+    data = bytearray((folder / victim).read_bytes())
+    data[50] ^= 1
+    client.put_object(Bucket=name, Key=f"sets/shapes/{victim}", Body=bytes(data))
+    client.delete_object(Bucket=name, Key=f"sets/shapes/{lost}")
+    client.put_object(Bucket=name, Key="sets/shapes/crop/train-00007-of-00008.parquet", Body=b"old")
+    client.put_object(Bucket=name, Key="sets/shapes/notes.txt", Body=b"of somebody else")
+    assert [fault.split(":")[0] for fault in reread(store)] == [victim, lost]
+    with pytest.raises(DataError, match=rf"{victim}: sha256 .* instead of"):
+        fetch(store, "back", Layout(tmp_path), quiet)
+    done = sync(folder, store, quiet)
+    assert (set(done.uploaded), done.removed) == ({victim, lost}, ("crop/train-00007-of-00008.parquet",))
+    assert contents(address) == bytes_of(folder) | {"notes.txt": b"of somebody else"}
+    assert reread(store) == []
+
+
+def test_an_upload_in_parts_is_compared_by_its_bytes(folder, bucket):
+    address = f"{bucket}/set"
+    store = open_store(address)
+    sync(folder, store, quiet)
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    key = "set/crop/train-00000-of-00003.parquet"
+    upload = client.create_multipart_upload(Bucket=name, Key=key)["UploadId"]
+    body = (folder / key.removeprefix("set/")).read_bytes()
+    part = client.upload_part(Bucket=name, Key=key, UploadId=upload, PartNumber=1, Body=body)
+    client.complete_multipart_upload(
+        Bucket=name, Key=key, UploadId=upload, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+    )
+    assert "-" in client.head_object(Bucket=name, Key=key)["ETag"]
+    assert sync(folder, store, quiet).uploaded == ()
+
+
+def test_a_killed_upload_goes_on_where_it_was(folder, bucket):
+    address = f"{bucket}/set"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), address], check=False, env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    begun = boto3.client("s3").list_multipart_uploads(Bucket=bucket.removeprefix("s3://"))["Uploads"]
+    assert len(begun) == 1
+    there = contents(address)
+    assert len(there) == 3
+    assert CHECKSUMS not in there
+    with pytest.raises(DataError, match=f"no {CHECKSUMS}; nothing was published here, or not to its end"):
+        open_store(address).checksums()
+    again = sync(folder, open_store(address), quiet)
+    assert not set(again.uploaded) & set(there)
+    assert contents(address) == bytes_of(folder)
+
+
+def test_codes_come_back_from_s3(folder, bucket, tiny_root, tmp_path):
+    address = f"{bucket}/set"
+    sync(folder, open_store(address), quiet)
+    fetch(open_store(address), "shapes", Layout(tmp_path), quiet)
+    assert bytes_of(tmp_path / "data/codes/shapes") == bytes_of(tiny_root / "data/codes/shapes")
+
+
+def test_a_bucket_that_is_not_there_is_one_line(folder, s3_server):
+    with pytest.raises(DataError, match=r"s3://not-there/set: .*Run the command again"):
+        sync(folder, open_store("s3://not-there/set"), quiet)

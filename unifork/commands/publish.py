@@ -1,0 +1,56 @@
+"""`unifork publish` and `unifork fetch`: finished codes for strangers, and back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TAKEDOWN = Path("takedown.txt")
+
+
+def publish(
+    dataset: Annotated[str, typer.Argument(help="data set with finished codes, a card in datasets/")],
+    to: Annotated[str, typer.Option(help="a folder, hf://user/name, s3://bucket/path, ...")],
+    takedown: Annotated[
+        Path, typer.Option(help="list of rows to leave out; the default is used where it exists")
+    ] = TAKEDOWN,
+    verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
+) -> None:
+    """Publish the codes of a data set: only what is missing or differs is uploaded."""
+    from unifork.errors import DataError
+    from unifork.processes import exclusive
+    from unifork.publish.publication import Layout, build
+    from unifork.publish.stores import open_store, reread, sync
+    from unifork.publish.takedown import read_takedown
+
+    layout, store = Layout(), open_store(to)
+    entries = read_takedown(takedown) if takedown != TAKEDOWN or takedown.exists() else frozenset()
+    folder = store.local or layout.folder("published", dataset)
+    with exclusive(folder):
+        views = build(dataset, layout, folder, entries, lambda progress: print(progress, flush=True))
+        for view in views:
+            withheld = sum(view.manifest.dropped.values())
+            print(f"{folder / view.name}: {view.manifest.rows} rows, {withheld} withheld")
+        if store.local is None:
+            done = sync(folder, store, lambda files, total: print(f"{to}: {files}/{total} files", flush=True))
+            print(f"{to}: {len(done.uploaded)} files uploaded, {done.kept} were there, {len(done.removed)} removed")
+    if verify:
+        if faults := reread(store):
+            raise DataError(f"{to}: {len(faults)} files: {'; '.join(faults)}. Publish again: only these are uploaded")
+        print(f"{to}: every file read again, all as SHA256SUMS says")
+
+
+def fetch(
+    source: Annotated[str, typer.Argument(help="where it was published: a folder, hf://..., s3://..., ...")],
+    dataset: Annotated[str, typer.Argument(help="name of the data set here")],
+) -> None:
+    """Make of a publication the code shards it came from: data/codes/DATASET."""
+    from unifork.processes import exclusive
+    from unifork.publish import publication
+    from unifork.publish.stores import open_store
+
+    layout = publication.Layout()
+    folder = layout.folder("codes", dataset)
+    with exclusive(folder):
+        manifests = publication.fetch(open_store(source), dataset, layout, lambda progress: print(progress, flush=True))
+    print(f"{folder}: {', '.join(f'{manifest.rows} rows' for manifest in manifests)}, as {source} says")

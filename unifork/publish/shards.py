@@ -1,0 +1,160 @@
+"""Code shards as strangers read them, and back: one published shard per code shard.
+
+A published shard holds the same rows with `codes` as list<uint16>, which every Parquet reader shows
+as integers, and says in its schema metadata what they are. Both directions are hops: a killed run
+goes on where it was, and equal input gives equal bytes.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unifork.config import Card, parse
+from unifork.data.hop import Hop, read_table, write_shard
+from unifork.data.schema import CODES_META, codes_array, codes_meta, columns_of, text_type
+from unifork.errors import DataError
+from unifork.manifest import Manifest, Shard, checked, read_manifest
+from unifork.publish.stores import open_store
+from unifork.vocabulary import CODE_DTYPE, Task
+
+PUBLISH_VERSION = 1
+"""Raise when the same codes would be published as other bytes."""
+
+PUBLISHED = "published-codes"
+"""Kind of the manifest of a published view."""
+
+PUBLISHED_META = b"unifork.published"
+"""Schema metadata: JSON with data set, licence and how the list of codes is laid out."""
+
+LAYOUT = "positions x depth codes per row, flattened: raster order of positions, depth last; numbers start at 0"
+
+CODE_LIST = pa.list_(pa.uint16())
+TAKEDOWN = "takedown"
+
+
+@dataclass(frozen=True)
+class PublishHop(Hop):
+    """The plan of publishing one view; shards are named as the Hugging Face Hub expects."""
+
+    def shard_name(self, index: int) -> str:
+        """File name of the shard that task `index` makes."""
+        return f"train-{index:05d}-of-{len(self.tasks):05d}.parquet"
+
+
+def publish_hop(card: Card, task: Task, codes: Path, folder: Path, withdrawn: dict[str, list[str]]) -> PublishHop:
+    """One task per code shard of a view; withdrawn: keys to leave out, by file name of the code shard."""
+    origin = read_manifest(codes)
+    if origin.kind != "codes" or not origin.shards:
+        raise DataError(f"{codes}: {len(origin.shards)} shards of kind {origin.kind!r}; only 'codes' are published")
+    about = {name: getattr(card, name) for name in ("title", "homepage", "licence", "attribution")}
+    about |= {"dataset": card.name, "task": task, "view": card.tasks[task].view, "layout": LAYOUT}
+    schema = pq.read_schema(checked(codes, origin.shards[0]))
+    about["shape"] = codes_meta(schema, str(codes))["shape"]
+    tasks = [
+        {"shard": shard.model_dump(mode="json"), "withdrawn": withdrawn.get(shard.path, [])} for shard in origin.shards
+    ]
+    columns = {**columns_of(schema), "codes": str(CODE_LIST)}
+    made_with = {"version": PUBLISH_VERSION, "about": about}
+    lineage = {"about": about, "codes": origin.model_dump(mode="json")}
+    return PublishHop(PUBLISHED, card.name, folder, columns, made_with, lineage, tasks, codes)
+
+
+class Publish:
+    """Code shard -> published shard."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        self.about = json.dumps(about, sort_keys=True).encode()
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        source = Path(task["source"])
+        table = read_table(source, parse(Shard, task["shard"], "task"))
+        shape = codes_meta(table.schema, str(source))["shape"]
+        gone = pa.array(task["withdrawn"], pa.string())
+        kept = table.filter(pc.invert(pc.is_in(table["key"], value_set=gone)))
+        numbers = codes_array(kept["codes"], tuple(shape)).reshape(-1) if kept.num_rows else np.empty(0, CODE_DTYPE)
+        width = shape[0] * shape[1]
+        offsets = np.arange(kept.num_rows + 1, dtype=np.int32) * np.int32(width)
+        lists = pa.ListArray.from_arrays(offsets, pa.array(numbers.astype(np.uint16)))
+        out = _with_codes(kept, pa.chunked_array([lists.cast(CODE_LIST)]))
+        out = out.replace_schema_metadata({**table.schema.metadata, PUBLISHED_META: self.about})
+        return write_shard(task, out, {TAKEDOWN: len(gone)} if len(gone) else {})
+
+
+@dataclass(frozen=True)
+class FetchHop(Hop):
+    """The plan of bringing one view back; a shard that is whole counts as what it was made of then."""
+
+    original: tuple[Shard, ...] = field(default=())
+
+    def inputs(self, index: int) -> str:
+        """As recorded by the encode hop, unless rows were withdrawn since."""
+        return super().inputs(index) if self.tasks[index]["withdrawn"] else self.original[index].inputs
+
+
+def fetch_hop(published: Manifest, name: str, uri: str, prefix: str, folder: Path) -> FetchHop:
+    """One task per published shard of a view that lies at `prefix` of a store."""
+    origin = parse(Manifest, published.lineage.get("codes"), f"{uri}: {prefix}: lineage")
+    if published.kind != PUBLISHED or len(origin.shards) != len(published.shards):
+        raise DataError(
+            f"{uri}: {prefix}: {len(published.shards)} shards of kind {published.kind!r} made from "
+            f"{len(origin.shards)}; allowed is one {PUBLISHED!r} shard for each"
+        )
+    tasks = [
+        {
+            "uri": uri,
+            "name": f"{prefix}/{shard.path}",
+            "sha256": shard.sha256,
+            "withdrawn": shard.dropped.get(TAKEDOWN, 0),
+            "dropped": {**old.dropped, **shard.dropped},
+        }
+        for shard, old in zip(published.shards, origin.shards, strict=True)
+    ]
+    made_with = {"version": PUBLISH_VERSION}
+    return FetchHop(
+        "codes", name, folder, origin.columns, made_with, origin.lineage, tasks, original=tuple(origin.shards)
+    )
+
+
+class Fetch:
+    """Published shard -> code shard, with the bytes it once had where no row was withdrawn."""
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        data = open_store(task["uri"]).read(task["name"], task["sha256"])
+        table = pq.read_table(pa.BufferReader(data))
+        place = f"{task['uri']}: {task['name']}"
+        shape = codes_meta(table.schema, place)["shape"]
+        width = shape[0] * shape[1]
+        lists = table["codes"].combine_chunks()
+        if not pc.all(pc.equal(pc.list_value_length(lists), width), min_count=0).as_py():
+            raise DataError(f"{place}: rows without the {width} codes that its metadata {shape} asks for")
+        numbers = lists.flatten().to_numpy().astype(CODE_DTYPE)
+        bytes_each = width * np.dtype(CODE_DTYPE).itemsize
+        codes = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(bytes_each), table.num_rows, [None, pa.py_buffer(numbers.tobytes())]
+        )
+        # Parquet names the parts of lists in its own way; code shards have the names they were written with
+        types = {name: text_type(name) for name in table.schema.names} | {"codes": codes.type}
+        out = _with_codes(table, pa.chunked_array([codes])).cast(pa.schema(types, metadata=table.schema.metadata))
+        out = out.replace_schema_metadata({CODES_META: table.schema.metadata[CODES_META]})
+        return write_shard(task, out, task["dropped"])
+
+
+def _with_codes(table: pa.Table, codes: pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.schema.get_field_index("codes"), "codes", codes)
+
+
+def features_of(columns: dict[str, str]) -> list[dict[str, Any]]:
+    """Columns of a manifest as the Hub's list of features. Texts are strings or lists of turns."""
+    turns = [{"name": "role", "dtype": "string"}, {"name": "text", "dtype": "string"}]
+    return [
+        {"name": name, "dtype": "string"}
+        if kind == "string"
+        else {"name": name, "list": "uint16" if name == "codes" else turns}
+        for name, kind in columns.items()
+    ]
