@@ -359,5 +359,5 @@ def test_codes_without_a_withdrawn_row_are_still_codes(tiny_root, tmp_path):
 def test_hosts_and_urls_of_a_list(tmp_path, url, hit):
     entries = Listing(put(tmp_path / "list", b"host Bad.org\nurl https://a.org/x?y=1\n\n"))
     assert entries.match("set", {"key": "k", "url": url, "sha256": "ab"}) == hit
-    with pytest.raises(DataError, match=r"list:2: 'urls http://a' is no entry"):
+    with pytest.raises(ConfigError, match=r"list:2: 'urls http://a' is no entry"):
         Listing(put(tmp_path / "list", b"# ok\nurls http://a\n"))

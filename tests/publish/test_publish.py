@@ -22,6 +22,7 @@ from unifork.config import MixtureEntry, load_card
 from unifork.data.documents import CodesIdentity, Part, Quarantine
 from unifork.data.hop import write_shard
 from unifork.data.schema import codes_array, codes_meta
+from unifork.data.takedown import listing
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
 from unifork.manifest import Manifest, file_sha256, read_manifest, write_manifest
@@ -29,7 +30,7 @@ from unifork.publish import stores
 from unifork.publish.card import size_category
 from unifork.publish.publication import permitted
 from unifork.publish.stores import CHECKSUMS, HubStore, open_store, parse_checksums, reread, sync
-from unifork.publish.takedown import read_takedown, withdrawn_keys
+from unifork.publish.takedown import withdrawn_keys
 
 
 def command(*words: str) -> str:
@@ -226,12 +227,12 @@ def test_urls_and_hosts_are_found_in_the_image_text_shards(tmp_path):
         shard = write_shard(task, table, {})["shard"]
         write_manifest(tmp_path / folder, Manifest(kind="x", dataset="set", columns={}, shards=(shard,)))
     (tmp_path / "list").write_text("host EXAMPLE.org\nurl https://other.net/two.png\nkey set/g\nkey another/d\n")
-    entries = read_takedown(tmp_path / "list")
+    entries = listing(str(tmp_path / "list"))
     found = withdrawn_keys(entries, "set", tmp_path / "codes", tmp_path / "pictures")
     assert found == {"part-00000.parquet": ["a", "b", "e", "g"]}
     (tmp_path / "list").write_text("key set/g\nsomething\n")
     with pytest.raises(ConfigError, match=r"list:2: 'something' is no entry; url \| host"):
-        read_takedown(tmp_path / "list")
+        listing(str(tmp_path / "list"))
 
 
 def test_a_shard_of_which_nothing_is_left_is_empty(root):
@@ -255,7 +256,7 @@ def test_what_is_wrong_is_said(root):
     with pytest.raises(ConfigError, match="nowhere://"):
         open_store("nowhere://bucket")
     with pytest.raises(ConfigError, match="no such file"):
-        read_takedown(Path("missing.txt"))
+        listing("missing.txt")
     with pytest.raises(DataError, match=r"has not finished"):
         command("publish", "emoji", "--to", "elsewhere")
     with pytest.raises(DataError, match=r"no SHA256SUMS"):

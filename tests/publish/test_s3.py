@@ -40,7 +40,7 @@ stores.sync(Path(sys.argv[1]), stores.Store(store.uri, Dying(store.system), stor
 @pytest.fixture(scope="module")
 def folder(tiny_root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("published")
-    build("shapes", Layout(tiny_root), out, frozenset(), lambda _: None)
+    build("shapes", Layout(tiny_root), out, None, lambda _: None)
     return out
 
 

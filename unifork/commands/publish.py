@@ -17,14 +17,14 @@ def publish(
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
 ) -> None:
     """Publish the codes of a data set: only what is missing or differs is uploaded."""
+    from unifork.data.takedown import listing
     from unifork.errors import DataError
     from unifork.processes import exclusive
     from unifork.publish.publication import Layout, build
     from unifork.publish.stores import open_store, reread, sync
-    from unifork.publish.takedown import read_takedown
 
     layout, store = Layout(), open_store(to)
-    entries = read_takedown(takedown) if takedown != TAKEDOWN or takedown.exists() else frozenset()
+    entries = listing(str(takedown)) if takedown != TAKEDOWN or takedown.exists() else None
     folder = store.local or layout.folder("published", dataset)
     with exclusive(folder):
         views = build(dataset, layout, folder, entries, lambda progress: print(progress, flush=True))

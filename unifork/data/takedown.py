@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from unifork.config import Plain, parse
 from unifork.data.hop import finished_shards, read_table, write_shard
 from unifork.data.sources.base import located
-from unifork.errors import DataError
+from unifork.errors import ConfigError
 from unifork.manifest import Manifest, file_sha256, read_manifest, write_atomically, write_manifest
 
 KINDS = ("url", "host", "sha256", "key")
@@ -34,14 +34,14 @@ class Listing:
     """The entries of a list."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError naming the first line that is no entry."""
+        """Raises ConfigError naming the first line that is no entry."""
         self.entries: set[tuple[str, str]] = set()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             words = line.split(maxsplit=1)
             if not words or words[0].startswith("#"):
                 continue
             if words[0] not in KINDS or len(words) != 2:
-                raise DataError(f"{path}:{number}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
+                raise ConfigError(f"{path}:{number}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
             value = words[1].strip()
             self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
 
@@ -63,7 +63,7 @@ def _hosts(url: str) -> list[tuple[str, str]]:
 
 
 def listing(text: str) -> Listing:
-    """The list that a card names, read once while it does not change. Raises ConfigError, DataError."""
+    """The list that a card names, read once while it does not change. Raises ConfigError."""
     path = located(text)
     state = path.stat()
     return _read(path, state.st_mtime_ns, state.st_size)

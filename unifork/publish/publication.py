@@ -16,12 +16,13 @@ import yaml
 
 from unifork.config import Card, load_card, parse
 from unifork.data.hop import Progress, run_hops
+from unifork.data.takedown import Listing
 from unifork.errors import ConfigError, DataError, writing
 from unifork.manifest import MANIFEST, Manifest, file_sha256, read_manifest, write_atomically
 from unifork.publish.card import CROISSANT, README, ViewFacts, croissant, readme
 from unifork.publish.shards import Fetch, Publish, fetch_hop, publish_hop
 from unifork.publish.stores import CHECKSUMS, Store, checksums_text
-from unifork.publish.takedown import Entries, withdrawn_keys
+from unifork.publish.takedown import withdrawn_keys
 
 CARD = "dataset.yaml"
 HOPS = {"download": "raw", "filter": "filtered"}
@@ -57,7 +58,7 @@ def permitted(card: Card) -> None:
         )
 
 
-def build(dataset: str, layout: Layout, folder: Path, takedown: Entries, tell: Tell) -> list[ViewFacts]:
+def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None, tell: Tell) -> list[ViewFacts]:
     """Make the publication of a data set in a folder; what is there and right is kept.
 
     takedown: what names rows to leave out. Raises ConfigError where the licence forbids
