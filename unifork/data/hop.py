@@ -63,6 +63,11 @@ class Hop:
         return fingerprint({"made_with": self.made_with, "task": self.tasks[index]})
 
 
+def rows_of(task: dict[str, Any]) -> int:
+    """Rows that a task reads: of a range of its source, or of a shard."""
+    return int(task["stop"] - task["start"] if "stop" in task else task["shard"]["rows"])
+
+
 def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int]) -> dict[str, Any]:
     """Write a task's table as a Parquet shard, atomically, and its record after it: the task's result."""
     path = Path(task["output"])
@@ -137,7 +142,7 @@ class Progress:
     def __init__(self, hop: Hop) -> None:
         self.hop = hop
         self.finished: dict[str, Shard] = {}
-        self.kept = self.rows = 0
+        self.kept = self.rows = self.known = 0
         self.dropped: Counter[str] = Counter()
         self.started = time.monotonic()
 
@@ -154,6 +159,7 @@ class Progress:
                 self.finished[name] = old
             else:
                 source = str(hop.source.absolute()) if hop.source else None
+                self.known += rows_of(task)
                 todo.append({**task, "source": source, "output": str((hop.folder / name).absolute()), "inputs": inputs})
         self.kept = len(self.finished)
         if todo:
@@ -188,13 +194,13 @@ class Progress:
 
     def __str__(self) -> str:
         done, total, seconds = len(self.finished), len(self.hop.tasks), time.monotonic() - self.started
-        made = done - self.kept
-        eta = f", {(total - done) * seconds / made:.0f} s to go" if made and done < total else ""
-        rate = f", {self.rows / seconds:.0f} rows/s" if made and seconds > 0 else ""
+        new = self.rows + self.dropped.total()
+        rate = new / seconds if seconds > 0 else 0.0
+        eta = f", {(self.known - new) / rate:.0f} s to go" if rate and done < total else ""
         drops = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         kept = f" ({self.kept} kept from before)" if self.kept else ""
         shards = f"{self.hop.folder}: {done}/{total} shards{kept}"
-        return f"{shards}, {self.rows} new rows{rate}{eta}{drops and '; dropped ' + drops}"
+        return f"{shards}, {new}/{self.known} rows, {rate:.0f} rows/s{eta}{drops and '; dropped ' + drops}"
 
 
 def read_table(folder: Path, shard: Shard, columns: Iterable[str] | None = None) -> pa.Table:
