@@ -1,4 +1,4 @@
-"""The options of a `url_list` source: which lists, which columns, and the rules every URL is fetched by.
+"""The options of a `url_list` source: which tables, which columns, and the rules every URL is fetched by.
 
 They are part of the card, since they decide which rows come out; another value makes the shards anew.
 """
@@ -48,12 +48,13 @@ class FetchRules(Plain):
 
 
 class UrlList(Plain):
-    """Parquet files with one URL a row, and how to read them."""
+    """Tables with one URL a row, and how they are read and fetched."""
 
-    files: tuple[str, ...]
-    """Paths or glob patterns below the root of the experiment, in this order; matches of a pattern sorted by name."""
-    columns: dict[str, str | tuple[str, ...]] = {}
-    """Our column: its spelling in the lists, or several; upper and lower case are one. Adds to DEFAULT_COLUMNS."""
-    key: str | None = None
-    """Column that names a row, different in every row of the set; None makes it of file name and row number."""
+    files: str
+    """A table, a folder of them, or a glob pattern: Parquet, TSV or CSV."""
+    columns: dict[str, str] = {}
+    """Our column: its spelling in the lists, in any case, where `unifork.data.sources.columns` does not know it.
+    `key: COLUMN` names the rows by a column that differs in every row; otherwise they are file name and number."""
+    access: str = ""
+    """How a person gets the files."""
     fetch: FetchRules = FetchRules()
