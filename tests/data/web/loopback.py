@@ -40,8 +40,8 @@ class Web(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, address: str) -> None:
-        super().__init__((address, 0), Page)
+    def __init__(self, address: str, port: int = 0) -> None:
+        super().__init__((address, port), Page)
         self.root = f"http://{address}:{self.server_address[1]}"
         self.pages: dict[str, object] = {}
         self.hits: Counter[str] = Counter()
