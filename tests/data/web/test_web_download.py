@@ -20,7 +20,7 @@ from loopback import ROBOTS, Web, elsewhere, pages, picture
 from unifork.config import Card, WebAccess, load_card
 from unifork.data.hop import run_hops
 from unifork.data.web.client import Client, Refused
-from unifork.data.web.download import Download, web_hop
+from unifork.data.web.download import Download, options_of, web_hop
 from unifork.data.web.rules import FetchRules
 from unifork.errors import ConfigError, DataError
 from unifork.manifest import MANIFEST, read_manifest
@@ -28,7 +28,7 @@ from unifork.manifest import MANIFEST, read_manifest
 REPOSITORY = Path(__file__).parents[3]
 FETCH = {
     "allow_addresses": ["127.0.0.1/32"],
-    "timeout_seconds": 0.6,
+    "timeout_seconds": 1.0,
     "attempts": 2,
     "backoff_seconds": 0.05,
     "max_bytes": 300_000,
@@ -178,6 +178,26 @@ def test_a_list_in_the_shape_of_coyo_with_its_own_keys(root, web):
     assert manifest.dropped == {"http_404": 1}
 
 
+def test_a_list_in_the_shape_of_unsplash(root, web):
+    web.pages["/a?fm=jpg"] = picture("JPEG")
+    lines = ["photo_id photo_image_url photo_description ai_description", f"x {web.root}/a?fm=jpg NONE a_cat", "y  b c"]
+    text = "\n".join("\t".join(line.replace("NONE", "").split(" ")) for line in lines)
+    (root / "lists/photos.tsv000").write_text(text + "\nbroken\n")
+    manifest, _, _ = download(card(("id",), files="lists/photos.?sv*"), "out")
+    (row,) = rows_of("out")
+    assert (row["key"], row["id"], row["caption"]) == ("photos/000000000", "x", "a_cat")
+    assert manifest.dropped == {"no_url": 1, "broken_line": 1}
+
+
+def test_the_cards_of_lists_say_what_is_known():
+    cards = [load_card(path.stem, REPOSITORY / "datasets") for path in (REPOSITORY / "datasets").glob("*.yaml")]
+    lists = [card for card in cards if card.source.kind == "url_list"]
+    assert {card.name for card in lists} >= {"laion_en", "coyo", "unsplash"}
+    for one in lists:
+        assert options_of(one).fetch == FetchRules()
+        assert not one.redistribute_codes
+
+
 @pytest.mark.parametrize(
     ("change", "requests"),
     [({}, 0), ({"robots": False}, 4), ({"max_redirects": 9}, 4), ({"user_agent": "unifork/2 (me@example.org)"}, 4)],
@@ -243,6 +263,37 @@ def test_a_host_has_at_most_its_connections_and_the_tail_of_a_shard_ends(root, w
     assert manifest.dropped == {"timeout": 1}
     assert web.most == 3
     web.gate.set()
+
+
+def test_a_shard_ends_and_rows_that_were_not_tried_are_counted(root, web):
+    def slow(page):
+        time.sleep(0.1)
+        page.answer(200, picture("PNG"))
+
+    web.pages |= {f"/{i}.png": slow for i in range(20)}
+    write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(20)])
+    manifest, _, _ = download(card(fetch={**FETCH, "shard_seconds": 0.25}), "out", per_host=2)
+    assert set(manifest.dropped) == {"deadline"}
+    assert 2 <= manifest.rows == 20 - manifest.dropped["deadline"] <= 10
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "dropped", "asked"),
+    [
+        (404, b"", {}, 1),
+        (503, b"", {"http_503": 2}, 4),
+        (200, b"User-agent: *\nDisallow: /\n" + b"#" * 600_000, {"robots_denied": 2}, 1),
+        (200, b"User-agent: unifork\nAllow: /\n\nUser-agent: *\nDisallow: /\n", {}, 1),
+    ],
+)
+def test_robots_txt_is_asked_for_once_and_a_server_in_trouble_allows_nothing(root, web, status, body, dropped, asked):
+    web.pages |= {"/robots.txt": lambda page: page.answer(status, body), "/a.png": picture("PNG")}
+    write_laion(root / "lists/a.parquet", [web.root + "/a.png", web.root + "/a.png?again"])
+    web.pages["/a.png?again"] = picture("PNG")
+    manifest, _, _ = download(card(), "out")
+    assert manifest.dropped == dropped
+    assert web.hits["/robots.txt"] == asked
+    assert web.hits["/a.png"] == (0 if dropped else 1)
 
 
 def test_a_proxy_is_used_when_configured_and_asked_for_the_checked_address(root, web):
@@ -338,9 +389,7 @@ def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web,
     client = Client(FetchRules.model_validate(FETCH), 8)
     for host in ("turning", "mixed"):
         assert client.get(web.root.replace("127.0.0.1", f"{host}.example") + "/a.png") == web.pages["/a.png"]
-    with pytest.raises(
-        Refused, match=r"bad\.example: 127\.0\.0\.2 is loopback, 10\.0\.0\.1 is private"
-    ):
+    with pytest.raises(Refused, match=r"bad\.example: 127\.0\.0\.2 is loopback, 10\.0\.0\.1 is private"):
         client.get(web.root.replace("127.0.0.1", "bad.example") + "/a.png")
     assert (web.hits["/a.png"], other.hits.total()) == (2, 0)
     monkeypatch.setattr("unifork.data.web.client.REMEMBERED_SECONDS", 0.0)  # asked again, and checked again

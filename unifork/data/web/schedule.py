@@ -30,7 +30,7 @@ SUSPICIOUS_HOSTS = 25
 """Different hosts that fail to be reached one after another before this side is looked at."""
 PROBES = 12
 """Hosts that are probed; a fifth of those in old lists being dead, all are by chance in 4 of 10^9 cases."""
-FEW_PROBES = 4
+FEW_PROBES = 8
 """With fewer hosts than this, only a resolver that does not answer counts as a fault of this side."""
 TAIL = 0.95
 """Share of settled rows at which the tail of a shard begins."""
