@@ -25,6 +25,7 @@ from unifork.manifest import (
     checked,
     fault,
     file_sha256,
+    keep_only,
     read_manifest,
     write_atomically,
     write_json,
@@ -189,6 +190,9 @@ class Progress:
             shards=tuple(self.finished[name] for name in names),
             lineage=hop.lineage,
         )
+        for beside in hop.folder.iterdir():
+            if beside.is_dir():  # what lies there is named like the shards; a kill leaves temporary files
+                keep_only(beside, names)
         write_manifest(hop.folder, manifest)
         return manifest
 
