@@ -95,10 +95,13 @@ def test_a_killed_hop_keeps_its_finished_shards_and_ends_with_the_same_bytes(car
 def test_another_plan_removes_what_it_does_not_name(card, tmp_path):
     download(card, tmp_path / "raw")
     (tmp_path / "raw" / "part-00009.parquet").write_bytes(b"left over")
+    (tmp_path / "raw" / QUARANTINE).mkdir(exist_ok=True)
+    (tmp_path / "raw" / QUARANTINE / ".part-00000.parquet.tmp-1234").write_bytes(b"of a killed worker")
     manifest, made = download(card, tmp_path / "raw", rows=16)
     assert made == []
     assert set(bytes_of(tmp_path / "raw")) == {MANIFEST, "part-00000.parquet"}
     assert not list((tmp_path / "raw").glob("*" + RECORD_SUFFIX))
+    assert not list((tmp_path / "raw" / QUARANTINE).iterdir())
     assert manifest.rows == 16
 
 

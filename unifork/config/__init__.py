@@ -17,6 +17,7 @@ from unifork.config.cluster import (
     Cluster,
     HopResources,
     TrainResources,
+    WebAccess,
 )
 from unifork.config.experiment import (
     Benchmark,
@@ -68,6 +69,7 @@ __all__ = [
     "Track",
     "TrainResources",
     "Variant",
+    "WebAccess",
     "fingerprint",
     "load",
     "load_card",

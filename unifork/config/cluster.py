@@ -18,6 +18,18 @@ class HopResources(Plain):
     """GPUs each actor asks for."""
 
 
+class WebAccess(Plain):
+    """How the download stage reaches the web; what it may fetch is part of the card."""
+
+    threads: PositiveInt = 32
+    """Connections of one worker at once."""
+    connections_per_host: PositiveInt = 8
+    """Connections of all workers together to one host; at least the number of workers."""
+    proxy: Annotated[str, Field(pattern=r"^http://[^/@]+$")] | None = None
+    """`http://HOST:PORT` of a proxy that allows CONNECT to any checked address; None connects directly. Proxies
+    named in the environment are never used."""
+
+
 class TrainResources(Plain):
     """Workers of a training stage."""
 
@@ -59,6 +71,7 @@ class Cluster(Plain):
     """Python of the cluster's nodes; None where this very interpreter is on shared storage."""
     hops: dict[str, HopResources] = {}
     """Resources of `download`, `filter` and `encode`; the CPUs of `image_tokenizer` are the threads of its training."""
+    web: WebAccess = WebAccess()
     train: TrainResources = TrainResources()
     train_stages: dict[str, TrainResources] = {}
     """Resources of single stages, by stage name, instead of `train`."""

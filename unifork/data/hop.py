@@ -25,6 +25,7 @@ from unifork.manifest import (
     checked,
     fault,
     file_sha256,
+    keep_only,
     read_manifest,
     write_atomically,
     write_json,
@@ -61,6 +62,11 @@ class Hop:
     def inputs(self, index: int) -> str:
         """Fingerprint of everything shard `index` is made from."""
         return fingerprint({"made_with": self.made_with, "task": self.tasks[index]})
+
+
+def rows_of(task: dict[str, Any]) -> int:
+    """Rows that a task reads: of a range of its source, or of a shard."""
+    return int(task["stop"] - task["start"] if "stop" in task else task["shard"]["rows"])
 
 
 def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int]) -> dict[str, Any]:
@@ -137,7 +143,7 @@ class Progress:
     def __init__(self, hop: Hop) -> None:
         self.hop = hop
         self.finished: dict[str, Shard] = {}
-        self.kept = self.rows = 0
+        self.kept = self.rows = self.known = 0
         self.dropped: Counter[str] = Counter()
         self.started = time.monotonic()
 
@@ -154,6 +160,7 @@ class Progress:
                 self.finished[name] = old
             else:
                 source = str(hop.source.absolute()) if hop.source else None
+                self.known += rows_of(task)
                 todo.append({**task, "source": source, "output": str((hop.folder / name).absolute()), "inputs": inputs})
         self.kept = len(self.finished)
         if todo:
@@ -183,18 +190,21 @@ class Progress:
             shards=tuple(self.finished[name] for name in names),
             lineage=hop.lineage,
         )
+        for beside in hop.folder.iterdir():
+            if beside.is_dir():  # what lies there is named like the shards; a kill leaves temporary files
+                keep_only(beside, names)
         write_manifest(hop.folder, manifest)
         return manifest
 
     def __str__(self) -> str:
         done, total, seconds = len(self.finished), len(self.hop.tasks), time.monotonic() - self.started
-        made = done - self.kept
-        eta = f", {(total - done) * seconds / made:.0f} s to go" if made and done < total else ""
-        rate = f", {self.rows / seconds:.0f} rows/s" if made and seconds > 0 else ""
+        new = self.rows + self.dropped.total()
+        rate = new / seconds if seconds > 0 else 0.0
+        eta = f", {(self.known - new) / rate:.0f} s to go" if rate and done < total else ""
         drops = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         kept = f" ({self.kept} kept from before)" if self.kept else ""
         shards = f"{self.hop.folder}: {done}/{total} shards{kept}"
-        return f"{shards}, {self.rows} new rows{rate}{eta}{drops and '; dropped ' + drops}"
+        return f"{shards}, {new}/{self.known} rows, {rate:.0f} rows/s{eta}{drops and '; dropped ' + drops}"
 
 
 def read_table(folder: Path, shard: Shard, columns: Iterable[str] | None = None) -> pa.Table:

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, NoReturn
 
 from unifork.data.shapes import world_rows
-from unifork.data.sources import emoji, imagenet, listed, pairs
+from unifork.data.sources import emoji, imagenet, listed, pairs, url_lists
 from unifork.data.sources.base import Fault, Options, Row, Slice, Source, Task
 from unifork.errors import ConfigError, DataError, unknown
 
@@ -80,4 +80,5 @@ SOURCES: dict[str, Source] = {
     "imagenet": Source(imagenet.slices, imagenet.rows),
     "listed": Source(listed.slices, listed.rows),
     "listed_meta": Source(listed.meta_slices, listed.meta_rows),
+    "url_list": Source(url_lists.slices, url_lists.rows),
 }

@@ -79,8 +79,11 @@ Mapped = dict[str, list[str]]
 """Canonical name -> the columns of a list that hold it, best first."""
 
 
-def mapped(names: Iterable[str], place: str) -> Mapped:
-    """Which columns of a list say what. Raises ConfigError when none of them holds URLs."""
+def mapped(names: Iterable[str], place: str, named: Mapping[str, str] | None = None) -> Mapped:
+    """Which columns of a list say what; `named` ones (ours -> theirs) go by the name they are given.
+
+    Raises ConfigError when none of them holds URLs, or when a named one is not there.
+    """
     here: dict[str, list[str]] = {}
     for name in names:
         here.setdefault(name.strip().lower(), []).append(name)
@@ -89,6 +92,11 @@ def mapped(names: Iterable[str], place: str) -> Mapped:
         for canonical, column in COLUMNS.items()
         if (columns := [name for spelling in column.spellings for name in here.get(spelling, [])])
     }
+    for canonical, name in (named or {}).items():
+        if name.lower() not in here:
+            shown = ", ".join(sorted(name for same in here.values() for name in same))
+            raise ConfigError(f"{place}: no column {name!r} for {canonical!r}; found: {shown}")
+        found[canonical] = here[name.lower()]
     if "url" not in found:
         shown = ", ".join(sorted(name for same in here.values() for name in same))
         raise ConfigError(f"{place}: no column of URLs; known: {', '.join(COLUMNS['url'].spellings)}; found: {shown}")
@@ -99,6 +107,7 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
     """A row of a list under the canonical names; None where nothing usable is said."""
     made: dict[str, Any] = {}
     for name, spellings in columns.items():
-        values = (COLUMNS[name].read(row.get(spelling)) for spelling in spellings)
+        read = COLUMNS[name].read if name in COLUMNS else _text
+        values = (read(row.get(spelling)) for spelling in spellings)
         made[name] = next((value for value in values if value is not None), None)
     return made

@@ -6,7 +6,9 @@ separator is found in its first line.
 
 import csv
 import gzip
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -14,33 +16,54 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from unifork.data.sources.base import Fault, Row, Slice, cut, files_of, without_suffix
+from unifork.config import parse
+from unifork.data.sources.base import Fault, Options, Row, Slice, Task, cut, files_of, without_suffix
 from unifork.data.sources.columns import Mapped, canonical, mapped
+from unifork.data.web.rules import UrlList
 from unifork.errors import DataError
+from unifork.manifest import file_sha256
 
 TABLES = (".parquet", ".tsv", ".csv", ".tsv.gz", ".csv.gz")
 csv.field_size_limit(1 << 24)  # a longer field is a stray quote, not a caption
 
 
-def url_slices(lists: str, shard_rows: int) -> Iterator[Slice]:
+def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
+    """Shards of the lists of a card."""
+    known = parse(UrlList, options, "source.options")
+    return url_slices(known.files, shard_rows, known.columns)
+
+
+def rows(task: Task) -> Iterator[Row | Fault]:
+    """The entries of a shard, without pictures: `unifork.data.web` fetches those."""
+    known = parse(UrlList, task["options"], "source.options")
+    return url_rows(known.files, task, known.columns)
+
+
+def url_slices(lists: str, shard_rows: int, named: Mapping[str, str] | None = None) -> Iterator[Slice]:
     """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
     for name, path in files_of(lists, TABLES):
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
-            mapped(file.schema_arrow.names, name)
-            count = file.metadata.num_rows
+            mapped(file.schema_arrow.names, name, named)
+            count, content = file.metadata.num_rows, _footer_sha256(path)
         else:
             with _reader(path) as reader:
-                mapped(next(reader, []), name)
-                count = sum(1 for _ in reader)
-        yield from cut(count, shard_rows, file=name, bytes=path.stat().st_size)
+                mapped(next(reader, []), name, named)
+                count, content = sum(1 for _ in reader), file_sha256(path)
+        yield from cut(count, shard_rows, file=name, content=content)
 
 
-def url_rows(lists: str, one: Slice) -> Iterator[Row | Fault]:
-    """The entries of one slice: `key` and the columns of `COLUMNS` that the table has, in its order."""
-    path = dict(files_of(lists, TABLES))[one["file"]]
-    read = _parquet_rows if path.suffix == ".parquet" else _text_rows
-    for number, row in enumerate(read(path, one["start"], one["stop"]), one["start"]):
+def url_rows(lists: str, one: Slice, named: Mapping[str, str] | None = None) -> Iterator[Row | Fault]:
+    """The entries of one slice, in the table's order: `key`, and the columns of `COLUMNS` and of `named` it has.
+
+    Raises DataError when the table is no longer the one that was planned with.
+    """
+    path = dict(files_of(lists, TABLES)).get(one["file"])
+    parquet = path is not None and path.suffix == ".parquet"
+    if path is None or one["content"] != (_footer_sha256(path) if parquet else file_sha256(path)):
+        raise DataError(f"{one['file']!r} of {lists!r}: missing, or changed since it was planned with; run again")
+    read = _parquet_rows if parquet else _text_rows
+    for number, row in enumerate(read(path, one["start"], one["stop"], named), one["start"]):
         key = f"{without_suffix(one['file'])}/{number:09d}"
         if isinstance(row, str):
             yield Fault(key, "broken_line", row)
@@ -50,9 +73,18 @@ def url_rows(lists: str, one: Slice) -> Iterator[Row | Fault]:
             yield {"key": key, **row}
 
 
-def _parquet_rows(path: Path, start: int, stop: int) -> Iterator[Row | str]:
+def _footer_sha256(path: Path) -> str:
+    """Hash of a Parquet footer: schema, sizes, statistics and offsets of all column chunks; read in no time."""
+    with open(path, "rb") as handle:
+        handle.seek(-8, os.SEEK_END)
+        length = int.from_bytes(handle.read(4), "little")
+        handle.seek(-8 - length, os.SEEK_END)
+        return hashlib.sha256(handle.read(length)).hexdigest()
+
+
+def _parquet_rows(path: Path, start: int, stop: int, named: Mapping[str, str] | None) -> Iterator[Row | str]:
     file = pq.ParquetFile(path)
-    columns = mapped(file.schema_arrow.names, path.name)
+    columns = mapped(file.schema_arrow.names, path.name, named)
     wanted, first = [name for names in columns.values() for name in names], 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
@@ -64,10 +96,10 @@ def _parquet_rows(path: Path, start: int, stop: int) -> Iterator[Row | str]:
         first += count
 
 
-def _text_rows(path: Path, start: int, stop: int) -> Iterator[Row | str]:
+def _text_rows(path: Path, start: int, stop: int, named: Mapping[str, str] | None) -> Iterator[Row | str]:
     with _reader(path) as reader:
         names = next(reader)
-        columns: Mapped = mapped(names, path.name)
+        columns: Mapped = mapped(names, path.name, named)
         for fields in islice(reader, start, stop):
             if len(fields) == len(names):
                 yield canonical(dict(zip(names, fields, strict=True)), columns)
