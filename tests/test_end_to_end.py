@@ -165,7 +165,7 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
     params = reproduced / "params.yaml"
     original = params.read_text()
     plain = yaml.safe_load(original)
-    plain["benchmarks"]["shapes-understanding"]["samples"] = 8
+    plain["benchmarks"]["shapes-understanding"]["samples"] = 6
     params.write_text(yaml.safe_dump(plain, sort_keys=False))
     assert ran(run(reproduced, "dvc", "repro")) == ["evaluate@unifork-shapes-understanding", "report"]
     plain["stages"]["s3"]["seed"] = 5

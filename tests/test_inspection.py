@@ -69,7 +69,7 @@ def test_a_whole_step_reads_as_its_shards_say(tiny_root):
     size, count, asked_tokens = found.row_tokens, len(generated), sum(one.tokens for one in answered)
     grouped = f"understanding {asked_tokens}, generation {size - asked_tokens} tokens, padding included"
     assert lines == [
-        f"unifork, stage s2-pretrain, track joint, step {STEP} of 30: batch 1 of 1 of worker 1 of 1",
+        f"unifork, stage s2-pretrain, track joint, step {STEP} of 25: batch 1 of 1 of worker 1 of 1",
         f"1 x {size} tokens, {sum(one.tokens for one in found.documents) / size:.1%} filled",
         f"understanding: {16 - count} documents, {words} of the step's {words} learned text tokens, 100.0% of its loss",
         f"generation: {count} documents, {36 * count} of the step's {36 * count} learned image positions, "
@@ -152,7 +152,7 @@ def test_no_text_looks_like_a_mark_or_commands_the_terminal():
         ("data/codes/shapes/pad/manifest.json", {}, r"manifest.json: not there yet; `dvc repro encode@shapes` makes"),
         (None, {"stage": "s2-sft"}, r"unknown stage 's2-sft'. Known: s1-captions, s2-pretrain, s3"),
         (None, {"variant": "unifrk"}, r"unknown variant 'unifrk'. Did you mean 'unifork'"),
-        (None, {"step": 30}, r"--step 30: track joint of s2-pretrain has the steps 0 to 29"),
+        (None, {"step": 25}, r"--step 25: track joint of s2-pretrain has the steps 0 to 24"),
     ],
 )
 def test_what_is_not_there_is_said_with_the_command_that_makes_it(tiny_root, tmp_path, gone, arguments, message):
