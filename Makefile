@@ -27,15 +27,17 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# What pip resolves today for the extras of demo and tests, in an empty environment. pandas < 3 is for
-# img2dataset (extra `download`); local versions and CUDA packages are left out, so that the lock
-# installs on any Linux machine: torch brings the CUDA packages that belong to it.
+# What pip resolves for the extras of demo and tests in an empty environment; pins that still fit stay (delete
+# requirements.lock to take everything anew). pandas < 3 is for img2dataset (extra `download`); local versions and
+# CUDA packages are left out, so that the lock installs on any Linux machine: torch brings the CUDA packages it needs.
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet "pandas<3" "torch==2.13.0" ".[demo,dev]"
+	touch requirements.lock
+	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock "pandas<3" "torch==2.13.0" ".[demo,dev]"
 	.venv-lock/bin/python -m pip freeze --exclude unifork \
-	| sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)' > requirements.lock
+	| sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)' > requirements.new
+	mv requirements.new requirements.lock
 	rm -rf .venv-lock build unifork.egg-info
 
 clean:                          ## everything that dvc repro makes; the cache stays
