@@ -45,7 +45,7 @@ class TrainResources(Plain):
     """Tokens of a packed row; changes only the speed. At least the longest document."""
     rows_per_microbatch: PositiveInt = 1
     """Rows a device processes at once; changes only the speed."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: Literal["ddp", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3"] = "ddp"
     """How workers share the model; one worker needs neither."""
     max_restarts: NonNegativeInt = 0
     """How often a failed worker group is started again from the last checkpoint."""

@@ -10,29 +10,29 @@ import json
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from unifork.errors import CheckpointError
 from unifork.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.models.modeling import UniForkModel, load_model
-from unifork.training.strategies import barrier
+from unifork.training.optimizer import Optimizers
+from unifork.training.strategies import Strategy, barrier
 
 LATEST = "latest"
 STATE = "state.json"
 FINISHED = "finished.json"
 FORMAT = 2
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def save(
     folder: Path,
     model: nn.Module,
-    optimizers: Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]],
+    strategy: Strategy,
+    trained: set[str],
     state: State,
     fingerprint: str,
     keep: int,
@@ -71,15 +72,13 @@ def save(
 ) -> None:
     """Write a checkpoint; every worker calls this and writes its shards, the lead makes it count.
 
-    optimizers: for each track its optimizer and its parameters by name.
+    trained: names of the parameters that any track trains.
     """
     final = folder_of(folder, state)
     temporary = folder / f".{final.name}.tmp"
-    tensors = {f"model/{name}": tensor.detach() for name, tensor in all_tensors(model).items()}
-    for track, (optimizer, parameters) in optimizers.items():
-        for name, parameter in parameters.items():
-            for moment in MOMENTS if parameter in optimizer.state else ():
-                tensors[f"optimizer/{track}/{name}/{moment}"] = optimizer.state[parameter][moment]
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in strategy.weights(all_tensors(model)).items()}
+    for track in (name for name, steps in state.steps.items() if steps):
+        tensors |= {f"optimizer/{track}/{name}": moment for name, moment in strategy.moments(track).items()}
     if lead:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -91,10 +90,9 @@ def save(
     barrier()
     if lead:
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        trained = {name for _, parameters in optimizers.values() for name in parameters}
-        listed = tensor_list(model, trained)
         plain = {
-            "format": FORMAT, "fingerprint": fingerprint, "steps": state.steps, "files": sizes, "tensors": listed
+            "format": FORMAT, "fingerprint": fingerprint, "steps": state.steps, "files": sizes,
+            "tensors": _tensor_list(temporary, trained),
         }  # fmt: skip
         write_json(temporary / STATE, plain)
         fsync_tree(temporary)
@@ -107,11 +105,11 @@ def save(
     barrier()
 
 
-def tensor_list(model: nn.Module, trained: set[str]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and trained-or-frozen of every tensor of a checkpoint."""
+def _tensor_list(path: Path, trained: set[str]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and trained-or-frozen of every tensor of the model that was written."""
     return {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "trained": name in trained}
-        for name, tensor in all_tensors(model).items()
+        name: {"shape": list(found.size), "dtype": str(found.properties.dtype), "trained": name in trained}
+        for name, found in _stored(FileSystemReader(path), "model").items()
     }
 
 
@@ -126,7 +124,7 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     path = folder / pointer.read_text().strip()
     if not (path / STATE).exists():
         raise CheckpointError(f"{pointer} names {path.name}, which has no {STATE}; delete {folder} to start afresh")
-    plain = json.loads((path / STATE).read_text())
+    plain = state_of(path)
     for name, size in plain["files"].items():
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != size:
@@ -134,28 +132,27 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return path, plain
 
 
-def restore(
-    path: Path,
-    plain: dict[str, Any],
-    model: nn.Module,
-    optimizers: Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]],
-) -> State:
-    """Load a checkpoint into a model and its optimizers, strictly; a worker reads only its shards.
+def state_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    plain: dict[str, Any] = json.loads((path / STATE).read_text())
+    return plain
 
-    Raises CheckpointError when names, shapes or dtypes differ.
+
+def start(
+    found: tuple[Path, dict[str, Any]] | None, model: nn.Module, optimizers: Optimizers, strategy: Strategy
+) -> State:
+    """Begin where a checkpoint ends, if there is one; it is loaded strictly, a worker reads what it needs.
+
+    Raises CheckpointError when names, shapes or dtypes differ, ConfigError as `Strategy.start`.
     """
+    if found is None:
+        strategy.start(optimizers)
+        return State(dict.fromkeys(optimizers, 0))
+    path, plain = found
     _read(path, "model", all_tensors(model))
-    for track, (optimizer, parameters) in optimizers.items():
-        if not plain["steps"][track]:
-            continue
-        moments = {
-            name: {m: torch.tensor(0.0) if m == "step" else torch.zeros_like(parameter.detach()) for m in MOMENTS}
-            for name, parameter in parameters.items()
-        }
-        flat = {f"{name}/{moment}": value for name, state in moments.items() for moment, value in state.items()}
-        _read(path, f"optimizer/{track}", flat)
-        for name, parameter in parameters.items():
-            optimizer.state[parameter].update(moments[name])
+    strategy.start(optimizers)
+    for track in (name for name in optimizers if plain["steps"][name]):
+        strategy.read_moments(track, partial(_read, path))
     return State(dict(plain["steps"]))
 
 
@@ -181,26 +178,29 @@ def set_aside(folder: Path) -> Path:
 def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
     """Fill `targets` with the tensors below `part`. Raises CheckpointError."""
     reader = FileSystemReader(path)
-    wanted = {f"{part}/{name}": tensor.detach() for name, tensor in targets.items()}
     try:
-        stored = {
-            name: meta for name, meta in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(f"{part}/")
-        }  # fmt: skip
-        missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+        stored = _stored(reader, part)
+        missing, surplus = sorted(targets.keys() - stored.keys()), sorted(stored.keys() - targets.keys())
         if missing or surplus:
-            raise CheckpointError(f"{path}: missing {missing[:5]}, not expected {surplus[:5]}")
-        for name, tensor in wanted.items():
-            found = stored[name].size, stored[name].properties.dtype  # type: ignore[union-attr]
+            raise CheckpointError(f"{path}: {part}: missing {missing[:5]}, not expected {surplus[:5]}")
+        for name, tensor in targets.items():
+            found = stored[name].size, stored[name].properties.dtype
             if found != (tensor.shape, tensor.dtype):
                 raise CheckpointError(
-                    f"{path}: {name} is {tuple(found[0])} {found[1]}, not {tuple(tensor.shape)} {tensor.dtype}"
+                    f"{path}: {part}/{name} is {tuple(found[0])} {found[1]}, not {tuple(tensor.shape)} {tensor.dtype}"
                 )
+        wanted = {f"{part}/{name}": tensor.detach() for name, tensor in targets.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no process group is used: none is needed
             load_shards(wanted, storage_reader=reader, no_dist=True)
     except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
+
+
+def _stored(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMetadata]:
+    """Size and dtype of the stored tensors below `part`."""
+    every: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    return {name.removeprefix(f"{part}/"): one for name, one in every.items() if name.startswith(f"{part}/")}
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -20,7 +20,7 @@ from unifork.config import Stage, Track
 from unifork.data.loader import StepPlan, TrackLoader
 from unifork.models.layer_plan import BRANCHES
 from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
-from unifork.training.strategies import summed, whole
+from unifork.training.strategies import Strategy, summed
 from unifork.training.watch import Watch
 
 
@@ -68,8 +68,11 @@ def part_of(name: str) -> str:
 class TrackRun:
     """One track's optimizer over its trained parameters."""
 
-    def __init__(self, name: str, track: Track, loader: TrackLoader, model: nn.Module, watch: Watch) -> None:
+    def __init__(
+        self, name: str, track: Track, loader: TrackLoader, model: nn.Module, watch: Watch, strategy: Strategy
+    ) -> None:
         self.name, self.track, self.loader, self.watch = name, track, loader, watch
+        self.strategy = strategy
         named = dict(model.named_parameters())
         self.parameters = {one: named[one] for one in trained_by(name, track, model)}
         self.parts: dict[str, list[nn.Parameter]] = {}
@@ -86,34 +89,25 @@ class TrackRun:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         plan = self.loader.plan(step, run.workers)
+        self.strategy.turn(self.name)
         sums_1D = self._accumulate(wrapped, plan, run)
-        norms = self._clip()
-        names = ["gradient_norm", *(f"gradient_norm_{part}" for part in self.parts)]
         metrics = {
             "track": self.name,
             "step": step,
             **_losses(sums_1D.tolist(), plan),
             "learning_rate": rate,
-            **dict(zip(names, norms.tolist(), strict=True)),
             "tokens": sum(plan.lengths),
             "fill": round(plan.fill, 4),
             "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
         }
-        self.watch.check(metrics, plan.keys)
-        self.optimizer.step()
+
+        def check(norms: dict[str, float]) -> None:
+            metrics.update(norms)
+            self.watch.check(metrics, plan.keys)
+
+        self.strategy.update(self.parts, self.track.optimizer.clip_norm, check)
         model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
         return metrics
-
-    def _clip(self) -> Tensor:
-        """Clip the whole gradient; its norm before that, and the norm of each part, in one tensor."""
-        parts = [
-            whole(nn.utils.get_total_norm([one.grad for one in part if one.grad is not None]))
-            for part in self.parts.values()
-        ]
-        norms = torch.stack(parts)
-        total = torch.linalg.vector_norm(norms)
-        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.track.optimizer.clip_norm, total)
-        return torch.cat([total.reshape(1), norms])
 
     def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: Run) -> Tensor:
         """Backward over all microbatches; [text, depth 0, ... depth D-1] loss sums of the step."""

@@ -1,15 +1,25 @@
 """What is trained, and how: name patterns, AdamW and its schedule."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unifork.config import OptimizerConfig
 from unifork.errors import ConfigError
+
+Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]
+"""For each track its optimizer and its parameters by name."""
+Parts = Mapping[str, Sequence[nn.Parameter]]
+"""Parameters by the part of the model they belong to, for gradient norms."""
+Check = Callable[[dict[str, float]], None]
+"""Called with the gradient's norms by name; raises UniForkError when training must not go on."""
+Read = Callable[[str, dict[str, Tensor]], None]
+"""Fills tensors from those below a part of a checkpoint, such as `optimizer/<track>`."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -> list[str]:

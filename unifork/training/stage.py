@@ -135,18 +135,17 @@ def _train(job: StageJob, run: Run) -> None:
         )
         for name, track in stage.tracks.items()
     }  # fmt: skip
-    freeze_all_but(model, {one for name, track in stage.tracks.items() for one in trained_by(name, track, model)})
-    wrapped = strategy(job.resources.strategy, run.workers).wrap(model)
+    trained = {one for name, track in stage.tracks.items() for one in trained_by(name, track, model)}
+    freeze_all_but(model, trained)
+    sharing = strategy(job.resources.strategy, run.workers)
+    wrapped = sharing.wrap(model)
     fresh = not (job.start / TRAINING).exists()
     words = model.config.backbone_config().vocab_size
     watch = Watch(stage.loss_band, words, model.config.codebook_size, fresh, job.run_folder, lead, log)
-    tracks = {name: TrackRun(name, track, loaders[name], model, watch) for name, track in stage.tracks.items()}
+    tracks = {name: TrackRun(name, track, loaders[name], model, watch, sharing) for name, track in stage.tracks.items()}
     pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
     order = turns(stage)
-    state = State(dict.fromkeys(stage.tracks, 0))
-    found = checkpoint.latest(job.run_folder)
-    if found:
-        state = checkpoint.restore(*found, model, pairs)
+    state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing)
     if lead:
         _announce(log, model, tracks, quarantine, state, len(order))
     history = History(job.run_folder, state.total) if lead else None
@@ -162,7 +161,7 @@ def _train(job: StageJob, run: Run) -> None:
         if (done + 1) % stage.checkpoint_every == 0 or done + 1 == len(order):
             if history:
                 history.sync()
-            checkpoint.save(job.run_folder, model, pairs, state, mark, stage.keep_checkpoints, lead)
+            checkpoint.save(job.run_folder, model, sharing, trained, state, mark, stage.keep_checkpoints, lead)
             run.report({"finished_steps": done + 1, **{k: v for k, v in metrics.items() if v is not None}})
     if history:
         history.close()
@@ -230,7 +229,6 @@ def _export(
             shutil.copytree(job.start / name, temporary / name)
     training = temporary / TRAINING
     write_csv(read(job.run_folder), training / "history.csv")
-    trained = {name for track in tracks.values() for name in track.parameters}
     write_json(
         training / "summary.json",
         {
@@ -244,7 +242,7 @@ def _export(
                 ]
                 for name, track in tracks.items()
             },
-            "tensors": checkpoint.tensor_list(model, trained),
+            "tensors": checkpoint.state_of(path)["tensors"],
         },
     )
     if job.stage.sample_prompts:

@@ -1,46 +1,116 @@
 """How workers share a model. One small interface; a checkpoint looks the same whatever was used.
 
-Both strategies average gradients over workers, so a worker's loss is multiplied by the number of
-workers before the backward pass (FSDP2's own divide factor does not work on gloo).
+All of them average gradients over workers, so a worker's loss is multiplied by the number of workers
+before the backward pass (FSDP2's own divide factor does not work on gloo).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unifork.errors import unknown
+from unifork.training.optimizer import MOMENTS, Check, Optimizers, Parts, Read
+from unifork.training.zero import ZeRO
 
 
 class Strategy(Protocol):
-    """What the loop needs to know of a way to share a model."""
+    """What a run needs to know of a way to share a model, in the order in which it asks."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call; the names of `model`'s parameters stay as they are."""
+        """The module to call; the names of `model`'s parameters stay as they are. Optimizers are made after it."""
+        ...
+
+    def start(self, optimizers: Optimizers) -> None:
+        """Called when the model has the weights to begin with. Raises ConfigError for tracks that do not fit."""
+        ...
+
+    def read_moments(self, track: str, read: Read) -> None:
+        """Have `read` fill a track's optimizer state, `optimizer/<track>/<parameter>/<moment>` in a checkpoint."""
+        ...
+
+    def turn(self, track: str) -> None:
+        """The next step is one of this track."""
+        ...
+
+    def update(self, parts: Parts, clip_norm: float, check: Check) -> None:
+        """One step of the optimizer with the whole gradient clipped. `check` gets the norms before clipping.
+
+        What `check` refuses is never saved; a gradient that is not finite is not applied either.
+        """
+        ...
+
+    def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this worker writes of the model's tensors."""
+        ...
+
+    def moments(self, track: str) -> dict[str, Tensor]:
+        """What this worker writes of a track's optimizer state, by `<parameter>/<moment>`."""
         ...
 
 
-@dataclass(frozen=True)
 class Plain:
     """One worker: nothing to share."""
+
+    def __init__(self) -> None:
+        self.optimizers: Optimizers = {}
+        self.track = ""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return model
 
+    def start(self, optimizers: Optimizers) -> None:
+        self.optimizers = optimizers
 
-@dataclass(frozen=True)
-class DDP:
+    def read_moments(self, track: str, read: Read) -> None:
+        optimizer, parameters = self.optimizers[track]
+        moments = {
+            name: {m: torch.tensor(0.0) if m == "step" else torch.zeros_like(parameter.detach()) for m in MOMENTS}
+            for name, parameter in parameters.items()
+        }
+        named = {f"{name}/{moment}": value for name, state in moments.items() for moment, value in state.items()}
+        read(f"optimizer/{track}", named)
+        for name, parameter in parameters.items():
+            optimizer.state[parameter].update(moments[name])
+
+    def turn(self, track: str) -> None:
+        self.track = track
+
+    def update(self, parts: Parts, clip_norm: float, check: Check) -> None:
+        norms = torch.stack(
+            [
+                whole(nn.utils.get_total_norm([one.grad for one in part if one.grad is not None]))
+                for part in parts.values()
+            ]
+        )
+        total = torch.linalg.vector_norm(norms)
+        optimizer, parameters = self.optimizers[self.track]
+        nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, total)
+        names = ["gradient_norm", *(f"gradient_norm_{part}" for part in parts)]
+        check(dict(zip(names, torch.cat([total.reshape(1), norms]).tolist(), strict=True)))
+        optimizer.step()
+
+    def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+    def moments(self, track: str) -> dict[str, Tensor]:
+        optimizer, parameters = self.optimizers[track]
+        return {f"{name}/{m}": optimizer.state[one][m] for name, one in parameters.items() for m in MOMENTS}
+
+
+class DDP(Plain):
     """Every worker holds the whole model."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model)
 
 
-@dataclass(frozen=True)
-class FSDP2:
+class FSDP2(Plain):
     """Parameters, gradients and optimizer state are sharded; resharding is loading."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -52,7 +122,12 @@ class FSDP2:
         return model
 
 
-STRATEGIES: dict[str, type[Plain] | type[DDP] | type[FSDP2]] = {"plain": Plain, "ddp": DDP, "fsdp2": FSDP2}
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "plain": Plain,
+    "ddp": DDP,
+    "fsdp2": FSDP2,
+    **{f"deepspeed-{stage}": partial(ZeRO, stage) for stage in (1, 2, 3)},
+}
 
 
 def strategy(name: str, workers: int) -> Strategy:
