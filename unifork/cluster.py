@@ -58,6 +58,7 @@ def set_ray_environment() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] = "1"  # the default, 32, takes half a minute on two cores
     os.environ["RAY_DATA_LOG_LEVEL"] = "CRITICAL"  # errors are raised, and told once
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # the default, 2, makes start and end of a fit 10 s longer
     if not in_job():
         os.environ["RAY_AUTH_MODE"] = "disabled"
 
