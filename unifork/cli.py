@@ -46,16 +46,21 @@ def generate(
     model: ModelDirectory,
     prompt: Annotated[str, typer.Option(help="what the pictures show")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")],
-    cfg: Annotated[float, typer.Option(help="classifier-free guidance scale; 1 switches it off")] = 4.0,
+    cfg: Annotated[
+        float | None,
+        typer.Option(help="classifier-free guidance scale, 1 switches it off; the default is that of the last stage"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
     n: Annotated[int, typer.Option("-n", min=1, help="number of pictures")] = 1,
     template: Annotated[str, typer.Option(help="prompt template of the model's last stage")] = "generate",
 ) -> None:
-    """Draw pictures for a prompt: OUT/0000.png, 0001.png, ..."""
-    from unifork.config import Sampling
-    from unifork.inference import IMAGE_TOKENIZER, Speaker
+    """Draw pictures for a prompt, as the model's last stage draws its samples: OUT/0000.png, 0001.png, ..."""
+    from unifork.config import Sampling, parse
+    from unifork.inference import IMAGE_TOKENIZER, Speaker, stage_sampling
 
-    codes = Speaker.load(model).paint([prompt] * n, Sampling(guidance=cfg, seed=seed), template)
+    chosen = {"seed": seed} if cfg is None else {"seed": seed, "guidance": cfg}
+    sampling = parse(Sampling, {**stage_sampling(model).model_dump(), **chosen}, "--cfg, --seed")
+    codes = Speaker.load(model).paint([prompt] * n, sampling, template)
     out.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(_decoder(model / IMAGE_TOKENIZER).decode_codes(codes)):
         path = out / f"{number:04d}.png"

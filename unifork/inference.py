@@ -5,6 +5,7 @@ Pixels are not known here; evaluation and the command line put the image tokeniz
 Shape suffixes: B pictures, N image positions, D code depth.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from unifork.batch import Document
-from unifork.config import Sampling
+from unifork.config import Sampling, parse
 from unifork.data.documents import skeleton, template_named
 from unifork.data.prompts import PICTURE, UNCONDITIONAL, Piece, question, written
 from unifork.data.text_tokenizer import TextTokenizer
@@ -26,6 +27,14 @@ TEXT_TOKENIZER = "text_tokenizer"
 IMAGE_TOKENIZER = "image_tokenizer"
 COMPANIONS = (TEXT_TOKENIZER, IMAGE_TOKENIZER)
 """Folders inside a model directory that travel with it from stage to stage."""
+
+
+def stage_sampling(model: Path) -> Sampling:
+    """How the stage that made a model directory draws its samples; the defaults where no stage made it."""
+    summary = model / "training" / "summary.json"
+    if not summary.exists():
+        return Sampling()
+    return parse(Sampling, json.loads(summary.read_text())["stage"]["sampling"], str(summary))
 
 
 @dataclass(frozen=True, eq=False)
