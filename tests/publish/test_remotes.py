@@ -108,7 +108,7 @@ def test_one_more_input_shard_costs_one_shard(origin, dvc, tmp_path, capfd):
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     dvc(root, "repro", "filter@shapes")
     said = capfd.readouterr().out
-    assert re.findall(r"(\S+): 4/4 shards \((\d) kept from before\), (\d+) new rows", said) == [
+    assert re.findall(r"(\S+): 4/4 shards \((\d) kept from before\), (\d+)/\d+ rows", said) == [
         ("data/raw/shapes", "3", str(SHARD_ROWS)),
         ("data/filtered/shapes", "3", str(SHARD_ROWS)),
     ]

@@ -65,8 +65,10 @@ class Hop:
 
 
 def rows_of(task: dict[str, Any]) -> int:
-    """Rows that a task reads: of a range of its source, or of a shard."""
-    return int(task["stop"] - task["start"] if "stop" in task else task["shard"]["rows"])
+    """Rows that a task reads: of a range of its source, of a shard, or as many as it says."""
+    if "stop" in task:
+        return int(task["stop"] - task["start"])
+    return int(task["shard"]["rows"] if "shard" in task else task["rows"])
 
 
 def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int]) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def fetch_hop(published: Manifest, name: str, uri: str, prefix: str, folder: Pat
             "uri": uri,
             "name": f"{prefix}/{shard.path}",
             "sha256": shard.sha256,
+            "rows": shard.rows,
             "withdrawn": shard.dropped.get(TAKEDOWN, 0),
             "dropped": {**old.dropped, **shard.dropped},
         }
