@@ -1,5 +1,6 @@
 """The command line and the pipeline program around an official tokenizer, as people run them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def root(tiny_root, tmp_path) -> Path:
 def test_the_stage_imports(root):
     assert load(Experiment, root / "params.yaml").image_tokenizer.source == IMPORT["import"]
     command = [sys.executable, "-m", "pipelines.image_tokenizer"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     made, expected = ImageTokenizer.load(root / "tokenizers/image"), read_official(OFFICIAL / "unifork", 32)
     assert (made.codebook_id, made.encoder_id) == (expected.codebook_id, expected.encoder_id)
