@@ -33,6 +33,7 @@ from unifork.data.packing import pack_step
 from unifork.models.modeling import UniForkModel
 from unifork.models.sequences import VARLEN
 from unifork.models.warm_start import create_model
+from unifork.planning import Length, document_flops, peak_tflops
 from unifork.training.optimizer import make_optimizer
 from unifork.vocabulary import TASKS
 
@@ -62,9 +63,6 @@ SIZES = {
     "0.5b": Size(896, 24, 14, 2, 4864, 151_936, 16_384, 1024, 24, HeadConfig(layers=6, heads=32, head_dim=112), 48),
 }
 """The heads are four times as wide as the hidden size, like the published one; `0.5b` is the paper's model."""
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
-"""Dense bfloat16 peak by a part of the device's name (vendor's data sheets, without sparsity)."""
 
 
 def make_model(size: Size, device: str) -> UniForkModel:
@@ -170,30 +168,16 @@ class Step:
         self.value = torch.stack(total).sum()
 
 
-def useful_flops(size: Size, documents: list[Document]) -> float:
-    """Products of one forward and backward pass (three times the forward) over the documents themselves.
+def useful_flops(model: UniForkModel, documents: list[Document]) -> float:
+    """FLOPs of a step that learns everything, by the formula of `unifork plan`."""
+    trained = {name for name, _ in model.named_parameters()}
 
-    Two per weight and token for every matrix that a token meets, once per depth in the folded head,
-    plus 4 * width * visible keys of attention; no padding, no recomputation, no optimizer.
-    """
-    H, kv = size.hidden, size.hidden * size.kv_heads // size.heads
-    layer = H * (2 * H + 2 * kv) + 3 * H * size.mlp
-    inner = size.head.heads * size.head.head_dim
-    block = 4 * H * inner + 2 * size.head.mlp_ratio * H * H
-    items = DEPTH * (size.head.layers * block + H * size.codes) + H * H + (DEPTH - 1) * H * size.channels
-    forward = 0.0
-    for one in documents:
-        T, P = len(one), size.grid**2
-        forward += size.layers * (2 * T * layer + 4 * H * T * (T + 1) / 2) + 2 * P * (size.channels * H + H * H)
-        forward += 2 * int(one.learned_T.sum()) * H * size.words
-        forward += 2 * P * items if one.task == "generation" else 0
-    return 3 * forward
+    def flops(one: Document) -> float:
+        text, learned = int((one.kinds_T == TEXT).sum()), int(one.learned_T.sum())
+        positions = len(one.codes_ND) * (one.task == "generation")
+        return document_flops(model, one.task, Length(text, len(one) - text, learned, positions), trained)
 
-
-def peak_flops(device: str) -> float | None:
-    """The chip's dense bfloat16 peak, if it is known."""
-    name = "" if device == "cpu" else torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return sum(map(flops, documents))
 
 
 def main() -> None:
@@ -234,12 +218,12 @@ def main() -> None:
             **ways,
         }
     seconds = alternate(ways, given.pairs, device)
-    tokens, flops = sum(map(len, documents)), useful_flops(size, documents)
+    tokens, flops = sum(map(len, documents)), useful_flops(ours, documents)
     step, targets = (
         interval(seconds["single forward (ours)"]),
         sum(int(one.learned_T.sum()) + one.codes_ND.size * (one.task == "generation") for one in documents),
     )
-    peak = peak_flops(device)
+    peak = None if device == "cpu" else peak_tflops(torch.cuda.get_device_name())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = memory if device == "cpu" else torch.cuda.max_memory_allocated()
     count = sum(parameter.numel() for parameter in ours.parameters())
@@ -252,7 +236,7 @@ def main() -> None:
         ["tokens a second", f"{tokens / step.median:,.0f}"],
         ["TFLOPs by formula", f"{flops / 1e12:.3f}"],
         ["TFLOP/s", f"{flops / step.median / 1e12:.3f}"],
-        ["MFU", f"{flops / step.median / peak:.1%}" if peak else "unknown"],
+        ["MFU", f"{flops / step.median / peak / 1e12:.1%}" if peak else "unknown"],
         ["peak memory of the process, GiB", f"{memory / 2**30:.2f}"],
     ]))  # fmt: skip
     if given.ours_only:

@@ -1,4 +1,4 @@
-"""Train one stage of one variant under Ray Train, from where an earlier attempt left off."""
+"""Train one stage of one variant, here or on workers of Ray Train, from where an earlier attempt left off."""
 
 import os
 

@@ -132,3 +132,16 @@ def test_the_command_prints_it(arguments, hours, monkeypatch):
     assert result.exit_code == 0, result.output
     for text in ("494.0", "759.8", "1,211.1", "4,608 bytes", "unifork-s2-pretrain", "Assumed: 40 tokens", hours):
         assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_chip_is_known_by_the_name_its_driver_gives(device, tflops):
+    assert planning.peak_tflops(device) == tflops

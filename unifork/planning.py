@@ -28,18 +28,19 @@ from unifork.config.base import Fraction01, Plain
 from unifork.data.documents import template_named
 from unifork.data.prompts import SYSTEM, Template
 from unifork.errors import ConfigError, unknown
-from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
 from unifork.models.parameters import paper_counts, parts, with_head
-from unifork.models.warm_start import model_config
+from unifork.models.warm_start import branch_of, model_config
 from unifork.training.optimizer import trainable_names
 from unifork.vocabulary import CODE_DTYPE, MODALITIES, TASKS, VIEW_OF_TASK, Modality, Task
 
 PEAK_TFLOPS = {
     "a100": 312.0,
+    "a800": 312.0,
     "h100": 989.4,
     "h100-pcie": 756.5,
     "h200": 989.4,
+    "h800": 989.4,
     "l40s": 362.0,
     "rtx4090": 165.2,
 }
@@ -51,8 +52,6 @@ ADAM_BYTES = 8
 """Two float32 moments per trained parameter."""
 BORDER_TOKENS = 2
 """Begin and end of a picture."""
-
-_BRANCHED = re.compile(rf"\.({'|'.join(name for names in BRANCHES.values() for name in names)})\.")
 
 
 class Assumptions(Plain):
@@ -201,19 +200,13 @@ def parameter_plan(model: UniForkModel) -> ParameterPlan:
     return ParameterPlan(sizes, used, paper_counts(with_head(model.config, folded=False)))
 
 
-def _branch(name: str) -> str:
-    """The branch in a parameter's name: a task, a modality, `shared`, or nothing."""
-    found = _BRANCHED.search(name)
-    return found.group(1) if found else ""
-
-
 def _serves(name: str, task: Task, modality: Modality | None = None) -> bool:
     """Whether a parameter takes part in a task, for tokens of one modality or of any."""
     if name.startswith("image_head."):
         return task == "generation"
     if name.startswith("lm_head."):
         return task == "understanding"
-    branch = _branch(name)
+    branch = branch_of(name)
     other_modality = modality is not None and branch in MODALITIES and branch != modality
     return not (branch in TASKS and branch != task) and not other_modality
 
@@ -299,6 +292,13 @@ def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed:
                 entries.append(EntryPlan(entry, documents, documents / rows if rows else None, length, flops))
             count = sum(sizes[one] for one in trained)
             yield TrackPlan(name, stage_name, track_name, track.steps, count, tuple(entries))
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Peak of a device by the name its driver gives, as `NVIDIA H100 PCIe`; None for one that is not known."""
+    plain = re.sub("[^a-z0-9]", "", device_name.lower())
+    fitting = [chip for chip in PEAK_TFLOPS if chip.replace("-", "") in plain]
+    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
 
 
 def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None:

@@ -31,8 +31,8 @@ from unifork.data.sources.base import (
     files_of,
     located,
     picture_row,
+    without_suffix,
 )
-from unifork.data.sources.base import without_suffix as bare
 from unifork.errors import ConfigError, DataError
 
 LISTS = (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json")
@@ -90,7 +90,7 @@ def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iter
 def rows(task: Task) -> Iterator[Row | Fault]:
     """The rows of one slice of a list."""
     known = parse(ListOptions, task["options"], "source.options")
-    yield from _rows(file_named(known.lists, task["file"]), bare(task["file"]), known, task)
+    yield from _rows(file_named(known.lists, task["file"]), without_suffix(task["file"]), known, task)
 
 
 def _rows(path: Path, place: str, known: ListOptions, task: Task) -> Iterator[Row | Fault]:
