@@ -10,16 +10,18 @@ import json
 import pickle
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
@@ -27,7 +29,7 @@ from unifork.errors import CheckpointError
 from unifork.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.training.optimizer import Optimizers
-from unifork.training.strategies import Strategy, barrier
+from unifork.training.strategies import Strategy
 
 LATEST = "latest"
 STATE = "state.json"
@@ -60,49 +62,78 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    strategy: Strategy,
-    trained: set[str],
-    state: State,
-    fingerprint: str,
-    keep: int,
-    lead: bool,
-) -> None:
-    """Write a checkpoint; every worker calls this and writes its shards, the lead makes it count.
+class Saver:
+    """Writes checkpoints behind training's back: copies first, then files in a thread, one at a time.
 
-    trained: names of the parameters that any track trains.
+    Every worker has one and calls `save` with the same states; each writes its shards, the lead makes
+    a checkpoint count. The threads of the workers agree over a process group of their own, so a
+    checkpoint is `latest` only when all files of all workers are on the disk. What fails in a thread
+    is raised by the next `save` or at the end of the `with` block, which waits for what is unfinished.
     """
-    final = folder_of(folder, state)
-    temporary = folder / f".{final.name}.tmp"
-    tensors = {f"model/{name}": tensor.detach() for name, tensor in strategy.weights(all_tensors(model)).items()}
-    for track in (name for name, steps in state.steps.items() if steps):
-        tensors |= {f"optimizer/{track}/{name}": moment for name, moment in strategy.moments(track).items()}
-    if lead:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    alone = not (dist.is_available() and dist.is_initialized())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that one process saves alone
-        save_shards(tensors, storage_writer=FileSystemWriter(temporary), no_dist=alone)
-    barrier()
-    if lead:
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        plain = {
-            "format": FORMAT, "fingerprint": fingerprint, "steps": state.steps, "files": sizes,
-            "tensors": _tensor_list(temporary, trained),
-        }  # fmt: skip
-        write_json(temporary / STATE, plain)
-        fsync_tree(temporary)
-        if final.exists():  # the same step of an earlier attempt; the content is the same
-            shutil.rmtree(final)
-        temporary.rename(final)
-        fsync_folder(folder)
-        write_atomically(folder / LATEST, lambda path: path.write_text(final.name))
-        _prune(folder, keep)
-    barrier()
+
+    def __init__(self, folder: Path, trained: set[str], fingerprint: str, keep: int, lead: bool) -> None:
+        """trained: names of the parameters that any track trains. keep: how many checkpoints stay."""
+        self.folder, self.trained, self.fingerprint, self.keep, self.lead = folder, trained, fingerprint, keep, lead
+        self.group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.unfinished: Future[None] | None = None
+        # of a worker that is alone; catching it in the thread would change the filters of all threads
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown()
+        self.stager.close()
+        if kind is None:
+            self.wait()
+
+    def save(self, model: nn.Module, strategy: Strategy, state: State) -> None:
+        """Copy everything to the CPU and begin to write it. Raises what went wrong with the one before."""
+        self.wait()
+        tensors = {f"model/{name}": tensor.detach() for name, tensor in strategy.weights(all_tensors(model)).items()}
+        for track in (name for name, steps in state.steps.items() if steps):
+            tensors |= {f"optimizer/{track}/{name}": moment for name, moment in strategy.moments(track).items()}
+        copies = cast(dict[str, Tensor], self.stager.stage(tensors))
+        self.unfinished = self.thread.submit(self._write, copies, state)
+
+    def wait(self) -> None:
+        """Until what was saved last is `latest`. Raises what went wrong."""
+        if self.unfinished is not None:
+            self.unfinished.result()
+
+    def _barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def _write(self, tensors: dict[str, Tensor], state: State) -> None:
+        """The files of this worker; then, by the lead, what makes them a checkpoint."""
+        final = folder_of(self.folder, state)
+        temporary = self.folder / f".{final.name}.tmp"
+        if self.lead:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self._barrier()
+        alone = self.group is None
+        save_shards(tensors, storage_writer=FileSystemWriter(temporary), process_group=self.group, no_dist=alone)
+        self._barrier()
+        if self.lead:
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            plain = {
+                "format": FORMAT, "fingerprint": self.fingerprint, "steps": state.steps, "files": sizes,
+                "tensors": _tensor_list(temporary, self.trained),
+            }  # fmt: skip
+            write_json(temporary / STATE, plain)
+            fsync_tree(temporary)
+            if final.exists():  # the same step of an earlier attempt; the content is the same
+                shutil.rmtree(final)
+            temporary.rename(final)
+            fsync_folder(self.folder)
+            write_atomically(self.folder / LATEST, lambda path: path.write_text(final.name))
+            _prune(self.folder, self.keep)
+        self._barrier()
 
 
 def _tensor_list(path: Path, trained: set[str]) -> dict[str, dict[str, Any]]:

@@ -151,18 +151,19 @@ def _train(job: StageJob, run: Run) -> None:
     history = History(job.run_folder, state.total) if lead else None
     progress = Progress(log, state.total, len(order))
     wrapped.train()
-    for done in range(state.total, len(order)):
-        name, step = order[done]
-        metrics = tracks[name].step(model, wrapped, step, run)
-        state = State({**state.steps, name: step + 1})
-        if history:
-            history.add(metrics)
-            progress.show(done + 1, metrics, stage.tracks[name].batch_documents)
-        if (done + 1) % stage.checkpoint_every == 0 or done + 1 == len(order):
+    with checkpoint.Saver(job.run_folder, trained, mark, stage.keep_checkpoints, lead) as saver:
+        for done in range(state.total, len(order)):
+            name, step = order[done]
+            metrics = tracks[name].step(model, wrapped, step, run)
+            state = State({**state.steps, name: step + 1})
             if history:
-                history.sync()
-            checkpoint.save(job.run_folder, model, sharing, trained, state, mark, stage.keep_checkpoints, lead)
-            run.report({"finished_steps": done + 1, **{k: v for k, v in metrics.items() if v is not None}})
+                history.add(metrics)
+                progress.show(done + 1, metrics, stage.tracks[name].batch_documents)
+            if (done + 1) % stage.checkpoint_every == 0 or done + 1 == len(order):
+                if history:
+                    history.sync()
+                saver.save(model, sharing, state)
+                run.report({"finished_steps": done + 1, **{k: v for k, v in metrics.items() if v is not None}})
     if history:
         history.close()
     if lead:
