@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from unifork.config import FilterRule, load_card
+from unifork.data.follow import followed
 from unifork.errors import ConfigError
 from unifork.experiments import params_text, resolve, use
 
@@ -90,3 +92,39 @@ def test_an_unknown_name_in_an_experiment_is_an_error(tmp_path):
         resolve("loop", tmp_path, ROOT / "datasets")
     with pytest.raises(ConfigError, match=r"unknown experiment 'dem'.*Did you mean 'demo'"):
         resolve("dem", tmp_path, ROOT / "datasets")
+
+
+def test_dvc_follows_the_files_that_a_card_names():
+    cards = {path.stem: load_card(path.stem, ROOT / "datasets") for path in (ROOT / "datasets").glob("*.yaml")}
+    found = {name: followed(card, name) for name, card in cards.items()}
+    assert found["sa1b"].source == "archives/sa1b"
+    assert found["coyo"].source == "archives/coyo"
+    assert found["unsplash"].source == "archives/unsplash"  # named by a glob
+    assert all((ROOT / path).exists() for path in (found["shapes"].source, found["emoji"].lists, found["coyo"].others))
+    rules = (
+        FilterRule(rule="takedown", options={"file": "lists/takedown.txt"}),
+        FilterRule(rule="near_benchmark", options={"files": "lists/benchmarks/*.tar"}),
+        FilterRule(rule="duplicates", options={"against": ["coyo"]}),
+    )
+    strict = followed(cards["coyo"].model_copy(update={"filters": rules}), "coyo")
+    assert (strict.lists, strict.others) == ("lists", "data/raw")
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"files": "$WHERE/a.tar"}, "unifork/data/sources"),
+        ({"files": "/mnt/a.tar", "captions": "/mnt/b"}, "/mnt"),
+        ({"files": "a/b.tar", "captions": "c"}, "one folder"),
+        ({"files": "*.tar"}, "one folder"),
+        ({"files": "/mnt/a", "captions": "c"}, "one folder"),
+    ],
+)
+def test_one_folder_is_followed_or_none(options, found):
+    card = load_card("sa1b", ROOT / "datasets")
+    card = card.model_copy(update={"source": card.source.model_copy(update={"options": options})})
+    if found == "one folder":
+        with pytest.raises(ConfigError, match=r"sa1b: source: .*DVC follows one folder"):
+            followed(card, "sa1b")
+    else:
+        assert followed(card, "sa1b").source == found

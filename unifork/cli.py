@@ -36,8 +36,13 @@ def use(
 ) -> None:
     """Write params.yaml from experiments/NAME.yaml; `dvc repro` then runs it."""
     from unifork import experiments
+    from unifork.config import load_card
 
     experiment = experiments.use(name, force)
+    for dataset, taken in experiment.datasets.items():
+        if not Path(taken.follows.source).exists():
+            access = load_card(dataset).source.options.get("access", "see its card")
+            print(f"{taken.follows.source} is not there yet, for {dataset}: {access}")
     print(f"params.yaml: {name}, data sets {', '.join(experiment.datasets)}, runs {', '.join(experiment.runs)}")
 
 

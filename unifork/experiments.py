@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from unifork.config import Card, Experiment, ImageTokenizerConfig, TextTokenizerConfig, load_card, parse, read_yaml
+from unifork.data.follow import followed
 from unifork.errors import ConfigError, unknown
 
 FOLDER = Path("experiments")
@@ -26,7 +27,7 @@ def resolve(name: str, folder: Path = FOLDER, cards: Path = Path("datasets")) ->
     known = parse(Experiment, {**plain, "runs": {}, "evaluations": {}}, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in known.datasets}
     _check(known, loaded, str(path))
-    return known.model_copy(update=_derived(parse(Experiment, plain, str(path))))
+    return known.model_copy(update=_derived(parse(Experiment, plain, str(path)), loaded))
 
 
 def params_text(experiment: Experiment) -> str:
@@ -75,7 +76,11 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _derived(experiment: Experiment) -> dict[str, Any]:
+def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
+    datasets = {
+        name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
+        for name, use in experiment.datasets.items()
+    }
     runs: dict[str, Any] = {}
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
@@ -92,7 +97,7 @@ def _derived(experiment: Experiment) -> dict[str, Any]:
     again = parse(
         Experiment, {**experiment.model_dump(mode="json"), "runs": runs, "evaluations": evaluations}, "derived"
     )
-    return {"runs": again.runs, "evaluations": again.evaluations}
+    return {"datasets": datasets, "runs": again.runs, "evaluations": again.evaluations}
 
 
 def _check(experiment: Experiment, cards: dict[str, Card], place: str) -> None:

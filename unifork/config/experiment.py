@@ -8,6 +8,17 @@ from unifork.config.base import Fraction01, Plain
 from unifork.vocabulary import Task
 
 
+class Followed(Plain):
+    """Paths that DVC follows for a data set. Where a card names no files, the code that would read them."""
+
+    source: str = "unifork/data/sources"
+    """What rows are made from; for `download`."""
+    lists: str = "unifork/data/filters.py"
+    """Takedown lists and benchmark pictures of filter rules."""
+    others: str = "unifork/data/dedup.py"
+    """The other sets that it is compared with."""
+
+
 class DatasetUse(Plain):
     """How much of a data set an experiment takes."""
 
@@ -15,6 +26,8 @@ class DatasetUse(Plain):
     """Number of rows to take from the source; None takes all."""
     shard_rows: PositiveInt
     """Rows per shard of the source; filtering makes shards smaller, never larger."""
+    follows: Followed = Followed()
+    """Written by `unifork use`."""
 
 
 class EncoderConfig(Plain):

@@ -40,6 +40,8 @@ class Source:
 
     slices: Callable[[Options, int], Iterator[Slice]]
     rows: Callable[[Task], Iterator[Row | Fault]]
+    paths: tuple[str, ...] = ()
+    """Options that name files or folders."""
     endless: bool = False
     """It makes as many rows as are asked for."""
 
