@@ -6,6 +6,7 @@ All paths are relative to the working directory, which is the root of the experi
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from unifork.cluster import load_cluster, local_ray, map_shards, run_stage
@@ -17,6 +18,8 @@ from unifork.processes import exclusive
 
 RAW, FILTERED, CODES = Path("data/raw"), Path("data/filtered"), Path("data/codes")
 SIGNATURES = Path("data/signatures")
+STORED = (RAW, FILTERED, CODES)
+"""Folders whose new shards go to the cluster's store. Signatures are read over and over and stay."""
 IMAGE_TOKENIZER, TEXT_TOKENIZER = Path("tokenizers/image"), Path("tokenizers/text")
 MODELS, RUNS, SCORES, REPORTS = Path("models"), Path("runs"), Path("scores"), Path("reports")
 
@@ -54,10 +57,19 @@ def program(module: str, output: Callable[[str], Path], main: Callable[[str], No
     run_stage(alone, module, [name] if what else [], [folder])
 
 
+def stored(store: str, folder: Path) -> str | None:
+    """Where in a store the shards of a folder below `data` go."""
+    if not any(folder.is_relative_to(known) for known in STORED):
+        return None
+    return f"{store.rstrip('/')}/{folder.relative_to(RAW.parent).as_posix()}"
+
+
 def run(step: str, hops: Sequence[Hop], worker: type, *arguments: object) -> list[Manifest]:
     """Run hops with the workers that the cluster file gives to `step`, and print their progress."""
     cluster = load_cluster()
     resources = cluster.hops.get(step, HopResources())
+    if cluster.store:
+        hops = [replace(hop, store=stored(cluster.store, hop.folder)) for hop in hops]
     with local_ray(cluster, needed=resources.workers > 0):
         return run_hops(
             hops,

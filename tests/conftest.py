@@ -1,6 +1,7 @@
 """One Ray for all tests that need one. Two on one machine disturb each other, so there is never a second beside it."""
 
 import lzma
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,3 +47,37 @@ def qwen_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "tokenizer.json").write_bytes(lzma.decompress((packed / "tokenizer.json.xz").read_bytes()))
     (directory / "tokenizer_config.json").write_bytes((packed / "tokenizer_config.json").read_bytes())
     return directory
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of a real S3 server in this process; the environment points S3 clients at it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    said = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    before = {name: os.environ.get(name) for name in said}
+    os.environ.update(said)
+    yield url
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture
+def bucket(s3_server: str, request: pytest.FixtureRequest) -> str:
+    """A fresh bucket, by its address."""
+    import boto3
+
+    name = "b" + str(abs(hash(request.node.name)) % 10**12)
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"

@@ -13,7 +13,7 @@ from unifork.experiments import params_text, resolve, use
 
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-WHERE_NOT_WHAT = {"errors", "processes", "cluster", "jobs", "config", "vocabulary"}
+WHERE_NOT_WHAT = {"errors", "processes", "cluster", "jobs", "config", "stores", "vocabulary"}
 """Modules that do not decide what comes out; the values of `config` are parameters."""
 
 

@@ -16,7 +16,7 @@ from unifork.experiments import params_text, resolve
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
-    {"vocabulary", "processes", "weights"},
+    {"vocabulary", "processes", "weights", "stores"},
     {"config", "batch", "identity"},
     {"manifest", "jobs"},
     {"image_tokenizer", "models"},

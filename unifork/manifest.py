@@ -3,6 +3,7 @@
 A shard appears by write-temp, fsync, rename; the manifest is written last, so its existence means
 that the hop is done. It lists shards with rows and hash, drops by reason, schema and lineage, and
 nothing that changes from run to run. Consumers read the manifest and check every shard they open.
+A shard lies beside its manifest, or in a store (`uri`) as one object, which appears whole by itself.
 """
 
 import hashlib
@@ -10,16 +11,22 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from pydantic import Field
+
 from unifork.config import Plain, parse
 from unifork.errors import DataError, writing
+from unifork.stores import Store, open_store
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 """In the name of a file that is being written."""
+FETCHED = "fetched"
+"""Folder below `data` with copies of shards that lie in a store. May be deleted at any time."""
 
 
 class Shard(Plain):
@@ -34,6 +41,13 @@ class Shard(Plain):
     """Fingerprint of everything the shard was made from; a re-run keeps a shard only if it agrees."""
     dropped: dict[str, int] = {}
     """Rows of the input that are not in the shard, by reason."""
+    uri: str | None = Field(default=None, exclude_if=lambda uri: uri is None)
+    """Address of a shard that lies in a store; no part of any fingerprint, since data may move."""
+
+    @property
+    def store(self) -> Store | None:
+        """The folder of a store that holds the shard, None where it lies beside the manifest."""
+        return None if self.uri is None else open_store(self.uri.removesuffix("/" + self.path))
 
 
 class Manifest(Plain):
@@ -61,6 +75,16 @@ class Manifest(Plain):
         for shard in self.shards:
             total.update(shard.dropped)
         return dict(total.most_common())
+
+    @property
+    def stores(self) -> list[Store]:
+        """The folders of stores in which shards lie."""
+        found = [store for shard in self.shards if (store := shard.store)]
+        return list({store.uri: store for store in found}.values())
+
+    def content(self) -> dict[str, Any]:
+        """What was made, as plain data: all but where the shards lie."""
+        return self.model_dump(mode="json", exclude={"shards": {"__all__": {"uri"}}})
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -98,8 +122,13 @@ def fsync_tree(folder: Path) -> None:
 
 def write_json(path: Path, plain: Any) -> None:
     """Plain data as sorted, indented JSON, atomically; equal data gives equal bytes."""
-    text = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json_text(plain)
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def json_text(plain: Any) -> str:
+    """Plain data as sorted, indented JSON."""
+    return json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def file_sha256(path: Path) -> str:
@@ -110,7 +139,7 @@ def file_sha256(path: Path) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Remove every file the manifest does not name, then write it."""
-    keep_only(folder, [shard.path for shard in manifest.shards] + [MANIFEST])
+    keep_only(folder, [shard.path for shard in manifest.shards if shard.uri is None] + [MANIFEST])
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
@@ -136,28 +165,57 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_sha256(folder: Path) -> str:
-    """Hash of a finished hop's manifest, which names the hash of every shard. Raises DataError."""
-    read_manifest(folder)
-    return file_sha256(folder / MANIFEST)
+    """Hash of a finished hop's manifest, which names the hash of every shard, wherever it lies. Raises DataError."""
+    return hashlib.sha256(json_text(read_manifest(folder).content()).encode()).hexdigest()
 
 
 def fault(folder: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard on disk, in words; None when it is as the manifest says."""
-    path = folder / shard.path
-    if not path.exists():
-        return "missing"
-    size = path.stat().st_size
-    if size != shard.bytes:
-        return f"{size} bytes instead of {shard.bytes}"
-    found = file_sha256(path)
-    return None if found == shard.sha256 else f"sha256 {found[:12]}... instead of {shard.sha256[:12]}..."
+    """What is wrong with a shard where it lies, in words; None when it is as the manifest says. Reads all of it."""
+    path, store = folder / shard.path, shard.store
+    if store is not None:
+        return _differs(shard, store.size(shard.path), lambda: store.sha256(shard.path))
+    return _differs(shard, path.stat().st_size if path.exists() else None, lambda: file_sha256(path))
 
 
-def checked(folder: Path, shard: Shard) -> Path:
-    """The path of a shard after checking size and hash. Raises DataError saying what differs."""
-    problem = fault(folder, shard)
+def checked(folder: Path, shard: Shard) -> Path | BytesIO:
+    """A shard to read from, after checking size and hash: its path, or its bytes where it lies in a store.
+
+    Raises DataError saying what differs.
+    """
+    store = shard.store
+    data = store.get(shard.path) if store else None
+    if store is None:
+        problem = fault(folder, shard)
+    else:
+        size = None if data is None else len(data)
+        problem = _differs(shard, size, lambda: hashlib.sha256(data or b"").hexdigest())
     if problem:
         raise DataError(
-            f"{folder / shard.path}: {problem}. Run the hop that writes {folder} again: it redoes only this shard."
+            f"{shard.uri or folder / shard.path}: {problem}. Run the hop that writes {folder} again: it redoes only "
+            f"this shard."
         )
-    return folder / shard.path
+    return folder / shard.path if data is None else BytesIO(data)
+
+
+def local_path(folder: Path, shard: Shard, copies: Path) -> Path:
+    """Where a shard is read piece by piece: one of a store in `copies`, named by its hash."""
+    return folder / shard.path if shard.uri is None else copies / f"{shard.sha256}.parquet"
+
+
+def make_local(folder: Path, shard: Shard, copies: Path) -> Path:
+    """`local_path` after checking size and hash there, and copying from the store what is not. Raises DataError."""
+    path = local_path(folder, shard, copies)
+    if shard.uri is None or fault(copies, shard.model_copy(update={"path": path.name, "uri": None})):
+        source = checked(folder, shard)
+        if isinstance(source, BytesIO):
+            write_atomically(path, lambda temporary: temporary.write_bytes(source.getvalue()))
+    return path
+
+
+def _differs(shard: Shard, size: int | None, sha256: Callable[[], str]) -> str | None:
+    if size is None:
+        return "missing"
+    if size != shard.bytes:
+        return f"{size} bytes instead of {shard.bytes}"
+    found = sha256()
+    return None if found == shard.sha256 else f"sha256 {found[:12]}... instead of {shard.sha256[:12]}..."

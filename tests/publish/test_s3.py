@@ -11,13 +11,14 @@ import pytest
 
 from unifork.errors import DataError
 from unifork.publish.publication import Layout, build, fetch
-from unifork.publish.stores import CHECKSUMS, open_store, parse_checksums, reread, sync
+from unifork.publish.stores import CHECKSUMS, checksums, open_store, parse_checksums, reread, sync
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 
 from unifork.publish import stores
+from unifork.stores import Store
 
 seen = []
 
@@ -33,7 +34,7 @@ class Dying:
         self.system.put_file(path, target)
 
 store = stores.open_store(sys.argv[2])
-stores.sync(Path(sys.argv[1]), stores.Store(store.uri, Dying(store.system), store.root), print)
+stores.sync(Path(sys.argv[1]), Store(store.uri, Dying(store.system), store.root), print)
 """
 
 
@@ -116,7 +117,7 @@ def test_a_killed_upload_goes_on_where_it_was(folder, bucket):
     assert len(there) == 3
     assert CHECKSUMS not in there
     with pytest.raises(DataError, match=f"no {CHECKSUMS}; nothing was published here, or not to its end"):
-        open_store(address).checksums()
+        checksums(open_store(address))
     again = sync(folder, open_store(address), quiet)
     assert not set(again.uploaded) & set(there)
     assert contents(address) == bytes_of(folder)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from unifork.config.base import Plain
 
@@ -69,12 +69,23 @@ class Cluster(Plain):
     """The folder of the experiment as the cluster sees it; None where it has the same path as here."""
     python: str | None = None
     """Python of the cluster's nodes; None where this very interpreter is on shared storage."""
+    store: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^/]")] | None = None
+    """`s3://bucket/path` or any other address of fsspec where new shards go, as `<store>/raw/<set>/part-00000.parquet`;
+    the folders here keep the manifests, which name them. One experiment, one store. Credentials come from the
+    environment of every node. None keeps shards beside their manifests."""
     hops: dict[str, HopResources] = {}
     """Resources of `download`, `filter` and `encode`; the CPUs of `image_tokenizer` are the threads of its training."""
     web: WebAccess = WebAccess()
     train: TrainResources = TrainResources()
     train_stages: dict[str, TrainResources] = {}
     """Resources of single stages, by stage name, instead of `train`."""
+
+    @field_validator("store")
+    @classmethod
+    def _takes_single_files(cls, store: str | None) -> str | None:
+        if store and store.startswith("hf:"):
+            raise ValueError("the Hub makes a commit of every file; publish finished codes there instead")
+        return store
 
     def for_stage(self, stage: str) -> TrainResources:
         """Resources of a training stage."""

@@ -30,7 +30,7 @@ from unifork.data.prompts import PICTURE, TEMPLATES, UNCONDITIONAL, Border, Piec
 from unifork.data.schema import codes_array, codes_meta
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, IdentityError, unknown
-from unifork.manifest import checked, manifest_sha256, read_manifest
+from unifork.manifest import FETCHED, local_path, make_local, manifest_sha256, read_manifest
 from unifork.vocabulary import VIEW_OF_TASK, Task
 
 PREPARED = "prepared"
@@ -133,7 +133,8 @@ class Part:
                 f"the entry says {entry.task}"
             )
         self.folder = codes / entry.dataset / VIEW_OF_TASK[entry.task]
-        self.shards = read_manifest(self.folder).shards
+        self.shards, self.copies = read_manifest(self.folder).shards, codes.parent / FETCHED
+        self.paths = [local_path(self.folder, shard, self.copies) for shard in self.shards]
         inputs = {
             "codes": manifest_sha256(self.folder),
             "identity": asdict(identity),
@@ -147,10 +148,9 @@ class Part:
         self.index = prepared(
             codes.parent / PREPARED / name, lambda writer: self._prepare(writer, template, tokenizer, context)
         )
-        for shard in self.shards:  # their hashes were checked when the index was made
-            path = self.folder / shard.path
+        for shard, path in zip(self.shards, self.paths, strict=True):  # hashes were checked when the index was made
             if not path.exists() or path.stat().st_size != shard.bytes:
-                checked(self.folder, shard)
+                make_local(self.folder, shard, self.copies)
         quarantine.parts.append((entry.dataset, self.index))
         self._group = lru_cache(maxsize=128)(self._read_group)
 
@@ -221,7 +221,7 @@ class Part:
 
     def _row_groups(self, text: str) -> Iterator[tuple[tuple[int, int], list[dict[str, Any]]]]:
         for number, shard in enumerate(self.shards):
-            path = checked(self.folder, shard)
+            path = make_local(self.folder, shard, self.copies)
             file = pq.ParquetFile(path)
             if text not in file.schema_arrow.names:
                 raise unknown("text column", text, set(file.schema_arrow.names) - {"key", "codes"}, str(path))
@@ -249,7 +249,7 @@ class Part:
             raise DataError(f"{place}: codes of the view {view!r}; {self.task} reads {VIEW_OF_TASK[self.task]!r}")
 
     def _read_group(self, shard: int, group: int) -> np.ndarray:
-        file = pq.ParquetFile(self.folder / self.shards[shard].path)
+        file = pq.ParquetFile(self.paths[shard])
         shape = (self.identity.positions, self.identity.depth)
         return codes_array(file.read_row_group(group, columns=["codes"]).column("codes"), shape)
 

@@ -3,6 +3,8 @@
 A hop can be killed at any moment and run again: finished shards whose inputs, size and hash still
 agree are kept, everything else is made anew, and the result has the same bytes. The record of a
 shard (`<shard>.done`) is written right after the shard and folded into the manifest at the end.
+With a store, shard, quarantine and record are moved there as soon as they are written, in this
+order; a kept shard stays where it is.
 """
 
 import json
@@ -10,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,11 @@ from unifork.manifest import (
     write_json,
     write_manifest,
 )
+from unifork.stores import Store, deliver, open_store
 
 RECORD_SUFFIX = ".done"
+QUARANTINE = "quarantine"
+"""Folder beside the shards, wherever they lie: what was left out, by shard."""
 ROW_GROUP = 256
 """Rows per Parquet row group: the unit of a local read in training."""
 
@@ -54,6 +60,8 @@ class Hop:
     """One per shard; plain data. The output of task i is `part-<i>.parquet`."""
     source: Path | None = None
     """Folder of the input shards; not part of any fingerprint, since data may move."""
+    store: str | None = None
+    """Address of the folder of a store that new shards go to, None: they stay in `folder`; no part of one either."""
 
     def shard_name(self, index: int) -> str:
         """File name of the shard that task `index` makes."""
@@ -61,7 +69,10 @@ class Hop:
 
     def inputs(self, index: int) -> str:
         """Fingerprint of everything shard `index` is made from."""
-        return fingerprint({"made_with": self.made_with, "task": self.tasks[index]})
+        task = self.tasks[index]
+        if "uri" in task.get("shard", ()):
+            task = {**task, "shard": {name: value for name, value in task["shard"].items() if name != "uri"}}
+        return fingerprint({"made_with": self.made_with, "task": task})
 
 
 def rows_of(task: dict[str, Any]) -> int:
@@ -73,7 +84,7 @@ def rows_of(task: dict[str, Any]) -> int:
 
 def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int]) -> dict[str, Any]:
     """Write a task's table as a Parquet shard, atomically, and its record after it: the task's result."""
-    path = Path(task["output"])
+    path, store = Path(task["output"]), task.get("store")
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
@@ -88,26 +99,65 @@ def write_shard(task: dict[str, Any], table: pa.Table, dropped: Mapping[str, int
         sha256=file_sha256(path),
         inputs=task["inputs"],
         dropped=dict(dropped),
+        uri=store and f"{store}/{path.name}",
     ).model_dump(mode="json")
-    write_json(path.with_name(path.name + RECORD_SUFFIX), record)
+    deliver(path, store)
+    written = path.with_name(path.name + RECORD_SUFFIX)
+    write_json(written, record)
+    deliver(written, store)
     return {"output": task["output"], "shard": record}
 
 
-def finished_shards(folder: Path) -> dict[str, Shard]:
-    """Shards recorded by an earlier run, finished or killed, by file name."""
+def finished_shards(folder: Path, stores: Iterable[Store] = ()) -> dict[str, Shard]:
+    """Shards recorded by an earlier run, finished or killed, here or in stores, by file name."""
     records: dict[str, Shard] = {}
     if (folder / MANIFEST).exists():
         try:
             records = {shard.path: shard for shard in read_manifest(folder).shards}
         except DataError:  # a damaged manifest only means that nothing is known to be finished
             records = {}
-    for path in folder.glob("*" + RECORD_SUFFIX):
+    written = [path.read_bytes() for path in folder.glob("*" + RECORD_SUFFIX)]
+    for store in stores:
+        written += store.get_all([name for name in store.listing() if name.endswith(RECORD_SUFFIX)])
+    for record in written:
         try:
-            shard = parse(Shard, json.loads(path.read_text()), str(path))
+            shard = parse(Shard, json.loads(record), "record")
         except (ConfigError, ValueError):  # so does a damaged record
             continue
         records[shard.path] = shard
     return records
+
+
+def reopen(folder: Path, shards: Iterable[Shard]) -> None:
+    """Make a folder one of a killed hop that had finished these shards: records instead of a manifest."""
+    for shard in shards:
+        write_json(folder / (shard.path + RECORD_SUFFIX), shard.model_dump(mode="json"))
+    with writing(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+
+
+class Standing:
+    """Says whether recorded shards are still what they were; those of a store by size, each folder listed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sizes: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def __call__(self, shard: Shard) -> bool:
+        store = shard.store
+        if store is None:
+            return fault(self.folder, shard) is None
+        if store.uri not in self.sizes:
+            self.sizes[store.uri] = store.listing()
+        return bool(self.sizes[store.uri].get(shard.path, {}).get("size") == shard.bytes)
+
+
+def forget(folder: Path, store: Store, name: str) -> None:
+    """Remove the records of a shard before its object is replaced: size alone would not tell it from the old one."""
+    with writing(folder):
+        (folder / (name + RECORD_SUFFIX)).unlink(missing_ok=True)
+    if store.size(name + RECORD_SUFFIX) is not None:
+        store.remove([name + RECORD_SUFFIX])
 
 
 def run_hops(
@@ -154,22 +204,23 @@ class Progress:
         hop, todo = self.hop, []
         with writing(hop.folder):
             hop.folder.mkdir(parents=True, exist_ok=True)
-        known = finished_shards(hop.folder)
+        known = finished_shards(hop.folder, [open_store(hop.store)] if hop.store else [])
+        stands = Standing(hop.folder)
         for index, task in enumerate(hop.tasks):
             name, inputs = hop.shard_name(index), hop.inputs(index)
             old = known.get(name)
-            if old and old.inputs == inputs and fault(hop.folder, old) is None:
+            if old and old.inputs == inputs and stands(old):
                 self.finished[name] = old
             else:
+                if old and old.store:
+                    forget(hop.folder, old.store, name)
                 source = str(hop.source.absolute()) if hop.source else None
                 self.known += rows_of(task)
-                todo.append({**task, "source": source, "output": str((hop.folder / name).absolute()), "inputs": inputs})
+                output = str((hop.folder / name).absolute())
+                todo.append({**task, "source": source, "output": output, "store": hop.store, "inputs": inputs})
         self.kept = len(self.finished)
         if todo:
-            for name, shard in self.finished.items():  # without a manifest the kept shards need their records again
-                write_json(hop.folder / (name + RECORD_SUFFIX), shard.model_dump(mode="json"))
-            with writing(hop.folder):
-                (hop.folder / MANIFEST).unlink(missing_ok=True)
+            reopen(hop.folder, self.finished.values())
         return todo
 
     def add(self, shard: Shard) -> None:
@@ -196,7 +247,16 @@ class Progress:
             if beside.is_dir():  # what lies there is named like the shards; a kill leaves temporary files
                 keep_only(beside, names)
         write_manifest(hop.folder, manifest)
+        if hop.store:
+            self._tidy(open_store(hop.store), manifest)
         return manifest
+
+    def _tidy(self, store: Store, manifest: Manifest) -> None:
+        """Remove from the hop's folder of a store what the manifest does not name."""
+        here = [shard for shard in manifest.shards if shard.uri == f"{self.hop.store}/{shard.path}"]
+        named = {shard.path for shard in here} | {f"{QUARANTINE}/{shard.path}" for shard in here if shard.dropped}
+        ours = [name for name in store.listing() if name.endswith((".parquet", RECORD_SUFFIX))]
+        store.remove([name for name in ours if name not in named])
 
     def __str__(self) -> str:
         done, total, seconds = len(self.finished), len(self.hop.tasks), time.monotonic() - self.started
@@ -212,3 +272,12 @@ class Progress:
 def read_table(folder: Path, shard: Shard, columns: Iterable[str] | None = None) -> pa.Table:
     """A shard as a table, after checking size and hash."""
     return pq.read_table(checked(folder, shard), columns=list(columns) if columns else None)
+
+
+def quarantine_of(folder: Path, shard: Shard) -> Path | BytesIO | None:
+    """The quarantine of a shard, to read from; None when there is none."""
+    name, store = f"{QUARANTINE}/{shard.path}", shard.store
+    if store is None:
+        return folder / name if (folder / name).exists() else None
+    data = store.get(name)
+    return None if data is None else BytesIO(data)

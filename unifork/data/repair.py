@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unifork.config import parse
-from unifork.data.hop import RECORD_SUFFIX
+from unifork.data.hop import RECORD_SUFFIX, reopen
 from unifork.errors import UniForkError, writing
 from unifork.manifest import MANIFEST, TEMPORARY, Shard, fault, read_manifest
 
@@ -25,6 +25,8 @@ class Fault:
     folder: Path
     name: str
     problem: str
+    shard: Shard | None = None
+    """The shard that is wrong, if it is one."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.problem}"
@@ -38,15 +40,26 @@ def hop_folders(folder: Path) -> list[Path]:
 
 def faults(folder: Path) -> list[Fault]:
     """What is wrong in the folder of one hop: shards that are missing or damaged, records, files of killed runs."""
-    found = [Fault(folder, name, problem) for name, problem in _wrong(folder)]
+    found = [Fault(folder, *one) for one in _wrong(folder)]
     return sorted(found, key=lambda one: one.name)
 
 
 def repair(wrong: list[Fault]) -> None:
-    """Remove the files that are wrong; the next run of the hop makes what is missing then."""
+    """Remove the files that are wrong; the next run of the hop makes what is missing then.
+
+    DVC sees no store, so a manifest that names a wrong object there becomes records of the right ones.
+    """
+    away = [one.shard for one in wrong if one.shard and one.shard.uri]
+    folders = {one.folder for one in wrong if one.shard in away}
+    for folder in folders:
+        if (folder / MANIFEST).exists():
+            reopen(folder, [shard for shard in read_manifest(folder).shards if shard not in away])
     for one in wrong:
         with writing(one.folder):
             (one.folder / one.name).unlink(missing_ok=True)
+    for shard in away:
+        if shard.store and shard.store.size(shard.path) is not None:
+            shard.store.remove([shard.path])
 
 
 def command_for(folder: Path) -> str:
@@ -58,7 +71,7 @@ def command_for(folder: Path) -> str:
     return "the command that wrote the folder"
 
 
-def _wrong(folder: Path) -> Iterator[tuple[str, str]]:
+def _wrong(folder: Path) -> Iterator[tuple[str, str] | tuple[str, str, Shard]]:
     shards: dict[str, Shard] = {}
     finished = (folder / MANIFEST).exists()
     if not finished:
@@ -77,7 +90,7 @@ def _wrong(folder: Path) -> Iterator[tuple[str, str]]:
             yield record.name, "damaged record"
     for shard in shards.values():
         if problem := fault(folder, shard):
-            yield shard.path, problem
+            yield shard.path, problem, shard
     known = {MANIFEST, *shards}
     for path in folder.iterdir():
         if TEMPORARY in path.name:

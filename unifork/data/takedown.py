@@ -14,10 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unifork.config import Plain, parse
-from unifork.data.hop import finished_shards, read_table, write_shard
+from unifork.data.hop import QUARANTINE, RECORD_SUFFIX, finished_shards, quarantine_of, read_table, write_shard
 from unifork.data.sources.base import located
 from unifork.errors import ConfigError
-from unifork.manifest import Manifest, file_sha256, read_manifest, write_atomically, write_manifest
+from unifork.manifest import (
+    FETCHED,
+    Manifest,
+    Shard,
+    file_sha256,
+    local_path,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from unifork.stores import deliver
 
 KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"
@@ -103,7 +113,7 @@ def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
     stay, so that a hop that runs again keeps the shards as they are; the hops that follow make those shards anew.
     """
     manifest, gone = read_manifest(folder), pa.array(sorted(set(keys)), pa.string())
-    known = finished_shards(folder)
+    known = finished_shards(folder, manifest.stores)
     shards = []
     for shard in (known.get(one.path, one) for one in manifest.shards):
         named = pa.compute.is_in(read_table(folder, shard, ["key"]).column("key"), value_set=gone)
@@ -111,19 +121,28 @@ def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
         if count:
             table = read_table(folder, shard).filter(pa.compute.invert(named))
             dropped = {**shard.dropped, REASON: shard.dropped.get(REASON, 0) + count}
-            task = {"output": str(folder / shard.path), "inputs": shard.inputs}
+            store = shard.store.uri if shard.store else None
+            task = {"output": str(folder / shard.path), "inputs": shard.inputs, "store": store}
+            for parent in folder.parents if store else ():  # copies that training made
+                local_path(folder, shard, parent / FETCHED).unlink(missing_ok=True)
             shard = parse(type(shard), write_shard(task, table, dropped)["shard"], shard.path)  # noqa: PLW2901
-        _scrub(folder / "quarantine" / shard.path, gone)
+        _scrub(folder, shard, gone)
         shards.append(shard)
     manifest = manifest.model_copy(update={"shards": tuple(shards)})
     write_manifest(folder, manifest)
+    for place in manifest.stores:
+        place.remove([name for name in place.listing() if name.endswith(RECORD_SUFFIX)])
     return manifest
 
 
-def _scrub(quarantine: Path, gone: pa.Array) -> None:
+def _scrub(folder: Path, shard: Shard, gone: pa.Array) -> None:
     """Remove the rows from the quarantine as well: it holds pictures."""
-    if quarantine.exists():
-        table = pq.read_table(quarantine)
-        kept = table.filter(pa.compute.invert(pa.compute.is_in(table.column("key"), value_set=gone)))
-        if kept.num_rows < table.num_rows:
-            write_atomically(quarantine, partial(pq.write_table, kept))
+    source = quarantine_of(folder, shard)
+    if source is None:
+        return
+    table = pq.read_table(source)
+    kept = table.filter(pa.compute.invert(pa.compute.is_in(table.column("key"), value_set=gone)))
+    if kept.num_rows < table.num_rows:
+        path = folder / QUARANTINE / shard.path
+        write_atomically(path, partial(pq.write_table, kept))
+        deliver(path, f"{shard.store.uri}/{QUARANTINE}" if shard.store else None)

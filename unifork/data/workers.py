@@ -13,19 +13,19 @@ import pyarrow.parquet as pq
 
 from unifork.config import Card, parse
 from unifork.data.filters import TAKEDOWN, TWIN_RULES, TWINS, judge
-from unifork.data.hop import Hop, write_shard
+from unifork.data.hop import QUARANTINE, Hop, read_table, write_shard
 from unifork.data.schema import columns_of, image_text_schema
 from unifork.data.sources import Fault, plan, rows_of
 from unifork.data.takedown import list_hashes
 from unifork.errors import ConfigError, DataError
-from unifork.manifest import Manifest, Shard, checked, file_sha256, read_manifest, write_atomically
+from unifork.manifest import Manifest, Shard, file_sha256, read_manifest, write_atomically
+from unifork.stores import deliver
 
 DOWNLOAD_VERSION = 1
 """Raise when the same card and task would give other rows."""
 FILTER_VERSION = 1
 """Raise when the same rows would be judged otherwise."""
 
-QUARANTINE = "quarantine"
 DROPS = "twins"
 """Folder beside the filtered shards: the rows of each that have an earlier twin (`unifork.data.dedup`)."""
 
@@ -130,6 +130,7 @@ def quarantined(task: dict[str, Any], rejected: list[dict[str, Any]]) -> Counter
     if rejected:
         rejected.sort(key=lambda row: (row["key"], row["reason"]))
         write_atomically(quarantine, lambda path: pq.write_table(pa.Table.from_pylist(rejected), path))
+        deliver(quarantine, f"{task['store']}/{QUARANTINE}" if task.get("store") else None)
     else:
         quarantine.unlink(missing_ok=True)
     return Counter(row["reason"] for row in rejected)
@@ -144,7 +145,7 @@ def tasks_from(manifest: Manifest) -> list[dict[str, Any]]:
 def read_rows(task: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a task's input shard, after checking size and hash."""
     shard = parse(Shard, {**task["shard"], "inputs": ""}, "task")
-    rows: list[dict[str, Any]] = pq.read_table(checked(Path(task["source"]), shard)).to_pylist()
+    rows: list[dict[str, Any]] = read_table(Path(task["source"]), shard).to_pylist()
     return rows
 
 

@@ -21,8 +21,9 @@ from unifork.errors import ConfigError, DataError, writing
 from unifork.manifest import MANIFEST, Manifest, file_sha256, read_manifest, write_atomically
 from unifork.publish.card import CROISSANT, README, ViewFacts, croissant, readme
 from unifork.publish.shards import Fetch, Publish, fetch_hop, publish_hop
-from unifork.publish.stores import CHECKSUMS, Store, checksums_text
+from unifork.publish.stores import CHECKSUMS, checksums, checksums_text, read
 from unifork.publish.takedown import withdrawn_keys
+from unifork.stores import Store
 
 CARD = "dataset.yaml"
 HOPS = {"download": "raw", "filter": "filtered"}
@@ -99,18 +100,18 @@ def fetch(store: Store, name: str, layout: Layout, tell: Tell) -> list[Manifest]
 
     Every file is checked against SHA256SUMS. Raises DataError where the publication is not complete or damaged.
     """
-    sums = store.checksums()
+    sums = checksums(store)
 
-    def read(file: str) -> bytes:
+    def text(file: str) -> bytes:
         if file not in sums:
             raise DataError(f"{store.uri}: {CHECKSUMS} names no {file}; this is no publication of codes")
-        return store.read(file, sums[file])
+        return read(store, file, sums[file])
 
-    card = parse(Card, {**yaml.safe_load(read(CARD)), "name": name}, f"{store.uri}: {CARD}")
+    card = parse(Card, {**yaml.safe_load(text(CARD)), "name": name}, f"{store.uri}: {CARD}")
     manifests = []
     for use in card.tasks.values():
         file = f"{use.view}/{MANIFEST}"
-        published = parse(Manifest, json.loads(read(file)), f"{store.uri}: {file}")
+        published = parse(Manifest, json.loads(text(file)), f"{store.uri}: {file}")
         hop = fetch_hop(published, name, store.uri, use.view, layout.folder("codes", name) / use.view)
         manifests += run_hops([hop], _here(Fetch()), tell)
     path = layout.cards / f"{name}.yaml"

@@ -19,8 +19,8 @@ from unifork.config import Card, parse
 from unifork.data.hop import Hop, read_table, write_shard
 from unifork.data.schema import CODES_META, codes_array, codes_meta, columns_of, text_type
 from unifork.errors import DataError
-from unifork.manifest import Manifest, Shard, checked, read_manifest
-from unifork.publish.stores import open_store
+from unifork.manifest import Manifest, Shard, read_manifest
+from unifork.publish.stores import open_store, read
 from unifork.vocabulary import CODE_DTYPE, Task
 
 PUBLISH_VERSION = 1
@@ -54,14 +54,14 @@ def publish_hop(card: Card, task: Task, codes: Path, folder: Path, withdrawn: di
         raise DataError(f"{codes}: {len(origin.shards)} shards of kind {origin.kind!r}; only 'codes' are published")
     about = {name: getattr(card, name) for name in ("title", "homepage", "licence", "attribution")}
     about |= {"dataset": card.name, "task": task, "view": card.tasks[task].view, "layout": LAYOUT}
-    schema = pq.read_schema(checked(codes, origin.shards[0]))
+    schema = read_table(codes, origin.shards[0]).schema
     about["shape"] = codes_meta(schema, str(codes))["shape"]
     tasks = [
         {"shard": shard.model_dump(mode="json"), "withdrawn": withdrawn.get(shard.path, [])} for shard in origin.shards
     ]
     columns = {**columns_of(schema), "codes": str(CODE_LIST)}
     made_with = {"version": PUBLISH_VERSION, "about": about}
-    lineage = {"about": about, "codes": origin.model_dump(mode="json")}
+    lineage = {"about": about, "codes": origin.content()}
     return PublishHop(PUBLISHED, card.name, folder, columns, made_with, lineage, tasks, codes)
 
 
@@ -126,7 +126,7 @@ class Fetch:
     """Published shard -> code shard, with the bytes it once had where no row was withdrawn."""
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        data = open_store(task["uri"]).read(task["name"], task["sha256"])
+        data = read(open_store(task["uri"]), task["name"], task["sha256"])
         table = pq.read_table(pa.BufferReader(data))
         place = f"{task['uri']}: {task['name']}"
         shape = codes_meta(table.schema, place)["shape"]

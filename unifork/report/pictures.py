@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from unifork.config import Card
-from unifork.data.hop import read_table
+from unifork.data.hop import QUARANTINE, quarantine_of, read_table
 from unifork.data.shapes.detector import detect, same_objects
 from unifork.data.shapes.world import draw, scene
-from unifork.data.workers import QUARANTINE
 from unifork.errors import DataError
 from unifork.image_tokenizer.views import view_of
 from unifork.manifest import Manifest
@@ -181,9 +180,9 @@ def rejected_rows(folder: Path, manifest: Manifest) -> list[Rejected]:
     """A few rows of the quarantine, in turn from all reasons, in the order of the shards."""
     waiting: dict[str, list[dict[str, Any]]] = {}
     for shard in manifest.shards:
-        path = folder / QUARANTINE / shard.path
-        if shard.dropped and path.exists():
-            for row in _rows(path):
+        source = quarantine_of(folder, shard) if shard.dropped else None
+        if source is not None:
+            for row in _rows(source, folder / QUARANTINE / shard.path):
                 waiting.setdefault(row["reason"], []).append(row)
         if sum(map(len, waiting.values())) >= 10 * QUARANTINED and len(waiting) >= len(manifest.dropped):
             break
@@ -263,9 +262,9 @@ def _spread(length: int, count: int) -> list[int]:
     return sorted({i * length // count for i in range(count)}) if length else []
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(source: Path | io.BytesIO, path: Path) -> list[dict[str, Any]]:
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path, columns=["key", "reason", "detail", "image"]).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(source, columns=["key", "reason", "detail", "image"]).to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{path}: damaged: {error}. Delete it and run the filter again.") from None
     return rows
