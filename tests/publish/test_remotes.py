@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import REPOSITORY, write_experiment
+from tiny import REPOSITORY, fresh_tokenizer, write_experiment, write_model
 
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.manifest import read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # inside DVC
 STAGES = ("download@shapes", "filter@shapes", "text_tokenizer")
+MADE, EVALUATION = ("image_tokenizer", "init@unifork"), "evaluate@unifork-shapes-understanding"
+SCORES = "scores/unifork-shapes-understanding"
 FILES = ("lists/urls.tsv", "lists/fetched.tsv")
 ROWS, SHARD_ROWS = 24, 8
 
@@ -47,7 +49,10 @@ def git(folder: Path, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory, dvc, s3_server) -> Path:
-    """A checkout that ran three stages, brought two files in, and pushed to a folder and to S3."""
+    """A checkout that ran some stages, brought two files in, and pushed to a folder and to S3.
+
+    The model that is evaluated is that of step 0, made here in less time than stages would need.
+    """
     import boto3
 
     base = tmp_path_factory.mktemp("remotes")
@@ -56,7 +61,14 @@ def origin(tmp_path_factory, dvc, s3_server) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, root / name)
-    write_experiment(root, {"datasets": {"shapes": {"rows": ROWS, "shard_rows": SHARD_ROWS}}})
+    changes = {
+        "datasets": {"shapes": {"rows": ROWS, "shard_rows": SHARD_ROWS}},
+        "benchmarks": {"shapes-understanding": {"samples": 2}},
+    }
+    experiment = write_experiment(root, changes)
+    model = "models/unifork-init"
+    text = (root / "params.yaml").read_text().replace("model: models/unifork-s3", f"model: {model}")
+    (root / "params.yaml").write_text(text)
     git(root, "init", "-q")
     (root / "lists").mkdir()
     (root / FILES[0]).write_text("url\tcaption\nhttps://example.org/1.png\ta red circle\n")
@@ -64,6 +76,11 @@ def origin(tmp_path_factory, dvc, s3_server) -> Path:
     dvc(root, "add", "-q", FILES[0])
     dvc(root, "import-url", "-q", str(base / "elsewhere.tsv"), FILES[1])
     dvc(root, "repro", *STAGES)
+    words = TextTokenizer(root / "tokenizers/text")
+    write_model(experiment, fresh_tokenizer(experiment, root / "tokenizers/image"), words, root / model, root)
+    for stage in MADE:
+        dvc(root, "commit", "-q", "-f", stage)
+    dvc(root, "repro", EVALUATION)
     boto3.client("s3").create_bucket(Bucket="dvc")
     dvc(root, "remote", "add", "-q", "-d", "disk", str(base / "disk"))
     dvc(root, "remote", "add", "-q", "s3", "s3://dvc/unifork")
@@ -90,12 +107,30 @@ def test_another_clone_pulls_and_uses_what_was_made(origin, dvc, tmp_path, capfd
         dvc(clone, word, *STAGES)
         said = capfd.readouterr().out
         assert "up to date" in said
-        assert "Running stage" not in said
-    for folder in ("data", "tokenizers", "lists"):
+        assert "shards" not in said  # no program ran; what DVC logs goes elsewhere
+    for folder in ("data", "tokenizers/text", "lists"):
         assert bytes_of(clone / folder) == bytes_of(origin / folder)
     assert read_manifest(clone / "data/filtered/shapes").rows == ROWS
     tokenizer = TextTokenizer(clone / "tokenizers/text")
     assert tokenizer.decode(tokenizer.encode("a red circle")) == "a red circle"
+
+
+def test_another_clone_evaluates_the_model_it_pulled(origin, dvc, tmp_path, capfd):
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(origin), str(clone))
+    dvc(clone, "pull", "-q", *STAGES, *MADE)
+    assert not (clone / SCORES).exists()
+    capfd.readouterr()
+    dvc(clone, "repro", EVALUATION)
+    said = capfd.readouterr().out  # of programs; what DVC logs goes elsewhere
+    assert set(re.findall(r"^([\w-]+): \w+ \w+ [\d.]+ \+-", said, re.MULTILINE)) == {SCORES.removeprefix("scores/")}
+    assert not re.search("shards|->", said)
+    scores = bytes_of(clone / SCORES)
+    assert set(scores) == {"metrics.json", "outputs/samples.jsonl"}
+    assert scores == bytes_of(origin / SCORES)
+    dvc(clone, "status", *STAGES, *MADE, EVALUATION)
+    assert "up to date" in capfd.readouterr().out
+    assert subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, check=True).stdout == b""
 
 
 def test_one_more_input_shard_costs_one_shard(origin, dvc, tmp_path, capfd):

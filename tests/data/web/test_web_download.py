@@ -324,7 +324,7 @@ def test_a_proxy_is_used_when_configured_and_asked_for_the_checked_address(root,
     proxy.server_close()
 
 
-def test_a_killed_program_does_only_the_rest_and_ends_with_the_same_bytes(root, web):
+def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(root, web):
     def gated(page):
         web.gate.wait(20)
         page.answer(200, picture("PNG", 99))
@@ -363,6 +363,15 @@ def test_a_killed_program_does_only_the_rest_and_ends_with_the_same_bytes(root, 
     download(patient, "whole", shard_rows=4)
     for name in (MANIFEST, "part-00000.parquet", "part-00001.parquet", "quarantine/part-00001.parquet"):
         assert (raw / name).read_bytes() == (root / "whole" / name).read_bytes()
+
+    untouched = {path: path.stat() for path in raw.glob("part-*")}
+    write_laion(root / "lists/b.parquet", [f"{web.root}/0.png"])
+    web.hits.clear()
+    grown = subprocess.run(command, **program, check=True)
+    assert "3/3 shards (2 kept from before), 1/1 rows" in grown.stdout
+    assert web.hits == {"/robots.txt": 1, "/0.png": 1}
+    for path, before in untouched.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @pytest.fixture
