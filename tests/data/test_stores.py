@@ -18,6 +18,7 @@ import yaml
 from tiny import REPOSITORY, ROWS, SHARD_ROWS, copy_of, here, write_experiment
 from typer.testing import CliRunner
 
+from pipelines.common import SIGNATURES, stored
 from unifork.cli import app
 from unifork.config import Cluster, Experiment, TrainResources, load, load_card, parse
 from unifork.data.encoding import Encode, encode_hop
@@ -111,6 +112,9 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
     assert hops(root, store) == []
     assert hops(root, None) == []  # a finished shard stays where it is
     assert files(root / "data") == before
+    disk, away = copy_of(tiny_root, root / "disk"), objects(store)
+    assert hops(disk, store) == []  # what lies on a disk stays there, too, and what others have in the store
+    assert (files(disk / "data"), objects(store)) == (local, away)
 
     filtered = root / "data/filtered/shapes"
     assert list(texts_of(filtered, CARD)) == list(texts_of(tiny_root / "data/filtered/shapes", CARD))
@@ -125,7 +129,7 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
     change = {"runs": {key: experiment.runs[key].model_copy(update={"after": "models/unifork-init"})}}
     change["stages"] = {"s2-pretrain": stage.model_copy(update={"tracks": tracks, "sample_prompts": ()})}
     trained = []
-    for place in (root, copy_of(tiny_root, root / "disk")):
+    for place in (root, disk):
         plan = experiment.model_copy(update=change)
         job = StageJob(key=key, experiment=plan, resources=TrainResources(threads=1, row_tokens=384), root=str(place))
         train_stage(job, Run())
@@ -207,6 +211,7 @@ def test_a_program_killed_between_object_and_record_makes_only_the_rest(store, t
     local = {name: data for name, data in files(tiny_root / "data/raw").items() if name.endswith(".parquet")}
     assert objects(f"{store}/raw") == local
     assert set(files(tmp_path / "data")) == {f"raw/shapes/{MANIFEST}"}
+    assert stored(store, SIGNATURES / "shapes") is None
     text = done.stdout + done.stderr + (tmp_path / "data/raw/shapes" / MANIFEST).read_text()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text.split()
 

@@ -252,8 +252,10 @@ class Progress:
         return manifest
 
     def _tidy(self, store: Store, manifest: Manifest) -> None:
-        """Remove from the hop's folder of a store what the manifest does not name."""
+        """Remove from the hop's folder of a store what the manifest does not name, if it names anything there."""
         here = [shard for shard in manifest.shards if shard.uri == f"{self.hop.store}/{shard.path}"]
+        if not here:
+            return
         named = {shard.path for shard in here} | {f"{QUARANTINE}/{shard.path}" for shard in here if shard.dropped}
         ours = [name for name in store.listing() if name.endswith((".parquet", RECORD_SUFFIX))]
         store.remove([name for name in ours if name not in named])
