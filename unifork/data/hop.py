@@ -3,7 +3,7 @@
 A hop can be killed at any moment and run again: finished shards whose inputs, size and hash still
 agree are kept, everything else is made anew, and the result has the same bytes. The record of a
 shard (`<shard>.done`) is written right after the shard and folded into the manifest at the end.
-With a store, shard, quarantine and record are moved there as soon as they are written, in this
+With a store, quarantine, shard and record are moved there as soon as they are written, in this
 order; a kept shard stays where it is.
 """
 
