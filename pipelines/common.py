@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from unifork.cluster import load_cluster, local_ray, map_shards, run_stage
 from unifork.config import DatasetUse, Experiment, HopResources, load
@@ -70,9 +71,9 @@ def run(step: str, hops: Sequence[Hop], worker: type, *arguments: object) -> lis
     resources = cluster.hops.get(step, HopResources())
     if cluster.store:
         hops = [replace(hop, store=stored(cluster.store, hop.folder)) for hop in hops]
-    with local_ray(cluster, needed=resources.workers > 0):
-        return run_hops(
-            hops,
-            lambda tasks, on_result: map_shards(tasks, worker, arguments, resources, on_result),
-            lambda progress: print(progress, flush=True),
-        )
+
+    def map_tasks(tasks: list[dict[str, Any]], on_result: Callable[[dict[str, Any]], None]) -> None:
+        with local_ray(cluster, needed=resources.workers > 0):  # not started where nothing is left to do
+            map_shards(tasks, worker, arguments, resources, on_result)
+
+    return run_hops(hops, map_tasks, lambda progress: print(progress, flush=True))

@@ -11,12 +11,13 @@ from unifork.data.encoding import Encode, encode_hop
 
 def main(name: str) -> None:
     card = load_card(name)
-    device = "cuda" if load_cluster().hops.get("encode", HopResources()).gpus else "cpu"
+    resources = load_cluster().hops.get("encode", HopResources())
+    device, threads = "cuda" if resources.gpus else "cpu", max(1, int(resources.cpus))
     hops = [
         encode_hop(card, task, FILTERED / name, CODES / name / use.view, IMAGE_TOKENIZER)
         for task, use in card.tasks.items()
     ]
-    run("encode", hops, Encode, card.model_dump(mode="json"), str(IMAGE_TOKENIZER.absolute()), device)
+    run("encode", hops, Encode, card.model_dump(mode="json"), str(IMAGE_TOKENIZER.absolute()), device, threads)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from unifork.data.hop import run_hops
 from unifork.data.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
 from unifork.experiments import params_text, resolve
-from unifork.image_tokenizer.model import Architecture, ImageTokenizer
+from unifork.image_tokenizer.architecture import Architecture
+from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.training import save_whole
 from unifork.models.warm_start import create_model
 

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from unifork import errors, jobs
@@ -111,7 +112,8 @@ def map_shards(
 
     Tasks and results are small JSON-able dictionaries (paths, counts, hashes), never pictures. `on_result` sees
     each result as it comes, in any order. With `resources.workers == 0` the work is done in this process, otherwise
-    by as many actors of a Ray Data job (inside `local_ray`), each of which makes one worker and keeps it.
+    by as many actors of a Ray Data job (inside `local_ray`), each of which makes one worker and keeps it. A worker
+    class with `TASKS_AT_ONCE` above 1 is called by as many threads where there are tasks enough for all actors.
     The first error of a worker ends the job and is raised here: a UniForkError as itself, any other as a
     RuntimeError with the worker's traceback.
     """
@@ -145,6 +147,7 @@ def _map_on_ray(
     import ray.data
 
     workers = min(resources.workers, len(tasks))
+    at_once = min(getattr(worker_class, "TASKS_AT_ONCE", 1), len(tasks) // workers)
     _check_room(ray.cluster_resources(), workers, resources)  # type: ignore[no-untyped-call]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -156,7 +159,12 @@ def _map_on_ray(
             _Actor,
             fn_constructor_args=(worker_class, worker_args, os.getcwd()),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(
+                size=workers,
+                max_tasks_in_flight_per_actor=at_once,
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=at_once > 1,
+            ),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources.cpus)))}},
@@ -198,15 +206,17 @@ class _Actor:
     def __init__(self, worker_class: type[Any], worker_args: tuple[Any, ...], folder: str) -> None:
         self.worker_class, self.worker_args, self.folder = worker_class, worker_args, folder
         self.worker: Any = None
+        self.making = Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {"index": batch["index"], "answer": [self._answer(task) for task in batch["task"]]}
 
     def _answer(self, task: str) -> str:
         try:
-            if self.worker is None:
-                os.chdir(self.folder)
-                self.worker = self.worker_class(*self.worker_args)
+            with self.making:
+                if self.worker is None:
+                    os.chdir(self.folder)
+                    self.worker = self.worker_class(*self.worker_args)
             return json.dumps({"result": self.worker(json.loads(task))})
         except UniForkError as error:
             return json.dumps({"error": type(error).__name__, "message": str(error)})

@@ -23,7 +23,7 @@ from unifork.data.documents import CodesIdentity, Quarantine
 from unifork.data.loader import StepPlan, TrackLoader
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, unknown
-from unifork.image_tokenizer.model import Architecture, read_config
+from unifork.image_tokenizer.architecture import describe
 from unifork.manifest import MANIFEST
 from unifork.models.layer_plan import BRANCHES, KINDS, LayerPlan, RouteBy
 from unifork.models.routing import Route, batch_routes
@@ -218,9 +218,9 @@ def _route(by: RouteBy, route: Route) -> str:
 
 
 def _identity(folder: Path) -> CodesIdentity:
-    plain = read_config(folder)
-    architecture = Architecture.model_validate(plain["architecture"])
-    return CodesIdentity(architecture.grid**2, architecture.depth, plain["codebook_id"], plain["encoder_id"])
+    known = describe(folder)
+    shape = known.architecture
+    return CodesIdentity(shape.grid**2, shape.depth, known.codebook_id, known.encoder_id)
 
 
 def _there(path: Path, command: str) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,19 @@ class Doubler:
             case "sleep":
                 time.sleep(task["seconds"])
         return {"number": self.factor * task["number"], "nested": {"maybe": [None, "text", 0.5]}, "none": None}
+
+
+class Meeting:
+    """Goes on when two of its tasks have met."""
+
+    TASKS_AT_ONCE = 2
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2)
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        self.barrier.wait(30)
+        return {"process": os.getpid()}
 
 
 class Refuser:
@@ -119,6 +133,11 @@ def test_an_error_ends_the_job_at_once(ray: None) -> None:
     with pytest.raises(DataError):
         map_shards([{"number": 1, "do": "sleep", "seconds": 60}, {"number": 2, "do": "reject"}], Doubler, (2,), ACTORS)
     assert time.monotonic() - started < 30
+
+
+def test_a_worker_that_wants_two_tasks_gets_them(ray: None) -> None:
+    one = HopResources(workers=1, cpus=0.5)
+    assert len({result["process"] for result in map_shards([{}] * 4, Meeting, (), one)}) == 1
 
 
 def test_results_stream(ray: None) -> None:

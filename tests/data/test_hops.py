@@ -2,17 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import ROWS, here
 
-from unifork.config import load_card
+from unifork.cluster import map_shards
+from unifork.config import HopResources, load_card
 from unifork.data.encoding import Encode, encode_hop
 from unifork.data.hop import RECORD_SUFFIX, run_hops
+from unifork.data.schema import codes_meta
 from unifork.data.workers import QUARANTINE, Filter, Materialise, download_hop, filter_hop
-from unifork.errors import ConfigError, DataError
+from unifork.errors import ConfigError, DataError, IdentityError
 from unifork.manifest import MANIFEST, fault, read_manifest
 
 
@@ -141,10 +146,47 @@ def test_a_consumer_refuses_a_shard_that_is_not_what_the_manifest_says(card, tin
         run_hops([hop], here(Encode(card.model_dump(mode="json"), str(tokenizer), "cpu")))
 
 
+def test_the_plan_of_encoding_loads_no_network(card, tiny_root, tmp_path):
+    """Only config.json is needed; without torch the program starts in half a second."""
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(tiny_root / "tokenizers/image/config.json", tmp_path / "tokenizer")
+    hop = encode_hop(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
+    made = read_manifest(tiny_root / "data/codes/shapes/crop")
+    assert [hop.inputs(number) for number in range(3)] == [shard.inputs for shard in made.shards]
+    assert (hop.lineage, hop.columns) == (made.lineage, made.columns)
+    program = "import sys, pipelines.encode; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"False False\n"
+
+
+@pytest.mark.parametrize("fault", ["canaries", "promise"])
+def test_a_tokenizer_that_encodes_otherwise_makes_no_shard(card, tiny_root, tmp_path, fault):
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tiny_root / "tokenizers/image", tokenizer)
+    if fault == "canaries":
+        tensors = load_file(tokenizer / "canaries.safetensors")
+        tensors["codes"][0, 0, 0] ^= 1
+        save_file(tensors, tokenizer / "canaries.safetensors")
+    else:
+        config = (tokenizer / "config.json").read_text()
+        identity = read_manifest(tiny_root / "data/codes/shapes/crop").lineage["encoder_id"]
+        (tokenizer / "config.json").write_text(config.replace(identity, "0" * 16))
+    hop = encode_hop(card, "generation", tiny_root / "data/filtered/shapes", tmp_path / "codes", tokenizer)
+
+    def map_tasks(tasks, on_result):
+        map_shards(tasks, Encode, (card.model_dump(mode="json"), str(tokenizer), "cpu"), HopResources(), on_result)
+
+    with pytest.raises(IdentityError, match="canaries' codes differ" if fault == "canaries" else "promises 0000"):
+        run_hops([hop], map_tasks)
+    assert not list((tmp_path / "codes").iterdir())
+
+
 def test_codes_say_who_made_them(tiny_root):
     manifest = read_manifest(tiny_root / "data/codes/shapes/crop")
     assert manifest.rows == ROWS
     assert manifest.lineage["encoding"]["view"] == "crop"
+    shard = codes_meta(pq.read_schema(tiny_root / "data/codes/shapes/crop" / manifest.shards[0].path), "shard")
+    assert shard["encoding"].items() > manifest.lineage["encoding"].items()
+    assert shard["encoding"]["device_class"].startswith("cpu")
     other = read_manifest(tiny_root / "data/codes/shapes/pad")
     for name in ("codebook_id", "encoder_id"):
         assert manifest.lineage[name] == other.lineage[name]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, TokenizerTraining
-from unifork.image_tokenizer.model import Architecture, ImageTokenizer
+from unifork.image_tokenizer.architecture import Architecture
+from unifork.image_tokenizer.model import ImageTokenizer
 
 SIZE = 32
 

@@ -1,6 +1,8 @@
 """Pictures to codes: fixed batches, both views, unreadable pictures, and that Ray is not needed."""
 
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 
 from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer import canaries
-from unifork.image_tokenizer.code_encoder import CodeEncoder
+from unifork.image_tokenizer.code_encoder import BATCHES_AHEAD, CodeEncoder
 from unifork.image_tokenizer.model import ImageTokenizer
 
 
@@ -19,16 +21,56 @@ def pictures(count=7):
     return [Image.fromarray(rng.integers(0, 256, (40, 70, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def test_codes_do_not_depend_on_their_neighbours(directory):
-    encoder = CodeEncoder(directory, "crop", None, batch_images=4)
+ARRANGEMENTS = {
+    "alone": [[number] for number in range(7)],
+    "backwards": [[6, 5, 4, 3, 2, 1, 0]],
+    "other places": [[3, 0, 6], [5, 1, 4, 2]],
+    "other neighbours": [[0, 6], [1, 5], [2, 4], [3]],
+    "twins": [[0, 0, 1, 1, 2, 2], [3, 4, 5, 6, 3, 4, 5, 6]],
+}
+
+
+@pytest.mark.parametrize("view", ["crop", "pad"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_codes_do_not_depend_on_their_batch(directory, view, threads):
+    """On a CPU, in float32. That the shape of the batch stays the same is part of `encoding`."""
+    encoder = CodeEncoder(directory, view, None, batch_images=4, threads=threads)
     codes = encoder.encode_pictures(pictures())
     assert codes.shape == (7, 16 * 3)
     assert codes.dtype == np.dtype("<u2")
-    one_by_one = np.concatenate([encoder.encode_pictures([picture]) for picture in pictures()])
-    backwards = encoder.encode_pictures(pictures()[::-1])[::-1]
-    assert (codes == one_by_one).all()
-    assert (codes == backwards).all()
+    assert len(np.unique(codes, axis=0)) == 7
+    for name, calls in ARRANGEMENTS.items():
+        for numbers in calls:
+            again = encoder.encode_pictures([pictures()[number] for number in numbers])
+            assert (again == codes[numbers]).all(), name
     assert encoder.encode_pictures([]).shape == (0, 48)
+
+
+def test_two_shards_at_once_share_an_encoder(directory):
+    crop = CodeEncoder(directory, "crop", None, batch_images=2, threads=2)
+    pad = crop.seeing("pad")
+    alone = crop.encode_pictures(pictures(20)), pad.encode_pictures(pictures(20))
+    with ThreadPoolExecutor(2) as callers:
+        together = list(callers.map(lambda one: one.encode_pictures(pictures(20)), [crop, pad]))
+    assert all((a == b).all() for a, b in zip(alone, together, strict=True))
+    assert (alone[0] != alone[1]).any()
+
+
+def test_views_are_made_ahead_but_not_far(directory, monkeypatch):
+    encoder = CodeEncoder(directory, "crop", None, batch_images=2, threads=2)
+    made, ahead = [], []
+    look, encode = CodeEncoder._view, ImageTokenizer.encode
+
+    def slow(self, pixels):
+        time.sleep(0.05)
+        ahead.append(len(made) - 2 * len(ahead))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(CodeEncoder, "_view", lambda self, *a: (made.append(0), look(self, *a))[1])
+    monkeypatch.setattr(ImageTokenizer, "encode", slow)
+    encoder.encode_pictures(pictures(20))
+    assert len(ahead) == 10
+    assert 2 < max(ahead) <= 2 * (1 + BATCHES_AHEAD)
 
 
 def test_every_batch_has_the_same_shape(directory, monkeypatch):
@@ -55,6 +97,9 @@ def test_bytes_are_read_like_images(directory):
         encoder.encode_pictures([file.getvalue(), file.getvalue()[:300]])
     with pytest.raises(DataError, match="picture 0 cannot be read"):
         encoder.encode_pictures([b"no picture"])
+    with pytest.raises(DataError, match="picture 6 cannot be read"):
+        encoder.encode_pictures([*pictures(6), b"no picture", *pictures(), b"neither"])
+    assert (encoder.encode_pictures(pictures()[:1]) == encoder.encode_pictures([file.getvalue()])).all()
 
 
 def test_decoding(directory):

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from unifork.errors import CheckpointError, ConfigError, DataError, IdentityError
 from unifork.image_tokenizer import canaries
+from unifork.image_tokenizer.architecture import Architecture, describe
 from unifork.image_tokenizer.encoder import positions_for
-from unifork.image_tokenizer.model import Architecture, ImageTokenizer, read_config
+from unifork.image_tokenizer.model import ImageTokenizer
 
 
 def pixels(count=3, size=32):
@@ -90,7 +91,7 @@ def test_no_mode_and_no_forward_changes_the_codebook(tokenizer):
 def test_save_and_load(tokenizer, directory):
     loaded = ImageTokenizer.load(directory)
     assert (loaded.codebook_id, loaded.encoder_id) == (tokenizer.codebook_id, tokenizer.encoder_id)
-    assert read_config(directory)["codebook_id"] == tokenizer.codebook_id
+    assert describe(directory).codebook_id == tokenizer.codebook_id
     codes = tokenizer.encode(pixels())
     assert (loaded.encode(pixels()) == codes).all()
     assert (loaded.decode(codes) == tokenizer.decode(codes)).all()

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from unifork import weights
 from unifork.config import DecoderConfig, EncoderConfig
 from unifork.errors import CheckpointError
+from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.conversion import TOWER_IN_UNIFORK, read_official
-from unifork.image_tokenizer.model import Architecture, ImageTokenizer
+from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.training import save_whole
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"

@@ -11,9 +11,9 @@ from unifork.identity import codebook_identity, weights_identity
 from unifork.image_tokenizer.codebook_training import CodebookAverages, kmeans, residual_kmeans
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.image_tokenizer.pixels import to_tensor
 from unifork.image_tokenizer.quantizer import ResidualQuantizer, nearest_rows, residual_codes
 from unifork.image_tokenizer.training import Batches, measure, train_tokenizer, without_repeats
-from unifork.image_tokenizer.views import to_tensor
 
 
 def generator():

@@ -11,6 +11,7 @@ from PIL import Image
 
 from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer import views
+from unifork.image_tokenizer.pixels import to_bytes, to_tensor
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 SHA256 = json.loads((OFFICIAL / "04_preprocess.sha256.json").read_text())
@@ -30,9 +31,9 @@ def test_bytes_equal_the_official_ones(name):
 
 
 def test_values_of_bytes_equal_the_official_ones():
-    values = views.to_tensor(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1))
+    values = to_tensor(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1))
     assert digest(values.numpy().reshape(-1)) == SHA256["lut"]
-    assert (views.to_bytes(values).reshape(-1) == np.arange(256)).all()
+    assert (to_bytes(values).reshape(-1) == np.arange(256)).all()
 
 
 def wide() -> Image.Image:

@@ -11,7 +11,8 @@ from PIL import Image
 from report_samples import experiment
 
 from unifork.errors import DataError
-from unifork.image_tokenizer.model import Architecture, ImageTokenizer
+from unifork.image_tokenizer.architecture import Architecture
+from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.report.build import count, duration
 from unifork.report.codec import load_codec
 from unifork.report.gather import part_of

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unifork.errors import CheckpointError, IdentityError
-from unifork.image_tokenizer.views import to_tensor
+from unifork.image_tokenizer.pixels import to_tensor
 
 if TYPE_CHECKING:
     from unifork.image_tokenizer.model import ImageTokenizer

@@ -8,21 +8,27 @@ What else they depend on is in `encoding`, which goes into the manifest of every
 Shape suffixes: B pictures of a batch, S side in pixels, C channels (RGB), N positions, D code depth.
 """
 
+import copy
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.canaries import environment
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.views import PREPROCESSING_VERSION, RGB, VARIANTS, to_bytes, to_tensor, view_of
+from unifork.image_tokenizer.pixels import to_bytes, to_tensor
+from unifork.image_tokenizer.views import RGB, VARIANTS, declared, view_of
 from unifork.vocabulary import CODE_DTYPE
 
 UNREADABLE = (
@@ -30,6 +36,9 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 """What Pillow raises on damaged bytes, depending on the format."""
+
+BATCHES_AHEAD = 2
+"""Batches of views that are made while the network is busy; what bounds the memory of the threads."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,6 +48,8 @@ class CodeEncoder:
 
     directory: tokenizer directory; its canaries are re-encoded here. matte: colour behind transparent
     pixels, None drops the alpha channel as the official code does. batch_images: pictures per call.
+    threads: they decode pictures and make views while the network encodes earlier ones. Several threads may
+    call one encoder; its network does one batch at a time.
     """
 
     def __init__(
@@ -49,9 +60,9 @@ class CodeEncoder:
         batch_images: int,
         device: torch.device | str = "cpu",
         dtype: str = "float32",
+        threads: int = 1,
     ) -> None:
-        if view not in VARIANTS:
-            raise unknown("view", view, VARIANTS, "CodeEncoder")
+        _known_view(view)
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES, "CodeEncoder")
         if batch_images < 1:
@@ -61,31 +72,34 @@ class CodeEncoder:
         self.batch_images = batch_images
         self.tokenizer = ImageTokenizer.load(directory, device, DTYPES[dtype])
         self.device = self.tokenizer.quantizer.codebook.device
+        self._pool, self._network = ThreadPoolExecutor(threads), Lock()
+
+    def seeing(self, view: str) -> Self:
+        """The same encoder with another view; network and threads are shared."""
+        _known_view(view)
+        other = copy.copy(self)
+        other.view = view
+        return other
 
     @property
     def encoding(self) -> dict[str, Any]:
         """Plain data: everything beside the tokenizer's identities that a code depends on."""
         size = self.tokenizer.architecture.image_size
-        return {
-            "view": self.view,
-            "matte": None if self.matte is None else list(self.matte),
-            "preprocessing": PREPROCESSING_VERSION,
-            "batch_shape": [self.batch_images, 3, size, size],
-            **environment(self.device, self.tokenizer.post_quant_conv.weight.dtype),
-        }
+        here = environment(self.device, self.tokenizer.post_quant_conv.weight.dtype)
+        return {**declared(self.view, self.matte, self.batch_images, size, here["dtype"]), **here}
 
     def encode_pictures(self, pictures: Sequence[Image.Image | bytes]) -> np.ndarray:
         """Codes (n, N * D), uint16, of pictures in order. Raises DataError naming an unreadable picture."""
         architecture = self.tokenizer.architecture
         width = architecture.grid**2 * architecture.depth
         codes = np.zeros((len(pictures), width), dtype=CODE_DTYPE)
-        for start in range(0, len(pictures), self.batch_images):
-            part = pictures[start : start + self.batch_images]
-            batch_BSSC = np.zeros((self.batch_images, *[architecture.image_size] * 2, 3), dtype=np.uint8)
-            for row, picture in enumerate(part):
-                batch_BSSC[row] = self._view(picture, start + row)
-            codes_BND = self.tokenizer.encode(to_tensor(batch_BSSC)).cpu().numpy()
-            codes[start : start + len(part)] = codes_BND[: len(part)].reshape(len(part), width)
+        done = 0
+        for batch_BCSS in self._batches(pictures):
+            with self._network:
+                codes_BND = self.tokenizer.encode(batch_BCSS).cpu().numpy()
+            count = min(self.batch_images, len(pictures) - done)
+            codes[done : done + count] = codes_BND[:count].reshape(count, width)
+            done += count
         return codes
 
     def decode_codes(self, codes: np.ndarray) -> list[Image.Image]:
@@ -103,6 +117,28 @@ class CodeEncoder:
             images += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
         return images
 
+    def _batches(self, pictures: Sequence[Image.Image | bytes]) -> Iterator[Tensor]:
+        """Batches (B, C, S, S) in order, the last filled up with black; made in the threads, not far ahead."""
+        size, batch = self.tokenizer.architecture.image_size, self.batch_images
+        ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        try:
+            for start in range(0, len(pictures) + BATCHES_AHEAD * batch, batch):
+                batch_BCSS = torch.full((batch, 3, size, size), -1.0)
+                part = enumerate(pictures[start : start + batch])
+                filling = [self._pool.submit(self._fill, batch_BCSS[row], one, start + row) for row, one in part]
+                ahead.append((batch_BCSS, filling))
+                if len(ahead) > BATCHES_AHEAD:
+                    for filled in ahead[0][1]:
+                        filled.result()
+                    yield ahead.popleft()[0]
+        finally:
+            for _, filling in ahead:  # left over behind a picture that cannot be read
+                for future in filling:
+                    future.cancel()
+
+    def _fill(self, row_CSS: Tensor, picture: Image.Image | bytes, index: int) -> None:
+        row_CSS.copy_(to_tensor(self._view(picture, index)[None])[0])
+
     def _view(self, picture: Image.Image | bytes, index: int) -> np.ndarray:
         """The view of one picture, which may be encoded bytes."""
         size = self.tokenizer.architecture.image_size
@@ -113,3 +149,8 @@ class CodeEncoder:
             raise DataError(f"picture {index}: {error}") from None
         except UNREADABLE as error:
             raise DataError(f"picture {index} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _known_view(view: str) -> None:
+    if view not in VARIANTS:
+        raise unknown("view", view, VARIANTS, "CodeEncoder")

@@ -20,7 +20,8 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from unifork.config import DecoderConfig, EncoderConfig, Plain, parse
 from unifork.errors import CheckpointError, ConfigError
-from unifork.image_tokenizer.model import CONFIG_FILE, Architecture, ImageTokenizer
+from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
+from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.weights import PICKLED, StoredWeights, local_folder, read_json
 
 TOWER_IN_UNIFORK = "model.vision_tower.vision_tower."

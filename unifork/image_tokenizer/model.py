@@ -8,96 +8,29 @@ The tokenizer is always in evaluation mode and its parameters ask for no gradien
 one says so through `unifork.image_tokenizer.training`.
 
 Shape suffixes: B pictures, S side in pixels, N positions, G positions along a side, D code depth,
-K codebook rows, C channels.
+C channels.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from pydantic import PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, ImportedTokenizer, Plain, parse
-from unifork.errors import CheckpointError, ConfigError, IdentityError
+from unifork.errors import CheckpointError, IdentityError
 from unifork.identity import codebook_identity, weights_identity
 from unifork.image_tokenizer import canaries
+from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture, describe
 from unifork.image_tokenizer.decoder import Decoder
 from unifork.image_tokenizer.encoder import VisionEncoder
 from unifork.image_tokenizer.quantizer import ResidualQuantizer
-from unifork.image_tokenizer.views import SMALLEST_SIDE
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-LARGEST_CODEBOOK = 2**16
-"""Codes are stored as 16-bit integers."""
-
-
-class Architecture(Plain):
-    """What must be known to build a tokenizer, however it was made (trained here or imported)."""
-
-    image_size: PositiveInt
-    """Side of both views in pixels."""
-    patch_size: PositiveInt
-    """Side of a patch in pixels."""
-    position_grid: PositiveInt
-    """Side of the encoder's table of positions; 16 upstream, where pictures have 24 x 24 patches."""
-    encoder: EncoderConfig
-    depth: PositiveInt
-    """Codes per position, D."""
-    codebook_size: PositiveInt
-    """Rows of the codebook, K, without any padding row."""
-    decoder: DecoderConfig
-
-    @classmethod
-    def of(cls, config: ImageTokenizerConfig) -> Self:
-        """The architecture an experiment asks for."""
-        return cls(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            position_grid=config.grid,
-            encoder=config.encoder,
-            depth=config.depth,
-            codebook_size=config.codebook_size,
-            decoder=config.decoder,
-        )
-
-    @property
-    def grid(self) -> int:
-        """Positions along one side of the picture."""
-        return self.image_size // self.patch_size
-
-    def check(self, place: str) -> None:
-        """Raise ConfigError where the numbers do not fit each other."""
-        decoder = self.decoder
-        upscaling = 2 ** (len(decoder.multipliers) - 1)
-        widths = [decoder.channels * multiplier for multiplier in decoder.multipliers]
-        faults = {
-            f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}": self.image_size
-            % self.patch_size,
-            f"image_size {self.image_size} is less than {SMALLEST_SIDE}": self.image_size < SMALLEST_SIDE,
-            f"encoder.hidden_size {self.encoder.hidden_size} is no multiple of encoder.heads {self.encoder.heads}": (
-                self.encoder.hidden_size % self.encoder.heads
-            ),
-            f"codebook_size {self.codebook_size} is more than {LARGEST_CODEBOOK}": self.codebook_size
-            > LARGEST_CODEBOOK,
-            f"decoder.multipliers has {len(widths)} levels, which upscale by {upscaling}; allowed is patch_size "
-            f"{self.patch_size}": upscaling != self.patch_size,
-            f"decoder channels {widths} must all be multiples of decoder.norm_groups {decoder.norm_groups}": any(
-                width % decoder.norm_groups for width in widths
-            ),
-            f"decoder.attention_levels {decoder.attention_levels} must be below {len(widths)}": any(
-                level >= len(widths) for level in decoder.attention_levels
-            ),
-        }
-        for fault, found in faults.items():
-            if found:
-                raise ConfigError(f"{place}: {fault}")
 
 
 class ImageTokenizer(nn.Module):
@@ -179,9 +112,8 @@ class ImageTokenizer(nn.Module):
         are not those named in config.json or encode the canaries to other codes.
         """
         directory = Path(directory)
-        plain = read_config(directory)
-        place = str(directory / CONFIG_FILE)
-        tokenizer = cls(parse(Architecture, plain.get("architecture"), place), place)
+        promises = describe(directory)
+        tokenizer = cls(promises.architecture, str(directory / CONFIG_FILE))
         path = directory / WEIGHTS_FILE
         try:
             state = load_file(path)
@@ -191,7 +123,7 @@ class ImageTokenizer(nn.Module):
             raise CheckpointError(f"{path}: damaged: {error}") from None
         tokenizer.load_weights(state, str(path))
         for name in ("codebook_id", "encoder_id"):
-            found, promised = getattr(tokenizer, name), plain.get(name)
+            found, promised = getattr(tokenizer, name), getattr(promises, name)
             if found != promised:
                 raise IdentityError(f"{directory}: {name} of the weights is {found}, {CONFIG_FILE} promises {promised}")
         codebook_KC = tokenizer.quantizer.codebook
@@ -214,30 +146,6 @@ class ImageTokenizer(nn.Module):
             more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
             raise CheckpointError(f"{place}: does not fit its configuration: {'; '.join(faults[:5])}{more}")
         self.load_state_dict(dict(state))
-
-
-def architecture_of(config: ImageTokenizerConfig | ImportedTokenizer, directory: Path | str) -> Architecture | None:
-    """What an experiment's tokenizer looks like; an imported one, once it lies in its directory."""
-    if isinstance(config, ImageTokenizerConfig):
-        return Architecture.of(config)
-    place = Path(directory) / CONFIG_FILE
-    return parse(Architecture, read_config(directory).get("architecture"), str(place)) if place.exists() else None
-
-
-def read_config(directory: Path | str) -> dict[str, Any]:
-    """`config.json` of a tokenizer directory: architecture, codebook_id, encoder_id; loads no weights."""
-    path = Path(directory) / CONFIG_FILE
-    try:
-        plain = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; a tokenizer directory is written by the tokenizer stage"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(plain, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(plain).__name__}")
-    return plain
 
 
 def _publish(temporary: Path, path: Path) -> None:

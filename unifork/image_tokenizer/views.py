@@ -8,15 +8,14 @@ after the same order of float operations), because codes of any other bytes are 
 the same reason an EXIF rotation is not applied: the official code converts to RGB and no more.
 Change PREPROCESSING_VERSION with any change of bytes; it is recorded with every shard of codes.
 
-Shape suffixes: B pictures, H height, W width, S side of the view, C channels (RGB).
+Shape suffixes: H height, W width, S side of the view, C channels (RGB).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from unifork.errors import DataError, unknown
 from unifork.vocabulary import View
@@ -96,23 +95,15 @@ def view_of(image: Image.Image, view: str, size: int, matte: RGB | None) -> np.n
     return VARIANTS[view](image, size, matte)
 
 
-def to_tensor(pixels_BSSC: np.ndarray) -> Tensor:
-    """Bytes as the encoder reads them: float32 (B, C, S, S), from -1 to 1.
-
-    A table of 256 values, made in the official order: times 1/255 in float64, rounded to float32,
-    minus 0.5, over 0.5. (Times a float32 1/255 gives other last bits.)
-    """
-    values_BSSC = _VALUE_OF_BYTE[pixels_BSSC]
-    return torch.from_numpy(np.ascontiguousarray(values_BSSC.transpose(0, 3, 1, 2)))
-
-
-def to_bytes(pixels_BCSS: Tensor) -> np.ndarray:
-    """What the decoder drew, about -1 to 1, as bytes (B, S, S, C)."""
-    bytes_BCSS = ((pixels_BCSS.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return np.ascontiguousarray(bytes_BCSS.permute(0, 2, 3, 1).cpu().numpy())
-
-
-_VALUE_OF_BYTE = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+def declared(view: str, matte: RGB | None, batch_images: int, size: int, dtype: str) -> dict[str, Any]:
+    """Plain data: all that decides the codes of a picture beside the tokenizer and the machine."""
+    return {
+        "view": view,
+        "matte": None if matte is None else list(matte),
+        "preprocessing": PREPROCESSING_VERSION,
+        "batch_shape": [batch_images, 3, size, size],
+        "dtype": dtype,
+    }
 
 
 def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:

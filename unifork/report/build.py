@@ -16,7 +16,7 @@ import yaml
 
 from unifork.config import Experiment
 from unifork.evaluation.statistics import Score
-from unifork.image_tokenizer.model import architecture_of
+from unifork.image_tokenizer.architecture import architecture_of
 from unifork.report import pictures
 from unifork.report.codec import LoadCodec
 from unifork.report.gather import SPLITS, Evaluation, Facts, Layout, StageRun, VariantRun, gather

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from unifork.errors import DataError
-from unifork.image_tokenizer.model import CONFIG_FILE, ImageTokenizer
+from unifork.image_tokenizer.architecture import CONFIG_FILE
+from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.training import decode_all, encode_all
 from unifork.manifest import file_sha256
 

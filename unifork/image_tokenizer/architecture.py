@@ -1,0 +1,116 @@
+"""What a tokenizer directory says of itself without its network being loaded: architecture and identities.
+
+In: `config.json` of the directory, or the configuration of an experiment. Nothing here needs torch, so that
+drivers and pages know what codes will look like at no cost. Whoever makes codes loads the weights
+(`unifork.image_tokenizer.model`), which are checked against what stands here.
+"""
+
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import PositiveInt
+
+from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, ImportedTokenizer, Plain, parse
+from unifork.errors import CheckpointError, ConfigError
+from unifork.image_tokenizer.views import SMALLEST_SIDE
+
+CONFIG_FILE = "config.json"
+LARGEST_CODEBOOK = 2**16
+"""Codes are stored as 16-bit integers."""
+
+
+class Architecture(Plain):
+    """What must be known to build a tokenizer, however it was made (trained here or imported)."""
+
+    image_size: PositiveInt
+    """Side of both views in pixels."""
+    patch_size: PositiveInt
+    """Side of a patch in pixels."""
+    position_grid: PositiveInt
+    """Side of the encoder's table of positions; 16 upstream, where pictures have 24 x 24 patches."""
+    encoder: EncoderConfig
+    depth: PositiveInt
+    """Codes per position, D."""
+    codebook_size: PositiveInt
+    """Rows of the codebook, K, without any padding row."""
+    decoder: DecoderConfig
+
+    @classmethod
+    def of(cls, config: ImageTokenizerConfig) -> Self:
+        """The architecture an experiment asks for."""
+        return cls(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            position_grid=config.grid,
+            encoder=config.encoder,
+            depth=config.depth,
+            codebook_size=config.codebook_size,
+            decoder=config.decoder,
+        )
+
+    @property
+    def grid(self) -> int:
+        """Positions along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    def check(self, place: str) -> None:
+        """Raise ConfigError where the numbers do not fit each other."""
+        decoder = self.decoder
+        upscaling = 2 ** (len(decoder.multipliers) - 1)
+        widths = [decoder.channels * multiplier for multiplier in decoder.multipliers]
+        faults = {
+            f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}": self.image_size
+            % self.patch_size,
+            f"image_size {self.image_size} is less than {SMALLEST_SIDE}": self.image_size < SMALLEST_SIDE,
+            f"encoder.hidden_size {self.encoder.hidden_size} is no multiple of encoder.heads {self.encoder.heads}": (
+                self.encoder.hidden_size % self.encoder.heads
+            ),
+            f"codebook_size {self.codebook_size} is more than {LARGEST_CODEBOOK}": self.codebook_size
+            > LARGEST_CODEBOOK,
+            f"decoder.multipliers has {len(widths)} levels, which upscale by {upscaling}; allowed is patch_size "
+            f"{self.patch_size}": upscaling != self.patch_size,
+            f"decoder channels {widths} must all be multiples of decoder.norm_groups {decoder.norm_groups}": any(
+                width % decoder.norm_groups for width in widths
+            ),
+            f"decoder.attention_levels {decoder.attention_levels} must be below {len(widths)}": any(
+                level >= len(widths) for level in decoder.attention_levels
+            ),
+        }
+        for fault, found in faults.items():
+            if found:
+                raise ConfigError(f"{place}: {fault}")
+
+
+class Description(Plain):
+    """`config.json` of a tokenizer directory."""
+
+    architecture: Architecture
+    codebook_id: str
+    """Identity of the codebook; see `unifork.identity`."""
+    encoder_id: str
+    """Identity of everything that decides a code."""
+
+
+def describe(directory: Path | str) -> Description:
+    """What a tokenizer directory says of itself.
+
+    Raises CheckpointError where `config.json` is missing or damaged, ConfigError where a value is not allowed.
+    """
+    path = Path(directory) / CONFIG_FILE
+    try:
+        plain = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file; a tokenizer directory is written by the tokenizer stage"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    return parse(Description, plain, str(path))
+
+
+def architecture_of(config: ImageTokenizerConfig | ImportedTokenizer, directory: Path | str) -> Architecture | None:
+    """What an experiment's tokenizer looks like; an imported one, once it lies in its directory."""
+    if isinstance(config, ImageTokenizerConfig):
+        return Architecture.of(config)
+    return describe(directory).architecture if (Path(directory) / CONFIG_FILE).exists() else None
