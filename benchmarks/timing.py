@@ -8,11 +8,13 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -68,6 +70,67 @@ def alternate(ways: Mapping[str, Callable[[], object]], pairs: int, device: str)
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     """How many times faster the second is, pair by pair."""
     return interval([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+class Meter:
+    """Seconds of wall and processor time of a block, with those of all processes below this one.
+
+    What processes used is read from /proc four times a second, so what one does in its last quarter of a second
+    is not counted. Of a Ray of this process that includes its daemons (GCS, raylet, agents), idle or not.
+    `peaks` is the most MiB that each process held, by its number.
+    """
+
+    def __enter__(self) -> Self:
+        self.wall, self._stopped = time.perf_counter(), threading.Event()
+        self._before, self._seen, self.peaks = _processor_seconds(), {}, {}
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall = time.perf_counter() - self.wall
+        self._stopped.set()
+        self._thread.join()
+        self.cpu = sum(used - self._before.get(process, 0.0) for process, used in self._seen.items())
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.25):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        self._seen |= _processor_seconds()
+        self.peaks |= _peaks(number for number, _ in self._seen)
+
+
+def _peaks(processes: Iterable[int]) -> dict[int, float]:
+    """MiB that processes which still run held at most."""
+    found = {}
+    for number in processes:
+        try:
+            text = Path(f"/proc/{number}/status").read_text()
+        except OSError:  # it has ended
+            continue
+        lines = dict(line.split(":", 1) for line in text.splitlines())
+        found[number] = int(lines.get("VmHWM", "0").split()[0]) / 1024
+    return found
+
+
+def _processor_seconds() -> dict[tuple[int, str], float]:
+    """Processor seconds of this process and of those below it, by number and start."""
+    parents, used = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        number = int(file.parent.name)
+        parents[number] = int(fields[1])
+        used[number, fields[19]] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    below = {os.getpid()}
+    while more := {number for number, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {process: seconds for process, seconds in used.items() if process[0] in below}
 
 
 def machine(device: str) -> str:

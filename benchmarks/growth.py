@@ -1,0 +1,136 @@
+"""How time, memory and bytes of the data's hops grow with the number of rows.
+
+    python benchmarks/growth.py [--rows 1000 10000 100000] [--folder /tmp]
+
+The real hops, one after the other and each in a process of its own, on the world `shapes` (pictures of 48x48 and
+96x48, both views) with a small tokenizer of random weights: download (which draws the pictures), filter and publish
+in the process itself, encode on two actors of a Ray Data job. CPU seconds and peak memory are those of all processes
+(Ray's daemons too); memory is given for the driver and for the largest of all others, each with torch, which the
+benchmark imports. What one more picture costs is
+taken between the two largest numbers of rows, so that starting does not count.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from samples import shapes_card, untrained
+from timing import Meter, in_a_new_process, machine, table
+
+from unifork.cluster import local_ray, map_shards
+from unifork.config import Cluster, HopResources
+from unifork.data.encoding import Encode, encode_hop
+from unifork.data.hop import Hop, run_hops
+from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
+from unifork.publish.publication import Layout, build
+
+SHARD_ROWS = 1000
+PAPER_IMAGES = 90_000_000
+PAPER_CODES = 576 * 4
+"""Codes of a picture of the paper's tokenizer, two bytes each."""
+
+
+def in_hops(hops: list[Hop], worker: type, *arguments: object, workers: int = 0) -> None:
+    """As the stages run them."""
+    resources = HopResources(workers=workers, cpus=1)
+    with local_ray(Cluster(name="growth", cpus=max(1, workers)), needed=workers > 0):
+        run_hops(hops, lambda tasks, on_result: map_shards(tasks, worker, arguments, resources, on_result))
+
+
+def download(layout: Layout, rows: int) -> None:
+    """Draw the pictures."""
+    card = shapes_card()
+    hop = download_hop(card, rows, SHARD_ROWS, 0, layout.folder("raw", card.name))
+    in_hops([hop], Materialise, card.model_dump(mode="json"))
+
+
+def sift(layout: Layout, _: int) -> None:
+    """Keep what the card keeps."""
+    card = shapes_card()
+    hop = filter_hop(card, layout.folder("raw", card.name), layout.folder("filtered", card.name))
+    in_hops([hop], Filter, card.model_dump(mode="json"))
+
+
+def encode(layout: Layout, _: int) -> None:
+    """Both views on two actors."""
+    card, tokenizer = shapes_card(), layout.root / "tokenizer"
+    source, codes = layout.folder("filtered", card.name), layout.folder("codes", card.name)
+    hops = [encode_hop(card, task, source, codes / use.view, tokenizer) for task, use in card.tasks.items()]
+    in_hops(hops, Encode, card.model_dump(mode="json"), str(tokenizer), "cpu", workers=2)
+
+
+def publish(layout: Layout, _: int) -> None:
+    """Into a folder."""
+    build("shapes", layout, layout.folder("published", "shapes"), None, lambda _: None)
+
+
+HOPS: dict[str, tuple[str, Callable[[Layout, int], None]]] = {
+    "download": ("raw", download),
+    "filter": ("filtered", sift),
+    "encode, both views": ("codes", encode),
+    "publish, both views": ("published", publish),
+}
+"""Folder and work of each hop."""
+
+
+def measured(hop: str, root: Path, rows: int) -> dict[str, Any]:
+    """Run one hop in this process."""
+    folder, work = HOPS[hop]
+    layout = Layout(root)
+    with Meter() as used:
+        work(layout, rows)
+    others = [peak for number, peak in used.peaks.items() if number != os.getpid()]
+    size = sum(file.stat().st_size for file in layout.folder(folder, "shapes").rglob("*.parquet"))
+    return {"rows": rows, "hop": hop, "wall": used.wall, "cpu": used.cpu, "bytes": size,
+            "driver": used.peaks[os.getpid()], "others": max(others, default=0.0)}  # fmt: skip
+
+
+def line(one: dict[str, Any]) -> list[str]:
+    """A hop in the first table."""
+    rates = [f"{one['rows']:,}", f"{one['rows'] / one['wall']:,.0f}", f"{one['wall']:.1f}", f"{one['cpu']:.1f}"]
+    return [one["hop"], *rates, f"{one['driver']:.0f}", f"{one['others']:.0f}", f"{one['bytes'] / one['rows']:,.0f}"]
+
+
+def more(hop: str, small: dict[str, Any], large: dict[str, Any]) -> list[str]:
+    """A hop in the second table."""
+    each = {key: (large[key] - small[key]) / (large["rows"] - small["rows"]) for key in ("wall", "cpu", "bytes")}
+    hours = [f"{PAPER_IMAGES * each[key] / 3600:,.0f}" for key in ("wall", "cpu")]
+    return [hop, f"{1000 * each['cpu']:.2f}", *hours, f"{PAPER_IMAGES * each['bytes'] / 1e9:,.0f}"]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10**3, 10**4, 10**5])
+    parser.add_argument("--folder", help="where the data goes; removed afterwards")
+    parser.add_argument("--hop", choices=HOPS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.hop:
+        print(json.dumps(measured(given.hop, Path(given.folder), given.rows[0])))
+        return
+    found = []
+    for rows in given.rows:
+        with tempfile.TemporaryDirectory(dir=given.folder) as name:
+            root = Path(name)
+            untrained(root / "tokenizer", 48)
+            shutil.copytree(Path(__file__).parent.parent / "datasets", root / "datasets")
+            for hop in HOPS:
+                said = in_a_new_process(__file__, "--hop", hop, "--folder", name, "--rows", str(rows))
+                found.append(json.loads(said.splitlines()[-1]))
+    print(f"{machine('cpu')}; shards of {SHARD_ROWS} rows\n")
+    head = ["hop", "rows", "rows/s", "wall s", "CPU s", "MiB of driver", "MiB of largest other", "bytes per row"]
+    print(table(head, [line(one) for hop in HOPS for one in found if one["hop"] == hop]))
+    if len(given.rows) > 1:
+        head = ["hop", "CPU ms per row more", f"hours for {PAPER_IMAGES / 1e6:.0f} M rows here", "CPU hours", "GB"]
+        print("\n" + table(head, [more(hop, *[one for one in found if one["hop"] == hop][-2:]) for hop in HOPS]))
+    print(f"\nCodes of the paper's tokenizer: {2 * PAPER_CODES:,} bytes per picture and view, "
+          f"{2 * PAPER_CODES * PAPER_IMAGES / 1e9:,.0f} GB per view before compression")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What the benchmarks of the data encode: pictures of the world `shapes`, and a tokenizer of random weights."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unifork.config import Card, DecoderConfig, EncoderConfig, load_card
+from unifork.data.hop import write_shard
+from unifork.data.schema import columns_of, image_text_schema
+from unifork.data.shapes.source import rows
+from unifork.data.workers import table_of
+from unifork.image_tokenizer.architecture import Architecture
+from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.manifest import Manifest, Shard, write_manifest
+
+DIFFERENT = 64
+"""Pictures that are made; longer lists repeat them."""
+
+
+def shapes_card() -> Card:
+    """The card of the world."""
+    return load_card("shapes", Path(__file__).parent.parent / "datasets")
+
+
+def untrained(directory: Path, size: int, patch: int = 8, width: int = 64, layers: int = 3) -> Path:
+    """A tokenizer directory: random weights, a codebook of 256 of its own features, 4 codes per position."""
+    torch.manual_seed(0)
+    levels = patch.bit_length()
+    decoder = DecoderConfig(
+        z_channels=16, channels=8, multipliers=(1,) * levels, blocks=0, attention_levels=(), norm_groups=4
+    )
+    tokenizer = ImageTokenizer(
+        Architecture(
+            image_size=size,
+            patch_size=patch,
+            position_grid=size // patch,
+            encoder=EncoderConfig(hidden_size=width, layers=layers, heads=width // 32, intermediate_size=4 * width),
+            depth=4,
+            codebook_size=256,
+            decoder=decoder,
+        )
+    )
+    features = tokenizer.encoder(torch.rand(16, 3, size, size) * 2 - 1).flatten(0, 1)
+    chosen = torch.randint(len(features), (256,))
+    tokenizer.quantizer.codebook.copy_(features[chosen] * torch.rand(256, 1))
+    tokenizer.save(directory)
+    return directory
+
+
+def jpegs(side: int) -> list[bytes]:
+    """Scenes enlarged to a shorter side of `side` pixels under a grain, as JPEG of quality 90."""
+    rng, out = np.random.default_rng(0), []
+    for row in rows(0, 0, DIFFERENT):
+        picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
+        scale = side / min(picture.size)
+        large = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+        grain = rng.normal(0, 8, (large.height, large.width, 3))
+        file = io.BytesIO()
+        Image.fromarray(np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        out.append(file.getvalue())
+    return out
+
+
+def filtered_shards(folder: Path, count: int, shard_rows: int, side: int) -> None:
+    """Image-text shards with a manifest, as the filter leaves them."""
+    card = shapes_card()
+    schema, pictures, shards = image_text_schema(card), jpegs(side), []
+    hashes = [hashlib.sha256(picture).hexdigest() for picture in pictures]
+    for number, first in enumerate(range(0, count, shard_rows)):
+        plain = [
+            {"key": f"{n:08d}", "image": pictures[n % DIFFERENT], "width": side, "height": side, "url": ""}
+            | {"sha256": hashes[n % DIFFERENT], "license": card.licence, "caption": "a picture", "description": "one"}
+            for n in range(first, min(first + shard_rows, count))
+        ]
+        task = {"output": str(folder / f"part-{number:05d}.parquet"), "inputs": "benchmark"}
+        shards.append(Shard(**write_shard(task, table_of(plain, schema), {})["shard"]))
+    columns = columns_of(schema)
+    write_manifest(folder, Manifest(kind="image-text", dataset=card.name, columns=columns, shards=tuple(shards)))
