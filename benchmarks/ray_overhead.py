@@ -1,6 +1,6 @@
 """Does the device wait? The encode job with a stand-in for the network that takes a known time per batch.
 
-    python benchmarks/ray_overhead.py [--milliseconds 100 200 400] [--sides 128 512] [--threads 2]
+    python benchmarks/ray_overhead.py [--milliseconds 100 200 400] [--sides 128 512] [--size 256] [--threads 2]
 
 Everything is real, shards, hashes, decoding, views, Parquet and Ray, but for the network, which sleeps, as a
 processor does that waits for a device. One actor with `threads` decoding threads. Busy is the time in the network
@@ -29,8 +29,6 @@ from unifork.data.encoding import BATCH_IMAGES, Encode, encode_hop
 from unifork.data.hop import run_hops
 from unifork.image_tokenizer.code_encoder import CodeEncoder
 
-SIZE = 256
-
 
 class StandIn(Encode):
     """`Encode` with a network that sleeps and writes down when."""
@@ -55,10 +53,9 @@ class StandIn(Encode):
 def decode_seconds(tokenizer: Path, side: int) -> float:
     """Processor time of a batch of views, in one thread of this process."""
     encoder, pictures = CodeEncoder(tokenizer, "crop", None, BATCH_IMAGES), jpegs(side)
-    encoder.tokenizer = SimpleNamespace(  # type: ignore[assignment]
-        architecture=encoder.tokenizer.architecture,
-        encode=lambda _: torch.zeros(BATCH_IMAGES, (SIZE // 16) ** 2, 4, dtype=torch.int64),
-    )
+    architecture = encoder.tokenizer.architecture
+    nothing_BND = torch.zeros(BATCH_IMAGES, architecture.grid**2, architecture.depth, dtype=torch.int64)
+    encoder.tokenizer = SimpleNamespace(architecture=architecture, encode=lambda _: nothing_BND)  # type: ignore[assignment]
     encoder.encode_pictures(pictures)
     started = time.process_time()
     for _ in range(4):
@@ -71,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--milliseconds", type=float, nargs="+", default=[100, 200, 400])
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--size", type=int, default=256, help="side of the views in pixels")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batches", type=int, default=48)
     given = parser.parse_args()
@@ -78,7 +76,7 @@ def main() -> None:
     lines = []
     with tempfile.TemporaryDirectory() as name, local_ray(Cluster(name="benchmark", cpus=1)):
         root = Path(name)
-        tokenizer = untrained(root / "tokenizer", SIZE, patch=16)
+        tokenizer = untrained(root / "tokenizer", given.size, patch=16)
         for side in given.sides:
             filtered_shards(root / f"filtered-{side}", given.batches * BATCH_IMAGES, rows, side)
             decoding = decode_seconds(tokenizer, side)
@@ -98,8 +96,8 @@ def main() -> None:
                 reachable = min(1.0, seconds * given.threads / decoding)
                 lines.append([side, f"{milliseconds:g}", f"{1000 * decoding:.0f}", f"{reachable:.0%}", f"{busy:.1%}",
                               f"{calls_B2[0, 0] - began:.1f}"])  # fmt: skip
-    print(f"{machine('cpu')}; views of {SIZE} px, batches of {BATCH_IMAGES}, {given.batches} of them in shards of "
-          f"{rows} rows, {given.threads} threads\n")  # fmt: skip
+    print(f"{machine('cpu')}; views of {given.size} px, {given.batches} batches of {BATCH_IMAGES} in shards of {rows} "
+          f"rows, {given.threads} threads\n")  # fmt: skip
     print(table(["JPEG px", "device ms per batch", "CPU ms to decode it", "reachable", "device busy",
                  "s to the first batch"], lines))  # fmt: skip
 
