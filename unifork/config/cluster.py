@@ -13,7 +13,7 @@ class HopResources(Plain):
     workers: NonNegativeInt = 0
     """Actors of the Ray Data job; 0 works in the stage's own process, for small data."""
     cpus: PositiveFloat = 1.0
-    """CPUs each actor asks for."""
+    """CPUs each actor asks for; in `encode` as many threads, at least one, decode pictures."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs each actor asks for."""
 
