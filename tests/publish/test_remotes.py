@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -133,20 +134,38 @@ def test_another_clone_evaluates_the_model_it_pulled(origin, dvc, tmp_path, capf
     assert subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, check=True).stdout == b""
 
 
-def test_one_more_input_shard_costs_one_shard(origin, dvc, tmp_path, capfd):
+def test_one_more_archive_costs_one_shard(origin, dvc, tmp_path, capfd):
+    """Of a set of archives: `dvc repro` sees the new one, and only its shards are made."""
     root = tmp_path / "grown"
     shutil.copytree(origin, root, symlinks=True)
-    kept = {name: data for name, data in bytes_of(root / "data").items() if name.endswith(".parquet")}
-    assert len(kept) == 2 * ROWS // SHARD_ROWS
-    params = yaml.safe_load((root / "params.yaml").read_text())
-    params["datasets"]["shapes"]["rows"] += SHARD_ROWS
-    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    dvc(root, "repro", "filter@shapes")
+    card = yaml.safe_load((root / "datasets/blip3o_60k.yaml").read_text())
+    card |= {"name": "archived", "source": {"kind": "pairs", "options": {"files": "archives/archived/*.tar"}}}
+    (root / "datasets/archived.yaml").write_text(yaml.safe_dump(card))
+    pictures = sorted((REPOSITORY / "tests/fixtures/official_tiny/images").glob("img*.png"))
+
+    def archive(number: int) -> None:
+        place = root / "archives/archived"
+        place.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(place / f"{number:03d}.tar", "w") as tar:
+            for picture in pictures[2 * number : 2 * number + 2]:
+                tar.add(picture, picture.name)
+                tar.addfile(tarfile.TarInfo(picture.with_suffix(".txt").name))
+
+    archive(0)
+    archive(1)
+    write_experiment(root, {"datasets": {"archived": {"rows": None, "shard_rows": SHARD_ROWS}}})
+    dvc(root, "repro", "filter@archived")
+    kept = {name: data for name, data in bytes_of(root / "data").items() if re.search(r"archived/part-.*et$", name)}
+    assert len(kept) == 4
+    capfd.readouterr()
+    dvc(root, "repro", "filter@archived")
+    assert "shards" not in capfd.readouterr().out  # no program ran
+    archive(2)
+    dvc(root, "repro", "filter@archived")
     said = capfd.readouterr().out
-    assert re.findall(r"(\S+): 4/4 shards \((\d) kept from before\), (\d+)/\d+ rows", said) == [
-        ("data/raw/shapes", "3", str(SHARD_ROWS)),
-        ("data/filtered/shapes", "3", str(SHARD_ROWS)),
+    assert re.findall(r"(\S+): 3/3 shards \((\d) kept from before\), (\d+)/\d+ rows", said) == [
+        ("data/raw/archived", "2", "2"),
+        ("data/filtered/archived", "2", "2"),
     ]
     after = bytes_of(root / "data")
     assert {name: after[name] for name in kept} == kept
-    assert len(read_manifest(root / "data/filtered/shapes").shards) == 4
