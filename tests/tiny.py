@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -28,6 +30,18 @@ CHANGES = {
 def here(worker):
     """A `map_tasks` that works in this process."""
     return lambda tasks, on_result: [on_result(worker(task)) for task in tasks]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path inside."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def start(root: Path, *words: str, cluster: str = "clusters/local.yaml", path="", **options) -> "subprocess.Popen[str]":
+    """Start `python -m words` in a root; what it prints is captured. path: a folder of modules beside the project's."""
+    environment = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{REPOSITORY}", "UNIFORK_CLUSTER": cluster}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, **options}
+    return subprocess.Popen([sys.executable, "-m", *words], cwd=root, text=True, **options)
 
 
 def write_experiment(root: Path, changes: dict | None = None) -> Experiment:

@@ -23,6 +23,8 @@ from unifork.errors import DataError, writing
 from unifork.stores import Store, open_store
 
 MANIFEST = "manifest.json"
+RECORD_SUFFIX = ".done"
+"""After the name of a shard: its entry of the manifest, for as long as there is no manifest."""
 TEMPORARY = ".tmp-"
 """In the name of a file that is being written."""
 FETCHED = "fetched"
@@ -138,9 +140,11 @@ def file_sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Remove every file the manifest does not name, then write it."""
-    keep_only(folder, [shard.path for shard in manifest.shards if shard.uri is None] + [MANIFEST])
+    """Remove every file the manifest does not name, then write it; the shards' records stay until it is there."""
+    here = [shard.path for shard in manifest.shards if shard.uri is None]
+    keep_only(folder, [*here, *(shard.path + RECORD_SUFFIX for shard in manifest.shards), MANIFEST])
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    keep_only(folder, [*here, MANIFEST])
 
 
 def keep_only(folder: Path, names: Iterable[str]) -> None:

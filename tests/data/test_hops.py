@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import ROWS, here
+from tiny import ROWS, bytes_of, here
 
 from unifork.cluster import map_shards
 from unifork.config import HopResources, load_card
 from unifork.data.encoding import Encode, encode_hop
-from unifork.data.hop import RECORD_SUFFIX, run_hops
+from unifork.data.hop import run_hops
 from unifork.data.schema import codes_meta
 from unifork.data.workers import QUARANTINE, Filter, Materialise, download_hop, filter_hop
 from unifork.errors import ConfigError, DataError, IdentityError
-from unifork.manifest import MANIFEST, fault, read_manifest
+from unifork.manifest import MANIFEST, RECORD_SUFFIX, fault, read_manifest
 
 
 @pytest.fixture
@@ -37,10 +37,6 @@ def download(card, folder, rows=40, shard_rows=16):
     hop = download_hop(card, rows, shard_rows, 0, folder)
     (manifest,) = run_hops([hop], here(counting))
     return manifest, made
-
-
-def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def test_a_hop_lists_its_shards_and_its_rows_are_sorted_by_key(card, tmp_path):

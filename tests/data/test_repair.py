@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import here, write_experiment
+from tiny import bytes_of, here, start, write_experiment
 from typer.testing import CliRunner
 
 from unifork import manifest as manifests
 from unifork.cli import app
 from unifork.config import load_card
-from unifork.data.hop import RECORD_SUFFIX, run_hops
+from unifork.data.hop import run_hops
 from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
 from unifork.errors import DataError
-from unifork.manifest import MANIFEST
+from unifork.manifest import MANIFEST, RECORD_SUFFIX
 from unifork.processes import exclusive
 
 CARD = load_card("shapes")
@@ -36,10 +36,6 @@ def hops(root: Path) -> list[str]:
     run_hops([download_hop(CARD, 12, 4, 0, raw)], noted(Materialise(PLAIN)))
     run_hops([filter_hop(CARD, raw, filtered)], noted(Filter(PLAIN)))
     return made
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny import copy_of
+from tiny import bytes_of, copy_of
 from typer.testing import CliRunner
 
 import datasets
@@ -40,10 +40,6 @@ def command(*words: str) -> str:
         raise done.exception
     assert done.exit_code == 0, done.output
     return done.output
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

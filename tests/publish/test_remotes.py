@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import REPOSITORY, fresh_tokenizer, write_experiment, write_model
+from tiny import REPOSITORY, bytes_of, fresh_tokenizer, write_experiment, write_model
 
 from unifork.data.text_tokenizer import TextTokenizer
 from unifork.manifest import read_manifest
@@ -91,10 +91,6 @@ def origin(tmp_path_factory, dvc, s3_server) -> Path:
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "all")
     return root
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("remote", ["disk", "s3"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from tiny import bytes_of
 
 from unifork.errors import DataError
 from unifork.publish.publication import Layout, build, fetch
@@ -58,10 +59,6 @@ def contents(address: str) -> dict[str, bytes]:
         entry["Key"].removeprefix(prefix + "/"): client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
         for entry in found
     }
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):

@@ -23,6 +23,7 @@ from unifork.config import fingerprint, parse
 from unifork.errors import ConfigError, DataError, writing
 from unifork.manifest import (
     MANIFEST,
+    RECORD_SUFFIX,
     Manifest,
     Shard,
     checked,
@@ -36,7 +37,6 @@ from unifork.manifest import (
 )
 from unifork.stores import Store, deliver, open_store
 
-RECORD_SUFFIX = ".done"
 QUARANTINE = "quarantine"
 """Folder beside the shards, wherever they lie: what was left out, by shard."""
 ROW_GROUP = 256

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unifork.config import parse
-from unifork.data.hop import RECORD_SUFFIX, reopen
+from unifork.data.hop import reopen
 from unifork.errors import UniForkError, writing
-from unifork.manifest import MANIFEST, TEMPORARY, Shard, fault, read_manifest
+from unifork.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, fault, read_manifest
 
 STAGES = {"raw": "download", "filtered": "filter", "codes": "encode"}
 """The stage that writes `data/<folder>/<dataset>`."""

@@ -18,7 +18,7 @@ from unifork.config import Card, load_card, parse
 from unifork.data.hop import Progress, run_hops
 from unifork.data.takedown import Listing
 from unifork.errors import ConfigError, DataError, writing
-from unifork.manifest import MANIFEST, Manifest, file_sha256, read_manifest, write_atomically
+from unifork.manifest import MANIFEST, TEMPORARY, Manifest, file_sha256, read_manifest, write_atomically
 from unifork.publish.card import CROISSANT, README, ViewFacts, croissant, readme
 from unifork.publish.shards import Fetch, Publish, fetch_hop, publish_hop
 from unifork.publish.stores import CHECKSUMS, checksums, checksums_text, read
@@ -69,6 +69,8 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None, 
     permitted(card)
     with writing(folder):
         (folder / CHECKSUMS).unlink(missing_ok=True)
+        for half_written in folder.glob(f".*{TEMPORARY}*"):
+            half_written.unlink()
     views = []
     for task, use in card.tasks.items():
         codes = layout.folder("codes", dataset) / use.view

@@ -1,0 +1,131 @@
+"""Programs that kill themselves with SIGKILL at a named point or at a random moment.
+
+They are forked from a process that has imported what they need, so that a program costs no start. The product knows
+nothing of it: what is called at the point is replaced in the process that dies there. As `sitecustomize` of a
+program (see `armed`) it is replaced in each of the program's processes, Ray's workers included.
+"""
+
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import sys
+import threading
+from functools import wraps
+from pathlib import Path
+
+NEEDED = [
+    "pytest",
+    "pandas",
+    "unifork.data.web.download",
+    "unifork.data.encoding",
+    "unifork.cli",
+    "unifork.commands.publish",
+]
+"""What the programs import, besides themselves."""
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([*NEEDED, "pipelines.common", "unifork.publish.publication"])
+
+SHARD, RECORD, MANIFEST = r"-00001\b.*\.parquet(\.tmp-\w+)?$", r"-00001\b.*\.parquet\.done$", r"^manifest\.json$"
+
+
+def opened(number: int) -> str:
+    """Where a file descriptor leads."""
+    return os.readlink(f"/proc/self/fd/{number}")
+
+
+POINTS = {
+    "in the middle of the shard": ("pyarrow.parquet:ParquetWriter.write_table", lambda w, *_: w.where, SHARD, True),
+    "after the temporary file": ("os:fsync", opened, SHARD, False),
+    "before the rename": ("os:replace", lambda _, to: to, SHARD, False),
+    "after the rename": ("os:replace", lambda _, to: to, SHARD, True),
+    "before the record": ("os:replace", lambda _, to: to, RECORD, False),
+    "after the record": ("os:replace", lambda _, to: to, RECORD, True),
+    "before the manifest": ("os:replace", lambda _, to: to, MANIFEST, False),
+    "after the manifest": ("os:replace", lambda _, to: to, MANIFEST, True),
+    "before the page": ("os:replace", lambda _, to: to, r"^README\.md$", False),
+    "before the checksums": ("os:replace", lambda _, to: to, r"^SHA256SUMS$", False),
+    "among the records": ("pathlib:Path.unlink", lambda path, *_: path, RECORD, True),
+}
+"""Named points: what is replaced, how to tell its file, which file it is, and whether it is done before the end."""
+
+
+def arm(point: str, mark: str = "") -> None:
+    """Have this process killed at a point; with a mark, only where that file is not there yet."""
+    place, file_of, pattern, after = POINTS[point]
+    module, _, names = place.partition(":")
+    owner = sys.modules.get(module) or __import__(module, fromlist=["_"])
+    *parts, name = names.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def dying(*args, **options):
+        found = re.search(pattern, Path(str(file_of(*args))).name.removeprefix("."))
+        if found and not after:
+            die(mark)
+        result = original(*args, **options)
+        if found and after:
+            die(mark)
+        return result
+
+    setattr(owner, name, dying)
+
+
+def die(mark: str = "") -> None:
+    if mark:
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _program(root: str, words: tuple[str, ...], point: str | None) -> None:
+    """`python -m words` in a root, in this process."""
+    from unifork import processes
+
+    os.chdir(root)
+    os.environ["UNIFORK_CLUSTER"] = "here.yaml"
+    processes._PARENT = os.getppid()  # imported by the process this one was forked from
+    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if point:
+        arm(point)
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def run(root: Path, words: tuple[str, ...], point: str | None = None) -> str:
+    """Run a program of a root, to its end or to a point where it is killed; what it said."""
+    (root / "here.yaml").write_text("name: here\n")
+    process = SERVER.Process(target=_program, args=(str(root), words, point))
+    process.start()
+    process.join()
+    said = (root / "said.txt").read_text()
+    assert process.exitcode == (-signal.SIGKILL if point else 0), (words, point, said)
+    return said
+
+
+def _timed(seconds: float, work, *args) -> None:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    work(*args)
+
+
+def shard(worker_class: type, arguments: tuple, task: dict) -> None:
+    """Make one shard."""
+    worker_class(*arguments)(task)
+
+
+def killed_after(seconds: float, work, *args) -> bool:
+    """Call a function in a process that is killed after some seconds; whether that was before its end."""
+    process = SERVER.Process(target=_timed, args=(seconds, work, *args))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0

@@ -1,0 +1,147 @@
+"""SIGKILL at every named point of every hop, and at random moments of a shard: the end is always the same bytes."""
+
+import itertools
+import json
+import random
+import re
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from crashes import POINTS, killed_after, run, shard
+from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, here, start, write_experiment
+
+from unifork.config import load_card, parse
+from unifork.data.encoding import Encode, encode_hop
+from unifork.data.hop import Progress, run_hops
+from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
+from unifork.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, read_manifest
+
+HOPS = {
+    "download": (("pipelines.download", "shapes"), "data/raw/shapes"),
+    "filter": (("pipelines.filter", "shapes"), "data/filtered/shapes"),
+    "encode": (("pipelines.encode", "shapes"), "data/codes/shapes"),
+    "publish": (("unifork.cli", "publish", "shapes", "--to", "out"), "out"),
+}
+OF_PUBLISHING = ("before the page", "before the checksums")
+CASES = [(hop, point) for hop in HOPS for point in POINTS if hop == "publish" or point not in OF_PUBLISHING]
+KEPT = dict.fromkeys(POINTS, 3) | dict.fromkeys(list(POINTS)[:5], 1) | {"after the record": 2}
+"""Shards that the next run finds finished in the first folder of a hop, of 3, by where the last one was killed."""
+KILLS = 100
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_root, tmp_path_factory) -> Path:
+    """A root with the output of every hop, of programs that nobody disturbed."""
+    root = copy_of(tiny_root, tmp_path_factory.mktemp("whole"))
+    for words, output in HOPS.values():
+        shutil.rmtree(root / output, ignore_errors=True)
+        run(root, words)
+    return root
+
+
+@pytest.mark.parametrize(("hop", "point"), CASES)
+def test_a_hop_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_bytes(whole, tmp_path, hop, point):
+    words, output = HOPS[hop]
+    root = copy_of(whole, tmp_path / "root")
+    shutil.rmtree(root / output)
+    run(root, words, point)
+    assert bytes_of(root / output) != bytes_of(whole / output)
+    first = re.search(r"(\d)/3 shards", run(root, words))
+    assert int(first[1]) == KEPT[point]
+    assert bytes_of(root / output) == bytes_of(whole / output)
+
+
+def test_a_shard_killed_at_random_is_whole_or_not_there(whole, tmp_path):
+    card, data, tokenizer = load_card("shapes"), whole / "data", whole / "tokenizers/image"
+    plain = card.model_dump(mode="json")
+    raw, filtered = data / "raw/shapes", data / "filtered/shapes"
+    work = {
+        "raw/shapes": (download_hop(card, ROWS, SHARD_ROWS, 0, tmp_path / "raw"), Materialise, plain),
+        "filtered/shapes": (filter_hop(card, raw, tmp_path / "filtered"), Filter, plain),
+        "codes/shapes/crop": (
+            encode_hop(card, "generation", filtered, tmp_path / "codes", tokenizer),
+            *(Encode, plain, str(tokenizer), "cpu"),
+        ),
+    }
+    random.seed(0)
+    seconds, ends = {}, Counter()
+    for name, (hop, worker, *arguments) in itertools.cycle(work.items()):
+        task = Progress(hop).begin()[0]
+        path, started = Path(task["output"]), time.monotonic()
+        record = path.with_name(path.name + RECORD_SUFFIX)
+        # the first of each is not killed: it says how long one takes
+        moment = random.uniform(0, 1.1 * seconds[name]) if name in seconds else 60
+        killed = killed_after(moment, shard, worker, arguments, task)
+        seconds.setdefault(name, time.monotonic() - started)
+        if path.exists():
+            assert path.read_bytes() == (data / name / path.name).read_bytes()
+        if record.exists():
+            assert parse(Shard, json.loads(record.read_text()), "record") == read_manifest(data / name).shards[0]
+        assert path.exists() or not record.exists()
+        ends["killed"] += killed
+        ends["half written"] += not path.exists() and any(hop.folder.glob(f"*{TEMPORARY}*"))
+        if ends["killed"] == KILLS:
+            break
+        for left in hop.folder.iterdir():
+            left.unlink()
+    assert ends["half written"] > 5
+    for name, (hop, worker, *arguments) in work.items():
+        run_hops([hop], here(worker(*arguments)))
+        assert bytes_of(hop.folder) == bytes_of(data / name)
+
+
+# ------------------------------------------------------------------------------------------ on actors
+
+
+@pytest.fixture
+def many(tmp_path) -> tuple[Path, dict[str, bytes]]:
+    """A root whose download takes twelve shards and two actors; what it makes in one process."""
+    rows = {"rows": 96, "shard_rows": 8}
+    alone, root = tmp_path / "alone", tmp_path / "root"
+    for folder in (alone, root):
+        write_experiment(folder, {"datasets": {"shapes": rows}})
+    (root / "actors.yaml").write_text("name: actors\ncpus: 2\nhops: {download: {workers: 2, cpus: 0.5}}\n")
+    run(alone, HOPS["download"][0])
+    return root, bytes_of(alone / "data")
+
+
+DIES = """
+import sys
+if any(word.endswith("default_worker.py") for word in sys.orig_argv):
+    sys.path.insert(0, {tests!r})
+    import crashes
+    crashes.arm("before the rename", {mark!r})
+"""
+
+
+@pytest.mark.cluster
+def test_an_actor_that_dies_is_replaced_and_the_end_is_the_same_bytes(many, tmp_path):
+    root, expected = many
+    mark = tmp_path / "mark"
+    (tmp_path / "sitecustomize.py").write_text(DIES.format(tests=str(REPOSITORY / "tests"), mark=str(mark)))
+    program = start(root, *HOPS["download"][0], cluster="actors.yaml", path=tmp_path)
+    said = program.communicate(timeout=120)
+    assert program.returncode == 0, said
+    assert mark.exists()
+    assert bytes_of(root / "data") == expected
+
+
+@pytest.mark.cluster
+def test_a_killed_driver_takes_its_actors_along_and_the_end_is_the_same_bytes(many):
+    root, expected = many
+    program = start(root, *HOPS["download"][0], cluster="actors.yaml")
+    while not list(root.glob(f"data/raw/shapes/*{RECORD_SUFFIX}")):
+        assert program.poll() is None, program.communicate()
+        time.sleep(0.01)
+    family = psutil.Process(program.pid).children(recursive=True)
+    program.kill()
+    program.communicate()
+    left = psutil.wait_procs(family, timeout=20)[1]
+    assert [process for process in left if not process.name().endswith("Agent")] == []  # Ray's own, which look rarely
+    assert not (root / "data/raw/shapes" / MANIFEST).exists()
+    assert "kept from before" in run(root, HOPS["download"][0])
+    assert bytes_of(root / "data") == expected
