@@ -15,17 +15,9 @@ import threading
 from functools import wraps
 from pathlib import Path
 
-NEEDED = [
-    "pytest",
-    "pandas",
-    "unifork.data.web.download",
-    "unifork.data.encoding",
-    "unifork.cli",
-    "unifork.commands.publish",
-]
-"""What the programs import, besides themselves."""
+LIBRARY = ["data.web.download", "data.encoding", "cli", "publish.publication"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([*NEEDED, "pipelines.common", "unifork.publish.publication"])
+SERVER.set_forkserver_preload(["pytest", "pandas", "pipelines.common", *(f"unifork.{name}" for name in LIBRARY)])
 
 SHARD, RECORD, MANIFEST = r"-00001\b.*\.parquet(\.tmp-\w+)?$", r"-00001\b.*\.parquet\.done$", r"^manifest\.json$"
 

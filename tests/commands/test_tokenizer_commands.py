@@ -1,15 +1,13 @@
 """The command line and the pipeline program around an official tokenizer, as people run them."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny import REPOSITORY, start
 from typer.testing import CliRunner
 
 from unifork.cli import app
@@ -20,7 +18,6 @@ from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.views import VARIANTS
 
-REPOSITORY = Path(__file__).parents[2]
 OFFICIAL = REPOSITORY / "tests/fixtures/official_tiny"
 IMPORT = {"import": str(OFFICIAL / "unifork"), "image_size": 32}
 
@@ -86,10 +83,9 @@ def root(tiny_root, tmp_path) -> Path:
 
 def test_the_stage_imports(root):
     assert load(Experiment, root / "params.yaml").image_tokenizer.source == IMPORT["import"]
-    command = [sys.executable, "-m", "pipelines.image_tokenizer"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    stage = start(root, "pipelines.image_tokenizer")
+    said = stage.communicate()
+    assert stage.returncode == 0, said
     made, expected = ImageTokenizer.load(root / "tokenizers/image"), read_official(OFFICIAL / "unifork", 32)
     assert (made.codebook_id, made.encoder_id) == (expected.codebook_id, expected.encoder_id)
     report = yaml.safe_load((root / "tokenizers/image/report.json").read_text())

@@ -2,10 +2,9 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -161,23 +160,59 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, monkeypatch):
         pass
 
 
-def test_a_full_disk_stops_the_program_with_one_line_and_room_lets_it_go_on(whole, tmp_path):
-    """The kernel refuses to write beyond some bytes of a file, as it would on a full disk."""
-    write_experiment(tmp_path, {"datasets": {"shapes": {"rows": 12, "shard_rows": 4}}})
-    largest = max((path.stat().st_size, path.name) for path in (whole / "data/raw/shapes").glob("*.parquet"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.download", "shapes"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest[0] - 1, largest[0] - 1)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+def program(root: Path, *words: str, **options) -> tuple[int, str]:
+    """Exit code of a program and what it said; of a mistake the one line."""
+    process = start(root, *words, **options)
+    out, err = process.communicate(timeout=120)
+    if process.returncode == 0:
+        return 0, out
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
+    return process.returncode, line
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Path:
+    """A root in which nothing was made yet."""
+    write_experiment(tmp_path, {"datasets": {"shapes": {"rows": 12, "shard_rows": 4}}})
+    return tmp_path
+
+
+def test_a_full_disk_stops_the_program_with_one_line_and_room_lets_it_go_on(whole, experiment):
+    """The kernel refuses to write beyond some bytes of a file, as it would on a full disk."""
+    largest = max((path.stat().st_size, path.name) for path in (whole / "data/raw/shapes").glob("*.parquet"))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest[0] - 1, largest[0] - 1))
+
+    code, line = program(experiment, "pipelines.download", "shapes", preexec_fn=limit)
+    assert code == 2
     assert f"{largest[1]}: cannot be written: File too large. Make room" in line
-    assert not list(tmp_path.rglob("*.tmp-*"))
-    hops(tmp_path)
-    assert bytes_of(tmp_path / "data") == bytes_of(whole / "data")
+    assert not list(experiment.rglob("*.tmp-*"))
+    hops(experiment)
+    assert bytes_of(experiment / "data") == bytes_of(whole / "data")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that the kernel keeps from everybody")
+def test_a_folder_that_takes_nothing_stops_the_program_with_one_line(experiment):
+    raw = experiment / "data/raw/shapes"
+    raw.parent.mkdir(parents=True)
+    raw.symlink_to("/sys/kernel")
+    code, line = program(experiment, "pipelines.download", "shapes")
+    assert code == 2
+    assert re.search(r"data/raw/shapes.*: cannot be written: .*\. Make room or allow writing", line)
+
+
+def test_the_programs_name_what_is_wrong_with_their_input_and_mend_their_output(whole, experiment):
+    shutil.copytree(whole / "data", experiment / "data")
+    raw, filtered = (experiment / f"data/{hop}/shapes/part-00001.parquet" for hop in ("raw", "filtered"))
+    for spoil, problem in ((Path.unlink, "missing"), (damaged, "sha256")):
+        spoil(raw)
+        filtered.unlink()
+        code, line = program(experiment, "pipelines.filter", "shapes")
+        assert code == 2
+        assert f"data/raw/shapes/part-00001.parquet: {problem}" in line
+        assert "Run the hop that writes" in line
+        for hop in ("download", "filter"):
+            assert "3/3 shards (2 kept from before), 4/4 rows" in program(experiment, f"pipelines.{hop}", "shapes")[1]
+        assert bytes_of(experiment / "data") == bytes_of(whole / "data")

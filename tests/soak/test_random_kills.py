@@ -1,23 +1,33 @@
-"""SIGKILL at random moments, again and again, of the real programs: the end is always the same bytes."""
+"""SIGKILL at random moments, thirty times each, of the real programs: the end is always the same bytes."""
 
-import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from tiny import REPOSITORY, build
+from tiny import build, bytes_of, start
 
-KILLS = 12
-CLUSTER = "name: soak\ntrain: {workers: 0, threads: 1, row_tokens: 384}\n"
+KILLS = 30
+CLUSTERS = {
+    "here": "name: here\ntrain: {workers: 0, threads: 1, row_tokens: 384}\n",
+    "actors": "name: actors\ncpus: 2\nhops: {download: {workers: 2, cpus: 0.5}}\n",
+}
 CHANGES = {
     "datasets": {"shapes": {"rows": 1200, "shard_rows": 40}},
     "stages": {"s1-captions": {"tracks": {"joint": {"steps": 150, "batch_documents": 16}}, "checkpoint_every": 5}},
 }
+DOWNLOAD = (("pipelines.download", "shapes"), "data/raw/shapes")
+PROGRAMS = {
+    "download": DOWNLOAD,
+    "filter": (("pipelines.filter", "shapes"), "data/filtered/shapes"),
+    "encode": (("pipelines.encode", "shapes"), "data/codes/shapes"),
+    "publish": (("unifork.cli", "publish", "shapes", "--to", "out"), "out"),
+    "train": (("pipelines.train", "unifork-s1-captions"), "models/unifork-s1-captions"),
+}
+"""Words after `python -m`, and what the program makes."""
 
 pytestmark = pytest.mark.soak
 
@@ -25,58 +35,106 @@ pytestmark = pytest.mark.soak
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder = build(tmp_path_factory.mktemp("soak"), CHANGES)
-    (folder / "cluster.yaml").write_text(CLUSTER)
+    for name, text in CLUSTERS.items():
+        (folder / f"{name}.yaml").write_text(text)
     return folder
 
 
-def start(root: Path, program: str, name: str) -> subprocess.Popen:
-    environment = os.environ | {"UNIFORK_CLUSTER": "cluster.yaml", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", f"pipelines.{program}", name]
-    return subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)
+def finish(program: subprocess.Popen) -> None:
+    said = program.communicate(timeout=600)
+    assert program.returncode == 0, said
 
 
-def kill_at_random(root: Path, program: str, name: str, shortest: float, longest: float) -> int:
-    """Run a program to its end, killing it at random moments on the way; how often it was killed."""
-    random.seed(name)
-    for kills in range(KILLS):
-        process = start(root, program, name)
-        try:
-            process.wait(timeout=random.uniform(shortest, longest))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            continue
-        assert process.returncode == 0
-        return kills
-    assert start(root, program, name).wait(timeout=600) == 0
-    return KILLS
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def timed(root: Path, program: str, name: str) -> float:
+def timed(root: Path, words: tuple[str, ...], cluster: str) -> float:
     started = time.monotonic()
-    assert start(root, program, name).wait(timeout=600) == 0
+    finish(start(root, *words, cluster=cluster))
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize(
-    ("program", "name", "output"),
-    [
-        ("download", "shapes", "data/raw/shapes"),
-        ("filter", "shapes", "data/filtered/shapes"),
-        ("encode", "shapes", "data/codes/shapes"),
-        ("train", "unifork-s1-captions", "models/unifork-s1-captions"),
-    ],
-)
-def test_random_kills_change_nothing(root, program, name, output):
+def clear(root: Path, output: str) -> None:
     shutil.rmtree(root / output, ignore_errors=True)
-    seconds = timed(root, program, name)
-    expected = contents(root / output)
-    shutil.rmtree(root / output)
     shutil.rmtree(root / "runs", ignore_errors=True)
-    kills = kill_at_random(root, program, name, 0.3 * seconds, 1.1 * seconds)
-    assert kills >= 1
-    assert contents(root / output) == expected
+
+
+def state(root: Path, output: str) -> list[tuple[str, int]]:
+    """What changes as soon as a program does anything but start."""
+    folders = (root / output, root / "runs")
+    return sorted((str(path), path.stat().st_mtime_ns) for folder in folders for path in folder.rglob("*"))
+
+
+def prepared(root: Path, words: tuple[str, ...], output: str, cluster: str) -> tuple[dict[str, bytes], float, float]:
+    """What an undisturbed run makes, how long a program takes to start, and how long the work."""
+    clear(root, output)
+    whole = timed(root, words, cluster)
+    starting = timed(root, words, cluster)
+    expected = bytes_of(root / output)
+    clear(root, output)
+    return expected, starting, max(0.5, whole - starting)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_random_kills_change_nothing(root, name):
+    """Half of the moments are drawn from the start of a program, half from its work; a whole one begins anew."""
+    words, output = PROGRAMS[name]
+    expected, starting, working = prepared(root, words, output, "here.yaml")
+    random.seed(name)
+    kills = in_work = finished = 0
+    while kills < KILLS:
+        before = state(root, output)
+        program = start(root, *words, cluster="here.yaml")
+        moment = random.choice([random.uniform(0, starting), starting + random.uniform(0, 0.5 * working)])
+        try:
+            said = program.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.communicate()
+            kills += 1
+            in_work += state(root, output) != before
+            continue
+        assert program.returncode == 0, said
+        assert bytes_of(root / output) == expected
+        finished += 1
+        clear(root, output)
+    finish(start(root, *words, cluster="here.yaml"))
+    assert bytes_of(root / output) == expected
+    print(f"\n{name}: {kills} kills, {in_work} of them in its work, {finished + 1} times finished")
+    assert in_work >= KILLS // 4
+
+
+def actors(program: subprocess.Popen) -> list[psutil.Process]:
+    """The worker processes below a driver, those not asked for anything included."""
+    try:
+        below = psutil.Process(program.pid).children(recursive=True)
+        return [one for one in below if one.name().startswith("ray::") and not one.name().endswith("Agent")]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_random_kills_of_drivers_and_actors_change_nothing(root):
+    """Of two actors on a Ray of the program's own: one is killed at a random moment, then the driver at another."""
+    words, output = DOWNLOAD
+    expected, starting, working = prepared(root, words, output, "actors.yaml")
+    random.seed("actors")
+    killed = {"driver": 0, "actor": 0}
+    finished = 0
+    while sum(killed.values()) < KILLS:
+        program = start(root, *words, cluster="actors.yaml")
+        time.sleep(random.uniform(0.5 * starting, starting + 0.5 * working))
+        if workers := actors(program):
+            random.choice(workers).kill()
+            killed["actor"] += 1
+        try:
+            said = program.communicate(timeout=random.uniform(0, 2 * working))
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.communicate()
+            killed["driver"] += 1
+            continue
+        assert program.returncode == 0, said
+        assert bytes_of(root / output) == expected
+        finished += 1
+        clear(root, output)
+    finish(start(root, *words, cluster="actors.yaml"))
+    assert bytes_of(root / output) == expected
+    print(f"\n{killed['driver']} drivers and {killed['actor']} actors killed, {finished + 1} times finished")
+    assert min(killed.values()) >= KILLS // 4

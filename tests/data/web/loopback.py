@@ -11,6 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 from PIL import Image
 
+FETCH = {
+    "allow_addresses": ["127.0.0.1/32"],
+    "timeout_seconds": 1.0,
+    "attempts": 2,
+    "backoff_seconds": 0.05,
+    "max_bytes": 300_000,
+    "max_pixels": 1_000_000,
+}
+"""Rules of a card under which the loopback may be fetched from, quickly."""
 ROBOTS = b"User-agent: *\nDisallow: /private/\nDisallow: /*.secret$\n"
 
 
@@ -66,20 +75,27 @@ class Page(BaseHTTPRequestHandler):
             server.hits[self.path] += 1
             server.now["all"] += 1
             server.most = max(server.most, server.now["all"])
+        self.inside = True
         try:
             if callable(page):
                 page(self)
             else:
                 self.answer(200 if page is not None else 404, page or b"")
         finally:
-            with server.lock:
-                server.now["all"] -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Count this request as over: before its client can know, who may send the next at once."""
+        with self.server.lock:
+            self.server.now["all"] -= self.inside
+            self.inside = False
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         """A whole answer; underscores of header names become dashes."""
         self.send_response(status)
         for name, value in {"Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
+        self.leave()
         self.end_headers()
         self.wfile.write(body)
 

@@ -1,12 +1,7 @@
 """The download hop against a server that answers in every good and bad way."""
 
-import os
 import shutil
 import signal
-import socket
-import ssl
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,34 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from loopback import ROBOTS, Web, elsewhere, pages, picture
+from loopback import FETCH, Web, elsewhere, pages, picture
+from tiny import REPOSITORY, start
 
 from unifork.config import Card, WebAccess, load_card
 from unifork.data.hop import run_hops
-from unifork.data.web.client import Client, Refused
 from unifork.data.web.download import Download, options_of, web_hop
 from unifork.data.web.rules import FetchRules
 from unifork.errors import ConfigError, DataError
 from unifork.manifest import MANIFEST, read_manifest
-
-REPOSITORY = Path(__file__).parents[3]
-FETCH = {
-    "allow_addresses": ["127.0.0.1/32"],
-    "timeout_seconds": 1.0,
-    "attempts": 2,
-    "backoff_seconds": 0.05,
-    "max_bytes": 300_000,
-    "max_pixels": 1_000_000,
-}
-
-
-@pytest.fixture
-def web():
-    server = Web("127.0.0.1")
-    server.pages["/robots.txt"] = ROBOTS
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -340,10 +316,8 @@ def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(r
     params["datasets"]["weblist"] = {"rows": None, "shard_rows": 4}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     shutil.copytree(REPOSITORY / "clusters", root / "clusters")
-    command = [sys.executable, "-m", "pipelines.download", "weblist"]
-    program = {"env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "text": True, "stdout": subprocess.PIPE}
 
-    first = subprocess.Popen(command, **program)
+    first = start(root, "pipelines.download", "weblist")
     while not web.hits["/gate.png"]:
         assert first.poll() is None
         time.sleep(0.02)
@@ -356,8 +330,8 @@ def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(r
 
     web.gate.set()
     web.hits.clear()
-    second = subprocess.run(command, **program, check=True)
-    assert "2/2 shards (1 kept from before)" in second.stdout
+    second = start(root, "pipelines.download", "weblist").communicate()
+    assert "2/2 shards (1 kept from before)" in second[0], second
     assert web.hits["/0.png"] == 0
     assert read_manifest(raw).rows == 7
     download(patient, "whole", shard_rows=4)
@@ -367,64 +341,8 @@ def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(r
     untouched = {path: path.stat() for path in raw.glob("part-*")}
     write_laion(root / "lists/b.parquet", [f"{web.root}/0.png"])
     web.hits.clear()
-    grown = subprocess.run(command, **program, check=True)
-    assert "3/3 shards (2 kept from before), 1/1 rows" in grown.stdout
+    grown = start(root, "pipelines.download", "weblist").communicate()
+    assert "3/3 shards (2 kept from before), 1/1 rows" in grown[0], grown
     assert web.hits == {"/robots.txt": 1, "/0.png": 1}
     for path, before in untouched.items():
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
-@pytest.fixture
-def names(monkeypatch):
-    """Name -> addresses of the resolver, the next list at each question, the last for ever."""
-    known: dict[str, list[list[str]]] = {}
-    real = socket.getaddrinfo
-
-    def ask(host, port, *args, **options):
-        if host not in known:
-            return real(host, port, *args, **options)
-        found = known[host].pop(0) if len(known[host]) > 1 else known[host][0]
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
-
-    monkeypatch.setattr(socket, "getaddrinfo", ask)
-    return known
-
-
-def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web, names, monkeypatch):
-    other = Web("127.0.0.2", int(web.root.rpartition(":")[2]))
-    web.pages["/a.png"] = other.pages["/a.png"] = picture("PNG")
-    names |= {"turning.example": [["127.0.0.1"], ["127.0.0.2"]], "mixed.example": [["127.0.0.2", "127.0.0.1"]]}
-    names["bad.example"] = [["127.0.0.2", "10.0.0.1", "169.254.169.254"]]
-    client = Client(FetchRules.model_validate(FETCH), 8)
-    for host in ("turning", "mixed"):
-        assert client.get(web.root.replace("127.0.0.1", f"{host}.example") + "/a.png") == web.pages["/a.png"]
-    with pytest.raises(Refused, match=r"bad\.example: 127\.0\.0\.2 is loopback, 10\.0\.0\.1 is private"):
-        client.get(web.root.replace("127.0.0.1", "bad.example") + "/a.png")
-    assert (web.hits["/a.png"], other.hits.total()) == (2, 0)
-    monkeypatch.setattr("unifork.data.web.client.REMEMBERED_SECONDS", 0.0)  # asked again, and checked again
-    with pytest.raises(Refused, match="forbidden_address"):
-        client.get(web.root.replace("127.0.0.1", "turning.example") + "/a.png")
-    other.shutdown()
-    other.server_close()
-    assert other.hits.total() == 0
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_certificates_are_checked_for_the_name_and_not_for_the_address(web, names, tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=good.example"
-    alternative = ["-addext", "subjectAltName=DNS:good.example", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*make.split(), *alternative], check=True, capture_output=True)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, key)
-    web.socket = context.wrap_socket(web.socket, server_side=True)
-    web.pages["/a.png"] = picture("PNG")
-    names |= {"good.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]}
-    client = Client(FetchRules.model_validate({**FETCH, "timeout_seconds": 5}), 8)
-    port = web.root.rpartition(":")[2]
-    with pytest.raises(Refused, match=r"tls_failed: good\.example.*self-signed"):
-        client.get(f"https://good.example:{port}/a.png")
-    client.tls.load_verify_locations(certificate)
-    assert client.get(f"https://good.example:{port}/a.png") == web.pages["/a.png"]
-    with pytest.raises(Refused, match=r"tls_failed: other\.example"):
-        client.get(f"https://other.example:{port}/a.png")
