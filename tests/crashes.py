@@ -109,9 +109,9 @@ def _timed(seconds: float, work, *args) -> None:
     work(*args)
 
 
-def shard(worker_class: type, arguments: tuple, task: dict) -> None:
+def shard(worker_class: type, card: dict, task: dict) -> None:
     """Make one shard."""
-    worker_class(*arguments)(task)
+    worker_class(card)(task)
 
 
 def killed_after(seconds: float, work, *args) -> bool:
