@@ -1,8 +1,8 @@
 """Programs that kill themselves with SIGKILL at a named point or at a random moment.
 
 They are forked from a process that has imported what they need, so that a program costs no start. The product knows
-nothing of it: what is called at the point is replaced in the process that dies there. As `sitecustomize` of a
-program (see `armed`) it is replaced in each of the program's processes, Ray's workers included.
+nothing of it: what is called at the point is replaced in the process that dies there. A `sitecustomize` that calls
+`arm` does the same to processes which others start, such as Ray's workers.
 """
 
 import multiprocessing
@@ -14,6 +14,8 @@ import sys
 import threading
 from functools import wraps
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 LIBRARY = ["data.web.download", "data.encoding", "cli", "publish.publication"]
 SERVER = multiprocessing.get_context("forkserver")
@@ -28,29 +30,24 @@ def opened(number: int) -> str:
 
 
 POINTS = {
-    "in the middle of the shard": ("pyarrow.parquet:ParquetWriter.write_table", lambda w, *_: w.where, SHARD, True),
-    "after the temporary file": ("os:fsync", opened, SHARD, False),
-    "before the rename": ("os:replace", lambda _, to: to, SHARD, False),
-    "after the rename": ("os:replace", lambda _, to: to, SHARD, True),
-    "before the record": ("os:replace", lambda _, to: to, RECORD, False),
-    "after the record": ("os:replace", lambda _, to: to, RECORD, True),
-    "before the manifest": ("os:replace", lambda _, to: to, MANIFEST, False),
-    "after the manifest": ("os:replace", lambda _, to: to, MANIFEST, True),
-    "before the page": ("os:replace", lambda _, to: to, r"^README\.md$", False),
-    "before the checksums": ("os:replace", lambda _, to: to, r"^SHA256SUMS$", False),
-    "among the records": ("pathlib:Path.unlink", lambda path, *_: path, RECORD, True),
+    "in the middle of the shard": (pq.ParquetWriter, "write_table", lambda writer, _: writer.where, SHARD, True),
+    "after the temporary file": (os, "fsync", opened, SHARD, False),
+    "before the rename": (os, "replace", lambda _, to: to, SHARD, False),
+    "after the rename": (os, "replace", lambda _, to: to, SHARD, True),
+    "before the record": (os, "replace", lambda _, to: to, RECORD, False),
+    "after the record": (os, "replace", lambda _, to: to, RECORD, True),
+    "before the manifest": (os, "replace", lambda _, to: to, MANIFEST, False),
+    "after the manifest": (os, "replace", lambda _, to: to, MANIFEST, True),
+    "before the page": (os, "replace", lambda _, to: to, r"^README\.md$", False),
+    "before the checksums": (os, "replace", lambda _, to: to, r"^SHA256SUMS$", False),
+    "among the records": (Path, "unlink", lambda path, *_: path, RECORD, True),
 }
-"""Named points: what is replaced, how to tell its file, which file it is, and whether it is done before the end."""
+"""Named points: what is replaced (in two parts), how to tell its file, which file, and whether it is done before."""
 
 
 def arm(point: str, mark: str = "") -> None:
     """Have this process killed at a point; with a mark, only where that file is not there yet."""
-    place, file_of, pattern, after = POINTS[point]
-    module, _, names = place.partition(":")
-    owner = sys.modules.get(module) or __import__(module, fromlist=["_"])
-    *parts, name = names.split(".")
-    for part in parts:
-        owner = getattr(owner, part)
+    owner, name, file_of, pattern, after = POINTS[point]
     original = getattr(owner, name)
 
     @wraps(original)
@@ -66,12 +63,13 @@ def arm(point: str, mark: str = "") -> None:
     setattr(owner, name, dying)
 
 
-def die(mark: str = "") -> None:
-    if mark:
-        try:
+def die(mark: str) -> None:
+    """Kill this process, leaving a mark; not where another has left it."""
+    try:
+        if mark:
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
+    except FileExistsError:
+        return
     os.kill(os.getpid(), signal.SIGKILL)
 
 
