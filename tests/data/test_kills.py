@@ -129,10 +129,10 @@ def test_a_killed_driver_takes_its_actors_along_and_the_end_is_the_same_bytes(ma
         assert program.poll() is None, program.communicate()
         time.sleep(0.01)
     family = psutil.Process(program.pid).children(recursive=True)
+    family = [one for one in family if not one.name().endswith("Agent")]  # Ray's own stay for a minute or more
     program.kill()
     program.communicate()
-    left = psutil.wait_procs(family, timeout=20)[1]
-    assert [process for process in left if not process.name().endswith("Agent")] == []  # Ray's own, which look rarely
+    assert psutil.wait_procs(family, timeout=60)[1] == []
     assert not (root / "data/raw/shapes" / MANIFEST).exists()
     assert "kept from before" in run(root, HOPS["download"][0])
     assert bytes_of(root / "data") == expected
