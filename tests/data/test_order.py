@@ -62,6 +62,20 @@ def test_steps_hold_exactly_their_documents_and_no_document_twice_in_a_pass():
     assert fresh.documents(14) == served[14 * 16 :]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "weights", "passes"),
+    [([40, 160], [0.5, 0.5], [2.5, 0.625]), ([30, 10, 400], [0.3, 0.2, 0.5], [2.0, 4.0, 0.25])],
+)
+def test_a_small_set_is_repeated_and_a_large_one_read_in_part(sizes, weights, passes):
+    """200 documents: how often each document of a set is served differs by one at most."""
+    order = MixtureOrder(weights, [SetOrder([10] * (size // 10), number) for number, size in enumerate(sizes)], 10)
+    served = [slot for step in range(20) for slot in order.documents(step)]
+    for part, (size, expected) in enumerate(zip(sizes, passes, strict=True)):
+        times = np.bincount([slot.document for slot in served if slot.part == part], minlength=size)
+        assert times.sum() / size == expected
+        assert set(times) == {int(np.floor(expected)), int(np.ceil(expected))}
+
+
 def test_an_empty_set_is_an_error():
     with pytest.raises(ConfigError, match="no usable document"):
         SetOrder([], "x")

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from unifork.batch import pack
+from unifork.config import OptimizerConfig
 from unifork.data.packing import deal
+from unifork.models import losses
 from unifork.training.distributed_testing import run_distributed
 from unifork.training.loop import Run, TrackRun
+from unifork.training.optimizer import make_optimizer
 from unifork.training.strategies import strategy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
@@ -40,10 +43,25 @@ class Loader:
             yield pack([[DOCUMENTS[number] for number in row] for row in microbatch], 48, DEPTH)
 
 
-def step(rank, workers, name, rows, dtype, precision="float32"):
+def whole_gradients(model, name, sharing):
+    if not name.startswith("deepspeed"):
+        return {one: g.full_tensor() if hasattr(g, "full_tensor") else g for one, g in gradients(model).items()}
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    sharing.update({}, 1e9, lambda norms: None)
+    keep = 1 - sharing.joint.param_groups[0]["betas"][0]  # of the first gradient in the first moment
+    return {one: safe_get_full_optimizer_state(p, "exp_avg") / keep for one, p in model.named_parameters()}
+
+
+def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision="float32"):
     """Loss sums and whole gradients of one step, by the loop's own rule."""
+    losses.CHUNK_LOGITS = chunk
     model = noisy_model(PLAN).to(dtype).train()
-    wrapped = strategy(name, workers).wrap(model)
+    sharing = strategy(name, workers)
+    wrapped = sharing.wrap(model)
+    constant = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0)
+    sharing.start({"all": (make_optimizer(constant, model.parameters()), dict(model.named_parameters()))})
+    sharing.turn("all")
     plan = SimpleNamespace(
         workers=workers,
         text_targets=sum(int(one.learned_T.sum()) for one in DOCUMENTS),
@@ -51,23 +69,33 @@ def step(rank, workers, name, rows, dtype, precision="float32"):
     )
     track = SimpleNamespace(loader=Loader(rows), track=SimpleNamespace(precision=precision))
     sums_1D = TrackRun._accumulate(track, wrapped, plan, Run(rank, workers))
-    found = {one: g.full_tensor() if hasattr(g, "full_tensor") else g for one, g in gradients(model).items()}
-    return sums_1D, found
+    return sums_1D, whole_gradients(model, name, sharing)
 
 
+SMALL = 100
+"""Logits at a time that make the losses of every step chunked: one row of 97 words, four of 23 codes."""
 CASES = [
     ("ddp", PACKED, torch.float64),
     ("ddp", PACKED, torch.float32),
     ("ddp", ONE_BY_ONE, torch.float64),
+    ("ddp", PACKED, torch.float64, SMALL),
     ("fsdp2", PACKED, torch.float64),
     ("fsdp2", PACKED, torch.float32),
+    ("fsdp2", ONE_BY_ONE, torch.float64),
+    ("fsdp2", PACKED, torch.float64, SMALL),
+    ("deepspeed-1", PACKED, torch.float32),  # float32 is all it has
+    ("deepspeed-2", ONE_BY_ONE, torch.float32),
+    ("deepspeed-3", PACKED, torch.float32),
 ]
 
 
 def _rank(rank, workers, folder):
     """All cases on four ranks, then on two; each of two pairs does the latter, which saves new processes."""
+    import deepspeed
+
     four = [step(rank, workers, *case) for case in CASES]
     dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None  # what it remembers of the group
     dist.init_process_group("gloo", init_method=f"file://{folder}/pair-{rank // 2}", rank=rank % 2, world_size=2)
     two = [step(rank % 2, 2, *case) for case in CASES]
     return {4: four, 2: two} if rank == 0 else None
@@ -77,7 +105,7 @@ def _rank(rank, workers, folder):
 def reference():
     """One worker, eight packed microbatches."""
     torch.set_num_threads(1)
-    return {dtype: step(0, 1, "plain", PACKED, dtype) for dtype in TOLERANCES}
+    return {dtype: step(0, 1, "ddp", PACKED, dtype) for dtype in TOLERANCES}
 
 
 def assert_same(found, wanted, dtype):
@@ -88,7 +116,7 @@ def assert_same(found, wanted, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_documents_one_by_one_or_all_in_one_row(reference, dtype):
-    assert_same(step(0, 1, "plain", ONE_BY_ONE, dtype), reference[dtype], dtype)
+    assert_same(step(0, 1, "ddp", ONE_BY_ONE, dtype), reference[dtype], dtype)
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +125,13 @@ def shared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_ranks_and_accumulation_under_ddp_and_fsdp2(reference, shared, workers):
-    for (_, _, dtype), found in zip(CASES, shared[workers], strict=True):
-        assert_same(found, reference[dtype], dtype)
+def test_ranks_and_accumulation_under_every_strategy(reference, shared, workers):
+    for case, found in zip(CASES, shared[workers], strict=True):
+        assert_same(found, reference[case[2]], case[2])
 
 
 def test_bfloat16_products_keep_float32_gradients_near_those_of_float32(reference):
-    sums_1D, found = step(0, 1, "plain", PACKED, torch.float32, "bfloat16")
+    sums_1D, found = step(0, 1, "ddp", PACKED, torch.float32, precision="bfloat16")
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
     assert torch.allclose(sums_1D, reference[torch.float32][0], rtol=2e-2)
     assert not torch.allclose(sums_1D, reference[torch.float32][0], rtol=1e-6)

@@ -141,7 +141,7 @@ def done(folder, name):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_steps_equal_those_of_one_worker_with_one_task_per_worker(shared, stage):
-    norms, expected = steps(0, 1, "plain")
+    norms, expected = steps(0, 1, "ddp")
     kept = {name: tensor for found in shared for name, tensor in found[stage][1].items()}
     assert kept.keys() == expected.keys()
     assert min(norms) > CLIP

@@ -123,7 +123,6 @@ class FSDP2(Plain):
 
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "plain": Plain,
     "ddp": DDP,
     "fsdp2": FSDP2,
     **{f"deepspeed-{stage}": partial(ZeRO, stage) for stage in (1, 2, 3)},
@@ -131,7 +130,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 
 
 def strategy(name: str, workers: int) -> Strategy:
-    """The strategy by name; one worker always gets the plain one."""
+    """The strategy by name; one worker shares with nobody, whatever the name."""
     if name not in STRATEGIES:
         raise unknown("strategy", name, STRATEGIES, "cluster file")
     return STRATEGIES[name]() if workers > 1 else Plain()
