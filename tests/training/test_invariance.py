@@ -48,7 +48,7 @@ def whole_gradients(model, name, sharing):
         return {one: g.full_tensor() if hasattr(g, "full_tensor") else g for one, g in gradients(model).items()}
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    sharing.update({}, 1e9, lambda norms: None)
+    sharing.update({}, 1e9)
     keep = 1 - sharing.joint.param_groups[0]["betas"][0]  # of the first gradient in the first moment
     return {one: safe_get_full_optimizer_state(p, "exp_avg") / keep for one, p in model.named_parameters()}
 

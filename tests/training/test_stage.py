@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import copy_of
 from torch.multiprocessing.spawn import ProcessExitedException
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unifork.config import Experiment, LossBand, TrainResources, load
 from unifork.errors import CheckpointError, UniForkError
+from unifork.models import losses
 from unifork.training import checkpoint, loop
 from unifork.training.distributed_testing import run_distributed
 from unifork.training.history import History, read
@@ -291,16 +294,83 @@ def test_a_summary_says_what_was_trained_and_seen(root, unbroken):
     assert summary["tensors"]["codebook"]["trained"] is False
     seen = summary["documents"]["understanding"]
     assert sum(part["seen"] for part in seen) == 64
+    rows = [row for row in read(one.run_folder) if row["track"] == "understanding"]
+    for dataset in {part["dataset"] for part in seen}:
+        expected = sum(part["seen"] for part in seen if part["dataset"] == dataset)
+        assert rows[-1][f"documents_understanding_{dataset}"] == expected
+    for row in rows:
+        assert sum(value for name, value in row.items() if name.startswith("documents_u")) == 8 * (row["step"] + 1)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_documents_keys(root, monkeypatch):
-    one = job(root)
+@pytest.mark.parametrize("checkpoint_every", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_documents_keys(root, monkeypatch, checkpoint_every):
+    one = job(root, checkpoint_every=checkpoint_every)
     monkeypatch.setattr(loop.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(UniForkError, match=r"step 0.*8 documents are in .*stopped\.json.*shapes-0000"):
         train_stage(one, Run())
     stopped = json.loads((one.run_folder / "stopped.json").read_text())
     assert len(stopped["documents"]) == 8
+    assert stopped["metrics"]["step"] == 0
     assert not (one.run_folder / "latest").exists()
+    assert not read(one.run_folder)
+
+
+HOST_READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique"}
+"""Methods of a tensor that wait for its device."""
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would wait for the device, asked for in Python."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in HOST_READS:
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class InnerWaits(TorchDispatchMode):
+    """The same within torch, the backward pass and the optimizer included."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunk", [losses.CHUNK_LOGITS, 500], ids=["plain losses", "chunked losses"])
+def test_a_step_never_waits_for_the_device(root, monkeypatch, chunk):
+    """Values are read when the next step is queued, all of them before a checkpoint."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    events, step, metrics = [], loop.TrackRun.step, loop.Done.metrics
+
+    def watched(self, *args):
+        found = []
+        with InnerWaits(found), Waits(found):
+            done = step(self, *args)
+        events.append(("queued", args[2]))
+        assert not found
+        return done
+
+    def reading(self):
+        events.append(("read", self.known["step"]))
+        with Waits(waits):
+            return metrics(self)
+
+    waits = []
+    monkeypatch.setattr(loop.TrackRun, "step", watched)
+    monkeypatch.setattr(loop.Done, "metrics", reading)
+    train_stage(job(root, steps=4), Run())
+    assert waits == ["tolist"] * 4
+    order = [("queued", 0), ("queued", 1), ("read", 0), ("queued", 2), ("read", 1), ("read", 2), ("queued", 3)]
+    assert events == [*order, ("read", 3)]
 
 
 @pytest.mark.parametrize(

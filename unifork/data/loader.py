@@ -94,6 +94,14 @@ class TrackLoader:
             fill=packing.fill,
         )
 
+    def seen(self, steps: int) -> dict[str, int]:
+        """Documents of each data set and task in the first `steps` steps, as `documents_<task>_<data set>`."""
+        counts: dict[str, int] = {}
+        for part, served in zip(self.parts, self.order.served(steps), strict=True):
+            name = f"documents_{part.task}_{part.entry.dataset}"
+            counts[name] = counts.get(name, 0) + served
+        return counts
+
     def batches(self, plan: StepPlan, worker: int) -> Iterator[Batch]:
         """The microbatches of one worker, in order."""
         for rows in plan.microbatches[worker]:

@@ -41,7 +41,7 @@ class History:
         self._handle.flush()
         self._done += 1
         for name, value in row.items():
-            if isinstance(value, float):
+            if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(f"{row['track']}/{name}", value, self._done)
 
     def sync(self) -> None:
@@ -99,22 +99,22 @@ class Progress:
     """A line every few seconds: steps done of steps known, losses, rate and ETA."""
 
     def __init__(self, log: Log, done: int, total: int, every_seconds: float = 10.0) -> None:
-        self.log, self.first, self.total, self.every = log, done, total, every_seconds
+        self.log, self.done, self.first, self.total, self.every = log, done, done, total, every_seconds
         self.started = self.shown = time.monotonic()
 
-    def show(self, done: int, row: dict[str, Any], documents: int) -> None:
-        """Write the line if it is time for one, and always at the end."""
-        now = time.monotonic()
-        if done < self.total and now - self.shown < self.every:
+    def show(self, row: dict[str, Any], documents: int) -> None:
+        """One more step; write the line if it is time for one, and always at the end."""
+        self.done, now = self.done + 1, time.monotonic()
+        if self.done < self.total and now - self.shown < self.every:
             return
         self.shown = now
-        rate = (done - self.first) / max(now - self.started, 1e-9)
+        rate = (self.done - self.first) / max(now - self.started, 1e-9)
         losses = "  ".join(
             f"{name} {row[name]:.3f}" for name in ("text_loss", "image_loss") if row.get(name) is not None
         )
-        eta = f"  {(self.total - done) / rate:.0f} s to go" if done < self.total else ""
+        eta = f"  {(self.total - self.done) / rate:.0f} s to go" if self.done < self.total else ""
         self.log(
-            f"step {done}/{self.total} [{row['track']}]  {losses}  "
+            f"step {self.done}/{self.total} [{row['track']}]  {losses}  "
             f"lr {row['learning_rate']:.2e}  fill {row['fill']:.2f}  "
             f"{rate * documents:.0f} documents/s  {rate * row['tokens']:.0f} tokens/s{eta}"
         )

@@ -5,6 +5,9 @@ optimizer step over exactly `batch_documents` documents. The loss of a task is t
 supervised targets of the whole step divided by their number, wherever they lie; the two tasks'
 losses are added. So the result does not depend on workers, accumulation or packing.
 
+A step never waits for the device. Its losses and norms set out for the host when it ends and are read
+a step later, while the device works on the next one; they are all read before anything is saved.
+
 Shape suffixes: D code depth.
 """
 
@@ -21,7 +24,6 @@ from unifork.data.loader import StepPlan, TrackLoader
 from unifork.models.layer_plan import BRANCHES
 from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
 from unifork.training.strategies import Strategy, summed
-from unifork.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,32 @@ def part_of(name: str) -> str:
     return named.get(words[0]) or next((word for word in words if word in branches), "trunk")
 
 
+class Done:
+    """A step that was queued: its metrics, of which some are still on their way from the device."""
+
+    def __init__(self, known: dict[str, Any], plan: StepPlan, sums_1D: Tensor, norms: dict[str, Tensor]) -> None:
+        self.known, self.plan, self.names = known, plan, list(norms)
+        values = torch.cat([sums_1D, *(norm.detach().reshape(1).to(sums_1D) for norm in norms.values())])
+        self.values = values.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
+        if self.arrived:
+            self.arrived.record()
+
+    def metrics(self) -> dict[str, Any]:
+        """Everything that is known of the step, equal on every worker; waits for this step, not for later ones."""
+        if self.arrived:
+            self.arrived.synchronize()
+        values = self.values.tolist()
+        sums, norms = values[: -len(self.names)], values[-len(self.names) :]
+        track, step, *rest = self.known.items()
+        return dict([track, step, *_losses(sums, self.plan).items(), *rest, *zip(self.names, norms, strict=True)])
+
+
 class TrackRun:
     """One track's optimizer over its trained parameters."""
 
-    def __init__(
-        self, name: str, track: Track, loader: TrackLoader, model: nn.Module, watch: Watch, strategy: Strategy
-    ) -> None:
-        self.name, self.track, self.loader, self.watch = name, track, loader, watch
-        self.strategy = strategy
+    def __init__(self, name: str, track: Track, loader: TrackLoader, model: nn.Module, strategy: Strategy) -> None:
+        self.name, self.track, self.loader, self.strategy = name, track, loader, strategy
         named = dict(model.named_parameters())
         self.parameters = {one: named[one] for one in trained_by(name, track, model)}
         self.parts: dict[str, list[nn.Parameter]] = {}
@@ -80,34 +100,26 @@ class TrackRun:
             self.parts.setdefault(part_of(one), []).append(parameter)
         self.optimizer = make_optimizer(track.optimizer, self.parameters.values())
 
-    def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: Run) -> dict[str, Any]:
-        """One optimizer step; returns its metrics, equal on every worker.
-
-        Raises UniForkError before the update when a loss or the gradient is out of bounds.
-        """
+    def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: Run) -> Done:
+        """One optimizer step."""
         rate = learning_rate(self.track.optimizer, step, self.track.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         plan = self.loader.plan(step, run.workers)
         self.strategy.turn(self.name)
         sums_1D = self._accumulate(wrapped, plan, run)
-        metrics = {
+        norms = self.strategy.update(self.parts, self.track.optimizer.clip_norm)
+        model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
+        known = {
             "track": self.name,
             "step": step,
-            **_losses(sums_1D.tolist(), plan),
             "learning_rate": rate,
             "tokens": sum(plan.lengths),
             "fill": round(plan.fill, 4),
             "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
+            **self.loader.seen(step + 1),
         }
-
-        def check(norms: dict[str, float]) -> None:
-            metrics.update(norms)
-            self.watch.check(metrics, plan.keys)
-
-        self.strategy.update(self.parts, self.track.optimizer.clip_norm, check)
-        model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
-        return metrics
+        return Done(known, plan, sums_1D, norms)
 
     def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: Run) -> Tensor:
         """Backward over all microbatches; [text, depth 0, ... depth D-1] loss sums of the step."""

@@ -15,8 +15,6 @@ Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]
 """For each track its optimizer and its parameters by name."""
 Parts = Mapping[str, Sequence[nn.Parameter]]
 """Parameters by the part of the model they belong to, for gradient norms."""
-Check = Callable[[dict[str, float]], None]
-"""Called with the gradient's norms by name; raises UniForkError when training must not go on."""
 Read = Callable[[str, dict[str, Tensor]], None]
 """Fills tensors from those below a part of a checkpoint, such as `optimizer/<track>`."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

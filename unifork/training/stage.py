@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from unifork.processes import exclusive
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.history import History, Log, Progress, read, write_csv
-from unifork.training.loop import Run, TrackRun, trained_by, turns
+from unifork.training.loop import Done, Run, TrackRun, trained_by, turns
 from unifork.training.optimizer import freeze_all_but
 from unifork.training.strategies import barrier, strategy
 from unifork.training.watch import Watch
@@ -142,7 +143,7 @@ def _train(job: StageJob, run: Run) -> None:
     fresh = not (job.start / TRAINING).exists()
     words = model.config.backbone_config().vocab_size
     watch = Watch(stage.loss_band, words, model.config.codebook_size, fresh, job.run_folder, lead, log)
-    tracks = {name: TrackRun(name, track, loaders[name], model, watch, sharing) for name, track in stage.tracks.items()}
+    tracks = {name: TrackRun(name, track, loaders[name], model, sharing) for name, track in stage.tracks.items()}
     pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
     order = turns(stage)
     state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing)
@@ -150,20 +151,20 @@ def _train(job: StageJob, run: Run) -> None:
         _announce(log, model, tracks, quarantine, state, len(order))
     history = History(job.run_folder, state.total) if lead else None
     progress = Progress(log, state.total, len(order))
+    unread: deque[Done] = deque()
     wrapped.train()
     with checkpoint.Saver(job.run_folder, trained, mark, stage.keep_checkpoints, lead) as saver:
-        for done in range(state.total, len(order)):
-            name, step = order[done]
-            metrics = tracks[name].step(model, wrapped, step, run)
+        for name, step in order[state.total :]:
+            unread.append(tracks[name].step(model, wrapped, step, run))
             state = State({**state.steps, name: step + 1})
-            if history:
-                history.add(metrics)
-                progress.show(done + 1, metrics, stage.tracks[name].batch_documents)
-            if (done + 1) % stage.checkpoint_every == 0 or done + 1 == len(order):
+            saves = state.total % stage.checkpoint_every == 0 or state.total == len(order)
+            while len(unread) > (not saves):
+                metrics = _read_one(unread, watch, history, progress)
+            if saves:
                 if history:
                     history.sync()
                 saver.save(model, sharing, state)
-                run.report({"finished_steps": done + 1, **{k: v for k, v in metrics.items() if v is not None}})
+                run.report({"finished_steps": state.total, **{k: v for k, v in metrics.items() if v is not None}})
     if history:
         history.close()
     if lead:
@@ -174,6 +175,17 @@ def _train(job: StageJob, run: Run) -> None:
             job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "code": code_digest(), "seconds": seconds}
         )
         log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
+
+
+def _read_one(unread: deque[Done], watch: Watch, history: History | None, progress: Progress) -> dict[str, Any]:
+    """The metrics of the oldest step that was not looked at, checked and recorded. Raises UniForkError."""
+    done = unread.popleft()
+    metrics = done.metrics()
+    watch.check(metrics, done.plan.keys)
+    if history:
+        history.add(metrics)
+        progress.show(metrics, len(done.plan.keys))
+    return metrics
 
 
 def _make_room(job: StageJob, mark: str, log: Log) -> None:

@@ -18,7 +18,7 @@ STOPPED = "stopped.json"
 
 
 class Watch:
-    """Checks every step's metrics before the update; the same verdict on every worker."""
+    """Checks every step's metrics before anything of it is saved; the same verdict on every worker."""
 
     def __init__(self, band: LossBand, words: int, codes: int, fresh: bool, folder: Path, lead: bool, log: Log) -> None:
         """words, codes: sizes of vocabulary and codebook. fresh: the run begins with an untrained image head."""
@@ -26,7 +26,7 @@ class Watch:
         self.even = {"text_loss": math.log(words), "image_loss": math.log(codes)}
 
     def check(self, metrics: dict[str, Any], keys: list[str]) -> None:
-        """Raises UniForkError when the step must not be applied; reports a first step that is suspicious."""
+        """Raises UniForkError when training must not go on from the step; reports a first step that is suspicious."""
         where = f"track {metrics['track']}, step {metrics['step']}"
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
             self._stop(f"{where}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}", metrics, keys)
@@ -56,6 +56,6 @@ class Watch:
         if self.lead:
             write_json(path, {"reason": what, "metrics": metrics, "documents": keys})
         raise UniForkError(
-            f"{what}; stopped before the update. The keys of its {len(keys)} documents are in {path}, "
+            f"{what}; nothing of this step is saved. The keys of its {len(keys)} documents are in {path}, "
             f"the first: {', '.join(keys[:5])}"
         )

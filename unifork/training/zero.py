@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unifork.errors import ConfigError
-from unifork.training.optimizer import Check, Optimizers, Parts, Read
+from unifork.training.optimizer import Optimizers, Parts, Read
 
 BUCKET = 50_000_000
 """Most elements that are reduced at once; DeepSpeed allocates as much."""
@@ -144,7 +144,7 @@ class ZeRO:
             for parameter in parameters.values():
                 parameter.requires_grad_(name == track)  # what has no gradient is not part of the norm
 
-    def update(self, parts: Parts, clip_norm: float, check: Check) -> None:
+    def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
         del parts
         engine, (optimizer, _) = self.shared.engine, self.optimizers[self.joint.track]
         for group in self.joint.param_groups:
@@ -152,7 +152,8 @@ class ZeRO:
                 group["lr"] = optimizer.param_groups[0]["lr"]
         engine.optimizer.clip_grad = clip_norm
         engine.step()  # which leaves the weights alone when the gradient is not finite
-        check({"gradient_norm": float(engine.get_global_grad_norm()) if engine.was_step_applied() else float("nan")})
+        norm = engine.get_global_grad_norm() if engine.was_step_applied() else float("nan")
+        return {"gradient_norm": torch.as_tensor(norm)}
 
     def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.stage < 3:
