@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from timing import alternate, interval, machine, ratio, table
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack
 from unifork.config import HeadConfig, OptimizerConfig, Variant
@@ -69,12 +70,14 @@ SIZES = {
 """The heads are four times as wide as the hidden size, like the published one; `0.5b` is the paper's model, `small`
 a third of its depth at a seventh of its width."""
 
+COMPILED = "position-wise parts compiled"
 RUNGS = {
     "parity path": (True, True),
     "folded head": (True, True),
     "packed rows, attention by document": (False, True),
     "fused loss": (False, False),
     "single forward (ours)": (False, False),
+    COMPILED: (False, False),
 }
 """What each rung multiplies beyond its model: whether rows are padded, text logits whole."""
 
@@ -95,6 +98,16 @@ def make_model(size: Size, device: str) -> UniForkModel:
     model.to(torch.device(device))  # type: ignore[arg-type]
     model.set_attn_implementation(VARLEN)
     return model
+
+
+def compile_parts(model: UniForkModel) -> None:
+    """torch.compile for norms, MLPs and the head's blocks, for any number of tokens; attention stays as it is."""
+    for block in model.image_head.blocks:
+        block._layer = torch.compile(block._layer, dynamic=True)
+    for layer in model.layers:
+        for parts in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            for part in parts.values():
+                part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def make_documents(size: Size, count: int) -> list[Document]:
@@ -201,6 +214,22 @@ def products(model: UniForkModel, documents: list[Document], padded: bool, whole
     return total
 
 
+def ladder(ours: UniForkModel, documents: list[Document], row_tokens: int, dtype: torch.dtype) -> dict[str, Step]:
+    """The rungs below ours, from the parity path up."""
+    masked = copy.deepcopy(ours)
+    masked.set_attn_implementation("sdpa")
+    unfolded = copy.deepcopy(masked)
+    unfolded.image_head.unfold()
+    per_task = [[one for one in documents if one.task == task] for task in TASKS]
+    rows = [batch for some in per_task for batch in packed(some, row_tokens)]
+    return {
+        "parity path": Step(unfolded, padded(documents), whole_logits, dtype),
+        "folded head": Step(masked, padded(documents), whole_logits, dtype),
+        "packed rows, attention by document": Step(copy.deepcopy(ours), rows, whole_logits, dtype),
+        "fused loss": Step(copy.deepcopy(ours), rows, fused, dtype),
+    }
+
+
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,6 +241,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="one more rung, with torch.compile")
     parser.add_argument("--ours-only", action="store_true", help="no ladder: the peak memory is then that of our step")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -222,22 +252,11 @@ def main() -> None:
     rows = packed(documents, given.row_tokens)
     ways = {"single forward (ours)": Step(ours, rows, fused, dtype)}
     if not given.ours_only:
-        masked = copy.deepcopy(ours)
-        masked.set_attn_implementation("sdpa")
-        unfolded = copy.deepcopy(masked)
-        unfolded.image_head.unfold()
-        by_task = [
-            batch
-            for task in TASKS
-            for batch in packed([one for one in documents if one.task == task], given.row_tokens)
-        ]
-        ways = {
-            "parity path": Step(unfolded, padded(documents), whole_logits, dtype),
-            "folded head": Step(masked, padded(documents), whole_logits, dtype),
-            "packed rows, attention by document": Step(copy.deepcopy(ours), by_task, whole_logits, dtype),
-            "fused loss": Step(copy.deepcopy(ours), by_task, fused, dtype),
-            **ways,
-        }
+        ways = {**ladder(ours, documents, given.row_tokens, dtype), **ways}
+    if given.compile:
+        compiled = copy.deepcopy(ours)
+        compile_parts(compiled)
+        ways[COMPILED] = Step(compiled, rows, fused, dtype)
     seconds = alternate(ways, given.pairs, device)
     tokens, useful = sum(map(len, documents)), products(ours, documents, *RUNGS["single forward (ours)"])
     step, targets = (
@@ -273,6 +292,12 @@ def main() -> None:
     ]))  # fmt: skip
     losses = {name: f"{float(way.value):.5f}" for name, way in ways.items()}
     print(f"\nlosses of the last step: {losses}")
+    if given.compile:
+        graphs = counters["stats"]["unique_graphs"]
+        Step(compiled, packed(documents[2:], given.row_tokens), fused, dtype)()
+        print(
+            f"compiled graphs: {graphs}, {counters['stats']['unique_graphs'] - graphs} more for a step of other lengths"
+        )
 
 
 if __name__ == "__main__":
