@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_stage import RESOURCES, assert_equal, job, weights
+from stage_runs import RESOURCES, assert_equal, job, weights
 from tiny import copy_of
 
 from unifork.batch import pack

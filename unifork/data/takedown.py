@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unifork.config import Plain, parse
-from unifork.data.hop import QUARANTINE, RECORD_SUFFIX, finished_shards, quarantine_of, read_table, write_shard
+from unifork.data.hop import QUARANTINE, finished_shards, quarantine_of, read_table, write_shard
 from unifork.data.sources.base import located
 from unifork.errors import ConfigError
 from unifork.manifest import (
     FETCHED,
+    RECORD_SUFFIX,
     Manifest,
     Shard,
     file_sha256,

@@ -1,0 +1,177 @@
+"""A stage that is killed, changed, damaged or moved to other workers; what a checkpoint holds."""
+
+import errno
+import json
+import re
+import shutil
+import threading
+
+import pytest
+import torch
+from stage_runs import RESOURCES, assert_equal, job, job_named, killed, train_and_die, weights
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from unifork.errors import CheckpointError
+from unifork.training import checkpoint
+from unifork.training.distributed_testing import run_distributed
+from unifork.training.history import History, read
+from unifork.training.loop import Run
+from unifork.training.stage import train_stage
+
+KILLS = [
+    ("unifork-s2-pretrain", "before the update", 5),
+    ("unifork-s2-pretrain", "after the update", 5),
+    ("unifork-s2-pretrain", "in the middle of a checkpoint", 2),
+    ("unifork-s2-pretrain", "between checkpoint and latest", 2),
+    ("unifork-s2-pretrain", "between latest and the metrics", 1),
+    ("unifork-s2-pretrain", "before the history", 3),
+    # steps 4 to 6 of Stage III are generation, understanding, understanding
+    ("unifork-s3", "after the update", 4),
+    ("unifork-s3", "after the update", 6),
+    ("unifork-s3", "between latest and the metrics", 2),
+    # a checkpoint lies exactly where the data set's second pass begins
+    ("edge", "between latest and the metrics", (2, 1)),
+    ("edge", "after the update", (7, 1)),
+]
+
+
+@pytest.mark.parametrize(("key", "where", "when"), KILLS)
+def test_killed_twice_and_resumed_ends_with_the_same_weights_and_history(root, unbroken, key, where, when):
+    one = job_named(root, key)
+    for reached in when if isinstance(when, tuple) else (when, when):
+        killed(one, where, reached)
+    train_stage(one, Run())
+    expected, history = unbroken[key]
+    assert_equal(weights(one), expected)
+    assert read(one.run_folder) == history
+
+
+def test_another_configuration_never_continues_old_weights(root, unbroken):
+    one = job(root)
+    killed(one, "after the update", 7)
+    changed = job(root, seed=7)
+    train_stage(changed, Run())
+    aside = one.run_folder.with_name(one.run_folder.name + ".old-1")
+    assert (aside / "latest").exists()
+    assert len(read(changed.run_folder)) == 8
+    assert not torch.equal(
+        weights(changed)["lm_head.weight" if "lm_head.weight" in weights(changed) else "embed_tokens.weight"],
+        unbroken["unifork-s2-pretrain"][0]["embed_tokens.weight"],
+    )
+    log = (changed.run_folder / "log.txt").read_text()
+    assert "starting afresh" in log
+    assert "starting, 8 steps" in log
+
+
+def test_what_changes_only_the_speed_does_not_start_afresh(root):
+    one = job(root)
+    killed(one, "after the update", 7)
+    train_stage(
+        job(
+            root,
+            checkpoint_every=2,
+            sample_prompts=("a circle",),
+            resources=RESOURCES.model_copy(update={"row_tokens": 512}),
+        ),
+        Run(),
+    )
+    assert re.search("continuing from step [36] of 8", (one.run_folder / "log.txt").read_text())
+
+
+def test_a_finished_run_is_not_trained_again_by_the_same_code_but_is_by_other_code(root):
+    one = job(root)
+    train_stage(one, Run())
+    first = weights(one)
+    shutil.rmtree(one.model_folder)
+    train_stage(one, Run())
+    assert_equal(weights(one), first)
+    assert "continuing from step 8 of 8" in (one.run_folder / "log.txt").read_text()
+    finished = one.run_folder / checkpoint.FINISHED
+    finished.write_text(json.dumps(json.loads(finished.read_text()) | {"code": "another"}))
+    train_stage(one, Run())
+    assert one.run_folder.with_name(one.run_folder.name + ".old-1").exists()
+    assert_equal(weights(one), first)
+
+
+def test_a_damaged_checkpoint_is_an_error_and_nothing_is_loaded(root):
+    one = job(root)
+    train_stage(one, Run())
+    shutil.rmtree(one.model_folder)
+    newest = one.run_folder / (one.run_folder / "latest").read_text()
+    file = newest / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp.*bytes instead of"):
+        train_stage(one, Run())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_latest_waits_for_the_disk(root, monkeypatch, unbroken):
+    """The first checkpoint, after step 3, reaches the disk only when step 5 is done."""
+    flush, stepped, latest = checkpoint.fsync_tree, threading.Event(), []
+
+    def slow(folder):
+        assert stepped.wait(60)
+        flush(folder)
+
+    def watched(self, row):
+        latest.append((root / "runs/unifork-s2-pretrain/latest").exists())
+        if row["step"] == 4:
+            stepped.set()
+        add(self, row)
+
+    add = History.add
+    monkeypatch.setattr(checkpoint, "fsync_tree", slow)
+    monkeypatch.setattr(History, "add", watched)
+    one = job(root)
+    train_stage(one, Run())
+    assert latest[:5] == [False] * 5
+    assert latest[-1]  # the second checkpoint waits for the first
+    assert_equal(weights(one), unbroken["unifork-s2-pretrain"][0])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(root, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "fsync_tree", full)
+    one = job(root)
+    with pytest.raises(OSError, match="No space left"):
+        train_stage(one, Run())
+    assert not (one.run_folder / "latest").exists()
+    assert not one.model_folder.exists()
+
+
+def test_a_checkpoint_lists_and_exports_every_tensor(root):
+    one = job(root, "unifork-s3", steps=2)
+    train_stage(one, Run())
+    path, plain = checkpoint.latest(one.run_folder)
+    whole = checkpoint.all_tensors(checkpoint.whole_model(path, one.start))
+    assert {name: (list(t.shape), str(t.dtype)) for name, t in whole.items()} == {
+        name: (listed["shape"], listed["dtype"]) for name, listed in plain["tensors"].items()
+    }
+    trained = {name for name, listed in plain["tensors"].items() if listed["trained"]}
+    assert trained
+    assert all("generation" in n or "understanding" in n or n.startswith("image_head.") for n in trained)
+    assert_equal({name: whole[name] for name in weights(one)}, weights(one))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_training_goes_on_with_two_workers_and_then_with_one(root, unbroken, strategy):
+    """Killed on one worker, then on two, finished on one: the same documents, the losses within reduction noise."""
+    one = job(root, checkpoint_every=2)
+    killed(one, "between latest and the metrics", 1)
+    two = job(root, checkpoint_every=2, resources=RESOURCES.model_copy(update={"workers": 2, "strategy": strategy}))
+    with pytest.raises(ProcessExitedException):
+        run_distributed(_dying_worker, 2, two.model_dump(mode="json"))
+    train_stage(one, Run())
+    log = (one.run_folder / "log.txt").read_text()
+    assert "continuing from step 2 of 8" in log
+    assert "continuing from step 4 of 8" in log
+    for ours, theirs in zip(read(one.run_folder), unbroken["unifork-s2-pretrain"][1], strict=True):
+        assert ours["documents_hash"] == theirs["documents_hash"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, unbroken["unifork-s2-pretrain"][0][name], atol=2e-4), name
+
+
+def _dying_worker(rank, world, plain):
+    train_and_die(plain, "between latest and the metrics", 1, rank, world)
