@@ -21,9 +21,9 @@ LEVELS = [
     {"manifest", "jobs"},
     {"image_tokenizer", "models"},
     {"data"},
-    {"experiments", "inference", "inspection", "publish"},
+    {"experiments", "inference", "inspection"},
     {"training", "evaluation", "parity", "analysis", "cluster"},
-    {"report", "planning"},
+    {"report", "planning", "publish"},
     {"commands"},
     {"cli", "pipelines"},
 ]

@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
 
-from unifork.config import Card, load_card, parse
+from unifork.cluster import map_shards
+from unifork.config import Card, HopResources, load_card, parse
 from unifork.data.hop import Progress, run_hops
 from unifork.data.takedown import Listing
 from unifork.errors import ConfigError, DataError, writing
@@ -76,7 +76,7 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None, 
         codes = layout.folder("codes", dataset) / use.view
         withdrawn = withdrawn_keys(takedown, dataset, codes, layout.folder("filtered", dataset))
         hop = publish_hop(card, task, codes, folder / use.view, withdrawn)
-        (manifest,) = run_hops([hop], _here(Publish(hop.lineage["about"])), tell)
+        (manifest,) = run_hops([hop], _here(Publish, hop.lineage["about"]), tell)
         views.append(ViewFacts(task, manifest, plain_bytes(folder / use.view, manifest)))
     hops = {hop: _manifest_at_hand(layout.folder(name, dataset)) for hop, name in HOPS.items()}
     _write_texts(
@@ -115,21 +115,17 @@ def fetch(store: Store, name: str, layout: Layout, tell: Tell) -> list[Manifest]
         file = f"{use.view}/{MANIFEST}"
         published = parse(Manifest, json.loads(text(file)), f"{store.uri}: {file}")
         hop = fetch_hop(published, name, store.uri, use.view, layout.folder("codes", name) / use.view)
-        manifests += run_hops([hop], _here(Fetch()), tell)
+        manifests += run_hops([hop], _here(Fetch), tell)
     path = layout.cards / f"{name}.yaml"
     if not path.exists():
         write_atomically(path, lambda temporary: temporary.write_text(_card_text(card)))
     return manifests
 
 
-def _here(worker: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., None]:
+def _here(worker: type, *arguments: object) -> Callable[..., object]:
     """Work in this process: writing Parquet is fast beside encoding and uploading."""
-
-    def run(tasks: list[dict[str, Any]], on_result: Callable[[dict[str, Any]], None]) -> None:
-        for task in tasks:
-            on_result(worker(task))
-
-    return run
+    resources = HopResources(workers=0)
+    return lambda tasks, on_result: map_shards(tasks, worker, arguments, resources, on_result)
 
 
 def _write_texts(folder: Path, texts: dict[str, str], views: list[ViewFacts]) -> None:
