@@ -298,7 +298,7 @@ def submit_by_hand(head: Head, experiment: Path, *arguments: str) -> "subprocess
     """What a user can do without any help: `ray job submit`, with the code as the working directory."""
     code = experiment / "code"
     shutil.copytree(REPOSITORY / "unifork", code / "unifork", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(experiment / "stages", code / "stages")
+    shutil.copytree(experiment / "stages", code / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     variables = {"UNIFORK_ROOT": str(experiment), "UNIFORK_CLUSTER": "far.yaml"}
     command = [BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", code]
     command += ["--runtime-env-json", json.dumps({"env_vars": variables})]
