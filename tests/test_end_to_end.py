@@ -70,7 +70,7 @@ def run(root: Path, *command: str) -> str:
 def kill_tree(process: subprocess.Popen) -> None:
     """SIGKILL for a process and everything below it, as a lost machine would.
 
-    DVC goes first: it would see its program die and be killed while it empties its lock file, which it cannot read then.
+    DVC goes first: seeing its program die it would empty its lock file, and be killed before it fills it again.
     """
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in tree:
