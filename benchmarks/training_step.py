@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--activation-checkpointing", nargs="*", default=[], help="kinds of layers, and head")
     parser.add_argument("--compile", action="store_true", help="one more rung, with torch.compile")
     parser.add_argument("--ours-only", action="store_true", help="no ladder: the peak memory is then that of our step")
     given = parser.parse_args()

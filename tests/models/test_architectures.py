@@ -21,6 +21,7 @@ from model_samples import (
     warm_model,
 )
 
+from unifork.models.layer_plan import KINDS
 from unifork.vocabulary import TASKS
 
 torch.set_num_threads(1)
@@ -119,8 +120,8 @@ def test_every_parameter_is_in_the_graph_of_every_batch(plan, document, family):
 def test_activation_checkpointing_changes_no_bit(plan, family):
     model = noisy_model(plan, family).train()
     found = []
-    for on in (False, True):
-        model.set_activation_checkpointing(on)
+    for kinds in ((), (*KINDS, "head")):
+        model.set_activation_checkpointing(kinds)
         losses = model(mixed_batch())
         (losses.text_loss_sum + losses.image_loss_sum_D.sum()).backward()
         found.append(gradients(model))

@@ -5,13 +5,14 @@ from model_samples import generation, gradients, noisy_model, rows, understandin
 from torch.distributed.fsdp import fully_shard
 
 from unifork.batch import Batch
+from unifork.models.layer_plan import KINDS
 from unifork.training.distributed_testing import run_distributed
 
 CASES = [
-    ("shared*2 task*2 norm:task", False),
-    ("modality*1 (shared modality_mlp)*1 modality_isolated*1 norm:modality", True),
+    ("shared*2 task*2 norm:task", ()),
+    ("modality*1 (shared modality_mlp)*1 modality_isolated*1 norm:modality", (*KINDS, "head")),
 ]
-"""Plan, and whether activations are recomputed."""
+"""Plan, and what is recomputed in the backward pass."""
 DOCUMENTS = [[understanding(1), understanding(2)], [generation(1), generation(2)]]
 
 

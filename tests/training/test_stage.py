@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unifork.config import LossBand
-from unifork.errors import UniForkError
+from unifork.errors import ConfigError, UniForkError
 from unifork.models import losses
 from unifork.training import checkpoint, loop
 from unifork.training.distributed_testing import run_distributed
@@ -184,6 +184,16 @@ def test_rows_change_nothing_but_the_speed(root, unbroken):
             assert ours["documents_hash"] == theirs["documents_hash"]
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
             assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
+
+
+def test_recomputing_activations_changes_no_bit(root, unbroken):
+    kinds = {"activation_checkpointing": ("shared", "task", "head")}
+    one = job(root, resources=RESOURCES.model_copy(update=kinds))
+    train_stage(one, Run())
+    assert_equal(weights(one), unbroken["unifork-s2-pretrain"][0])
+    unknown = job(root, resources=RESOURCES.model_copy(update={"activation_checkpointing": ("tsk",)}))
+    with pytest.raises(ConfigError, match=r"unknown kind of layer 'tsk'.*Did you mean 'task'"):
+        train_stage(unknown, Run())
 
 
 def test_the_trunk_of_stage_three_has_no_graph(root, monkeypatch):

@@ -34,7 +34,7 @@ class TrainResources(Plain):
     """Workers of a training stage."""
 
     workers: NonNegativeInt = 0
-    """Ray Train worker processes; 0 is Ray Train's local mode, in the stage's own process."""
+    """Ray Train worker processes; 0 trains in the stage's own process, without Ray."""
     cpus: PositiveFloat = 1.0
     """CPUs each worker asks for."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
@@ -45,8 +45,11 @@ class TrainResources(Plain):
     """Tokens of a packed row; changes only the speed. At least the longest document."""
     rows_per_microbatch: PositiveInt = 1
     """Rows a device processes at once; changes only the speed."""
-    strategy: Literal["ddp", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3"] = "ddp"
-    """How workers share the model; one worker needs neither."""
+    activation_checkpointing: tuple[str, ...] = ()
+    """Kinds of layers (`shared`, `task`, ... as in a plan, and `head`) that are computed again in the backward pass
+    instead of kept: less memory, more time, the same numbers."""
+    strategy: Literal["ddp", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3"] = "fsdp2"
+    """How workers share the model; one worker needs none."""
     max_restarts: NonNegativeInt = 0
     """How often a failed worker group is started again from the last checkpoint."""
 

@@ -12,7 +12,7 @@ Shape suffixes: B rows, T tokens of a row, X = B*T, S keys or supervised text to
 M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, V words.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,18 +25,21 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
-from unifork.errors import CheckpointError, IdentityError
+from unifork.errors import CheckpointError, IdentityError, unknown
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig
 from unifork.models.decoder import Block, Reading, family, masks_of, norms, routes_of
 from unifork.models.image_head import HeadBlock, ImageHead
-from unifork.models.layer_plan import BRANCHES, RouteBy
+from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
 from unifork.models.masks import Mask, attention_mask
 from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
 from unifork.models.sequences import Counts
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
+
+HEAD = "head"
+"""The image head, where kinds of layers are named."""
 
 
 class Losses(NamedTuple):
@@ -164,11 +167,20 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         logits: Tensor = self.lm_head(hidden)
         return logits
 
-    def set_activation_checkpointing(self, on: bool) -> None:
-        """Recompute blocks in the backward pass instead of keeping what they computed."""
+    def set_activation_checkpointing(self, kinds: Collection[str]) -> None:
+        """Recompute blocks in the backward pass instead of keeping what they computed.
+
+        kinds: of layers, as a plan names them, and `head` for the image head's. Raises ConfigError for others.
+        """
+        for name in kinds:
+            if name not in (*KINDS, HEAD):
+                raise unknown("kind of layer", name, (*KINDS, HEAD), "activation_checkpointing")
+        again = [KINDS[name] for name in kinds if name != HEAD]
         for module in self.modules():
-            if isinstance(module, Block | HeadBlock):
-                module.activation_checkpointing = on
+            if isinstance(module, Block):
+                module.activation_checkpointing = module.kind in again
+            elif isinstance(module, HeadBlock):
+                module.activation_checkpointing = HEAD in kinds
 
     def _masks(
         self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = ()

@@ -123,6 +123,7 @@ def _train(job: StageJob, run: Run) -> None:
     barrier()
     model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
+    model.set_activation_checkpointing(job.resources.activation_checkpointing)
     tokenizer = TextTokenizer(job.start / TEXT_TOKENIZER)
     identity = CodesIdentity(
         model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id
