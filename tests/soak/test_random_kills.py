@@ -128,12 +128,15 @@ def test_random_kills_of_drivers_and_actors_change_nothing(root):
     finished = 0
     while sum(killed.values()) < KILLS:
         program = start(root, *words, cluster="actors.yaml")
-        time.sleep(random.uniform(0.5 * starting, starting + 0.5 * working))
-        if workers := actors(program):
-            random.choice(workers).kill()
-            killed["actor"] += 1
+        if sum(killed.values()) % 2:
+            while program.poll() is None and not actors(program):
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.5 * working))
+            if workers := actors(program):
+                random.choice(workers).kill()
+                killed["actor"] += 1
         try:
-            said = program.communicate(timeout=random.uniform(0, 2 * working))
+            said = program.communicate(timeout=random.uniform(0, starting + 2 * working))
         except subprocess.TimeoutExpired:
             program.kill()
             program.communicate()
