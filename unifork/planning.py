@@ -29,7 +29,7 @@ from unifork.data.documents import template_named
 from unifork.data.prompts import SYSTEM, Template
 from unifork.errors import ConfigError, unknown
 from unifork.models.modeling import UniForkModel
-from unifork.models.parameters import paper_counts, parts, with_head
+from unifork.models.parameters import paper_counts, parts, tasks_of, with_head
 from unifork.models.warm_start import branch_of, model_config
 from unifork.training.optimizer import trainable_names
 from unifork.vocabulary import CODE_DTYPE, MODALITIES, TASKS, VIEW_OF_TASK, Modality, Task
@@ -202,13 +202,9 @@ def parameter_plan(model: UniForkModel) -> ParameterPlan:
 
 def _serves(name: str, task: Task, modality: Modality | None = None) -> bool:
     """Whether a parameter takes part in a task, for tokens of one modality or of any."""
-    if name.startswith("image_head."):
-        return task == "generation"
-    if name.startswith("lm_head."):
-        return task == "understanding"
     branch = branch_of(name)
     other_modality = modality is not None and branch in MODALITIES and branch != modality
-    return not (branch in TASKS and branch != task) and not other_modality
+    return task in tasks_of(name) and not other_modality
 
 
 # ------------------------------------------------------------------------------- tokens and FLOPs
