@@ -109,3 +109,16 @@ def copy_of(root: Path, target: Path) -> Path:
     """A private copy of a root, hard links where possible."""
     shutil.copytree(root, target, copy_function=os.link, dirs_exist_ok=True)
     return target
+
+
+def objects(address: str) -> dict[str, bytes]:
+    """What lies below s3://bucket/path, read by another client than the library's."""
+    import boto3
+
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    client = boto3.client("s3")
+    found = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+    return {
+        entry["Key"].removeprefix(prefix + "/"): client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
+        for entry in found
+    }

@@ -15,7 +15,7 @@ import boto3
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny import REPOSITORY, ROWS, SHARD_ROWS, copy_of, here, write_experiment
+from tiny import REPOSITORY, ROWS, SHARD_ROWS, copy_of, here, objects, write_experiment
 from typer.testing import CliRunner
 
 from pipelines.common import SIGNATURES, stored
@@ -55,17 +55,6 @@ def hops(root: Path, store: str | None) -> list[str]:
     views = [encode_hop(CARD, task, filtered, codes / use.view, tokenizer) for task, use in CARD.tasks.items()]
     run(*views, worker=Encode(PLAIN, str(tokenizer), "cpu"))
     return made
-
-
-def objects(store: str) -> dict[str, bytes]:
-    """What lies in a store, read by another client."""
-    name, _, prefix = store.removeprefix("s3://").partition("/")
-    client = boto3.client("s3")
-    found = client.list_objects_v2(Bucket=name, Prefix=prefix).get("Contents", [])
-    return {
-        entry["Key"].removeprefix(prefix + "/"): client.get_object(Bucket=name, Key=entry["Key"])["Body"].read()
-        for entry in found
-    }
 
 
 def put(store: str, name: str, body: bytes | None) -> None:

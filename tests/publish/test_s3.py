@@ -8,7 +8,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from tiny import bytes_of
+from tiny import bytes_of, objects
 
 from unifork.errors import DataError
 from unifork.publish.publication import Layout, build, fetch
@@ -50,23 +50,12 @@ def quiet(*_) -> None:
     pass
 
 
-def contents(address: str) -> dict[str, bytes]:
-    """What lies below s3://bucket/path, read by another client."""
-    bucket, _, prefix = address.removeprefix("s3://").partition("/")
-    client = boto3.client("s3")
-    found = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
-    return {
-        entry["Key"].removeprefix(prefix + "/"): client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
-        for entry in found
-    }
-
-
 def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):
     address = f"{bucket}/sets/shapes"
     store = open_store(address)
     names = {*parse_checksums((folder / CHECKSUMS).read_text()), CHECKSUMS}
     assert set(sync(folder, store, quiet).uploaded) == names
-    assert contents(address) == bytes_of(folder)
+    assert objects(address) == bytes_of(folder)
     assert sync(folder, store, quiet) == sync(folder, open_store(address), quiet)
     assert sync(folder, store, quiet).uploaded == ()
     assert reread(store) == []
@@ -84,7 +73,7 @@ def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):
         fetch(store, "back", Layout(tmp_path), quiet)
     done = sync(folder, store, quiet)
     assert (set(done.uploaded), done.removed) == ({victim, lost}, ("crop/train-00007-of-00008.parquet",))
-    assert contents(address) == bytes_of(folder) | {"notes.txt": b"of somebody else"}
+    assert objects(address) == bytes_of(folder) | {"notes.txt": b"of somebody else"}
     assert reread(store) == []
 
 
@@ -110,14 +99,14 @@ def test_a_killed_upload_goes_on_where_it_was(folder, bucket):
     assert done.returncode == -signal.SIGKILL
     begun = boto3.client("s3").list_multipart_uploads(Bucket=bucket.removeprefix("s3://"))["Uploads"]
     assert len(begun) == 1
-    there = contents(address)
+    there = objects(address)
     assert len(there) == 3
     assert CHECKSUMS not in there
     with pytest.raises(DataError, match=f"no {CHECKSUMS}; nothing was published here, or not to its end"):
         checksums(open_store(address))
     again = sync(folder, open_store(address), quiet)
     assert not set(again.uploaded) & set(there)
-    assert contents(address) == bytes_of(folder)
+    assert objects(address) == bytes_of(folder)
 
 
 def test_codes_come_back_from_s3(folder, bucket, tiny_root, tmp_path):

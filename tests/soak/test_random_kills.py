@@ -76,6 +76,22 @@ def prepared(root: Path, words: tuple[str, ...], output: str, cluster: str) -> t
     return expected, starting, max(0.5, whole - starting)
 
 
+def killed_after(
+    seconds: float, program: subprocess.Popen, root: Path, output: str, expected: dict[str, bytes]
+) -> bool:
+    """Whether a program was killed; one that ended before made what it should, which is cleared away."""
+    try:
+        said = program.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        program.communicate()
+        return True
+    assert program.returncode == 0, said
+    assert bytes_of(root / output) == expected
+    clear(root, output)
+    return False
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_random_kills_change_nothing(root, name):
     """Every second kill is in the start of a program, the others are in its work. What has ended begins anew."""
@@ -92,18 +108,11 @@ def test_random_kills_change_nothing(root, name):
             moment = random.uniform(0, 0.3 * working)
         else:
             moment = random.uniform(0, starting)
-        try:
-            said = program.communicate(timeout=moment)
-        except subprocess.TimeoutExpired:
-            program.kill()
-            program.communicate()
+        if killed_after(moment, program, root, output, expected):
             kills += 1
             in_work += state(root, output) != before
-            continue
-        assert program.returncode == 0, said
-        assert bytes_of(root / output) == expected
-        finished += 1
-        clear(root, output)
+        else:
+            finished += 1
     finish(start(root, *words, cluster="here.yaml"))
     assert bytes_of(root / output) == expected
     print(f"\n{name}: {kills} kills, {in_work} of them in its work, {finished + 1} times finished")
@@ -135,17 +144,10 @@ def test_random_kills_of_drivers_and_actors_change_nothing(root):
             if workers := actors(program):
                 random.choice(workers).kill()
                 killed["actor"] += 1
-        try:
-            said = program.communicate(timeout=random.uniform(0, starting + 2 * working))
-        except subprocess.TimeoutExpired:
-            program.kill()
-            program.communicate()
+        if killed_after(random.uniform(0, starting + 2 * working), program, root, output, expected):
             killed["driver"] += 1
-            continue
-        assert program.returncode == 0, said
-        assert bytes_of(root / output) == expected
-        finished += 1
-        clear(root, output)
+        else:
+            finished += 1
     finish(start(root, *words, cluster="actors.yaml"))
     assert bytes_of(root / output) == expected
     print(f"\n{killed['driver']} drivers and {killed['actor']} actors killed, {finished + 1} times finished")

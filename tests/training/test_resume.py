@@ -2,7 +2,6 @@
 
 import errno
 import json
-import re
 import shutil
 import threading
 
@@ -65,7 +64,7 @@ def test_another_configuration_never_continues_old_weights(root, unbroken):
 
 def test_what_changes_only_the_speed_does_not_start_afresh(root):
     one = job(root)
-    killed(one, "after the update", 7)
+    killed(one, "between latest and the metrics", 1)
     train_stage(
         job(
             root,
@@ -75,7 +74,7 @@ def test_what_changes_only_the_speed_does_not_start_afresh(root):
         ),
         Run(),
     )
-    assert re.search("continuing from step [36] of 8", (one.run_folder / "log.txt").read_text())
+    assert "continuing from step 3 of 8" in (one.run_folder / "log.txt").read_text()
 
 
 def test_a_finished_run_is_not_trained_again_by_the_same_code_but_is_by_other_code(root):

@@ -1,7 +1,7 @@
 """The worker of the encode hop: image-text shard in, shard of codes of one view out.
 
 Decoding, views and the network run in one worker, so that no picture travels between processes. A worker
-has two shards at hand: while one is read or written the network encodes the other, so it never waits.
+has two shards at hand: while one is read or written the network encodes the other.
 """
 
 from pathlib import Path
