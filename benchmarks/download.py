@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from unifork.config import Card, WebAccess
-from unifork.data.hop import run_hops
-from unifork.data.web.download import Download, web_hop
+from unifork.shards.job import run_hops
+from unifork.sources.web.download import Download, web_hop
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 9)]
 THREADS = 8 * len(HOSTS)

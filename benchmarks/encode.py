@@ -24,9 +24,9 @@ from timing import Meter, interval, machine, ratio, table
 
 from unifork.cluster import local_ray, map_shards
 from unifork.config import Cluster, HopResources
-from unifork.data.encoding import Encode, encode_hop
-from unifork.data.hop import run_hops
-from unifork.manifest import MANIFEST
+from unifork.image_tokenizer.encode import Encode, encode_hop
+from unifork.shards.job import run_hops
+from unifork.shards.manifest import MANIFEST
 
 Task = dict[str, Any]
 SIZE, SIDE = 64, 128

@@ -24,10 +24,10 @@ from timing import Meter, in_a_new_process, machine, table
 
 from unifork.cluster import local_ray, map_shards
 from unifork.config import Cluster, HopResources
-from unifork.data.encoding import Encode, encode_hop
-from unifork.data.hop import Hop, run_hops
-from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
+from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
+from unifork.image_tokenizer.encode import Encode, encode_hop
 from unifork.publish.publication import Layout, build
+from unifork.shards.job import Hop, run_hops
 
 SHARD_ROWS = 1000
 PAPER_IMAGES = 90_000_000

@@ -16,13 +16,13 @@ import numpy as np
 from timing import interval, machine, table
 
 from unifork.config import MixtureEntry, OptimizerConfig, Track, load_card
-from unifork.data.documents import CodesIdentity, Quarantine
-from unifork.data.hop import write_shard
-from unifork.data.loader import TrackLoader
-from unifork.data.schema import codes_schema, columns_of
-from unifork.data.text_tokenizer import TextTokenizer, train_text_tokenizer
-from unifork.data.workers import table_of
-from unifork.manifest import Manifest, Shard, write_manifest
+from unifork.documents.loader import TrackLoader
+from unifork.documents.mixture import CodesIdentity, Quarantine
+from unifork.documents.text_tokenizer import TextTokenizer, train_text_tokenizer
+from unifork.filters.worker import table_of
+from unifork.shards.job import write_shard
+from unifork.shards.manifest import Manifest, Shard, write_manifest
+from unifork.shards.schema import codes_schema, columns_of
 
 GRID, DEPTH, CODES = 24, 4, 16_384
 WORDS = 40

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unifork.data.index import Index, Writer, prepared
-from unifork.data.order import SetOrder
+from unifork.documents.index import Index, Writer, prepared
+from unifork.documents.order import SetOrder
 
 GROUP = 256
 SEEKS, WALKED = 200, 100_000

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from unifork.cluster import local_ray, map_shards
 from unifork.config import Cluster, HopResources
-from unifork.data.encoding import BATCH_IMAGES, Encode, encode_hop
-from unifork.data.hop import run_hops
 from unifork.image_tokenizer.code_encoder import CodeEncoder
+from unifork.image_tokenizer.encode import BATCH_IMAGES, Encode, encode_hop
+from unifork.shards.job import run_hops
 
 
 class StandIn(Encode):

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from unifork.config import Card, DecoderConfig, EncoderConfig, load_card
-from unifork.data.hop import write_shard
-from unifork.data.schema import columns_of, image_text_schema
-from unifork.data.shapes.source import rows
-from unifork.data.workers import table_of
+from unifork.filters.worker import table_of
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.manifest import Manifest, Shard, write_manifest
+from unifork.shapes.source import rows
+from unifork.shards.job import write_shard
+from unifork.shards.manifest import Manifest, Shard, write_manifest
+from unifork.shards.schema import columns_of, image_text_schema
 
 DIFFERENT = 64
 """Pictures that are made; longer lists repeat them."""

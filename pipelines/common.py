@@ -12,10 +12,10 @@ from typing import Any
 
 from unifork.cluster import load_cluster, local_ray, map_shards, run_stage
 from unifork.config import DatasetUse, Experiment, HopResources, load
-from unifork.data.hop import Hop, run_hops
 from unifork.errors import UniForkError, unknown
-from unifork.manifest import Manifest
 from unifork.processes import exclusive
+from unifork.shards.job import Hop, run_hops
+from unifork.shards.manifest import Manifest
 
 RAW, FILTERED, CODES = Path("data/raw"), Path("data/filtered"), Path("data/codes")
 SIGNATURES = Path("data/signatures")

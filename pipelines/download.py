@@ -3,9 +3,9 @@
 from pipelines.common import RAW, dataset_use, experiment, program, run
 from unifork.cluster import load_cluster
 from unifork.config import Card, DatasetUse, HopResources, load_card
-from unifork.data.web.download import URL_LIST, Download, web_hop
-from unifork.data.workers import Materialise, download_hop
 from unifork.errors import ConfigError
+from unifork.filters.worker import Materialise, download_hop
+from unifork.sources.web.download import URL_LIST, Download, web_hop
 
 
 def main(name: str) -> None:

@@ -6,7 +6,7 @@ Decoding, views and the network run in the same actor: no picture travels betwee
 from pipelines.common import CODES, FILTERED, IMAGE_TOKENIZER, program, run
 from unifork.cluster import load_cluster
 from unifork.config import HopResources, load_card
-from unifork.data.encoding import Encode, encode_hop
+from unifork.image_tokenizer.encode import Encode, encode_hop
 
 
 def main(name: str) -> None:

@@ -12,7 +12,7 @@ from unifork.errors import unknown
 from unifork.evaluation.benchmarks import Model, evaluate
 from unifork.image_tokenizer.code_encoder import CodeEncoder
 from unifork.inference import IMAGE_TOKENIZER, Speaker
-from unifork.manifest import write_atomically, write_json
+from unifork.shards.manifest import write_atomically, write_json
 
 BATCH_PICTURES = 64
 GROUND = (255, 255, 255)

@@ -2,8 +2,8 @@
 
 from pipelines.common import FILTERED, RAW, SIGNATURES, program, run
 from unifork.config import Card, load_card
-from unifork.data.dedup import Sign, check_order, compared_with, decide, looks_around, sign_hop
-from unifork.data.workers import Filter, filter_hop
+from unifork.filters.duplicates import Sign, check_order, compared_with, decide, looks_around, sign_hop
+from unifork.filters.worker import Filter, filter_hop
 from unifork.processes import exclusive
 
 SIGNING_SECONDS = 24 * 3600.0

@@ -11,10 +11,9 @@ from PIL import Image
 from pipelines.common import FILTERED, IMAGE_TOKENIZER, experiment, program
 from unifork.cluster import load_cluster
 from unifork.config import HopResources, ImageTokenizerConfig, ImportedTokenizer, load_card
-from unifork.data.pictures import MAX_PICTURES, sample_views
-from unifork.data.shapes.detector import detect, same_objects
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.image_tokenizer.samples import MAX_PICTURES, sample_views
 from unifork.image_tokenizer.training import (
     decode_all,
     encode_all,
@@ -23,7 +22,8 @@ from unifork.image_tokenizer.training import (
     train_tokenizer,
     without_repeats,
 )
-from unifork.manifest import MANIFEST, write_json
+from unifork.shapes.detector import detect, same_objects
+from unifork.shards.manifest import MANIFEST, write_json
 
 Views = dict[str, np.ndarray]
 Report = dict[str, Any]

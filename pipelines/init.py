@@ -4,7 +4,7 @@ import shutil
 
 from pipelines.common import IMAGE_TOKENIZER, MODELS, TEXT_TOKENIZER, experiment, program
 from unifork import inference
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import unknown
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.warm_start import create_model

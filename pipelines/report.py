@@ -5,10 +5,10 @@ from pathlib import Path
 
 from pipelines.common import CODES, FILTERED, IMAGE_TOKENIZER, MODELS, RAW, REPORTS, RUNS, SCORES, experiment, program
 from unifork import inference
-from unifork.manifest import write_atomically
 from unifork.report.build import build, loss_pictures
 from unifork.report.codec import load_codec
 from unifork.report.gather import Layout
+from unifork.shards.manifest import write_atomically
 
 CARDS = Path("datasets")
 

@@ -2,8 +2,8 @@
 
 from pipelines.common import FILTERED, TEXT_TOKENIZER, experiment, program
 from unifork.config import TextTokenizerImport, load_card
-from unifork.data.prompts import INSTRUCTION, SYSTEM
-from unifork.data.text_tokenizer import FILES, import_text_tokenizer, texts_of, train_text_tokenizer
+from unifork.documents.prompts import INSTRUCTION, SYSTEM
+from unifork.documents.text_tokenizer import FILES, import_text_tokenizer, texts_of, train_text_tokenizer
 from unifork.weights import local_folder
 
 

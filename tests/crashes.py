@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-LIBRARY = ["data.web.download", "data.encoding", "cli", "publish.publication"]
+LIBRARY = ["sources.web.download", "image_tokenizer.encode", "cli", "publish.publication"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "pandas", "pipelines.common", *(f"unifork.{name}" for name in LIBRARY)])
 

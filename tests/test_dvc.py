@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from unifork.config import FilterRule, load_card
-from unifork.data.follow import followed
 from unifork.errors import ConfigError
 from unifork.experiments import params_text, resolve, use
+from unifork.experiments.followed import followed
 
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -113,7 +113,7 @@ def test_dvc_follows_the_files_that_a_card_names():
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"files": "$WHERE/a.tar"}, "unifork/data/sources"),
+        ({"files": "$WHERE/a.tar"}, "unifork/sources"),
         ({"files": "/mnt/a.tar", "captions": "/mnt/b"}, "/mnt"),
         ({"files": "a/b.tar", "captions": "c"}, "one folder"),
         ({"files": "*.tar"}, "one folder"),

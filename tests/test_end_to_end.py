@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from unifork.config import Experiment, TrainResources, load
-from unifork.manifest import read_manifest
+from unifork.shards.manifest import read_manifest
 
 REPOSITORY = Path(__file__).parent.parent
 STAGE = "unifork-s2-pretrain"

@@ -13,10 +13,10 @@ from tiny import copy_of
 
 from unifork import cli
 from unifork.config import Experiment, load
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import UniForkError
 from unifork.inspection import Inspection, Shown, Stretch, TaskShare, inspect, rendered, visible
-from unifork.manifest import read_manifest
+from unifork.shards.manifest import read_manifest
 
 STEP = 2
 """A step of s2-pretrain with a dropped prompt (seed 0)."""

@@ -9,14 +9,14 @@ from pydantic import TypeAdapter
 
 from unifork import config, inference
 from unifork.config import Sampling, load_card
-from unifork.data.documents import CodesIdentity, Quarantine
-from unifork.data.loader import TrackLoader
-from unifork.data.prompts import TEMPLATES
-from unifork.data.text_tokenizer import TextTokenizer
-from unifork.data.workers import download_hop
+from unifork.documents.loader import TrackLoader
+from unifork.documents.mixture import CodesIdentity, Quarantine
+from unifork.documents.prompts import TEMPLATES
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.experiments import resolve
-from unifork.manifest import read_manifest
+from unifork.filters.worker import download_hop
+from unifork.shards.manifest import read_manifest
 from unifork.vocabulary import DROPPED_PROMPT, TURN_START
 
 ROOT = Path(__file__).parent.parent

@@ -10,15 +10,15 @@ import torch
 import yaml
 
 from unifork.config import Experiment, load, load_card
-from unifork.data.encoding import Encode, encode_hop
-from unifork.data.hop import run_hops
-from unifork.data.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
-from unifork.data.workers import Filter, Materialise, download_hop, filter_hop
+from unifork.documents.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.experiments import params_text, resolve
+from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
 from unifork.image_tokenizer.architecture import Architecture
+from unifork.image_tokenizer.encode import Encode, encode_hop
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.training import save_whole
 from unifork.models.warm_start import create_model
+from unifork.shards.job import run_hops
 
 REPOSITORY = Path(__file__).parent.parent
 ROWS, SHARD_ROWS = 96, 32

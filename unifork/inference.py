@@ -15,9 +15,9 @@ import torch
 
 from unifork.batch import Document
 from unifork.config import Sampling, parse
-from unifork.data.documents import skeleton, template_named
-from unifork.data.prompts import PICTURE, UNCONDITIONAL, Piece, question, written
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.mixture import skeleton, template_named
+from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Piece, question, written
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.models.generation import answer_texts, generate_images
 from unifork.models.modeling import UniForkModel, load_model

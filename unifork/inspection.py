@@ -19,14 +19,14 @@ from rich.text import Text
 from unifork import jobs
 from unifork.batch import TEXT, Batch, Document
 from unifork.config import Cluster, Experiment, Track, load
-from unifork.data.documents import CodesIdentity, Quarantine
-from unifork.data.loader import StepPlan, TrackLoader
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.loader import StepPlan, TrackLoader
+from unifork.documents.mixture import CodesIdentity, Quarantine
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.architecture import describe
-from unifork.manifest import MANIFEST
 from unifork.models.layer_plan import BRANCHES, KINDS, LayerPlan, RouteBy
 from unifork.models.routing import Route, batch_routes
+from unifork.shards.manifest import MANIFEST
 from unifork.vocabulary import TASKS, VIEW_OF_TASK, Task
 
 StretchKind = Literal["text", "control", "image"]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from unifork.data.shapes.language import Clause
-from unifork.data.shapes.world import Object
 from unifork.evaluation.generation.geneval import judge, relations
 from unifork.evaluation.statistics import Score, binary, mean, proportion
 from unifork.evaluation.understanding.answers import normalised, pope_yes, strict_yes
+from unifork.shapes.language import Clause
+from unifork.shapes.world import Object
 
 VECTORS = json.loads((Path(__file__).parents[1] / "fixtures" / "score_vectors.json").read_text())
 

@@ -19,18 +19,18 @@ from typer.testing import CliRunner
 import datasets
 from unifork.cli import app
 from unifork.config import MixtureEntry, load_card
-from unifork.data.documents import CodesIdentity, Part, Quarantine
-from unifork.data.hop import write_shard
-from unifork.data.schema import codes_array, codes_meta
-from unifork.data.takedown import listing
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.mixture import CodesIdentity, Part, Quarantine
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
-from unifork.manifest import Manifest, file_sha256, read_manifest, write_manifest
+from unifork.filters.takedown import listing
 from unifork.publish import stores
 from unifork.publish.card import size_category
 from unifork.publish.publication import permitted
 from unifork.publish.stores import CHECKSUMS, HubStore, open_store, parse_checksums, reread, sync
 from unifork.publish.takedown import withdrawn_keys
+from unifork.shards.job import write_shard
+from unifork.shards.manifest import Manifest, file_sha256, read_manifest, write_manifest
+from unifork.shards.schema import codes_array, codes_meta
 
 
 def command(*words: str) -> str:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from tiny import REPOSITORY, bytes_of, fresh_tokenizer, write_experiment, write_model
 
-from unifork.data.text_tokenizer import TextTokenizer
-from unifork.manifest import read_manifest
+from unifork.documents.text_tokenizer import TextTokenizer
+from unifork.shards.manifest import read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # inside DVC
 STAGES = ("download@shapes", "filter@shapes", "text_tokenizer")

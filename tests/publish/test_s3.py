@@ -19,7 +19,7 @@ import os, signal, sys
 from pathlib import Path
 
 from unifork.publish import stores
-from unifork.stores import Store
+from unifork.shards.stores import Store
 
 seen = []
 

@@ -11,11 +11,11 @@ import yaml
 from PIL import Image
 
 from unifork.config import Experiment, load_card, parse
-from unifork.data.hop import write_shard
-from unifork.data.schema import image_text_schema
-from unifork.data.shapes.world import draw, scene
-from unifork.manifest import Manifest, Shard, write_json, write_manifest
 from unifork.report.gather import Layout
+from unifork.shapes.world import draw, scene
+from unifork.shards.job import write_shard
+from unifork.shards.manifest import Manifest, Shard, write_json, write_manifest
+from unifork.shards.schema import image_text_schema
 
 NASTY = "<script>alert('a')</script> & <b>"
 DEPTH = 2

@@ -19,13 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from loopback import ROBOTS, Web, elsewhere, pages, picture
 from tiny import REPOSITORY
 
-from unifork.data.shapes.source import rows as shapes
-from unifork.manifest import read_manifest
-
-sys.path.insert(0, str(REPOSITORY / "tests/data/web"))
-from loopback import ROBOTS, Web, elsewhere, pages, picture
+from unifork.shapes.source import rows as shapes
+from unifork.shards.manifest import read_manifest
 
 pytestmark = pytest.mark.soak
 COPIES, SENTENCES, TIMES, SHARD_ROWS, SECONDS = 2, 800, 30, 1000, 900

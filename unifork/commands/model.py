@@ -45,7 +45,7 @@ def import_(
     from safetensors.torch import save_file
 
     from unifork import inference
-    from unifork.data.text_tokenizer import TextTokenizer
+    from unifork.documents.text_tokenizer import TextTokenizer
     from unifork.image_tokenizer.conversion import read_official, siglip_of, tower_of
     from unifork.image_tokenizer.official_export import REMAINDER_FILE, SIGLIP_FOLDER, remainder
     from unifork.models import conversion
@@ -157,7 +157,7 @@ def create(
     """Write a new model of any plan that starts from a dense language model."""
     from unifork import inference
     from unifork.config import HeadConfig, Variant
-    from unifork.data.text_tokenizer import TextTokenizer
+    from unifork.documents.text_tokenizer import TextTokenizer
     from unifork.image_tokenizer.model import ImageTokenizer
     from unifork.models.warm_start import create_model
 
@@ -233,7 +233,7 @@ def _form(head: str) -> bool:
 
 
 def _copy_text(source: Path, target: Path) -> None:
-    from unifork.data.text_tokenizer import FILES
+    from unifork.documents.text_tokenizer import FILES
 
     target.mkdir(exist_ok=True)
     for name in FILES:

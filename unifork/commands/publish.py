@@ -17,8 +17,8 @@ def publish(
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
 ) -> None:
     """Publish the codes of a data set: only what is missing or differs is uploaded."""
-    from unifork.data.takedown import listing
     from unifork.errors import DataError
+    from unifork.filters.takedown import listing
     from unifork.processes import exclusive
     from unifork.publish.publication import Layout, build
     from unifork.publish.stores import open_store, reread, sync

@@ -53,7 +53,7 @@ def encode(
     """Write the codes of pictures: arrays `codes` (picture, row, column, depth), `names`, and what made them."""
     import numpy as np
 
-    from unifork.manifest import write_atomically
+    from unifork.shards.manifest import write_atomically
 
     coder = _coder(tokenizer, view)
     for path in images:

@@ -13,9 +13,9 @@ def verify(
     repair: Repair = False,
 ) -> None:
     """Check every shard of finished hops against their manifests."""
-    from unifork.data import repair as repairs
     from unifork.errors import DataError
-    from unifork.manifest import read_manifest
+    from unifork.shards import repair as repairs
+    from unifork.shards.manifest import read_manifest
 
     folders = repairs.hop_folders(folder)
     if not folders:

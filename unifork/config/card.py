@@ -9,10 +9,10 @@ from unifork.vocabulary import Task, View
 
 
 class Source(Plain):
-    """Where the pictures come from: a kind of source known to `unifork.data.sources`."""
+    """Where the pictures come from: a kind of source known to `unifork.sources`."""
 
     kind: str
-    """Name of the source, a key of `unifork.data.sources.SOURCES`."""
+    """Name of the source, a key of `unifork.sources.SOURCES`."""
     options: dict[str, Any] = {}
     """What this kind of source needs to know; checked by the source itself."""
 
@@ -27,10 +27,10 @@ class TaskUse(Plain):
 
 
 class FilterRule(Plain):
-    """One rule of `unifork.data.filters`, applied in the order of the card."""
+    """One rule of `unifork.filters.rules`, applied in the order of the card."""
 
     rule: str
-    """Name of the rule, a key of `unifork.data.filters.RULES`."""
+    """Name of the rule, a key of `unifork.filters.rules.RULES`."""
     options: dict[str, Any] = {}
     """The rule's thresholds."""
 

@@ -11,11 +11,11 @@ from unifork.vocabulary import Task
 class Followed(Plain):
     """Paths that DVC follows for a data set. Where a card names no files, the code that would read them."""
 
-    source: str = "unifork/data/sources"
+    source: str = "unifork/sources"
     """What rows are made from; for `download`."""
-    lists: str = "unifork/data/filters.py"
+    lists: str = "unifork/filters/rules.py"
     """Takedown lists and benchmark pictures of filter rules."""
-    others: str = "unifork/data/dedup.py"
+    others: str = "unifork/filters/duplicates.py"
     """The other sets that it is compared with."""
 
 
@@ -203,7 +203,7 @@ class MixtureEntry(Plain):
     text: str
     """Text column, one of those the card offers for the task."""
     template: str
-    """Prompt template, a key of `unifork.data.prompts.TEMPLATES`."""
+    """Prompt template, a key of `unifork.documents.prompts.TEMPLATES`."""
     weight: PositiveFloat
     """Share of the documents; weights are normalised over the mixture."""
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from unifork.config import Benchmark
 from unifork.errors import unknown
-from unifork.evaluation.generation import shapes as generation_shapes
-from unifork.evaluation.generation.shapes import Painter
 from unifork.evaluation.statistics import Score
-from unifork.evaluation.understanding import shapes as understanding_shapes
-from unifork.evaluation.understanding.shapes import Answerer
+from unifork.shapes import generation as generation_shapes
+from unifork.shapes import understanding as understanding_shapes
+from unifork.shapes.generation import Painter
+from unifork.shapes.understanding import Answerer
 
 
 @dataclass(frozen=True)

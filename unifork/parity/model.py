@@ -29,8 +29,8 @@ from torch import Tensor
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, NO_DOCUMENT, TEXT, Batch, Document, pack
 from unifork.config import Sampling
-from unifork.data.prompts import Piece
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.prompts import Piece
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models import generation

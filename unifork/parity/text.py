@@ -1,7 +1,7 @@
 """`06_text.json`: token ids, labels and supervised positions of every stage's template.
 
 In: a fixture folder with its tokenizer. Out: what the original's templates and masks gave, beside
-what the templates of `unifork.data.prompts` give for the same caption or dialogue. A picture is one
+what the templates of `unifork.documents.prompts` give for the same caption or dialogue. A picture is one
 token in both: the original's marker.
 
 Shape suffixes: T tokens of a sample.
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE
-from unifork.data.dialogues import IMAGE_MARK, turns_of
-from unifork.data.documents import skeleton
-from unifork.data.prompts import TEMPLATES, UNCONDITIONAL, Piece, Template, question, written
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.mixture import skeleton
+from unifork.documents.prompts import TEMPLATES, UNCONDITIONAL, Piece, Template, question, written
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import DataError
 from unifork.parity.comparison import Comparison
+from unifork.shards.dialogues import IMAGE_MARK, turns_of
 from unifork.vocabulary import TURN_END
 
 ITEM = "06_text"

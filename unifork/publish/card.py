@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from unifork.config import Card
-from unifork.manifest import Manifest
 from unifork.publish.shards import LAYOUT, TAKEDOWN, features_of
+from unifork.shards.manifest import Manifest
 from unifork.vocabulary import Task
 
 README = "README.md"

@@ -15,15 +15,15 @@ import yaml
 
 from unifork.cluster import map_shards
 from unifork.config import Card, HopResources, load_card, parse
-from unifork.data.hop import Progress, run_hops
-from unifork.data.takedown import Listing
 from unifork.errors import ConfigError, DataError, writing
-from unifork.manifest import MANIFEST, TEMPORARY, Manifest, file_sha256, read_manifest, write_atomically
+from unifork.filters.takedown import Listing
 from unifork.publish.card import CROISSANT, README, ViewFacts, croissant, readme
 from unifork.publish.shards import Fetch, Publish, fetch_hop, publish_hop
 from unifork.publish.stores import CHECKSUMS, checksums, checksums_text, read
 from unifork.publish.takedown import withdrawn_keys
-from unifork.stores import Store
+from unifork.shards.job import Progress, run_hops
+from unifork.shards.manifest import MANIFEST, TEMPORARY, Manifest, file_sha256, read_manifest, write_atomically
+from unifork.shards.stores import Store
 
 CARD = "dataset.yaml"
 HOPS = {"download": "raw", "filter": "filtered"}

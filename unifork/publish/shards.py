@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unifork.config import Card, parse
-from unifork.data.hop import Hop, read_table, write_shard
-from unifork.data.schema import CODES_META, codes_array, codes_meta, columns_of, text_type
 from unifork.errors import DataError
-from unifork.manifest import Manifest, Shard, read_manifest
 from unifork.publish.stores import open_store, read
+from unifork.shards.job import Hop, read_table, write_shard
+from unifork.shards.manifest import Manifest, Shard, read_manifest
+from unifork.shards.schema import CODES_META, codes_array, codes_meta, columns_of, text_type
 from unifork.vocabulary import CODE_DTYPE, Task
 
 PUBLISH_VERSION = 1

@@ -5,10 +5,10 @@ Code shards know only keys; what else a list names is looked up in the image-tex
 
 from pathlib import Path
 
-from unifork.data.hop import read_table
-from unifork.data.takedown import Listing, withdrawn
 from unifork.errors import DataError
-from unifork.manifest import MANIFEST, read_manifest
+from unifork.filters.takedown import Listing, withdrawn
+from unifork.shards.job import read_table
+from unifork.shards.manifest import MANIFEST, read_manifest
 
 
 def withdrawn_keys(entries: Listing | None, dataset: str, codes: Path, pictures: Path) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from unifork.errors import DataError
 from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.training import decode_all, encode_all
-from unifork.manifest import file_sha256
+from unifork.shards.manifest import file_sha256
 
 
 class Codec(Protocol):

@@ -14,7 +14,6 @@ import numpy as np
 
 from unifork.config import Benchmark, Card, Experiment, Stage, Variant, load_card
 from unifork.evaluation.statistics import Score
-from unifork.manifest import MANIFEST, Manifest, read_manifest
 from unifork.report.reading import (
     SCORES,
     Answered,
@@ -28,6 +27,7 @@ from unifork.report.reading import (
     read_json,
     read_samples,
 )
+from unifork.shards.manifest import MANIFEST, Manifest, read_manifest
 from unifork.vocabulary import VIEWS, View
 
 SPLITS = ("seen", "held_out")

@@ -20,15 +20,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from unifork.config import Card
-from unifork.data.hop import QUARANTINE, quarantine_of, read_table
-from unifork.data.shapes.detector import detect, same_objects
-from unifork.data.shapes.world import draw, scene
 from unifork.errors import DataError
 from unifork.image_tokenizer.views import view_of
-from unifork.manifest import Manifest
 from unifork.report.codec import Codec
 from unifork.report.gather import DataSet, Evaluation, StageRun, views_of
 from unifork.report.reading import Answered, Drawn, Same
+from unifork.shapes.detector import detect, same_objects
+from unifork.shapes.world import draw, scene
+from unifork.shards.job import QUARANTINE, quarantine_of, read_table
+from unifork.shards.manifest import Manifest
 from unifork.vocabulary import View
 
 SAMPLES = 10

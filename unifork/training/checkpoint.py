@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from unifork.errors import CheckpointError
-from unifork.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.models.modeling import UniForkModel, load_model
+from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.training.optimizer import Optimizers
 from unifork.training.strategies import Strategy
 

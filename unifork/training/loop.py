@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unifork.config import Stage, Track
-from unifork.data.loader import StepPlan, TrackLoader
+from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.models.layer_plan import BRANCHES
 from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
 from unifork.training.strategies import Strategy, summed

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from unifork.config import Experiment, Plain, Stage, TrainResources, fingerprint
-from unifork.data.documents import CodesIdentity, Quarantine
-from unifork.data.loader import TrackLoader
-from unifork.data.text_tokenizer import TextTokenizer
+from unifork.documents.loader import TrackLoader
+from unifork.documents.mixture import CodesIdentity, Quarantine
+from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
-from unifork.manifest import file_sha256, manifest_sha256, write_json
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.models.sequences import VARLEN
 from unifork.processes import exclusive
+from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.history import History, Log, Progress, read, write_csv

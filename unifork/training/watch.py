@@ -10,7 +10,7 @@ from typing import Any
 
 from unifork.config import LossBand
 from unifork.errors import UniForkError
-from unifork.manifest import write_json
+from unifork.shards.manifest import write_json
 from unifork.training.history import Log
 
 STOPPED = "stopped.json"

@@ -9,8 +9,8 @@ Finding objects, and dropping unsure ones, is the detector's part.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from unifork.data.shapes.language import Clause
-from unifork.data.shapes.world import Object
+from unifork.shapes.language import Clause
+from unifork.shapes.world import Object
 
 SHRINK = 0.1
 """Share of the two sizes by which an offset is shortened before it counts as a direction."""

@@ -1,0 +1,97 @@
+"""Small archives in the layouts of their publishers, made of real pictures."""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from unifork.config import Card
+from unifork.filters.worker import QUARANTINE, Filter, Materialise, download_hop, filter_hop
+from unifork.shards.job import run_hops
+
+IMAGES = Path(__file__).parent.parent / "fixtures/official_tiny/images"
+PNG = {path.stem: path.read_bytes() for path in sorted(IMAGES.glob("img*.png"))}
+
+
+def jpeg(name: str, mode: str = "RGB") -> bytes:
+    """One of the pictures as a JPEG of some mode."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(PNG[name])).convert("RGB").convert(mode).save(out, "JPEG")
+    return out.getvalue()
+
+
+def tarred(members: list[tuple[str, bytes]], mode: str = "w") -> bytes:
+    """A tar of members in this order; a name may come twice."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def jsonl(entries: list) -> bytes:
+    """Lines; bytes are written as they are."""
+    return b"".join((one if isinstance(one, bytes) else json.dumps(one).encode()) + b"\n" for one in entries)
+
+
+def gzipped(data: bytes) -> bytes:
+    return gzip.compress(data)
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def card_of(kind: str, options: dict, texts: list[str], **more) -> Card:
+    plain = {
+        "name": "sample", "title": "t", "homepage": "h", "licence": "CC0-1.0", "attribution": "a",
+        "redistribute_codes": False, "source": {"kind": kind, "options": options},
+        "tasks": {"understanding" if "conversations" in texts else "generation":
+                  {"view": "pad" if "conversations" in texts else "crop", "texts": texts}},
+    }  # fmt: skip
+    return Card.model_validate({**plain, **more})
+
+
+def here(worker):
+    return lambda tasks, on_result: [on_result(worker(task)) for task in tasks]
+
+
+class Made:
+    """What a hop left: rows by key, rejects as key -> reason, its manifest."""
+
+    def __init__(self, folder: Path, manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        tables = [pq.read_table(folder / shard.path).to_pylist() for shard in manifest.shards]
+        listed = [row for table in tables for row in table]
+        self.rows = {row["key"]: row for row in listed}
+        assert len(self.rows) == len(listed), "a key occurs twice"
+        rejected = [
+            row
+            for shard in manifest.shards
+            if (folder / QUARANTINE / shard.path).exists()
+            for row in pq.read_table(folder / QUARANTINE / shard.path).to_pylist()
+        ]
+        self.rejects = sorted((row["key"], row["reason"]) for row in rejected)
+        self.details = {row["key"]: row["detail"] for row in rejected}
+        if "takedown" not in manifest.dropped:  # these leave no trace
+            assert sum(manifest.dropped.values()) == len(self.rejects)
+
+
+def download(card: Card, folder: Path, rows: int | None = None, shard_rows: int = 2) -> Made:
+    hop = download_hop(card, rows, shard_rows, 0, folder)
+    (manifest,) = run_hops([hop], here(Materialise(card.model_dump(mode="json"))))
+    return Made(folder, manifest)
+
+
+def filtered(card: Card, raw: Path, folder: Path, twins=None) -> Made:
+    hop = filter_hop(card, raw, folder, twins)
+    (manifest,) = run_hops([hop], here(Filter(card.model_dump(mode="json"))))
+    return Made(folder, manifest)

@@ -1,0 +1,189 @@
+"""Prepared mixtures: what is quarantined, what is refused, what a step contains."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import ROWS, copy_of
+
+from unifork.batch import IMAGE, pack
+from unifork.config import Experiment, MixtureEntry, load
+from unifork.documents.loader import TrackLoader
+from unifork.documents.mixture import CodesIdentity, Part, Quarantine
+from unifork.documents.text_tokenizer import TextTokenizer
+from unifork.errors import ConfigError, DataError, IdentityError
+from unifork.shards.manifest import read_manifest
+
+GENERATE = MixtureEntry(dataset="shapes", task="generation", text="caption", template="generate", weight=1.0)
+ANSWER = MixtureEntry(dataset="shapes", task="understanding", text="conversations", template="answer", weight=1.0)
+
+
+def identity_of(root: Path) -> CodesIdentity:
+    lineage = read_manifest(root / "data/codes/shapes/crop").lineage
+    return CodesIdentity(36, 4, lineage["codebook_id"], lineage["encoder_id"])
+
+
+def part(root, entry, context=400, identity=None, quarantine=None):
+    tokenizer = TextTokenizer(root / "tokenizers/text")
+    return Part(
+        entry, root / "data/codes", tokenizer, identity or identity_of(root), context, quarantine or Quarantine()
+    )
+
+
+def test_documents_carry_the_codes_of_their_own_row(tiny_root):
+    import pyarrow.parquet as pq
+
+    folder = tiny_root / "data/codes/shapes/crop"
+    rows = [r for s in read_manifest(folder).shards for r in pq.read_table(folder / s.path).to_pylist()]
+    made = part(tiny_root, GENERATE)
+    assert len(made) == ROWS
+    for number in (0, 31, 32, ROWS - 1):
+        document = made.document(number)
+        assert document.key == rows[number]["key"]
+        expected = np.frombuffer(rows[number]["codes"], "<u2").reshape(36, 4)
+        assert (document.codes_ND == expected).all()
+        assert (document.kinds_T == IMAGE).sum() == 36
+        assert made.length(number) == len(document)
+
+
+def test_documents_that_are_too_long_are_quarantined_with_key_and_reason(tiny_root):
+    everything = part(tiny_root, ANSWER, context=1000)
+    lengths = sorted(everything.length(n) for n in range(len(everything)))
+    quarantine = Quarantine()
+    context = lengths[-5] - 1
+    made = part(tiny_root, ANSWER, context=context, quarantine=quarantine)
+    rows = list(quarantine.rows())
+    assert len(made) + len(rows) == ROWS
+    assert len(rows) >= 5
+    assert f"context of {context}" in rows[0][2]
+    assert sum(quarantine.counts().values()) == len(rows)
+    assert sum(made.group_sizes) == len(made)
+
+
+def test_rows_without_a_picture_are_dialogues_of_text_alone(tiny_root, tmp_path):
+    """Null codes mean no picture; what cannot be written then is quarantined with its key."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = copy_of(tiny_root, tmp_path)
+    folder = root / "data/codes/shapes/pad"
+    shard = read_manifest(folder).shards[0]
+    table = pq.read_table(folder / shard.path)
+    rows = table.to_pylist()
+    rows[1]["codes"] = rows[3]["codes"] = None
+    rows[3]["conversations"] = [{"role": "user", "text": "<image>\nWhat?"}, {"role": "assistant", "text": "x"}]
+    rows[5]["conversations"] = [{"role": "user", "text": "What?"}, {"role": "assistant", "text": "a <image>"}]
+    rows[6]["conversations"] = [{"role": "assistant", "text": "x"}]
+    (folder / shard.path).unlink()
+    changed = pa.Table.from_pylist(rows, schema=pa.schema([f.with_nullable(True) for f in table.schema]))
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), folder / shard.path, row_group_size=16)
+    plain = json.loads((folder / "manifest.json").read_text())
+    data = (folder / shard.path).read_bytes()
+    plain["shards"][0].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text(json.dumps(plain))
+
+    quarantine = Quarantine()
+    made = part(root, ANSWER, quarantine=quarantine)
+    assert list(quarantine.rows()) == [
+        ("shapes", rows[3]["key"], "image markers: 1, pictures: 0"),
+        ("shapes", rows[5]["key"], "an image marker inside an answer"),
+        ("shapes", rows[6]["key"], "roles are ['assistant'], not user and assistant in turn"),
+    ]
+    documents = [made.document(number) for number in range(4)]
+    assert [made.length(number) for number in range(4)] == [len(one) for one in documents]
+    assert [one.key for one in documents] == [rows[n]["key"] for n in (0, 1, 2, 4)]
+    assert [(one.kinds_T == IMAGE).sum() for one in documents] == [36, 0, 36, 36]
+    assert [one.codes_ND.shape for one in documents] == [(36, 4), (0, 4), (36, 4), (36, 4)]
+    assert (documents[2].codes_ND == np.frombuffer(rows[2]["codes"], "<u2").reshape(36, 4)).all()
+    assert documents[1].learned_T.any()
+    assert len(pack([documents], 2048, 4).image_index_N) == 3 * 36
+
+
+def test_nothing_usable_is_an_error(tiny_root):
+    with pytest.raises(DataError, match="none of its rows"):
+        part(tiny_root, ANSWER, context=10)
+
+
+def test_codes_of_another_tokenizer_are_refused(tiny_root):
+    right = identity_of(tiny_root)
+    with pytest.raises(IdentityError, match="codebook_id"):
+        part(tiny_root, GENERATE, identity=CodesIdentity(36, 4, "0" * 16, right.encoder_id))
+    with pytest.raises(IdentityError, match="encoder_id"):
+        part(tiny_root, GENERATE, identity=CodesIdentity(36, 4, right.codebook_id, "0" * 16))
+    with pytest.raises(IdentityError, match="shape"):
+        part(tiny_root, GENERATE, identity=CodesIdentity(64, 4, right.codebook_id, right.encoder_id))
+
+
+def test_a_wrong_view_is_an_error(tiny_root, tmp_path):
+    shutil.copytree(tiny_root / "data/codes/shapes/crop", tmp_path / "data/codes/shapes/pad")
+    shutil.copytree(tiny_root / "tokenizers", tmp_path / "tokenizers")
+    entry = GENERATE.model_copy(update={"task": "understanding", "template": "caption"})
+    with pytest.raises(DataError, match=r"view 'crop'.*understanding reads 'pad'"):
+        part(tmp_path, entry, identity=identity_of(tiny_root))
+
+
+def test_a_template_of_the_other_task_is_an_error(tiny_root):
+    with pytest.raises(ConfigError, match=r"'answer' is for understanding"):
+        part(tiny_root, GENERATE.model_copy(update={"template": "answer"}))
+    with pytest.raises(ConfigError, match=r"unknown prompt template 'generat'.*Did you mean 'generate'"):
+        part(tiny_root, GENERATE.model_copy(update={"template": "generat"}))
+
+
+def loader(root, workers_rows=(512, 1), drop=0.5):
+    experiment = load(Experiment, root / "params.yaml")
+    track = experiment.stages["s2-pretrain"].tracks["joint"].model_copy(update={"prompt_drop": drop})
+    return TrackLoader(
+        "joint", track, root / "data/codes", TextTokenizer(root / "tokenizers/text"), identity_of(root),
+        seed=0, context=400, row_tokens=workers_rows[0], rows_per_microbatch=workers_rows[1], quarantine=Quarantine(),
+    )  # fmt: skip
+
+
+def contents(batches):
+    """The documents of packed batches as comparable tuples, wherever they lie."""
+    found = []
+    for batch in batches:
+        T = batch.text_ids_BT.shape[1]
+        rows = np.zeros(batch.text_ids_BT.numel(), np.int64)
+        rows[batch.image_index_N.numpy()] = np.arange(len(batch.image_index_N))
+        for b in range(batch.text_ids_BT.shape[0]):
+            for number in range(int(batch.documents_BT[b].max()) + 1):
+                where = np.flatnonzero(batch.documents_BT[b].numpy() == number)
+                kinds = batch.kinds_BT[b, where]
+                codes = batch.codes_ND[rows[b * T + where[kinds.numpy() == IMAGE]]]
+                found.append((tuple(batch.text_ids_BT[b, where].tolist()), tuple(codes.reshape(-1).tolist())))
+    return sorted(found)
+
+
+def test_a_step_is_the_same_whatever_the_rows_and_workers(tiny_root):
+    reference = loader(tiny_root)
+    plan = reference.plan(7, 1)
+    expected = contents(reference.batches(plan, 0))
+    assert len(expected) == 16
+    for row_tokens, rows, workers in [(384, 1, 1), (512, 2, 2), (1024, 1, 4)]:
+        other = loader(tiny_root, (row_tokens, rows))
+        plans = other.plan(7, workers)
+        assert plans.keys == plan.keys
+        assert (plans.text_targets, plans.image_targets) == (plan.text_targets, plan.image_targets)
+        assert contents(b for w in range(workers) for b in other.batches(plans, w)) == expected
+
+
+def test_the_plan_counts_the_targets_that_the_batches_hold(tiny_root):
+    one = loader(tiny_root)
+    for step in range(4):
+        plan = one.plan(step, 2)
+        batches = [b for worker in range(2) for b in one.batches(plan, worker)]
+        assert sum(len(b.text_target_S) for b in batches) == plan.text_targets
+        assert sum(len(b.image_target_MD) for b in batches) == plan.image_targets
+
+
+def test_prompts_are_dropped_at_their_rate_and_by_step_alone(tiny_root):
+    one = loader(tiny_root, drop=0.25)
+    plans = [one.plan(step, 1) for step in range(60)]
+    generation = sum(one.parts[s.part].task == "generation" for p in plans for s in p.slots)
+    dropped = sum(sum(p.dropped) for p in plans)
+    assert abs(dropped / generation - 0.25) < 0.06
+    assert loader(tiny_root, drop=0.25).plan(41, 1).dropped == plans[41].dropped

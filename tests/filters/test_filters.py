@@ -1,0 +1,363 @@
+"""Rules keep or drop with a reason; lists of URLs have many spellings; twins and withdrawn rows go, always the same."""
+
+import io
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, put, tarred
+from PIL import Image, ImageEnhance
+
+from unifork.config import load_card
+from unifork.errors import ConfigError, DataError
+from unifork.filters import duplicates as dedup
+from unifork.filters.rules import RULES, judge
+from unifork.filters.takedown import Listing, listing, takedown, withdrawn
+from unifork.filters.worker import filter_hop
+from unifork.shards.job import run_hops
+from unifork.shards.manifest import fault, read_manifest
+from unifork.sources.base import Fault
+from unifork.sources.columns import canonical, mapped
+from unifork.sources.url_lists import url_rows, url_slices
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+# ------------------------------------------------------------------------------------------- rules
+
+ROW = {"key": "k", "image": PNG["img0"], "width": 300, "height": 100, "url": "https://cdn.a.org/x.jpg", "sha256": "ab",
+       "caption": "A red kite", "punsafe": "0.4", "pwatermark": "nan", "aesthetic": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "changed", "kept"),
+    [
+        ("max_aspect", {"ratio": 3.0}, {}, True),
+        ("max_aspect", {"ratio": 2.9}, {}, False),
+        ("max_pixels", {"most": 29_999}, {}, False),
+        ("max_bytes", {"most": len(PNG["img0"])}, {}, True),
+        ("max_bytes", {"most": len(PNG["img0"]) - 1}, {}, False),
+        ("no_chinese", {"column": "caption"}, {"caption": "a 猫"}, False),
+        ("latin_letters", {"column": "caption", "least": 0.9}, {}, True),
+        ("latin_letters", {"column": "caption", "least": 0.9}, {"caption": "кот cat"}, False),
+        ("latin_letters", {"column": "caption", "least": 0.9}, {"caption": "2 + 2 = 4"}, True),
+        ("punsafe", {"most": 0.5}, {}, True),
+        ("punsafe", {"most": 0.3}, {}, False),
+        ("pwatermark", {"most": 0.8}, {}, False),
+        ("pwatermark", {"most": 0.8, "keep_missing": True}, {}, True),
+        ("aesthetic", {"least": 5.0}, {}, False),
+        ("aesthetic", {"least": 5.0}, {"aesthetic": "5.0"}, True),
+        ("score", {"column": "punsafe", "least": 0.4, "most": 0.4}, {}, True),
+        ("score", {"column": "punsafe", "most": 1}, {"punsafe": "UNLIKELY"}, False),
+    ],
+)
+def test_a_rule_keeps_or_drops(rule, options, changed, kept):
+    row = {**ROW, **changed}
+    assert RULES[rule](row, **options) is kept
+    card = card_of("external", {}, ["caption"], filters=[{"rule": rule, "options": options}])
+    assert judge(row, card) is None if kept else judge(row, card)[0] == rule
+
+
+# ----------------------------------------------------------------------------- columns of URL lists
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (  # laion2B-en-joined after pandas
+            {"URL": " http://a/1.jpg ", "TEXT": "A cat", "WIDTH": 300.0, "HEIGHT": NAN, "similarity": 0.31,
+             "hash": -3340286428230740519, "punsafe": 0.1, "pwatermark": NAN},
+            {"url": "http://a/1.jpg", "caption": "A cat", "width": 300, "height": None, "similarity": 0.31,
+             "hash": -3340286428230740519, "punsafe": 0.1, "pwatermark": None},
+        ),
+        (  # improved aesthetics, and a stray index of pandas
+            {"URL": "u", "TEXT": None, "AESTHETIC_SCORE": 6.5, "__index_level_0__": 3},
+            {"url": "u", "caption": None, "aesthetic": 6.5},
+        ),
+        (  # LAION-400M
+            {"SAMPLE_ID": 7.0, "URL": "u", "TEXT": "t", "LICENSE": "?", "NSFW": "UNLIKELY", "similarity": "0.3"},
+            {"url": "u", "caption": "t", "similarity": 0.3, "nsfw": "UNLIKELY", "license": "?", "id": "7.0"},
+        ),
+        (  # COYO
+            {"id": 841814333321, "url": "u", "text": "t", "width": 5, "height": 6, "image_phash": "eb93dde1",
+             "clip_similarity_vitb32": 0.25, "clip_similarity_vitl14": 0.2, "nsfw_score_opennsfw2": 0.01,
+             "watermark_score": 0.4, "aesthetic_score_laion_v2": 4.5},
+            {"url": "u", "caption": "t", "width": 5, "height": 6, "similarity": 0.25, "aesthetic": 4.5,
+             "pwatermark": 0.4, "punsafe": 0.01, "phash": "eb93dde1", "id": "841814333321"},
+        ),
+        (  # what img2dataset wrote: width is that of the stored picture
+            {"url": "u", "caption": "c", "width": 256, "height": 256, "original_width": 900, "original_height": None},
+            {"url": "u", "caption": "c", "width": 900, "height": 256},
+        ),
+        (  # both cases in one table, the first is empty
+            {"url": None, "URL": "u", "TEXT": b"bytes \xff"}, {"url": "u", "caption": "bytes \ufffd"},
+        ),
+        ({"photo_id": "x", "photo_image_url": "u", "photo_description": "", "ai_description": "a dog",
+          "photo_width": "5"}, {"url": "u", "caption": "a dog", "width": 5, "id": "x"}),
+    ],
+)  # fmt: skip
+def test_columns_have_one_name_however_they_are_spelled(row, expected):
+    assert canonical(row, mapped(row, "list")) == expected
+
+
+def test_a_list_without_urls_says_what_was_looked_for():
+    with pytest.raises(ConfigError, match=r"part-0: no column of URLs; known: url, photo_image_url.*found: LINK, TEXT"):
+        mapped(["TEXT", "LINK"], "part-0")
+
+
+def test_url_lists_of_laion_and_unsplash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"URL": f"u{n}" if n != 2 else None, "TEXT": f"t{n}", "WIDTH": n} for n in range(5)]
+    (tmp_path / "laion").mkdir()
+    name = "part-00000-5114fd87-297e-42b0-9d11-50f1df323dfa-c000.snappy"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"laion/{name}.parquet", row_group_size=2)
+    found = [row for one in url_slices("laion", 3) for row in url_rows("laion", one)]
+    keys = [f"{name.partition('.')[0]}/{n:09d}" for n in range(5)]
+    assert [row.key if isinstance(row, Fault) else (row["key"], row["caption"], row["width"]) for row in found] == [
+        key if n == 2 else (key, f"t{n}", n) for n, key in enumerate(keys)
+    ]
+    header = "photo_id\tphoto_image_url\tphoto_description\tai_description\n"
+    text = header + 'a\tu1\t"two\nlines"\t\nb\tu2\n' + "c\tu3\t\tmade by a program\n"
+    for ending, data in (("tsv000", text.encode()), ("csv001", text.encode()), ("tsv002.gz", gzipped(text.encode()))):
+        put(tmp_path / f"unsplash/photos.{ending}", data)
+    read = [row for one in url_slices("unsplash/photos.*", 2) for row in url_rows("unsplash/photos.*", one)]
+    assert [row.reason if isinstance(row, Fault) else row["caption"] for row in read] == [
+        "two\nlines", "broken_line", "made by a program",
+    ] * 3  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- twins
+
+
+def variants(name):
+    """The same bytes, a JPEG of it, a darker and a smaller one."""
+    whole = Image.open(io.BytesIO(PNG[name])).convert("RGB").resize((64, 64))
+    out = {}
+    for kind, picture in (
+        ("png", whole),
+        ("darker", ImageEnhance.Brightness(whole).enhance(0.8)),
+        ("smaller", whole.resize((48, 48))),
+    ):
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        out[kind] = data.getvalue()
+    return out
+
+
+def test_the_difference_hash_stays_when_a_picture_is_changed_a_little():
+    values = {}
+    for name in ("img1", "img3"):
+        hashes = [dedup.dhash(data) for data in variants(name).values()]
+        values[name] = hashes[0]
+        assert max((hashes[0] ^ other).bit_count() for other in hashes) <= 4
+    assert (values["img1"] ^ values["img3"]).bit_count() > 12
+    flat = io.BytesIO()
+    Image.new("RGB", (50, 50), "white").save(flat, "PNG")
+    assert dedup.dhash(flat.getvalue()) is None
+
+
+def shards(folder, pictures, count):
+    """Image-text shards of (name, bytes, caption) in `count` tars."""
+    step = -(-len(pictures) // count)
+    for number in range(count):
+        members = [
+            member
+            for name, data, text in pictures[number * step : (number + 1) * step]
+            for member in ((f"{name}.png", data), (f"{name}.txt", text.encode()))
+        ]
+        put(folder / f"{number}.tar", tarred(members))
+    return folder
+
+
+def sign(card, raw, folder, shuffle=None):
+    def map_tasks(tasks, on_result):
+        worker = dedup.Sign(card.model_dump(mode="json"))
+        order = list(tasks)
+        random.Random(shuffle).shuffle(order)
+        for task in order:
+            on_result(worker(task))
+
+    run_hops([dedup.sign_hop(card, raw, folder)], map_tasks)
+    return folder
+
+
+def twin_card(name, files, *rules):
+    return card_of("pairs", {"files": str(files)}, ["caption"], name=name, filters=list(rules))
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 10**6])
+def test_twins_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, rows_at_once):
+    monkeypatch.setattr(dedup, "BUCKET_ROWS", rows_at_once)
+    one, three, other = variants("img1"), variants("img3"), variants("img4")
+    own = [
+        ("a", one["png"], "first"), ("b", three["png"], ""), ("c", one["png"], "again"),
+        ("d", three["png"], "stays: b has no text"), ("e", one["darker"], "looks like a"),
+        ("f", other["smaller"], "in the other set"), ("g", other["png"], "also"),
+    ]  # fmt: skip
+    theirs = shards(tmp_path / "first", [("x", other["png"], "the other set")], 1)
+    first = twin_card("first", theirs)
+    download(first, tmp_path / "raw-first")
+    signed = {"first": sign(first, tmp_path / "raw-first", tmp_path / "signed-first")}
+    found = []
+    for count, shuffle in ((1, 0), (2, 1), (7, 2)):
+        rule = {"rule": "duplicates", "options": {"by": ["sha256", "phash"], "distance": 4, "against": ["first"]}}
+        card = twin_card("second", shards(tmp_path / f"second-{count}", own, count), rule)
+        raw = tmp_path / f"raw-{count}"
+        download(card, raw, shard_rows=3)
+        mine = sign(card, raw, tmp_path / f"signed-{count}", shuffle)
+        with pytest.raises(ConfigError, match="duplicates looks at other rows"):
+            filter_hop(card, raw, tmp_path / "never")
+        target = tmp_path / f"filtered-{count}"
+        made = filtered(card, raw, target, dedup.decide(card, mine, signed, target))
+        found.append([key.rpartition("/")[2] for key in made.rows])
+        assert made.manifest.dropped == {"duplicates": 4, "no_text": 1}
+        details = {key.rpartition("/")[2]: detail for key, detail in made.details.items()}
+        assert "0/a" in details["c"]
+        assert "0/x" in details["f"]
+        assert "0/x" in details["g"]
+    assert found == [["a", "d"]] * 3
+
+
+def test_the_filter_program_signs_decides_and_drops(tmp_path, monkeypatch):
+    from pipelines import filter as program
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(REPOSITORY / "clusters", "clusters")
+    one, three = variants("img1"), variants("img3")
+    cards = {
+        "left": twin_card("left", shards(tmp_path / "left", [("x", one["png"], "theirs")], 1)),
+        "right": twin_card(
+            "right", shards(tmp_path / "right", [("a", three["png"], "own"), ("b", one["png"], "shared")], 2),
+            {"rule": "duplicates", "options": {"against": ["left"]}},
+        ),
+    }  # fmt: skip
+    for name, card in cards.items():
+        put(tmp_path / f"datasets/{name}.yaml", yaml.safe_dump(card.model_dump(mode="json")).encode())
+        download(card, tmp_path / "data/raw" / name)
+    for _ in range(2):
+        program.main("right")
+        manifest = read_manifest(tmp_path / "data/filtered/right")
+        assert (manifest.rows, manifest.dropped) == (1, {"duplicates": 1})
+
+
+def test_two_sets_cannot_both_leave_it_to_the_other(tmp_path):
+    left, right = (
+        twin_card(name, tmp_path, {"rule": "duplicates", "options": {"against": [against]}})
+        for name, against in (("left", "right"), ("right", "left"))
+    )
+    with pytest.raises(ConfigError, match="each is `against` the other"):
+        dedup.check_order(left, [right])
+    assert dedup.compared_with(left) == ["right"]
+    assert not dedup.looks_around(load_card("shapes"))
+
+
+def test_near_duplicates_of_a_benchmark_go(tmp_path):
+    one, three = variants("img1"), variants("img3")
+    put(tmp_path / "bench/q.png", one["png"])
+    rule = {"rule": "near_benchmark", "options": {"files": str(tmp_path / "bench"), "distance": 4}}
+    own = [("a", three["png"], "x"), ("b", one["darker"], "y"), ("c", one["smaller"], "z")]
+    card = twin_card("own", shards(tmp_path / "own", own, 2), rule)
+    download(card, tmp_path / "raw")
+    target = tmp_path / "filtered"
+    drops = dedup.decide(card, sign(card, tmp_path / "raw", tmp_path / "signed"), {}, target)
+    made = filtered(card, tmp_path / "raw", target, drops)
+    assert [key.rpartition("/")[2] for key in made.rows] == ["a"]
+    assert made.manifest.dropped == {"near_benchmark": 2}
+    assert all("q.png" in detail for detail in made.details.values())
+    put(tmp_path / "filtered/twins/part-00000.parquet", b"changed")
+    from unifork.filters.worker import twins_of
+
+    with pytest.raises(DataError, match="changed since it was decided"):
+        twins_of({"output": str(target / "part-00000.parquet"), "twins": {"file": "part-00000.parquet", "sha256": ""}})
+
+
+def test_bands_find_what_comparing_all_pairs_finds():
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    base = generator.integers(0, 2**63, 40, dtype=np.uint64)
+    flips = generator.integers(0, 64, (40, 3))
+    near = base.copy()
+    for column in flips.T:
+        near ^= np.uint64(1) << column.astype(np.uint64)
+    values = generator.permutation(np.concatenate([base, near]))
+    numbers = np.arange(len(values))
+    expected = {i for i in range(80) if any((int(values[i]) ^ int(values[j])).bit_count() <= 3 for j in range(i))}
+    found = set()
+    for band in range(4):
+        part = (values >> np.uint64(16 * band)) & np.uint64(0xFFFF)
+        for group in dedup.groups(values, numbers, part):
+            found |= {row for row, _ in dedup.twins(*group, 3)}
+    assert found == expected
+    assert len(found) >= 35
+
+
+# ------------------------------------------------------------------------------------------ takedown
+
+
+def test_a_takedown_list_acts_in_the_filter_and_on_finished_shards(tmp_path):
+    pictures = [(f"p{n}", jpeg(f"img{n}"), "x") for n in range(6)]
+    listed = tmp_path / "takedown.txt"
+    put(listed, b"# nobody yet\n")
+    rule = {"rule": "takedown", "options": {"file": str(listed)}}
+    card = twin_card("own", shards(tmp_path / "own", pictures, 3), rule)
+    raw = download(card, tmp_path / "raw")
+    before = filtered(card, tmp_path / "raw", tmp_path / "filtered")
+    assert len(before.rows) == 6
+    untouched = (tmp_path / "filtered/part-00000.parquet").stat()
+    sha = raw.rows["2/p5"]["sha256"]
+    put(listed, f"key own/1/p2\nsha256 {sha.upper()}\nhost nobody.org\nkey other/1/p3\n".encode())
+
+    again = filtered(card, tmp_path / "raw", tmp_path / "again")
+    assert again.manifest.dropped == {"takedown": 2}
+    assert sorted(set(before.rows) - set(again.rows)) == ["1/p2", "2/p5"]
+
+    gone = withdrawn(tmp_path / "raw", listing(str(listed)))
+    assert gone == {"1/p2": "key own/1/p2", "2/p5": f"sha256 {sha}"}
+    for folder in ("filtered", "raw"):
+        manifest = takedown(tmp_path / folder, gone)
+        assert manifest == read_manifest(tmp_path / folder) == takedown(tmp_path / folder, gone)
+        assert manifest.rows == 4
+        assert manifest.dropped == {"takedown": 2}
+        assert all(fault(tmp_path / folder, shard) is None for shard in manifest.shards)
+        assert {path.suffix for path in (tmp_path / folder).iterdir()} <= {".parquet", ".json", ""}
+    assert (tmp_path / "filtered/part-00000.parquet").stat().st_mtime_ns == untouched.st_mtime_ns
+    download_again = download(card, tmp_path / "raw")
+    assert len(download_again.rows) == 4, "a hop that runs again keeps what was taken down away"
+
+
+def test_codes_without_a_withdrawn_row_are_still_codes(tiny_root, tmp_path):
+    folder = tmp_path / "crop"
+    shutil.copytree(tiny_root / "data/codes/shapes/crop", folder)
+    shard = read_manifest(folder).shards[1]
+    before = pq.read_table(folder / shard.path)
+    gone = before["key"].to_pylist()[3]
+    after_hop = takedown(folder, [gone, "no such key"])
+    after = pq.read_table(folder / shard.path)
+    assert after_hop.rows == read_manifest(tiny_root / "data/codes/shapes/crop").rows - 1
+    assert after.schema.equals(before.schema, check_metadata=True)
+    assert after.to_pylist() == [row for row in before.to_pylist() if row["key"] != gone]
+
+
+@pytest.mark.parametrize(
+    ("url", "hit"),
+    [
+        ("https://cdn.bad.org/x.jpg", "host bad.org"),
+        ("http://BAD.org:81/", "host bad.org"),
+        ("https://notbad.org/x.jpg", None),
+        ("https://a.org/x?y=1", "url https://a.org/x?y=1"),
+        ("https://a.org/x", None),
+        ("http://[broken", None),
+        ("", None),
+    ],
+)
+def test_hosts_and_urls_of_a_list(tmp_path, url, hit):
+    entries = Listing(put(tmp_path / "list", b"host Bad.org\nurl https://a.org/x?y=1\n\n"))
+    assert entries.match("set", {"key": "k", "url": url, "sha256": "ab"}) == hit
+    with pytest.raises(ConfigError, match=r"list:2: 'urls http://a' is no entry"):
+        Listing(put(tmp_path / "list", b"# ok\nurls http://a\n"))

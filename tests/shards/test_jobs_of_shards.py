@@ -1,0 +1,216 @@
+"""Download, filter and encode: counts, quarantine, exactly-once, repair."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import ROWS, bytes_of, here
+
+from unifork.cluster import map_shards
+from unifork.config import HopResources, load_card
+from unifork.errors import ConfigError, DataError, IdentityError
+from unifork.filters.worker import QUARANTINE, Filter, Materialise, download_hop, filter_hop
+from unifork.image_tokenizer.encode import Encode, encode_hop
+from unifork.shards.job import run_hops
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, fault, read_manifest
+from unifork.shards.schema import codes_meta
+
+
+@pytest.fixture
+def card():
+    return load_card("shapes")
+
+
+def download(card, folder, rows=40, shard_rows=16):
+    made = []
+    worker = Materialise(card.model_dump(mode="json"))
+
+    def counting(task):
+        made.append(task["output"])
+        return worker(task)
+
+    hop = download_hop(card, rows, shard_rows, 0, folder)
+    (manifest,) = run_hops([hop], here(counting))
+    return manifest, made
+
+
+def test_a_hop_lists_its_shards_and_its_rows_are_sorted_by_key(card, tmp_path):
+    manifest, _ = download(card, tmp_path / "raw")
+    assert [shard.rows for shard in manifest.shards] == [16, 16, 8]
+    keys = [k for s in manifest.shards for k in pq.read_table(tmp_path / "raw" / s.path)["key"].to_pylist()]
+    assert keys == sorted(set(keys))
+    assert read_manifest(tmp_path / "raw") == manifest
+
+
+def test_a_second_run_does_nothing_and_changes_no_byte(card, tmp_path):
+    download(card, tmp_path / "raw")
+    before = bytes_of(tmp_path / "raw")
+    _, made = download(card, tmp_path / "raw")
+    assert made == []
+    assert bytes_of(tmp_path / "raw") == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_only_the_damaged_shard_is_made_again(card, tmp_path, damage):
+    download(card, tmp_path / "raw")
+    before = bytes_of(tmp_path / "raw")
+    victim = tmp_path / "raw" / "part-00001.parquet"
+    data = bytearray(victim.read_bytes())
+    victim.unlink()
+    if damage == "truncated":
+        victim.write_bytes(data[:-10])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    assert fault(tmp_path / "raw", read_manifest(tmp_path / "raw").shards[1])
+    _, made = download(card, tmp_path / "raw")
+    assert [name.rpartition("/")[2] for name in made] == ["part-00001.parquet"]
+    assert bytes_of(tmp_path / "raw") == before
+
+
+def test_a_killed_hop_keeps_its_finished_shards_and_ends_with_the_same_bytes(card, tmp_path):
+    download(card, tmp_path / "whole")
+    worker = Materialise(card.model_dump(mode="json"))
+
+    def dies_on_the_second(task):
+        if task["output"].endswith("part-00001.parquet"):
+            raise KeyboardInterrupt
+        return worker(task)
+
+    hop = download_hop(card, 40, 16, 0, tmp_path / "raw")
+    with pytest.raises(KeyboardInterrupt):
+        run_hops([hop], here(dies_on_the_second))
+    assert not (tmp_path / "raw" / MANIFEST).exists()
+    with pytest.raises(DataError, match="has not finished"):
+        read_manifest(tmp_path / "raw")
+    _, made = download(card, tmp_path / "raw")
+    assert len(made) == 2
+    assert bytes_of(tmp_path / "raw") == bytes_of(tmp_path / "whole")
+
+
+def test_another_plan_removes_what_it_does_not_name(card, tmp_path):
+    download(card, tmp_path / "raw")
+    (tmp_path / "raw" / "part-00009.parquet").write_bytes(b"left over")
+    (tmp_path / "raw" / QUARANTINE).mkdir(exist_ok=True)
+    (tmp_path / "raw" / QUARANTINE / ".part-00000.parquet.tmp-1234").write_bytes(b"of a killed worker")
+    manifest, made = download(card, tmp_path / "raw", rows=16)
+    assert made == []
+    assert set(bytes_of(tmp_path / "raw")) == {MANIFEST, "part-00000.parquet"}
+    assert not list((tmp_path / "raw").glob("*" + RECORD_SUFFIX))
+    assert not list((tmp_path / "raw" / QUARANTINE).iterdir())
+    assert manifest.rows == 16
+
+
+def test_the_filter_counts_and_quarantines_and_loses_nothing_else(card, tmp_path):
+    download(card, tmp_path / "raw")
+    shard = tmp_path / "raw" / "part-00000.parquet"
+    rows = pq.read_table(shard).to_pylist()
+    rows[3]["image"] = rows[3]["image"][:60]
+    rows[5]["image"] = b"<html>not found</html>"
+    rows[7]["width"] = 20
+    rows[9] = rows[9] | {"caption": "", "description": None, "conversations": None}
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(shard)), shard)
+    manifest = read_manifest(tmp_path / "raw").model_dump(mode="json")
+    from unifork.shards.manifest import file_sha256
+
+    manifest["shards"][0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    (tmp_path / "raw" / MANIFEST).write_text(json.dumps(manifest))
+
+    hop = filter_hop(card, tmp_path / "raw", tmp_path / "filtered")
+    (kept,) = run_hops([hop], here(Filter(card.model_dump(mode="json"))))
+    assert kept.dropped == {"unreadable": 2, "min_side": 1, "no_text": 1}
+    assert kept.rows == 36
+    rejected = pq.read_table(tmp_path / "filtered" / QUARANTINE / "part-00000.parquet").to_pylist()
+    assert {row["key"] for row in rejected} == {rows[n]["key"] for n in (3, 5, 7, 9)}
+    assert all(row["detail"] for row in rejected)
+    keys = [k for s in kept.shards for k in pq.read_table(tmp_path / "filtered" / s.path)["key"].to_pylist()]
+    assert len(keys) == 36
+
+
+def test_a_consumer_refuses_a_shard_that_is_not_what_the_manifest_says(card, tiny_root, tmp_path):
+    folder = tmp_path / "filtered"
+    shutil.copytree(tiny_root / "data/filtered/shapes", folder)
+    (folder / "part-00001.parquet").write_bytes(b"PAR1")
+    tokenizer = tiny_root / "tokenizers/image"
+    hop = encode_hop(card, "generation", folder, tmp_path / "codes", tokenizer)
+    with pytest.raises(DataError, match=r"part-00001.*4 bytes instead of"):
+        run_hops([hop], here(Encode(card.model_dump(mode="json"), str(tokenizer), "cpu")))
+
+
+def test_the_plan_of_encoding_loads_no_network(card, tiny_root, tmp_path):
+    """Only config.json is needed; without torch the program starts in half a second."""
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(tiny_root / "tokenizers/image/config.json", tmp_path / "tokenizer")
+    hop = encode_hop(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
+    made = read_manifest(tiny_root / "data/codes/shapes/crop")
+    assert [hop.inputs(number) for number in range(3)] == [shard.inputs for shard in made.shards]
+    assert (hop.lineage, hop.columns) == (made.lineage, made.columns)
+    program = "import sys, pipelines.encode; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"False False\n"
+
+
+@pytest.mark.parametrize("fault", ["canaries", "promise"])
+def test_a_tokenizer_that_encodes_otherwise_makes_no_shard(card, tiny_root, tmp_path, fault):
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tiny_root / "tokenizers/image", tokenizer)
+    if fault == "canaries":
+        tensors = load_file(tokenizer / "canaries.safetensors")
+        tensors["codes"][0, 0, 0] ^= 1
+        save_file(tensors, tokenizer / "canaries.safetensors")
+    else:
+        config = (tokenizer / "config.json").read_text()
+        identity = read_manifest(tiny_root / "data/codes/shapes/crop").lineage["encoder_id"]
+        (tokenizer / "config.json").write_text(config.replace(identity, "0" * 16))
+    hop = encode_hop(card, "generation", tiny_root / "data/filtered/shapes", tmp_path / "codes", tokenizer)
+
+    def map_tasks(tasks, on_result):
+        map_shards(tasks, Encode, (card.model_dump(mode="json"), str(tokenizer), "cpu"), HopResources(), on_result)
+
+    with pytest.raises(IdentityError, match="canaries' codes differ" if fault == "canaries" else "promises 0000"):
+        run_hops([hop], map_tasks)
+    assert not list((tmp_path / "codes").iterdir())
+
+
+def test_codes_say_who_made_them(tiny_root):
+    manifest = read_manifest(tiny_root / "data/codes/shapes/crop")
+    assert manifest.rows == ROWS
+    assert manifest.lineage["encoding"]["view"] == "crop"
+    shard = codes_meta(pq.read_schema(tiny_root / "data/codes/shapes/crop" / manifest.shards[0].path), "shard")
+    assert shard["encoding"].items() > manifest.lineage["encoding"].items()
+    assert shard["encoding"]["device_class"].startswith("cpu")
+    other = read_manifest(tiny_root / "data/codes/shapes/pad")
+    for name in ("codebook_id", "encoder_id"):
+        assert manifest.lineage[name] == other.lineage[name]
+
+
+def test_an_unknown_source_or_rule_names_the_known_ones(card, tmp_path):
+    wrong = card.model_copy(update={"source": card.source.model_copy(update={"kind": "shape"})})
+    with pytest.raises(ConfigError, match=r"'shape'.*Did you mean 'shapes'"):
+        download(wrong, tmp_path / "raw")
+    with pytest.raises(ConfigError, match="endless"):
+        download(card, tmp_path / "raw", rows=None)
+
+
+def test_the_two_views_of_a_wide_picture_have_different_codes(tiny_root):
+    """What a swap of the views would do to the scores is shown in tests/evaluation."""
+    raw = tiny_root / "data/filtered/shapes"
+    sides = [
+        s
+        for m in read_manifest(raw).shards
+        for s in pq.read_table(raw / m.path, columns=["width", "height"]).to_pylist()
+    ]
+    codes = {}
+    for view in ("crop", "pad"):
+        folder = tiny_root / "data/codes/shapes" / view
+        codes[view] = [
+            c for m in read_manifest(folder).shards for c in pq.read_table(folder / m.path)["codes"].to_pylist()
+        ]
+    square = [side["width"] == side["height"] for side in sides]
+    assert 0.2 < 1 - sum(square) / len(square) < 0.5
+    for same, crop, pad in zip(square, codes["crop"], codes["pad"], strict=True):
+        assert (crop == pad) == same

@@ -1,0 +1,218 @@
+"""Damaged, vanished, half-written and unwritable: found, said in one line, and mended by running again."""
+
+import errno
+import os
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import bytes_of, here, start, write_experiment
+from typer.testing import CliRunner
+
+from unifork.cli import app
+from unifork.config import load_card
+from unifork.errors import DataError
+from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
+from unifork.processes import exclusive
+from unifork.shards import manifest as manifests
+from unifork.shards.job import run_hops
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
+
+CARD = load_card("shapes")
+PLAIN = CARD.model_dump(mode="json")
+
+
+def hops(root: Path) -> list[str]:
+    """Download and filter; the shards that had to be made."""
+    made = []
+
+    def noted(worker):
+        return here(lambda task: made.append("/".join(task["output"].split("/")[-3:])) or worker(task))
+
+    raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
+    run_hops([download_hop(CARD, 12, 4, 0, raw)], noted(Materialise(PLAIN)))
+    run_hops([filter_hop(CARD, raw, filtered)], noted(Filter(PLAIN)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    assert len(hops(root)) == 6
+    return root
+
+
+@pytest.fixture
+def root(whole, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def verify(*words: str) -> str:
+    done = CliRunner().invoke(app, ["verify", *words])
+    if isinstance(done.exception, DataError):
+        return f"{done.output}error: {done.exception}"
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def damaged(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "corrupt shard": (damaged, "part-00001.parquet", "sha256"),
+    "truncated shard": (
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        "part-00001.parquet",
+        "bytes instead of",
+    ),
+    "missing shard": (Path.unlink, "part-00001.parquet", "missing"),
+    "half-written file": (lambda path: path.write_bytes(b"PAR1"), ".part-00001.parquet.tmp-0a1b2c3d", "killed run"),
+    "foreign shard": (lambda path: path.write_bytes(b"PAR1"), "part-00009.parquet", "named by no manifest"),
+    "damaged manifest": (lambda path: path.write_text("{"), MANIFEST, "damaged"),
+    "damaged record": (lambda path: path.write_text(""), "part-00001.parquet" + RECORD_SUFFIX, "damaged record"),
+}
+
+
+@pytest.mark.parametrize("hop", ["raw", "filtered"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_wrong_is_found_removed_and_made_again(root, damage, hop):
+    do, name, problem = DAMAGES[damage]
+    before, folder = bytes_of(root), f"data/{hop}/shapes"
+    do(root / folder / name)
+    stage = {"raw": "download", "filtered": "filter"}[hop]
+    said = verify("data")
+    assert f"{folder}/{name}: " in said
+    assert problem in said
+    repro = f"`dvc repro {stage}@shapes`"
+    assert f"error: data: 1 faults, named above. `unifork verify --repair data` removes the files, {repro}" in said
+    assert f"now run {repro}" in verify("--repair", "data")
+    assert not (root / folder / name).exists()
+    made = hops(root)
+    if name == "part-00001.parquet":
+        assert made == [f"{hop}/shapes/{name}"]
+    elif name != MANIFEST:
+        assert made == []
+    assert bytes_of(root) == before
+    assert "error" not in verify("data")
+
+
+def test_a_damaged_shard_is_mended_without_repair_too(root):
+    before = bytes_of(root)
+    damaged(root / "data/filtered/shapes/part-00002.parquet")
+    assert hops(root) == ["filtered/shapes/part-00002.parquet"]
+    assert bytes_of(root) == before
+
+
+def test_a_vanished_input_shard_names_the_folder_to_make_again(root):
+    before = bytes_of(root)
+    (root / "data/raw/shapes/part-00001.parquet").unlink()
+    (root / "data/filtered/shapes/part-00001.parquet").unlink()
+    raw, filtered = Path("data/raw/shapes"), Path("data/filtered/shapes")
+    with pytest.raises(
+        DataError, match=r"data/raw/shapes/part-00001\.parquet: missing\. Run the hop that writes .*raw"
+    ):
+        run_hops([filter_hop(CARD, raw, filtered)], here(Filter(PLAIN)))
+    assert "`dvc repro filter@shapes && dvc repro download@shapes`" in verify("data")
+    verify("--repair", "data")
+    assert hops(root) == ["raw/shapes/part-00001.parquet", "filtered/shapes/part-00001.parquet"]
+    assert bytes_of(root) == before
+
+
+def test_an_unfinished_folder_is_said_to_be_unfinished(tmp_path):
+    assert "has not finished" in verify(str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_one_line(root, monkeypatch, number):
+    before = bytes_of(root)
+    damaged(root / "data/raw/shapes/part-00001.parquet")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifests.os, "replace", refuse)
+        with pytest.raises(
+            DataError, match=rf"data/raw/shapes/.*: cannot be written: {os.strerror(number)}\. Make room"
+        ):
+            hops(root)
+    assert not list(root.rglob("*.tmp-*"))
+    hops(root)
+    assert bytes_of(root) == before
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with (
+        pytest.raises(DataError, match=r"raw\.lock: cannot be written: Permission denied"),
+        exclusive(tmp_path / "raw"),
+    ):
+        pass
+
+
+def program(root: Path, *words: str, **options) -> tuple[int, str]:
+    """Exit code of a program and what it said; of a mistake the one line."""
+    process = start(root, *words, **options)
+    out, err = process.communicate(timeout=120)
+    if process.returncode == 0:
+        return 0, out
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return process.returncode, line
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Path:
+    """A root in which nothing was made yet."""
+    write_experiment(tmp_path, {"datasets": {"shapes": {"rows": 12, "shard_rows": 4}}})
+    return tmp_path
+
+
+def test_a_full_disk_stops_the_program_with_one_line_and_room_lets_it_go_on(whole, experiment):
+    """The kernel refuses to write beyond some bytes of a file, as it would on a full disk."""
+    largest = max((path.stat().st_size, path.name) for path in (whole / "data/raw/shapes").glob("*.parquet"))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest[0] - 1, largest[0] - 1))
+
+    code, line = program(experiment, "pipelines.download", "shapes", preexec_fn=limit)
+    assert code == 2
+    assert f"{largest[1]}: cannot be written: File too large. Make room" in line
+    assert not list(experiment.rglob("*.tmp-*"))
+    hops(experiment)
+    assert bytes_of(experiment / "data") == bytes_of(whole / "data")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that the kernel keeps from everybody")
+def test_a_folder_that_takes_nothing_stops_the_program_with_one_line(experiment):
+    raw = experiment / "data/raw/shapes"
+    raw.parent.mkdir(parents=True)
+    raw.symlink_to("/sys/kernel")
+    code, line = program(experiment, "pipelines.download", "shapes")
+    assert code == 2
+    assert re.search(r"data/raw/shapes.*: cannot be written: .*\. Make room or allow writing", line)
+
+
+def test_the_programs_name_what_is_wrong_with_their_input_and_mend_their_output(whole, experiment):
+    shutil.copytree(whole / "data", experiment / "data")
+    raw, filtered = (experiment / f"data/{hop}/shapes/part-00001.parquet" for hop in ("raw", "filtered"))
+    for spoil, problem in ((Path.unlink, "missing"), (damaged, "sha256")):
+        spoil(raw)
+        filtered.unlink()
+        code, line = program(experiment, "pipelines.filter", "shapes")
+        assert code == 2
+        assert f"data/raw/shapes/part-00001.parquet: {problem}" in line
+        assert "Run the hop that writes" in line
+        for hop in ("download", "filter"):
+            assert "3/3 shards (2 kept from before), 4/4 rows" in program(experiment, f"pipelines.{hop}", "shapes")[1]
+        assert bytes_of(experiment / "data") == bytes_of(whole / "data")

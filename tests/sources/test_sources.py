@@ -1,0 +1,366 @@
+"""Each source on small files in the exact layout of its publisher, quirks included. Nothing is lost uncounted."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, jsonl, put, tarred
+from PIL import Image
+
+from unifork.config import load_card
+from unifork.errors import ConfigError, DataError
+from unifork.image_tokenizer.views import crop_view
+from unifork.sources import plan
+
+DATASETS = Path(__file__).parent.parent.parent / "datasets"
+PROMPTS = b"""import sys
+sys.exit('this file must never be run')
+OPENAI_IMAGENET_TEMPLATES = (
+    lambda c: f'a photo of a {c}.',
+    lambda c: f'itap of my {c}.',
+    lambda c: f'a {c} in a video game.',
+)
+IMAGENET_CLASSNAMES = (
+    'tench', "potter's wheel",
+    'kite (bird of prey)',
+)
+"""
+SYNSETS = ("n01440764", "n01443537", "n01484850")
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    """Work in an empty folder; cards name relative paths."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------- ImageNet
+
+CMYK = jpeg("img1", "CMYK")
+PICTURES = {
+    "n01440764": [("n01440764_18.JPEG", jpeg("img0")), ("n01440764_2.JPEG", CMYK), ("n01440764_9.JPEG", PNG["img2"])],
+    "n01443537": [("n01443537_1.JPEG", jpeg("img3"))],
+    "n01484850": [("n01484850_7.JPEG", jpeg("img4")), ("n01484850_8.JPEG", b"\xff\xd8 broken")],
+}
+
+
+def official_tar(folder):
+    inner = [(f"{synset}.tar", tarred(PICTURES[synset])) for synset in reversed(SYNSETS)]
+    return put(folder / "ILSVRC2012_img_train.tar", tarred(inner))
+
+
+def unpacked_tars(folder):
+    for synset, members in PICTURES.items():
+        put(folder / "tars" / f"{synset}.tar", tarred(members))
+    return folder / "tars"
+
+
+def class_folders(folder):
+    for synset, members in PICTURES.items():
+        for name, data in members:
+            put(folder / "train" / synset / name, data)
+    return folder / "train"
+
+
+def hub_parquet(folder):
+    rows = [
+        {"image": {"bytes": data, "path": name}, "label": label}
+        for label, synset in enumerate(SYNSETS)
+        for name, data in PICTURES[synset]
+    ]
+    (folder / "hub").mkdir()
+    for number, part in enumerate((rows[:4], rows[4:])):
+        path = folder / f"hub/train-{number:05d}-of-00002.parquet"
+        pq.write_table(pa.Table.from_pylist(part), path, row_group_size=2)
+    return folder / "hub"
+
+
+def imagenet(path, **more):
+    options = {"path": path.name, "prompts": "zero_shot_metadata.py", **more}
+    return card_of("imagenet", options, ["class_prompt", "class_name"])
+
+
+@pytest.mark.parametrize("layout", [official_tar, unpacked_tars, class_folders, hub_parquet])
+def test_imagenet_in_all_its_forms_has_the_same_pictures_and_names(at, layout):
+    put(at / "zero_shot_metadata.py", PROMPTS)
+    card = imagenet(layout(at))
+    made = download(card, at / "raw")
+    assert made.rejects == []
+    names = ["tench", "potter's wheel", "kite (bird of prey)"]
+    expected = {data: names[SYNSETS.index(synset)] for synset, members in PICTURES.items() for _, data in members}
+    assert {row["image"]: row["class_name"] for row in made.rows.values()} == expected
+    for row in made.rows.values():
+        assert row["class_prompt"] in {
+            text.format(row["class_name"]) for text in ("a photo of a {}.", "itap of my {}.", "a {} in a video game.")
+        }
+        assert row["license"] == "CC0-1.0"
+    kept = filtered(card, at / "raw", at / "filtered")
+    assert kept.manifest.dropped == {"unreadable": 1}
+    (cmyk,) = [row for row in kept.rows.values() if row["image"] == CMYK]
+    assert Image.open(io.BytesIO(cmyk["image"])).mode == "CMYK"
+    assert crop_view(Image.open(io.BytesIO(cmyk["image"])), 16, None).shape == (16, 16, 3)
+
+
+def test_the_sentence_of_a_picture_depends_on_its_key_and_the_seed_alone(at):
+    put(at / "zero_shot_metadata.py", PROMPTS)
+    card = imagenet(official_tar(at))
+    texts = {}
+    for shard_rows in (1, 2, 5):
+        made = download(card, at / f"raw-{shard_rows}", shard_rows=shard_rows)
+        texts[shard_rows] = {key: row["class_prompt"] for key, row in made.rows.items()}
+    assert texts[1] == texts[2] == texts[5]
+    assert {task["seed"] for task in plan("imagenet", card.source.options, None, 2, 7, "")} == {7}
+
+
+def test_imagenet_with_damage_loses_only_what_is_damaged(at):
+    put(at / "zero_shot_metadata.py", PROMPTS)
+    whole = tarred([*PICTURES["n01440764"], PICTURES["n01440764"][0]])
+    cut_off = tarred(PICTURES["n01484850"])
+    inner = [("n01440764.tar", whole), ("n01443537.tar", b"not a tar"), ("n01484850.tar", cut_off[:-10600])]
+    put(at / "train.tar", tarred(inner))
+    made = download(imagenet(at / "train.tar"), at / "raw")
+    assert sorted(made.rows)[:3] == [f"n01440764/n01440764_{number}" for number in (18, 2, 9)]
+    assert ("n01440764/n01440764_18.JPEG", "duplicate_key") in made.rejects
+    assert ("n01443537", "broken_archive") in made.rejects
+    assert any(key.startswith("n01484850") and reason == "broken_archive" for key, reason in made.rejects)
+
+
+def test_a_part_of_imagenet_needs_the_order_of_all_classes(at):
+    put(at / "zero_shot_metadata.py", PROMPTS)
+    put(at / "train/n01484850/a.JPEG", jpeg("img0"))
+    with pytest.raises(ConfigError, match=r"1 classes, but 3 class names.*source\.options\.synsets"):
+        download(imagenet(at / "train"), at / "raw")
+    put(at / "LOC_synset_mapping.txt", "".join(f"{synset} some, names\n" for synset in SYNSETS).encode())
+    made = download(imagenet(at / "train", synsets="LOC_synset_mapping.txt"), at / "raw")
+    assert [row["class_name"] for row in made.rows.values()] == ["kite (bird of prey)"]
+
+
+def test_the_hubs_test_split_has_no_labels(at):
+    put(at / "zero_shot_metadata.py", PROMPTS)
+    (at / "hub").mkdir()
+    rows = [{"image": {"bytes": PNG["img0"], "path": "x"}, "label": -1}, {"image": None, "label": 1}]
+    pq.write_table(pa.Table.from_pylist(rows), at / "hub/test-00000-of-00001.parquet")
+    made = download(imagenet(at / "hub"), at / "raw")
+    assert [reason for _, reason in made.rejects] == ["no_label", "missing_picture"]
+
+
+# ------------------------------------------------------------------------------- pairs of one name
+
+
+def test_webdataset_tars_keep_every_sample_whatever_the_order_of_members(at):
+    put(at / "wds/dalle3/shards-00001.tar", tarred([
+        ("./b.txt", b"second, text first"), ("a.jpg", jpeg("img0")), ("b.jpg", PNG["img1"]), ("a.txt", b" a cat \n"),
+        ("._a.jpg", b"left by macOS"), ("c.jpg", jpeg("img2")), ("d.txt", b"no picture"), ("a.txt", b"again"),
+        ("e.JPG", jpeg("img3")), ("e.txt", b""), ("f.jpg", jpeg("img4")), ("f.txt", b"\xff\xfe"), ("a.json", b"{}"),
+    ]))  # fmt: skip
+    put(at / "wds/geneval_train/shards-00001.tar", tarred([("a.jpg", jpeg("img5")), ("a.txt", b"two dogs")]))
+    card = card_of("pairs", {"files": "wds"}, ["caption"])
+    made = download(card, at / "raw")
+    place = "dalle3/shards-00001"
+    assert {key: row["caption"] for key, row in made.rows.items()} == {
+        f"{place}/a": "a cat", f"{place}/b": "second, text first", f"{place}/e": "",
+        "geneval_train/shards-00001/a": "two dogs",
+    }  # fmt: skip
+    assert made.rejects == [
+        (f"{place}/a", "duplicate_key"), (f"{place}/c", "missing_caption"),
+        (f"{place}/d", "missing_picture"), (f"{place}/f", "broken_text"),
+    ]  # fmt: skip
+    assert made.rows[f"{place}/b"]["image"] == PNG["img1"], "a PNG that is called jpg stays as it is"
+    assert filtered(card, at / "raw", at / "filtered").manifest.dropped == {"no_text": 1}
+
+
+@pytest.mark.parametrize("captions", ["folder", "tar.gz"])
+@pytest.mark.parametrize("pictures", ["tar", "folder"])
+def test_sa1b_joins_captions_that_lie_apart_by_name(at, captions, pictures):
+    members = [(f"sa_{n}.jpg", jpeg(f"img{n}")) for n in range(5)] + [("sa_0.json", b'{"annotations": []}')]
+    texts = [(f"captions/sa_{n}.txt", f"The image features {n}.".encode()) for n in (0, 1, 3, 4, 77)]
+    if pictures == "tar":
+        put(at / "sa/sa_000000.tar", tarred(members[:3] + members[-1:]))
+        put(at / "sa/sa_000001.tar", tarred(members[3:5]))
+    else:
+        for number, (name, data) in enumerate(members):
+            put(at / f"sa/sa_00000{int(number > 2)}" / name, data)
+    if captions == "folder":
+        for name, data in texts:
+            put(at / name, data)
+    else:
+        put(at / "SA1B_caption.tar.gz", tarred(texts, "w:gz"))
+    where = "captions" if captions == "folder" else "SA1B_caption.tar.gz"
+    made = download(card_of("pairs", {"files": "sa", "captions": where}, ["caption"]), at / "raw")
+    found = {key.rpartition("/")[2]: row["caption"] for key, row in made.rows.items()}
+    assert found == {f"sa_{n}": f"The image features {n}." for n in (0, 1, 3, 4)}
+    assert made.rejects == [("sa_000000/sa_2", "missing_caption")]
+
+
+def test_a_tar_that_breaks_off_keeps_what_came_before(at):
+    pairs = [[(f"{number}.txt", b"x"), (f"{number}.jpg", jpeg(f"img{number}"))] for number in range(7)]
+    data = tarred([member for pair in pairs for member in pair])
+    packed = gzipped(data)
+    at_a_header = data.index(b"5.txt") + 100
+    for name, cut in (
+        ("plain.tar", data[: len(data) // 2]), ("header.tar", data[:at_a_header]),
+        ("damaged.tar", data[:at_a_header] + b"?" * 50 + data[at_a_header + 50 :]),
+        ("packed.tar.gz", packed[: len(packed) // 2]),
+    ):  # fmt: skip
+        put(at / name / name, cut)
+        made = download(card_of("pairs", {"files": name}, ["caption"]), at / f"raw-{name}")
+        assert len(made.rows) >= 1
+        assert "broken_archive" in {reason for _, reason in made.rejects}
+
+
+# --------------------------------------------------------------------------------- lists of pictures
+
+JOURNEY = {"lists": "train_anno_realease_repath.jsonl.tgz", "images": "imgs", "image": "img_path",
+           "texts": {"caption": "Task2.Caption"}, "keep": {"img_path": "img_path"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ["archives", "unpacked"])
+def test_journeydb(at, shape):
+    lines = [
+        {"img_path": "./000/a.jpg", "prompt": "a cat --v 5", "Task1": {}, "Task2": {"Caption": "A cat."}, "Task3": {}},
+        {"img_path": "./001/b.jpg", "prompt": "b", "Task2": {"Caption": "B."}},
+        b'{"img_path": "./000/c.jpg", "Task2": {"Cap',
+        {"img_path": "./000/d.jpg", "prompt": "no caption", "Task2": {}},
+        {"img_path": "./001/gone.jpg", "Task2": {"Caption": "gone"}},
+        {"img_path": "./000/e.jpg", "Task2": {"Caption": "E."}},
+        {"img_path": "../secret.jpg", "Task2": {"Caption": "outside"}},
+        b"\xff\xfe",
+        {"prompt": "no path", "Task2": {"Caption": "x"}},
+        {"img_path": "./199/lost.jpg", "Task2": {"Caption": "no such archive"}},
+    ]
+    put(
+        at / "train_anno_realease_repath.jsonl.tgz",
+        tarred([("train_anno_realease_repath.jsonl", jsonl(lines))], "w:gz"),
+    )
+    put(at / "secret.jpg", jpeg("img0"))
+    parts = {"000": {"a": "img0", "c": "img1", "d": "img2", "e": "img3"}, "001": {"b": "img4"}}
+    for folder, names in parts.items():
+        members = [(f"{folder}/{name}.jpg", jpeg(image)) for name, image in names.items()]
+        if shape == "archives":
+            put(at / f"imgs/{folder}.tgz", tarred(members, "w:gz"))
+        else:
+            for name, data in members:
+                put(at / "imgs" / name, data)
+    made = download(card_of("listed", JOURNEY, ["caption"], columns=["img_path"]), at / "raw", shard_rows=3)
+    place = "train_anno_realease_repath/00000000"
+    assert {key: (row["caption"], row["image"], row["img_path"]) for key, row in made.rows.items()} == {
+        f"{place}0": ("A cat.", jpeg("img0"), "./000/a.jpg"),
+        f"{place}1": ("B.", jpeg("img4"), "./001/b.jpg"),
+        f"{place}5": ("E.", jpeg("img3"), "./000/e.jpg"),
+    }
+    assert made.rejects == [
+        (f"{place}2", "broken_line"), (f"{place}3", "missing_caption"), (f"{place}4", "missing_picture"),
+        (f"{place}6", "path_outside"), (f"{place}7", "broken_line"), (f"{place}8", "no_picture"),
+        (f"{place}9", "missing_picture"),
+    ]  # fmt: skip
+
+
+def dialogue(*texts):
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+LLAVA = [
+    {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("<image>\nIt?", "A cat.", "Sure?", "Yes.")},
+    {"id": "2", "conversations": dialogue("text only", "yes")},
+    {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("Again\n<image>", "Same id: ü ]} \".")},
+    {"id": "3", "image": ["a.jpg", "b.jpg"], "conversations": dialogue("Which?", "Both.")},
+    {"id": "4", "image": "vg/2.jpg", "conversations": {"from": "human", "value": "no list"}},
+    {"id": "5", "image": "vg/2.jpg", "conversations": [{"from": "system", "value": "Be brief."}, *dialogue("Q", "A")]},
+    {"id": "6", "image": "vg/2.jpg", "conversations": []},
+]  # fmt: skip
+
+
+def llava_pictures(folder):
+    put(folder / "coco/train2017/1.jpg", jpeg("img0"))
+    put(folder / "vg/2.jpg", jpeg("img1"))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_llavas_array_is_read_piece_by_piece(at, monkeypatch, indent):
+    from unifork.sources import listed
+
+    whole = listed._array
+    monkeypatch.setattr(listed, "_array", lambda path: whole(path, 7))
+    put(at / "llava.json", json.dumps(LLAVA, indent=indent, ensure_ascii=False).encode())
+    llava_pictures(at / "images")
+    options = {"lists": "llava.json", "images": "images", "texts": {"conversations": "conversations"}}
+    made = download(card_of("listed", options, ["conversations"]), at / "raw")
+    assert sorted(made.rows) == [f"llava/{number:09d}" for number in (0, 2, 5)]
+    assert made.rows["llava/000000000"]["conversations"] == [
+        {"role": role, "text": text}
+        for role, text in zip(["user", "assistant"] * 2, ["<image>\nIt?", "A cat.", "Sure?", "Yes."], strict=True)
+    ]
+    assert [turn["role"] for turn in made.rows["llava/000000005"]["conversations"]] == ["system", "user", "assistant"]
+    assert [reason for _, reason in made.rejects] == [
+        "no_picture", "several_pictures", "broken_dialogue", "missing_caption",
+    ]  # fmt: skip
+    put(at / "llava.json", json.dumps(LLAVA).encode()[:-30])
+    with pytest.raises(DataError, match=r"llava\.json: not valid JSON"):
+        download(card_of("listed", options, ["conversations"]), at / "raw")
+
+
+def test_internvls_meta_file(at):
+    llava_pictures(at / "data/images")
+    put(at / "data/a.jsonl", jsonl([LLAVA[0], b"{broken", LLAVA[2], LLAVA[5]]))
+    put(at / "data/b.jsonl", jsonl([LLAVA[0], LLAVA[1]]))
+    meta = {
+        "half": {"root": "images/", "annotation": "a.jsonl", "data_augment": False, "repeat_time": 0.75, "length": 4},
+        "twice": {"root": "images", "annotation": "b.jsonl", "data_augment": False, "repeat_time": 2, "length": 2},
+    }
+    put(at / "data/meta.json", json.dumps(meta).encode())
+    made = download(card_of("listed_meta", {"meta": "data/meta.json", "root": "data"}, ["conversations"]), at / "raw")
+    assert sorted(made.rows) == ["half/000000000", "half/000000002", "twice/000000000", "twice~1/000000000"]
+    assert made.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "no_picture"),
+                            ("twice~1/000000001", "no_picture")]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- all kinds
+
+
+def test_a_new_set_with_a_known_kind_is_one_file(at):
+    card = yaml.safe_load((DATASETS / "llava.yaml").read_text())
+    card |= {"name": "mine", "source": {"kind": "pairs", "options": {"files": "$PICTURES/*.tar"}},
+             "tasks": {"generation": {"view": "crop", "texts": ["caption"]}}}  # fmt: skip
+    shutil.copytree(DATASETS, at / "datasets")
+    (at / "datasets/mine.yaml").write_text(yaml.safe_dump(card))
+    with pytest.raises(ConfigError, match=r"card mine: .*the environment variable PICTURES is not set"):
+        download(load_card("mine"), at / "raw")
+
+
+def test_rows_limits_what_is_read_and_a_file_at_the_end_adds_its_shard_alone(at):
+    for number in range(3):
+        put(at / f"wds/{number}.tar", tarred([("a.jpg", jpeg(f"img{number}")), ("a.txt", b"x")]))
+    card = card_of("pairs", {"files": "wds"}, ["caption"])
+    assert len(download(card, at / "two", rows=2).manifest.shards) == 2
+    before = download(card, at / "raw").manifest
+    put(at / "wds/3.tar", tarred([("a.jpg", jpeg("img3")), ("a.txt", b"x")]))
+    hop = download(card, at / "raw").manifest
+    assert [s.inputs for s in hop.shards[:3]] == [s.inputs for s in before.shards]
+    assert len(hop.shards) == 4
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY"])
+def test_what_variables_hold_reaches_no_file_and_no_message(at, monkeypatch, capsys, name):
+    put(at / "private-7731/wds/a.tar", tarred([("a.jpg", jpeg("img0")), ("a.txt", b"x")]))
+    monkeypatch.setenv("PICTURES", "private-7731")
+    monkeypatch.setenv(name, "private-7731")
+    download(card_of("pairs", {"files": "${PICTURES}/wds", "access": "ask"}, ["caption"]), at / "raw")
+    with pytest.raises(ConfigError, match=f"must not hold .{name}") as refused:
+        download(card_of("pairs", {"files": f"${name}/wds"}, ["caption"]), at / "raw2")
+    told = [path.read_bytes() for path in (at / "raw").rglob("*") if path.is_file()]
+    assert told
+    assert not any(b"7731" in data for data in told)
+    assert "7731" not in str(refused.value) + "".join(capsys.readouterr())
+
+
+def test_options_are_checked_and_missing_files_say_where_they_are(at):
+    with pytest.raises(ConfigError, match=r"card sample: .*nowhere.*no such file.*Where it is: ask the makers"):
+        download(card_of("pairs", {"files": "nowhere", "access": "ask the makers"}, ["caption"]), at / "raw")
+    with pytest.raises(ConfigError, match=r"card sample: source\.options: file: Extra inputs"):
+        download(card_of("pairs", {"files": ".", "file": "x"}, ["caption"]), at / "raw")

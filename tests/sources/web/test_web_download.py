@@ -1,0 +1,348 @@
+"""The download hop against a server that answers in every good and bad way."""
+
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from loopback import FETCH, Web, elsewhere, pages, picture
+from tiny import REPOSITORY, start
+
+from unifork.config import Card, WebAccess, load_card
+from unifork.errors import ConfigError, DataError
+from unifork.shards.job import run_hops
+from unifork.shards.manifest import MANIFEST, read_manifest
+from unifork.sources.web.download import Download, options_of, web_hop
+from unifork.sources.web.rules import FetchRules
+
+
+@pytest.fixture
+def forbidden():
+    server = Web("127.0.0.2")
+    server.pages["/good.png"] = picture("PNG")
+    yield server
+    assert not server.hits, "an address outside allow_addresses was contacted"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """The root of an experiment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.2:9")  # would fail every row if it were read
+    (tmp_path / "lists").mkdir()
+    return tmp_path
+
+
+def card(kept=(), **source) -> Card:
+    return Card(
+        name="weblist",
+        title="Pictures of the loopback",
+        homepage="",
+        licence="none",
+        attribution="nobody",
+        redistribute_codes=False,
+        source={"kind": "url_list", "options": {"files": "lists", "fetch": FETCH, **source}},
+        columns=kept,
+        tasks={"generation": {"view": "crop", "texts": ["caption"]}},
+    )
+
+
+def write_laion(path: Path, urls: list[str | None], **columns) -> None:
+    """In the shape of laion2B-en-joined, with the missing sizes that pandas makes NaN."""
+    n = len(urls)
+    pq.write_table(
+        pa.table(
+            {
+                "URL": pa.array(urls, pa.string()),
+                "TEXT": [f"text {i}" for i in range(n)],
+                "WIDTH": [float("nan")] * n,
+                "HEIGHT": [30.0] * n,
+                "similarity": [0.3] * n,
+                "hash": pa.array(range(-5, n - 5), pa.int64()),
+                "punsafe": pa.array([0.25] * n, pa.float32()),
+                "pwatermark": pa.array([0.5] * n, pa.float32()),
+                **columns,
+            }
+        ),
+        path,
+        row_group_size=7,
+    )
+
+
+def write_coyo(path: Path, urls: list[str]) -> None:
+    n = len(urls)
+    sparse = pa.array([1 << 40 | i for i in range(n)], pa.int64())
+    columns = {
+        "id": sparse,
+        "url": urls,
+        "text": [f"text {i}" for i in range(n)],
+        "width": [40] * n,
+        "height": [30] * n,
+    }
+    pq.write_table(pa.table({**columns, "image_phash": ["0" * 16] * n, "watermark_score": [0.1] * n}), path)
+
+
+def download(card: Card, folder, shard_rows=100, rows=None, threads=16, per_host=8, **web):
+    made = []
+    worker = Download(card.model_dump(mode="json"), WebAccess(threads=threads, **web).model_dump(mode="json"), per_host)
+    hop = web_hop(card, rows, shard_rows, Path(folder))
+
+    def run(tasks, on_result):
+        for task in tasks:
+            made.append(task)
+            on_result(worker(task))
+
+    lines = []
+    (manifest,) = run_hops([hop], run, lambda progress: lines.append(str(progress)))
+    return manifest, made, lines
+
+
+def rows_of(folder) -> list[dict]:
+    return [row for path in sorted(Path(folder).glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def rejects(folder) -> list[dict]:
+    return [row for path in sorted(Path(folder, "quarantine").glob("*")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_every_row_is_in_its_class_and_good_pictures_arrive_as_they_are(root, web, forbidden):
+    known = pages(web, forbidden.root)
+    web.pages |= {path: page for path, (_, page) in known.items() if page is not None}
+    expected = {web.root + path: reason for path, (reason, _) in known.items()} | elsewhere(forbidden.root)
+    expected[web.root.replace("http", "https") + "/good.png"] = "tls_failed"
+    write_laion(root / "lists/laion.parquet", [*expected, None, web.root + "/good.png"])
+    started = time.monotonic()
+    spelled = {"width_in_list": "width", "height_in_list": "HEIGHT"}
+    manifest, _, lines = download(card(("punsafe", "width_in_list", "height_in_list"), columns=spelled), "out")
+    assert time.monotonic() - started < 10
+    kept, rejected = rows_of("out"), rejects("out")
+    found = {row["url"]: "ok" for row in kept} | {row["url"]: row["reason"] for row in rejected}
+    assert found == {**expected, None: "no_url"}
+    assert len(kept) + len(rejected) == len(expected) + 2
+    assert manifest.dropped == dict(Counter(row["reason"] for row in rejected).most_common())
+    served = {web.root + path: page for path, page in web.pages.items() if isinstance(page, bytes)}
+    for row in kept:
+        if row["url"] in served:
+            assert row["image"] == served[row["url"]]
+        assert (row["width"], row["height"], row["license"]) == (40, 30, "none")
+        assert (row["punsafe"], row["width_in_list"], row["height_in_list"]) == ("0.25", None, "30.0")
+        assert row["caption"] == f"text {int(row['key'].removeprefix('laion/'))}"
+    assert web.hits["/robots.txt"] == 1
+    assert web.hits["/private/a.png"] == 0
+    assert web.hits["/good.png"] == 2  # once for two rows, once for the redirect
+    assert (web.hits["/busy.png"], web.hits["/gone.png"], web.hits["/page.png"]) == (2, 1, 1)
+    assert web.most <= 8 + sum(reason == "timeout" for reason, _ in known.values())  # whose pages outlive their reader
+    assert f"{len(expected) + 2}/{len(expected) + 2} rows" in lines[-1]
+    assert "1 http_503" in lines[-1]
+
+
+def test_a_list_in_the_shape_of_coyo_with_its_own_keys(root, web):
+    web.pages["/a.png"] = picture("PNG")
+    write_coyo(root / "lists/coyo.parquet", [web.root + "/a.png", web.root + "/gone.png"])
+    manifest, _, _ = download(card(("pwatermark",), columns={"key": "id"}), "out")
+    (row,) = rows_of("out")
+    assert (row["key"], row["caption"], row["pwatermark"]) == (str(1 << 40), "text 0", "0.1")
+    assert rejects("out")[0]["key"] == str(1 << 40 | 1)
+    assert manifest.dropped == {"http_404": 1}
+
+
+def test_a_list_in_the_shape_of_unsplash(root, web):
+    web.pages["/a?fm=jpg"] = picture("JPEG")
+    lines = ["photo_id photo_image_url photo_description ai_description", f"x {web.root}/a?fm=jpg NONE a_cat", "y  b c"]
+    text = "\n".join("\t".join(line.replace("NONE", "").split(" ")) for line in lines)
+    (root / "lists/photos.tsv000").write_text(text + "\nbroken\n")
+    manifest, _, _ = download(card(("id",), files="lists/photos.?sv*"), "out")
+    (row,) = rows_of("out")
+    assert (row["key"], row["id"], row["caption"]) == ("photos/000000000", "x", "a_cat")
+    assert manifest.dropped == {"no_url": 1, "broken_line": 1}
+
+
+def test_the_cards_of_lists_say_what_is_known():
+    cards = [load_card(path.stem, REPOSITORY / "datasets") for path in (REPOSITORY / "datasets").glob("*.yaml")]
+    lists = [card for card in cards if card.source.kind == "url_list"]
+    assert {card.name for card in lists} >= {"laion_en", "coyo", "unsplash"}
+    for one in lists:
+        assert options_of(one).fetch == FetchRules()
+        assert not one.redistribute_codes
+
+
+@pytest.mark.parametrize(
+    ("change", "requests"),
+    [({}, 0), ({"robots": False}, 4), ({"max_redirects": 9}, 4), ({"user_agent": "unifork/2 (me@example.org)"}, 4)],
+)
+def test_other_rules_never_mix_with_old_shards(root, web, change, requests):
+    web.pages |= {f"/{i}.png": picture("PNG", i) for i in range(4)}
+    write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(4)])
+    download(card(), "out", shard_rows=2)
+    web.hits.clear()
+    manifest, made, _ = download(card(fetch={**FETCH, **change}), "out", shard_rows=2)
+    assert (len(made), manifest.rows) == (requests // 2, 4)
+    assert sum(web.hits[f"/{i}.png"] for i in range(4)) == requests
+
+
+def test_another_list_adds_shards_and_changes_none(root, web):
+    web.pages |= {f"/{i}.png": picture("PNG", i) for i in range(4)}
+    write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(3)])
+    download(card(), "out", shard_rows=2)
+    write_laion(root / "lists/b.parquet", [f"{web.root}/3.png"])
+    manifest, made, _ = download(card(), "out", shard_rows=2)
+    assert [(task["file"], task["start"], task["stop"]) for task in made] == [("b.parquet", 0, 1)]
+    assert [shard.rows for shard in manifest.shards] == [2, 1, 1]
+    write_laion(root / "lists/b.parquet", [f"{web.root}/2.png"])
+    _, made, _ = download(card(), "out", shard_rows=2, rows=4)
+    assert [task["file"] for task in made] == ["b.parquet"]
+
+
+def test_what_a_list_lacks_is_said(root):
+    write_laion(root / "lists/a.parquet", ["http://x.example/"])
+    with pytest.raises(DataError, match=r"no column for 'aesthetic'.*pwatermark.*source\.options\.columns"):
+        download(card(("aesthetic",)), "out")
+    with pytest.raises(ConfigError, match="no column 'TXT' for 'caption'; found: HEIGHT"):
+        download(card(columns={"caption": "TXT"}), "out")
+    with pytest.raises(ConfigError, match="'list': no such file"):
+        download(card(files="list"), "out")
+    with pytest.raises(ConfigError, match=r"allow_addresses.*127\.0\.0\.300"):
+        download(card(fetch={"allow_addresses": ["127.0.0.300"]}), "out")
+
+
+def test_a_key_that_repeats_is_counted(root, web):
+    web.pages["/a.png"] = picture("PNG")
+    write_laion(root / "lists/a.parquet", [web.root + "/a.png"] * 3, code=["x", "y", "x"])
+    manifest, _, _ = download(card(columns={"key": "code"}), "out")
+    assert [row["key"] for row in rows_of("out")] == ["x", "y"]
+    assert manifest.dropped == {"duplicate_key": 1}
+
+
+def test_a_host_has_at_most_its_connections_and_the_tail_of_a_shard_ends(root, web):
+    def slow(page):
+        time.sleep(0.03)
+        page.answer(200, picture("PNG"))
+
+    def never(page):
+        web.gate.wait(5)
+
+    web.pages |= {f"/{i}.png": slow for i in range(24)} | {"/never.png": never}
+    urls = [f"{web.root}/never.png", *(f"{web.root}/{i}.png" for i in range(24))]
+    write_laion(root / "lists/a.parquet", urls)
+    fetch = {**FETCH, "attempts": 9, "backoff_seconds": 30, "tail_seconds": 0.2}
+    started = time.monotonic()
+    manifest, _, _ = download(card(fetch=fetch), "out", per_host=3)
+    assert time.monotonic() - started < 3
+    assert manifest.dropped == {"timeout": 1}
+    assert web.most == 3
+    web.gate.set()
+
+
+def test_a_shard_ends_and_rows_that_were_not_tried_are_counted(root, web):
+    def slow(page):
+        time.sleep(0.1)
+        page.answer(200, picture("PNG"))
+
+    web.pages |= {f"/{i}.png": slow for i in range(20)}
+    write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(20)])
+    manifest, _, _ = download(card(fetch={**FETCH, "shard_seconds": 0.25}), "out", per_host=2)
+    assert set(manifest.dropped) == {"deadline"}
+    assert 2 <= manifest.rows == 20 - manifest.dropped["deadline"] <= 10
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "dropped", "asked"),
+    [
+        (404, b"", {}, 1),
+        (503, b"", {"http_503": 2}, 4),
+        (200, b"User-agent: *\nDisallow: /\n" + b"#" * 600_000, {"robots_denied": 2}, 1),
+        (200, b"User-agent: unifork\nAllow: /\n\nUser-agent: *\nDisallow: /\n", {}, 1),
+    ],
+)
+def test_robots_txt_is_asked_for_once_and_a_server_in_trouble_allows_nothing(root, web, status, body, dropped, asked):
+    web.pages |= {"/robots.txt": lambda page: page.answer(status, body), "/a.png": picture("PNG")}
+    write_laion(root / "lists/a.parquet", [web.root + "/a.png", web.root + "/a.png?again"])
+    web.pages["/a.png?again"] = picture("PNG")
+    manifest, _, _ = download(card(), "out")
+    assert manifest.dropped == dropped
+    assert web.hits["/robots.txt"] == asked
+    assert web.hits["/a.png"] == (0 if dropped else 1)
+
+
+def test_a_proxy_is_used_when_configured_and_asked_for_the_checked_address(root, web):
+    lines = []
+    web.pages["/a.png"] = picture("PNG")
+    proxy = Web("127.0.0.1")
+
+    class Tunnel(proxy.RequestHandlerClass):
+        def do_CONNECT(self):
+            lines.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.flush()
+            self.path = self.rfile.readline().split()[1].decode()
+            while self.rfile.readline().strip():
+                pass
+            self.server = web
+            self.do_GET()
+            self.close_connection = True
+
+    proxy.RequestHandlerClass = Tunnel
+    name = web.root.replace("127.0.0.1", "localhost")
+    write_laion(root / "lists/a.parquet", [name + "/a.png"])
+    manifest, _, _ = download(card(), "out", proxy=proxy.root)
+    assert manifest.rows == 1
+    assert set(lines) == {web.root.removeprefix("http://")}
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(root, web):
+    def gated(page):
+        web.gate.wait(20)
+        page.answer(200, picture("PNG", 99))
+
+    web.pages |= {f"/{i}.png": picture("PNG", i) for i in range(6)} | {"/gate.png": gated}
+    urls = [f"{web.root}/{i}.png" for i in range(5)] + [f"{web.root}/gate.png", f"{web.root}/5.png", web.root + "/no"]
+    write_laion(root / "lists/a.parquet", urls)
+    (root / "datasets").mkdir()
+    patient = card(fetch={**FETCH, "timeout_seconds": 20})
+    (root / "datasets/weblist.yaml").write_text(yaml.safe_dump(patient.model_dump(mode="json")))
+    assert load_card("weblist") == patient
+    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    params["datasets"]["weblist"] = {"rows": None, "shard_rows": 4}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    shutil.copytree(REPOSITORY / "clusters", root / "clusters")
+
+    first = start(root, "pipelines.download", "weblist")
+    while not web.hits["/gate.png"]:
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    raw = root / "data/raw/weblist"
+    assert not (raw / MANIFEST).exists()
+    assert (raw / "part-00000.parquet").exists()
+    assert not (raw / "part-00001.parquet").exists()
+
+    web.gate.set()
+    web.hits.clear()
+    second = start(root, "pipelines.download", "weblist").communicate()
+    assert "2/2 shards (1 kept from before)" in second[0], second
+    assert web.hits["/0.png"] == 0
+    assert read_manifest(raw).rows == 7
+    download(patient, "whole", shard_rows=4)
+    for name in (MANIFEST, "part-00000.parquet", "part-00001.parquet", "quarantine/part-00001.parquet"):
+        assert (raw / name).read_bytes() == (root / "whole" / name).read_bytes()
+
+    untouched = {path: path.stat() for path in raw.glob("part-*")}
+    write_laion(root / "lists/b.parquet", [f"{web.root}/0.png"])
+    web.hits.clear()
+    grown = start(root, "pipelines.download", "weblist").communicate()
+    assert "3/3 shards (2 kept from before), 1/1 rows" in grown[0], grown
+    assert web.hits == {"/robots.txt": 1, "/0.png": 1}
+    for path, before in untouched.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

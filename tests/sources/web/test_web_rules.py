@@ -1,0 +1,171 @@
+"""Tables: which addresses may be contacted, what robots.txt and headers deny, what a URL is taken for."""
+
+from ipaddress import ip_network
+
+import pytest
+
+from unifork.errors import DataError
+from unifork.sources.web import schedule
+from unifork.sources.web.addresses import refusal
+from unifork.sources.web.client import Refused, target_of
+from unifork.sources.web.robots import may_fetch, parse_robots, reservation
+from unifork.sources.web.rules import FetchRules
+
+REFUSED = """
+0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.255.255.254 168.63.129.16 169.254.169.254 172.16.0.1 172.31.255.255
+192.0.0.8 192.0.2.1 192.88.99.1 192.168.1.1 198.18.0.1 198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1
+239.255.255.255 240.0.0.1 255.255.255.255
+:: ::1 ::127.0.0.1 ::8.8.8.8 ::ffff:127.0.0.1 ::ffff:8.8.8.8 ::ffff:0:8.8.8.8 64:ff9b::7f00:1 64:ff9b::808:808
+64:ff9b:1::1 100::1 2001::1 2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:db8::1 2002:7f00:1::1 2002:808:808::1
+3fff::1 5f00::1 fc00::1 fd00:ec2::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 4000::1
+2606:4700::5efe:127.0.0.1 2606:4700::200:5efe:10.0.0.1 localhost 127.1
+"""
+PUBLIC = "1.1.1.1 8.8.8.8 93.184.215.14 172.15.0.1 172.32.0.1 192.0.1.1 2606:4700::1111 2a00:1450:4001:81b::200e"
+
+
+@pytest.mark.parametrize("address", REFUSED.split())
+def test_an_address_that_is_not_public_is_refused(address):
+    assert refusal(address)
+
+
+@pytest.mark.parametrize("address", PUBLIC.split())
+def test_a_public_address_may_be_contacted(address):
+    assert refusal(address) is None
+
+
+def test_only_the_networks_that_are_named_are_allowed():
+    allowed = [ip_network("127.0.0.1/32"), ip_network("fd00::/8")]
+    assert refusal("127.0.0.1", allowed) is None
+    assert refusal("fd00::1", allowed) is None
+    for other in ("127.0.0.2", "::ffff:127.0.0.1", "::1", "fc00::1"):
+        assert refusal(other, allowed)
+
+
+ROBOTS = """
+User-agent: *       # everybody
+Disallow: /private
+Allow: /private/open
+Disallow: /*.gif$
+Disallow: /a*b*c
+
+User-agent: UniFork
+User-agent: other
+Disallow: /only-for-us
+Disallow:
+"""
+
+
+@pytest.mark.parametrize(
+    ("agent", "path", "allowed"),
+    [
+        ("somebody", "/a.png", True),
+        ("somebody", "/private/x.png", False),
+        ("somebody", "/private/open/x.png", True),
+        ("somebody", "/x/y.gif", False),
+        ("somebody", "/x/y.gif?z", True),
+        ("somebody", "/a1b2c3", False),
+        ("somebody", "/a1c2b3", True),
+        ("unifork", "/private/x.png", True),
+        ("unifork", "/only-for-us.png", False),
+        ("other", "/only-for-us.png", False),
+    ],
+)
+def test_robots(agent, path, allowed):
+    assert may_fetch(parse_robots(ROBOTS, agent), path) is allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "denied"),
+    [
+        ("X-Robots-Tag", "noai", True),
+        ("x-robots-tag", "nofollow, NoImageAI", True),
+        ("X-Robots-Tag", "none", True),
+        ("X-Robots-Tag", "unifork: noindex", True),
+        ("X-Robots-Tag", "unavailable_after: 25 Jun 2030 15:00:00 PST, noai", True),
+        ("X-Robots-Tag", "otherbot: noai, noindex", False),
+        ("X-Robots-Tag", "nofollow, max-image-preview: large", False),
+        ("TDM-Reservation", "1", True),
+        ("TDM-Reservation", "0", False),
+        ("Content-Type", "noai", False),
+    ],
+)
+def test_reservations(name, value, denied):
+    assert (reservation([(name, value)], "unifork") is not None) is denied
+
+
+@pytest.mark.parametrize(
+    ("url", "authority", "path"),
+    [
+        ("http://Example.com", "example.com", "/"),
+        (" https://example.com:443/a b/ä.png?q=ü#part ", "example.com", "/a%20b/%C3%A4.png?q=%C3%BC"),
+        ("http://user:pass@example.com:8080/%20", "example.com:8080", "/%20"),
+        ("http://bücher.example/", "xn--bcher-kva.example", "/"),
+        ("http://[2606:4700::1]:81/", "[2606:4700::1]:81", "/"),
+    ],
+)
+def test_a_url_is_asked_for_as_a_browser_would(url, authority, path):
+    target = target_of(url)
+    assert (target.authority, target.path) == (authority, path)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "a.png", "//host/a", "gopher://host/", "http://h:99999/", "http://h:0/", "http://[x/"]
+)
+def test_anything_else_is_no_url(url):
+    with pytest.raises(Refused) as refused:
+        target_of(url)
+    assert refused.value.reason == "bad_url"
+
+
+class Cut:
+    """A client whose network works for the hosts in `alive`."""
+
+    rules = FetchRules(attempts=1)
+    connections_per_host = 8
+
+    def __init__(self, reason, alive=()):
+        self.reason, self.alive = reason, alive
+
+    def reach(self, url):
+        if target_of(url).host not in self.alive:
+            raise Refused(self.reason, url)
+
+    def get(self, url):
+        self.reach(url)
+        return b""
+
+
+URLS = [f"http://host{number}.example/a.png" for number in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "diagnosis"),
+    [("dns_failure", "resolver"), ("no_such_host", "no name can be resolved"), ("connection_failed", "egress")],
+)
+def test_a_machine_without_a_network_stops_before_the_first_row(reason, diagnosis):
+    with pytest.raises(DataError, match=f"before the first row: .*{diagnosis}.*12 {reason}"):
+        schedule.Health(Cut(reason)).preflight(URLS)
+
+
+def test_one_dead_host_is_no_diagnosis_but_a_silent_resolver_is():
+    schedule.Health(Cut("connection_failed")).preflight(URLS[:1])
+    with pytest.raises(DataError, match="resolver"):
+        schedule.Health(Cut("dns_failure")).preflight(URLS[:1])
+
+
+def test_a_network_that_breaks_stops_the_shard_and_dead_links_do_not():
+    alive = Cut("timeout", alive=["host0.example"])
+    outcomes = schedule.fetch_all(URLS, alive, 4, schedule.Health(alive))
+    assert [outcome.reason for outcome in outcomes] == ["empty"] + ["timeout"] * 59
+    broken = Cut("timeout")
+    with pytest.raises(DataError, match="after 25 hosts failed in a row"):
+        schedule.fetch_all(URLS, broken, 4, schedule.Health(broken))
+
+
+def test_hosts_take_turns_and_none_exceeds_its_connections():
+    turns = schedule.Turns(2)
+    for row, host in enumerate("aaaab"):
+        turns.add(host, row)
+    assert [turns.take() for _ in range(4)] == [("a", 0), ("b", 4), ("a", 1), None]
+    turns.done("a")
+    assert turns.take() == ("a", 2)

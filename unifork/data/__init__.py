@@ -1,1 +1,0 @@
-"""From sources to packed rows: everything that happens to data before a model sees it."""

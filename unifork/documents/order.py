@@ -1,0 +1,123 @@
+"""Which documents belong to a step: a pure function of (seed, mixture, step), with O(1) seek.
+
+Slots are dealt to the data sets by a fixed schedule that keeps every prefix within one document of
+the exact weights. The n-th slot of a set maps to (pass, index): each pass has its own permutation,
+keyed by (seed, set, pass), of row groups first and then of documents inside windows of row groups,
+so memory is flat and reads are local. Nothing here knows workers, packing or history.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from unifork.errors import ConfigError
+from unifork.randomness import keyed
+
+WINDOW_GROUPS = 64
+"""Row groups shuffled together; with 256 rows a group, documents mix over 16,384 rows."""
+
+MAX_PERIOD = 100_000
+"""Longest schedule; weights are rounded to fractions that fit."""
+
+
+class Slot(NamedTuple):
+    """One document of a step: which part of the mixture, which document of it."""
+
+    part: int
+    document: int
+
+
+class SetOrder:
+    """The endless order of one data set, by position."""
+
+    def __init__(self, group_sizes: Sequence[int] | np.ndarray, *keys: object) -> None:
+        """group_sizes: usable documents per row group, in file order."""
+        self.sizes = np.array(group_sizes, np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).astype(np.int64)
+        self.keys = keys
+        self.total = int(self.sizes.sum())
+        if not self.total:
+            raise ConfigError(f"{keys}: no usable document in this part of the mixture")
+        self._pass = lru_cache(maxsize=2)(self._groups_of_pass)
+        self._window = lru_cache(maxsize=4)(self._documents_of_window)
+
+    def index(self, position: int) -> int:
+        """The document at a position; positions beyond the last document begin another pass."""
+        number, offset = divmod(position, self.total)
+        _, ends = self._pass(number)
+        window = int(np.searchsorted(ends, offset, side="right"))
+        before = int(ends[window - 1]) if window else 0
+        return int(self._window(number, window)[offset - before])
+
+    def _groups_of_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        groups = keyed(*self.keys, number).permutation(len(self.sizes))
+        counts = np.add.reduceat(self.sizes[groups], np.arange(0, len(groups), WINDOW_GROUPS))
+        return groups, np.cumsum(counts)
+
+    def _documents_of_window(self, number: int, window: int) -> np.ndarray:
+        groups = self._pass(number)[0][window * WINDOW_GROUPS : (window + 1) * WINDOW_GROUPS]
+        documents = np.concatenate([np.arange(self.starts[g], self.starts[g] + self.sizes[g]) for g in groups])
+        return keyed(*self.keys, number, window).permutation(documents)
+
+
+def schedule(weights: list[float]) -> np.ndarray:
+    """Which part each slot of one period belongs to.
+
+    At every slot the part that is furthest behind its weight is served, so that after any number
+    of slots each part is within one of its exact share (Bresenham's idea for many parts).
+    """
+    total = sum(Fraction(str(weight)) for weight in weights)
+    shares = [(Fraction(str(weight)) / total).limit_denominator(1000) for weight in weights]
+    shares[shares.index(max(shares))] += 1 - sum(shares)
+    period = int(np.lcm.reduce([share.denominator for share in shares]))
+    if period > MAX_PERIOD:
+        shares = [Fraction(round(share * 1000), 1000) for share in shares]
+        shares[shares.index(max(shares))] += 1 - sum(shares)
+        period = 1000
+    counts = np.array([int(share * period) for share in shares], np.int64)
+    if (counts <= 0).any():
+        raise ConfigError(
+            f"mixture weights {weights}: a share below 1/1000 cannot be scheduled; raise it or leave it out"
+        )
+    dealt = np.zeros(len(counts), np.int64)
+    slots = np.empty(period, np.int64)
+    for slot in range(period):
+        behind = counts * (slot + 1) - dealt * period
+        # among those that are behind, the one whose next deadline is the earliest
+        deadline = np.where(behind > 0, (dealt + 1) / counts, np.inf)
+        slots[slot] = int(np.argmin(deadline))
+        dealt[slots[slot]] += 1
+    return slots
+
+
+class MixtureOrder:
+    """The documents of every step of a track."""
+
+    def __init__(self, weights: list[float], sets: list[SetOrder], batch_documents: int) -> None:
+        self.sets, self.batch_documents = sets, batch_documents
+        self.slots = schedule(weights)
+        self.rank = np.zeros(len(self.slots), np.int64)  # how often the part was served before in the period
+        for part in range(len(sets)):
+            mine = self.slots == part
+            self.rank[mine] = np.arange(mine.sum())
+        self.counts = np.bincount(self.slots, minlength=len(sets))
+
+    def documents(self, step: int) -> list[Slot]:
+        """Exactly `batch_documents` documents."""
+        first = step * self.batch_documents
+        return [self.document(slot) for slot in range(first, first + self.batch_documents)]
+
+    def document(self, slot: int) -> Slot:
+        """The document in a slot, counted over the whole track."""
+        period, offset = divmod(slot, len(self.slots))
+        part = int(self.slots[offset])
+        position = period * int(self.counts[part]) + int(self.rank[offset])
+        return Slot(part, self.sets[part].index(position))
+
+    def served(self, steps: int) -> list[int]:
+        """Documents of each part in the first `steps` steps."""
+        periods, rest = divmod(steps * self.batch_documents, len(self.slots))
+        return [int(n) for n in periods * self.counts + np.bincount(self.slots[:rest], minlength=len(self.sets))]

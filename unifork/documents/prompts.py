@@ -1,0 +1,168 @@
+"""Prompt templates as data: what a sample of each stage reads like, and which part is learned.
+
+A template is a text with three kinds of mark: `<image>` stands for the picture, `{name}` for a
+field, and what is between `[[` and `]]` is what an understanding model is taught to write. Marks
+count in templates only: whatever a caption or a dialogue says is text, special tokens included.
+
+The formats are those of the official code (its stages 1.0 to 5.0). Where ours learns other tokens,
+the official way stands beside it under a name that begins with `official-`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal
+
+from unifork.shards.dialogues import IMAGE_MARK, Exchange, Unusable, dialogue
+from unifork.shards.schema import CONVERSATIONS
+from unifork.vocabulary import DROPPED_PROMPT, TURN_END, TURN_START, Task
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+Border = Literal["letters", "count"]
+"""Which token is the first that is learned, where a token can cross the border between given and learned.
+
+`letters`: the first that holds learned letters alone. `count`: the one after as many tokens as the
+given text has by itself, whatever it holds (official code): it can be one too early or too late.
+"""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How rows of one text column are written for one task."""
+
+    task: Task
+    text: str = ""
+    """For captions: the whole sample with `{caption}`."""
+    opening: str = ""
+    """For dialogues: what stands before the first exchange; `{system}` is the dialogue's own text or SYSTEM."""
+    turn: str = ""
+    """For dialogues: one exchange with `{user}` and `{assistant}`; the picture stands in one of them."""
+    first_turn_only: bool = False
+    """Whether later exchanges are left out."""
+    border: Border = "letters"
+    once: str = ""
+    """A text that must stand once in every exchange, or nothing of the sample is learned (official code)."""
+
+
+INSTRUCTION = "Provide a one-sentence caption for the image."
+CAPTION_PLAIN = Template("understanding", f"{IMAGE_MARK}\n{INSTRUCTION}[[{{caption}}{TURN_END}]]")
+ANSWERS_PLAIN = Template("understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]")
+ANSWER_PLAIN = replace(ANSWERS_PLAIN, first_turn_only=True)
+ANSWER = Template(
+    "understanding",
+    opening=f"{TURN_START}{{system}} ",
+    turn=f"USER: {IMAGE_MARK}\n{{user}} ASSISTANT:[[ {{assistant}}{TURN_END}]]",
+)
+
+TEMPLATES: dict[str, Template] = {
+    "generate-class": Template("generation", f"{TURN_START}{{caption}}{IMAGE_MARK}"),
+    "name-class": Template("understanding", f"{TURN_START}{IMAGE_MARK}[[{{caption}}]]"),
+    "generate-plain": Template("generation", f"{{caption}}{IMAGE_MARK}"),
+    "caption-plain": CAPTION_PLAIN,
+    "official-caption-plain": replace(CAPTION_PLAIN, border="count"),
+    "generate": Template("generation", f"{TURN_START}USER: {{caption}} ASSISTANT: {IMAGE_MARK}"),
+    "answer-plain": ANSWER_PLAIN,
+    "official-answer-plain": replace(ANSWER_PLAIN, border="count"),
+    "answers-plain": ANSWERS_PLAIN,
+    "caption": Template(
+        "understanding",
+        f"{TURN_START}{SYSTEM} USER: {IMAGE_MARK}\n{INSTRUCTION} ASSISTANT:[[ {{caption}}{TURN_END}]]",
+    ),
+    "answer": ANSWER,
+    "official-answer": replace(ANSWER, border="count", once=" ASSISTANT: "),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a written sample.
+
+    text: None where the picture stands. learned: a model is taught to write it. control: special
+    tokens in it are control tokens; true of a template's own words, never of a field's.
+    """
+
+    text: str | None
+    learned: bool = False
+    control: bool = False
+
+
+PICTURE = Piece(None)
+
+_MARKS = re.compile(r"(<image>|\[\[|\]\]|\{\w+\})")
+
+
+def laid_out(form: str, fields: Mapping[str, str]) -> list[Piece]:
+    """A template's text as pieces, with its fields filled in."""
+    pieces, learned = [], False
+    for number, part in enumerate(_MARKS.split(form)):
+        if part == IMAGE_MARK:
+            pieces.append(PICTURE)
+        elif part in ("[[", "]]"):
+            learned = part == "[["
+        elif number % 2:
+            pieces.append(Piece(fields[part[1:-1]], learned))
+        elif part:
+            pieces.append(Piece(part, learned, control=True))
+    return pieces
+
+
+UNCONDITIONAL = laid_out(f"{TURN_START}USER: {DROPPED_PROMPT}. ASSISTANT: {IMAGE_MARK}", {})
+"""What a dropped prompt reads like, whatever the template (as in the official code)."""
+
+
+def written(template: Template, value: Any, pictures: int = 1) -> list[Piece]:
+    """One row as pieces. value: a caption, or a list of turns `{role, text}`; pictures: how many the row has.
+
+    Raises Unusable with the reason when the value does not fit the template.
+    """
+    if not value:
+        raise Unusable("no text")
+    if template.text:
+        if not isinstance(value, str):
+            raise Unusable(f"a caption is expected, {CONVERSATIONS} were given")
+        if pictures != 1:
+            raise Unusable(f"pictures: {pictures}, a caption belongs to one")
+        return laid_out(template.text, {"caption": _without_mark(value)})
+    if isinstance(value, str):
+        raise Unusable(f"{CONVERSATIONS} are expected, a caption was given")
+    spoken = dialogue(value, pictures)
+    if spoken.system and "{system}" not in template.opening:
+        raise Unusable("a system turn, the template has no place for it")
+    exchanges = spoken.exchanges[:1] if template.first_turn_only else spoken.exchanges
+    if pictures and not any(exchange.picture for exchange in exchanges):
+        raise Unusable("the picture belongs to a later question, the template writes only the first")
+    parts = [_exchange(template, exchange) for exchange in exchanges]
+    parts[0] = laid_out(template.opening, {"system": spoken.system or SYSTEM}) + parts[0]
+    learnable = not template.once or all(_read(part).count(template.once) == 1 for part in parts)
+    return [piece if learnable else replace(piece, learned=False) for part in parts for piece in part]
+
+
+def question(template: Template, user: str) -> list[Piece]:
+    """What a model is given to answer about a picture: the sample up to the learned part."""
+    form = template.opening + template.turn if template.turn else template.text
+    fields = {"system": SYSTEM, "user": _without_mark(user), "assistant": "", "caption": ""}
+    return list(takewhile(lambda piece: not piece.learned, laid_out(form, fields)))
+
+
+def _exchange(template: Template, exchange: Exchange) -> list[Piece]:
+    form = template.turn
+    if not exchange.picture:
+        form = form.replace(f"{IMAGE_MARK}\n", "")
+    elif not exchange.question:
+        form = form.replace(f"{IMAGE_MARK}\n", IMAGE_MARK)
+    return laid_out(form, {"user": exchange.question, "assistant": exchange.answer})
+
+
+def _read(pieces: list[Piece]) -> str:
+    return "".join(IMAGE_MARK if piece.text is None else piece.text for piece in pieces)
+
+
+def _without_mark(value: str) -> str:
+    if IMAGE_MARK in value:
+        raise Unusable(f"the text contains the mark {IMAGE_MARK}")
+    return value

@@ -1,0 +1,46 @@
+"""The files that a card names, as DVC follows them: one path for each of a stage's dependencies."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from unifork.config import Card, Followed
+from unifork.errors import ConfigError
+from unifork.sources import SOURCES
+
+LIST_OPTIONS = ("file", "files")
+"""Options of filter rules that name files."""
+ELSEWHERE = re.compile(r"[~$]")
+"""In a path that only this machine knows: what it stands for is written into no file."""
+
+
+def followed(card: Card, place: str) -> Followed:
+    """What the stages of a data set depend on beside its card. Raises ConfigError where files lie too far apart."""
+    source = SOURCES.get(card.source.kind)
+    named = [card.source.options[name] for name in (source.paths if source else ()) if name in card.source.options]
+    lists = [rule.options[name] for rule in card.filters for name in LIST_OPTIONS if name in rule.options]
+    known = {"source": _folder(named, f"{place}: source"), "lists": _folder(lists, f"{place}: filters")}
+    if any(rule.options.get("against") for rule in card.filters):
+        known["others"] = "data/raw"
+    return Followed(**{name: path for name, path in known.items() if path})
+
+
+def _folder(texts: Iterable[str], place: str) -> str:
+    """The one file or the smallest folder that holds all that is named; nothing for none that can be followed."""
+    fixed = [_before_wild_cards(text) for text in texts if not ELSEWHERE.search(text)]
+    if not fixed:
+        return ""
+    try:
+        common = os.path.commonpath(fixed)
+    except ValueError:  # absolute and relative ones
+        common = ""
+    if common in ("", ".", "/"):
+        raise ConfigError(f"{place}: {', '.join(fixed)}: DVC follows one folder; put what the card names below one")
+    return common
+
+
+def _before_wild_cards(text: str) -> str:
+    parts = PurePosixPath(text).parts
+    wild = next((number for number, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
+    return str(PurePosixPath(*parts[:wild]))

@@ -1,0 +1,284 @@
+"""Duplicates across shards and sets, in two passes: signatures of every shard, then one decision about all.
+
+Pass 1 is a hop: for each row that the card's other rules keep, 64 bits of the picture's SHA-256, of its URL and
+text, and a difference hash of what it shows. Pass 2 reads signatures only and says which rows have an earlier
+twin: earlier is the order (sets as named, the set itself last; then shards and rows as planned), so neither the
+number of workers nor which shard was done first changes anything. The filter then drops what the lists say.
+
+Memory of pass 2: about 90 bytes (measured) for each of at most BUCKET_ROWS rows at a time, since signatures are
+visited in buckets, each of which reads all signature shards once; and the list of duplicates itself. That any two
+different pictures agree in 64 bits of SHA-256 is to be expected in one of 3,700 sets of 10^8 rows.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pydantic import Field
+
+from unifork.config import Card, Plain, parse
+from unifork.errors import ConfigError
+from unifork.filters.rules import TWIN_RULES, judge
+from unifork.filters.worker import DROPS, drops_name, filter_fingerprint, read_rows, tasks_from
+from unifork.shards.job import Hop, read_table, write_shard
+from unifork.shards.manifest import file_sha256, keep_only, read_manifest, write_atomically
+from unifork.shards.schema import text_columns
+from unifork.sources.archives import is_picture, opened
+from unifork.sources.base import located
+
+SIGNATURES_VERSION = 1
+BUCKET_ROWS = 4_000_000
+Kind = Literal["sha256", "pair", "phash"]
+SCHEMA = pa.schema({"key": pa.string(), "sha256": pa.uint64(), "pair": pa.uint64(), "phash": pa.uint64()})
+DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.string()})
+
+Distance = Annotated[int, Field(ge=0, le=7)]
+"""Bits of 64 in which two difference hashes may differ."""
+
+
+class DuplicateOptions(Plain):
+    """Options of the filter rule `duplicates`."""
+
+    by: tuple[Kind, ...] = ("sha256", "pair")
+    """Same bytes, same URL and text, same look."""
+    distance: Distance = 0
+    """For `phash`."""
+    against: tuple[str, ...] = ()
+    """Sets that keep what they share with this one."""
+
+
+class BenchmarkOptions(Plain):
+    """Options of the filter rule `near_benchmark`."""
+
+    files: str
+    """Folder or tar with the benchmark's pictures."""
+    distance: Distance = 3
+
+
+# --------------------------------------------------------------------------------------- signatures
+
+
+def dhash(data: bytes) -> int | None:
+    """64 bits, one for each step to the right in a 9x8 grey picture that gets brighter; None for a flat picture.
+
+    The difference hash: it stays when a picture is resized, recompressed or made darker as a whole.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.draft("L", (32, 32))
+        if picture.has_transparency_data:
+            whole = picture.convert("RGBA")
+            flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+        else:
+            flat = picture.convert("RGB")
+        grey = np.asarray(flat.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
+    bits = np.packbits(grey[:, 1:] > grey[:, :-1])
+    value = int.from_bytes(bits.tobytes(), "big")
+    return value if 4 <= value.bit_count() <= 60 else None  # plain grounds all look alike
+
+
+def signature(row: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
+    """The signatures of a row; `pair` is None without a URL."""
+    said = [repr(row.get(name) or "") for name in texts]
+    pair = hashlib.blake2b("\x00".join([row["url"], *said]).encode(), digest_size=8).digest() if row["url"] else None
+    return {
+        "key": row["key"],
+        "sha256": int(row["sha256"][:16], 16),
+        "pair": None if pair is None else int.from_bytes(pair, "big"),
+        "phash": dhash(row["image"]),
+    }
+
+
+class Sign:
+    """Image-text shard -> signatures of the rows that the card's other rules keep."""
+
+    def __init__(self, card: dict[str, Any]) -> None:
+        self.card = alone(parse(Card, card, "card"))
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        texts = text_columns(self.card)
+        made = [signature(row, texts) for row in read_rows(task) if judge(row, self.card) is None]
+        return write_shard(task, pa.Table.from_pylist(made, schema=SCHEMA), {})
+
+
+def alone(card: Card) -> Card:
+    """A card without the rules that look at other rows."""
+    return card.model_copy(update={"filters": tuple(rule for rule in card.filters if rule.rule not in TWIN_RULES)})
+
+
+def looks_around(card: Card) -> bool:
+    """Whether some rule of a card needs the two passes."""
+    return any(rule.rule in TWIN_RULES for rule in card.filters)
+
+
+def sign_hop(card: Card, source: Path, folder: Path) -> Hop:
+    """The plan of pass 1: one task per image-text shard."""
+    made_with = {"signatures": SIGNATURES_VERSION, "texts": text_columns(card), **filter_fingerprint(alone(card))}
+    columns = {field.name: str(field.type) for field in SCHEMA}
+    tasks = tasks_from(read_manifest(source))
+    return Hop("signatures", card.name, folder, columns, made_with, {}, tasks, source)
+
+
+# ----------------------------------------------------------------------------------------- decision
+
+Found = dict[int, tuple[str, int]]
+"""Row -> (rule, earlier twin). Rows are numbered through all sets; benchmark pictures have negative numbers."""
+
+
+def twins(values: np.ndarray, numbers: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
+    """(number, smallest number of an earlier twin) among uint64 signatures of which a band agrees.
+
+    Signatures at most `distance` bits apart agree in one of distance + 1 bands (pigeonhole).
+    """
+    order = np.lexsort((numbers, values)) if distance == 0 else np.argsort(numbers)
+    values, numbers = values[order], numbers[order]
+    if distance == 0:
+        first = np.r_[True, values[1:] != values[:-1]][: len(values)]
+        keeper = numbers[np.maximum.accumulate(np.where(first, np.arange(len(values)), 0))]
+        yield from zip(numbers[~first].tolist(), keeper[~first].tolist(), strict=True)
+        return
+    for index in range(1, len(values)):
+        near = np.bitwise_count(values[:index] ^ values[index]) <= distance
+        if near.any():
+            yield int(numbers[index]), int(numbers[near.argmax()])
+
+
+def groups(values: np.ndarray, numbers: np.ndarray, band: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Signatures and numbers of each value of a band that occurs twice."""
+    order = np.argsort(band, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0, True])
+    for begin, end in pairwise(starts.tolist()):
+        if end - begin > 1:
+            yield values[order[begin:end]], numbers[order[begin:end]]
+
+
+class Signatures:
+    """The signature shards of several sets, numbered through."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.shards = [(folder, shard) for folder in folders for shard in read_manifest(folder).shards]
+        self.starts = np.cumsum([0, *(shard.rows for _, shard in self.shards)])
+
+    def column(self, kind: Kind) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Signatures that are there, and their numbers, shard by shard."""
+        for (folder, shard), start in zip(self.shards, self.starts, strict=False):
+            column = read_table(folder, shard, [kind]).column(kind)
+            there = column.is_valid().to_numpy()
+            values = column.fill_null(0).to_numpy().astype(np.uint64)
+            yield values[there], (np.flatnonzero(there) + start)
+
+    def find(
+        self, kind: Kind, distance: int, rule: str, found: Found, extra: np.ndarray | None = None, first: int = 0
+    ) -> None:
+        """Add rows from number `first` that have an earlier twin, among benchmark signatures (`extra`) if given."""
+        bands = distance + 1
+        width = 64 // bands
+        buckets = max(1, -(-int(self.starts[-1]) // BUCKET_ROWS))
+        parts = [(extra, np.arange(-len(extra), 0))] if extra is not None else []
+        for number in range(bands):
+            shift, mask = np.uint64(number * width), np.uint64(2**width - 1 if bands > 1 else 2**64 - 1)
+            for bucket in range(buckets):
+                chosen = []
+                for values, numbers in chain(parts, self.column(kind)):
+                    here = ((values >> shift) & mask) % np.uint64(buckets) == bucket
+                    chosen.append((values[here], numbers[here]))
+                values, numbers = (np.concatenate(one) for one in zip(*chosen, strict=True))
+                band = (values >> shift) & mask
+                pieces = [(values, numbers)] if distance == 0 else groups(values, numbers, band)
+                for group in pieces:
+                    for row, twin in twins(*group, distance):
+                        if row >= first and (extra is None or twin < 0) and twin < found.get(row, ("", row))[1]:
+                            found[row] = (rule, twin)
+
+    def keys(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Key of each of some rows."""
+        wanted = np.array(sorted(number for number in numbers if number >= 0), np.int64)
+        named: dict[int, str] = {}
+        shard_of = np.searchsorted(self.starts, wanted, side="right") - 1
+        for index in np.unique(shard_of):
+            (folder, shard), rows = self.shards[index], wanted[shard_of == index]
+            column = read_table(folder, shard, ["key"]).column("key").take(rows - self.starts[index])
+            named.update(zip(rows.tolist(), column.to_pylist(), strict=True))
+        return named
+
+
+def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path) -> dict[int, str]:
+    """Pass 2: write for each shard the rows that have an earlier twin; shard number -> SHA-256 of its list.
+
+    signatures: those of the set itself; others: those of the sets it is compared with, by name;
+    filtered: folder of the filter hop, which holds the lists. Raises ConfigError, DataError.
+    """
+    own_shards = read_manifest(signatures).shards
+    everything: dict[int, tuple[str, str, str]] = {}  # row of the set itself -> key, rule, of
+    for entry in card.filters:
+        found: Found = {}
+        if entry.rule == "duplicates":
+            rule = parse(DuplicateOptions, entry.options, f"{card.name}: filter duplicates")
+            all_sets = Signatures([*(others[name] for name in rule.against), signatures])
+            first = int(all_sets.starts[-1]) - sum(shard.rows for shard in own_shards)
+            for kind in rule.by:
+                all_sets.find(kind, rule.distance if kind == "phash" else 0, f"same {kind}", found, first=first)
+            names = all_sets.keys([*found, *(twin for _, twin in found.values())])
+            told = {row: f"{how} as {names[twin]}" for row, (how, twin) in found.items()}
+        elif entry.rule == "near_benchmark":
+            options = parse(BenchmarkOptions, entry.options, f"{card.name}: filter near_benchmark")
+            pictures = benchmark(options.files)
+            all_sets, first = Signatures([signatures]), 0
+            extra = np.array([value for _, value in pictures], np.uint64)
+            all_sets.find("phash", options.distance, "near", found, extra)
+            names = all_sets.keys(found)
+            told = {row: f"looks like {pictures[twin][0]}" for row, (_, twin) in found.items()}
+        else:
+            continue
+        for row, of in told.items():
+            everything.setdefault(row - first, (names[row], entry.rule, of))
+    return _write_drops(everything, [shard.rows for shard in own_shards], filtered / DROPS)
+
+
+def benchmark(files: str) -> list[tuple[str, int]]:
+    """(name, difference hash) of the pictures of a folder or tar. Raises ConfigError when there are none."""
+    with opened(located(files)) as box:
+        hashed = [(name, dhash(box.read(number))) for number, name in enumerate(box.names) if is_picture(name)]
+    if not hashed:
+        raise ConfigError(f"{files!r}: no pictures in it")
+    return [(name, value) for name, value in hashed if value is not None]
+
+
+def _write_drops(rows: dict[int, tuple[str, str, str]], sizes: list[int], folder: Path) -> dict[int, str]:
+    hashes, start, order = {}, 0, sorted(rows)
+    at = 0
+    for number, size in enumerate(sizes):
+        path, lines = folder / drops_name(number), []
+        while at < len(order) and order[at] < start + size:
+            lines.append(dict(zip(DROPS_SCHEMA.names, rows[order[at]], strict=True)))
+            at += 1
+        if lines:
+            table = pa.Table.from_pylist(lines, schema=DROPS_SCHEMA)
+            write_atomically(path, partial(pq.write_table, table))
+            hashes[number] = file_sha256(path)
+        start += size
+    if folder.exists():
+        keep_only(folder, [drops_name(number) for number in hashes])
+    return hashes
+
+
+def compared_with(card: Card) -> list[str]:
+    """The sets that a card's rules look at."""
+    rules = [rule for rule in card.filters if rule.rule == "duplicates"]
+    return sorted({name for rule in rules for name in parse(DuplicateOptions, rule.options, card.name).against})
+
+
+def check_order(card: Card, others: Iterable[Card]) -> None:
+    """Raises ConfigError when two sets would each leave what they share to the other."""
+    for other in others:
+        if card.name in compared_with(other):
+            raise ConfigError(
+                f"cards {card.name} and {other.name}: each is `against` the other; one has to keep the rows"
+            )

@@ -1,0 +1,149 @@
+"""Lists of what must not be used: applied by the filter, and again to shards that are already finished.
+
+A list is a text file, one entry per line: `url ADDRESS`, `host NAME` (and every host below it), `sha256 HEX`
+(of the picture as received), `key SET/KEY`. `#` begins a comment. It is held in memory as a set of strings.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unifork.config import Plain, parse
+from unifork.errors import ConfigError
+from unifork.shards.job import QUARANTINE, finished_shards, quarantine_of, read_table, write_shard
+from unifork.shards.manifest import (
+    FETCHED,
+    RECORD_SUFFIX,
+    Manifest,
+    Shard,
+    file_sha256,
+    local_path,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from unifork.shards.stores import deliver
+from unifork.sources.base import located
+
+KINDS = ("url", "host", "sha256", "key")
+REASON = "takedown"
+
+
+class TakedownOptions(Plain):
+    """Options of the filter rule `takedown`."""
+
+    file: str
+    """The list; its content is part of what decides the rows."""
+
+
+class Listing:
+    """The entries of a list."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError naming the first line that is no entry."""
+        self.entries: set[tuple[str, str]] = set()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            words = line.split(maxsplit=1)
+            if not words or words[0].startswith("#"):
+                continue
+            if words[0] not in KINDS or len(words) != 2:
+                raise ConfigError(f"{path}:{number}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
+            value = words[1].strip()
+            self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
+
+    def match(self, dataset: str, row: dict[str, Any]) -> str | None:
+        """The entry that names a row with `key`, `url` and `sha256`, or None."""
+        url = row.get("url") or ""
+        asked = [("key", f"{dataset}/{row['key']}"), ("url", url), ("sha256", (row.get("sha256") or "").lower())]
+        hit = next((one for one in [*asked, *_hosts(url)] if one in self.entries), None)
+        return None if hit is None else " ".join(hit)
+
+
+def _hosts(url: str) -> list[tuple[str, str]]:
+    """`a.b.org` as the hosts a.b.org, b.org and org."""
+    try:
+        parts = (urlsplit(url).hostname or "").lower().split(".")
+    except ValueError:
+        return []
+    return [("host", ".".join(parts[number:])) for number in range(len(parts))]
+
+
+def listing(text: str) -> Listing:
+    """The list that a card names, read once while it does not change. Raises ConfigError."""
+    path = located(text)
+    state = path.stat()
+    return _read(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _changed: int, _bytes: int) -> Listing:
+    return Listing(path)
+
+
+def list_hashes(files: Iterable[str]) -> dict[str, str]:
+    """Name -> hash of its content, for the fingerprint of what lists decide."""
+    return {text: file_sha256(located(text)) for text in files}
+
+
+# -------------------------------------------------------------------------------- finished shards
+
+
+def withdrawn(folder: Path, entries: Listing) -> dict[str, str]:
+    """Key -> entry of every row of image-text shards that a list names; one shard's texts in memory at a time."""
+    manifest = read_manifest(folder)
+    found = {}
+    for shard in manifest.shards:
+        for row in read_table(folder, shard, ["key", "url", "sha256"]).to_pylist():
+            hit = entries.match(manifest.dataset, row)
+            if hit:
+                found[row["key"]] = hit
+    return found
+
+
+def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
+    """Remove rows from finished shards (pictures or codes) by key and write the manifest anew.
+
+    Only shards that hold such a row are written, each atomically with its record, so a killed run is
+    finished by running it again; in between the manifest names the old hashes and readers stop. Stage by
+    stage: what `withdrawn` finds in `data/raw/<set>` goes from raw, filtered and every folder of codes. Fingerprints
+    stay, so that a hop that runs again keeps the shards as they are; the hops that follow make those shards anew.
+    """
+    manifest, gone = read_manifest(folder), pa.array(sorted(set(keys)), pa.string())
+    known = finished_shards(folder, manifest.stores)
+    shards = []
+    for shard in (known.get(one.path, one) for one in manifest.shards):
+        named = pa.compute.is_in(read_table(folder, shard, ["key"]).column("key"), value_set=gone)
+        count = pa.compute.sum(named).as_py() or 0
+        if count:
+            table = read_table(folder, shard).filter(pa.compute.invert(named))
+            dropped = {**shard.dropped, REASON: shard.dropped.get(REASON, 0) + count}
+            store = shard.store.uri if shard.store else None
+            task = {"output": str(folder / shard.path), "inputs": shard.inputs, "store": store}
+            for parent in folder.parents if store else ():  # copies that training made
+                local_path(folder, shard, parent / FETCHED).unlink(missing_ok=True)
+            shard = parse(type(shard), write_shard(task, table, dropped)["shard"], shard.path)  # noqa: PLW2901
+        _scrub(folder, shard, gone)
+        shards.append(shard)
+    manifest = manifest.model_copy(update={"shards": tuple(shards)})
+    write_manifest(folder, manifest)
+    for place in manifest.stores:
+        place.remove([name for name in place.listing() if name.endswith(RECORD_SUFFIX)])
+    return manifest
+
+
+def _scrub(folder: Path, shard: Shard, gone: pa.Array) -> None:
+    """Remove the rows from the quarantine as well: it holds pictures."""
+    source = quarantine_of(folder, shard)
+    if source is None:
+        return
+    table = pq.read_table(source)
+    kept = table.filter(pa.compute.invert(pa.compute.is_in(table.column("key"), value_set=gone)))
+    if kept.num_rows < table.num_rows:
+        path = folder / QUARANTINE / shard.path
+        write_atomically(path, partial(pq.write_table, kept))
+        deliver(path, f"{shard.store.uri}/{QUARANTINE}" if shard.store else None)

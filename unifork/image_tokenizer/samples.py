@@ -1,0 +1,33 @@
+"""Filtered shards as the image tokenizer learns from them: pictures of one view."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unifork.config import Card
+from unifork.image_tokenizer.views import VIEWS
+from unifork.randomness import keyed
+from unifork.shards.job import read_table
+from unifork.shards.manifest import read_manifest
+from unifork.vocabulary import View
+
+MAX_PICTURES = 20_000
+"""Pictures of one view held in memory; a small tokenizer sees no more in its training."""
+
+
+def sample_views(folder: Path, card: Card, view: View, size: int, seed: int, most: int = MAX_PICTURES) -> np.ndarray:
+    """One view of a set's pictures in a seeded order, uint8 (n, S, S, 3), n at most `most`."""
+    manifest = read_manifest(folder)
+    chosen = set(keyed(seed, card.name).permutation(manifest.rows)[:most].tolist())
+    pictures, first = [], 0
+    for shard in manifest.shards:
+        wanted = [number for number in range(shard.rows) if first + number in chosen]
+        column = read_table(folder, shard, ["image"]).column("image") if wanted else []
+        for number in wanted:
+            picture = Image.open(io.BytesIO(column[number].as_py()))
+            pictures.append(np.asarray(VIEWS[view](picture, size, card.matte), np.uint8))
+        first += shard.rows
+    order = keyed(seed, card.name, "order").permutation(len(pictures))
+    return np.stack(pictures)[order]

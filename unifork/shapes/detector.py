@@ -1,0 +1,169 @@
+"""Reads a picture of the world back: an image goes in, its objects come out, the surest first.
+
+A pixel belongs to an object when a palette colour makes up more than half of it, the rest being
+ground. Mixing is modelled because the border of a blurred black shape is grey, which is half-way
+from white to black but near to nothing in the palette. Connected pixels are one object, unless
+their box spans more than one cell: then neighbours grew together and are taken apart along the
+lattice. The shape is the mask that overlaps most. What has no clear colour or fits no shape is not
+an object: an object half red and half green, or one cut by the border, is not seen. Padded
+pictures are read too: the grey bars come off and the rest is enlarged to the world's scale.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from unifork.shapes.world import CELL, COLORS, CROP, SHAPES, SIZE, Object, mask
+
+LEAST_FIT = 0.75
+"""Least overlap (intersection over union) with a shape: half objects reach 0.7, blurred whole ones stay over 0.8."""
+LEAST_SHARE = 0.7
+"""Least share of an object's pixels that agree on its colour."""
+LEAST_PIXELS = 40
+"""Fewer connected pixels are noise; the smallest shapes have about a hundred."""
+BLURS = (0.0, 1.2, 1.8)
+"""How blurred a picture may be, as Gaussian radii in pixels: a blurred cross is nearer to a sharp diamond."""
+LIGHT = 200
+"""Pixels whose darkest channel is above this are ground for certain."""
+LEAST_GROUND = 0.25
+"""Least share of such pixels; a picture with less, such as a black one, shows nothing of this world."""
+GREY, GREY_TOLERANCE, LEAST_BAR = 127, 50, 6
+"""The bars of padded pictures: their grey, how far a line's median may be off, least pixels of thickness."""
+
+Box = tuple[int, int, int, int]
+
+
+def detect(image: Image.Image) -> list[Object]:
+    """The objects of a picture, boxes in its own pixels, the best fitting ones first."""
+    picture, left, top, scale = _at_scale(image.convert("RGB"))
+    labels = _labels(np.asarray(picture, dtype=np.float32))
+    found = []
+    for part, (x, y) in _parts(labels > 0):
+        color = _color(labels[y : y + part.shape[0], x : x + part.shape[1]][part])
+        fit, shape = _shape(part)
+        if color is not None and fit >= LEAST_FIT:
+            sides = (x, y, x + part.shape[1], y + part.shape[0])
+            x0, y0, x1, y1 = (round(side / scale) for side in sides)
+            found.append((fit, Object(shape, color, (x0 + left, y0 + top, x1 + left, y1 + top))))
+    return [thing for _, thing in sorted(found, key=lambda pair: (-pair[0], pair[1].box))]
+
+
+def same_objects(some: Iterable[Object], others: Iterable[Object], tolerance: float = CELL / 2) -> bool:
+    """Whether two readings agree: the same shapes in the same colours at about the same places.
+
+    `tolerance` is the largest distance of two centres along each axis, in pixels.
+    """
+    left = list(others)
+    for thing in some:
+        match = next((other for other in left if _alike(thing, other, tolerance)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return not left
+
+
+def _alike(a: Object, b: Object, tolerance: float) -> bool:
+    apart = (abs(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) / 2 for i in (0, 1))
+    return (a.shape, a.color) == (b.shape, b.color) and max(apart) <= tolerance
+
+
+def _at_scale(picture: Image.Image) -> tuple[Image.Image, int, int, float]:
+    """The picture without grey bars and enlarged to a short side of CROP; how much came off; the enlargement."""
+    pixels = np.asarray(picture, dtype=np.int16)
+    top, bottom = _bars(np.median(pixels, axis=1))
+    left, right = _bars(np.median(pixels, axis=0)) if not top + bottom else (0, 0)
+    inner = picture.crop((left, top, picture.width - right, picture.height - bottom))
+    scale = CROP / min(inner.size)
+    if scale != 1:
+        inner = inner.resize((round(inner.width * scale), round(inner.height * scale)), Image.Resampling.BICUBIC)
+    return inner, left, top, scale
+
+
+def _bars(medians: np.ndarray) -> tuple[int, int]:
+    """How many lines are grey at the beginning and at the end, from their medians; zero when that is too few."""
+    plain = np.flatnonzero((abs(medians - GREY) > GREY_TOLERANCE).any(axis=1))
+    if len(plain) == 0:
+        return 0, 0
+    first, last = int(plain[0]), len(medians) - 1 - int(plain[-1])
+    return (first, last) if min(first, last) >= LEAST_BAR else (0, 0)
+
+
+def _labels(pixels: np.ndarray) -> np.ndarray:
+    """For each pixel 0 for ground, or the number of its colour counted from 1."""
+    light = pixels[pixels.min(axis=2) > LIGHT]
+    if len(light) < LEAST_GROUND * pixels[..., 0].size:
+        return np.zeros(pixels.shape[:2], dtype=np.int64)
+    ground = np.median(light, axis=0)
+    offset = pixels - ground
+    directions = np.array(list(COLORS.values()), dtype=np.float32) - ground
+    share = np.clip(offset @ directions.T / (directions**2).sum(axis=1), 0, 1)
+    rest = ((offset[:, :, None] - share[..., None] * directions) ** 2).sum(axis=3)
+    best = rest.argmin(axis=2)
+    covered = np.take_along_axis(share, best[..., None], axis=2)[..., 0]
+    return np.where(covered > 0.5, best + 1, 0)
+
+
+def _parts(foreground: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+    """Each object as a mask that its pixels just fill, with the mask's left top corner."""
+    for component in _components(foreground):
+        ys, xs = component.T
+        rows, columns = (max(1, round((np.ptp(line) + 1) / CELL)) for line in (ys, xs))
+        row = (ys - ys.min()) * rows // (np.ptp(ys) + 1)
+        column = (xs - xs.min()) * columns // (np.ptp(xs) + 1)
+        for cell in range(rows * columns):
+            y, x = component[row * columns + column == cell].T
+            if len(y) >= LEAST_PIXELS:
+                part = np.zeros((np.ptp(y) + 1, np.ptp(x) + 1), dtype=bool)
+                part[y - y.min(), x - x.min()] = True
+                yield part, (int(x.min()), int(y.min()))
+
+
+def _components(foreground: np.ndarray) -> Iterator[np.ndarray]:
+    """Sets of pixels joined along their sides, each as an array of (row, column)."""
+    left = set(zip(*(axis.tolist() for axis in np.nonzero(foreground)), strict=True))
+    while left:
+        reached = [left.pop()]
+        for y, x in reached:  # grows while it is walked
+            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if near in left:
+                    left.remove(near)
+                    reached.append(near)
+        yield np.array(reached)
+
+
+def _color(labels: np.ndarray) -> str | None:
+    """The colour most of the pixels agree on, if enough of them do."""
+    counts = np.bincount(labels, minlength=len(COLORS) + 1)
+    best = int(counts.argmax())
+    return list(COLORS)[best - 1] if counts[best] >= LEAST_SHARE * len(labels) else None
+
+
+def _shape(part: np.ndarray) -> tuple[float, str]:
+    """The best overlap of a mask with any shape, both centred, and that shape."""
+    side = max(SIZE + 2, *part.shape)
+    canvas = np.zeros((side, side), dtype=bool)
+    y, x = ((side - length) // 2 for length in part.shape)
+    canvas[y : y + part.shape[0], x : x + part.shape[1]] = part
+    forms, shapes = _forms(side)
+    fits = (forms & canvas).sum(axis=(1, 2)) / (forms | canvas).sum(axis=(1, 2))
+    best = int(fits.argmax())
+    return float(fits[best]), shapes[best]
+
+
+@cache
+def _forms(side: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Every shape in a square canvas, sharp and blurred, at the centre and one pixel off it; and their names."""
+    start = (side - SIZE) // 2
+    forms, shapes = [], []
+    for shape in SHAPES:
+        canvas = np.zeros((side, side), dtype=np.uint8)
+        canvas[start : start + SIZE, start : start + SIZE] = mask(shape, SIZE) * np.uint8(255)
+        for radius in BLURS:
+            blurred = np.asarray(Image.fromarray(canvas).filter(ImageFilter.GaussianBlur(radius))) > 127
+            for dy, dx in product((-1, 0, 1), repeat=2):
+                forms.append(np.roll(blurred, (dy, dx), (0, 1)))
+                shapes.append(shape)
+    return np.stack(forms), tuple(shapes)

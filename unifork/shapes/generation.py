@@ -1,0 +1,110 @@
+"""GenEval on the world `shapes`: prompts go out, pictures come back, six scores and their mean come out.
+
+Pictures are read by the world's own detector and judged by GenEval's rules. Chance is measured, not
+assumed: it is the score of other pictures of the same split, drawn without looking at the prompt.
+(Training pictures would do for the seen split; on held-out prompts they score 0 by construction.)
+
+Seen and held-out compositions are scored apart. A prompt for a single object names no composition,
+so those of `held_out` are the seen ones; the score `composed`, the mean of the other five, is the one
+to compare between the splits, and `overall` is GenEval's mean of all six.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from unifork.config import Benchmark
+from unifork.errors import DataError
+from unifork.evaluation.generation.geneval import Verdict, judge
+from unifork.evaluation.statistics import Score, mean, proportion
+from unifork.shapes.detector import detect
+from unifork.shapes.language import Prompt, prompts
+from unifork.shapes.world import KINDS, Draws, Object, Split, crop_objects, scene
+
+SPLITS: tuple[Split, ...] = ("seen", "held_out")
+CHANCE_PICTURES = 256
+"""Other pictures of its split that every prompt is held against."""
+CHANCE_START = 1_000_000
+"""Number of the first of them, far from those of any data set."""
+
+Painter = Callable[[list[str]], list[Image.Image]]
+"""Texts in, one picture for each of them out."""
+
+
+class Item(NamedTuple):
+    """One picture to paint."""
+
+    prompt: Prompt
+    seed: int
+
+
+def prepare(config: Benchmark, seed: int) -> list[Item]:
+    """`samples` prompts for each kind and split."""
+    return [
+        Item(prompt, seed)
+        for split in SPLITS
+        for kind in KINDS
+        for prompt in prompts(kind, split, config.samples, seed)
+    ]
+
+
+def run(items: Sequence[Item], paint: Painter) -> list[Image.Image]:
+    """The pictures a model paints for the items."""
+    return paint([item.prompt.text for item in items])
+
+
+def verdict(item: Item, picture: Image.Image) -> Verdict:
+    """Whether a picture shows what its prompt asks for."""
+    return judge(item.prompt.include, item.prompt.exclude, detect(picture))
+
+
+def record(item: Item, picture: Image.Image) -> dict[str, Any]:
+    """What is worth keeping of one sample, as plain data."""
+    objects = detect(picture)
+    correct, faults = judge(item.prompt.include, item.prompt.exclude, objects)
+    return {
+        "prompt": item.prompt.text,
+        "kind": item.prompt.kind,
+        "split": item.prompt.split,
+        "objects": [thing._asdict() for thing in objects],
+        "correct": correct,
+        "faults": list(faults),
+    }
+
+
+def score(items: Sequence[Item], pictures: Sequence[Image.Image]) -> list[Score]:
+    """The six scores, `overall` and `composed`, for each split. Raises DataError when pictures are missing."""
+    if len(items) != len(pictures):
+        raise DataError(f"shapes-generation: {len(pictures)} pictures for {len(items)} prompts; one each is needed")
+    correct = [verdict(item, picture).correct for item, picture in zip(items, pictures, strict=True)]
+    chances = _chances(items)
+    scores = []
+    for split in SPLITS:
+        kinds = []
+        for kind in KINDS:
+            rows = [i for i, item in enumerate(items) if (item.prompt.split, item.prompt.kind) == (split, kind)]
+            value, error = proportion([correct[i] for i in rows])
+            chance = sum(chances[items[i].prompt] for i in rows) / len(rows)
+            kinds.append(Score(kind, value, error, chance, len(rows), items[rows[0]].seed, split))
+        composed = mean("composed", [score for score in kinds if score.name != "single_object"])
+        scores += [*kinds, mean("overall", kinds), composed]
+    return scores
+
+
+def _chances(items: Sequence[Item]) -> dict[Prompt, float]:
+    """For each prompt the share of other pictures of its split that would be right for it by accident."""
+    seed = items[0].seed
+    pictures = {split: [_accident(seed, number, split) for number in range(CHANCE_PICTURES)] for split in SPLITS}
+    return {
+        prompt: proportion(
+            [judge(prompt.include, prompt.exclude, objects).correct for objects in pictures[prompt.split]]
+        ).value
+        for prompt in {item.prompt for item in items}
+    }
+
+
+def _accident(seed: int, number: int, split: Split) -> list[Object]:
+    """The objects of a crop, in any order: a detector does not know which the scene means first."""
+    objects = crop_objects(scene(seed, CHANCE_START + number, split))
+    return Draws("chance", seed, split, number).shuffled(objects)

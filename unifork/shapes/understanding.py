@@ -1,0 +1,147 @@
+"""Questions about the world `shapes`: pictures and questions go out, answers come back, scores come out.
+
+Yes/no questions are balanced exactly and have hard negatives; they are scored by POPE's own reading
+of an answer (`yes_no_*`) and by a strict one (`yes_no_strict_*`). Questions about colour, number and
+position and the caption of the whole picture are scored by exact match. Held-out questions are about
+held-out compositions, none of which training names, not even to deny it.
+
+Chance is measured: it is what the right answers to other questions of the same kind and split score.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count
+from typing import Any, Literal, NamedTuple, get_args
+
+from PIL import Image
+
+from unifork.config import Benchmark
+from unifork.documents.prompts import INSTRUCTION
+from unifork.errors import DataError
+from unifork.evaluation.statistics import Score, binary, proportion
+from unifork.evaluation.understanding.answers import normalised, pope_yes, strict_yes
+from unifork.shapes.language import full_caption
+from unifork.shapes.questions import Question, pick_question
+from unifork.shapes.world import Draws, Scene, Split, draw, scene
+
+SPLITS: tuple[Split, ...] = ("seen", "held_out")
+Kind = Literal["yes_no", "color", "count", "position", "caption"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+CHANCE_QUESTIONS = 500
+"""Other questions of each kind and split, whose answers make the chance level."""
+CHANCE_START = 1_000_000
+"""Number of the first scene they are about, far from those of any data set."""
+
+Answerer = Callable[[list[Image.Image], list[str]], list[str]]
+"""Pictures and one question about each in, one answer for each out."""
+
+
+class Item(NamedTuple):
+    """One question about one picture."""
+
+    scene: Scene
+    kind: Kind
+    question: str
+    answer: str
+    seed: int
+
+
+def prepare(config: Benchmark, seed: int) -> list[Item]:
+    """`samples` questions for each kind and split, yes and no in turn."""
+    return [item for split in SPLITS for kind in KINDS for item in _items(kind, split, config.samples, seed)]
+
+
+def run(items: Sequence[Item], answer: Answerer) -> list[str]:
+    """The answers a model gives to the items; it makes its own view of the pictures."""
+    return answer([draw(item.scene) for item in items], [item.question for item in items])
+
+
+def record(item: Item, answer: str) -> dict[str, Any]:
+    """What is worth keeping of one sample, as plain data."""
+    return {
+        "picture": f"{item.scene.split}-{item.scene.index:08d}",
+        "kind": item.kind,
+        "split": item.scene.split,
+        "question": item.question,
+        "expected": item.answer,
+        "answer": answer,
+        "correct": _right(item, answer),
+    }
+
+
+def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
+    """Ten yes/no scores and four exact matches for each split. Raises DataError when answers are missing."""
+    if len(items) != len(answers):
+        raise DataError(f"shapes-understanding: {len(answers)} answers for {len(items)} questions; one each is needed")
+    scores = []
+    for split in SPLITS:
+        for kind in KINDS:
+            pairs = [
+                (item, answer)
+                for item, answer in zip(items, answers, strict=True)
+                if (item.scene.split, item.kind) == (split, kind)
+            ]
+            scores += _yes_no_scores(pairs, split) if kind == "yes_no" else [_exact_score(pairs, kind, split)]
+    return scores
+
+
+def _yes_no_scores(pairs: Sequence[tuple[Item, str]], split: Split) -> list[Score]:
+    labels = [item.answer == "yes" for item, _ in pairs]
+    seed = pairs[0][0].seed
+    chances = _coin(_other_answers("yes_no", split, seed)["yes"], sum(labels) / len(labels))
+    readings = {"yes_no": pope_yes, "yes_no_strict": strict_yes}
+    return [
+        Score(f"{prefix}_{name}", *estimate, chances[name], len(pairs), seed, split)
+        for prefix, read in readings.items()
+        for name, estimate in binary([read(answer) for _, answer in pairs], labels).items()
+    ]
+
+
+def _coin(says_yes: float, is_yes: float) -> dict[str, float]:
+    """What a coin that says yes with one probability scores on questions of which another share is yes."""
+    return {
+        "accuracy": says_yes * is_yes + (1 - says_yes) * (1 - is_yes),
+        "precision": is_yes,
+        "recall": says_yes,
+        "f1": 2 * says_yes * is_yes / (says_yes + is_yes) if says_yes + is_yes else 0.0,
+        "yes_ratio": says_yes,
+    }
+
+
+def _exact_score(pairs: Sequence[tuple[Item, str]], kind: Kind, split: Split) -> Score:
+    seed = pairs[0][0].seed
+    others = _other_answers(kind, split, seed)
+    chance = sum(others.get(item.answer, 0.0) for item, _ in pairs) / len(pairs)
+    return Score(f"{kind}_exact", *proportion([_right(*pair) for pair in pairs]), chance, len(pairs), seed, split)
+
+
+def _right(item: Item, answer: str) -> bool:
+    """Whether an answer is right, read strictly."""
+    return normalised(answer) == item.answer
+
+
+def _items(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[Item]:
+    """The first questions of a kind that the scenes of a split allow."""
+    found: list[Item] = []
+    scenes = (scene(seed, index, split) for index in count(start))
+    while len(found) < samples:
+        this = next(scenes)
+        wanted = ("yes", "no")[len(found) % 2] if kind == "yes_no" else None
+        question = _question(this, kind, wanted)
+        if question is not None:
+            found.append(Item(this, kind, question.text, question.answer, seed))
+    return found
+
+
+def _question(this: Scene, kind: Kind, wanted: str | None) -> Question | None:
+    if kind == "caption":
+        return Question(INSTRUCTION, full_caption(this))
+    return pick_question(this, kind, Draws("benchmark", this.seed, this.split, this.index, kind), wanted)
+
+
+@cache
+def _other_answers(kind: Kind, split: Split, seed: int) -> dict[str, float]:
+    """How often each answer is right, among other questions of a kind and split."""
+    counts = Counter(item.answer for item in _items(kind, split, CHANCE_QUESTIONS, seed, CHANCE_START))
+    return {answer: number / CHANCE_QUESTIONS for answer, number in counts.items()}

@@ -1,0 +1,225 @@
+"""Files that exist only when they are whole, and the manifest that says which ones there are.
+
+A shard appears by write-temp, fsync, rename; the manifest is written last, so its existence means
+that the hop is done. It lists shards with rows and hash, drops by reason, schema and lineage, and
+nothing that changes from run to run. Consumers read the manifest and check every shard they open.
+A shard lies beside its manifest, or in a store (`uri`) as one object, which appears whole by itself.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pydantic import Field
+
+from unifork.config import Plain, parse
+from unifork.errors import DataError, writing
+from unifork.shards.stores import Store, open_store
+
+MANIFEST = "manifest.json"
+RECORD_SUFFIX = ".done"
+"""After the name of a shard: its entry of the manifest, for as long as there is no manifest."""
+TEMPORARY = ".tmp-"
+"""In the name of a file that is being written."""
+FETCHED = "fetched"
+"""Folder below `data` with copies of shards that lie in a store. May be deleted at any time."""
+
+
+class Shard(Plain):
+    """One finished shard of a hop."""
+
+    path: str
+    """File name inside the folder of the manifest."""
+    rows: int
+    bytes: int
+    sha256: str
+    inputs: str
+    """Fingerprint of everything the shard was made from; a re-run keeps a shard only if it agrees."""
+    dropped: dict[str, int] = {}
+    """Rows of the input that are not in the shard, by reason."""
+    uri: str | None = Field(default=None, exclude_if=lambda uri: uri is None)
+    """Address of a shard that lies in a store; no part of any fingerprint, since data may move."""
+
+    @property
+    def store(self) -> Store | None:
+        """The folder of a store that holds the shard, None where it lies beside the manifest."""
+        return None if self.uri is None else open_store(self.uri.removesuffix("/" + self.path))
+
+
+class Manifest(Plain):
+    """What a hop left behind."""
+
+    format: int = 1
+    kind: str
+    """`image-text` or `codes`."""
+    dataset: str
+    columns: dict[str, str]
+    """Column names and Arrow types."""
+    shards: tuple[Shard, ...]
+    lineage: dict[str, Any] = {}
+    """Identities and fingerprints of what the shards were made with."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows dropped by the hop, by reason, most frequent first."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.dropped)
+        return dict(total.most_common())
+
+    @property
+    def stores(self) -> list[Store]:
+        """The folders of stores in which shards lie."""
+        found = [store for shard in self.shards if (store := shard.store)]
+        return list({store.uri: store for store in found}.values())
+
+    def content(self) -> dict[str, Any]:
+        """What was made, as plain data: all but where the shards lie."""
+        return self.model_dump(mode="json", exclude={"shards": {"__all__": {"uri"}}})
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` on a temporary path beside `path`, flush it to disk and rename it into place.
+
+    Raises DataError where the disk is full, read-only or forbidden; nothing half-written is left then.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY}{uuid4().hex[:8]}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut; flushes a file as well."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file below `folder`, and the folders themselves, to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync_folder(path)
+
+
+def write_json(path: Path, plain: Any) -> None:
+    """Plain data as sorted, indented JSON, atomically; equal data gives equal bytes."""
+    text = json_text(plain)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def json_text(plain: Any) -> str:
+    """Plain data as sorted, indented JSON."""
+    return json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Remove every file the manifest does not name, then write it; the shards' records stay until it is there."""
+    here = [shard.path for shard in manifest.shards if shard.uri is None]
+    keep_only(folder, [*here, *(shard.path + RECORD_SUFFIX for shard in manifest.shards), MANIFEST])
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    keep_only(folder, [*here, MANIFEST])
+
+
+def keep_only(folder: Path, names: Iterable[str]) -> None:
+    """Delete the files of `folder` that are not named."""
+    wanted = set(names)
+    with writing(folder):
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in wanted:
+                path.unlink()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished hop. Raises DataError when the hop has not finished."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise DataError(f"{folder}: no {MANIFEST}; the hop that writes this folder has not finished. Run it first.")
+    try:
+        plain = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: damaged: {error}. Delete it and run the hop again.") from None
+    return parse(Manifest, plain, str(path))
+
+
+def manifest_sha256(folder: Path) -> str:
+    """Hash of a finished hop's manifest, which names the hash of every shard, wherever it lies. Raises DataError."""
+    return hashlib.sha256(json_text(read_manifest(folder).content()).encode()).hexdigest()
+
+
+def fault(folder: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard where it lies, in words; None when it is as the manifest says. Reads all of it."""
+    path, store = folder / shard.path, shard.store
+    if store is not None:
+        return _differs(shard, store.size(shard.path), lambda: store.sha256(shard.path))
+    return _differs(shard, path.stat().st_size if path.exists() else None, lambda: file_sha256(path))
+
+
+def checked(folder: Path, shard: Shard) -> Path | BytesIO:
+    """A shard to read from, after checking size and hash: its path, or its bytes where it lies in a store.
+
+    Raises DataError saying what differs.
+    """
+    store = shard.store
+    data = store.get(shard.path) if store else None
+    if store is None:
+        problem = fault(folder, shard)
+    else:
+        size = None if data is None else len(data)
+        problem = _differs(shard, size, lambda: hashlib.sha256(data or b"").hexdigest())
+    if problem:
+        raise DataError(
+            f"{shard.uri or folder / shard.path}: {problem}. Run the hop that writes {folder} again: it redoes only "
+            f"this shard."
+        )
+    return folder / shard.path if data is None else BytesIO(data)
+
+
+def local_path(folder: Path, shard: Shard, copies: Path) -> Path:
+    """Where a shard is read piece by piece: one of a store in `copies`, named by its hash."""
+    return folder / shard.path if shard.uri is None else copies / f"{shard.sha256}.parquet"
+
+
+def make_local(folder: Path, shard: Shard, copies: Path) -> Path:
+    """`local_path` after checking size and hash there, and copying from the store what is not. Raises DataError."""
+    path = local_path(folder, shard, copies)
+    if shard.uri is None or fault(copies, shard.model_copy(update={"path": path.name, "uri": None})):
+        source = checked(folder, shard)
+        if isinstance(source, BytesIO):
+            write_atomically(path, lambda temporary: temporary.write_bytes(source.getvalue()))
+    return path
+
+
+def _differs(shard: Shard, size: int | None, sha256: Callable[[], str]) -> str | None:
+    if size is None:
+        return "missing"
+    if size != shard.bytes:
+        return f"{size} bytes instead of {shard.bytes}"
+    found = sha256()
+    return None if found == shard.sha256 else f"sha256 {found[:12]}... instead of {shard.sha256[:12]}..."

@@ -1,0 +1,99 @@
+"""What is wrong in the folders of finished hops, and taking it away, so that a re-run makes only that again.
+
+In: a folder, or one with such folders below it. Out: one line per fault. Nothing is repaired in place:
+a shard is what its hop makes of its input, so the hop makes it again.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from unifork.config import parse
+from unifork.errors import UniForkError, writing
+from unifork.shards.job import reopen
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, fault, read_manifest
+
+STAGES = {"raw": "download", "filtered": "filter", "codes": "encode"}
+"""The stage that writes `data/<folder>/<dataset>`."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One file of a folder that is not as it should be."""
+
+    folder: Path
+    name: str
+    problem: str
+    shard: Shard | None = None
+    """The shard that is wrong, if it is one."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.problem}"
+
+
+def hop_folders(folder: Path) -> list[Path]:
+    """The folders at or below one in which a hop has left anything, sorted."""
+    marks = [*folder.rglob(MANIFEST), *folder.rglob("*" + RECORD_SUFFIX)]
+    return sorted({mark.parent for mark in marks})
+
+
+def faults(folder: Path) -> list[Fault]:
+    """What is wrong in the folder of one hop: shards that are missing or damaged, records, files of killed runs."""
+    found = [Fault(folder, *one) for one in _wrong(folder)]
+    return sorted(found, key=lambda one: one.name)
+
+
+def repair(wrong: list[Fault]) -> None:
+    """Remove the files that are wrong; the next run of the hop makes what is missing then.
+
+    DVC sees no store, so a manifest that names a wrong object there becomes records of the right ones.
+    """
+    away = [one.shard for one in wrong if one.shard and one.shard.uri]
+    folders = {one.folder for one in wrong if one.shard in away}
+    for folder in folders:
+        if (folder / MANIFEST).exists():
+            reopen(folder, [shard for shard in read_manifest(folder).shards if shard not in away])
+    for one in wrong:
+        with writing(one.folder):
+            (one.folder / one.name).unlink(missing_ok=True)
+    for shard in away:
+        if shard.store and shard.store.size(shard.path) is not None:
+            shard.store.remove([shard.path])
+
+
+def command_for(folder: Path) -> str:
+    """What makes the missing shards of a folder again."""
+    parts = folder.absolute().parts
+    for place, stage in STAGES.items():
+        if place in parts[:-1] and parts[parts.index(place) - 1] == "data":
+            return f"dvc repro {stage}@{parts[parts.index(place) + 1]}"
+    return "the command that wrote the folder"
+
+
+def _wrong(folder: Path) -> Iterator[tuple[str, str] | tuple[str, str, Shard]]:
+    shards: dict[str, Shard] = {}
+    finished = (folder / MANIFEST).exists()
+    if not finished:
+        yield MANIFEST, "missing: the hop has not finished"
+    else:
+        try:
+            shards = {shard.path: shard for shard in read_manifest(folder).shards}
+        except UniForkError:
+            finished = False
+            yield MANIFEST, "damaged; without it no shard is known to be whole, and all are made again"
+    for record in sorted(folder.glob("*" + RECORD_SUFFIX)):
+        try:
+            shard = parse(Shard, json.loads(record.read_text()), str(record))
+            shards[shard.path] = shard
+        except (UniForkError, ValueError):
+            yield record.name, "damaged record"
+    for shard in shards.values():
+        if problem := fault(folder, shard):
+            yield shard.path, problem, shard
+    known = {MANIFEST, *shards}
+    for path in folder.iterdir():
+        if TEMPORARY in path.name:
+            yield path.name, "half written by a killed run"
+        elif finished and path.suffix == ".parquet" and path.name not in known:
+            yield path.name, "named by no manifest"

@@ -1,0 +1,255 @@
+"""Lists that name pictures: JourneyDB (jsonl + archives), LLaVA (one JSON array), InternVL (a file of files).
+
+Every entry of a list becomes one row or one fault, in the order of the list. Its key is the list and its
+number: the lists' own ids repeat. Memory holds the texts and pictures of one shard. Pictures are files, or
+members of archives that are called like the first folder of the path; a list that is not sorted by archive
+reads every archive once per shard, so unpack the archives then.
+"""
+
+import gzip
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from unifork.config import Plain, parse
+from unifork.errors import ConfigError, DataError
+from unifork.shards.dialogues import Unusable, pictures_of, turns_of
+from unifork.shards.schema import CONVERSATIONS
+from unifork.sources.archives import picked
+from unifork.sources.base import (
+    Fault,
+    Options,
+    Row,
+    Slice,
+    Task,
+    as_planned,
+    cut,
+    file_named,
+    files_of,
+    located,
+    picture_row,
+    without_suffix,
+)
+
+LISTS = (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json")
+
+
+class ListOptions(Plain):
+    """What a card says of such a set."""
+
+    lists: str
+    """jsonl files (also .gz, or alone in a .tgz) or JSON arrays; a file, a folder or a glob."""
+    images: str
+    """Folder that the paths of the pictures start in."""
+    image: str = "image"
+    """Field with the path of the picture."""
+    texts: dict[str, str]
+    """Column -> field that fills it; `Task2.Caption` is a field of a field. Dialogues are translated."""
+    keep: dict[str, str] = {}
+    """The same for columns that are no text of the row, such as the path of its picture."""
+
+
+class MetaOptions(Plain):
+    """A file of files, as InternVL trains on: name -> root, annotation, repeat_time, length."""
+
+    meta: str
+    """The JSON file; its paths are relative to `root` below, unless they are absolute."""
+    root: str = "."
+    """Folder that the paths in the file start in."""
+
+
+# ------------------------------------------------------------------------------------------- lists
+
+
+def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
+    """Shards of every list."""
+    known = parse(ListOptions, options, "source.options")
+    located(known.images)
+    for name, path in files_of(known.lists, LISTS):
+        yield from _slices(path, shard_rows, None, file=name)
+
+
+def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iterator[Slice]:
+    """Slices of one list, each with the byte it starts at, so that reading it does not begin at the top."""
+    where["bytes"] = path.stat().st_size
+    if path.suffix == ".json":
+        count = sum(1 for _ in islice(_array(path), most))
+        yield from cut(count, shard_rows, **where)
+        return
+    start, offset = 0, 0
+    with _lines(path) as file:
+        while block := list(islice(file, shard_rows if most is None else min(shard_rows, most - start))):
+            yield {**where, "start": start, "stop": start + len(block), "offset": offset}
+            start, offset = start + len(block), offset + sum(map(len, block))
+
+
+def rows(task: Task) -> Iterator[Row | Fault]:
+    """The rows of one slice of a list."""
+    known = parse(ListOptions, task["options"], "source.options")
+    yield from _rows(file_named(known.lists, task["file"]), without_suffix(task["file"]), known, task)
+
+
+def _rows(path: Path, place: str, known: ListOptions, task: Task) -> Iterator[Row | Fault]:
+    """Entries are read first and pictures then, so that an archive is opened once per shard."""
+    keys, paths, texts = [], [], []
+    for number, entry in enumerate(_entries(as_planned(path, task), task), task["start"]):
+        key = f"{place}/{number:09d}"
+        try:
+            told = json.loads(entry) if isinstance(entry, bytes) else entry
+        except ValueError as error:  # also bytes that are not UTF-8
+            yield Fault(key, "broken_line", f"{error}: {cast(bytes, entry)[:200]!r}")
+            continue
+        made = _texts(key, told, known)
+        if isinstance(made, Fault):
+            yield made
+            continue
+        keys.append(key)
+        paths.append(made[0])
+        texts.append(made[1])
+    for index, image in picked(located(known.images), paths):
+        if isinstance(image, Fault):
+            yield Fault(keys[index], image.reason, image.detail)
+        else:
+            yield picture_row(keys[index], image, **texts[index])
+
+
+def _texts(key: str, entry: Any, known: ListOptions) -> tuple[str, dict[str, Any]] | Fault:
+    """The path of an entry's picture, and its columns."""
+    if not isinstance(entry, dict):
+        return Fault(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
+    image = entry.get(known.image)
+    images = pictures_of({"image": image}) if isinstance(image, (str, list)) else []
+    if len(images) != 1 or not isinstance(images[0], str):
+        reason = "several_pictures" if len(images) > 1 else "no_picture"
+        return Fault(key, reason, f"{known.image!r} is {image!r:.200}; a row has one picture")
+    try:
+        texts = {column: _field(entry, column, field) for column, field in known.texts.items()}
+    except Unusable as error:
+        return Fault(key, "broken_dialogue", str(error))
+    if not any(texts.values()):
+        return Fault(key, "missing_caption", f"none of {', '.join(known.texts.values())} is filled")
+    return images[0], {**texts, **{column: _field(entry, column, field) for column, field in known.keep.items()}}
+
+
+def _field(entry: Any, column: str, field: str) -> Any:
+    """A field of a field as a text, or as turns when the column holds dialogues; None when it is not there."""
+    for name in field.split("."):
+        entry = entry.get(name) if isinstance(entry, dict) else None
+    if entry is None or (column == CONVERSATIONS and not entry):
+        return None
+    if column == CONVERSATIONS:
+        return turns_of({CONVERSATIONS: entry})
+    return entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------ file of files
+
+
+def meta_slices(options: Options, shard_rows: int) -> Iterator[Slice]:
+    """Shards of every list of a meta file; a `repeat_time` below 1 takes the first part of a list, above 1 repeats it.
+
+    The rule is InternVL's (internvl_chat_finetune.py): the part is taken before any shuffling.
+    """
+    known = parse(MetaOptions, options, "source.options")
+    for name, entry in _meta(known).items():
+        path, repeat = located(str(entry["annotation"])), float(entry.get("repeat_time", 1))
+        most = None
+        if repeat < 1:
+            with _lines(path) as file:
+                most = int(sum(1 for _ in file) * repeat)
+        for again in range(max(1, int(repeat))):
+            yield from _slices(path, shard_rows, most, file=name, again=again)
+
+
+def meta_rows(task: Task) -> Iterator[Row | Fault]:
+    """The rows of one slice of a list that a meta file names."""
+    entry = _meta(parse(MetaOptions, task["options"], "source.options"))[task["file"]]
+    place = task["file"] + (f"~{task['again']}" if task["again"] else "")
+    lists = ListOptions(lists=entry["annotation"], images=entry["root"], texts={CONVERSATIONS: "conversations"})
+    yield from _rows(located(lists.lists), place, lists, task)
+
+
+def _meta(known: MetaOptions) -> dict[str, dict[str, Any]]:
+    try:
+        meta = json.loads(located(known.meta).read_text(encoding="utf-8"))
+        root = Path(known.root)
+        return {
+            name: {**one, "root": str(root / one["root"]), "annotation": str(root / one["annotation"])}
+            for name, one in meta.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{known.meta!r}: an object of name -> {{root, annotation, repeat_time}} is expected; "
+            f"{type(error).__name__}: {error}"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------- reading lists
+
+
+def _entries(path: Path, task: Task) -> Iterator[Any]:
+    """Lines as bytes, or the objects of an array."""
+    if path.suffix == ".json":
+        yield from islice(_array(path), task["start"], task["stop"])
+        return
+    with _lines(path) as file:
+        file.seek(task["offset"])
+        yield from islice(file, task["stop"] - task["start"])
+
+
+@contextmanager
+def _lines(path: Path) -> Iterator[IO[bytes]]:
+    """A jsonl file as bytes, unpacked. Raises DataError when an archive does not hold exactly one file."""
+    if path.name.endswith((".tgz", ".tar.gz")):
+        with tarfile.open(path) as tar:
+            members = [member for member in tar if member.isfile() and not Path(member.name).name.startswith(".")]
+            file = tar.extractfile(members[0]) if len(members) == 1 else None
+            if file is None:
+                raise DataError(f"{path}: {len(members)} files in it, one jsonl file is expected")
+            yield file
+    elif path.suffix == ".gz":
+        with gzip.open(path) as unpacked:
+            yield cast(IO[bytes], unpacked)
+    else:
+        with open(path, "rb") as plain:
+            yield plain
+
+
+def _array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
+    """The elements of a JSON array one by one, a megabyte of text at a time. Raises DataError where it breaks."""
+    decode, text, at = json.JSONDecoder().raw_decode, "", 0
+    with open(path, encoding="utf-8-sig") as file:
+
+        def more() -> bool:
+            nonlocal text, at
+            new = file.read(chunk)
+            text, at = text[at:] + new, 0
+            return bool(new)
+
+        def skip(characters: str) -> str:
+            """The next character behind blanks and `characters`; empty at the end of the file."""
+            nonlocal at
+            while True:
+                while at < len(text) and (text[at].isspace() or text[at] in characters):
+                    at += 1
+                if at < len(text) or not more():
+                    return text[at : at + 1]
+
+        if skip("") != "[":
+            raise DataError(f"{path}: a JSON array is expected, it starts with {text[at : at + 40]!r}")
+        at += 1
+        while skip(",") != "]":
+            try:
+                value, end = decode(text, at)
+            except ValueError as error:
+                if more():
+                    continue
+                raise DataError(f"{path}: not valid JSON: {error}; near {text[at : at + 80]!r}") from None
+            if end == len(text) and more():
+                continue  # a number may go on in the next chunk
+            yield value
+            at = end
