@@ -16,7 +16,7 @@ from unifork.experiments import params_text, resolve
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
-    {"vocabulary", "randomness", "processes", "weights"},
+    {"vocabulary", "layout", "randomness", "registry", "processes", "weights"},
     {"config", "batch", "identity"},
     {"shards", "jobs", "models"},
     {"sources"},

@@ -46,6 +46,10 @@ class Shard(Plain):
     uri: str | None = Field(default=None, exclude_if=lambda uri: uri is None)
     """Address of a shard that lies in a store; no part of any fingerprint, since data may move."""
 
+    def identity(self) -> dict[str, Any]:
+        """What a shard made from this one depends on: its name, rows, bytes and hash."""
+        return self.model_dump(mode="json", include={"path", "rows", "bytes", "sha256"})
+
     @property
     def store(self) -> Store | None:
         """The folder of a store that holds the shard, None where it lies beside the manifest."""
