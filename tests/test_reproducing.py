@@ -15,8 +15,8 @@ from unifork.documents.prompts import TEMPLATES
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.experiments import resolve
-from unifork.filters.worker import download_hop
 from unifork.shards.manifest import read_manifest
+from unifork.sources.download import download_job
 from unifork.vocabulary import DROPPED_PROMPT, TURN_START
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def test_paper_and_experiment_agree_on_the_documents():
 def test_a_set_that_must_be_brought_says_so(name, tmp_path):
     card, use = load_card(name, ROOT / "datasets"), PAPER.datasets[name]
     with pytest.raises(ConfigError, match=rf"card {name}: .*Where it is: \w+"):
-        download_hop(card, use.rows, use.shard_rows, 0, tmp_path)
+        download_job(card, use.rows, use.shard_rows, 0, tmp_path)
     assert card.redistribute_codes is False
 
 

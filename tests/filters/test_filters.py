@@ -17,8 +17,7 @@ from unifork.errors import ConfigError, DataError
 from unifork.filters import duplicates as dedup
 from unifork.filters.rules import RULES, judge
 from unifork.filters.takedown import Listing, listing, takedown, withdrawn
-from unifork.filters.worker import filter_hop
-from unifork.shards.job import run_hops
+from unifork.filters.worker import filter_job
 from unifork.shards.manifest import fault, read_manifest
 from unifork.sources.base import Fault
 from unifork.sources.columns import canonical, mapped
@@ -175,14 +174,12 @@ def shards(folder, pictures, count):
 
 
 def sign(card, raw, folder, shuffle=None):
-    def map_tasks(tasks, on_result):
-        worker = dedup.Sign(card.model_dump(mode="json"))
-        order = list(tasks)
-        random.Random(shuffle).shuffle(order)
-        for task in order:
-            on_result(worker(task))
-
-    run_hops([dedup.sign_hop(card, raw, folder)], map_tasks)
+    job, worker = dedup.sign_job(card, raw, folder), dedup.Sign(card)
+    order = job.missing()
+    random.Random(shuffle).shuffle(order)
+    for task in order:
+        job.add(worker(task))
+    job.finish()
     return folder
 
 
@@ -211,7 +208,7 @@ def test_twins_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, row
         download(card, raw, shard_rows=3)
         mine = sign(card, raw, tmp_path / f"signed-{count}", shuffle)
         with pytest.raises(ConfigError, match="duplicates looks at other rows"):
-            filter_hop(card, raw, tmp_path / "never")
+            filter_job(card, raw, tmp_path / "never")
         target = tmp_path / f"filtered-{count}"
         made = filtered(card, raw, target, dedup.decide(card, mine, signed, target))
         found.append([key.rpartition("/")[2] for key in made.rows])

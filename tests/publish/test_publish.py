@@ -31,6 +31,7 @@ from unifork.publish.takedown import withdrawn_keys
 from unifork.shards.job import write_shard
 from unifork.shards.manifest import Manifest, file_sha256, read_manifest, write_manifest
 from unifork.shards.schema import codes_array, codes_meta
+from unifork.shards.task import ShardTask
 
 
 def command(*words: str) -> str:
@@ -219,8 +220,8 @@ def test_urls_and_hosts_are_found_in_the_image_text_shards(tmp_path):
     }
     table = pa.table({"key": list(rows), "url": list(rows.values()), "sha256": pa.nulls(len(rows), pa.string())})
     for folder in ("pictures", "codes"):
-        task = {"output": str(tmp_path / folder / "part-00000.parquet"), "inputs": ""}
-        shard = write_shard(task, table, {})["shard"]
+        task = ShardTask().placed(None, tmp_path / folder / "part-00000.parquet", None, "")
+        shard = write_shard(task, table, {}).shard
         write_manifest(tmp_path / folder, Manifest(kind="x", dataset="set", columns={}, shards=(shard,)))
     (tmp_path / "list").write_text("host EXAMPLE.org\nurl https://other.net/two.png\nkey set/g\nkey another/d\n")
     entries = listing(str(tmp_path / "list"))

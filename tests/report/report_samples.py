@@ -14,8 +14,9 @@ from unifork.config import Experiment, load_card, parse
 from unifork.report.gather import Layout
 from unifork.shapes.world import draw, scene
 from unifork.shards.job import write_shard
-from unifork.shards.manifest import Manifest, Shard, write_json, write_manifest
+from unifork.shards.manifest import Manifest, write_json, write_manifest
 from unifork.shards.schema import image_text_schema
+from unifork.shards.task import ShardTask
 
 NASTY = "<script>alert('a')</script> & <b>"
 DEPTH = 2
@@ -149,8 +150,8 @@ def write_data(where: Layout) -> None:
     folders = {where.raw: {}, where.filtered: dropped, where.codes: {}}
     for folder, drops in folders.items():
         place = folder / "world" / ("crop" if folder == where.codes else "")
-        task = {"output": str(place / "part-00000.parquet"), "inputs": "made"}
-        shard = Shard.model_validate(write_shard(task, table, drops)["shard"])
+        task = ShardTask().placed(None, place / "part-00000.parquet", None, "made")
+        shard = write_shard(task, table, drops).shard
         lineage = (
             {"encoder_id": "abc", "encoding": {"view": "crop", "dtype": "float32"}} if folder == where.codes else {}
         )

@@ -14,10 +14,16 @@ from unifork.config.card import (
     load_card,
 )
 from unifork.config.cluster import (
+    CLUSTER,
+    IN_JOB,
+    ROOT,
     Cluster,
     HopResources,
     TrainResources,
     WebAccess,
+    cluster_file,
+    in_job,
+    load_cluster,
 )
 from unifork.config.experiment import (
     Benchmark,
@@ -40,9 +46,13 @@ from unifork.config.experiment import (
     TokenizerTraining,
     Track,
     Variant,
+    load_experiment,
 )
 
 __all__ = [
+    "CLUSTER",
+    "IN_JOB",
+    "ROOT",
     "Benchmark",
     "Card",
     "Cluster",
@@ -72,9 +82,13 @@ __all__ = [
     "TrainResources",
     "Variant",
     "WebAccess",
+    "cluster_file",
     "fingerprint",
+    "in_job",
     "load",
     "load_card",
+    "load_cluster",
+    "load_experiment",
     "parse",
     "read_yaml",
 ]

@@ -13,15 +13,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import yaml
 
-from unifork.cluster import map_shards
+from unifork.cluster import run_jobs
 from unifork.config import Card, HopResources, load_card, parse
 from unifork.errors import ConfigError, DataError, writing
 from unifork.filters.takedown import Listing
 from unifork.publish.card import CROISSANT, README, ViewFacts, croissant, readme
-from unifork.publish.shards import Fetch, Publish, fetch_hop, publish_hop
+from unifork.publish.shards import Fetch, Publish, fetch_job, publish_job
 from unifork.publish.stores import CHECKSUMS, checksums, checksums_text, read
 from unifork.publish.takedown import withdrawn_keys
-from unifork.shards.job import Progress, run_hops
+from unifork.shards.job import ShardJob
 from unifork.shards.manifest import MANIFEST, TEMPORARY, Manifest, file_sha256, read_manifest, write_atomically
 from unifork.shards.stores import Store
 
@@ -29,7 +29,7 @@ CARD = "dataset.yaml"
 HOPS = {"download": "raw", "filter": "filtered"}
 """Hops whose counts the page shows, and the folder of each."""
 
-Tell = Callable[[Progress], None]
+Tell = Callable[[ShardJob], None]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None, 
     for task, use in card.tasks.items():
         codes = layout.folder("codes", dataset) / use.view
         withdrawn = withdrawn_keys(takedown, dataset, codes, layout.folder("filtered", dataset))
-        hop = publish_hop(card, task, codes, folder / use.view, withdrawn)
-        (manifest,) = run_hops([hop], _here(Publish, hop.lineage["about"]), tell)
+        hop = publish_job(card, task, codes, folder / use.view, withdrawn)
+        (manifest,) = run_jobs([hop], Publish, hop.lineage["about"])
         views.append(ViewFacts(task, manifest, plain_bytes(folder / use.view, manifest)))
     hops = {hop: _manifest_at_hand(layout.folder(name, dataset)) for hop, name in HOPS.items()}
     _write_texts(
@@ -114,18 +114,12 @@ def fetch(store: Store, name: str, layout: Layout, tell: Tell) -> list[Manifest]
     for use in card.tasks.values():
         file = f"{use.view}/{MANIFEST}"
         published = parse(Manifest, json.loads(text(file)), f"{store.uri}: {file}")
-        hop = fetch_hop(published, name, store.uri, use.view, layout.folder("codes", name) / use.view)
-        manifests += run_hops([hop], _here(Fetch), tell)
+        hop = fetch_job(published, name, store.uri, use.view, layout.folder("codes", name) / use.view)
+        manifests += run_jobs([hop], Fetch)
     path = layout.cards / f"{name}.yaml"
     if not path.exists():
         write_atomically(path, lambda temporary: temporary.write_text(_card_text(card)))
     return manifests
-
-
-def _here(worker: type, *arguments: object) -> Callable[..., object]:
-    """Work in this process: writing Parquet is fast beside encoding and uploading."""
-    resources = HopResources(workers=0)
-    return lambda tasks, on_result: map_shards(tasks, worker, arguments, resources, on_result)
 
 
 def _write_texts(folder: Path, texts: dict[str, str], views: list[ViewFacts]) -> None:
