@@ -26,7 +26,8 @@ from unifork.cluster import local_ray, map_shards
 from unifork.config import Cluster, HopResources
 from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
 from unifork.image_tokenizer.encode import Encode, encode_hop
-from unifork.publish.publication import Layout, build
+from unifork.layout import Layout
+from unifork.publish.publication import build
 from unifork.shards.job import Hop, run_hops
 
 SHARD_ROWS = 1000
@@ -45,28 +46,28 @@ def in_hops(hops: list[Hop], worker: type, *arguments: object, workers: int = 0)
 def download(layout: Layout, rows: int) -> None:
     """Draw the pictures."""
     card = shapes_card()
-    hop = download_hop(card, rows, SHARD_ROWS, 0, layout.folder("raw", card.name))
+    hop = download_hop(card, rows, SHARD_ROWS, 0, layout.raw(card.name))
     in_hops([hop], Materialise, card.model_dump(mode="json"))
 
 
 def sift(layout: Layout, _: int) -> None:
     """Keep what the card keeps."""
     card = shapes_card()
-    hop = filter_hop(card, layout.folder("raw", card.name), layout.folder("filtered", card.name))
+    hop = filter_hop(card, layout.raw(card.name), layout.filtered(card.name))
     in_hops([hop], Filter, card.model_dump(mode="json"))
 
 
 def encode(layout: Layout, _: int) -> None:
     """Both views on two actors."""
     card, tokenizer = shapes_card(), layout.root / "tokenizer"
-    source, codes = layout.folder("filtered", card.name), layout.folder("codes", card.name)
+    source, codes = layout.filtered(card.name), layout.codes / card.name
     hops = [encode_hop(card, task, source, codes / use.view, tokenizer) for task, use in card.tasks.items()]
     in_hops(hops, Encode, card.model_dump(mode="json"), str(tokenizer), "cpu", workers=2)
 
 
 def publish(layout: Layout, _: int) -> None:
     """Into a folder."""
-    build("shapes", layout, layout.folder("published", "shapes"), None, lambda _: None)
+    build("shapes", layout, layout.published("shapes"), None, lambda _: None)
 
 
 HOPS: dict[str, tuple[str, Callable[[Layout, int], None]]] = {
@@ -85,7 +86,7 @@ def measured(hop: str, root: Path, rows: int) -> dict[str, Any]:
     with Meter() as used:
         work(layout, rows)
     others = [peak for number, peak in used.peaks.items() if number != os.getpid()]
-    size = sum(file.stat().st_size for file in layout.folder(folder, "shapes").rglob("*.parquet"))
+    size = sum(file.stat().st_size for file in (layout.data / folder / "shapes").rglob("*.parquet"))
     return {"rows": rows, "hop": hop, "wall": used.wall, "cpu": used.cpu, "bytes": size,
             "driver": used.peaks[os.getpid()], "others": max(others, default=0.0)}  # fmt: skip
 

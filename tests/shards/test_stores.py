@@ -26,7 +26,8 @@ from unifork.errors import ConfigError, DataError
 from unifork.filters.takedown import takedown
 from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
 from unifork.image_tokenizer.encode import Encode, encode_hop
-from unifork.publish.publication import Layout, build
+from unifork.layout import Layout
+from unifork.publish.publication import build
 from unifork.report.pictures import rejected_rows
 from unifork.shards.job import QUARANTINE, RECORD_SUFFIX, quarantine_of, read_table, run_hops
 from unifork.shards.manifest import FETCHED, MANIFEST, manifest_sha256, read_manifest
@@ -167,9 +168,9 @@ from unifork.shards import stores
 
 put = stores.Store.put
 
-def dying(self, files):
-    put(self, files)
-    if os.environ["POINT"] in files:
+def dying(self, folder, names):
+    put(self, folder, names)
+    if os.environ["POINT"] in names:
         os.kill(os.getpid(), signal.SIGKILL)
 
 stores.Store.put = dying
