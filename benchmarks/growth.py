@@ -68,7 +68,7 @@ def encode(layout: Layout, _: int) -> None:
 
 def publish(layout: Layout, _: int) -> None:
     """Into a folder."""
-    build("shapes", layout, layout.published("shapes"), None, lambda _: None)
+    build("shapes", layout, layout.published("shapes"), None)
 
 
 HOPS: dict[str, tuple[str, Callable[[Layout, int], None]]] = {

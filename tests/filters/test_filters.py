@@ -267,10 +267,12 @@ def test_near_duplicates_of_a_benchmark_go(tmp_path):
     assert made.manifest.dropped == {"near_benchmark": 2}
     assert all("q.png" in detail for detail in made.details.values())
     put(tmp_path / "filtered/twins/part-00000.parquet", b"changed")
-    from unifork.filters.worker import twins_of
+    from unifork.filters.worker import duplicates_of
 
     with pytest.raises(DataError, match="changed since it was decided"):
-        twins_of({"output": str(target / "part-00000.parquet"), "twins": {"file": "part-00000.parquet", "sha256": ""}})
+        duplicates_of(
+            {"output": str(target / "part-00000.parquet"), "twins": {"file": "part-00000.parquet", "sha256": ""}}
+        )
 
 
 def test_bands_find_what_comparing_all_pairs_finds():

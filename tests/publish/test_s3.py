@@ -11,8 +11,9 @@ import pytest
 from tiny import bytes_of, objects
 
 from unifork.errors import DataError
-from unifork.publish.publication import Layout, build, fetch
-from unifork.publish.stores import CHECKSUMS, checksums, open_store, parse_checksums, reread, sync
+from unifork.layout import Layout
+from unifork.publish.publication import build, fetch
+from unifork.publish.stores import CHECKSUMS, checksums, open_store, reread, sync
 
 KILLED = """
 import os, signal, sys
@@ -42,7 +43,7 @@ stores.sync(Path(sys.argv[1]), Store(store.uri, Dying(store.system), store.root)
 @pytest.fixture(scope="module")
 def folder(tiny_root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("published")
-    build("shapes", Layout(tiny_root), out, None, lambda _: None)
+    build("shapes", Layout(tiny_root), out, None)
     return out
 
 
@@ -53,7 +54,7 @@ def quiet(*_) -> None:
 def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):
     address = f"{bucket}/sets/shapes"
     store = open_store(address)
-    names = {*parse_checksums((folder / CHECKSUMS).read_text()), CHECKSUMS}
+    names = {*checksums(open_store(str(folder))), CHECKSUMS}
     assert set(sync(folder, store, quiet).uploaded) == names
     assert objects(address) == bytes_of(folder)
     assert sync(folder, store, quiet) == sync(folder, open_store(address), quiet)

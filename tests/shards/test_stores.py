@@ -26,7 +26,6 @@ from unifork.filters.takedown import takedown
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
-from unifork.publish.publication import Layout as OldLayout
 from unifork.publish.publication import build
 from unifork.report.pictures import rejected_rows
 from unifork.shards.job import QUARANTINE, RECORD_SUFFIX, quarantine_of, read_table
@@ -108,8 +107,8 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
 
     filtered = root / "data/filtered/shapes"
     assert list(texts_of(filtered, CARD)) == list(texts_of(tiny_root / "data/filtered/shapes", CARD))
-    views = build("shapes", OldLayout(root), root / "out", None, lambda _: None)
-    build("shapes", OldLayout(tiny_root), root / "as-local", None, lambda _: None)
+    views = build("shapes", Layout(root), root / "out", None)
+    build("shapes", Layout(tiny_root), root / "as-local", None)
     assert files(root / "out") == files(root / "as-local")
     assert [view.manifest.rows for view in views] == [ROWS, ROWS]
 
@@ -168,9 +167,9 @@ from unifork.shards import stores
 
 put = stores.Store.put
 
-def dying(self, files):
-    put(self, files)
-    if os.environ["POINT"] in files:
+def dying(self, folder, names):
+    put(self, folder, names)
+    if os.environ["POINT"] in names:
         os.kill(os.getpid(), signal.SIGKILL)
 
 stores.Store.put = dying
