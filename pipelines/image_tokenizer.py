@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from pipelines.common import FILTERED, IMAGE_TOKENIZER, experiment, program
-from unifork.cluster import load_cluster
-from unifork.config import HopResources, ImageTokenizerConfig, ImportedTokenizer, load_card
+from unifork.config import HopResources, ImageTokenizerConfig, ImportedTokenizer, load_card, load_cluster
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.samples import MAX_PICTURES, sample_views

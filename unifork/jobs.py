@@ -31,9 +31,8 @@ def program(output: Callable[[str], Path], main: Callable[[str], None], what: st
     what: what the one argument of the program names; None for a program without arguments. Nothing but the cluster
     file is read before the program stands in the root of its experiment.
     """
-    running = sys.modules["__main__"]
-    module = str(running.__spec__.name if running.__spec__ else Path(str(running.__file__)).stem)
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=running.__doc__)
+    module: str = main.__globals__["__spec__"].name
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=main.__globals__["__doc__"])
     if what:
         parser.add_argument("name", help=what)
     name: str = getattr(parser.parse_args(), "name", "")
@@ -81,22 +80,23 @@ def _run_stage(main: Callable[[], None], module: str, argv: Sequence[str], outpu
 def connect(cluster: Cluster) -> Any:
     """Ray's client of the cluster's job server, with the token that Ray finds. UniForkError when it refuses or is dead.
 
-    Left to itself the client goes by the environment: by an address there, and by a mode that sends no token.
+    Left to itself the client goes by the environment: by an address there, and by a mode that decides whether the token is sent.
     """
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
-    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     import requests
     from ray._raylet import AuthenticationTokenLoader
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    if not AuthenticationTokenLoader.instance().has_token():
-        os.environ["RAY_AUTH_MODE"] = "disabled"
+    loader = AuthenticationTokenLoader.instance()
+    found = loader.has_token(ignore_auth_mode=True)
+    headers = loader.get_token_for_http_header(ignore_auth_mode=True) if found else {}
     logging.getLogger("ray").setLevel(logging.WARNING)
     place = f"cluster {cluster.name!r} ({cluster.address})"
     try:
-        return JobSubmissionClient(str(cluster.address))
+        return JobSubmissionClient(str(cluster.address), headers=headers)
     except AuthenticationError as error:
         raise ConfigError(
             f"{place}: {str(error).splitlines()[0]}: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or copy the cluster's "

@@ -19,6 +19,7 @@ from unifork.filters.rules import RULES, judge
 from unifork.filters.takedown import Listing, listing, takedown, withdrawn
 from unifork.filters.worker import filter_job
 from unifork.shards.manifest import fault, read_manifest
+from unifork.shards.task import ShardTask
 from unifork.sources.base import Fault
 from unifork.sources.columns import canonical, mapped
 from unifork.sources.url_lists import url_rows, url_slices
@@ -270,9 +271,7 @@ def test_near_duplicates_of_a_benchmark_go(tmp_path):
     from unifork.filters.worker import duplicates_of
 
     with pytest.raises(DataError, match="changed since it was decided"):
-        duplicates_of(
-            {"output": str(target / "part-00000.parquet"), "twins": {"file": "part-00000.parquet", "sha256": ""}}
-        )
+        duplicates_of(ShardTask(output=str(target / "part-00000.parquet"), duplicates="another"))
 
 
 def test_bands_find_what_comparing_all_pairs_finds():

@@ -191,11 +191,11 @@ def test_another_list_adds_shards_and_changes_none(root, web):
     download(card(), "out", shard_rows=2)
     write_laion(root / "lists/b.parquet", [f"{web.root}/3.png"])
     manifest, made, _ = download(card(), "out", shard_rows=2)
-    assert [(task["file"], task["start"], task["stop"]) for task in made] == [("b.parquet", 0, 1)]
+    assert [(task.piece.file, task.piece.start, task.piece.stop) for task in made] == [("b.parquet", 0, 1)]
     assert [shard.rows for shard in manifest.shards] == [2, 1, 1]
     write_laion(root / "lists/b.parquet", [f"{web.root}/2.png"])
     _, made, _ = download(card(), "out", shard_rows=2, rows=4)
-    assert [task["file"] for task in made] == ["b.parquet"]
+    assert [task.piece.file for task in made] == ["b.parquet"]
 
 
 def test_what_a_list_lacks_is_said(root):
