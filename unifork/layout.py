@@ -97,6 +97,11 @@ class Layout:
         """Outputs and scores of an evaluation, `<variant>-<benchmark>`."""
         return self.root / "scores" / evaluation
 
+    @property
+    def reports(self) -> Path:
+        """The pages of all experiments."""
+        return self.root / "reports"
+
     def report(self, experiment: str) -> Path:
         """The page of an experiment."""
-        return self.root / "reports" / experiment
+        return self.reports / experiment
