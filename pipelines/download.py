@@ -7,13 +7,14 @@ from unifork.layout import Layout
 from unifork.sources.download import Materialise, download_job
 from unifork.sources.web.download import WEB_VERSION, Download
 
+LAYOUT = Layout()
 URL_LIST = "url_list"
 """The kind of source whose images are fetched from the web."""
 
 
 def main(name: str) -> None:
     card, params, cluster = load_card(name), load_experiment(), load_cluster()
-    use, folder = params.dataset(name), Layout().raw(name)
+    use, folder = params.dataset(name), LAYOUT.raw(name)
     if card.source.kind == URL_LIST:
         # no seed: another one must not fetch the web again
         job = download_job(card, use.rows, use.shard_rows, 0, folder, WEB_VERSION)
@@ -26,4 +27,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    program(Layout().raw, main, "data set, a card in datasets/")
+    program(LAYOUT.raw, main, "data set, a card in datasets/")

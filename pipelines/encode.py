@@ -9,14 +9,16 @@ from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.jobs import program
 from unifork.layout import Layout
 
+LAYOUT = Layout()
+
 
 def main(name: str) -> None:
-    card, layout, cluster = load_card(name), Layout(), load_cluster()
+    card, cluster = load_card(name), load_cluster()
     resources = cluster.hops.get("encode", HopResources())
     device, threads = "cuda" if resources.gpus else "cpu", max(1, int(resources.cpus))
-    tokenizer = layout.image_tokenizer.absolute()
+    tokenizer = LAYOUT.image_tokenizer.absolute()
     jobs = [
-        encode_job(card, task, layout.filtered(name), layout.codes / name / use.view, tokenizer)
+        encode_job(card, task, LAYOUT.filtered(name), LAYOUT.codes / name / use.view, tokenizer)
         for task, use in card.tasks.items()
     ]
     manifests = run_jobs(jobs, Encode, card, tokenizer, device, threads, cluster=cluster, step="encode")
@@ -25,4 +27,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    program(lambda name: Layout().codes / name, main, "data set, a card in datasets/")
+    program(lambda name: LAYOUT.codes / name, main, "data set, a card in datasets/")

@@ -10,6 +10,8 @@ from unifork.layout import Layout
 from unifork.training.launch import launch
 from unifork.training.stage import StageJob
 
+LAYOUT = Layout()
+
 
 def main(name: str) -> None:
     params, cluster = load_experiment(), load_cluster()
@@ -21,4 +23,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    program(Layout().model, main, "run, <variant>-<stage>")
+    program(LAYOUT.model, main, "run, <variant>-<stage>")

@@ -86,13 +86,11 @@ def connect(cluster: Cluster) -> Any:
         os.environ.pop(name, None)
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import requests
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    loader = AuthenticationTokenLoader.instance()
-    found = loader.has_token(ignore_auth_mode=True)
-    headers = loader.get_token_for_http_header(ignore_auth_mode=True) if found else {}
+    headers = AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True)
     logging.getLogger("ray").setLevel(logging.WARNING)
     place = f"cluster {cluster.name!r} ({cluster.address})"
     try:

@@ -100,9 +100,14 @@ class Layout:
         """Outputs and scores of an evaluation, `<variant>-<benchmark>`."""
         return self.root / "scores" / evaluation
 
+    @property
+    def reports(self) -> Path:
+        """The pages of all experiments."""
+        return self.root / "reports"
+
     def report(self, experiment: str) -> Path:
         """The page of an experiment."""
-        return self.root / "reports" / experiment
+        return self.reports / experiment
 
     def in_store(self, store: str, folder: Path) -> str | None:
         """Where in a store the shards of a folder go: `data/raw/x` to `<store>/raw/x`; None for one that stays here."""

@@ -300,7 +300,7 @@ class Benchmark(Plain):
     """One evaluation."""
 
     kind: str
-    """A key of `unifork.evaluation.benchmarks.BENCHMARKS`."""
+    """A name of `unifork.evaluation.benchmarks.BENCHMARKS`, or MODULE:OBJECT."""
     samples: PositiveInt
     """Prompts or questions per score and split."""
     sampling: Sampling = Sampling()
