@@ -39,15 +39,8 @@ class Architecture(Plain):
     @classmethod
     def of(cls, config: ImageTokenizerConfig) -> Self:
         """The architecture an experiment asks for."""
-        return cls(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            position_grid=config.grid,
-            encoder=config.encoder,
-            depth=config.depth,
-            codebook_size=config.codebook_size,
-            decoder=config.decoder,
-        )
+        shared = {name: getattr(config, name) for name in cls.model_fields if name != "position_grid"}
+        return cls(position_grid=config.grid, **shared)
 
     @property
     def grid(self) -> int:

@@ -33,8 +33,7 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.codebook_training import CodebookAverages
 from unifork.image_tokenizer.decoder import zero_last_convolutions
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
-from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.pixels import to_bytes, to_tensor
+from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
 from unifork.image_tokenizer.quantizer import commitment_loss, residual_codes
 
 REFILL_UNTIL = 0.7
@@ -116,8 +115,7 @@ def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
 
 def encode_all(tokenizer: ImageTokenizer, pixels_BSSC: np.ndarray) -> np.ndarray:
     """Codes (B, N, D) of pictures of the right size."""
-    parts = [tokenizer.encode(to_tensor(part_BSSC)).cpu().numpy() for part_BSSC in _parts(pixels_BSSC)]
-    return np.concatenate(parts)
+    return np.concatenate([tokenizer.encode_bytes(part_BSSC).numpy() for part_BSSC in _parts(pixels_BSSC)])
 
 
 def decode_all(tokenizer: ImageTokenizer, codes_BND: np.ndarray) -> np.ndarray:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from unifork.config import Variant
-from unifork.errors import CheckpointError, ConfigError
+from unifork.errors import ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
-from unifork.weights import StoredWeights, local_folder, read_json
+from unifork.weights import StoredWeights, check_fit, local_folder, read_json, shapes_of
 
 _NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
 _BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
@@ -155,20 +155,11 @@ def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) ->
     targets: dict[str, list[str]] = {}
     for name in parameters.keys() - set(created):
         targets.setdefault(without_branch(name), []).append(name)
-
     left_out = {name for name in source if _NOT_WEIGHTS.search(name)}
     if model.config.tie_word_embeddings:
         left_out |= {"lm_head.weight"} & source.keys()
-    missing = sorted(targets.keys() - source.keys())
-    unused = sorted(source.keys() - targets.keys() - left_out)
-    shapes = [
-        f"{source[name]} {tuple(state[source[name]].shape)}, wanted {tuple(parameters[copies[0]].shape)}"
-        for name, copies in sorted(targets.items())
-        if name in source and state[source[name]].shape != parameters[copies[0]].shape
-    ]
-    for what, names in (("missing", missing), ("of no use to this plan", unused), ("of another shape", shapes)):
-        if names:
-            raise CheckpointError(f"{place}: tensors {what}: {', '.join(names)}")
+    found = {name: state[source[name]] for name in source.keys() - left_out}
+    check_fit(place, shapes_of(found), shapes_of({name: parameters[copies[0]] for name, copies in targets.items()}))
     for name, copies in targets.items():
         for copy in copies:
             parameters[copy].copy_(state[source[name]])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from unifork.errors import DataError
-from unifork.image_tokenizer.pixels import to_tensor
+from unifork.image_tokenizer.model import to_tensor
 from unifork.image_tokenizer.views import PAD_COLOUR, SMALLEST_SIDE, crop_view, pad_first_view, pad_view
 from unifork.parity.comparison import Comparison
 
