@@ -28,13 +28,23 @@ from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
 from unifork.errors import CheckpointError, IdentityError, unknown
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig
-from unifork.models.decoder import Block, Reading, family, masks_of, norms, routes_of
+from unifork.models.decoder import (
+    Block,
+    Reading,
+    Routes,
+    batch_routes,
+    family,
+    masks_of,
+    modalities,
+    norms,
+    routed,
+    routes_of,
+    step_routes,
+)
 from unifork.models.image_head import HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
-from unifork.models.masks import Mask, attention_mask
-from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
-from unifork.models.sequences import Counts
+from unifork.models.masks import Counts, Mask, attention_mask
 from unifork.weights import refuse_tensors
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
