@@ -5,7 +5,7 @@ tensors, and the tensors that are asked for. Safetensors whole or in shards; pic
 caller allows them, because loading one can run code. Names and shapes are known before anything is
 read, so that a checkpoint of a billion parameters is refused or picked from without loading it.
 
-Nothing here asks the network while the folder is there.
+Nothing here asks the network while the folder is there, and torch is not imported before a tensor is read.
 """
 
 import json
@@ -13,13 +13,14 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from unifork.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -98,7 +99,7 @@ class StoredWeights:
         refuse_tensors(listed, {"are not where it says": lost})
         self.shapes = {name: held[path][name] for name, path in self.file_of.items()}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str]) -> dict[str, "Tensor"]:
         """The named tensors, on the CPU, in the dtype they are stored in."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -109,7 +110,7 @@ class StoredWeights:
         return tensors
 
 
-def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "Tensor"]:
     """The named tensors of one file, all by default. Raises CheckpointError when it is missing or damaged."""
     held, read = _open(path)
     try:
@@ -143,7 +144,7 @@ def check_fit(place: Path | str, found: Shapes, wanted: Shapes) -> None:
     refuse_tensors(place, faults)
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+def shapes_of(tensors: Mapping[str, "Tensor"]) -> Shapes:
     """The shape of every tensor."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -171,19 +172,21 @@ def _weight_map(index: Path) -> dict[str, Path]:
     return {name: index.parent / file for name, file in named.items()}
 
 
-def _open(path: Path) -> tuple[Shapes, Callable[[str], Tensor]]:
+def _open(path: Path) -> tuple[Shapes, Callable[[str], "Tensor"]]:
     """The tensors of one file by shape, and how to read one of them."""
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, "pt")
             names = list(file.keys())  # type: ignore[no-untyped-call]
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.get_tensor  # type: ignore[no-untyped-call]
+        import torch  # noqa: PLC0415  safetensors imports it by itself
+
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except _DAMAGED as error:
         raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: expected tensors by name, found {type(state).__name__}")
     return shapes_of(state), state.__getitem__
 

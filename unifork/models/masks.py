@@ -94,24 +94,18 @@ def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) 
     return seen
 
 
-def boolean_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype, _counts: Counts = ()
-) -> Tensor:
+def boolean_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> Tensor:
     """For sdpa: (B, 1, T, S), True where a key is seen."""
     return visible_BTS(documents_BS, branches_BS, queries)[:, None]
 
 
-def additive_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype, _counts: Counts = ()
-) -> Tensor:
+def additive_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype) -> Tensor:
     """For eager attention: (B, 1, T, S), 0 where a key is seen, else the lowest number of the dtype."""
     seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def block_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype, _counts: Counts = ()
-) -> BlockMask:
+def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> BlockMask:
     """For flex attention: blocks nobody sees are skipped. Flex has no backward on a CPU."""
     B, S = documents_BS.shape
     offset = S - queries
@@ -124,20 +118,11 @@ def block_mask(
     return create_block_mask(seen, B, None, queries, S, device=str(documents_BS.device))
 
 
-def sequence_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype, counts: Counts = ()
-) -> Mask:
-    """For variable-length kernels: no mask but sequences; the boolean one in steps of decoding."""
-    if not counts:
-        return boolean_mask(documents_BS, branches_BS, queries, dtype)
-    return sequences(documents_BS, branches_BS, counts)
-
-
-MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype, Counts], Mask]] = {
+MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype], Tensor | BlockMask]] = {
     "sdpa": boolean_mask,
     "eager": additive_mask,
     "flex_attention": block_mask,
-    VARLEN: sequence_mask,
+    VARLEN: boolean_mask,
 }
 """The attention implementations there is a mask for, by the names they have in transformers."""
 
@@ -150,10 +135,15 @@ def attention_mask(
     dtype: torch.dtype,
     counts: Counts = (),
 ) -> Mask:
-    """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown."""
+    """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown.
+
+    counts: of packed rows, which `varlen` takes as sequences; without them, in a step of decoding, it takes a mask.
+    """
     if implementation not in MASKS:
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
-    return MASKS[implementation](documents_BS, branches_BS, queries, dtype, counts)
+    if implementation == VARLEN and counts:
+        return sequences(documents_BS, branches_BS, counts)
+    return MASKS[implementation](documents_BS, branches_BS, queries, dtype)
 
 
 def attend(
