@@ -27,7 +27,7 @@ import torch
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from unifork.config import DecoderConfig, EncoderConfig, Plain, parse
+from unifork.config import Plain, parse
 from unifork.errors import CheckpointError, ConfigError
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
@@ -55,6 +55,16 @@ UNUSED = (
     r"rqvaesiglip\.quantizer\.codebooks\.\d+\.(cluster_size_ema|embed_ema)",  # state of its training
 )
 """Official names that take no part in codes or pictures; the encoder's last layer is one more."""
+
+ENCODER_FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+"""Fields of our `EncoderConfig`, and of SigLIP's configuration."""
+DECODER_FIELDS = {"channels": "ch", "multipliers": "ch_mult", "blocks": "num_res_blocks", "z_channels": "z_channels"}
+"""Fields of our `DecoderConfig`, and of the tower's `ddconfig`."""
 
 REMAINDER_FILE = "official_remainder.safetensors"
 """In a tokenizer directory: tensors of the tower it was imported from that the tokenizer does not give."""
@@ -187,20 +197,12 @@ def _architecture(tower: Path, image_size: int | None) -> Architecture:
         "position_grid": vision.image_size // vision.patch_size,
         "depth": rqvae.code_shape[-1],
         "codebook_size": rqvae.n_embed,
-        "encoder": EncoderConfig(
-            hidden_size=vision.hidden_size,
-            layers=vision.num_hidden_layers,
-            heads=vision.num_attention_heads,
-            intermediate_size=vision.intermediate_size,
-        ),
-        "decoder": DecoderConfig(
-            z_channels=decoder.z_channels,
-            channels=decoder.ch,
-            multipliers=decoder.ch_mult,
-            blocks=decoder.num_res_blocks,
-            attention_levels=tuple(level for level, side in enumerate(sides) if side in decoder.attn_resolutions),
-            norm_groups=32,  # VQGAN's, written in its code
-        ),
+        "encoder": {ours: getattr(vision, theirs) for ours, theirs in ENCODER_FIELDS.items()},
+        "decoder": {
+            **{ours: getattr(decoder, theirs) for ours, theirs in DECODER_FIELDS.items()},
+            "attention_levels": tuple(level for level, side in enumerate(sides) if side in decoder.attn_resolutions),
+            "norm_groups": 32,  # VQGAN's, written in its code
+        },
     }
     return parse(Architecture, plain, str(tower / CONFIG_FILE))
 
@@ -287,10 +289,7 @@ def tower_config(tokenizer: ImageTokenizer, head: dict[str, Any]) -> dict[str, A
             "code_shape": [architecture.position_grid, architecture.position_grid, depth],
             "latent_shape": [architecture.position_grid, architecture.position_grid, width],
             "ddconfig": {
-                "ch": decoder.channels,
-                "ch_mult": list(decoder.multipliers),
-                "num_res_blocks": decoder.blocks,
-                "z_channels": decoder.z_channels,
+                **{theirs: getattr(decoder, ours) for ours, theirs in DECODER_FIELDS.items()},
                 "resolution": side,
                 "attn_resolutions": [side // 2**level for level in decoder.attention_levels],
                 "double_z": False,
@@ -320,10 +319,7 @@ def siglip_config(tokenizer: ImageTokenizer) -> dict[str, Any]:
         "model_type": "siglip",
         "vision_config": {
             "model_type": "siglip_vision_model",
-            "hidden_size": architecture.encoder.hidden_size,
-            "intermediate_size": architecture.encoder.intermediate_size,
-            "num_hidden_layers": architecture.encoder.layers,
-            "num_attention_heads": architecture.encoder.heads,
+            **{theirs: getattr(architecture.encoder, ours) for ours, theirs in ENCODER_FIELDS.items()},
             "image_size": architecture.position_grid * architecture.patch_size,
             "patch_size": architecture.patch_size,
         },

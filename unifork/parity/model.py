@@ -328,6 +328,5 @@ def _code_labels(batch: Batch) -> Tensor:
 def _recorded(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """What a module was given first, and what it made of it, for every call inside."""
     calls: list[tuple[Tensor, Tensor]] = []
-    hook = module.register_forward_hook(lambda _, given, made: calls.append((given[0], made)))
-    yield calls
-    hook.remove()
+    with module.register_forward_hook(lambda _, given, made: calls.append((given[0], made))):
+        yield calls
