@@ -13,7 +13,7 @@ from unifork.config import Card
 from unifork.filters.worker import QUARANTINE, Filter, Materialise, download_hop, filter_hop
 from unifork.shards.job import run_hops
 
-IMAGES = Path(__file__).parent.parent / "fixtures/official_tiny/images"
+IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"
 PNG = {path.stem: path.read_bytes() for path in sorted(IMAGES.glob("img*.png"))}
 
 
