@@ -23,6 +23,7 @@ from unifork.image_tokenizer.training import (
     without_repeats,
 )
 from unifork.shapes.detector import detect, same_objects
+from unifork.shapes.source import KIND as SHAPES
 from unifork.shards.manifest import MANIFEST, write_json
 
 Views = dict[str, np.ndarray]
@@ -44,7 +45,7 @@ def main(_: str) -> None:
     if not held_out:
         return
     tokenizer = ImageTokenizer.load(IMAGE_TOKENIZER)
-    readable = [group for group in held_out if load_card(group.partition("/")[0]).source.kind == "shapes"]
+    readable = [group for group in held_out if load_card(group.partition("/")[0]).source.kind == SHAPES]
     report["detector"] = {group: read_back(tokenizer, held_out[group]) for group in readable}
     write_json(IMAGE_TOKENIZER / "report.json", report)
     print(json.dumps(report["detector"]), f"-> {IMAGE_TOKENIZER}")

@@ -27,7 +27,7 @@ CARD = {
     "licence": "CC-BY-4.0",
     "attribution": f"made by {NASTY}",
     "redistribute_codes": False,
-    "source": {"kind": "shapes"},
+    "source": {"kind": "unifork.shapes.source:SOURCE"},
     "tasks": {
         "generation": {"view": "crop", "texts": ["caption"]},
         "understanding": {"view": "pad", "texts": ["description"]},

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unifork.config import Plain, parse
+from unifork.config import parse
 from unifork.errors import ConfigError
 from unifork.shards.job import QUARANTINE, finished_shards, quarantine_of, read_table, write_shard
 from unifork.shards.manifest import (
@@ -28,17 +28,10 @@ from unifork.shards.manifest import (
     write_manifest,
 )
 from unifork.shards.stores import deliver
-from unifork.sources.base import located
+from unifork.sources import located
 
 KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"
-
-
-class TakedownOptions(Plain):
-    """Options of the filter rule `takedown`."""
-
-    file: str
-    """The list; its content is part of what decides the rows."""
 
 
 class Listing:

@@ -5,6 +5,7 @@ this process or as an actor. A task carries `output`, `inputs` and what the hop 
 """
 
 from collections import Counter
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from unifork.shards.job import QUARANTINE, Hop, read_table, write_shard
 from unifork.shards.manifest import Manifest, Shard, file_sha256, read_manifest, write_atomically
 from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.stores import deliver
-from unifork.sources import Fault, plan, rows_of
+from unifork.shards.task import ShardTask, Slice
+from unifork.sources import Fault, plan, rows_of, source_of
 
 DOWNLOAD_VERSION = 1
 """Raise when the same card and task would give other rows."""
@@ -39,7 +41,7 @@ class Materialise:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         kept, rejected = [], []
-        for one in rows_of(task):
+        for one in rows_of(self.card, planned(task)):
             if isinstance(one, Fault):
                 rejected.append({"key": one.key, "reason": one.reason, "detail": one.detail, "image": one.image})
             else:
@@ -51,11 +53,28 @@ class Materialise:
 
 def download_hop(card: Card, rows: int | None, shard_rows: int, seed: int, folder: Path) -> Hop:
     """The plan of the download hop."""
-    tasks = plan(card.source.kind, card.source.options, rows, shard_rows, seed, f"card {card.name}")
+    tasks = [as_dict(task) for task in plan(card, rows, shard_rows, seed)]
     columns = columns_of(image_text_schema(card))
-    made_with = {"version": DOWNLOAD_VERSION, "columns": columns, "licence": card.licence}
+    made_with = {"version": DOWNLOAD_VERSION, "columns": columns, "licence": card.licence, **origin(card)}
     lineage = {"source": card.source.model_dump(mode="json"), "licence": card.licence, "attribution": card.attribution}
     return Hop("image-text", card.name, folder, columns, made_with, lineage, tasks)
+
+
+def origin(card: Card) -> dict[str, Any]:
+    """What decides a card's rows beside the slice: the source, its version and its options."""
+    source, options = source_of(card)
+    plain = options.model_dump(mode="json")
+    return {"kind": card.source.kind, "source_version": source.version, "options": plain}
+
+
+def as_dict(task: ShardTask) -> dict[str, Any]:
+    """A planned task as the plain data of a hop."""
+    return {**(asdict(task.piece) if task.piece else {}), "seed": task.seed}
+
+
+def planned(task: dict[str, Any]) -> ShardTask:
+    """The other way round."""
+    return ShardTask.from_source(Slice(**{field.name: task[field.name] for field in fields(Slice)}), task["seed"])
 
 
 class Filter:

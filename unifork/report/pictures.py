@@ -26,6 +26,7 @@ from unifork.report.codec import Codec
 from unifork.report.gather import DataSet, Evaluation, StageRun, views_of
 from unifork.report.reading import Answered, Drawn, Same
 from unifork.shapes.detector import detect, same_objects
+from unifork.shapes.source import KIND as SHAPES
 from unifork.shapes.world import draw, scene
 from unifork.shards.job import QUARANTINE, quarantine_of, read_table
 from unifork.shards.manifest import Manifest
@@ -144,7 +145,7 @@ def data_pictures(data: DataSet, filtered: Path, size: int, codec: Codec | None)
             drawn_BSSC = codec.reconstruct(pixels_BSSC)
             reconstructions.append(strip(f"{view}, original", pixels_BSSC, texts))
             reconstructions.append(strip("decoded from codes", drawn_BSSC, texts))
-            if data.card.source.kind == "shapes":
+            if data.card.source.kind == SHAPES:
                 detector[view] = same_reading(pixels_BSSC, drawn_BSSC)
     return DataPictures(texts, strips, rejected_rows(filtered, manifest), reconstructions, detector)
 

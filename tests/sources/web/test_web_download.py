@@ -17,8 +17,8 @@ from unifork.config import Card, WebAccess, load_card
 from unifork.errors import ConfigError, DataError
 from unifork.shards.job import run_hops
 from unifork.shards.manifest import MANIFEST, read_manifest
+from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.download import Download, options_of, web_hop
-from unifork.sources.web.rules import FetchRules
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from unifork.config import Card, WebAccess, parse
-from unifork.errors import DataError
-from unifork.filters.worker import quarantined, table_of
+from unifork.errors import ConfigError, DataError
+from unifork.filters.worker import as_dict, origin, planned, quarantined, table_of
 from unifork.shards.job import Hop, write_shard
 from unifork.shards.schema import columns_of, image_text_schema, text_columns
-from unifork.sources import Fault, plan, rows_of
+from unifork.sources import Fault, plan, rows_of, source_of
+from unifork.sources.url_lists import UrlList
 from unifork.sources.web.client import Client, Refused
-from unifork.sources.web.rules import UrlList
 from unifork.sources.web.schedule import Health, Outcome, Picture, fetch_all
 
 URL_LIST = "url_list"
@@ -26,16 +26,17 @@ WEB_VERSION = 1
 
 def options_of(card: Card) -> UrlList:
     """The typed options of a card's source. Raises ConfigError."""
-    return parse(UrlList, card.source.options, f"card {card.name}: source.options")
+    _, options = source_of(card)
+    if not isinstance(options, UrlList):
+        raise ConfigError(f"card {card.name}: source.kind {card.source.kind!r} is no list of URLs")
+    return options
 
 
 def web_hop(card: Card, rows: int | None, shard_rows: int, folder: Path) -> Hop:
     """The plan of the download hop of a card with a `url_list`. Raises ConfigError or DataError."""
-    options_of(card)
-    # no seed: another one must not fetch the web again
-    tasks = plan(URL_LIST, card.source.options, rows, shard_rows, 0, f"card {card.name}")
+    tasks = [as_dict(task) for task in plan(card, rows, shard_rows, 0)]
     columns = columns_of(image_text_schema(card))
-    made_with = {"version": WEB_VERSION, "columns": columns, "licence": card.licence}
+    made_with = {"version": WEB_VERSION, "columns": columns, "licence": card.licence, **origin(card)}
     lineage = {"source": card.source.model_dump(mode="json"), "licence": card.licence, "attribution": card.attribution}
     return Hop("image-text", card.name, folder, columns, made_with, lineage, tasks)
 
@@ -51,7 +52,7 @@ class Download:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         kept, rejected, wanted = [], [], []
-        for one in rows_of(task):
+        for one in rows_of(self.card, planned(task)):
             if isinstance(one, Fault):
                 rejected.append({"key": one.key, "url": None, "reason": one.reason, "detail": one.detail})
             else:
