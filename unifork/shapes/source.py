@@ -19,8 +19,6 @@ from unifork.shapes.world import SINGLE_KINDS, Draws, Split, draw, scene
 from unifork.shards.task import Slice
 from unifork.sources import Row, Source, SourceOptions
 
-KIND = "unifork.shapes.source:SOURCE"
-"""What a card calls this source."""
 WORLD_VERSION = 1
 """Raise when the same seed and number would give another row."""
 
