@@ -2,6 +2,7 @@
 
 from unifork.cluster import run_jobs
 from unifork.config import HopResources, load_card, load_cluster, load_experiment
+from unifork.filters.rules import check_card
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.sources.download import Materialise, download_job
@@ -14,6 +15,7 @@ URL_LIST = "url_list"
 
 def main(name: str) -> None:
     card, params, cluster = load_card(name), load_experiment(), load_cluster()
+    check_card(card)  # the filters too: a mistake in one is found before a download of days
     use, folder = params.dataset(name), LAYOUT.raw(name)
     if card.source.kind == URL_LIST:
         # no seed: another one must not fetch the web again

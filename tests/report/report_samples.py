@@ -28,7 +28,7 @@ CARD = {
     "licence": "CC-BY-4.0",
     "attribution": f"made by {NASTY}",
     "redistribute_codes": False,
-    "source": {"kind": "shapes"},
+    "source": {"kind": "unifork.shapes.source:SOURCE"},
     "reader": "unifork.shapes.detector:READER",
     "tasks": {
         "generation": {"view": "crop", "texts": ["caption"]},

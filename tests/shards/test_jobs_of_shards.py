@@ -187,8 +187,8 @@ def test_codes_say_who_made_them(tiny_root):
 
 
 def test_an_unknown_source_or_rule_names_the_known_ones(card, tmp_path):
-    wrong = card.model_copy(update={"source": card.source.model_copy(update={"kind": "shape"})})
-    with pytest.raises(ConfigError, match=r"'shape'.*Did you mean 'shapes'"):
+    wrong = card.model_copy(update={"source": card.source.model_copy(update={"kind": "emojis"})})
+    with pytest.raises(ConfigError, match=r"'emojis'.*Did you mean 'emoji'"):
         download(wrong, tmp_path / "raw")
     with pytest.raises(ConfigError, match="endless"):
         download(card, tmp_path / "raw", rows=None)

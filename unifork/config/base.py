@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, unknown
 
+UNKNOWN_KEY = "unknown_key"
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -17,6 +19,19 @@ class Plain(BaseModel):
     """Base of every configuration: plain data, frozen, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_known_keys(cls, values: Any) -> Any:
+        """Say of an unknown key which ones there are; `extra` alone would only say that it is one too many."""
+        if not isinstance(values, dict) or cls.model_config.get("extra") != "forbid":
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for key in values:
+            if key not in known:
+                told = unknown("key", str(key), known)
+                raise PydanticCustomError(UNKNOWN_KEY, "{told}", {"told": str(told)})
+        return values
 
     def fingerprint(self) -> str:
         """A short hash of all values, stable across processes and machines."""
@@ -47,13 +62,17 @@ def load(model: type[Config], path: Path | str) -> Config:
     return parse(model, read_yaml(path), str(path))
 
 
-def parse(model: type[Config], plain: Any, place: str) -> Config:
-    """Plain data as a typed configuration. Raises ConfigError naming place, key, value and rule."""
+def parse(model: type[Config], plain: Any, place: str, inside: str = "") -> Config:
+    """Plain data as a typed configuration. Raises ConfigError naming place, key, value and rule.
+
+    inside: the key of the place that holds the data, such as `source.options`, without it the data is the whole.
+    """
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or '(top)'}: {fault['msg']} (got {fault['input']!r:.80})"
-            for fault in error.errors()
-        )
-        raise ConfigError(f"{place}: {faults}") from None
+        faults = []
+        for fault in error.errors():
+            key = ".".join(map(str, (*filter(None, [inside]), *fault["loc"]))) or "(top)"
+            value = "" if fault["type"] == UNKNOWN_KEY else f" (got {fault['input']!r:.80})"
+            faults.append(f"{key}: {fault['msg']}{value}")
+        raise ConfigError(f"{place}: {'; '.join(faults)}") from None

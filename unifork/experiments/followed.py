@@ -7,21 +7,24 @@ from pathlib import PurePosixPath
 
 from unifork.config import Card, Followed
 from unifork.errors import ConfigError
-from unifork.sources import SOURCES
+from unifork.filters.rules import DuplicateOptions, rules_of
+from unifork.sources import source_of
 
-LIST_OPTIONS = ("file", "files")
-"""Options of filter rules that name files."""
 ELSEWHERE = re.compile(r"[~$]")
 """In a path that only this machine knows: what it stands for is written into no file."""
 
 
 def followed(card: Card, place: str) -> Followed:
-    """What the stages of a data set depend on beside its card. Raises ConfigError where files lie too far apart."""
-    source = SOURCES.get(card.source.kind)
-    named = [card.source.options[name] for name in (source.paths if source else ()) if name in card.source.options]
-    lists = [rule.options[name] for rule in card.filters for name in LIST_OPTIONS if name in rule.options]
-    known = {"source": _folder(named, f"{place}: source"), "lists": _folder(lists, f"{place}: filters")}
-    if any(rule.options.get("against") for rule in card.filters):
+    """What the stages of a data set depend on beside its card.
+
+    Raises ConfigError for a source or rule with wrong options, and where files lie too far apart.
+    """
+    source, options = source_of(card)
+    rules = rules_of(card)
+    lists = [getattr(chosen, name) for rule, chosen in rules for name in rule.paths]
+    files = [getattr(options, name) for name in source.paths]
+    known = {"source": _folder(filter(None, files), f"{place}: source"), "lists": _folder(lists, f"{place}: filters")}
+    if any(isinstance(chosen, DuplicateOptions) and chosen.against for _, chosen in rules):
         known["others"] = "data/raw"
     return Followed(**{name: path for name, path in known.items() if path})
 

@@ -16,52 +16,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from pydantic import Field
 
-from unifork.config import Card, Plain, parse
+from unifork.config import Card, parse
 from unifork.errors import ConfigError
-from unifork.filters.rules import TWIN_RULES, judge
+from unifork.filters.rules import TWIN_RULES, BenchmarkOptions, DuplicateOptions, Kind, judge
 from unifork.filters.worker import DROPS, filter_fingerprint
 from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
 from unifork.shards.manifest import Shard, file_sha256, keep_only, read_manifest, write_atomically
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
+from unifork.sources import located
 from unifork.sources.archives import is_picture, opened
-from unifork.sources.base import located
 
 SIGNATURES_VERSION = 1
 BUCKET_ROWS = 4_000_000
-Kind = Literal["sha256", "pair", "phash"]
 SCHEMA = pa.schema({"key": pa.string(), "sha256": pa.uint64(), "pair": pa.uint64(), "phash": pa.uint64()})
 DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.string()})
-
-Distance = Annotated[int, Field(ge=0, le=7)]
-"""Bits of 64 in which two difference hashes may differ."""
-
-
-class DuplicateOptions(Plain):
-    """Options of the filter rule `duplicates`."""
-
-    by: tuple[Kind, ...] = ("sha256", "pair")
-    """Same bytes, same URL and text, same look."""
-    distance: Distance = 0
-    """For `phash`."""
-    against: tuple[str, ...] = ()
-    """Sets that keep what they share with this one."""
-
-
-class BenchmarkOptions(Plain):
-    """Options of the filter rule `near_benchmark`."""
-
-    files: str
-    """Folder or tar with the benchmark's pictures."""
-    distance: Distance = 3
 
 
 # --------------------------------------------------------------------------------------- signatures

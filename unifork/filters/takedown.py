@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unifork.config import Plain
 from unifork.errors import ConfigError
 from unifork.shards.job import QUARANTINE, quarantine_of, read_table, recorded_shards, write_shard
 from unifork.shards.manifest import (
@@ -29,17 +28,10 @@ from unifork.shards.manifest import (
 )
 from unifork.shards.stores import deliver
 from unifork.shards.task import ShardTask
-from unifork.sources.base import located
+from unifork.sources import located
 
 KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"
-
-
-class TakedownOptions(Plain):
-    """Options of the filter rule `takedown`."""
-
-    file: str
-    """The list; its content is part of what decides the rows."""
 
 
 class Listing:

@@ -13,8 +13,8 @@ from unifork.shards.job import quarantined, table_of, write_shard
 from unifork.shards.schema import image_text_schema, text_columns
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.sources import Fault, rows_of
+from unifork.sources.url_lists import UrlList
 from unifork.sources.web.client import Client, Refused
-from unifork.sources.web.rules import UrlList
 from unifork.sources.web.schedule import Health, Outcome, Picture, fetch_all
 
 WEB_VERSION = 1
@@ -33,7 +33,7 @@ class Download:
                 f"web.connections_per_host"
             )
         self.card, self.web, self.schema = card, web, image_text_schema(card)
-        rules = parse(UrlList, card.source.options, f"card {card.name}: source.options").fetch
+        rules = parse(UrlList, card.source.options, f"card {card.name}", "source.options").fetch
         self.client = Client(rules, web.connections_per_host // workers, web.proxy)
         self.health: Health | None = None
 
