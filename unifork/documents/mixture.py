@@ -28,9 +28,8 @@ from unifork.documents.index import NO_PICTURE, QUARANTINE, Index, Words, Writer
 from unifork.documents.prompts import PICTURE, TEMPLATES, UNCONDITIONAL, Border, Piece, Template, written
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, IdentityError, unknown
-from unifork.shards.dialogues import Unusable
 from unifork.shards.manifest import FETCHED, local_path, make_local, manifest_sha256, read_manifest
-from unifork.shards.schema import codes_array, codes_meta
+from unifork.shards.schema import Unusable, codes_array, codes_meta
 from unifork.vocabulary import VIEW_OF_TASK, Task
 
 PREPARED = "prepared"
