@@ -15,7 +15,7 @@ from unifork import cli
 from unifork.config import Experiment, load
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import UniForkError
-from unifork.inspection import Inspection, Shown, Stretch, TaskShare, inspect, rendered, visible
+from unifork.inspection import Inspection, Shown, Stretch, inspect, rendered, visible
 from unifork.shards.manifest import read_manifest
 
 STEP = 2
@@ -66,7 +66,8 @@ def test_a_whole_step_reads_as_its_shards_say(tiny_root):
             head = f"(answer-plain), {tokens} tokens, {learned[one.key]} learned, {learned[one.key] / words:.1%}"
         expected += ["", f"shapes {one.key}, {one.task} {head} of the loss of {one.task}", body]
     assert sum("prompt dropped" in line for line in expected) == 1
-    size, count, asked_tokens = found.row_tokens, len(generated), sum(one.tokens for one in answered)
+    size, count = int(found.facts[0].split()[2]), len(generated)
+    asked_tokens = sum(one.tokens for one in answered)
     grouped = f"understanding {asked_tokens}, generation {size - asked_tokens} tokens, padding included"
     assert lines == [
         f"unifork, stage s2-pretrain, track joint, step {STEP} of 25: batch 1 of 1 of worker 1 of 1",
@@ -99,7 +100,7 @@ def test_some_of_each_task_are_shown_and_the_rest_counted(tiny_root, monkeypatch
 def test_every_track_has_its_own_batch(tiny_root):
     found = list(inspect(tiny_root, "unifork", "s3", 0, documents=0))
     assert [one.title.split(", ")[2] for one in found] == ["track generation", "track understanding"]
-    assert [[share.documents for share in one.tasks] for one in found] == [[0, 16], [16, 0]]
+    assert [[int(fact.split()[1]) for fact in one.facts[1:3]] for one in found] == [[0, 16], [16, 0]]
     assert [one.hidden for one in found] == [16, 16]
 
 
@@ -114,7 +115,7 @@ def test_of_a_picture_learned_in_part_the_learned_positions_count(tiny_root, tmp
     assert {(one.targets, one.share, one.stretches[-1].text) for one in drawn} == {
         (10, 1 / len(drawn), "image 36x4 codes, the first 10 learned")
     }
-    assert found.tasks[1].step_targets == 10 * len(drawn)
+    assert f"{10 * len(drawn)} of the step's {10 * len(drawn)} learned image positions" in found.facts[2]
 
 
 EVIL = "[bold red]x[/bold red] <b>y</b> <|im_end|> ]] \\ \x1b[31m\r\x07 :smile: \u202e [image 36x4 codes]"
@@ -127,8 +128,7 @@ def test_no_text_looks_like_a_mark_or_commands_the_terminal():
         Stretch("control", "<|im_start|>", False), Stretch("image", "image 4x4 codes", False),
         Stretch("text", EVIL, False), Stretch("text", EVIL, True), Stretch("control", "<|im_end|>", True),
     ])  # fmt: skip
-    tasks = [TaskShare("understanding", 1, 2, 4)]
-    found = Inspection("title", 1, 10, 0.9, tasks, [("1 x shared", "all")], [document], 0, {EVIL: 3})
+    found = Inspection("title", ["1 x shared: all"], [document], 0, {EVIL: 3})
     head = f"quarantined: 3 x {SHOWN}\n\na\\[b\\] {SHOWN}, understanding (answer), 9 tokens, 2 learned, 50.0% of"
     plain = str(rendered(found, marks=True))
     assert head in plain
