@@ -11,7 +11,8 @@ from pipelines.common import SCORES, experiment, program
 from unifork.errors import unknown
 from unifork.evaluation.benchmarks import Model, evaluate
 from unifork.image_tokenizer.code_encoder import CodeEncoder
-from unifork.inference import IMAGE_TOKENIZER, Speaker
+from unifork.inference import Speaker
+from unifork.layout import MODEL_IMAGE_TOKENIZER
 from unifork.shards.manifest import write_atomically, write_json
 
 BATCH_PICTURES = 64
@@ -26,7 +27,7 @@ def main(name: str) -> None:
     benchmark = params.benchmarks[params.evaluations[name]["benchmark"]]
     speaker = Speaker.load(directory)
     shape = (speaker.model.config.positions, speaker.model.config.depth)
-    crop, pad = (CodeEncoder(directory / IMAGE_TOKENIZER, v, GROUND, BATCH_PICTURES) for v in ("crop", "pad"))
+    crop, pad = (CodeEncoder(directory / MODEL_IMAGE_TOKENIZER, v, GROUND, BATCH_PICTURES) for v in ("crop", "pad"))
     painted: list[np.ndarray] = []
 
     def paint(prompts: list[str]) -> list[Image.Image]:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from pipelines.common import CODES, FILTERED, IMAGE_TOKENIZER, MODELS, RAW, REPORTS, RUNS, SCORES, experiment, program
-from unifork import inference
+from unifork.layout import MODEL_IMAGE_TOKENIZER
 from unifork.report.build import build, loss_pictures
 from unifork.report.codec import load_codec
 from unifork.report.gather import Layout
@@ -21,8 +21,7 @@ def write(path: Path, data: bytes) -> None:
 def main(_: str) -> None:
     started = time.monotonic()
     params = experiment()
-    companion = inference.IMAGE_TOKENIZER
-    layout = Layout(CARDS, RAW, FILTERED, CODES, IMAGE_TOKENIZER, MODELS, RUNS, SCORES, companion)
+    layout = Layout(CARDS, RAW, FILTERED, CODES, IMAGE_TOKENIZER, MODELS, RUNS, SCORES, MODEL_IMAGE_TOKENIZER)
     page = build(params, layout, load_codec)
     path = REPORTS / params.name / "index.html"
     write(path, page.encode())

@@ -1,15 +1,13 @@
 """`unifork model`: official checkpoints in and out, warm starts, and what a model consists of."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unifork.errors import CheckpointError, ConfigError, unknown
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
 
 if TYPE_CHECKING:
     from unifork.models.configuration import UniForkConfig
@@ -44,8 +42,8 @@ def import_(
     """Write an official checkpoint as a model directory, with the image tokenizer that is in it."""
     from safetensors.torch import save_file
 
-    from unifork import inference
-    from unifork.documents.text_tokenizer import TextTokenizer
+    from unifork.assembly import new_folder
+    from unifork.documents.text_tokenizer import TextTokenizer, import_text_tokenizer
     from unifork.image_tokenizer.conversion import read_official, siglip_of, tower_of
     from unifork.image_tokenizer.official_export import REMAINDER_FILE, SIGLIP_FOLDER, remainder
     from unifork.models import conversion
@@ -69,13 +67,13 @@ def import_(
     read = weights.read(name for name in weights.file_of if name.startswith(conversion.TOKENIZER))
     kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, pictures, model.dtype)
     conversion.set_head_form(model, folded)
-    with _new(out) as partial:
+    with new_folder(out) as partial:
         model.save_pretrained(partial)
-        pictures.save(partial / inference.IMAGE_TOKENIZER)
-        beside = partial / inference.IMAGE_TOKENIZER / REMAINDER_FILE
+        pictures.save(partial / MODEL_IMAGE_TOKENIZER)
+        beside = partial / MODEL_IMAGE_TOKENIZER / REMAINDER_FILE
         save_file(kept, beside, metadata={SIGLIP_FOLDER: json.dumps(siglip)})
         if text:
-            _copy_text(text, partial / inference.TEXT_TOKENIZER)
+            import_text_tokenizer(text, partial / MODEL_TEXT_TOKENIZER)
     print(f"{out}: {config.plan}, {head} head, {grid} x {grid} positions, text tokenizer from {text or 'nowhere'}")
     print(f"codebook_id {config.codebook_id}, encoder_id {config.encoder_id}")
 
@@ -90,7 +88,8 @@ def export(
     """Write a model as an official checkpoint, or one branch of it as the dense language model it is."""
     import torch
 
-    from unifork import inference
+    from unifork.assembly import new_folder
+    from unifork.documents.text_tokenizer import import_text_tokenizer
     from unifork.models.conversion import dense_branch
     from unifork.models.decoder import FAMILIES
     from unifork.models.modeling import load_model
@@ -104,12 +103,13 @@ def export(
     if format not in (OFFICIAL, family):
         raise ConfigError(f"--format {format}: the backbone of {model} is {family}; allowed: {OFFICIAL}, {family}")
     loaded = load_model(model, getattr(torch, str(config.dtype).removeprefix("torch.")))
-    with _new(out) as partial:
+    with new_folder(out) as partial:
         if format == OFFICIAL:
-            _write_official(loaded, model / inference.IMAGE_TOKENIZER, partial)
+            _write_official(loaded, model / MODEL_IMAGE_TOKENIZER, partial)
         else:
             dense_branch(loaded, branch).save_pretrained(partial)
-        _copy_text(model / inference.TEXT_TOKENIZER, partial)
+        if (text := model / MODEL_TEXT_TOKENIZER).is_dir():
+            import_text_tokenizer(text, partial)
     print(f"{out}: {format} {branch}".rstrip())
 
 
@@ -155,30 +155,13 @@ def create(
     seed: Annotated[int, typer.Option(help="seed of what a dense model does not have")] = 0,
 ) -> None:
     """Write a new model of any plan that starts from a dense language model."""
-    from unifork import inference
+    from unifork import assembly
     from unifork.config import HeadConfig, Variant
-    from unifork.documents.text_tokenizer import TextTokenizer
-    from unifork.image_tokenizer.model import ImageTokenizer
-    from unifork.models.warm_start import create_model
 
     form = HeadConfig(layers=head_layers, heads=head_heads, head_dim=head_dim, folded=_form(head))
     variant = Variant(plan=plan, backbone={}, warm_start=backbone, head=form, stages=(), seed=seed)
-    pictures, text = ImageTokenizer.load(image_tokenizer), TextTokenizer(text_tokenizer)
-    shape = pictures.architecture
-    model = create_model(
-        variant,
-        pictures.quantizer.codebook,
-        shape.depth,
-        shape.grid,
-        pictures.encoder_id,
-        text.vocab_size,
-        special_tokens=text.special_tokens,
-    )
-    with _new(out) as partial:
-        model.save_pretrained(partial)
-        shutil.copytree(image_tokenizer, partial / inference.IMAGE_TOKENIZER)
-        _copy_text(text_tokenizer, partial / inference.TEXT_TOKENIZER)
-    print(f"{out}: {plan}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
+    model = assembly.create(variant, image_tokenizer, text_tokenizer, out)
+    print(f"{out}: {plan}, {model.num_parameters() / 1e6:.2f} M parameters")
 
 
 @app.command()
@@ -209,15 +192,6 @@ def summary(
         print(f"  {name + ' head:':<15}{sums}{mine}")
 
 
-def _variant_config(experiment: str, variant: str) -> "UniForkConfig":
-    from unifork import experiments, planning
-
-    params = experiments.resolve(experiment)
-    if variant not in params.variants:
-        raise unknown("variant", variant, params.variants, f"experiments/{experiment}.yaml: variants")
-    return planning.meta_model(params, params.variants[variant]).config
-
-
 def _config(model: Path) -> "UniForkConfig":
     from unifork.models.configuration import UniForkConfig
 
@@ -232,25 +206,10 @@ def _form(head: str) -> bool:
     return HEADS[head]
 
 
-def _copy_text(source: Path, target: Path) -> None:
-    from unifork.documents.text_tokenizer import FILES
+def _variant_config(experiment: str, variant: str) -> "UniForkConfig":
+    from unifork import experiments, planning
 
-    target.mkdir(exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-@contextmanager
-def _new(out: Path) -> Iterator[Path]:
-    """A folder to write into that takes its place when all of it is written. Raises ConfigError where one stands."""
-    if out.exists():
-        raise ConfigError(f"--out {out}: exists already; name another directory, or remove it")
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    params = experiments.resolve(experiment)
+    if variant not in params.variants:
+        raise unknown("variant", variant, params.variants, f"experiments/{experiment}.yaml: variants")
+    return planning.meta_model(params, params.variants[variant]).config
