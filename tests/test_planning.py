@@ -31,7 +31,7 @@ PUBLISHED_HEAD = 401_936_896
 
 
 def test_parameters_are_the_papers():
-    found = planning.parameter_counts(MODEL)
+    found = planning.parameter_counts(MODEL.config)
     branch = 12 * (LAYER + EXTRAS)
     assert found["embed_tokens"] == WORDS
     assert {found[f"layers ({name})"] for name in ("shared", "understanding", "generation")} == {branch}
@@ -77,6 +77,12 @@ def test_flops_are_those_of_the_closed_form(task, trained):
     supervised = (60, 0) if task == "understanding" else (0, 576)
     found = planning.document_flops(MODEL, task, planning.Length(100, 578, *supervised), chosen)
     assert found == pytest.approx(expected_flops(task, trained), rel=2e-3)
+
+
+def test_a_context_without_room_for_an_image_is_refused():
+    track = PAPER.stages["s2-sft"].tracks["joint"]
+    with pytest.raises(ConfigError, match="place: a context of 500 tokens; an image alone has 578"):
+        planning.average_length(track.mixture[0], track, 576, 500, ASSUMED, "place")
 
 
 def documents(track: planning.TrackPlan) -> float:

@@ -47,7 +47,9 @@ class Speaker:
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> "Speaker":
         """A model directory with its text tokenizer. Raises CheckpointError or DataError."""
-        return cls(_on(load_model(directory), device), TextTokenizer(directory / MODEL_TEXT_TOKENIZER))
+        model = load_model(directory)
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        return cls(model, TextTokenizer(directory / MODEL_TEXT_TOKENIZER))
 
     def paint(
         self,
@@ -128,9 +130,3 @@ def _naming(what: str, text: str) -> Iterator[None]:
         yield
     except Unusable as error:
         raise ConfigError(f"{what} {text!r:.60}: {error}") from None
-
-
-def _on(model: UniForkModel, device: str) -> UniForkModel:
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    model.train(False)
-    return model

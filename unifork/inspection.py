@@ -49,14 +49,10 @@ class Stretch:
 class Shown:
     """One document of the batch."""
 
+    document: Document
     dataset: str
-    key: str
-    task: Task
     template: str
     """Name of the template, or that the prompt is dropped."""
-    tokens: int
-    targets: int
-    """Supervised text tokens, or image positions of a document of generation."""
     share: float
     """Part of the targets of its task in this step: its part of the loss, if all were equally hard."""
     stretches: list[Stretch]
@@ -135,6 +131,7 @@ def _some_of_each_task(made: dict[int, Document], limit: int) -> list[int]:
 
 
 def _targets(document: Document) -> int:
+    """Supervised text tokens, or image positions of a document of generation."""
     is_generated = document.task == "generation"
     return len(document.codes_ND[: document.supervised_positions]) if is_generated else int(document.learned_T.sum())
 
@@ -145,16 +142,9 @@ def _step_targets(plan: StepPlan, task: Task) -> int:
 
 def _shown(document: Document, number: int, plan: StepPlan, track: Track, tokenizer: TextTokenizer) -> Shown:
     entry = track.mixture[plan.slots[number].part]
-    return Shown(
-        dataset=entry.dataset,
-        key=document.key,
-        task=document.task,
-        template=entry.template + ", prompt dropped" * bool(plan.dropped[number]),
-        tokens=len(document),
-        targets=_targets(document),
-        share=_targets(document) / _step_targets(plan, document.task),
-        stretches=list(_stretches(document, tokenizer)),
-    )
+    template = entry.template + ", prompt dropped" * bool(plan.dropped[number])
+    share = _targets(document) / _step_targets(plan, document.task)
+    return Shown(document, entry.dataset, template, share, list(_stretches(document, tokenizer)))
 
 
 def _stretches(document: Document, tokenizer: TextTokenizer) -> Iterator[Stretch]:
@@ -210,13 +200,14 @@ def rendered(inspection: Inspection, marks: bool) -> Text:
         text.append(fact + "\n")
     for reason, count in inspection.quarantined.items():
         text.append(f"quarantined: {count} x {visible(reason)}\n", "yellow")
-    for document in inspection.documents:
-        text.append(f"\n{visible(document.dataset)} {visible(document.key)}", "bold")
+    for shown in inspection.documents:
+        document, targets = shown.document, _targets(shown.document)
+        text.append(f"\n{visible(shown.dataset)} {visible(document.key)}", "bold")
         text.append(
-            f", {document.task} ({document.template}), {document.tokens} tokens, {document.targets} learned, "
-            f"{document.share:.1%} of the loss of {document.task}\n"
+            f", {document.task} ({shown.template}), {len(document)} tokens, {targets} learned, "
+            f"{shown.share:.1%} of the loss of {document.task}\n"
         )
-        for supervised, run in groupby(document.stretches, key=lambda stretch: stretch.supervised):
+        for supervised, run in groupby(shown.stretches, key=lambda stretch: stretch.supervised):
             inside = Text()
             for stretch in run:
                 inside.append(_written(stretch), SUPERVISED if supervised else STYLES[stretch.kind])

@@ -28,6 +28,7 @@ from unifork.config.base import Fraction01, Plain
 from unifork.documents.mixture import template_named
 from unifork.documents.prompts import SYSTEM
 from unifork.errors import ConfigError, unknown
+from unifork.models.configuration import UniForkConfig
 from unifork.models.modeling import UniForkModel
 from unifork.models.parameters import paper_counts, parts, with_head
 from unifork.models.sequences import VARLEN
@@ -119,10 +120,10 @@ def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
         return UniForkModel(config)
 
 
-def parameter_counts(model: UniForkModel) -> dict[str, int]:
+def parameter_counts(config: UniForkConfig) -> dict[str, int]:
     """Parameters by part (tied ones once), in all, by task, and as the paper counts: with the unfolded head."""
-    counted = parts(model.config)
-    paper = paper_counts(with_head(model.config, folded=False))
+    counted = parts(config)
+    paper = paper_counts(with_head(config, folded=False))
     return {
         **{part.name: part.parameters for part in counted if part.parameters},
         "total": sum(part.parameters for part in counted),
@@ -134,12 +135,13 @@ def parameter_counts(model: UniForkModel) -> dict[str, int]:
 def average_length(
     entry: MixtureEntry, track: Track, positions: int, context: int, assumed: Assumptions, place: str
 ) -> Length:
-    """An average document of a mixture entry, cut at the context."""
-    template = template_named(entry.template, place)
+    """An average document of a mixture entry, cut at the context. Raises ConfigError where not even an image fits."""
+    template, image = template_named(entry.template, place), positions + BORDER_TOKENS
+    if context < image:
+        raise ConfigError(f"{place}: a context of {context} tokens; an image alone has {image}")
     fields = assumed.dialogue_tokens if template.turn else assumed.caption_tokens
     marked = (template.opening + template.turn + template.text).replace("{system}", SYSTEM)
     frame = re.sub(r"\{\w+\}|\[\[|\]\]|<image>", "", marked)
-    image = positions + BORDER_TOKENS
     text = min(fields + round(len(frame) / CHARACTERS_PER_TOKEN), context - image)
     if entry.task == "generation":
         return Length(text, image, 0, track.supervised_positions or positions)
@@ -151,8 +153,8 @@ def document_flops(model: UniForkModel, task: Task, length: Length, trained: set
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     model.set_attn_implementation(VARLEN)  # each document, in isolated layers each modality, by itself
-    document, depth = _document(task, length, model.config.depth), model.config.depth
-    batch = pack([[document]], len(document), depth).to("meta")
+    document = _document(task, length, model.config.depth)
+    batch = pack([[document]], len(document), model.config.depth).to("meta")
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _causal_flops}) as counter:
         hidden_XH = model.hidden(batch).flatten(0, 1)
         # logits whole, which cost nothing here: the losses make them in chunks, again in the backward pass

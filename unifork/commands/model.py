@@ -120,6 +120,7 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
     from unifork.image_tokenizer import official_export
     from unifork.image_tokenizer.model import ImageTokenizer
     from unifork.models import conversion
+    from unifork.shards.manifest import write_json
 
     conversion.set_head_form(loaded, folded=False)
     tokenizer = ImageTokenizer.load(pictures)
@@ -137,8 +138,7 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
         f"{TOWER}/{official_export.SIGLIP_FOLDER}/config.json": siglip,
     }
     for name, plain in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(json.dumps(plain, indent=1) + "\n")
+        write_json(out / name, plain)
 
 
 @app.command()
@@ -165,31 +165,15 @@ def create(
 
 
 @app.command()
-def summary(
-    model: Annotated[Path | None, typer.Argument(help="model directory")] = None,
-    experiment: Annotated[str, typer.Option(help="instead: an experiment, a file of experiments/")] = "",
-    variant: Annotated[str, typer.Option(help="which of its variants")] = "unifork",
-) -> None:
-    """Print the parts of a model, their parameters, the tasks that use and train them, and the paper's sums."""
-    from unifork.models.parameters import paper_counts, parts, with_head
-    from unifork.vocabulary import TASKS
+def summary(model: Annotated[Path, typer.Argument(help="model directory")]) -> None:
+    """Print the parts of a model and their parameters, those that each task uses, and the paper's sums."""
+    from unifork.planning import parameter_counts
 
-    if (model is None) == (not experiment):
-        raise ConfigError("give either a model directory or --experiment")
-    config = _config(model) if model else _variant_config(experiment, variant)
-    counted = parts(config)
-    print(f"{config.plan}, {config.backbone['model_type']}\n")
-    print(f"{'part':<24}{'parameters':>16}  {'  '.join(TASKS)}")
-    for part in counted:
-        marks = "  ".join(("x" if task in part.tasks else "").center(len(task)) for task in TASKS)
-        print(f"{part.name:<24}{f'{part.parameters:,}' if part.parameters else 'tied':>16}  {marks}".rstrip())
-    print(f"{'all':<24}{sum(part.parameters for part in counted):>16,}\n")
-    print("as the paper counts them (see unifork.models.parameters):")
-    for name, folded in HEADS.items():
-        counts = paper_counts(with_head(config, folded))
-        mine = " (this model)" if folded == config.head_config().folded else ""
-        sums = ", ".join(f"{what} {count / 1e6:,.1f} M" for what, count in counts.items())
-        print(f"  {name + ' head:':<15}{sums}{mine}")
+    config = _config(model)
+    form = next(name for name, folded in HEADS.items() if folded == config.head_config().folded)
+    print(f"{config.plan}, {config.backbone['model_type']}, {form} head\n")
+    for name, count in parameter_counts(config).items():
+        print(f"{name:<36}{count:>16,}")
 
 
 def _config(model: Path) -> "UniForkConfig":
@@ -204,12 +188,3 @@ def _form(head: str) -> bool:
     if head not in HEADS:
         raise unknown("form", head, HEADS, "--head")
     return HEADS[head]
-
-
-def _variant_config(experiment: str, variant: str) -> "UniForkConfig":
-    from unifork import experiments, planning
-
-    params = experiments.resolve(experiment)
-    if variant not in params.variants:
-        raise unknown("variant", variant, params.variants, f"experiments/{experiment}.yaml: variants")
-    return planning.meta_model(params, params.variants[variant]).config

@@ -45,7 +45,7 @@ def plan(
     planning.gpu_hours(0.0, chip, mfu)
     models = {name: planning.meta_model(params, variant) for name, variant in params.variants.items()}
     tracks = {name: list(planning.track_plans(params, name, models[name], assumed)) for name in models}
-    counts = {name: planning.parameter_counts(model) for name, model in models.items()}
+    counts = {name: planning.parameter_counts(model.config) for name, model in models.items()}
     rows = dict.fromkeys(row for counted in counts.values() for row in counted)
     _table(
         "Parameters", ["", *counts],
