@@ -208,7 +208,7 @@ def products(model: UniForkModel, documents: list[Document], padded: bool, whole
         outline = UniForkModel(model.config)
     for one in documents:
         T, image = longest[one.task] if padded else len(one), int((one.kinds_T != TEXT).sum())
-        learned = T if whole else int(one.learned_T.sum())
+        learned = T if whole and one.task == "understanding" else int(one.learned_T.sum())
         positions = len(one.codes_ND) * (one.task == "generation")
         total += document_flops(outline, one.task, Length(T - image, image, learned, positions), trained)
         if padded:
