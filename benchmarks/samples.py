@@ -14,8 +14,9 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.shapes.source import rows
 from unifork.shards.job import write_shard
-from unifork.shards.manifest import Manifest, Shard, write_manifest
+from unifork.shards.manifest import Manifest, write_manifest
 from unifork.shards.schema import columns_of, image_text_schema
+from unifork.shards.task import ShardTask
 
 DIFFERENT = 64
 """Pictures that are made; longer lists repeat them."""
@@ -76,7 +77,7 @@ def filtered_shards(folder: Path, count: int, shard_rows: int, side: int) -> Non
             | {"sha256": hashes[n % DIFFERENT], "license": card.licence, "caption": "a picture", "description": "one"}
             for n in range(first, min(first + shard_rows, count))
         ]
-        task = {"output": str(folder / f"part-{number:05d}.parquet"), "inputs": "benchmark"}
-        shards.append(Shard(**write_shard(task, table_of(plain, schema), {})["shard"]))
+        task = ShardTask().placed(None, folder / f"part-{number:05d}.parquet", None, "benchmark")
+        shards.append(write_shard(task, table_of(plain, schema), {}).shard)
     columns = columns_of(schema)
     write_manifest(folder, Manifest(kind="image-text", dataset=card.name, columns=columns, shards=tuple(shards)))

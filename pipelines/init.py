@@ -6,9 +6,10 @@ tokenizers/image + tokenizers/text + `variants` of params.yaml -> models/<varian
 import shutil
 from pathlib import Path
 
-from pipelines.common import experiment, program
 from unifork.assembly import create
+from unifork.config import load_experiment
 from unifork.errors import unknown
+from unifork.jobs import program
 from unifork.layout import Layout
 
 LAYOUT = Layout()
@@ -19,7 +20,7 @@ def folder(name: str) -> Path:
 
 
 def main(name: str) -> None:
-    variants = experiment().variants
+    variants = load_experiment().variants
     if name not in variants:
         raise unknown("variant", name, variants, "params.yaml: variants")
     shutil.rmtree(folder(name), ignore_errors=True)
@@ -28,4 +29,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    program("pipelines.init", folder, main, "variant of the experiment")
+    program(folder, main, "variant of the experiment")

@@ -3,10 +3,10 @@
 `text_tokenizer` of params.yaml (+ data/filtered/<set>, where it is trained) -> tokenizers/text
 """
 
-from pipelines.common import experiment, program
-from unifork.config import TextTokenizerImport, load_card
+from unifork.config import TextTokenizerImport, load_card, load_experiment
 from unifork.documents.prompts import INSTRUCTION, SYSTEM
 from unifork.documents.text_tokenizer import FILES, import_text_tokenizer, texts_of, train_text_tokenizer
+from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.weights import local_folder
 
@@ -14,7 +14,7 @@ LAYOUT = Layout()
 
 
 def main(_: str) -> None:
-    config = experiment().text_tokenizer
+    config = load_experiment().text_tokenizer
     if isinstance(config, TextTokenizerImport):
         made = import_text_tokenizer(local_folder(config.source, files=FILES), LAYOUT.text_tokenizer)
         print(f"{made.vocab_size} entries from {config.source} -> {LAYOUT.text_tokenizer}")
@@ -26,4 +26,4 @@ def main(_: str) -> None:
 
 
 if __name__ == "__main__":
-    program("pipelines.text_tokenizer", lambda _: LAYOUT.text_tokenizer, main, None)
+    program(lambda _: LAYOUT.text_tokenizer, main)

@@ -16,9 +16,8 @@ from typing import Literal
 
 from rich.text import Text
 
-from unifork import jobs
 from unifork.batch import TEXT, Batch, Document
-from unifork.config import Cluster, Experiment, Track, load
+from unifork.config import Cluster, Experiment, Track, cluster_file, load
 from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -84,7 +83,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int) -> 
     architecture = params.variants[variant]
     if stage not in architecture.stages:
         raise unknown("stage", stage, architecture.stages, f"params.yaml: variants.{variant}.stages")
-    chosen, resources = params.stages[stage], load(Cluster, root / jobs.cluster_file()).for_stage(stage)
+    chosen, resources = params.stages[stage], load(Cluster, root / cluster_file()).for_stage(stage)
     workers = max(resources.workers, 1)
     layers = LayerPlan.parse(architecture.plan, architecture.backbone.get("num_hidden_layers"))
     tokenizer = TextTokenizer(_there(layout.text_tokenizer, "dvc repro text_tokenizer"))

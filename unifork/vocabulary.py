@@ -6,6 +6,9 @@ written anywhere in the project.
 
 from typing import Literal, get_args
 
+VOCABULARY_VERSION = 1
+"""Raise when a view, a special token or the type of codes changes: everything after the raw data is then made anew."""
+
 Task = Literal["understanding", "generation"]
 TASKS: tuple[Task, ...] = get_args(Task)
 """The order is fixed: it is the branch number of a task route, and the layout of packed rows."""

@@ -17,9 +17,9 @@ from unifork.errors import ConfigError, DataError
 from unifork.filters import duplicates as dedup
 from unifork.filters.rules import RULES, judge
 from unifork.filters.takedown import Listing, listing, takedown, withdrawn
-from unifork.filters.worker import filter_hop
-from unifork.shards.job import run_hops
+from unifork.filters.worker import filter_job
 from unifork.shards.manifest import fault, read_manifest
+from unifork.shards.task import ShardTask
 from unifork.sources.base import Fault
 from unifork.sources.columns import canonical, mapped
 from unifork.sources.url_lists import url_rows, url_slices
@@ -175,14 +175,12 @@ def shards(folder, pictures, count):
 
 
 def sign(card, raw, folder, shuffle=None):
-    def map_tasks(tasks, on_result):
-        worker = dedup.Sign(card.model_dump(mode="json"))
-        order = list(tasks)
-        random.Random(shuffle).shuffle(order)
-        for task in order:
-            on_result(worker(task))
-
-    run_hops([dedup.sign_hop(card, raw, folder)], map_tasks)
+    job, worker = dedup.sign_job(card, raw, folder), dedup.Sign(card)
+    order = job.missing()
+    random.Random(shuffle).shuffle(order)
+    for task in order:
+        job.add(worker(task))
+    job.finish()
     return folder
 
 
@@ -211,7 +209,7 @@ def test_twins_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, row
         download(card, raw, shard_rows=3)
         mine = sign(card, raw, tmp_path / f"signed-{count}", shuffle)
         with pytest.raises(ConfigError, match="duplicates looks at other rows"):
-            filter_hop(card, raw, tmp_path / "never")
+            filter_job(card, raw, tmp_path / "never")
         target = tmp_path / f"filtered-{count}"
         made = filtered(card, raw, target, dedup.decide(card, mine, signed, target))
         found.append([key.rpartition("/")[2] for key in made.rows])
@@ -270,10 +268,10 @@ def test_near_duplicates_of_a_benchmark_go(tmp_path):
     assert made.manifest.dropped == {"near_benchmark": 2}
     assert all("q.png" in detail for detail in made.details.values())
     put(tmp_path / "filtered/twins/part-00000.parquet", b"changed")
-    from unifork.filters.worker import twins_of
+    from unifork.filters.worker import duplicates_of
 
     with pytest.raises(DataError, match="changed since it was decided"):
-        twins_of({"output": str(target / "part-00000.parquet"), "twins": {"file": "part-00000.parquet", "sha256": ""}})
+        duplicates_of(ShardTask(output=str(target / "part-00000.parquet"), duplicates="another"))
 
 
 def test_bands_find_what_comparing_all_pairs_finds():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from unifork.batch import pack
 from unifork.config import OptimizerConfig
-from unifork.documents.packing import deal
+from unifork.documents.order import deal
 from unifork.models import losses
 from unifork.training.distributed_testing import run_distributed
 from unifork.training.loop import Run, TrackRun

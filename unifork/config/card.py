@@ -59,6 +59,9 @@ class Card(Plain):
     """The tasks this set serves."""
     filters: tuple[FilterRule, ...] = ()
     """Rules of the filter stage, in order."""
+    reader: str | None = None
+    """Reads what an image shows, to say how much of it survives the codes: a name of
+    `unifork.image_tokenizer.readers.READERS` or MODULE:OBJECT; None where images cannot be read exactly."""
 
 
 def load_card(name: str, folder: Path | str = "datasets") -> Card:

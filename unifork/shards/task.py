@@ -105,9 +105,9 @@ class ShardTask:
         return cls(shard=shard, withdrawn=withdrawn)
 
     @classmethod
-    def to_fetch(cls, published: Published) -> Self:
-        """Fetch: a published shard."""
-        return cls(published=published)
+    def to_fetch(cls, published: Published, inputs: str = "") -> Self:
+        """Fetch: a published shard. inputs: the fingerprint of the shard it was, where it is that shard again."""
+        return cls(published=published, inputs=inputs)
 
     @property
     def rows(self) -> int:

@@ -14,13 +14,13 @@ from unifork.shapes import world_rows
 from unifork.sources import emoji, imagenet, listed, pairs, url_lists
 from unifork.sources.base import Fault, Options, Row, Slice, Source, Task
 
-__all__ = ["SOURCES", "Fault", "Row", "Source", "Task", "plan", "rows_of"]
+__all__ = ["SOURCES", "Fault", "Row", "Source", "Task"]
 
 ACCESS = "access"
 """Option of every kind: how a person gets the files. Shown when they are missing, no part of a fingerprint."""
 
 
-def plan(kind: str, options: Options, rows: int | None, shard_rows: int, seed: int, place: str) -> list[Task]:
+def old_plan(kind: str, options: Options, rows: int | None, shard_rows: int, seed: int, place: str) -> list[Task]:
     """The shards of a source: slices of at most `shard_rows` rows, `rows` in all.
 
     Raises ConfigError for an unknown kind, for files that are not there, or when an endless source is asked
@@ -46,7 +46,7 @@ def plan(kind: str, options: Options, rows: int | None, shard_rows: int, seed: i
     return tasks
 
 
-def rows_of(task: Task) -> Iterator[Row | Fault]:
+def old_rows_of(task: Task) -> Iterator[Row | Fault]:
     """The rows of one planned shard."""
     return SOURCES[task["kind"]].rows(task)
 
@@ -82,3 +82,36 @@ SOURCES: dict[str, Source] = {
     "listed_meta": Source(listed.meta_slices, listed.meta_rows, ("meta", "root")),
     "url_list": Source(url_lists.slices, url_lists.rows, ("files",)),
 }
+
+
+# TEMPORARY
+from dataclasses import replace as _r
+from types import SimpleNamespace as _N
+
+from unifork.shards.task import ShardTask as _T
+from unifork.shards.task import Slice as _S
+
+
+class _O(dict):
+    def model_dump(self, **_):
+        return {k: v for k, v in self.items() if k != "access"}
+
+
+def source_of(card):
+    if card.source.kind not in SOURCES:
+        raise unknown("kind of source", card.source.kind, SOURCES, f"card {card.name}")
+    return _N(version=0), _O(card.source.options)
+
+
+def plan(card, rows, shard_rows, seed):
+    out = []
+    for t in old_plan(card.source.kind, card.source.options, rows, shard_rows, seed, f"card {card.name}"):
+        keep = {k: v for k, v in t.items() if k in ("start", "stop", "file", "bytes", "content", "offset", "again")}
+        out.append(_T.from_source(_S(**keep), seed))
+    return out
+
+
+def rows_of(card, task):
+    p = {k: v for k, v in vars(task.piece).items() if v is not None}
+    known = {k: v for k, v in card.source.options.items() if k != "access"}
+    return old_rows_of({"kind": card.source.kind, "options": known, "seed": task.seed, **p})

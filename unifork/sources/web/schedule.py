@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from unifork.errors import DataError
+from unifork.errors import MachineError
 from unifork.sources.web.client import Client, Refused, target_of
 from unifork.sources.web.pictures import inspect
 from unifork.sources.web.rules import FetchRules
@@ -105,11 +105,11 @@ class Health:
         self.alive: deque[str] = deque(maxlen=PROBES)
 
     def preflight(self, urls: Sequence[str]) -> None:
-        """Probe some hosts of a list before anything else. Raises DataError when none can be reached."""
+        """Probe some hosts of a list before anything else. Raises MachineError when none can be reached."""
         self.probe(urls[:: max(1, len(urls) // PROBES)], "before the first row")
 
     def saw(self, host: str, url: str, outcome: Outcome) -> None:
-        """Note an outcome. Raises DataError when nothing can be reached any more."""
+        """Note an outcome. Raises MachineError when nothing can be reached any more."""
         if isinstance(outcome, Refused) and outcome.reason in UNREACHED:
             self.failing[host] = url
             if len(self.failing) < SUSPICIOUS_HOSTS:
@@ -122,7 +122,7 @@ class Health:
         self.failing.clear()
 
     def probe(self, urls: Sequence[str], when: str) -> None:
-        """Try to reach the first few hosts. Raises DataError with a diagnosis when none answers."""
+        """Try to reach the first few hosts. Raises MachineError with a diagnosis when none answers."""
         chosen = list({_host(url): url for url in urls if _host(url)}.values())[:PROBES]
         with ThreadPoolExecutor(PROBES) as pool:
             failures = [failure for failure in pool.map(self._failure, chosen) if failure]
@@ -140,7 +140,7 @@ class Health:
                 "names resolve, but no connection leaves this machine (egress, firewall; a proxy must be configured)"
             )
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise DataError(
+        raise MachineError(
             f"download stopped {when}: {cause}. None of {len(chosen)} different hosts can be reached ({told}), "
             f"first {failures[0].detail!r}. Finished shards are kept; run the stage again when the network is back"
         )
@@ -154,7 +154,7 @@ class Health:
 
 
 def fetch_all(urls: Sequence[str], client: Client, threads: int, health: Health) -> list[Outcome]:
-    """The outcome of every URL, in their order. Raises DataError when the network on this side is down."""
+    """The outcome of every URL, in their order. Raises MachineError when the network on this side is down."""
     return _Shard(urls, client.rules, client.connections_per_host, health).run(
         threads, lambda url: fetch_picture(client, url)
     )
