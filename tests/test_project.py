@@ -22,7 +22,7 @@ LEVELS = [
     {"sources"},
     {"filters"},
     {"image_tokenizer", "documents"},
-    {"inference", "inspection"},
+    {"assembly", "inference", "inspection"},
     {"training", "evaluation", "parity", "cluster"},
     {"shapes"},
     {"report", "planning", "publish", "experiments"},

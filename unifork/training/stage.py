@@ -21,7 +21,8 @@ from unifork.config import Experiment, Plain, Stage, TrainResources, fingerprint
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
+from unifork.inference import Speaker
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.processes import exclusive
@@ -86,9 +87,8 @@ class StageJob(Plain):
         }
         plain = self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS)
         model = {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")}
-        return fingerprint(
-            {"stage": plain, "start": model, "data": data, "text": TextTokenizer(self.start / TEXT_TOKENIZER).identity}
-        )
+        text = TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity
+        return fingerprint({"stage": plain, "start": model, "data": data, "text": text})
 
 
 def code_digest() -> str:
@@ -124,7 +124,7 @@ def _train(job: StageJob, run: Run) -> None:
     model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
     model.set_activation_checkpointing(job.resources.activation_checkpointing)
-    tokenizer = TextTokenizer(job.start / TEXT_TOKENIZER)
+    tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
     identity = CodesIdentity(
         model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id
     )
@@ -238,7 +238,7 @@ def _export(
     shutil.rmtree(temporary, ignore_errors=True)
     model = checkpoint.whole_model(path, job.start)
     model.save_pretrained(temporary)
-    for name in COMPANIONS:
+    for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
         if (job.start / name).exists():
             shutil.copytree(job.start / name, temporary / name)
     training = temporary / TRAINING
