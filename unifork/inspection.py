@@ -24,8 +24,8 @@ from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.architecture import describe
+from unifork.models.decoder import Route, batch_routes
 from unifork.models.layer_plan import BRANCHES, KINDS, LayerPlan, RouteBy
-from unifork.models.routing import Route, batch_routes
 from unifork.shards.manifest import MANIFEST
 from unifork.vocabulary import TASKS, VIEW_OF_TASK, Task
 

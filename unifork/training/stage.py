@@ -22,8 +22,8 @@ from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
+from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel, load_model
-from unifork.models.sequences import VARLEN
 from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
