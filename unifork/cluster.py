@@ -25,7 +25,7 @@ from threading import Lock
 from typing import Any
 
 from unifork import errors, jobs
-from unifork.config import Cluster, HopResources, load
+from unifork.config import Cluster, HopResources, TrainResources, load
 from unifork.errors import ConfigError, UniForkError
 from unifork.processes import die_with_parent
 
@@ -148,7 +148,7 @@ def _map_on_ray(
 
     workers = min(resources.workers, len(tasks))
     at_once = min(getattr(worker_class, "TASKS_AT_ONCE", 1), len(tasks) // workers)
-    _check_room(ray.cluster_resources(), workers, resources)  # type: ignore[no-untyped-call]
+    check_room(ray.cluster_resources(), workers, resources)  # type: ignore[no-untyped-call]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # JSON strings: Arrow would guess types from nested and missing values, differently for every block
@@ -186,7 +186,7 @@ def _map_on_ray(
         rows.close()  # ends the job; otherwise its actors live as long as a traceback refers to it
 
 
-def _check_room(have: dict[str, float], workers: int, resources: HopResources) -> None:
+def check_room(have: dict[str, float], workers: int, resources: HopResources | TrainResources) -> None:
     """Refuse what a local Ray can never give; Ray would wait for it forever. A cluster may still grow."""
     for name, each in (("CPU", resources.cpus), ("GPU", resources.gpus)):
         if not in_job() and workers * each > have.get(name, 0):

@@ -65,6 +65,12 @@ BENCHMARKS: dict[str, Program] = {
 }
 
 
+def check(config: Benchmark, place: str) -> None:
+    """Raise ConfigError, naming `place`, for a benchmark that cannot be run."""
+    if config.kind not in BENCHMARKS:
+        raise unknown("kind of benchmark", config.kind, BENCHMARKS, place)
+
+
 def evaluate(config: Benchmark, seed: int, model: Model, place: str = "benchmark") -> Result:
     """Run a benchmark on a model. Raises ConfigError, naming `place`, for an unknown kind of benchmark."""
     if config.kind not in BENCHMARKS:

@@ -123,6 +123,13 @@ RULES: dict[str, Callable[..., bool]] = {
 }
 
 
+def check_rules(card: Card) -> None:
+    """Raise ConfigError for a rule that a card cannot name."""
+    for number, entry in enumerate(card.filters):
+        if entry.rule not in RULES:
+            raise unknown("filter rule", entry.rule, RULES, f"datasets/{card.name}.yaml: filters[{number}]")
+
+
 def judge(row: Row, card: Card) -> tuple[str, str] | None:
     """(reason, detail) why a row is dropped, None when it is kept.
 

@@ -14,6 +14,9 @@ from unifork.errors import ConfigError, unknown
 from unifork.shapes.language import class_name, conversations, crop_caption, full_caption
 from unifork.shapes.world import SINGLE_KINDS, SPLITS, Draws, Split, draw, scene
 
+WORLD_VERSION = 1
+"""Raise when the same options and seed would give other rows."""
+
 Scenes = Literal["all", "single"]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, NoReturn
 
+from unifork.config import Card
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.shapes import world_rows
 from unifork.sources import emoji, imagenet, listed, pairs, url_lists
@@ -44,6 +45,13 @@ def plan(kind: str, options: Options, rows: int | None, shard_rows: int, seed: i
     except (ConfigError, DataError) as error:
         raise type(error)(f"{place}: {error}{where}") from None
     return tasks
+
+
+def source_of(card: Card) -> tuple[Source, Options]:
+    """The kind of a card's source, and its options. Raises ConfigError."""
+    if card.source.kind not in SOURCES:
+        raise unknown("kind of source", card.source.kind, SOURCES, f"datasets/{card.name}.yaml: source.kind")
+    return SOURCES[card.source.kind], card.source.options
 
 
 def rows_of(task: Task) -> Iterator[Row | Fault]:
