@@ -15,8 +15,8 @@ import torch
 
 from unifork.batch import Document
 from unifork.config import Sampling, parse
-from unifork.documents.mixture import skeleton, template_named
-from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Piece, question, written
+from unifork.documents.mixture import skeleton
+from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Piece, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.models.generation import answer_texts, generate_images

@@ -24,6 +24,7 @@ from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.architecture import describe
+from unifork.layout import Layout
 from unifork.models.layer_plan import BRANCHES, KINDS, LayerPlan, RouteBy
 from unifork.models.routing import Route, batch_routes
 from unifork.shards.manifest import MANIFEST
@@ -106,15 +107,17 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int) -> 
     layers = LayerPlan.parse(architecture.plan, architecture.backbone.get("num_hidden_layers"))
     tokenizer = TextTokenizer(_there(root / "tokenizers" / "text", "dvc repro text_tokenizer"))
     identity = _identity(_there(root / "tokenizers" / "image", "dvc repro image_tokenizer"))
-    codes = root / "data" / "codes"
+    layout = Layout(root)
     for name, track in chosen.tracks.items():
         if step >= track.steps:
             raise ConfigError(f"--step {step}: track {name} of {stage} has the steps 0 to {track.steps - 1}")
         for entry in track.mixture:
-            _there(codes / entry.dataset / VIEW_OF_TASK[entry.task] / MANIFEST, f"dvc repro encode@{entry.dataset}")
+            _there(
+                layout.codes / entry.dataset / VIEW_OF_TASK[entry.task] / MANIFEST, f"dvc repro encode@{entry.dataset}"
+            )
         quarantine = Quarantine()
         loader = TrackLoader(
-            name, track, codes, tokenizer, identity,
+            name, track, layout, tokenizer, identity,
             seed=chosen.seed, context=chosen.context, row_tokens=resources.row_tokens,
             rows_per_microbatch=resources.rows_per_microbatch, quarantine=quarantine,
         )  # fmt: skip

@@ -25,8 +25,7 @@ from pydantic import PositiveInt
 
 from unifork.config import Card, Experiment, ImageTokenizerConfig, MixtureEntry, Track, Variant
 from unifork.config.base import Fraction01, Plain
-from unifork.documents.mixture import template_named
-from unifork.documents.prompts import SYSTEM, Template
+from unifork.documents.prompts import SYSTEM, Template, template_named
 from unifork.errors import ConfigError, unknown
 from unifork.models.modeling import UniForkModel
 from unifork.models.parameters import paper_counts, parts, tasks_of, with_head

@@ -6,6 +6,12 @@ written anywhere in the project.
 
 from typing import Literal, get_args
 
+VOCABULARY_VERSION = 1
+"""Raise when a name or a view below stands for something else: everything is made again.
+
+Constants like this one stand beside the code they cover (`tests/versions.py` says which files) and are part of the
+fingerprints of what it makes; DVC reads them as parameters of the stages that run it."""
+
 Task = Literal["understanding", "generation"]
 TASKS: tuple[Task, ...] = get_args(Task)
 """The order is fixed: it is the branch number of a task route, and the layout of packed rows."""

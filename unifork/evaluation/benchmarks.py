@@ -17,6 +17,9 @@ from unifork.shapes import understanding as understanding_shapes
 from unifork.shapes.generation import Painter
 from unifork.shapes.understanding import Answerer
 
+EVALUATE_VERSION = 1
+"""Raise when the same model would get other scores: sampling, answering, scoring."""
+
 
 @dataclass(frozen=True)
 class Model:

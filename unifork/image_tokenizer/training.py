@@ -37,6 +37,8 @@ from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.pixels import to_bytes, to_tensor
 from unifork.image_tokenizer.quantizer import commitment_loss, residual_codes
 
+TOKENIZER_VERSION = 1
+"""Raise when the same images, or the same imported files, would give another tokenizer."""
 REFILL_UNTIL = 0.7
 """Share of the steps after which unused rows stay where they are."""
 DECODER_ALONE_FROM = 0.85

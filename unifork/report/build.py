@@ -25,6 +25,8 @@ from unifork.report.plots import Plot, score_plot, training_plots, whole_line, w
 from unifork.report.reading import Same
 from unifork.report.surroundings import surroundings
 
+REPORT_VERSION = 1
+"""Raise when the same experiment should be shown otherwise."""
 HEADLINES = {
     ("shapes-generation", "overall"): "Pictures from text, mean of the six kinds",
     ("shapes-generation", "single_object"): "Pictures from text, single object",
