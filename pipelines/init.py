@@ -3,10 +3,10 @@
 import shutil
 
 from pipelines.common import IMAGE_TOKENIZER, MODELS, TEXT_TOKENIZER, experiment, program
-from unifork import inference
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import unknown
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
 from unifork.models.warm_start import create_model
 
 
@@ -28,8 +28,8 @@ def main(name: str) -> None:
     folder = MODELS / f"{name}-init"
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
-    shutil.copytree(IMAGE_TOKENIZER, folder / inference.IMAGE_TOKENIZER)
-    shutil.copytree(TEXT_TOKENIZER, folder / inference.TEXT_TOKENIZER)
+    shutil.copytree(IMAGE_TOKENIZER, folder / MODEL_IMAGE_TOKENIZER)
+    shutil.copytree(TEXT_TOKENIZER, folder / MODEL_TEXT_TOKENIZER)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}: {variant.plan}, {count / 1e6:.2f} M parameters -> {folder}")
 

@@ -31,16 +31,20 @@ ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example
 
 @app.command()
 def use(
-    name: Annotated[str, typer.Argument(help="experiment, a file of experiments/")],
+    name: Annotated[str | None, typer.Argument(help="experiment, a file of experiments/; none lists them")] = None,
     force: Annotated[bool, typer.Option(help="overwrite edits made by hand")] = False,
 ) -> None:
     """Write params.yaml from experiments/NAME.yaml; `dvc repro` then runs it."""
     from unifork import experiments
     from unifork.config import load_card
 
+    if name is None:
+        for known, about in experiments.names().items():
+            print(f"{known:16} {about}")
+        return
     experiment = experiments.use(name, force)
     for dataset, taken in experiment.datasets.items():
-        if not Path(taken.follows.source).exists():
+        if taken.follows and not Path(taken.follows.source).exists():
             access = load_card(dataset).source.options.get("access", "see its card")
             print(f"{taken.follows.source} is not there yet, for {dataset}: {access}")
     print(f"params.yaml: {name}, data sets {', '.join(experiment.datasets)}, runs {', '.join(experiment.runs)}")

@@ -362,5 +362,5 @@ def test_what_variables_hold_reaches_no_file_and_no_message(at, monkeypatch, cap
 def test_options_are_checked_and_missing_files_say_where_they_are(at):
     with pytest.raises(ConfigError, match=r"card sample: .*nowhere.*no such file.*Where it is: ask the makers"):
         download(card_of("pairs", {"files": "nowhere", "access": "ask the makers"}, ["caption"]), at / "raw")
-    with pytest.raises(ConfigError, match=r"card sample: source\.options: file: Extra inputs"):
+    with pytest.raises(ConfigError, match=r"card sample: source\.options: .*unknown key .file."):
         download(card_of("pairs", {"files": ".", "file": "x"}, ["caption"]), at / "raw")

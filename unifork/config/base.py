@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, unknown
 
+UNKNOWN_KEY = "unknown_key"
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -17,6 +19,14 @@ class Plain(BaseModel):
     """Base of every configuration: plain data, frozen, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, plain: Any) -> Any:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if isinstance(plain, dict) and (wrong := plain.keys() - known):
+            raise PydanticCustomError(UNKNOWN_KEY, "unknown keys", {"keys": sorted(map(str, wrong)), "known": known})
+        return plain
 
     def fingerprint(self) -> str:
         """A short hash of all values, stable across processes and machines."""
@@ -52,8 +62,12 @@ def parse(model: type[Config], plain: Any, place: str) -> Config:
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or '(top)'}: {fault['msg']} (got {fault['input']!r:.80})"
-            for fault in error.errors()
-        )
-        raise ConfigError(f"{place}: {faults}") from None
+        raise ConfigError(f"{place}: {'; '.join(one for fault in error.errors() for one in _said(fault))}") from None
+
+
+def _said(fault: ErrorDetails) -> list[str]:
+    """A fault in one line, or several unknown keys in one each."""
+    place = ".".join(map(str, fault["loc"])) or "(top)"
+    if fault["type"] == UNKNOWN_KEY:
+        return [str(unknown("key", key, fault["ctx"]["known"], place)) for key in fault["ctx"]["keys"]]
+    return [f"{place}: {fault['msg']} (got {fault['input']!r:.80})"]

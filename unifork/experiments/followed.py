@@ -16,14 +16,19 @@ ELSEWHERE = re.compile(r"[~$]")
 
 
 def followed(card: Card, place: str) -> Followed:
-    """What the stages of a data set depend on beside its card. Raises ConfigError where files lie too far apart."""
+    """What the stages of a data set depend on beside its card, which is `place`.
+
+    Raises ConfigError where files lie too far apart.
+    """
     source = SOURCES.get(card.source.kind)
     named = [card.source.options[name] for name in (source.paths if source else ()) if name in card.source.options]
     lists = [rule.options[name] for rule in card.filters for name in LIST_OPTIONS if name in rule.options]
-    known = {"source": _folder(named, f"{place}: source"), "lists": _folder(lists, f"{place}: filters")}
-    if any(rule.options.get("against") for rule in card.filters):
-        known["others"] = "data/raw"
-    return Followed(**{name: path for name, path in known.items() if path})
+    compared = any(rule.options.get("against") for rule in card.filters)
+    return Followed(
+        source=_folder(named, f"{place}: source") or place,
+        lists=_folder(lists, f"{place}: filters") or place,
+        others="data/raw" if compared else place,
+    )
 
 
 def _folder(texts: Iterable[str], place: str) -> str:
