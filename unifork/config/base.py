@@ -24,7 +24,8 @@ class Plain(BaseModel):
     @classmethod
     def _keys_are_known(cls, plain: Any) -> Any:
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        if isinstance(plain, dict) and (wrong := plain.keys() - known):
+        strict = isinstance(plain, dict) and cls.model_config["extra"] == "forbid"
+        if strict and (wrong := plain.keys() - known):
             raise PydanticCustomError(UNKNOWN_KEY, "unknown keys", {"keys": sorted(map(str, wrong)), "known": known})
         return plain
 
