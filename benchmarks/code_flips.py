@@ -22,8 +22,7 @@ from timing import machine, table
 from torch import Tensor
 
 from unifork.image_tokenizer.code_encoder import DTYPES
-from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.pixels import to_tensor
+from unifork.image_tokenizer.model import ImageTokenizer, to_tensor
 from unifork.image_tokenizer.views import view_of
 
 BATCHES = (1, 8, 32)

@@ -30,9 +30,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from unifork.cluster import run_jobs
 from unifork.config import Card, WebAccess
-from unifork.shards.job import run_hops
-from unifork.sources.web.download import Download, web_hop
+from unifork.sources.download import download_job
+from unifork.sources.web.download import WEB_VERSION, Download
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 9)]
 THREADS = 8 * len(HOSTS)
@@ -68,7 +69,7 @@ def serve(ready: Connection) -> None:
 
 
 def ours(urls: list[str], folder: Path) -> int:
-    """The download hop, from table to shard and manifest."""
+    """The download stage, from table to shard and manifest."""
     pq.write_table(pa.table({"URL": urls, "TEXT": ["text"] * len(urls)}), folder / "list.parquet")
     options = {"files": str(folder / "list.parquet"), "fetch": {"allow_addresses": ["127.0.0.0/8"]}}
     card = Card.model_validate(
@@ -76,9 +77,8 @@ def ours(urls: list[str], folder: Path) -> int:
         | {"source": {"kind": "url_list", "options": options}}
         | {"tasks": {"generation": {"view": "crop", "texts": ["caption"]}}}
     )
-    worker = Download(card.model_dump(mode="json"), WebAccess(threads=THREADS).model_dump(mode="json"), 8)
-    hop = web_hop(card, None, len(urls), folder / "out")
-    return run_hops([hop], lambda tasks, on_result: [on_result(worker(task)) for task in tasks])[0].rows
+    job = download_job(card, None, len(urls), 0, folder / "out", WEB_VERSION)
+    return run_jobs([job], Download, card, WebAccess(threads=THREADS), 1)[0].rows
 
 
 def img2dataset(urls: list[str], folder: Path) -> int:

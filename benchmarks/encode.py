@@ -13,7 +13,7 @@ import argparse
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,11 +24,10 @@ from timing import Meter, interval, machine, ratio, table
 
 from unifork.cluster import local_ray, map_shards
 from unifork.config import Cluster, HopResources
-from unifork.image_tokenizer.encode import Encode, encode_hop
-from unifork.shards.job import run_hops
+from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.shards.manifest import MANIFEST
+from unifork.shards.task import ShardResult, ShardTask
 
-Task = dict[str, Any]
 SIZE, SIDE = 64, 128
 _worker: list[Encode] = []
 
@@ -38,30 +37,27 @@ def make_worker(*arguments: Any) -> None:
     _worker.append(Encode(*arguments))
 
 
-def call_worker(task: Task) -> Task:
+def call_worker(task: ShardTask) -> ShardResult:
     """In a process of the pool."""
     return _worker[0](task)
 
 
-def with_ray(workers: int, arguments: tuple[Any, ...], tasks: list[Task], on_result: Callable[[Task], None]) -> None:
+def with_ray(workers: int, arguments: tuple[Any, ...], tasks: list[ShardTask]) -> Iterator[ShardResult]:
     """As the stage does it."""
-    map_shards(tasks, Encode, arguments, HopResources(workers=workers, cpus=1), on_result)
+    return map_shards(tasks, Encode, arguments, HopResources(workers=workers, cpus=1))
 
 
-def with_pool(workers: int, arguments: tuple[Any, ...], tasks: list[Task], on_result: Callable[[Task], None]) -> None:
+def with_pool(workers: int, arguments: tuple[Any, ...], tasks: list[ShardTask]) -> Iterator[ShardResult]:
     """The least that works in several processes."""
     with multiprocessing.get_context("spawn").Pool(workers, make_worker, arguments) as pool:
-        for result in pool.imap_unordered(call_worker, tasks):
-            on_result(result)
+        yield from pool.imap_unordered(call_worker, tasks)
         pool.close()
         pool.join()
 
 
-def bare(arguments: tuple[Any, ...], tasks: list[Task], on_result: Callable[[Task], None]) -> None:
+def bare(arguments: tuple[Any, ...], tasks: list[ShardTask]) -> Iterator[ShardResult]:
     """One after the other, here."""
-    worker = Encode(*arguments)
-    for task in tasks:
-        on_result(worker(task))
+    return map(Encode(*arguments), tasks)
 
 
 def main() -> None:
@@ -78,7 +74,7 @@ def main() -> None:
         tokenizer = untrained(root / "tokenizer", SIZE, width=128, layers=5)
         filtered_shards(root / "filtered", given.pictures, given.shard_rows, SIDE)
         filtered_shards(root / "few", workers, 1, SIDE)
-        arguments = (card.model_dump(mode="json"), str(tokenizer), "cpu")
+        arguments = (card, tokenizer, "cpu")
         ways = {
             "bare loop": partial(bare, arguments),
             "pool": partial(with_pool, workers, arguments),
@@ -87,9 +83,11 @@ def main() -> None:
 
         def measured(way: str, source: str) -> tuple[float, float, bytes]:
             with tempfile.TemporaryDirectory(dir=root) as folder, Meter() as used:
-                hop = encode_hop(card, "generation", root / source, Path(folder) / "codes", tokenizer)
-                run_hops([hop], ways[way])
-                manifest = (hop.folder / MANIFEST).read_bytes()
+                job = encode_job(card, "generation", root / source, Path(folder) / "codes", tokenizer)
+                for result in ways[way](job.missing()):
+                    job.add(result)
+                job.finish()
+                manifest = (job.folder / MANIFEST).read_bytes()
             return used.cpu, used.wall, manifest
 
         cpu: dict[str, list[float]] = {way: [] for way in ways}

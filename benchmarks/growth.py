@@ -22,12 +22,14 @@ from typing import Any
 from samples import shapes_card, untrained
 from timing import Meter, in_a_new_process, machine, table
 
-from unifork.cluster import local_ray, map_shards
+from unifork.cluster import run_jobs
 from unifork.config import Cluster, HopResources
-from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
-from unifork.image_tokenizer.encode import Encode, encode_hop
-from unifork.publish.publication import Layout, build
-from unifork.shards.job import Hop, run_hops
+from unifork.filters.worker import Filter, filter_job
+from unifork.image_tokenizer.encode import Encode, encode_job
+from unifork.layout import Layout
+from unifork.publish.publication import build
+from unifork.shards.job import ShardJob
+from unifork.sources.download import Materialise, download_job
 
 SHARD_ROWS = 1000
 PAPER_IMAGES = 90_000_000
@@ -35,38 +37,38 @@ PAPER_CODES = 576 * 4
 """Codes of a picture of the paper's tokenizer, two bytes each."""
 
 
-def in_hops(hops: list[Hop], worker: type, *arguments: object, workers: int = 0) -> None:
-    """As the stages run them."""
-    resources = HopResources(workers=workers, cpus=1)
-    with local_ray(Cluster(name="growth", cpus=max(1, workers)), needed=workers > 0):
-        run_hops(hops, lambda tasks, on_result: map_shards(tasks, worker, arguments, resources, on_result))
+def as_stages_do(jobs: list[ShardJob], worker: type, *arguments: object, workers: int = 0) -> None:
+    """Run jobs over shards."""
+    resources = {"growth": HopResources(workers=workers, cpus=1)}
+    cluster = Cluster(name="growth", cpus=max(1, workers), hops=resources)
+    run_jobs(jobs, worker, *arguments, cluster=cluster, step="growth")
 
 
 def download(layout: Layout, rows: int) -> None:
     """Draw the pictures."""
     card = shapes_card()
-    hop = download_hop(card, rows, SHARD_ROWS, 0, layout.folder("raw", card.name))
-    in_hops([hop], Materialise, card.model_dump(mode="json"))
+    job = download_job(card, rows, SHARD_ROWS, 0, layout.raw(card.name))
+    as_stages_do([job], Materialise, card)
 
 
 def sift(layout: Layout, _: int) -> None:
     """Keep what the card keeps."""
     card = shapes_card()
-    hop = filter_hop(card, layout.folder("raw", card.name), layout.folder("filtered", card.name))
-    in_hops([hop], Filter, card.model_dump(mode="json"))
+    job = filter_job(card, layout.raw(card.name), layout.filtered(card.name))
+    as_stages_do([job], Filter, card)
 
 
 def encode(layout: Layout, _: int) -> None:
     """Both views on two actors."""
     card, tokenizer = shapes_card(), layout.root / "tokenizer"
-    source, codes = layout.folder("filtered", card.name), layout.folder("codes", card.name)
-    hops = [encode_hop(card, task, source, codes / use.view, tokenizer) for task, use in card.tasks.items()]
-    in_hops(hops, Encode, card.model_dump(mode="json"), str(tokenizer), "cpu", workers=2)
+    source, codes = layout.filtered(card.name), layout.codes / card.name
+    jobs = [encode_job(card, task, source, codes / use.view, tokenizer) for task, use in card.tasks.items()]
+    as_stages_do(jobs, Encode, card, tokenizer, "cpu", workers=2)
 
 
 def publish(layout: Layout, _: int) -> None:
     """Into a folder."""
-    build("shapes", layout, layout.folder("published", "shapes"), None, lambda _: None)
+    build("shapes", layout, layout.published("shapes"), None)
 
 
 HOPS: dict[str, tuple[str, Callable[[Layout, int], None]]] = {

@@ -19,11 +19,11 @@ from unifork.config import MixtureEntry, OptimizerConfig, Track, load_card
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer, train_text_tokenizer
-from unifork.filters.worker import table_of
 from unifork.layout import Layout
-from unifork.shards.job import write_shard
-from unifork.shards.manifest import Manifest, Shard, write_manifest
+from unifork.shards.job import table_of, write_shard
+from unifork.shards.manifest import Manifest, write_manifest
 from unifork.shards.schema import codes_schema, columns_of
+from unifork.shards.task import ShardTask
 
 GRID, DEPTH, CODES = 24, 4, 16_384
 WORDS = 40
@@ -48,8 +48,8 @@ def make_shards(root: Path, rows: int, shard_rows: int) -> TextTokenizer:
                 {"key": f"{first + n:08d}", text: texts[first + n], "codes": codes[n].tobytes()}
                 for n in range(shard_rows)
             ]
-            task_of_shard = {"output": str(folder / f"{first:08d}.parquet"), "inputs": "benchmark"}
-            shards.append(Shard(**write_shard(task_of_shard, table_of(plain, schema), {})["shard"]))
+            shard_task = ShardTask().placed(None, folder / f"{first:08d}.parquet", None, "benchmark")
+            shards.append(write_shard(shard_task, table_of(plain, schema), {}).shard)
         write_manifest(folder, Manifest(kind="codes", dataset="shapes", columns=columns_of(schema), shards=shards))
     return train_text_tokenizer(texts[:500], 2000, root / "text")
 

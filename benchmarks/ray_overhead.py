@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +22,18 @@ from samples import filtered_shards, jpegs, shapes_card, untrained
 from timing import machine, table
 from torch import Tensor
 
-from unifork.cluster import local_ray, map_shards
-from unifork.config import Cluster, HopResources
+from unifork.cluster import local_ray, run_jobs
+from unifork.config import Card, Cluster, HopResources
 from unifork.image_tokenizer.code_encoder import CodeEncoder
-from unifork.image_tokenizer.encode import BATCH_IMAGES, Encode, encode_hop
-from unifork.shards.job import run_hops
+from unifork.image_tokenizer.encode import BATCH_IMAGES, Encode, encode_job
+
+CLUSTER = Cluster(name="benchmark", cpus=1, hops={"encode": HopResources(workers=1, cpus=1)})
 
 
 class StandIn(Encode):
     """`Encode` with a network that sleeps and writes down when."""
 
-    def __init__(self, card: dict[str, Any], tokenizer: str, seconds: float, threads: int, log: str) -> None:
+    def __init__(self, card: Card, tokenizer: Path, seconds: float, threads: int, log: str) -> None:
         super().__init__(card, tokenizer, "cpu", threads)
         self.seconds, self.log = seconds, log
         for view in self.views.values():
@@ -74,7 +74,7 @@ def main() -> None:
     given = parser.parse_args()
     card, rows = shapes_card(), 4 * BATCH_IMAGES
     lines = []
-    with tempfile.TemporaryDirectory() as name, local_ray(Cluster(name="benchmark", cpus=1)):
+    with tempfile.TemporaryDirectory() as name, local_ray(CLUSTER):
         root = Path(name)
         tokenizer = untrained(root / "tokenizer", given.size, patch=16)
         for side in given.sides:
@@ -82,15 +82,10 @@ def main() -> None:
             decoding = decode_seconds(tokenizer, side)
             for milliseconds in given.milliseconds:
                 run, seconds = f"{side}-{milliseconds}", milliseconds / 1000
-                arguments = (card.model_dump(mode="json"), str(tokenizer), seconds, given.threads, str(root / run))
-                hop = encode_hop(card, "generation", root / f"filtered-{side}", root / f"codes-{run}", tokenizer)
+                arguments = (card, tokenizer, seconds, given.threads, str(root / run))
+                job = encode_job(card, "generation", root / f"filtered-{side}", root / f"codes-{run}", tokenizer)
                 began = time.time()
-                run_hops(
-                    [hop],
-                    lambda tasks, on_result, a=arguments: map_shards(  # type: ignore[misc]
-                        tasks, StandIn, a, HopResources(workers=1, cpus=1), on_result
-                    ),
-                )
+                run_jobs([job], StandIn, *arguments, cluster=CLUSTER, step="encode")
                 calls_B2 = np.loadtxt(root / run)
                 busy = (calls_B2[:, 1] - calls_B2[:, 0]).sum() / (calls_B2[-1, 1] - calls_B2[0, 0])
                 reachable = min(1.0, seconds * given.threads / decoding)

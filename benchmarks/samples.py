@@ -12,10 +12,11 @@ from unifork.config import Card, DecoderConfig, EncoderConfig, load_card
 from unifork.filters.worker import table_of
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.shapes.source import rows
+from unifork.shapes.source import world_rows
 from unifork.shards.job import write_shard
-from unifork.shards.manifest import Manifest, Shard, write_manifest
+from unifork.shards.manifest import Manifest, write_manifest
 from unifork.shards.schema import columns_of, image_text_schema
+from unifork.shards.task import ShardTask
 
 DIFFERENT = 64
 """Pictures that are made; longer lists repeat them."""
@@ -54,7 +55,7 @@ def untrained(directory: Path, size: int, patch: int = 8, width: int = 64, layer
 def jpegs(side: int) -> list[bytes]:
     """Scenes enlarged to a shorter side of `side` pixels under a grain, as JPEG of quality 90."""
     rng, out = np.random.default_rng(0), []
-    for row in rows(0, 0, DIFFERENT):
+    for row in world_rows(0, 0, DIFFERENT):
         picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
         scale = side / min(picture.size)
         large = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
@@ -76,7 +77,7 @@ def filtered_shards(folder: Path, count: int, shard_rows: int, side: int) -> Non
             | {"sha256": hashes[n % DIFFERENT], "license": card.licence, "caption": "a picture", "description": "one"}
             for n in range(first, min(first + shard_rows, count))
         ]
-        task = {"output": str(folder / f"part-{number:05d}.parquet"), "inputs": "benchmark"}
-        shards.append(Shard(**write_shard(task, table_of(plain, schema), {})["shard"]))
+        task = ShardTask().placed(None, folder / f"part-{number:05d}.parquet", None, "benchmark")
+        shards.append(write_shard(task, table_of(plain, schema), {}).shard)
     columns = columns_of(schema)
     write_manifest(folder, Manifest(kind="image-text", dataset=card.name, columns=columns, shards=tuple(shards)))

@@ -34,9 +34,9 @@ from torch._dynamo.utils import counters
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack
 from unifork.config import HeadConfig, OptimizerConfig, Variant
-from unifork.documents.packing import pack_step
+from unifork.documents.order import pack_step
+from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
-from unifork.models.sequences import VARLEN
 from unifork.models.warm_start import create_model
 from unifork.planning import Length, document_flops, peak_tflops
 from unifork.training.optimizer import make_optimizer

@@ -1,24 +1,30 @@
-"""Turn filtered pictures into RVQ codes, one folder per view, on one pool of actors. 1 shard : 1 shard per view.
+"""Turn filtered images into residual-VQ codes, one folder for each view. 1 image-text shard : 1 shard of each view.
 
-Decoding, views and the network run in the same actor: no picture travels between processes.
+Decoding, views and the network run in the same actor: no image travels between processes.
 """
 
-from pipelines.common import CODES, FILTERED, IMAGE_TOKENIZER, program, run
-from unifork.cluster import load_cluster
-from unifork.config import HopResources, load_card
-from unifork.image_tokenizer.encode import Encode, encode_hop
+from unifork.cluster import run_jobs
+from unifork.config import HopResources, load_card, load_cluster
+from unifork.image_tokenizer.encode import Encode, encode_job
+from unifork.jobs import program
+from unifork.layout import Layout
+
+LAYOUT = Layout()
 
 
 def main(name: str) -> None:
-    card = load_card(name)
-    resources = load_cluster().hops.get("encode", HopResources())
+    card, cluster = load_card(name), load_cluster()
+    resources = cluster.hops.get("encode", HopResources())
     device, threads = "cuda" if resources.gpus else "cpu", max(1, int(resources.cpus))
-    hops = [
-        encode_hop(card, task, FILTERED / name, CODES / name / use.view, IMAGE_TOKENIZER)
+    tokenizer = LAYOUT.image_tokenizer.absolute()
+    jobs = [
+        encode_job(card, task, LAYOUT.filtered(name), LAYOUT.codes / name / use.view, tokenizer)
         for task, use in card.tasks.items()
     ]
-    run("encode", hops, Encode, card.model_dump(mode="json"), str(IMAGE_TOKENIZER.absolute()), device, threads)
+    manifests = run_jobs(jobs, Encode, card, tokenizer, device, threads, cluster=cluster, step="encode")
+    for job, manifest in zip(jobs, manifests, strict=True):
+        print(manifest.summary(job.folder))
 
 
 if __name__ == "__main__":
-    program("pipelines.encode", lambda name: CODES / name, main, "data set, a card in datasets/")
+    program(lambda name: LAYOUT.codes / name, main, "data set, a card in datasets/")

@@ -1,35 +1,30 @@
 """Everything the experiment left behind, on one page that opens offline: reports/<experiment>/index.html."""
 
 import time
+from functools import partial
 from pathlib import Path
 
-from pipelines.common import CODES, FILTERED, IMAGE_TOKENIZER, MODELS, RAW, REPORTS, RUNS, SCORES, experiment, program
-from unifork import inference
+from unifork.config import load_experiment
+from unifork.jobs import program
+from unifork.layout import Layout
 from unifork.report.build import build, loss_pictures
 from unifork.report.codec import load_codec
-from unifork.report.gather import Layout
 from unifork.shards.manifest import write_atomically
 
-CARDS = Path("datasets")
-
-
-def write(path: Path, data: bytes) -> None:
-    """Put a file into place, whole."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+LAYOUT = Layout()
 
 
 def main(_: str) -> None:
     started = time.monotonic()
-    params = experiment()
-    companion = inference.IMAGE_TOKENIZER
-    layout = Layout(CARDS, RAW, FILTERED, CODES, IMAGE_TOKENIZER, MODELS, RUNS, SCORES, companion)
-    page = build(params, layout, load_codec)
-    path = REPORTS / params.name / "index.html"
-    write(path, page.encode())
-    for name, picture in loss_pictures(params, layout).items():
-        write(path.with_name("losses") / f"{name}.png", picture)
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB in {time.monotonic() - started:.1f} s", flush=True)
+    params = load_experiment()
+    folder = LAYOUT.report(params.name)
+    files = {"index.html": build(params, LAYOUT, load_codec).encode()}
+    files |= {f"losses/{name}.png": plot for name, plot in loss_pictures(params, LAYOUT).items()}
+    for name, data in files.items():
+        write_atomically(folder / name, partial(Path.write_bytes, data=data))
+    page = folder / "index.html"
+    print(f"{page}: {page.stat().st_size / 1e6:.2f} MB in {time.monotonic() - started:.1f} s", flush=True)
 
 
-if __name__ == "__main__":
-    program("pipelines.report", lambda _: REPORTS / experiment().name, main, None)
+if __name__ == "__main__":  # the name of the experiment is not known before `main` runs
+    program(lambda _: LAYOUT.reports, main)

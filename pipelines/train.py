@@ -2,15 +2,19 @@
 
 import os
 
-from pipelines.common import MODELS, experiment, program
-from unifork.cluster import load_cluster, local_ray
+from unifork.cluster import local_ray
+from unifork.config import load_cluster, load_experiment
 from unifork.errors import unknown
+from unifork.jobs import program
+from unifork.layout import Layout
 from unifork.training.launch import launch
 from unifork.training.stage import StageJob
 
+LAYOUT = Layout()
+
 
 def main(name: str) -> None:
-    params, cluster = experiment(), load_cluster()
+    params, cluster = load_experiment(), load_cluster()
     if name not in params.runs:
         raise unknown("run", name, params.runs, "params.yaml: runs")
     resources = cluster.for_stage(params.runs[name].stage)
@@ -19,4 +23,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    program("pipelines.train", lambda name: MODELS / name, main, "run, <variant>-<stage>")
+    program(LAYOUT.model, main, "run, <variant>-<stage>")

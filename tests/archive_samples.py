@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from PIL import Image
+from tiny import run_here
 
 from unifork.config import Card
-from unifork.filters.worker import QUARANTINE, Filter, Materialise, download_hop, filter_hop
-from unifork.shards.job import run_hops
+from unifork.filters.worker import Filter, filter_job
+from unifork.shards.job import QUARANTINE
+from unifork.sources.download import Materialise, download_job
 
-IMAGES = Path(__file__).parent.parent / "fixtures/official_tiny/images"
+IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"
 PNG = {path.stem: path.read_bytes() for path in sorted(IMAGES.glob("img*.png"))}
 
 
@@ -60,10 +62,6 @@ def card_of(kind: str, options: dict, texts: list[str], **more) -> Card:
     return Card.model_validate({**plain, **more})
 
 
-def here(worker):
-    return lambda tasks, on_result: [on_result(worker(task)) for task in tasks]
-
-
 class Made:
     """What a hop left: rows by key, rejects as key -> reason, its manifest."""
 
@@ -86,12 +84,12 @@ class Made:
 
 
 def download(card: Card, folder: Path, rows: int | None = None, shard_rows: int = 2) -> Made:
-    hop = download_hop(card, rows, shard_rows, 0, folder)
-    (manifest,) = run_hops([hop], here(Materialise(card.model_dump(mode="json"))))
+    job = download_job(card, rows, shard_rows, 0, folder)
+    (manifest,) = run_here([job], Materialise(card))
     return Made(folder, manifest)
 
 
 def filtered(card: Card, raw: Path, folder: Path, twins=None) -> Made:
-    hop = filter_hop(card, raw, folder, twins)
-    (manifest,) = run_hops([hop], here(Filter(card.model_dump(mode="json"))))
+    job = filter_job(card, raw, folder, twins)
+    (manifest,) = run_here([job], Filter(card))
     return Made(folder, manifest)

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from unifork.config import Card
+from unifork.shards.task import ShardTask
+
 LIBRARY = ["sources.web.download", "image_tokenizer.encode", "cli", "publish.publication"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "pandas", "pipelines.common", *(f"unifork.{name}" for name in LIBRARY)])
+SERVER.set_forkserver_preload(["pytest", "pandas", "pipelines.download", *(f"unifork.{name}" for name in LIBRARY)])
 
 SHARD, RECORD, MANIFEST = r"-00001\b.*\.parquet(\.tmp-\w+)?$", r"-00001\b.*\.parquet\.done$", r"^manifest\.json$"
 
@@ -107,7 +110,7 @@ def _timed(seconds: float, work, *args) -> None:
     work(*args)
 
 
-def shard(worker_class: type, card: dict, task: dict) -> None:
+def shard(worker_class: type, card: Card, task: ShardTask) -> None:
     """Make one shard."""
     worker_class(card)(task)
 

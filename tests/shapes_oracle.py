@@ -8,7 +8,24 @@ from unifork.documents.prompts import INSTRUCTION
 from unifork.shapes.detector import detect
 from unifork.shapes.language import full_caption
 from unifork.shapes.words import NUMBERS, noun
-from unifork.shapes.world import CELL, COLORS, RELATIONS, SHAPES, SIZE, Object, Scene, draw, relation
+from unifork.shapes.world import (
+    CELL,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    Object,
+    Scene,
+    crop_objects,
+    draw,
+    held_out,
+    relation,
+)
+
+
+def is_held_out(scene):
+    """Whether the picture or its centre crop shows a composition that training never shows."""
+    return held_out(scene.objects) or held_out(crop_objects(scene))
 
 
 def answer(pictures, questions):

@@ -1,6 +1,7 @@
 """`dvc.yaml` tells DVC what each program reads: the versions of its code, its parameters, its folders."""
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,15 @@ from unifork.experiments.followed import followed
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 IMPORTED_BY_NAME = {
-    "unifork/sources/__init__.py": ["unifork/sources/*.py", "unifork/shapes/source.py"],
-    "unifork/evaluation/benchmarks.py": ["unifork/evaluation/*/*.py", "unifork/shapes/*.py"],
+    "pipelines/download.py": ["unifork/sources/*.py", "unifork/shapes/source.py"],
+    "pipelines/image_tokenizer.py": ["unifork/image_tokenizer/readers.py", "unifork/shapes/detector.py"],
+    "pipelines/evaluate.py": [
+        "unifork/evaluation/*/*.py",
+        "unifork/shapes/generation.py",
+        "unifork/shapes/understanding.py",
+    ],
 }
-"""What a file imports only when a card or an experiment names it."""
+"""What a program imports only when a card or an experiment names it; tables of names import nothing by themselves."""
 
 
 def stage(name: str) -> dict:
@@ -134,3 +140,22 @@ def test_one_folder_is_followed_or_none(options, found):
             followed(card, "sa1b")
     else:
         assert followed(card, "sa1b").source == found
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"source": {"kind": "emojis"}}, r"card emoji: source\.kind: .*Did you mean 'emoji'"),
+        ({"source": {"kind": "emoji", "options": {"file": "x"}}}, r"card emoji: source\.options: unknown key"),
+        (
+            {"filters": [{"rule": "min_side", "options": {"pixel": 48}}]},
+            r"card emoji: filters\[0\]\.options: .*'pixels'",
+        ),
+    ],
+)
+def test_a_wrong_card_is_an_error_before_anything_runs(tmp_path, changed, found):
+    shutil.copytree(ROOT / "datasets", tmp_path / "datasets")
+    card = yaml.safe_load((ROOT / "datasets/emoji.yaml").read_text())
+    (tmp_path / "datasets/emoji.yaml").write_text(yaml.safe_dump({**card, **changed}))
+    with pytest.raises(ConfigError, match=found):
+        resolve("demo", ROOT / "experiments", tmp_path / "datasets")

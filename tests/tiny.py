@@ -12,13 +12,13 @@ import yaml
 from unifork.config import Experiment, load, load_card
 from unifork.documents.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.experiments import params_text, resolve
-from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
+from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.architecture import Architecture
-from unifork.image_tokenizer.encode import Encode, encode_hop
+from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.training import save_whole
 from unifork.models.warm_start import create_model
-from unifork.shards.job import run_hops
+from unifork.sources.download import Materialise, download_job
 
 REPOSITORY = Path(__file__).parent.parent
 ROWS, SHARD_ROWS = 96, 32
@@ -27,9 +27,12 @@ CHANGES = {
 }
 
 
-def here(worker):
-    """A `map_tasks` that works in this process."""
-    return lambda tasks, on_result: [on_result(worker(task)) for task in tasks]
+def run_here(jobs, worker):
+    """Jobs over shards, done by one worker in this process; their manifests."""
+    for job in jobs:
+        for task in job.missing():
+            job.add(worker(task))
+    return [job.finish() for job in jobs]
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -70,19 +73,18 @@ def build(root: Path, changes: dict | None = None) -> Path:
     """Raw, filtered and coded shards, tokenizers and a fresh model below `root`."""
     experiment = write_experiment(root, changes)
     card = load_card("shapes", root / "datasets")
-    plain = card.model_dump(mode="json")
     raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
     use = experiment.datasets["shapes"]
-    run_hops([download_hop(card, use.rows, use.shard_rows, 0, raw)], here(Materialise(plain)))
-    run_hops([filter_hop(card, raw, filtered)], here(Filter(plain)))
+    run_here([download_job(card, use.rows, use.shard_rows, 0, raw)], Materialise(card))
+    run_here([filter_job(card, raw, filtered)], Filter(card))
     pictures = fresh_tokenizer(experiment, root / "tokenizers/image")
     text = train_text_tokenizer(
         texts_of(filtered, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
     )
     tokenizer = root / "tokenizers/image"
     codes = root / "data/codes/shapes"
-    hops = [encode_hop(card, task, filtered, codes / use.view, tokenizer) for task, use in card.tasks.items()]
-    run_hops(hops, here(Encode(plain, str(tokenizer), "cpu")))
+    jobs = [encode_job(card, task, filtered, codes / use.view, tokenizer) for task, use in card.tasks.items()]
+    run_here(jobs, Encode(card, tokenizer, "cpu"))
     write_model(experiment, pictures, text, root / "models/unifork-init", root)
     return root
 

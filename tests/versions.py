@@ -21,7 +21,7 @@ def within(folder: str, *names: str) -> list[str]:
 
 
 TOKENIZER = "unifork/image_tokenizer"
-NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "pixels", "quantizer", "views")
+NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "quantizer", "views")
 """Images to codes."""
 SHARDS = within("unifork/shards", "schema")
 
@@ -29,12 +29,15 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "VOCABULARY_VERSION": ("unifork/vocabulary.py", ["unifork/randomness.py"]),
     "DOWNLOAD_VERSION": (
         "unifork/sources/download.py",
-        ["unifork/sources/*.py", "unifork/shards/dialogues.py", *SHARDS, "pipelines/download.py"],
+        ["unifork/sources/*.*", "unifork/shards/dialogues.py", *SHARDS, "pipelines/download.py"],
     ),
     "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.py", "pipelines/download.py"]),
     "WORLD_VERSION": (
         "unifork/shapes/source.py",
-        within("unifork/shapes", "__init__", "detector", "language", "questions", "words", "world"),
+        [
+            *within("unifork/shapes", "__init__", "detector", "language", "questions", "words", "world"),
+            "unifork/evaluation/generation/geneval.py",  # the clauses of its prompts
+        ],
     ),
     "FILTER_VERSION": (
         "unifork/filters/worker.py",
@@ -45,7 +48,9 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         f"{TOKENIZER}/training.py",
         [
             *NETWORK,
-            *within(TOKENIZER, "canaries", "codebook_training", "conversion", "decoder", "measures", "samples"),
+            *within(
+                TOKENIZER, "canaries", "codebook_training", "conversion", "decoder", "measures", "readers", "samples"
+            ),
             *within("unifork", "identity", "weights"),
             "pipelines/image_tokenizer.py",
         ],
@@ -74,7 +79,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         "unifork/training/stage.py",
         [
             *within("unifork/training", "checkpoint", "loop", "optimizer", "strategies", "watch", "zero"),
-            *within("unifork/documents", "loader", "order", "packing"),
+            *within("unifork/documents", "loader", "order"),
             *within("unifork", "batch", "inference"),  # a stage ends with samples
             "pipelines/train.py",
         ],
@@ -89,7 +94,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "pipelines/report.py"]),
-    "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.py"]),
+    "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
 }
 """Constant: the file it stands in, and what it covers besides."""
 
@@ -110,7 +115,6 @@ DECIDES_NOTHING = {
     "unifork/shards/task.py": "messages between driver and workers",
     "unifork/shards/job.py": "which shards are left to make; what is in one is its worker's affair",
     "unifork/image_tokenizer/__init__.py": "empty",
-    "unifork/image_tokenizer/official_export.py": "a command for people, compared bit for bit",
     "unifork/training/__init__.py": "empty",
     "unifork/training/launch.py": "where a stage runs",
     "unifork/training/history.py": "writes down what happened",

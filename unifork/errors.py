@@ -19,6 +19,10 @@ class DataError(UniForkError):
     """A shard, manifest or picture that is missing, damaged or of another kind than promised."""
 
 
+class MachineError(DataError):
+    """A disk that takes nothing more, a network that answers nothing: no other shard would fare better."""
+
+
 class IdentityError(UniForkError):
     """Codes, codebooks or encoders that do not belong together."""
 
@@ -27,12 +31,13 @@ class CheckpointError(UniForkError):
     """A checkpoint that is incomplete, damaged or belongs to another run."""
 
 
-def unknown(what: str, name: str, known: Iterable[str], place: str) -> ConfigError:
+def unknown(what: str, name: str, known: Iterable[str], place: str = "") -> ConfigError:
     """The error for a name outside a fixed set, with the nearest known names first."""
+    where = f"{place}: " if place else ""
     names = sorted(known)
     near = get_close_matches(name, names, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return ConfigError(f"{place}: unknown {what} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.")
+    return ConfigError(f"{where}unknown {what} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.")
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -41,13 +46,13 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 @contextmanager
 def writing(path: os.PathLike[str] | str) -> Iterator[None]:
-    """Raise DataError, which names the place and the way on, where a disk takes nothing more."""
+    """Raise MachineError, which names the place and the way on, where a disk takes nothing more."""
     try:
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise DataError(
+        raise MachineError(
             f"{os.fspath(path)}: cannot be written: {os.strerror(error.errno)}. Make room or allow writing, then run "
             f"the same command again: what is finished stays"
         ) from None

@@ -16,17 +16,16 @@ from typing import Literal
 
 from rich.text import Text
 
-from unifork import jobs
 from unifork.batch import TEXT, Batch, Document
-from unifork.config import Cluster, Experiment, Track, load
+from unifork.config import Cluster, Experiment, Track, cluster_file, load
 from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.architecture import describe
 from unifork.layout import Layout
+from unifork.models.decoder import Route, batch_routes
 from unifork.models.layer_plan import BRANCHES, KINDS, LayerPlan, RouteBy
-from unifork.models.routing import Route, batch_routes
 from unifork.shards.manifest import MANIFEST
 from unifork.vocabulary import TASKS, VIEW_OF_TASK, Task
 
@@ -101,7 +100,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int) -> 
         raise unknown("variant", variant, params.variants, "params.yaml: variants")
     if stage not in params.variants[variant].stages:
         raise unknown("stage", stage, params.variants[variant].stages, f"params.yaml: variants.{variant}.stages")
-    chosen, resources = params.stages[stage], load(Cluster, root / jobs.cluster_file()).for_stage(stage)
+    chosen, resources = params.stages[stage], load(Cluster, root / cluster_file()).for_stage(stage)
     workers = max(resources.workers, 1)
     architecture = params.variants[variant]
     layers = LayerPlan.parse(architecture.plan, architecture.backbone.get("num_hidden_layers"))

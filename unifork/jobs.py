@@ -1,86 +1,109 @@
-"""One program as a job on a Ray cluster: ask the server in, send the code, follow the log, stop, check the outputs.
+"""A pipeline program: run here, or as a job on a Ray cluster whose log is followed and whose exit code is its own.
 
-In: the cluster's configuration and Ray's job client, made by `unifork.cluster.submit`; this file imports no Ray.
-Out: the exit code of the program itself, which `ray job submit` does not pass on (it exits 1 for every failure).
+In: the program's `main` and the cluster file. Out: an exit code: 0; 2 after a user's mistake, which is one line; 1 with
+a traceback after any other exception; that of the job, which `ray job submit` does not pass on (it exits 1 always).
 """
 
+# ruff: noqa: PLC0415  Ray is imported only by those who submit, after its environment is set
+
+import argparse
 import asyncio
 import importlib.util
-import json
+import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unifork.config import Cluster
+from unifork.config import CLUSTER, IN_JOB, ROOT, Cluster, cluster_file, in_job, load_cluster
 from unifork.errors import ConfigError, UniForkError
-
-CLUSTER = "UNIFORK_CLUSTER"
-"""Environment: path of the cluster file."""
-IN_JOB = "UNIFORK_IN_JOB"
-"""Environment: set in jobs that `unifork.cluster.submit` started."""
-ROOT = "UNIFORK_ROOT"
-"""Environment: the folder that holds the data, on storage that the cluster shares; programs work in it."""
+from unifork.processes import die_with_parent, exclusive
 
 
-def cluster_file() -> str:
-    """Path of the cluster file in use."""
-    return os.environ.get(CLUSTER) or "clusters/local.yaml"
+def program(output: Callable[[str], Path], main: Callable[[str], None], what: str | None = None) -> None:
+    """Run `main(name)` of the running module where the cluster file says, alone in its output folder. Ends the program.
 
-
-def knock(cluster: Cluster, address: str) -> dict[str, str]:
-    """The headers that the job server wants, none or a token; UniForkError when it is dead or refuses.
-
-    The server says itself whether it wants a token; Ray's client would go by the environment and fail.
+    what: what the one argument of the program names; None for a program without arguments. Nothing but the cluster
+    file is read before the program stands in the root of its experiment.
     """
-    place = f"cluster {cluster.name!r} ({address})"
-    status = _status(address, {}, place)
-    if status == 200:
-        return {}
-    token = _token()
-    if token is None:
-        raise ConfigError(
-            f"{place}: the job server wants a token and there is none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, "
-            "or copy the cluster's ~/.ray/auth_token here"
-        )
-    headers = {"Authorization": f"Bearer {token}"}
-    if _status(address, headers, place) != 200:
-        raise ConfigError(f"{place}: the job server refuses the token; `ray get-auth-token` there prints the right one")
-    return headers
+    module: str = main.__globals__["__spec__"].name
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=main.__globals__["__doc__"])
+    if what:
+        parser.add_argument("name", help=what)
+    name: str = getattr(parser.parse_args(), "name", "")
+
+    def alone() -> None:
+        with exclusive(output(name)):
+            main(name)
+
+    run_stage(alone, module, [name] if what else [], [output(name)])
 
 
-def _status(address: str, headers: dict[str, str], place: str) -> int:
-    """HTTP status of the job server's version page: 200, 401 or 403."""
+def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], outputs: Sequence[Path] = ()) -> None:
+    """Run a stage where the cluster file says: `main()` here, or `python -m module argv` as a job. Ends the program.
+
+    `outputs` are looked for after a job.
+    """
     try:
-        request = urllib.request.Request(f"{address}/api/version", headers=headers)
-        with urllib.request.urlopen(request, timeout=20) as page:
-            if "ray_version" in json.load(page):
-                return 200
-            reason = "the server there is not Ray's"
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return error.code
-        reason = f"HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        reason = str(getattr(error, "reason", error))
-    raise UniForkError(f"{place}: no Ray job server answers: {reason}. Is the cluster up, with `ray[default]`?")
+        sys.exit(_run_stage(main, module, argv, outputs))
+    except UniForkError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
-def _token() -> str | None:
-    """The token, from where Ray looks for it and in the same order."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.is_file() else None
+def _run_stage(main: Callable[[], None], module: str, argv: Sequence[str], outputs: Sequence[Path]) -> int:
+    if in_job():
+        die_with_parent()  # Ray stops drivers itself, but a head node that dies would leave them behind
+        try:
+            os.chdir(os.environ.get(ROOT) or ".")
+        except OSError as error:
+            raise ConfigError(f"{ROOT}: {error}; the cluster must share the storage of the data") from None
+        main()
+        return 0
+    cluster = load_cluster()
+    if cluster.address:
+        die_with_parent(signal.SIGTERM)  # which stops the job
+        code = asyncio.run(run_job(connect(cluster), cluster, module, argv))
+        if code == 0:
+            wait_for_outputs(outputs, cluster)
+        return code
+    die_with_parent()
+    main()
+    return 0
+
+
+def connect(cluster: Cluster) -> Any:
+    """Ray's client of the cluster's job server, with the token that Ray finds. UniForkError when it refuses or is dead.
+
+    Left to itself the client goes by the environment: by an address there, and by a mode that decides whether the token is sent.
+    """
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import requests
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    headers = AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    place = f"cluster {cluster.name!r} ({cluster.address})"
+    try:
+        return JobSubmissionClient(str(cluster.address), headers=headers)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"{place}: {str(error).splitlines()[0]}: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or copy the cluster's "
+            f"~/.ray/auth_token here; `ray get-auth-token` there prints it"
+        ) from None
+    except (OSError, RuntimeError, ValueError, KeyError, requests.RequestException) as error:
+        raise UniForkError(
+            f"{place}: no Ray job server answers: {error}. Is the cluster up, with `ray[default]`?"
+        ) from None
 
 
 async def run_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) -> int:
@@ -110,26 +133,36 @@ async def run_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str
 
 
 def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) -> str:
-    """Ship the code and start the program; the name of the job."""
+    """Ship the code, frozen as it is now, and start the program; the name of the job.
+
+    Everything else (params, cards, data, outputs) is read and written in the current folder, which the cluster must
+    see too, at `cluster.root` if not at the same path.
+    """
     environment = {
         IN_JOB: "1",
         ROOT: cluster.root or os.getcwd(),
         CLUSTER: os.path.relpath(cluster_file()),
         **cluster.runtime_env.get("env_vars", {}),
     }
-    with tempfile.TemporaryDirectory(prefix="unifork-job-") as folder:
-        for package in {"unifork", module.partition(".")[0]}:
-            spec = importlib.util.find_spec(package)
-            if spec is None or not spec.submodule_search_locations:
-                raise ConfigError(f"{module}: {package!r} is no package that could be sent to the cluster")
-            source = next(iter(spec.submodule_search_locations))
-            shutil.copytree(source, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
-        job: str = client.submit_job(
-            entrypoint=shlex.join([cluster.python or sys.executable, "-m", module, *argv]),
-            submission_id=f"{module.rpartition('.')[2]}-{uuid.uuid4().hex[:8]}",
-            runtime_env={"working_dir": folder, **cluster.runtime_env, "env_vars": environment},
-        )
+    packages = sorted({"unifork", module.partition(".")[0]})
+    job: str = client.submit_job(
+        entrypoint=shlex.join([cluster.python or sys.executable, "-m", module, *argv]),
+        submission_id=f"{module.rpartition('.')[2]}-{uuid.uuid4().hex[:8]}",
+        runtime_env={
+            "py_modules": [_folder_of(package, module) for package in packages],
+            "excludes": ["__pycache__"],
+            **cluster.runtime_env,
+            "env_vars": environment,
+        },
+    )
     return job
+
+
+def _folder_of(package: str, module: str) -> str:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{module}: {package!r} is no package that could be sent to the cluster")
+    return next(iter(spec.submodule_search_locations))
 
 
 async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
@@ -137,7 +170,7 @@ async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
 
     The log is one websocket. When that breaks, it is read again and what was printed is skipped.
     """
-    import aiohttp  # noqa: PLC0415  slow to import, and like the job client a part of ray[default]
+    import aiohttp
 
     printed, broken_since = 0, None
     while True:

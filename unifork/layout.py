@@ -12,6 +12,9 @@ MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER = "image_tokenizer", "text_tokenizer
 STAGE_OF_FOLDER = {"raw": "download", "filtered": "filter", "codes": "encode"}
 """Folder below `data`: the stage of `dvc.yaml` that writes it, one entry for each data set."""
 
+IN_A_STORE = ("raw", "filtered", "codes")
+"""Folders below `data` whose new shards go to the cluster's store. Signatures are read over and over and stay."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -97,6 +100,17 @@ class Layout:
         """Outputs and scores of an evaluation, `<variant>-<benchmark>`."""
         return self.root / "scores" / evaluation
 
+    @property
+    def reports(self) -> Path:
+        """The pages of all experiments."""
+        return self.root / "reports"
+
     def report(self, experiment: str) -> Path:
         """The page of an experiment."""
-        return self.root / "reports" / experiment
+        return self.reports / experiment
+
+    def in_store(self, store: str, folder: Path) -> str | None:
+        """Where in a store the shards of a folder go: `data/raw/x` to `<store>/raw/x`; None for one that stays here."""
+        if not any(folder.is_relative_to(self.data / name) for name in IN_A_STORE):
+            return None
+        return f"{store.rstrip('/')}/{folder.relative_to(self.data).as_posix()}"

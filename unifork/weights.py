@@ -2,10 +2,10 @@
 
 In: a local folder or the name of one on the Hugging Face Hub. Out: a local folder, the names of its
 tensors, and the tensors that are asked for. Safetensors whole or in shards; pickles only where the
-caller allows them, because loading one can run code. Names are known before anything is read, so
-that a checkpoint of a billion parameters is refused or picked from without loading it.
+caller allows them, because loading one can run code. Names and shapes are known before anything is
+read, so that a checkpoint of a billion parameters is refused or picked from without loading it.
 
-Nothing here asks the network while the folder is there.
+Nothing here asks the network while the folder is there, and torch is not imported before a tensor is read.
 """
 
 import json
@@ -13,19 +13,24 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from unifork.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLED = (".bin", ".pt", ".pth")
 HUB_NAME = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inside>(/[\w-][\w.-]*)*)(@(?P<revision>[\w./-]+))?")
 """`owner/name`, a folder inside it, and a revision: `owner/name/vision_tower@main`."""
+LISTED = 10
+"""Names of an error message."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of tensors by name."""
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
 
 
@@ -78,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class StoredWeights:
-    """The tensors of a checkpoint folder by name, not yet read.
+    """The tensors of a checkpoint folder, not yet read: `file_of` and `shapes` by name.
 
     Raises CheckpointError when there are none, when a file is damaged or missing, when an index
     disagrees with its files, and for pickles without `allow_pickle`.
@@ -87,70 +92,103 @@ class StoredWeights:
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         self.folder = folder
         listed = _weight_file(folder, allow_pickle)
-        if listed.suffix == ".json":
-            self.file_of = _sharded(listed)
-        else:
-            self.file_of = dict.fromkeys(_open(listed)[0], listed)
+        placed = _weight_map(listed) if listed.suffix == ".json" else {}
+        held = {path: _open(path)[0] for path in sorted(set(placed.values())) or [listed]}
+        self.file_of = placed or dict.fromkeys(held[listed], listed)
+        lost = [f"{name} in {path.name}" for name, path in self.file_of.items() if name not in held[path]]
+        refuse_tensors(listed, {"are not where it says": lost})
+        self.shapes = {name: held[path][name] for name, path in self.file_of.items()}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str]) -> dict[str, "Tensor"]:
         """The named tensors, on the CPU, in the dtype they are stored in."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.file_of[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
-            _, read = _open(path)
-            try:
-                tensors |= {name: read(name) for name in wanted}
-            except _DAMAGED as error:
-                raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
+            tensors |= read_tensors(path, wanted)
         return tensors
 
 
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "Tensor"]:
+    """The named tensors of one file, all by default. Raises CheckpointError when it is missing or damaged."""
+    held, read = _open(path)
+    try:
+        return {name: read(name) for name in (held if names is None else names)}
+    except _DAMAGED as error:
+        raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
+
+
+def refuse_tensors(place: Path | str, faults: Mapping[str, Iterable[str]]) -> None:
+    """Raise CheckpointError where tensors are at fault; `faults` names them by what is wrong with them."""
+    found = {what: sorted(names) for what, names in faults.items()}
+    said = [
+        f"{len(names)} tensors {what}: {', '.join(names[:LISTED])}{', ...' * (len(names) > LISTED)}"
+        for what, names in found.items()
+        if names
+    ]
+    if said:
+        raise CheckpointError(f"{place}: {'; '.join(said)}")
+
+
+def check_fit(place: Path | str, found: Shapes, wanted: Shapes) -> None:
+    """Raise CheckpointError where tensors are missing, unexpected or of another shape than those wanted."""
+    both = found.keys() & wanted.keys()
+    faults = {
+        "missing": wanted.keys() - both,
+        "unexpected": found.keys() - both,
+        "of another shape": [
+            f"{name} {found[name]}, wanted {wanted[name]}" for name in both if found[name] != wanted[name]
+        ],
+    }
+    refuse_tensors(place, faults)
+
+
+def shapes_of(tensors: Mapping[str, "Tensor"]) -> Shapes:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def _weight_file(folder: Path, allow_pickle: bool) -> Path:
-    for name in (WHOLE, INDEX):
-        if (folder / name).exists():
-            return folder / name
-    pickles = [folder / name for name in PICKLES if (folder / name).exists()][:1]
-    pickles = pickles or sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
-    if not pickles:
+    usual = [folder / name for name in (WHOLE, INDEX, *PICKLES) if (folder / name).exists()]
+    found = usual[:1] or sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
+    if not found:
         raise CheckpointError(f"{folder}: no weights; expected {WHOLE} or {INDEX}")
-    if not allow_pickle:
+    if found[0].name not in (WHOLE, INDEX) and not allow_pickle:
         raise CheckpointError(
-            f"{pickles[0]}: pickled weights can run code when they are loaded; convert them to safetensors, "
+            f"{found[0]}: pickled weights can run code when they are loaded; convert them to safetensors, "
             "or allow this file with --allow-pickle (plain tensors only, even then)"
         )
-    if len(pickles) > 1:
-        raise CheckpointError(f"{folder}: several pickled checkpoints: {', '.join(path.name for path in pickles)}")
-    return pickles[0]
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: several pickled checkpoints: {', '.join(path.name for path in found)}")
+    return found[0]
 
 
-def _sharded(index: Path) -> dict[str, Path]:
-    """The file of each tensor of an index, after a look into every file."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+def _weight_map(index: Path) -> dict[str, Path]:
+    """The file of each tensor, as an index says it."""
+    named = read_json(index).get("weight_map")
+    if not named or not isinstance(named, dict) or any(Path(str(file)).name != file for file in named.values()):
         raise CheckpointError(f"{index}: expected a weight_map from tensors to files beside it")
-    held = {file: set(_open(index.parent / file)[0]) for file in sorted(set(weight_map.values()))}
-    lost = [f"{name} in {file}" for name, file in weight_map.items() if name not in held[file]]
-    if lost:
-        raise CheckpointError(f"{index}: {len(lost)} tensors are not where it says: {', '.join(lost[:5])}")
-    return {name: index.parent / file for name, file in weight_map.items()}
+    return {name: index.parent / file for name, file in named.items()}
 
 
-def _open(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """The names in one file, and how to read one of them."""
+def _open(path: Path) -> tuple[Shapes, Callable[[str], "Tensor"]]:
+    """The tensors of one file by shape, and how to read one of them."""
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, "pt")
-            return list(file.keys()), file.get_tensor  # type: ignore[no-untyped-call]
+            names = list(file.keys())  # type: ignore[no-untyped-call]
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.get_tensor  # type: ignore[no-untyped-call]
+        import torch  # noqa: PLC0415  safetensors imports it by itself
+
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except _DAMAGED as error:
         raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: expected tensors by name, found {type(state).__name__}")
-    return list(state), state.__getitem__
+    return shapes_of(state), state.__getitem__
 
 
 def _line(error: Exception) -> str:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unifork.cluster import load_cluster
-from unifork.config import Cluster, load
+from unifork.config import Cluster, load, load_cluster
 from unifork.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -43,13 +42,15 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ray_is_not_imported_before_it_is_needed() -> None:
     program = """
 import sys
-from unifork.cluster import map_shards, local_ray, load_cluster
-from unifork.config import HopResources
+from unifork.cluster import map_shards, local_ray
+from unifork.config import HopResources, load_cluster
+from unifork.shards.task import ShardResult, ShardTask
 class Same:
     def __call__(self, task):
-        return task
+        return ShardResult(task.output, problem="none")
 with local_ray(load_cluster(), needed=False):
-    print(map_shards([{"a": 1}], Same, (), HopResources()), "ray" in sys.modules)
+    (result,) = map_shards([ShardTask(output="shard")], Same, (), HopResources())
+    print(result.output, "ray" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[{'a': 1}] False\n"
+    assert done.stdout == "shard False\n"

@@ -5,29 +5,25 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol
 
 import pytest
+from ray_heads import BIN, Head, free_port, wait_until
 
 from unifork.config import Cluster
-from unifork.errors import ConfigError, UniForkError
-from unifork.jobs import follow, knock, wait_for_outputs
+from unifork.errors import UniForkError
+from unifork.jobs import follow, wait_for_outputs
 
 REPOSITORY = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 
 PROGRAM = """
 import sys
@@ -35,8 +31,11 @@ import time
 from pathlib import Path
 
 import unifork
-from unifork.cluster import in_job, load_cluster, local_ray, map_shards, run_stage
+from unifork.cluster import local_ray, map_shards
+from unifork.config import in_job, load_cluster
 from unifork.errors import DataError
+from unifork.jobs import run_stage
+from unifork.shards.task import ShardTask, Slice
 from stages.worker import Square
 
 OUTPUTS = [Path(name) for name in sys.argv[2:]]
@@ -60,8 +59,9 @@ def main():
             cluster = load_cluster()
             encode = cluster.hops["encode"]
             with local_ray(cluster, needed=encode.workers > 0):
-                results = map_shards([{"n": n} for n in range(4)], Square, (), encode)
-            OUTPUTS[0].write_text(str([result["n"] for result in results]))
+                tasks = [ShardTask(piece=Slice(n, n + 1), output=str(n)) for n in range(4)]
+                results = sorted(map_shards(tasks, Square, (), encode), key=lambda result: result.output)
+            OUTPUTS[0].write_text(" ".join(result.problem for result in results))
 
 
 if __name__ == "__main__":
@@ -69,9 +69,12 @@ if __name__ == "__main__":
 """
 
 WORKER = """
+from unifork.shards.task import ShardResult
+
+
 class Square:
     def __call__(self, task):
-        return {"n": task["n"] ** 2}
+        return ShardResult(task.output, problem=str(task.piece.start ** 2))
 """
 
 
@@ -166,22 +169,39 @@ def door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_token_is_sent_only_where_it_is_wanted(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cluster = Cluster(name="far", address=door)
-    monkeypatch.setattr(Door, "token", None)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
-    assert knock(cluster, door) == {}
+CONNECT = """
+import sys
+from unifork.config import Cluster
+from unifork.errors import UniForkError
+from unifork.jobs import connect
+try:
+    print(connect(Cluster(name="far", address=sys.argv[1]))._headers)
+except UniForkError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def connecting(door: str, home: Path, **environment: str) -> str:
+    """What a program says that connects to a job server; Ray reads modes and tokens once in a process."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {**inherited, "HOME": str(home), **environment}
+    command = [sys.executable, "-c", CONNECT, door]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_token_that_ray_finds_is_sent(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert connecting(door, tmp_path) == "{}\n"
     monkeypatch.setattr(Door, "token", "right")
-    assert knock(cluster, door) == {"Authorization": "Bearer right"}
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
-    with pytest.raises(ConfigError, match=rf"cluster 'far' \({door}\): the job server refuses the token"):
-        knock(cluster, door)
-    monkeypatch.delenv("RAY_AUTH_TOKEN")
-    with pytest.raises(ConfigError, match="wants a token and there is none: set RAY_AUTH_TOKEN"):
-        knock(cluster, door)
+    assert "'Bearer right'" in connecting(door, tmp_path, RAY_AUTH_TOKEN="right", RAY_AUTH_MODE="disabled")
+    wrong = connecting(door, tmp_path, RAY_AUTH_TOKEN="wrong")
+    assert wrong.startswith(f"ConfigError: cluster 'far' ({door}): Authentication failed")
+    none = connecting(door, tmp_path)
+    assert none.startswith(f"ConfigError: cluster 'far' ({door}): Authentication required")
+    assert "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH" in none
+    assert none.count("\n") == wrong.count("\n") == 1
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("right\n")
-    assert knock(cluster, door) == {"Authorization": "Bearer right"}
+    assert "'Bearer right'" in connecting(door, tmp_path)
 
 
 def test_dead_server_is_one_line(start: Start, experiment: Path) -> None:
@@ -191,13 +211,12 @@ def test_dead_server_is_one_line(start: Start, experiment: Path) -> None:
     assert process.returncode == 2
     assert errors.startswith("error: cluster 'dead' (http://127.0.0.1:")
     assert errors.count("\n") == 1
-    assert "no Ray job server answers: [Errno 111] Connection refused" in errors
+    assert "no Ray job server answers: Failed to connect to Ray" in errors
 
 
-def test_a_server_of_another_kind(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_another_kind(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Door, "do_GET", lambda self: self.send_error(500))
-    with pytest.raises(UniForkError, match="no Ray job server answers: HTTP 500"):
-        knock(Cluster(name="far", address=door), door)
+    assert "no Ray job server answers: 500 Server Error" in connecting(door, tmp_path)
 
 
 class Flaky:
@@ -231,67 +250,6 @@ def test_outputs_that_cannot_be_seen_are_named(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- a real cluster
-
-
-@dataclass
-class Head:
-    """A running head node in token mode."""
-
-    address: str
-    environment: dict[str, str]
-
-    def get(self, path: str) -> dict[str, object]:
-        """What the job server says; HTTPError where it refuses."""
-        token = (Path(self.environment["HOME"]) / ".ray" / "auth_token").read_text()
-        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=10) as page:
-            answer: dict[str, object] = json.load(page)
-        return answer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def wait_until(condition: object, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (done := condition()) and time.monotonic() < deadline:  # type: ignore[operator]
-        time.sleep(0.2)
-    return bool(done)
-
-
-@pytest.fixture
-def head() -> Iterator[Head]:
-    """`ray start --head` in token mode with a home and a session folder of its own."""
-    home = Path(tempfile.mkdtemp(prefix="unifork-ray-"))  # short: Ray's sockets lie below, their paths have a limit
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "UNIFORK_"))}
-    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    port = free_port()
-    server = subprocess.Popen(
-        [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", "--object-store-memory=80000000",
-         f"--port={free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}",
-         f"--ray-client-server-port={free_port()}", f"--temp-dir={home / 'ray'}"],
-        env=environment, cwd=home, start_new_session=True, stdout=(home / "log").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    head = Head(f"http://127.0.0.1:{port}", environment)
-
-    def ready() -> bool:
-        try:
-            return "ray_version" in head.get("/api/version")
-        except OSError:
-            return False
-
-    try:
-        assert wait_until(ready, 60), (home / "log").read_text()
-        yield head
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)  # a polite end takes up to 30 seconds
-        server.wait()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def submit_by_hand(head: Head, experiment: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -337,7 +295,7 @@ def test_stages_submit_themselves_to_a_cluster_in_token_mode(head: Head, start: 
 
     out, errors = works.communicate(timeout=80)
     assert works.returncode == 0, errors + out
-    assert (experiment / "squares.txt").read_text() == "[0, 1, 4, 9]"
+    assert (experiment / "squares.txt").read_text() == "0 1 4 9"
 
     out, _ = by_hand.communicate(timeout=80)
     assert by_hand.returncode == 0, out

@@ -1,5 +1,6 @@
 """The same tasks give the same results in this process and in the actors of a Ray Data job."""
 
+import json
 import os
 import sys
 import threading
@@ -8,37 +9,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from unifork.cluster import map_shards
+from unifork.cluster import map_shards, run_jobs
 from unifork.config import Cluster, HopResources
-from unifork.errors import ConfigError, DataError
+from unifork.errors import ConfigError, DataError, MachineError
+from unifork.shards.job import ShardJob, write_shard
+from unifork.shards.manifest import Shard
+from unifork.shards.task import ShardResult, ShardTask, Slice
 
 HERE = HopResources(workers=0)
 ACTORS = HopResources(workers=2, cpus=0.5)
 
 
 class Doubler:
-    """Doubles numbers, and misbehaves when a task says so."""
+    """Doubles the number of a task's slice, and misbehaves when the name of its file says so."""
 
     def __init__(self, factor: int) -> None:
-        self.factor, self.tasks = factor, 0
+        self.factor = factor
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        self.tasks += 1
-        match task.get("do"):
+    def __call__(self, task: ShardTask) -> ShardResult:
+        assert task.piece is not None
+        what, _, more = (task.piece.file or "").partition(" ")
+        match what:
             case "reject":
-                raise DataError(f"shard {task['number']}: not a Parquet file")
+                raise DataError(f"shard {task.piece.start}: not a Parquet file")
+            case "end":
+                raise MachineError("the disk is full")
             case "break":
                 raise ZeroDivisionError("internal mistake")
             case "die":
                 os._exit(3)
-            case "die once" if not Path(task["mark"]).exists():
-                Path(task["mark"]).touch()
+            case "die-once" if not Path(more).exists():
+                Path(more).touch()
                 os._exit(3)
             case "sleep":
-                time.sleep(task["seconds"])
-        return {"number": self.factor * task["number"], "nested": {"maybe": [None, "text", 0.5]}, "none": None}
+                time.sleep(float(more))
+        return done(task, str(self.factor * task.piece.start))
 
 
 class Meeting:
@@ -49,9 +57,9 @@ class Meeting:
     def __init__(self) -> None:
         self.barrier = threading.Barrier(2)
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, task: ShardTask) -> ShardResult:
         self.barrier.wait(30)
-        return {"process": os.getpid()}
+        return done(task, str(os.getpid()))
 
 
 class Refuser:
@@ -60,24 +68,44 @@ class Refuser:
     def __init__(self) -> None:
         raise DataError("tokenizer: codebook is missing")
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        return task
+    def __call__(self, task: ShardTask) -> ShardResult:
+        return done(task, "")
 
 
 class Reporter:
     """Says what its process has been given."""
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, task: ShardTask) -> ShardResult:
         import ray
 
         time.sleep(0.5)  # so that both actors get something to do
-        return {
+        told = {
             "process": os.getpid(),
             "folder": os.getcwd(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "gpus": ray.get_gpu_ids(),
         }
+        return done(task, json.dumps(told))
+
+
+def done(task: ShardTask, text: str) -> ShardResult:
+    """A result that says something by the name of its shard."""
+    return ShardResult(task.output, Shard(path=text, rows=1, bytes=1, sha256="", inputs=""))
+
+
+def asked(*files: str) -> list[ShardTask]:
+    """Tasks with the numbers 1, 2, ..., each with a name of a file."""
+    return [
+        ShardTask(piece=Slice(number, number + 1, file), output=f"shard-{number}")
+        for number, file in enumerate(files, 1)
+    ]
+
+
+def answers(*arguments: Any) -> list[str]:
+    """What workers said, in the order of the tasks."""
+    results = sorted(map_shards(*arguments), key=lambda result: result.output)
+    return [result.shard.path if result.shard else f"({result.problem})" for result in results]
 
 
 @pytest.fixture(scope="module")
@@ -98,73 +126,62 @@ def resources(request: pytest.FixtureRequest) -> HopResources:
     return request.param
 
 
-def test_results_come_in_the_order_of_tasks(resources: HopResources) -> None:
-    seen: list[dict[str, Any]] = []
-    tasks = [{"number": number, "maybe": None if number % 2 else {"a": [1, None]}} for number in range(7)]
-    results = map_shards(tasks, Doubler, (2,), resources, seen.append)
-    assert [result["number"] for result in results] == [0, 2, 4, 6, 8, 10, 12]
-    assert results[0] == {"number": 0, "nested": {"maybe": [None, "text", 0.5]}, "none": None}
-    assert sorted(result["number"] for result in seen) == [0, 2, 4, 6, 8, 10, 12]
+def test_every_task_has_one_result(resources: HopResources) -> None:
+    assert answers(asked(*[""] * 7), Doubler, (2,), resources) == ["2", "4", "6", "8", "10", "12", "14"]
 
 
 def test_nothing_to_do(resources: HopResources) -> None:
-    assert map_shards([], Doubler, (2,), resources) == []
+    assert answers([], Doubler, (2,), resources) == []
 
 
-def test_error_of_a_user_arrives_as_itself(resources: HopResources) -> None:
-    tasks = [{"number": 1}, {"number": 2, "do": "reject"}, {"number": 3, "do": "sleep", "seconds": 0.1}]
-    with pytest.raises(DataError) as caught:
-        map_shards(tasks, Doubler, (2,), resources)
-    assert str(caught.value) == "shard 2: not a Parquet file"
+def test_a_fault_of_one_shard_costs_that_shard(resources: HopResources, capfd: pytest.CaptureFixture[str]) -> None:
+    found = answers(asked("", "reject", "break", ""), Doubler, (2,), resources)
+    assert found == ["2", "(shard 2: not a Parquet file)", "(ZeroDivisionError: internal mistake)", "8"]
+    errors = capfd.readouterr().err
+    assert errors.startswith("shard-3: Traceback")
+    assert 'raise ZeroDivisionError("internal mistake")' in errors
 
 
 def test_error_of_making_the_worker_arrives_as_itself(resources: HopResources) -> None:
     with pytest.raises(DataError, match=r"^tokenizer: codebook is missing$"):
-        map_shards([{"number": 1}], Refuser, (), resources)
+        answers(asked(""), Refuser, (), resources)
 
 
-def test_error_of_the_program_names_the_task(ray: None) -> None:
-    with pytest.raises(RuntimeError, match=r"ZeroDivisionError: internal mistake\nin the worker of task .*'number': 5"):
-        map_shards([{"number": 5, "do": "break"}], Doubler, (2,), ACTORS)
-
-
-def test_an_error_ends_the_job_at_once(ray: None) -> None:
+def test_what_every_shard_would_meet_ends_the_job_at_once(ray: None) -> None:
     started = time.monotonic()
-    with pytest.raises(DataError):
-        map_shards([{"number": 1, "do": "sleep", "seconds": 60}, {"number": 2, "do": "reject"}], Doubler, (2,), ACTORS)
+    with pytest.raises(MachineError, match=r"^the disk is full$"):
+        answers(asked("sleep 60", "end"), Doubler, (2,), ACTORS)
     assert time.monotonic() - started < 30
 
 
 def test_a_worker_that_wants_two_tasks_gets_them(ray: None) -> None:
-    one = HopResources(workers=1, cpus=0.5)
-    assert len({result["process"] for result in map_shards([{}] * 4, Meeting, (), one)}) == 1
+    assert len(set(answers(asked(*[""] * 4), Meeting, (), HopResources(workers=1, cpus=0.5)))) == 1
 
 
 def test_results_stream(ray: None) -> None:
-    times: list[float] = []
-    tasks = [{"number": number, "do": "sleep", "seconds": 0.8 * number} for number in range(3)]
-    one = HopResources(workers=1, cpus=0.5)
-    map_shards(tasks, Doubler, (2,), one, lambda result: times.append(time.monotonic()))
+    times = []
+    for _ in map_shards(asked("sleep 0", "sleep 0.8", "sleep 1.6"), Doubler, (2,), HopResources(workers=1, cpus=0.5)):
+        times.append(time.monotonic())
     assert times[1] - times[0] > 0.5
     assert times[2] - times[1] > 1
 
 
 def test_a_worker_process_that_dies_is_replaced(ray: None, tmp_path: Path) -> None:
-    tasks = [{"number": 1}, {"number": 2, "do": "die once", "mark": str(tmp_path / "mark")}, {"number": 3}]
-    assert [result["number"] for result in map_shards(tasks, Doubler, (2,), ACTORS)] == [2, 4, 6]
+    assert answers(asked("", f"die-once {tmp_path / 'mark'}", ""), Doubler, (2,), ACTORS) == ["2", "4", "6"]
 
 
 def test_a_task_that_always_kills_its_worker_ends_the_job(ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unifork.cluster.WORKER_RESTARTS", 1)
-    with pytest.raises(RuntimeError, match=r"died more than 1 times; unfinished: .*'do': 'die'"):
-        map_shards([{"number": 1, "do": "die"}], Doubler, (2,), ACTORS)
+    with pytest.raises(RuntimeError, match=r"died more than 1 times; 1 shards unfinished: shard-1"):
+        answers(asked("die"), Doubler, (2,), ACTORS)
 
 
 def test_workers_get_the_gpus_threads_and_folder_asked_for(
     ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with_gpus = map_shards([{}] * 4, Reporter, (), HopResources(workers=2, cpus=1, gpus=1))
+    two = HopResources(workers=2, cpus=1, gpus=1)
+    with_gpus = [json.loads(answer) for answer in answers(asked(*[""] * 4), Reporter, (), two)]
     assert {(result["visible"], *result["gpus"]) for result in with_gpus} == {("0", 0), ("1", 1)}
     assert len({result["process"] for result in with_gpus}) == 2
     assert {result["folder"] for result in with_gpus} == {str(tmp_path)}
@@ -172,5 +189,43 @@ def test_workers_get_the_gpus_threads_and_folder_asked_for(
 
 
 def test_more_than_there_is_fails_instead_of_waiting(ray: None) -> None:
-    with pytest.raises(ConfigError, match="3 workers with 1 GPU each asked for, but this Ray has 2 GPU"):
-        map_shards([{}] * 4, Reporter, (), HopResources(workers=3, cpus=0.1, gpus=1))
+    with pytest.raises(ConfigError, match="3 workers with 1 GPU each asked for, but this machine's Ray has 2 GPU"):
+        answers(asked(*[""] * 4), Reporter, (), HopResources(workers=3, cpus=0.1, gpus=1))
+
+
+# ----------------------------------------------------------------------------------- jobs over shards
+
+
+def job(folder: Path, *files: str) -> ShardJob:
+    """A job with one task for each name of a file."""
+    tasks = [ShardTask.from_source(Slice(number, number + 1, file), 0) for number, file in enumerate(files)]
+    return ShardJob("numbers", "numbers", folder, {"n": "int64"}, {}, {}, tasks)
+
+
+class Writer:
+    """Writes a shard with one number; refuses a slice of a file that is named `bad`."""
+
+    def __call__(self, task: ShardTask) -> ShardResult:
+        assert task.piece is not None
+        if task.piece.file == "bad":
+            raise KeyError("row 7")
+        return write_shard(task, pa.table({"n": [task.piece.start]}), {})
+
+
+def test_a_job_finishes_what_it_can_and_names_the_rest(
+    ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = Cluster(name="tests", hops={"write": ACTORS})
+    with pytest.raises(
+        DataError, match=r"2 of 5 shards could not be made: part-00001.parquet: KeyError: 'row 7'; part-"
+    ):
+        run_jobs([job(tmp_path, "a", "bad", "b", "bad", "c")], Writer, cluster=cluster, step="write")
+    assert "3/5 shards, 2 failed" in capsys.readouterr().out
+    assert not (tmp_path / "manifest.json").exists()
+    run_jobs([job(tmp_path, "a", "ok", "b", "ok", "c")], Writer)
+    assert "5/5 shards (3 kept from before), 2/2 rows" in capsys.readouterr().out
+
+
+def test_a_fault_of_all_shards_ends_the_job_early(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="21 of 500 shards could not be made"):
+        run_jobs([job(tmp_path, *["bad"] * 500)], Writer)

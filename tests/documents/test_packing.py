@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unifork.documents.packing import deal, pack_step
+from unifork.documents.order import deal, pack_step
 from unifork.errors import ConfigError
 from unifork.vocabulary import TASKS
 

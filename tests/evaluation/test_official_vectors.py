@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from unifork.evaluation.generation.geneval import judge, relations
+from unifork.evaluation.generation.geneval import Clause, Found, judge, relations
 from unifork.evaluation.statistics import Score, binary, mean, proportion
 from unifork.evaluation.understanding.answers import normalised, pope_yes, strict_yes
-from unifork.shapes.language import Clause
-from unifork.shapes.world import Object
 
 VECTORS = json.loads((Path(__file__).parents[1] / "fixtures" / "score_vectors.json").read_text())
 
@@ -57,7 +55,7 @@ def test_genevals_verdicts(case):
     for name, boxes in case["boxes_x0y0x1y1_score"].items():
         kept = sorted((box for box in boxes if box[4] > least), key=lambda box: -box[4])
         colors = (case["stub_colors_in_confidence_order"] or {}).get(name, [""] * len(kept))
-        objects += [Object(name, color, tuple(box[:4])) for box, color in zip(kept, colors, strict=True)]
+        objects += [Found(name, color, tuple(box[:4])) for box, color in zip(kept, colors, strict=True)]
     verdict = judge(*(list(map(clause, metadata.get(part, []))) for part in ("include", "exclude")), objects)
     assert verdict.correct == case["official_correct"]
     assert len(verdict.faults) == len(case["official_reason"].splitlines())
@@ -81,6 +79,6 @@ def test_neighbours_on_the_lattice_stand_in_the_relation_people_see():
 
 
 def test_colours_are_looked_for_among_the_surest_objects_only():
-    red, blue = Object("circle", "red", (1, 1, 15, 15)), Object("circle", "blue", (17, 1, 31, 15))
+    red, blue = Found("circle", "red", (1, 1, 15, 15)), Found("circle", "blue", (17, 1, 31, 15))
     assert judge([Clause("circle", 1, "red")], [], [red, blue]).correct
     assert not judge([Clause("circle", 1, "red")], [], [blue, red]).correct

@@ -12,17 +12,18 @@ import yaml
 from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, put, tarred
 from PIL import Image, ImageEnhance
 
-from unifork.config import load_card
+from unifork.config import Plain, load_card
 from unifork.errors import ConfigError, DataError
 from unifork.filters import duplicates as dedup
-from unifork.filters.rules import RULES, judge
+from unifork.filters.rules import judge, rule, rules_of
 from unifork.filters.takedown import Listing, listing, takedown, withdrawn
-from unifork.filters.worker import filter_hop
-from unifork.shards.job import run_hops
+from unifork.filters.worker import filter_job
 from unifork.shards.manifest import fault, read_manifest
-from unifork.sources.base import Fault
-from unifork.sources.columns import canonical, mapped
-from unifork.sources.url_lists import url_rows, url_slices
+from unifork.shards.task import ShardTask
+from unifork.sources import Fault
+from unifork.sources.url_lists import UrlList, canonical, mapped
+from unifork.sources.url_lists import rows as url_rows
+from unifork.sources.url_lists import slices as url_slices
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -32,8 +33,13 @@ ROW = {"key": "k", "image": PNG["img0"], "width": 300, "height": 100, "url": "ht
        "caption": "A red kite", "punsafe": "0.4", "pwatermark": "nan", "aesthetic": None}  # fmt: skip
 
 
+def ruled(name, options):
+    scores = ["similarity", "aesthetic", "pwatermark", "punsafe"]
+    return card_of("emoji", {}, ["caption"], columns=scores, filters=[{"rule": name, "options": options}])
+
+
 @pytest.mark.parametrize(
-    ("rule", "options", "changed", "kept"),
+    ("name", "options", "changed", "kept"),
     [
         ("max_aspect", {"ratio": 3.0}, {}, True),
         ("max_aspect", {"ratio": 2.9}, {}, False),
@@ -54,11 +60,48 @@ ROW = {"key": "k", "image": PNG["img0"], "width": 300, "height": 100, "url": "ht
         ("score", {"column": "punsafe", "most": 1}, {"punsafe": "UNLIKELY"}, False),
     ],
 )
-def test_a_rule_keeps_or_drops(rule, options, changed, kept):
-    row = {**ROW, **changed}
-    assert RULES[rule](row, **options) is kept
-    card = card_of("external", {}, ["caption"], filters=[{"rule": rule, "options": options}])
-    assert judge(row, card) is None if kept else judge(row, card)[0] == rule
+def test_a_rule_keeps_or_drops(name, options, changed, kept):
+    verdict = judge({**ROW, **changed}, ruled(name, options))
+    assert verdict is None if kept else verdict[0] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "found"),
+    [
+        ("min_sides", {}, r"filters\[0\]\.rule: unknown filter rule 'min_sides'\. Did you mean 'min_side'\?"),
+        ("min_side", {"pixel": 3}, r"filters\[0\]\.options: unknown key 'pixel'\. Did you mean 'pixels'\?"),
+        ("min_side", {"pixels": "many"}, r"filters\[0\]\.options\.pixels: .*'many'"),
+        ("takedown", {}, r"filters\[0\]\.options\.file: Field required"),
+        ("duplicates", {"by": ["md5"]}, r"filters\[0\]\.options\.by\.0: .*'phash'"),
+        ("no_chinese", {"column": "captions"}, r"filters\[0\] \(no_chinese\): unknown column 'captions'.*'caption'"),
+        ("math:pi", {}, "is a float, not a Rule"),
+    ],
+)
+def test_a_wrong_rule_is_named_before_any_row_is_read(name, options, found):
+    with pytest.raises(ConfigError, match=f"card sample: .*{found}"):
+        rules_of(ruled(name, options))
+
+
+def test_a_score_that_the_card_does_not_keep_would_drop_every_row():
+    card = card_of("emoji", {}, ["caption"], filters=[{"rule": "similarity", "options": {"least": 0.3}}])
+    with pytest.raises(ConfigError, match=r"\(similarity\): unknown column 'similarity'"):
+        rules_of(card)
+
+
+class Letter(Plain):
+    letter: str
+
+
+@rule(Letter)
+def begins_with(row, options):
+    """Keep rows whose caption begins with a letter."""
+    return row["caption"].startswith(options.letter)
+
+
+def test_anybodys_code_is_a_rule():
+    name = f"{__name__}:begins_with"
+    assert judge(ROW, ruled(name, {"letter": "A"})) is None
+    assert judge(ROW, ruled(name, {"letter": "B"}))[0] == name
 
 
 # ----------------------------------------------------------------------------- columns of URL lists
@@ -116,7 +159,8 @@ def test_url_lists_of_laion_and_unsplash(tmp_path, monkeypatch):
     (tmp_path / "laion").mkdir()
     name = "part-00000-5114fd87-297e-42b0-9d11-50f1df323dfa-c000.snappy"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"laion/{name}.parquet", row_group_size=2)
-    found = [row for one in url_slices("laion", 3) for row in url_rows("laion", one)]
+    laion, unsplash = UrlList(files="laion"), UrlList(files="unsplash/photos.*")
+    found = [row for piece in url_slices(laion, 3) for row in url_rows(laion, piece, 0)]
     keys = [f"{name.partition('.')[0]}/{n:09d}" for n in range(5)]
     assert [row.key if isinstance(row, Fault) else (row["key"], row["caption"], row["width"]) for row in found] == [
         key if n == 2 else (key, f"t{n}", n) for n, key in enumerate(keys)
@@ -125,7 +169,7 @@ def test_url_lists_of_laion_and_unsplash(tmp_path, monkeypatch):
     text = header + 'a\tu1\t"two\nlines"\t\nb\tu2\n' + "c\tu3\t\tmade by a program\n"
     for ending, data in (("tsv000", text.encode()), ("csv001", text.encode()), ("tsv002.gz", gzipped(text.encode()))):
         put(tmp_path / f"unsplash/photos.{ending}", data)
-    read = [row for one in url_slices("unsplash/photos.*", 2) for row in url_rows("unsplash/photos.*", one)]
+    read = [row for piece in url_slices(unsplash, 2) for row in url_rows(unsplash, piece, 0)]
     assert [row.reason if isinstance(row, Fault) else row["caption"] for row in read] == [
         "two\nlines", "broken_line", "made by a program",
     ] * 3  # fmt: skip
@@ -175,14 +219,12 @@ def shards(folder, pictures, count):
 
 
 def sign(card, raw, folder, shuffle=None):
-    def map_tasks(tasks, on_result):
-        worker = dedup.Sign(card.model_dump(mode="json"))
-        order = list(tasks)
-        random.Random(shuffle).shuffle(order)
-        for task in order:
-            on_result(worker(task))
-
-    run_hops([dedup.sign_hop(card, raw, folder)], map_tasks)
+    job, worker = dedup.sign_job(card, raw, folder), dedup.Sign(card)
+    order = job.missing()
+    random.Random(shuffle).shuffle(order)
+    for task in order:
+        job.add(worker(task))
+    job.finish()
     return folder
 
 
@@ -211,7 +253,7 @@ def test_twins_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, row
         download(card, raw, shard_rows=3)
         mine = sign(card, raw, tmp_path / f"signed-{count}", shuffle)
         with pytest.raises(ConfigError, match="duplicates looks at other rows"):
-            filter_hop(card, raw, tmp_path / "never")
+            filter_job(card, raw, tmp_path / "never")
         target = tmp_path / f"filtered-{count}"
         made = filtered(card, raw, target, dedup.decide(card, mine, signed, target))
         found.append([key.rpartition("/")[2] for key in made.rows])
@@ -270,10 +312,10 @@ def test_near_duplicates_of_a_benchmark_go(tmp_path):
     assert made.manifest.dropped == {"near_benchmark": 2}
     assert all("q.png" in detail for detail in made.details.values())
     put(tmp_path / "filtered/twins/part-00000.parquet", b"changed")
-    from unifork.filters.worker import twins_of
+    from unifork.filters.worker import duplicates_of
 
     with pytest.raises(DataError, match="changed since it was decided"):
-        twins_of({"output": str(target / "part-00000.parquet"), "twins": {"file": "part-00000.parquet", "sha256": ""}})
+        duplicates_of(ShardTask(output=str(target / "part-00000.parquet"), duplicates="another"))
 
 
 def test_bands_find_what_comparing_all_pairs_finds():

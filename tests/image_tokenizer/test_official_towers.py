@@ -142,18 +142,18 @@ FAULTS = {
         lambda s: s.update({"rqvaesiglip.encoder.conv_in.weight": torch.zeros(1)}),
         "1 tensors of unknown use: rqvaesiglip.encoder.conv_in.weight",
     ),
-    "a missing tensor": (drop("rqvaesiglip.decoder.norm_out.bias"), "missing decoder.norm_out.bias"),
+    "a missing tensor": (drop("rqvaesiglip.decoder.norm_out.bias"), "1 tensors missing: decoder.norm_out.bias"),
     "another shape": (
         lambda s: s.update({"rqvaesiglip.post_quant_conv.bias": torch.zeros(7)}),
-        r"post_quant_conv.bias has shape \(7,\)",
+        r"of another shape: post_quant_conv.bias \(7,\)",
     ),
     "codebooks that differ": (lambda s: grow(s, CODEBOOKS + "2.weight"), "4 codebooks that are not 4 copies of one"),
     "three codebooks": (drop(CODEBOOKS + "3"), "3 codebooks that are not 4 copies"),
     "a short codebook": (
         lambda s: s.update({f"{CODEBOOKS}{d}.weight": s[f"{CODEBOOKS}{d}.weight"][:9].clone() for d in range(4)}),
-        r"quantizer.codebook has shape \(9, 32\)",
+        r"of another shape: quantizer.codebook \(9, 32\)",
     ),
-    "no codebook": (drop(CODEBOOKS), "missing quantizer.codebook"),
+    "no codebook": (drop(CODEBOOKS), "1 tensors missing: quantizer.codebook"),
     "no tower": (drop("rqvaesiglip"), "no tensors of a tower"),
 }
 
@@ -167,16 +167,21 @@ def test_weights_that_are_refused(tower, fault):
 
 
 MISFITS = {
-    "fewer layers": ("siglip", ("vision_config", "num_hidden_layers"), 3, "unexpected encoder.layers.3"),
+    "fewer layers": ("siglip", ("vision_config", "num_hidden_layers"), 3, "tensors unexpected: encoder.layers.3"),
     "more layers": ("siglip", ("vision_config", "num_hidden_layers"), 5, "no encoder layer 4"),
-    "another width": ("siglip", ("vision_config", "hidden_size"), 48, "has shape"),
+    "another width": ("siglip", ("vision_config", "hidden_size"), 48, "of another shape"),
     "heads that do not divide": ("siglip", ("vision_config", "num_attention_heads"), 5, "no multiple of encoder.heads"),
     "another patch": ("siglip", ("vision_config", "patch_size"), 8, "upscale by 16; allowed is patch_size 8"),
     "another activation": ("siglip", ("vision_config", "hidden_act"), "gelu", "hidden_act"),
-    "another codebook": ("tower", ("rqvaesiglip", "n_embed"), 60, r"quantizer.codebook has shape \(65, 32\)"),
+    "another codebook": ("tower", ("rqvaesiglip", "n_embed"), 60, r"of another shape: quantizer.codebook \(65, 32\)"),
     "unshared codebooks": ("tower", ("rqvaesiglip", "shared_codebook"), False, "shared_codebook"),
-    "other channels": ("tower", ("rqvaesiglip", "ddconfig", "ch"), 64, "has shape"),
-    "attention elsewhere": ("tower", ("rqvaesiglip", "ddconfig", "attn_resolutions"), [8], "missing decoder.up.3.attn"),
+    "other channels": ("tower", ("rqvaesiglip", "ddconfig", "ch"), 64, "of another shape"),
+    "attention elsewhere": (
+        "tower",
+        ("rqvaesiglip", "ddconfig", "attn_resolutions"),
+        [8],
+        "missing: decoder.up.3.attn",
+    ),
     "no decoder": ("tower", ("rqvaesiglip",), {}, r"rqvaesiglip\.ddconfig: Field required"),
     "an unknown SigLIP": ("tower", ("rqvaesiglip", "pretrained_model"), "nowhere", "nowhere: no such folder"),
 }

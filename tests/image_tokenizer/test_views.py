@@ -11,7 +11,7 @@ from PIL import Image
 
 from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer import views
-from unifork.image_tokenizer.pixels import to_bytes, to_tensor
+from unifork.image_tokenizer.model import to_bytes, to_tensor
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 SHA256 = json.loads((OFFICIAL / "04_preprocess.sha256.json").read_text())

@@ -21,10 +21,9 @@ from model_samples import (
 from transformers import DynamicCache
 
 from unifork.batch import TEXT, pack
-from unifork.models import sequences as sequences_module
-from unifork.models.masks import MASKS
-from unifork.models.routing import modalities
-from unifork.models.sequences import by_kernel, one_by_one, sequences
+from unifork.models import masks
+from unifork.models.decoder import modalities
+from unifork.models.masks import MASKS, by_kernel, one_by_one, sequences
 from unifork.models.warm_start import without_branch
 
 torch.set_num_threads(1)
@@ -216,7 +215,7 @@ def test_the_kernel_is_given_what_one_call_per_sequence_reads(isolated, monkeypa
         heads = (part.transpose(0, 1) for part in (query, key, value))
         return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale).transpose(0, 1)
 
-    monkeypatch.setattr(sequences_module, "varlen_attn", stand_in)
+    monkeypatch.setattr(masks, "varlen_attn", stand_in)
     batch = awkward_batch()
     kinds_BT = modalities(batch.kinds_BT) if isolated else None
     found = sequences(batch.documents_BT, kinds_BT, batch.document_counts)

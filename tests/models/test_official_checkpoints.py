@@ -96,7 +96,7 @@ def without(state, name):
     ("change", "says"),
     [
         (lambda s: without(s, "model.norm_gen.weight"), r"1 tensors missing: model\.norm_gen\.weight"),
-        (lambda s: s | {"model.extra": torch.ones(1)}, r"1 tensors unknown: model\.extra"),
+        (lambda s: s | {"model.extra": torch.ones(1)}, r"1 tensors unexpected: model\.extra"),
         (lambda s: s | {"model.norm.weight": torch.ones(3)}, r"model\.norm\.weight \(3,\), wanted \(64,\)"),
         (lambda s: s | {"lm_head.weight": s["lm_head.weight"] + 1}, "lm_head.weight differs from model.embed_tokens"),
     ],
@@ -109,7 +109,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, says):
 def test_a_configuration_that_does_not_fit_is_an_error():
     with pytest.raises(CheckpointError, match=r"missing: .*gen_fork_layers\.2"):
         imported(FIXTURES / "unifork", num_hidden_layers=6)
-    with pytest.raises(CheckpointError, match=r"of another shape .*up_proj\.weight \(128, 64\), wanted \(96, 64\)"):
+    with pytest.raises(CheckpointError, match=r"of another shape: .*up_proj\.weight \(128, 64\), wanted \(96, 64\)"):
         imported(FIXTURES / "unifork", intermediate_size=96)
     with pytest.raises(CheckpointError, match="KeyError\\('rqtransformer'\\)"):
         official_config({}, {}, CODEBOOK, 4, "encoder", "here")

@@ -6,8 +6,8 @@ from model_samples import generation, mixed_batch, rows, text_only, understandin
 
 from unifork.batch import IMAGE, NO_DOCUMENT, TEXT
 from unifork.errors import ConfigError
+from unifork.models.decoder import Route, batch_routes, gathered, modalities, routed, step_routes
 from unifork.models.masks import additive_mask, attention_mask, boolean_mask, visible_BTS
-from unifork.models.routing import Route, batch_routes, gathered, modalities, routed, step_routes
 
 NEEDED = frozenset({"none", "task", "modality"})
 

@@ -1,6 +1,7 @@
 """Codes become a data set for strangers, and the data set becomes codes again."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from huggingface_hub import CommitOperationDelete, HfApi, hf_api
+from huggingface_hub.hf_api import BlobLfsInfo
 from tiny import bytes_of, copy_of
 from typer.testing import CliRunner
 
@@ -27,11 +30,12 @@ from unifork.layout import Layout
 from unifork.publish import stores
 from unifork.publish.card import size_category
 from unifork.publish.publication import permitted
-from unifork.publish.stores import CHECKSUMS, HubStore, open_store, parse_checksums, reread, sync
+from unifork.publish.stores import CHECKSUMS, HubStore, checksums, open_store, reread, sync
 from unifork.publish.takedown import withdrawn_keys
 from unifork.shards.job import write_shard
-from unifork.shards.manifest import Manifest, file_sha256, read_manifest, write_manifest
+from unifork.shards.manifest import Manifest, read_manifest, write_manifest
 from unifork.shards.schema import codes_array, codes_meta
+from unifork.shards.task import ShardTask
 
 
 def command(*words: str) -> str:
@@ -101,33 +105,10 @@ def test_the_page_says_what_a_stranger_needs(published):
         assert re.search(rf"\| filter \| `{name}`.* \| {rows} \|", text)
 
 
-def test_croissant_names_every_shard_and_every_column(published):
-    plain = json.loads((published / "out/croissant.json").read_text())
-    assert (plain["@type"], plain["conformsTo"]) == ("sc:Dataset", "http://mlcommons.org/croissant/1.0")
-    files = {entry["@id"]: entry for entry in plain["distribution"]}
-    objects = {name: entry for name, entry in files.items() if entry["@type"] == "cr:FileObject"}
-    assert set(objects) == {
-        f"{v}/{s.path}" for v in ("crop", "pad") for s in read_manifest(published / "out" / v).shards
-    }
-    for name, entry in objects.items():
-        assert entry["sha256"] == file_sha256(published / "out" / name)
-    for records in plain["recordSet"]:
-        table = pq.read_schema(published / "out" / records["name"] / "train-00000-of-00003.parquet")
-        assert [field["name"] for field in records["field"]] == table.names
-        for field in [*records["field"], *(part for f in records["field"] for part in f.get("subField", []))]:
-            if "source" in field:
-                assert files[field["source"]["fileSet"]["@id"]]["@type"] == "cr:FileSet"
-                assert field["source"]["extract"]["column"] in table.names
-    for entry in files.values():
-        assert all(inner["@id"] in objects for inner in entry.get("containedIn", []))
-
-
 def test_checksums_are_those_of_the_files(published):
     done = subprocess.run(["sha256sum", "-c", "--quiet", CHECKSUMS], cwd=published / "out", check=False)
     assert done.returncode == 0
-    assert {*parse_checksums((published / "out" / CHECKSUMS).read_text()), CHECKSUMS} == set(
-        bytes_of(published / "out")
-    )
+    assert {*checksums(open_store(str(published / "out"))), CHECKSUMS} == set(bytes_of(published / "out"))
 
 
 def test_a_stranger_loads_it_and_sees_pictures(root, monkeypatch, caplog):
@@ -220,8 +201,8 @@ def test_urls_and_hosts_are_found_in_the_image_text_shards(tmp_path):
     }
     table = pa.table({"key": list(rows), "url": list(rows.values()), "sha256": pa.nulls(len(rows), pa.string())})
     for folder in ("pictures", "codes"):
-        task = {"output": str(tmp_path / folder / "part-00000.parquet"), "inputs": ""}
-        shard = write_shard(task, table, {})["shard"]
+        task = ShardTask().placed(None, tmp_path / folder / "part-00000.parquet", None, "")
+        shard = write_shard(task, table, {}).shard
         write_manifest(tmp_path / folder, Manifest(kind="x", dataset="set", columns={}, shards=(shard,)))
     (tmp_path / "list").write_text("host EXAMPLE.org\nurl https://other.net/two.png\nkey set/g\nkey another/d\n")
     entries = listing(str(tmp_path / "list"))
@@ -274,28 +255,47 @@ def test_size_categories(rows, name):
     assert size_category(rows) == name
 
 
-class HubStub:
-    """Stands for HfApi and HfFileSystem: no test speaks to the Hub."""
+class HubStub(HfApi):
+    """Stands for the Hub behind HfApi and HfFileSystem: no test speaks to it. What chooses the files is the library's.
+
+    With `breaks` the connection is lost in the middle of the next commit that adds files.
+    """
 
     def __init__(self):
-        self.files, self.commits = {}, []
+        super().__init__()
+        self.files, self.commits, self.made, self.breaks = {}, [], False, False
+
+    def create_repo(self, repo_id, repo_type, exist_ok):
+        assert (repo_id, repo_type, exist_ok) == ("user/name", "dataset", True)
+        self.made = True
+
+    def repo_exists(self, repo_id, repo_type):
+        assert (repo_id, repo_type) == ("user/name", "dataset")
+        return self.made
+
+    def list_repo_files(self, repo_id, **options):
+        return sorted(self.files)
+
+    def _validate_yaml(self, content, **options):
+        assert content.startswith("---")
+
+    def create_commit(self, repo_id, operations, repo_type, **options):
+        assert (self.made, repo_id, repo_type) == (True, "user/name", "dataset")
+        self.commits.append([one.path_in_repo for one in operations])
+        for number, one in enumerate(operations):
+            if isinstance(one, CommitOperationDelete):
+                del self.files[one.path_in_repo]
+                continue
+            if self.breaks and number == 3:
+                self.breaks = False
+                raise ConnectionError("gone")
+            self.files[one.path_in_repo] = Path(one.path_or_fileobj).read_bytes()
 
     def invalidate_cache(self):
         pass
 
-    def create_repo(self, repository, repo_type, exist_ok):
-        assert (repository, repo_type, exist_ok) == ("user/name", "dataset", True)
-
-    def create_commit(self, repository, operations, commit_message, repo_type):
-        self.commits.append([type(one).__name__ for one in operations])
-        for one in operations:
-            if type(one).__name__ == "CommitOperationAdd":
-                self.files[one.path_in_repo] = Path(one.path_or_fileobj).read_bytes()
-            else:
-                del self.files[one.path_in_repo]
-
     def find(self, root, detail):
-        from huggingface_hub.hf_api import BlobLfsInfo
+        assert self.made, "the file system raises FileNotFoundError"
 
         def info(name, data):
             lfs = BlobLfsInfo(size=len(data), sha256=hashlib.sha256(data).hexdigest(), pointer_size=1)
@@ -304,28 +304,50 @@ class HubStub:
         return {f"{root}/{name}": info(name, data) for name, data in self.files.items()}
 
     def open(self, path, mode):
-        import io
-
         return io.BytesIO(self.files[path.removeprefix("datasets/user/name/")])
 
+    def cat_file(self, path):
+        return self.open(path, "rb").read()
 
-def test_the_hub_gets_commits_of_what_differs(published, monkeypatch):
+
+@pytest.fixture
+def hub(monkeypatch) -> HubStub:
+    stub = HubStub()
+    monkeypatch.setattr(stores, "HfApi", lambda: stub)
+    monkeypatch.setattr(hf_api, "is_xet_available", lambda: False)  # then a call of upload_folder is one commit
+    return stub
+
+
+def quiet(*_) -> None:
+    pass
+
+
+def test_the_hub_gets_what_differs(published, hub):
     assert isinstance(open_store("hf://user/name"), HubStore)
-    hub = HubStub()
-    monkeypatch.setattr(stores, "HfApi", lambda: hub)
     store = HubStore("hf://user/name", hub, "datasets/user/name")
-    quiet = lambda done, total: None  # noqa: E731
     done = sync(published / "out", store, quiet)
     assert hub.files == bytes_of(published / "out")
+    assert reread(store) == []
     assert [len(commit) for commit in hub.commits] == [len(done.uploaded) - 1, 1]
+    assert hub.commits[-1] == [CHECKSUMS]
     assert sync(published / "out", store, quiet).uploaded == ()
     assert len(hub.commits) == 2
-    hub.files["crop/train-00000-of-00003.parquet"] = b"x"
-    hub.files["crop/train-00003-of-00004.parquet"] = b"of an earlier publication"
-    hub.files[".gitattributes"] = b"theirs"
+    victim, stale = "crop/train-00000-of-00003.parquet", "crop/train-00003-of-00004.parquet"
+    hub.files |= {victim: b"x", stale: b"of an earlier publication", ".gitattributes": b"theirs"}
+    assert [fault.split(":")[0] for fault in reread(store)] == [victim]
     done = sync(published / "out", store, quiet)
-    assert (done.uploaded, done.removed) == (
-        ("crop/train-00000-of-00003.parquet",),
-        ("crop/train-00003-of-00004.parquet",),
-    )
+    assert (done.uploaded, done.removed) == ((victim,), (stale,))
+    assert hub.commits[2:] == [[CHECKSUMS], [victim], [stale], [CHECKSUMS]]
     assert hub.files == bytes_of(published / "out") | {".gitattributes": b"theirs"}
+
+
+def test_an_interrupted_upload_to_the_hub_has_no_checksums(published, hub):
+    store = HubStore("hf://user/name", hub, "datasets/user/name")
+    hub.breaks = True
+    with pytest.raises(DataError, match=r"hf://user/name: ConnectionError: gone\. Run the command again"):
+        sync(published / "out", store, quiet)
+    there = set(hub.files)
+    assert len(there) == 3
+    assert CHECKSUMS not in there
+    assert not there & set(sync(published / "out", store, quiet).uploaded)
+    assert hub.files == bytes_of(published / "out")

@@ -11,11 +11,12 @@ import yaml
 from PIL import Image
 
 from unifork.config import Experiment, load_card, parse
-from unifork.report.gather import Layout
+from unifork.layout import Layout
 from unifork.shapes.world import draw, scene
 from unifork.shards.job import write_shard
-from unifork.shards.manifest import Manifest, Shard, write_json, write_manifest
+from unifork.shards.manifest import Manifest, write_json, write_manifest
 from unifork.shards.schema import image_text_schema
+from unifork.shards.task import ShardTask
 
 NASTY = "<script>alert('a')</script> & <b>"
 DEPTH = 2
@@ -27,7 +28,8 @@ CARD = {
     "licence": "CC-BY-4.0",
     "attribution": f"made by {NASTY}",
     "redistribute_codes": False,
-    "source": {"kind": "shapes"},
+    "source": {"kind": "unifork.shapes.source:SOURCE"},
+    "reader": "unifork.shapes.detector:READER",
     "tasks": {
         "generation": {"view": "crop", "texts": ["caption"]},
         "understanding": {"view": "pad", "texts": ["description"]},
@@ -96,7 +98,8 @@ def experiment(variants=("fork",)) -> Experiment:
                 "s3": stage("generation", "understanding", prompts=["a red circle"]),
             },
             "benchmarks": {
-                kind: {"kind": kind, "samples": 2} for kind in ("shapes-generation", "shapes-understanding")
+                f"shapes-{kind}": {"kind": f"unifork.shapes.{kind}:BENCHMARK", "samples": 2}
+                for kind in ("generation", "understanding")
             },
             "runs": {
                 f"{name}-{one}": {"variant": name, "stage": one, "after": "models/x", "codes": "data/codes"}
@@ -116,17 +119,7 @@ def experiment(variants=("fork",)) -> Experiment:
 def layout(root: Path) -> Layout:
     (root / "datasets").mkdir(parents=True, exist_ok=True)
     (root / "datasets" / "world.yaml").write_text(yaml.safe_dump(CARD))
-    return Layout(
-        cards=root / "datasets",
-        raw=root / "data/raw",
-        filtered=root / "data/filtered",
-        codes=root / "data/codes",
-        image_tokenizer=root / "tokenizers/image",
-        models=root / "models",
-        runs=root / "runs",
-        scores=root / "scores",
-        companion="image_tokenizer",
-    )
+    return Layout(root)
 
 
 def png(image: Image.Image) -> bytes:
@@ -146,14 +139,11 @@ def write_data(where: Layout) -> None:
     }
     table = pa.table(columns, schema=schema)
     dropped = {"unreadable": 2, "min_side": 1}
-    folders = {where.raw: {}, where.filtered: dropped, where.codes: {}}
-    for folder, drops in folders.items():
-        place = folder / "world" / ("crop" if folder == where.codes else "")
-        task = {"output": str(place / "part-00000.parquet"), "inputs": "made"}
-        shard = Shard.model_validate(write_shard(task, table, drops)["shard"])
-        lineage = (
-            {"encoder_id": "abc", "encoding": {"view": "crop", "dtype": "float32"}} if folder == where.codes else {}
-        )
+    codes = where.codes / "world" / "crop"
+    for place, drops in {where.raw("world"): {}, where.filtered("world"): dropped, codes: {}}.items():
+        task = ShardTask().placed(None, place / "part-00000.parquet", None, "made")
+        shard = write_shard(task, table, drops).shard
+        lineage = {"encoder_id": "abc", "encoding": {"view": "crop", "dtype": "float32"}} if place == codes else {}
         write_manifest(place, Manifest(kind="any", dataset="world", columns={}, shards=(shard,), lineage=lineage))
     address = "cannot identify <_io.BytesIO object at 0x7f00>"
     rejected = [
@@ -161,8 +151,8 @@ def write_data(where: Layout) -> None:
         {"key": "bad-2", "reason": "unreadable", "detail": "empty", "image": None},
         {"key": "thin", "reason": "min_side", "detail": NASTY, "image": png(Image.new("RGB", (90, 9), "red"))},
     ]
-    (where.filtered / "world" / "quarantine").mkdir()
-    pq.write_table(pa.Table.from_pylist(rejected), where.filtered / "world" / "quarantine" / "part-00000.parquet")
+    (where.filtered("world") / "quarantine").mkdir()
+    pq.write_table(pa.Table.from_pylist(rejected), where.filtered("world") / "quarantine" / "part-00000.parquet")
 
 
 def write_tokenizer(where: Layout) -> None:
@@ -175,7 +165,7 @@ def write_tokenizer(where: Layout) -> None:
 
 def write_stage(where: Layout, key: str, plan: Experiment) -> None:
     this = plan.stages[plan.runs[key].stage]
-    folder = where.models / key / "training"
+    folder = where.model(key) / "training"
     shapes = {
         "embed_tokens.weight": (10, 2),
         "layers.0.mlp.shared.up_proj.weight": (5, 2),
@@ -202,7 +192,7 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
     (folder / "history.csv").write_text("\n".join(lines) + "\n")
     codes = np.arange(len(this.sample_prompts) * 4 * DEPTH).reshape(-1, 4, DEPTH) % 16
     np.savez(folder / "samples.npz", codes=codes)
-    write_json(where.runs / key / "finished.json", {"seconds": 90.0, "code": "x", "fingerprint": "y"})
+    write_json(where.run(key) / "finished.json", {"seconds": 90.0, "code": "x", "fingerprint": "y"})
 
 
 def write_scores(where: Layout, key: str, names: tuple[str, ...], samples: list[dict], codes: bool) -> None:
@@ -211,8 +201,8 @@ def write_scores(where: Layout, key: str, names: tuple[str, ...], samples: list[
         "held_out": {name: {**row, "value": 0.25} for name in names},
         "seen": {name: {**row, "value": 0.75} for name in names},
     }
-    write_json(where.scores / key / "metrics.json", table)
-    outputs = where.scores / key / "outputs"
+    write_json(where.scores(key) / "metrics.json", table)
+    outputs = where.scores(key) / "outputs"
     outputs.mkdir()
     (outputs / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     if codes:

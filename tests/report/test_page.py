@@ -49,7 +49,7 @@ def words(page):
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     plan = experiment()
-    return build(plan, write_all(root, plan), FakeCodec, root), root
+    return build(plan, write_all(root, plan), FakeCodec), root
 
 
 @pytest.fixture
@@ -143,11 +143,11 @@ def test_no_folder_of_this_machine_is_told(whole):
 
 def test_equal_results_give_equal_bytes(whole, tmp_path):
     plan = experiment()
-    assert build(plan, write_all(tmp_path, plan), FakeCodec, tmp_path) == whole[0]
+    assert build(plan, write_all(tmp_path, plan), FakeCodec) == whole[0]
 
 
 def test_before_anything_has_run(tmp_path):
-    page = build(experiment(), layout(tmp_path), FakeCodec, tmp_path)
+    page = build(experiment(), layout(tmp_path), FakeCodec)
     text = words(page)
     assert text.count("not there yet") > 10
     assert "not known yet" in text
@@ -157,7 +157,7 @@ def test_before_anything_has_run(tmp_path):
 @pytest.mark.usefixtures("no_curves")
 def test_a_variant_that_has_not_run_stands_beside_one_that_has(tmp_path):
     plan = experiment(("dense", "fork"))
-    text = words(build(plan, write_all(tmp_path, plan, "fork"), FakeCodec, tmp_path))
+    text = words(build(plan, write_all(tmp_path, plan, "fork"), FakeCodec))
     assert "dense shared*1 task*1 norm:task not known yet 0 of 2 not measured" in text
     assert "2 of 2 3 min" in text
     assert "Scores of dense-shapes-generation: not there yet" in text
@@ -170,7 +170,7 @@ def test_any_stage_may_be_missing(whole, tmp_path, missing):
     plan = experiment()
     where = write_all(tmp_path, plan)
     shutil.rmtree(tmp_path / missing)
-    assert build(plan, where, FakeCodec, tmp_path) != whole[0]
+    assert build(plan, where, FakeCodec) != whole[0]
 
 
 @pytest.mark.parametrize(
@@ -195,13 +195,13 @@ def test_damaged_files_are_refused_by_name(tmp_path, file):
     path = tmp_path / file
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     with pytest.raises(UniForkError, match=re.escape(path.name)):
-        build(plan, where, FakeCodec, tmp_path)
+        build(plan, where, FakeCodec)
 
 
 def test_fewer_pictures_than_prompts_are_refused(tmp_path):
     plan = experiment()
     where = write_all(tmp_path, plan)
-    lines = (where.scores / "fork-shapes-generation/outputs/samples.jsonl").read_text().splitlines(keepends=True)
-    (where.scores / "fork-shapes-generation/outputs/samples.jsonl").write_text(lines[0])
+    samples = where.scores("fork-shapes-generation") / "outputs/samples.jsonl"
+    samples.write_text(samples.read_text().splitlines(keepends=True)[0])
     with pytest.raises(UniForkError, match="allowed are integers of shape"):
-        build(plan, where, FakeCodec, tmp_path)
+        build(plan, where, FakeCodec)

@@ -9,13 +9,13 @@ from PIL import Image
 
 from unifork.config import Benchmark
 from unifork.errors import ConfigError, DataError
-from unifork.evaluation.benchmarks import BENCHMARKS, Model, evaluate
+from unifork.evaluation.benchmarks import BENCHMARKS, Model, check, evaluate
 from unifork.image_tokenizer.views import crop_view, pad_view
 from unifork.shapes import generation, understanding
-from unifork.shapes.world import KINDS, SINGLE_KINDS, Draws, crop_objects, draw, is_held_out, scene
+from unifork.shapes.world import ASKED_SPLITS, KINDS, SINGLE_KINDS, Draws, crop_objects, draw, scene
 
-GENERATION = Benchmark(kind="shapes-generation", samples=40)
-UNDERSTANDING = Benchmark(kind="shapes-understanding", samples=40)
+GENERATION = Benchmark(kind="unifork.shapes.generation:BENCHMARK", samples=40)
+UNDERSTANDING = Benchmark(kind="unifork.shapes.understanding:BENCHMARK", samples=40)
 PERFECT = Model(shapes_oracle.paint, shapes_oracle.answer)
 
 
@@ -30,7 +30,7 @@ def random_answers(items):
     others = {
         (kind, split): understanding._items(kind, split, 80, 99)
         for kind in understanding.KINDS
-        for split in understanding.SPLITS
+        for split in ASKED_SPLITS
     }
     return [
         Draws("random", number).pick(others[item.kind, item.scene.split]).answer for number, item in enumerate(items)
@@ -49,7 +49,7 @@ def assert_near_chance(score):
 
 @pytest.mark.parametrize("config", [GENERATION, UNDERSTANDING], ids=lambda config: config.kind)
 def test_a_perfect_model_scores_one(config):
-    result = evaluate(config, 0, PERFECT)
+    result = evaluate(config, 0, PERFECT, "test")
     assert {score.value for score in result.scores if not score.name.endswith("yes_ratio")} == {1.0}
     assert {score.value for score in result.scores if score.name.endswith("yes_ratio")} <= {0.5}
     assert all(record["correct"] for record in result.records)
@@ -75,14 +75,12 @@ def test_answers_to_other_questions_score_chance():
 
 
 def test_a_constant_yes_earns_half_and_a_constant_picture_no_composition():
-    scores = evaluate(
-        UNDERSTANDING, 0, Model(shapes_oracle.paint, lambda pictures, questions: ["yes"] * len(questions))
-    )
-    names = by_name(scores.scores, "seen")
+    yes = Model(shapes_oracle.paint, lambda pictures, questions: ["yes"] * len(questions))
+    names = by_name(evaluate(UNDERSTANDING, 0, yes, "test").scores, "seen")
     assert [names[f"yes_no_{name}"].value for name in ("accuracy", "recall", "yes_ratio")] == [0.5, 1.0, 1.0]
     assert names["color_exact"].value == names["caption_exact"].value == 0.0
     blank = Model(lambda texts: [Image.new("RGB", (48, 48), "white")] * len(texts), shapes_oracle.answer)
-    assert {score.value for score in evaluate(GENERATION, 0, blank).scores} == {0.0}
+    assert {score.value for score in evaluate(GENERATION, 0, blank, "test").scores} == {0.0}
 
 
 def test_an_empty_answer_is_yes_for_pope_and_nothing_for_the_strict_reading():
@@ -98,7 +96,7 @@ def test_items_are_balanced_new_pictures_and_about_what_their_split_says():
     for split in ("seen", "held_out"):
         answers = [item.answer for item in items if item.kind == "yes_no" and item.scene.split == split]
         assert answers.count("yes") == answers.count("no") == 20
-    assert all(is_held_out(item.scene) == (item.scene.split == "held_out") for item in items)
+    assert all(shapes_oracle.is_held_out(item.scene) == (item.scene.split == "held_out") for item in items)
     assert items == understanding.prepare(UNDERSTANDING, 0) != understanding.prepare(UNDERSTANDING, 1)
 
 
@@ -124,12 +122,32 @@ def test_captions_of_crops_are_wrong_on_many_whole_pictures():
     assert np.mean(shapes) > 0.5
 
 
-def test_outputs_must_be_complete_and_the_kind_known():
-    items = generation.prepare(GENERATION, 0)
-    with pytest.raises(DataError, match="0 pictures for 480 prompts"):
-        generation.score(items, [])
-    with pytest.raises(DataError, match="1 answers for 400 questions"):
-        understanding.score(understanding.prepare(UNDERSTANDING, 0), ["yes"])
-    with pytest.raises(ConfigError, match=r"params\.yaml: unknown kind of benchmark 'shapes'"):
-        evaluate(Benchmark(kind="shapes", samples=1), 0, PERFECT, "params.yaml")
-    assert set(BENCHMARKS) == {"shapes-generation", "shapes-understanding"}
+def test_outputs_must_be_complete():
+    lazy = Model(lambda texts: [], lambda pictures, questions: ["yes"])
+    with pytest.raises(DataError, match="x: 0 outputs for 480 items"):
+        evaluate(GENERATION, 0, lazy, "x")
+    with pytest.raises(DataError, match="x: 1 outputs for 400 items"):
+        evaluate(UNDERSTANDING, 0, lazy, "x")
+
+
+@pytest.mark.parametrize("config", [GENERATION, UNDERSTANDING], ids=lambda config: config.kind)
+def test_pages_are_told_of_scores_that_are_there(config):
+    program = BENCHMARKS.find(config.kind, "test")
+    scores = evaluate(config, 0, PERFECT, "test").scores
+    assert {score.split for score in scores} == set(program.splits)
+    assert {*program.first_scores, *program.headlines} <= {score.name for score in scores}
+
+
+def test_the_picture_of_a_record_is_the_one_that_was_asked_about():
+    result, items = evaluate(UNDERSTANDING, 3, PERFECT, "test"), understanding.prepare(UNDERSTANDING, 3)
+    for record, item in list(zip(result.records, items, strict=True))[::25]:
+        assert understanding.BENCHMARK.image(record["picture"], 3) == draw(item.scene)
+    assert understanding.BENCHMARK.image("train-of-thought", 3) is None
+
+
+@pytest.mark.parametrize("use", [lambda config: check(config, "x"), lambda config: evaluate(config, 0, PERFECT, "x")])
+def test_an_unknown_kind_of_benchmark_is_named_with_what_is_known(use):
+    with pytest.raises(ConfigError, match=r"x: unknown kind of benchmark 'shapes'.*Known: .*MODULE:OBJECT"):
+        use(Benchmark(kind="shapes", samples=1))
+    with pytest.raises(ConfigError, match=r"'unifork\.shapes\.detector:READER' is a Reader, not a Program"):
+        use(Benchmark(kind="unifork.shapes.detector:READER", samples=1))

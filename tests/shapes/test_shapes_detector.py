@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from unifork.config import load_card
+from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.views import crop_view, pad_view
 from unifork.shapes.detector import detect, same_objects
 from unifork.shapes.world import COLORS, Object, crop_objects, draw, mask, scene
@@ -84,3 +86,11 @@ def test_readings_agree_in_any_order_but_not_with_objects_missing_moved_or_repai
     assert not same_objects([a, a], [a, b])
     assert not same_objects([a], [a._replace(color="blue")])
     assert not same_objects([a], [a._replace(box=(17, 1, 31, 15))])
+
+
+def test_the_cards_of_the_world_name_a_reader_that_counts_what_survives():
+    before = np.stack([crop_view(draw(this), 48, None) for this in SCENES[:6]])
+    after = before.copy()
+    after[0] = 250
+    for name in ("shapes", "shapes_classes"):
+        assert read_back(load_card(name), before, after) == {"same": 5, "total": 6}

@@ -1,9 +1,8 @@
 """The world is a pure function of its key, keeps to its lattice and keeps held-out compositions out."""
 
 import numpy as np
-import pytest
+from shapes_oracle import is_held_out
 
-from unifork.errors import ConfigError
 from unifork.shapes.world import (
     CELL,
     COLORS,
@@ -14,7 +13,6 @@ from unifork.shapes.world import (
     Draws,
     crop_objects,
     draw,
-    is_held_out,
     mask,
     relation,
     scene,
@@ -113,9 +111,3 @@ def test_shapes_differ_in_many_pixels():
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert (one & other).sum() / (one | other).sum() < 0.8
-
-
-@pytest.mark.parametrize(("split", "kind"), [("test", None), ("train", "two_objects")])
-def test_unknown_splits_and_kinds_are_named(split, kind):
-    with pytest.raises(ConfigError, match=r"shapes\.scene: unknown .*'(test|two_objects)'.*Known"):
-        scene(0, 0, split, kind)

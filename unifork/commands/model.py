@@ -46,8 +46,14 @@ def import_(
 
     from unifork import inference
     from unifork.documents.text_tokenizer import TextTokenizer
-    from unifork.image_tokenizer.conversion import read_official, siglip_of, tower_of
-    from unifork.image_tokenizer.official_export import REMAINDER_FILE, SIGLIP_FOLDER, remainder
+    from unifork.image_tokenizer.conversion import (
+        REMAINDER_FILE,
+        SIGLIP_FOLDER,
+        read_official,
+        remainder,
+        siglip_of,
+        tower_of,
+    )
     from unifork.models import conversion
     from unifork.weights import PICKLED, StoredWeights, local_folder, read_json
 
@@ -117,24 +123,24 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from unifork.image_tokenizer import official_export
+    from unifork.image_tokenizer import conversion as tower_conversion
     from unifork.image_tokenizer.model import ImageTokenizer
     from unifork.models import conversion
 
     conversion.set_head_form(loaded, folded=False)
     tokenizer = ImageTokenizer.load(pictures)
-    tower = official_export.tower_tensors(tokenizer, loaded.dtype)
-    siglip = official_export.siglip_config(tokenizer)
-    if (path := pictures / official_export.REMAINDER_FILE).exists():
+    tower = tower_conversion.tower_tensors(tokenizer, loaded.dtype)
+    siglip = tower_conversion.siglip_config(tokenizer)
+    if (path := pictures / tower_conversion.REMAINDER_FILE).exists():
         with safe_open(path, "pt") as kept:
             tower |= {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-            siglip = json.loads(kept.metadata()[official_export.SIGLIP_FOLDER])
+            siglip = json.loads(kept.metadata()[tower_conversion.SIGLIP_FOLDER])
     state = conversion.to_official(loaded) | {conversion.TOWER + name: tensor for name, tensor in tower.items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     files = {
         "config.json": conversion.official_plain(loaded, TOWER),
-        f"{TOWER}/config.json": official_export.tower_config(tokenizer, conversion.official_head(loaded.config)),
-        f"{TOWER}/{official_export.SIGLIP_FOLDER}/config.json": siglip,
+        f"{TOWER}/config.json": tower_conversion.tower_config(tokenizer, conversion.official_head(loaded.config)),
+        f"{TOWER}/{tower_conversion.SIGLIP_FOLDER}/config.json": siglip,
     }
     for name, plain in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ def parity(
     from rich.markup import escape
     from rich.table import Table
 
-    from unifork.parity.run import allowed, difference, verdicts, write
+    from unifork.parity.run import verdicts, write
 
     torch.set_num_threads(1)
     found = list(verdicts(folder))
@@ -24,7 +24,7 @@ def parity(
     for column in table.columns:
         column.overflow = "fold"
     for one in found:
-        numbers = (difference(one.comparison), allowed(one.comparison)) if one.comparison else (escape(one.error), "")
+        numbers = (compared.difference, compared.allowed) if (compared := one.comparison) else (escape(one.error), "")
         table.add_row(one.item, one.tensor, *numbers, "equal" if one.passed else "[red]DIFFERENT[/red]")
     console = Console()
     Console(width=console.width if console.is_terminal else WIDTH).print(table)

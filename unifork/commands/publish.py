@@ -19,15 +19,16 @@ def publish(
     """Publish the codes of a data set: only what is missing or differs is uploaded."""
     from unifork.errors import DataError
     from unifork.filters.takedown import listing
+    from unifork.layout import Layout
     from unifork.processes import exclusive
-    from unifork.publish.publication import Layout, build
+    from unifork.publish.publication import build
     from unifork.publish.stores import open_store, reread, sync
 
     layout, store = Layout(), open_store(to)
     entries = listing(str(takedown)) if takedown != TAKEDOWN or takedown.exists() else None
-    folder = store.local or layout.folder("published", dataset)
+    folder = store.local or layout.published(dataset)
     with exclusive(folder):
-        views = build(dataset, layout, folder, entries, lambda progress: print(progress, flush=True))
+        views = build(dataset, layout, folder, entries)
         for view in views:
             withheld = sum(view.manifest.dropped.values())
             print(f"{folder / view.name}: {view.manifest.rows} rows, {withheld} withheld")
@@ -45,12 +46,13 @@ def fetch(
     dataset: Annotated[str, typer.Argument(help="name of the data set here")],
 ) -> None:
     """Make of a publication the code shards it came from: data/codes/DATASET."""
+    from unifork.layout import Layout
     from unifork.processes import exclusive
     from unifork.publish import publication
     from unifork.publish.stores import open_store
 
-    layout = publication.Layout()
-    folder = layout.folder("codes", dataset)
+    layout = Layout()
+    folder = layout.codes / dataset
     with exclusive(folder):
-        manifests = publication.fetch(open_store(source), dataset, layout, lambda progress: print(progress, flush=True))
+        manifests = publication.fetch(open_store(source), dataset, layout)
     print(f"{folder}: {', '.join(f'{manifest.rows} rows' for manifest in manifests)}, as {source} says")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from unifork.errors import ConfigError, unknown
 
@@ -22,12 +22,16 @@ class Plain(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_are_known(cls, plain: Any) -> Any:
+    def _name_the_known_keys(cls, values: Any) -> Any:
+        """Say of an unknown key which ones there are; `extra` alone would only say that it is one too many."""
+        if not isinstance(values, dict) or cls.model_config.get("extra") != "forbid":
+            return values
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        strict = isinstance(plain, dict) and cls.model_config["extra"] == "forbid"
-        if strict and (wrong := plain.keys() - known):
-            raise PydanticCustomError(UNKNOWN_KEY, "unknown keys", {"keys": sorted(map(str, wrong)), "known": known})
-        return plain
+        for key in values:
+            if key not in known:
+                told = unknown("key", str(key), known)
+                raise PydanticCustomError(UNKNOWN_KEY, "{told}", {"told": str(told)})
+        return values
 
     def fingerprint(self) -> str:
         """A short hash of all values, stable across processes and machines."""
@@ -58,17 +62,17 @@ def load(model: type[Config], path: Path | str) -> Config:
     return parse(model, read_yaml(path), str(path))
 
 
-def parse(model: type[Config], plain: Any, place: str) -> Config:
-    """Plain data as a typed configuration. Raises ConfigError naming place, key, value and rule."""
+def parse(model: type[Config], plain: Any, place: str, inside: str = "") -> Config:
+    """Plain data as a typed configuration. Raises ConfigError naming place, key, value and rule.
+
+    inside: the key of the place that holds the data, such as `source.options`, without it the data is the whole.
+    """
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(f"{place}: {'; '.join(one for fault in error.errors() for one in _said(fault))}") from None
-
-
-def _said(fault: ErrorDetails) -> list[str]:
-    """A fault in one line, or several unknown keys in one each."""
-    place = ".".join(map(str, fault["loc"])) or "(top)"
-    if fault["type"] == UNKNOWN_KEY:
-        return [str(unknown("key", key, fault["ctx"]["known"], place)) for key in fault["ctx"]["keys"]]
-    return [f"{place}: {fault['msg']} (got {fault['input']!r:.80})"]
+        faults = []
+        for fault in error.errors():
+            key = ".".join(map(str, (*filter(None, [inside]), *fault["loc"]))) or "(top)"
+            value = "" if fault["type"] == UNKNOWN_KEY else f" (got {fault['input']!r:.80})"
+            faults.append(f"{key}: {fault['msg']}{value}")
+        raise ConfigError(f"{place}: {'; '.join(faults)}") from None

@@ -9,10 +9,10 @@ from unifork.vocabulary import Task, View
 
 
 class Source(Plain):
-    """Where the pictures come from: a kind of source known to `unifork.sources`."""
+    """Where the pictures come from: a kind of source, and what it is told."""
 
     kind: str
-    """Name of the source, a key of `unifork.sources.SOURCES`."""
+    """Name of the source, a key of `unifork.sources.SOURCES`, or `MODULE:OBJECT` of your own code."""
     options: dict[str, Any] = {}
     """What this kind of source needs to know; checked by the source itself."""
 
@@ -30,9 +30,9 @@ class FilterRule(Plain):
     """One rule of `unifork.filters.rules`, applied in the order of the card."""
 
     rule: str
-    """Name of the rule, a key of `unifork.filters.rules.RULES`."""
+    """Name of the rule, a key of `unifork.filters.rules.RULES`, or `MODULE:OBJECT` of your own code."""
     options: dict[str, Any] = {}
-    """The rule's thresholds."""
+    """The rule's thresholds; checked by the rule itself."""
 
 
 class Card(Plain):
@@ -59,6 +59,12 @@ class Card(Plain):
     """The tasks this set serves."""
     filters: tuple[FilterRule, ...] = ()
     """Rules of the filter stage, in order."""
+    reader: str | None = None
+    """Reads what an image shows, to say how much of it survives the codes: a name of
+    `unifork.image_tokenizer.readers.READERS` or MODULE:OBJECT; None where images cannot be read exactly."""
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # options are dicts; equal cards have equal names
 
 
 def load_card(name: str, folder: Path | str = "datasets") -> Card:

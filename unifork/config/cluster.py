@@ -1,10 +1,18 @@
 """`clusters/*.yaml`: where things run. Never a parameter of DVC, since results do not depend on it."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from unifork.config.base import Plain
+from unifork.config.base import Plain, load
+
+CLUSTER = "UNIFORK_CLUSTER"
+"""Environment: path of the cluster file."""
+IN_JOB = "UNIFORK_IN_JOB"
+"""Environment: set in jobs that a program of the pipeline started."""
+ROOT = "UNIFORK_ROOT"
+"""Environment: the folder that holds the data, on storage that the cluster shares; programs work in it."""
 
 
 class HopResources(Plain):
@@ -93,3 +101,18 @@ class Cluster(Plain):
     def for_stage(self, stage: str) -> TrainResources:
         """Resources of a training stage."""
         return self.train_stages.get(stage, self.train)
+
+
+def cluster_file() -> str:
+    """Path of the cluster file in use."""
+    return os.environ.get(CLUSTER) or "clusters/local.yaml"
+
+
+def load_cluster() -> Cluster:
+    """The cluster file in use. Raises ConfigError."""
+    return load(Cluster, cluster_file())
+
+
+def in_job() -> bool:
+    """Whether this program is the driver of a submitted job (by this project or by `ray job submit`)."""
+    return IN_JOB in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # the name Ray gives it

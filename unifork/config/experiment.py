@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
-from unifork.config.base import Fraction01, Plain
+from unifork.config.base import Fraction01, Plain, load
+from unifork.errors import unknown
 from unifork.vocabulary import Task
 
 
@@ -299,7 +300,7 @@ class Benchmark(Plain):
     """One evaluation."""
 
     kind: str
-    """A key of `unifork.evaluation.benchmarks.BENCHMARKS`."""
+    """A name of `unifork.evaluation.benchmarks.BENCHMARKS`, or MODULE:OBJECT."""
     samples: PositiveInt
     """Prompts or questions per score and split."""
     sampling: Sampling = Sampling()
@@ -335,3 +336,14 @@ class Experiment(Plain):
     """Written by `unifork use`: every stage of every variant, with its inputs."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""
+
+    def dataset(self, name: str) -> DatasetUse:
+        """How the experiment uses a data set. Raises ConfigError when it does not."""
+        if name not in self.datasets:
+            raise unknown("data set", name, self.datasets, "params.yaml: datasets")
+        return self.datasets[name]
+
+
+def load_experiment() -> Experiment:
+    """The experiment of the working directory. Raises ConfigError."""
+    return load(Experiment, "params.yaml")

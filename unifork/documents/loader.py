@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from unifork.batch import Batch, Document, pack
 from unifork.config import Track
 from unifork.documents.mixture import CodesIdentity, Part, Quarantine, Skeleton, unconditional
-from unifork.documents.order import MixtureOrder, SetOrder, Slot
-from unifork.documents.packing import deal, pack_step
+from unifork.documents.order import MixtureOrder, SetOrder, Slot, deal, pack_step
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.layout import Layout

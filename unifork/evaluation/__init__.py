@@ -1,1 +1,1 @@
-"""From a model's pictures and answers to scores with error bars and chance levels; no Ray, no model code."""
+"""From a model's pictures and answers to scores with error bars and chance levels; no Ray."""

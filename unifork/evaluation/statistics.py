@@ -30,6 +30,9 @@ class Score:
     split: str
     """Which part of the benchmark, for example `seen` or `held_out`."""
 
+    def __str__(self) -> str:
+        return f"{self.split} {self.name} {self.value:.3f} +- {self.standard_error:.3f} (chance {self.chance:.3f})"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for metrics.json."""
         return asdict(self)

@@ -8,8 +8,8 @@ is still on the Hub.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from unifork import jobs
 from unifork.config import (
+    CLUSTER,
     Card,
     Cluster,
     Experiment,
@@ -17,13 +17,13 @@ from unifork.config import (
     TextTokenizerConfig,
     Track,
     Variant,
+    cluster_file,
     load,
 )
 from unifork.documents.prompts import template_for
 from unifork.errors import CheckpointError, ConfigError, unknown
 from unifork.evaluation import benchmarks
-from unifork.filters.rules import check_rules
-from unifork.sources import source_of
+from unifork.image_tokenizer.readers import READERS
 
 Cards = Mapping[str, Card]
 
@@ -56,10 +56,13 @@ def check_names(experiment: Experiment, cards: Cards, place: str) -> None:
 
 
 def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
-    """Kinds of source, filter rules, benchmarks, each with its options; templates; sizes that follow from the grid."""
-    for card in cards.values():
-        source_of(card)
-        check_rules(card)
+    """Readers, kinds of benchmark, templates, and what follows from the grid and the views.
+
+    Sources and filter rules of the cards were looked at by `followed`.
+    """
+    for name, card in cards.items():
+        if card.reader:
+            READERS.find(card.reader, f"card {name}: reader")
     for name, benchmark in experiment.benchmarks.items():
         benchmarks.check(benchmark, f"{place}: benchmarks.{name}")
     images = experiment.image_tokenizer
@@ -106,7 +109,7 @@ def check_models(experiment: Experiment, place: str) -> None:
 
 def check_cluster(experiment: Experiment, place: str) -> None:
     """That the rows of the cluster file in use hold the longest document of every stage."""
-    path = Path(jobs.cluster_file())
+    path = Path(cluster_file())
     if not path.exists():
         return
     cluster = load(Cluster, path)
@@ -115,7 +118,7 @@ def check_cluster(experiment: Experiment, place: str) -> None:
         if context > rows:
             raise ConfigError(
                 f"{place}: stages.{name}.context is {context}, but row_tokens of {path} is {rows}: a row must hold the "
-                f"longest document. Raise row_tokens, or name the file of another cluster in {jobs.CLUSTER}"
+                f"longest document. Raise row_tokens, or name the file of another cluster in {CLUSTER}"
             )
 
 

@@ -7,10 +7,9 @@ from pathlib import PurePosixPath
 
 from unifork.config import Card, Followed
 from unifork.errors import ConfigError
-from unifork.sources import SOURCES
+from unifork.filters.rules import DuplicateOptions, rules_of
+from unifork.sources import source_of
 
-LIST_OPTIONS = ("file", "files")
-"""Options of filter rules that name files."""
 ELSEWHERE = re.compile(r"[~$]")
 """In a path that only this machine knows: what it stands for is written into no file."""
 
@@ -18,14 +17,15 @@ ELSEWHERE = re.compile(r"[~$]")
 def followed(card: Card, place: str) -> Followed:
     """What the stages of a data set depend on beside its card, which is `place`.
 
-    Raises ConfigError where files lie too far apart.
+    Raises ConfigError for a source or rule with wrong options, and where files lie too far apart.
     """
-    source = SOURCES.get(card.source.kind)
-    named = [card.source.options[name] for name in (source.paths if source else ()) if name in card.source.options]
-    lists = [rule.options[name] for rule in card.filters for name in LIST_OPTIONS if name in rule.options]
-    compared = any(rule.options.get("against") for rule in card.filters)
+    source, options = source_of(card)
+    rules = rules_of(card)
+    lists = [getattr(chosen, name) for rule, chosen in rules for name in rule.paths]
+    files = [getattr(options, name) for name in source.paths]
+    compared = any(isinstance(chosen, DuplicateOptions) and chosen.against for _, chosen in rules)
     return Followed(
-        source=_folder(named, f"{place}: source") or place,
+        source=_folder(filter(None, files), f"{place}: source") or place,
         lists=_folder(lists, f"{place}: filters") or place,
         others="data/raw" if compared else place,
     )

@@ -1,7 +1,7 @@
 """Duplicates across shards and sets, in two passes: signatures of every shard, then one decision about all.
 
-Pass 1 is a hop: for each row that the card's other rules keep, 64 bits of the picture's SHA-256, of its URL and
-text, and a difference hash of what it shows. Pass 2 reads signatures only and says which rows have an earlier
+Pass 1 is a job over shards: for each row that the card's other rules keep, 64 bits of the picture's SHA-256, of its
+URL and text, and a difference hash of what it shows. Pass 2 reads signatures only and says which rows have an earlier
 twin: earlier is the order (sets as named, the set itself last; then shards and rows as planned), so neither the
 number of workers nor which shard was done first changes anything. The filter then drops what the lists say.
 
@@ -16,51 +16,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from pydantic import Field
 
-from unifork.config import Card, Plain, parse
+from unifork.config import Card, parse
 from unifork.errors import ConfigError
-from unifork.filters.rules import TWIN_RULES, judge
-from unifork.filters.worker import DROPS, drops_name, filter_fingerprint, read_rows, tasks_from
-from unifork.shards.job import Hop, read_table, write_shard
-from unifork.shards.manifest import file_sha256, keep_only, read_manifest, write_atomically
+from unifork.filters.rules import TWIN_RULES, BenchmarkOptions, DuplicateOptions, Kind, judge
+from unifork.filters.worker import DROPS, filter_fingerprint
+from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
+from unifork.shards.manifest import Shard, file_sha256, keep_only, read_manifest, write_atomically
 from unifork.shards.schema import text_columns
+from unifork.shards.task import ShardResult, ShardTask
+from unifork.sources import located
 from unifork.sources.archives import is_picture, opened
-from unifork.sources.base import located
 
 SIGNATURES_VERSION = 1
 BUCKET_ROWS = 4_000_000
-Kind = Literal["sha256", "pair", "phash"]
 SCHEMA = pa.schema({"key": pa.string(), "sha256": pa.uint64(), "pair": pa.uint64(), "phash": pa.uint64()})
 DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.string()})
-
-Distance = Annotated[int, Field(ge=0, le=7)]
-"""Bits of 64 in which two difference hashes may differ."""
-
-
-class DuplicateOptions(Plain):
-    """Options of the filter rule `duplicates`."""
-
-    by: tuple[Kind, ...] = ("sha256", "pair")
-    """Same bytes, same URL and text, same look."""
-    distance: Distance = 0
-    """For `phash`."""
-    against: tuple[str, ...] = ()
-    """Sets that keep what they share with this one."""
-
-
-class BenchmarkOptions(Plain):
-    """Options of the filter rule `near_benchmark`."""
-
-    files: str
-    """Folder or tar with the benchmark's pictures."""
-    distance: Distance = 3
 
 
 # --------------------------------------------------------------------------------------- signatures
@@ -99,12 +76,12 @@ def signature(row: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
 class Sign:
     """Image-text shard -> signatures of the rows that the card's other rules keep."""
 
-    def __init__(self, card: dict[str, Any]) -> None:
-        self.card = alone(parse(Card, card, "card"))
+    def __init__(self, card: Card) -> None:
+        self.card = alone(card)
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, task: ShardTask) -> ShardResult:
         texts = text_columns(self.card)
-        made = [signature(row, texts) for row in read_rows(task) if judge(row, self.card) is None]
+        made = [signature(row, texts) for row in input_rows(task) if judge(row, self.card) is None]
         return write_shard(task, pa.Table.from_pylist(made, schema=SCHEMA), {})
 
 
@@ -118,12 +95,12 @@ def looks_around(card: Card) -> bool:
     return any(rule.rule in TWIN_RULES for rule in card.filters)
 
 
-def sign_hop(card: Card, source: Path, folder: Path) -> Hop:
-    """The plan of pass 1: one task per image-text shard."""
+def sign_job(card: Card, source: Path, folder: Path) -> ShardJob:
+    """The plan of pass 1: one task for each image-text shard."""
     made_with = {"signatures": SIGNATURES_VERSION, "texts": text_columns(card), **filter_fingerprint(alone(card))}
     columns = {field.name: str(field.type) for field in SCHEMA}
-    tasks = tasks_from(read_manifest(source))
-    return Hop("signatures", card.name, folder, columns, made_with, {}, tasks, source)
+    tasks = [ShardTask.from_shard(shard) for shard in read_manifest(source).shards]
+    return ShardJob("signatures", card.name, folder, columns, made_with, {}, tasks, source)
 
 
 # ----------------------------------------------------------------------------------------- decision
@@ -213,7 +190,7 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
     """Pass 2: write for each shard the rows that have an earlier twin; shard number -> SHA-256 of its list.
 
     signatures: those of the set itself; others: those of the sets it is compared with, by name;
-    filtered: folder of the filter hop, which holds the lists. Raises ConfigError, DataError.
+    filtered: folder of the filtered shards, which holds the lists. Raises ConfigError, DataError.
     """
     own_shards = read_manifest(signatures).shards
     everything: dict[int, tuple[str, str, str]] = {}  # row of the set itself -> key, rule, of
@@ -239,7 +216,7 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
             continue
         for row, of in told.items():
             everything.setdefault(row - first, (names[row], entry.rule, of))
-    return _write_drops(everything, [shard.rows for shard in own_shards], filtered / DROPS)
+    return _write_drops(everything, own_shards, filtered / DROPS)
 
 
 def benchmark(files: str) -> list[tuple[str, int]]:
@@ -251,22 +228,19 @@ def benchmark(files: str) -> list[tuple[str, int]]:
     return [(name, value) for name, value in hashed if value is not None]
 
 
-def _write_drops(rows: dict[int, tuple[str, str, str]], sizes: list[int], folder: Path) -> dict[int, str]:
-    hashes, start, order = {}, 0, sorted(rows)
-    at = 0
-    for number, size in enumerate(sizes):
-        path, lines = folder / drops_name(number), []
-        while at < len(order) and order[at] < start + size:
-            lines.append(dict(zip(DROPS_SCHEMA.names, rows[order[at]], strict=True)))
-            at += 1
-        if lines:
-            table = pa.Table.from_pylist(lines, schema=DROPS_SCHEMA)
-            write_atomically(path, partial(pq.write_table, table))
-            hashes[number] = file_sha256(path)
-        start += size
+def _write_drops(rows: dict[int, tuple[str, str, str]], shards: Sequence[Shard], folder: Path) -> dict[int, str]:
+    """One list for each shard that has duplicates, named as the shard; shard number -> SHA-256 of its list."""
+    starts = np.cumsum([0, *(shard.rows for shard in shards)])
+    lists: dict[int, list[dict[str, str]]] = {}
+    for row in sorted(rows):
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        lists.setdefault(number, []).append(dict(zip(DROPS_SCHEMA.names, rows[row], strict=True)))
+    for number, lines in lists.items():
+        table = pa.Table.from_pylist(lines, schema=DROPS_SCHEMA)
+        write_atomically(folder / shards[number].path, partial(pq.write_table, table))
     if folder.exists():
-        keep_only(folder, [drops_name(number) for number in hashes])
-    return hashes
+        keep_only(folder, [shards[number].path for number in lists])
+    return {number: file_sha256(folder / shards[number].path) for number in lists}
 
 
 def compared_with(card: Card) -> list[str]:

@@ -1,6 +1,7 @@
-"""Rules that keep or drop a row, with a reason. Pure functions of one row; the card chooses them.
+"""Rules that keep or drop a row, with a reason. Pure functions of one row and typed options; the card chooses them.
 
-A picture that cannot be decoded is dropped by every hop, whatever the card says, and goes to the
+A rule is a function under `rule(OPTIONS)` and one entry in `RULES`; a card may also name `MODULE:OBJECT`, which is
+how anybody's code takes part. An image that cannot be decoded is dropped whatever the card says, and goes to the
 quarantine with what the decoder said.
 """
 
@@ -8,23 +9,111 @@ import io
 import math
 import unicodedata
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from unifork.config import Card
+from unifork.config import Card, Plain, parse
+from unifork.config.base import Fraction01
 from unifork.errors import unknown
 from unifork.filters.takedown import listing
-from unifork.shards.schema import CONVERSATIONS, text_columns
+from unifork.registry import Registry
+from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, text_columns
+from unifork.sources import source_of
 
 Row = dict[str, Any]
+Options = TypeVar("Options", bound=Plain)
+Kind = Literal["sha256", "pair", "phash"]
+"""What two rows may have in common: the bytes of their image, URL and text, or what the image shows."""
+Distance = Annotated[int, Field(ge=0, le=7)]
+"""Bits of 64 in which two difference hashes may differ."""
 MAX_PIXELS = 64_000_000
-"""Largest picture that is decoded; the header is read first, so a bomb costs nothing."""
+"""Largest image that is decoded; the header is read first, so a bomb costs nothing."""
+DATASET, TWINS = "dataset", "twins"
+"""What `judge` and the filter lay beside a row's columns: its set, and rule -> earlier twin."""
+TAKEDOWN = "takedown"
+TWIN_RULES = ("duplicates", "near_benchmark")
+"""Rules that look at other rows."""
+SCORES = ("similarity", "aesthetic", "pwatermark", "punsafe")
+"""Columns of `sources.url_lists` that have a rule of their own name."""
+
+
+@dataclass(frozen=True)
+class Rule(Generic[Options]):
+    """A decision about one row."""
+
+    options: type[Options]
+    """What `options` of a card's filter may say. A key `column` must name a column of the card."""
+    keeps: Callable[[Row, Options], bool]
+    """Whether a row stays."""
+    paths: tuple[str, ...] = ()
+    """Options that name files or folders."""
+
+
+def rule(options: type[Options], *paths: str) -> Callable[[Callable[[Row, Options], bool]], Rule[Options]]:
+    """Make a function of a row and options a rule."""
+    return lambda keeps: Rule(options, keeps, paths)
+
+
+RULES: Registry[Rule[Any]] = Registry(
+    "filter rule",
+    Rule,
+    {
+        name: f"{__name__}:{name}"
+        for name in (
+            "min_side", "max_aspect", "max_bytes", "max_pixels", "text_length", "no_chinese", "latin_letters", "score",
+            TAKEDOWN, *SCORES, *TWIN_RULES,
+        )
+    },
+)  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def rules_of(card: Card) -> tuple[tuple[Rule[Any], Plain], ...]:
+    """The rules of a card with their options, in order; no file is touched. Raises ConfigError naming the key."""
+    found = []
+    place, columns = f"card {card.name}", {*FIXED_COLUMNS, *text_columns(card), *card.columns}
+    for number, entry in enumerate(card.filters):
+        key = f"filters[{number}]"
+        chosen = RULES.find(entry.rule, f"{place}: {key}.rule")
+        options = parse(chosen.options, entry.options, place, f"{key}.options")
+        column = getattr(options, "column", entry.rule if entry.rule in SCORES else None)
+        if column is not None and column not in columns:
+            raise unknown("column", column, columns, f"{place}: {key} ({entry.rule})")
+        found.append((chosen, options))
+    return tuple(found)
+
+
+def check_card(card: Card) -> None:
+    """Raise ConfigError for a source or rule that is unknown or has wrong options, before anything runs."""
+    source_of(card)
+    rules_of(card)
+
+
+def judge(row: Row, card: Card) -> tuple[str, str] | None:
+    """(reason, detail) why a row is dropped, None when it is kept.
+
+    Raises ConfigError when the card names an unknown rule.
+    """
+    problem = unreadable(row)
+    if problem:
+        return "unreadable", problem
+    if not any(row.get(name) for name in text_columns(card)):
+        return "no_text", f"none of {', '.join(text_columns(card))} is filled"
+    for entry, (chosen, options) in zip(card.filters, rules_of(card), strict=True):
+        if not chosen.keeps({**row, DATASET: card.name}, options):
+            if entry.rule == TAKEDOWN:
+                return entry.rule, f"named in {entry.options['file']}"  # nothing else of it is kept
+            shown = {name: row[name] for name in row if name not in ("image", CONVERSATIONS)}
+            return entry.rule, f"{entry.options} on {shown}"
+    return None
 
 
 def unreadable(row: Row) -> str | None:
-    """Why a picture cannot be decoded, in the decoder's words; None when it can."""
+    """Why an image cannot be decoded, in the decoder's words; None when it can."""
     data = row["image"]
     if not data:
         return "empty"
@@ -38,114 +127,171 @@ def unreadable(row: Row) -> str | None:
     return None
 
 
-def min_side(row: Row, pixels: int) -> bool:
-    """Keep pictures whose shorter side has at least `pixels`."""
-    return bool(min(row["width"], row["height"]) >= pixels)
+# ----------------------------------------------------------------------------------------- images
 
 
-def max_aspect(row: Row, ratio: float) -> bool:
-    """Keep pictures whose sides differ by at most `ratio`."""
+class Side(Plain):
+    """Options of `min_side`."""
+
+    pixels: PositiveInt
+
+
+class Aspect(Plain):
+    """Options of `max_aspect`."""
+
+    ratio: Annotated[float, Field(ge=1.0)]
+
+
+class Most(Plain):
+    """Options of `max_bytes` and `max_pixels`."""
+
+    most: PositiveInt
+
+
+@rule(Side)
+def min_side(row: Row, options: Side) -> bool:
+    """Keep images whose shorter side has at least `pixels`."""
+    return bool(min(row["width"], row["height"]) >= options.pixels)
+
+
+@rule(Aspect)
+def max_aspect(row: Row, options: Aspect) -> bool:
+    """Keep images whose sides differ by at most `ratio`."""
     long, short = max(row["width"], row["height"]), min(row["width"], row["height"])
-    return bool(long <= ratio * short)
+    return bool(long <= options.ratio * short)
 
 
-def max_bytes(row: Row, most: int) -> bool:
-    """Keep pictures of at most `most` bytes as received."""
-    return len(row["image"]) <= most
+@rule(Most)
+def max_bytes(row: Row, options: Most) -> bool:
+    """Keep images of at most `most` bytes as received."""
+    return len(row["image"]) <= options.most
 
 
-def max_pixels(row: Row, most: int) -> bool:
-    """Keep pictures of at most `most` pixels."""
-    return bool(row["width"] * row["height"] <= most)
+@rule(Most)
+def max_pixels(row: Row, options: Most) -> bool:
+    """Keep images of at most `most` pixels."""
+    return bool(row["width"] * row["height"] <= options.most)
 
 
-def text_length(row: Row, column: str, least: int, most: int) -> bool:
+# ------------------------------------------------------------------------------- texts and scores
+
+
+class Text(Plain):
+    """Options of `no_chinese`."""
+
+    column: str
+
+
+class Length(Text):
+    """Options of `text_length`, in characters."""
+
+    least: NonNegativeInt
+    most: NonNegativeInt
+
+
+class Share(Text):
+    """Options of `latin_letters`."""
+
+    least: Fraction01
+
+
+class Score(Plain):
+    """Options of `similarity`, `aesthetic`, `pwatermark` and `punsafe`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    keep_missing: bool = False
+    """Keep what is no number there."""
+
+
+class ScoreOf(Score):
+    """Options of `score`."""
+
+    column: str
+
+
+@rule(Length)
+def text_length(row: Row, options: Length) -> bool:
     """Keep rows whose text has between `least` and `most` characters."""
-    return least <= len(row.get(column) or "") <= most
+    return options.least <= len(row.get(options.column) or "") <= options.most
 
 
-def no_chinese(row: Row, column: str) -> bool:
+@rule(Text)
+def no_chinese(row: Row, options: Text) -> bool:
     """Keep rows without Chinese characters (the paper drops such captions)."""
-    return not any("\u4e00" <= char <= "\u9fff" for char in row.get(column) or "")
+    return not any("\u4e00" <= char <= "\u9fff" for char in row.get(options.column) or "")
 
 
-def latin_letters(row: Row, column: str, least: float) -> bool:
+@rule(Share)
+def latin_letters(row: Row, options: Share) -> bool:
     """Keep rows of whose letters at least the share `least` is Latin; a text without letters is kept."""
-    letters = [char for char in row.get(column) or "" if char.isalpha()]
+    letters = [char for char in row.get(options.column) or "" if char.isalpha()]
     latin = sum(unicodedata.name(char, "").startswith(("LATIN", "FULLWIDTH LATIN")) for char in letters)
-    return latin >= least * len(letters)
+    return latin >= options.least * len(letters)
 
 
-def score(
-    row: Row, column: str, least: float = -math.inf, most: float = math.inf, *, keep_missing: bool = False
-) -> bool:
-    """Keep rows whose column (similarity, pwatermark, ...) is a number from `least` to `most`.
+@rule(ScoreOf)
+def score(row: Row, options: ScoreOf) -> bool:
+    """Keep rows whose column, one of those the card keeps, is a number from `least` to `most`."""
+    return _within(row, options.column, options)
 
-    The column is one of those the card keeps. keep_missing: what is no number there is kept.
-    """
+
+def _within(row: Row, column: str, options: Score) -> bool:
     try:
         value = float(row.get(column) or "nan")
     except ValueError:
         value = math.nan
-    return keep_missing if math.isnan(value) else least <= value <= most
+    return options.keep_missing if math.isnan(value) else options.least <= value <= options.most
 
 
-def not_withdrawn(row: Row, file: str) -> bool:
+def _score_named(column: str) -> Rule[Score]:
+    return Rule(Score, lambda row, options: _within(row, column, options))
+
+
+similarity, aesthetic, pwatermark, punsafe = map(_score_named, SCORES)
+
+# ------------------------------------------------------------------------- lists and other rows
+
+
+class TakedownOptions(Plain):
+    """Options of `takedown`."""
+
+    file: str
+    """The list; its content is part of what decides the rows."""
+
+
+class DuplicateOptions(Plain):
+    """Options of `duplicates`."""
+
+    by: tuple[Kind, ...] = ("sha256", "pair")
+    """Same bytes, same URL and text, same look."""
+    distance: Distance = 0
+    """For `phash`."""
+    against: tuple[str, ...] = ()
+    """Sets that keep what they share with this one."""
+
+
+class BenchmarkOptions(Plain):
+    """Options of `near_benchmark`."""
+
+    files: str
+    """Folder or tar with the benchmark's images."""
+    distance: Distance = 3
+
+
+@rule(TakedownOptions, "file")
+def takedown(row: Row, options: TakedownOptions) -> bool:
     """Keep rows that a list of withdrawn URLs, hosts, keys and hashes does not name."""
-    return listing(file).match(row[DATASET], row) is None
+    return listing(options.file).match(row[DATASET], row) is None
 
 
-def _no_twin(rule: str, row: Row, **_: Any) -> bool:
-    """Keep rows that have no earlier twin (`unifork.filters.duplicates` finds them)."""
-    return rule not in row.get(TWINS, {})
+@rule(DuplicateOptions)
+def duplicates(row: Row, _options: DuplicateOptions) -> bool:
+    """Keep rows that are no duplicate of an earlier one (`unifork.filters.duplicates` finds them)."""
+    return "duplicates" not in row.get(TWINS, {})
 
 
-DATASET, TWINS = "dataset", "twins"
-"""What `judge` and the filter lay beside a row's columns: its set, and rule -> earlier twin."""
-TAKEDOWN = "takedown"
-TWIN_RULES = ("duplicates", "near_benchmark")
-"""Rules that look at other rows."""
-SCORES = ("similarity", "aesthetic", "pwatermark", "punsafe")
-"""Columns of `sources.columns` that have a rule of their own name."""
-
-RULES: dict[str, Callable[..., bool]] = {
-    "min_side": min_side,
-    "max_aspect": max_aspect,
-    "max_bytes": max_bytes,
-    "max_pixels": max_pixels,
-    "text_length": text_length,
-    "no_chinese": no_chinese,
-    "latin_letters": latin_letters,
-    "score": score,
-    TAKEDOWN: not_withdrawn,
-    **{name: partial(score, column=name) for name in SCORES},
-    **{name: partial(_no_twin, name) for name in TWIN_RULES},
-}
-
-
-def check_rules(card: Card) -> None:
-    """Raise ConfigError for a rule that a card cannot name."""
-    for number, entry in enumerate(card.filters):
-        if entry.rule not in RULES:
-            raise unknown("filter rule", entry.rule, RULES, f"datasets/{card.name}.yaml: filters[{number}]")
-
-
-def judge(row: Row, card: Card) -> tuple[str, str] | None:
-    """(reason, detail) why a row is dropped, None when it is kept.
-
-    Raises ConfigError when the card names an unknown rule.
-    """
-    problem = unreadable(row)
-    if problem:
-        return "unreadable", problem
-    if not any(row.get(name) for name in text_columns(card)):
-        return "no_text", f"none of {', '.join(text_columns(card))} is filled"
-    for number, entry in enumerate(card.filters):
-        if entry.rule not in RULES:
-            raise unknown("filter rule", entry.rule, RULES, f"{card.name}: filters[{number}]")
-        if not RULES[entry.rule]({**row, DATASET: card.name}, **entry.options):
-            if entry.rule == TAKEDOWN:
-                return entry.rule, f"named in {entry.options['file']}"  # nothing else of it is kept
-            shown = {name: row[name] for name in row if name not in ("image", CONVERSATIONS)}
-            return entry.rule, f"{entry.options} on {shown}"
-    return None
+@rule(BenchmarkOptions, "files")
+def near_benchmark(row: Row, _options: BenchmarkOptions) -> bool:
+    """Keep rows that look like no image of a benchmark (`unifork.filters.duplicates` finds them)."""
+    return "near_benchmark" not in row.get(TWINS, {})

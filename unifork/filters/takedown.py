@@ -13,9 +13,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unifork.config import Plain, parse
 from unifork.errors import ConfigError
-from unifork.shards.job import QUARANTINE, finished_shards, quarantine_of, read_table, write_shard
+from unifork.shards.job import QUARANTINE, quarantine_of, read_table, recorded_shards, write_shard
 from unifork.shards.manifest import (
     FETCHED,
     RECORD_SUFFIX,
@@ -28,17 +27,11 @@ from unifork.shards.manifest import (
     write_manifest,
 )
 from unifork.shards.stores import deliver
-from unifork.sources.base import located
+from unifork.shards.task import ShardTask
+from unifork.sources import located
 
 KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"
-
-
-class TakedownOptions(Plain):
-    """Options of the filter rule `takedown`."""
-
-    file: str
-    """The list; its content is part of what decides the rows."""
 
 
 class Listing:
@@ -114,7 +107,7 @@ def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
     stay, so that a hop that runs again keeps the shards as they are; the hops that follow make those shards anew.
     """
     manifest, gone = read_manifest(folder), pa.array(sorted(set(keys)), pa.string())
-    known = finished_shards(folder, manifest.stores)
+    known = recorded_shards(folder, manifest.stores)
     shards = []
     for shard in (known.get(one.path, one) for one in manifest.shards):
         named = pa.compute.is_in(read_table(folder, shard, ["key"]).column("key"), value_set=gone)
@@ -123,10 +116,10 @@ def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
             table = read_table(folder, shard).filter(pa.compute.invert(named))
             dropped = {**shard.dropped, REASON: shard.dropped.get(REASON, 0) + count}
             store = shard.store.uri if shard.store else None
-            task = {"output": str(folder / shard.path), "inputs": shard.inputs, "store": store}
+            task = ShardTask().placed(None, folder / shard.path, store, shard.inputs)
             for parent in folder.parents if store else ():  # copies that training made
                 local_path(folder, shard, parent / FETCHED).unlink(missing_ok=True)
-            shard = parse(type(shard), write_shard(task, table, dropped)["shard"], shard.path)  # noqa: PLW2901
+            shard = write_shard(task, table, dropped).shard or shard  # noqa: PLW2901
         _scrub(folder, shard, gone)
         shards.append(shard)
     manifest = manifest.model_copy(update={"shards": tuple(shards)})

@@ -5,15 +5,15 @@ drivers and pages know what codes will look like at no cost. Whoever makes codes
 (`unifork.image_tokenizer.model`), which are checked against what stands here.
 """
 
-import json
 from pathlib import Path
 from typing import Self
 
 from pydantic import PositiveInt
 
 from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, ImportedTokenizer, Plain, parse
-from unifork.errors import CheckpointError, ConfigError
+from unifork.errors import ConfigError
 from unifork.image_tokenizer.views import SMALLEST_SIDE
+from unifork.weights import read_json
 
 CONFIG_FILE = "config.json"
 LARGEST_CODEBOOK = 2**16
@@ -39,15 +39,8 @@ class Architecture(Plain):
     @classmethod
     def of(cls, config: ImageTokenizerConfig) -> Self:
         """The architecture an experiment asks for."""
-        return cls(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            position_grid=config.grid,
-            encoder=config.encoder,
-            depth=config.depth,
-            codebook_size=config.codebook_size,
-            decoder=config.decoder,
-        )
+        shared = {name: getattr(config, name) for name in cls.model_fields if name != "position_grid"}
+        return cls(position_grid=config.grid, **shared)
 
     @property
     def grid(self) -> int:
@@ -98,15 +91,7 @@ def describe(directory: Path | str) -> Description:
     Raises CheckpointError where `config.json` is missing or damaged, ConfigError where a value is not allowed.
     """
     path = Path(directory) / CONFIG_FILE
-    try:
-        plain = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; a tokenizer directory is written by the tokenizer stage"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    return parse(Description, plain, str(path))
+    return parse(Description, read_json(path), str(path))
 
 
 def architecture_of(config: ImageTokenizerConfig | ImportedTokenizer, directory: Path | str) -> Architecture | None:

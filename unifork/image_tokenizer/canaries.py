@@ -1,38 +1,37 @@
-"""A few fixed pictures and their codes, which show whether a tokenizer still encodes as it did.
+"""A few fixed images and their codes, which show whether a tokenizer still encodes as it did.
 
-In: a tokenizer. Out: `canaries.safetensors` (pixels as bytes, codes) and `canaries.json` (where and
-with what they were made) in its directory. They are encoded again at every load, in one batch of
-the same shape: on the same class of device and dtype every code must be equal; elsewhere last bits
-differ, so the share of other codes is logged and bounded. The pictures are drawn here from a few
-formulas and stored as bytes, so they depend on nobody's data and on no later change of the formulas.
+In: how to encode (bytes in, codes out) and what the last bits of codes depend on. Out:
+`canaries.safetensors` (pixels as bytes, codes) and `canaries.json` (with what they were made) in the
+tokenizer's directory. They are encoded again at every load, in one batch of the same shape: on the
+same class of device and dtype every code must be equal; elsewhere last bits differ, so the share of
+other codes is logged and bounded. The images are drawn here from a few formulas and stored as bytes,
+so they depend on nobody's data and on no later change of the formulas.
 
 Shape suffixes: B canaries, S side in pixels, C channels (RGB), N positions, D code depth.
 """
 
-import json
 import logging
-import platform
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unifork.errors import CheckpointError, IdentityError
-from unifork.image_tokenizer.pixels import to_tensor
-
-if TYPE_CHECKING:
-    from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.shards.manifest import write_json
+from unifork.weights import read_json, read_tensors
 
 TENSORS_FILE = "canaries.safetensors"
 FACTS_FILE = "canaries.json"
 COUNT = 8
 LARGEST_FLIP_RATE = 0.05
 """Share of codes that may differ on another device or dtype before the tokenizer is refused."""
+
+Encode = Callable[[np.ndarray], Tensor]
+"""Codes (B, N, D) of bytes (B, S, S, C)."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,80 +57,36 @@ def pictures(size: int) -> np.ndarray:
     return pixels_BSSC
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What the last bits of features, and so rare codes, depend on beside weights and batch shape."""
-    return {
-        "device_class": device_class(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "libraries": {name: version(name) for name in ("torch", "transformers", "pillow")},
-    }
+def write(directory: Path, size: int, encode: Encode, here: Mapping[str, Any]) -> None:
+    """Encode the canaries and store them with their codes; `here`: see `check`."""
+    pixels_BSSC = pictures(size)
+    save_file({"pixels": torch.from_numpy(pixels_BSSC), "codes": encode(pixels_BSSC)}, directory / TENSORS_FILE)
+    write_json(directory / FACTS_FILE, {**here, "batch_shape": list(pixels_BSSC.shape)})
 
 
-def device_class(device: torch.device) -> str:
-    """The model of an accelerator, or a CPU's architecture and vector instructions."""
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    if device.type == "cpu":
-        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return device.type
+def check(directory: Path, encode: Encode, here: Mapping[str, Any]) -> None:
+    """Encode the stored canaries again; `here` says with what: `device_class`, `dtype` and `libraries`.
 
-
-def write(tokenizer: "ImageTokenizer", directory: Path) -> None:
-    """Encode the canaries and store them with their codes."""
-    pixels_BSSC = pictures(tokenizer.architecture.image_size)
-    codes_BND = tokenizer.encode(to_tensor(pixels_BSSC)).cpu()
-    save_file({"pixels": torch.from_numpy(pixels_BSSC), "codes": codes_BND}, directory / TENSORS_FILE)
-    weight = tokenizer.post_quant_conv.weight
-    facts = environment(weight.device, weight.dtype) | {"batch_shape": list(pixels_BSSC.shape)}
-    (directory / FACTS_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-
-
-def check(tokenizer: "ImageTokenizer", directory: Path) -> float:
-    """Encode the stored canaries again; returns the share of codes that differ.
-
-    Raises IdentityError where any differs on the device class and dtype they were made with, or
-    more than LARGEST_FLIP_RATE elsewhere.
+    Raises IdentityError where any code differs on the device class and dtype they were made with, or
+    more than LARGEST_FLIP_RATE elsewhere; CheckpointError where the files are missing or damaged.
     """
-    tensors, facts = _read(directory)
-    weight = tokenizer.post_quant_conv.weight
-    here = environment(weight.device, weight.dtype)
-    codes_BND = tokenizer.encode(to_tensor(tensors["pixels"].numpy())).cpu()
-    promised_BND = tensors["codes"]
+    tensors, facts = read_tensors(directory / TENSORS_FILE), read_json(directory / FACTS_FILE)
+    if not {"pixels", "codes"} <= tensors.keys():
+        raise CheckpointError(f"{directory / TENSORS_FILE}: expected the tensors pixels and codes")
+    codes_BND, promised_BND = encode(tensors["pixels"].numpy()), tensors["codes"]
     if codes_BND.shape != promised_BND.shape:
         raise IdentityError(
             f"{directory}: the canaries' codes are {tuple(codes_BND.shape)}, stored are {tuple(promised_BND.shape)}"
         )
-    flip_rate = _flip_rate(codes_BND, promised_BND)
+    flip_rate = float((codes_BND != promised_BND).double().mean())
     same_place = all(facts.get(key) == here[key] for key in ("device_class", "dtype"))
     allowed = 0.0 if same_place else LARGEST_FLIP_RATE
-    made = f"{facts.get('device_class')}, {facts.get('dtype')}, {facts.get('libraries')}"
-    now = f"{here['device_class']}, {here['dtype']}, {here['libraries']}"
+    made, now = (", ".join(str(given.get(key)) for key in here) for given in (facts, here))
+    found = (
+        f"{directory}: {flip_rate:.3%} of the canaries' codes differ, allowed are {allowed:.0%}; "
+        f"made with {made}; encoded now with {now}"
+    )
     if flip_rate > allowed:
-        raise IdentityError(
-            f"{directory}: {flip_rate:.2%} of the canaries' codes differ, allowed are {allowed:.0%}; "
-            f"made with {made}; encoded now with {now}"
-        )
+        raise IdentityError(found)
     if not same_place:
-        logger.warning(
-            "%s: %.3f%% of the canaries' codes differ; made with %s; now %s", directory, 100 * flip_rate, made, now
-        )
-    return flip_rate
-
-
-def _flip_rate(codes_BND: Tensor, promised_BND: Tensor) -> float:
-    return float((codes_BND != promised_BND).double().mean())
-
-
-def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        tensors = load_file(directory / TENSORS_FILE)
-        facts = json.loads((directory / FACTS_FILE).read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{error.filename or directory / TENSORS_FILE}: no such file; a tokenizer needs its canaries"
-        ) from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{directory}: canaries are damaged: {error}") from None
-    if not {"pixels", "codes"} <= tensors.keys() or not isinstance(facts, dict):
-        raise CheckpointError(f"{directory}: canaries are damaged: expected the tensors pixels and codes")
-    return tensors, facts
+        logger.warning(found)

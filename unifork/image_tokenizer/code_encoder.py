@@ -25,9 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from unifork.errors import ConfigError, DataError, unknown
-from unifork.image_tokenizer.canaries import environment
-from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.pixels import to_bytes, to_tensor
+from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
 from unifork.image_tokenizer.views import RGB, VARIANTS, declared, view_of
 from unifork.vocabulary import CODE_DTYPE
 
@@ -71,7 +69,6 @@ class CodeEncoder:
         self.matte = matte
         self.batch_images = batch_images
         self.tokenizer = ImageTokenizer.load(directory, device, DTYPES[dtype])
-        self.device = self.tokenizer.quantizer.codebook.device
         self._pool, self._network = ThreadPoolExecutor(threads), Lock()
 
     def seeing(self, view: str) -> Self:
@@ -85,7 +82,7 @@ class CodeEncoder:
     def encoding(self) -> dict[str, Any]:
         """Plain data: everything beside the tokenizer's identities that a code depends on."""
         size = self.tokenizer.architecture.image_size
-        here = environment(self.device, self.tokenizer.post_quant_conv.weight.dtype)
+        here = self.tokenizer.environment
         return {**declared(self.view, self.matte, self.batch_images, size, here["dtype"]), **here}
 
     def encode_pictures(self, pictures: Sequence[Image.Image | bytes]) -> np.ndarray:

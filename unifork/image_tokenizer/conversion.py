@@ -1,40 +1,50 @@
-"""Official tokenizers as ours: VILA-U's `vision_tower` folder, or the tower inside a UniFork checkpoint.
+"""Official tokenizers as ours, and back: VILA-U's `vision_tower` folder, or the tower inside a UniFork checkpoint.
 
 In: a folder, or its name on the Hub. Out: an `ImageTokenizer` with the same numbers. Every tensor of
-the tower is either renamed (`RENAMED`) or known to play no part (`UNUSED`); any other name is an
-error, and so is a missing tensor or another shape: a tower that was understood half is not loaded.
+the tower is either renamed (`NAMES`, `CODEBOOKS`) or known to play no part (`UNUSED`); any other name is
+an error, and so is a missing tensor or another shape: a tower that was understood half is not loaded.
 
 The tower inside a UniFork checkpoint is its own: the official quantiser goes on learning while the
 language model is trained, so its codebook may differ from the one of the folder it began with. The
 SigLIP configuration is named by `pretrained_model` and read from a folder of that name beside the
 tower's configuration; only where there is none the Hub is asked.
+
+The way back gives tensors and configurations by their official names. A tokenizer does not have what
+takes no part in codes or images: SigLIP's text tower, pooling head and last norm are left out, the
+encoder's last layer, whose number says how many there are, is a copy of the one before, and the
+quantizer's moving averages are such that the codebook is their quotient. An import can keep the
+original's own beside the tokenizer (`remainder`), and then nothing is lost.
+
+Shape suffixes: K codebook rows, C channels.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from torch import Tensor
 
-from unifork.config import DecoderConfig, EncoderConfig, Plain, parse
+from unifork.config import Plain, parse
 from unifork.errors import CheckpointError, ConfigError
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.weights import PICKLED, StoredWeights, local_folder, read_json
+from unifork.weights import PICKLED, StoredWeights, local_folder, read_json, refuse_tensors
 
 TOWER_IN_UNIFORK = "model.vision_tower.vision_tower."
 """Prefix of the tower's tensors in a UniFork checkpoint."""
 
-RENAMED = (
-    (r"rqvaesiglip\.siglip_model\.vision_model\.embeddings\.(patch|position)_embedding\.(.+)",
-     r"encoder.embeddings.\1_embedding.\2"),
-    (r"rqvaesiglip\.siglip_model\.vision_model\.encoder\.layers\.(.+)", r"encoder.layers.\1"),
-    (r"rqvaesiglip\.quantizer\.codebooks\.\d+\.weight", "quantizer.codebook"),
-    (r"rqvaesiglip\.(post_quant_conv|decoder)\.(.+)", r"\1.\2"),
-)  # fmt: skip
-"""Official names as regular expressions, and ours; several codebooks become one."""
+NAMES = {
+    "encoder.embeddings.": "rqvaesiglip.siglip_model.vision_model.embeddings.",
+    "encoder.layers.": "rqvaesiglip.siglip_model.vision_model.encoder.layers.",
+    "post_quant_conv.": "rqvaesiglip.post_quant_conv.",
+    "decoder.": "rqvaesiglip.decoder.",
+}
+"""How names begin, ours and theirs."""
+CODEBOOKS = re.compile(r"rqvaesiglip\.quantizer\.codebooks\.\d+\.weight")
+"""Several official tensors that are one of ours, `quantizer.codebook`."""
 
 UNUSED = (
     r"rqtransformer\..+",  # the image head: part of the language model here
@@ -46,8 +56,20 @@ UNUSED = (
 )
 """Official names that take no part in codes or pictures; the encoder's last layer is one more."""
 
-LISTED = 20
-"""Names of an error message."""
+ENCODER_FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+"""Fields of our `EncoderConfig`, and of SigLIP's configuration."""
+DECODER_FIELDS = {"channels": "ch", "multipliers": "ch_mult", "blocks": "num_res_blocks", "z_channels": "z_channels"}
+"""Fields of our `DecoderConfig`, and of the tower's `ddconfig`."""
+
+REMAINDER_FILE = "official_remainder.safetensors"
+"""In a tokenizer directory: tensors of the tower it was imported from that the tokenizer does not give."""
+SIGLIP_FOLDER = "siglip_config"
+"""Folder of the SigLIP configuration beside the tower's."""
 
 
 class _Official(Plain):
@@ -175,41 +197,35 @@ def _architecture(tower: Path, image_size: int | None) -> Architecture:
         "position_grid": vision.image_size // vision.patch_size,
         "depth": rqvae.code_shape[-1],
         "codebook_size": rqvae.n_embed,
-        "encoder": EncoderConfig(
-            hidden_size=vision.hidden_size,
-            layers=vision.num_hidden_layers,
-            heads=vision.num_attention_heads,
-            intermediate_size=vision.intermediate_size,
-        ),
-        "decoder": DecoderConfig(
-            z_channels=decoder.z_channels,
-            channels=decoder.ch,
-            multipliers=decoder.ch_mult,
-            blocks=decoder.num_res_blocks,
-            attention_levels=tuple(level for level, side in enumerate(sides) if side in decoder.attn_resolutions),
-            norm_groups=32,  # VQGAN's, written in its code
-        ),
+        "encoder": {ours: getattr(vision, theirs) for ours, theirs in ENCODER_FIELDS.items()},
+        "decoder": {
+            **{ours: getattr(decoder, theirs) for ours, theirs in DECODER_FIELDS.items()},
+            "attention_levels": tuple(level for level, side in enumerate(sides) if side in decoder.attn_resolutions),
+            "norm_groups": 32,  # VQGAN's, written in its code
+        },
     }
     return parse(Architecture, plain, str(tower / CONFIG_FILE))
 
 
 def _renamed(names: Iterable[str], prefix: str, layers: int, place: str) -> dict[str, list[str]]:
     """Our names, and the official tensors that are each of them; all others are known to be unused."""
-    last = rf"rqvaesiglip\.siglip_model\.vision_model\.encoder\.layers\.{layers - 1}\..+"
+    last = f"{NAMES['encoder.layers.']}{layers - 1}."
     sources: dict[str, list[str]] = {}
     unknown, last_layer_seen = [], False
     part = ".".join(prefix.split(".")[:2])  # the tower's part of a whole model
     for name in sorted(name for name in names if name.startswith(part)):
         inner = name.removeprefix(prefix)
-        if re.fullmatch(last, inner):
+        if inner.startswith(last):
             last_layer_seen = True
-        elif (ours := _our_name(inner)) is not None:
-            sources.setdefault(ours, []).append(name)
-        elif not any(re.fullmatch(pattern, inner) for pattern in UNUSED):
+        elif any(re.fullmatch(pattern, inner) for pattern in UNUSED):
+            continue
+        elif CODEBOOKS.fullmatch(inner):
+            sources.setdefault("quantizer.codebook", []).append(name)
+        elif ours := _translated(inner, {theirs: ours for ours, theirs in NAMES.items()}):
+            sources[ours] = [name]
+        else:
             unknown.append(name)
-    if unknown:
-        listed = ", ".join(unknown[:LISTED]) + (", ..." if len(unknown) > LISTED else "")
-        raise CheckpointError(f"{place}: {len(unknown)} tensors of unknown use: {listed}")
+    refuse_tensors(place, {"of unknown use": unknown})
     if not sources:
         raise CheckpointError(
             f"{place}: no tensors of a tower ({prefix}rqvaesiglip...); was it saved without its tower?"
@@ -219,8 +235,92 @@ def _renamed(names: Iterable[str], prefix: str, layers: int, place: str) -> dict
     return sources
 
 
-def _our_name(official: str) -> str | None:
-    for pattern, ours in RENAMED:
-        if match := re.fullmatch(pattern, official):
-            return match.expand(ours)
-    return None
+def _translated(name: str, starts: Mapping[str, str]) -> str:
+    """A name with another start; empty where it begins with none of those."""
+    return next((new + name.removeprefix(old) for old, new in starts.items() if name.startswith(old)), "")
+
+
+def tower_tensors(tokenizer: ImageTokenizer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tokenizer's tensors by official name, the codebook once per depth, as it is stored there.
+
+    dtype: what they are stored in, as far as that loses nothing; float32 otherwise.
+    """
+    architecture, own = tokenizer.architecture, tokenizer.state_dict()
+    codebook_KC = own.pop("quantizer.codebook")
+    state = {_translated(name, NAMES): tensor.detach().cpu() for name, tensor in own.items()}
+    last, before = (f"{NAMES['encoder.layers.']}{architecture.encoder.layers - number}." for number in (1, 2))
+    state |= {last + name.removeprefix(before): t.clone() for name, t in state.items() if name.startswith(before)}
+    padded = torch.cat([codebook_KC, torch.zeros_like(codebook_KC[:1])])
+    for depth in range(architecture.depth):
+        state |= {
+            f"rqvaesiglip.quantizer.codebooks.{depth}.weight": padded.clone(),
+            f"rqvaesiglip.quantizer.codebooks.{depth}.cluster_size_ema": torch.ones(len(codebook_KC)),
+            f"rqvaesiglip.quantizer.codebooks.{depth}.embed_ema": codebook_KC.clone(),
+        }
+    return {name: low if torch.equal((low := t.to(dtype)).to(t.dtype), t) else t for name, t in state.items()}
+
+
+def remainder(tower: Mapping[str, Tensor], tokenizer: ImageTokenizer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of an official tower that `tower_tensors` leaves out or gives otherwise."""
+    given = tower_tensors(tokenizer, dtype)
+    return {
+        name: tensor
+        for name, tensor in tower.items()
+        if name not in given or given[name].dtype != tensor.dtype or not torch.equal(given[name], tensor)
+    }
+
+
+def tower_config(tokenizer: ImageTokenizer, head: dict[str, Any]) -> dict[str, Any]:
+    """The tower's `config.json`; `head` is what it says of the image head."""
+    architecture = tokenizer.architecture
+    side = architecture.position_grid * architecture.patch_size
+    decoder, depth, width = architecture.decoder, architecture.depth, architecture.encoder.hidden_size
+    return {
+        "architectures": ["RQVAESIGLIPTransformer"],
+        "model_type": "rqvaesigliptransformer_model",
+        "hidden_size": width,
+        "rqtransformer": head,
+        "rqvaesiglip": {
+            "architectures": ["RQVAESiglip"],
+            "model_type": "rqvaesiglip_model",
+            "bottleneck_type": "rq",
+            "checkpointing": True,
+            "ckpt_path": None,
+            "code_shape": [architecture.position_grid, architecture.position_grid, depth],
+            "latent_shape": [architecture.position_grid, architecture.position_grid, width],
+            "ddconfig": {
+                **{theirs: getattr(decoder, ours) for ours, theirs in DECODER_FIELDS.items()},
+                "resolution": side,
+                "attn_resolutions": [side // 2**level for level in decoder.attention_levels],
+                "double_z": False,
+                "dropout": 0.0,
+                "in_channels": 3,
+                "out_ch": 3,
+            },
+            "decay": 0.99,
+            "embed_dim": width,
+            "hidden_size": width,
+            "ignore_keys": None,
+            "latent_loss_weight": 0.25,
+            "loss_type": "mse",
+            "n_embed": architecture.codebook_size,
+            "pretrained_model": SIGLIP_FOLDER,
+            "restart_unused_codes": True,
+            "shared_codebook": True,
+        },
+    }
+
+
+def siglip_config(tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """The SigLIP `config.json` that the tower names."""
+    architecture = tokenizer.architecture
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            **{theirs: getattr(architecture.encoder, ours) for ours, theirs in ENCODER_FIELDS.items()},
+            "image_size": architecture.position_grid * architecture.patch_size,
+            "patch_size": architecture.patch_size,
+        },
+    }

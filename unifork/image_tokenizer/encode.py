@@ -1,20 +1,20 @@
-"""The worker of the encode hop: image-text shard in, shard of codes of one view out.
+"""The worker of the encode stage: image-text shard in, shard of codes of one view out.
 
 Decoding, views and the network run in one worker, so that no picture travels between processes. A worker
 has two shards at hand: while one is read or written the network encodes the other.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from unifork.config import Card, parse
-from unifork.filters.worker import read_rows, table_of, tasks_from
+from unifork.config import Card
 from unifork.image_tokenizer.architecture import describe
 from unifork.image_tokenizer.views import declared
-from unifork.shards.job import Hop, write_shard
+from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import read_manifest
 from unifork.shards.schema import codes_schema, columns_of
-from unifork.vocabulary import Task
+from unifork.shards.task import ShardResult, ShardTask
+from unifork.vocabulary import VOCABULARY_VERSION, Task
 
 if TYPE_CHECKING:
     from unifork.image_tokenizer.code_encoder import CodeEncoder
@@ -51,18 +51,18 @@ class Encode:
 
     TASKS_AT_ONCE = 2
 
-    def __init__(self, card: dict[str, Any], tokenizer: str, device: str, threads: int = 1) -> None:
+    def __init__(self, card: Card, tokenizer: Path, device: str, threads: int = 1) -> None:
         # only workers wait for torch and transformers
         from unifork.image_tokenizer.code_encoder import CodeEncoder  # noqa: PLC0415
 
-        known = parse(Card, card, "card")
-        first = next(iter(known.tasks.values())).view
-        encoder = CodeEncoder(tokenizer, first, known.matte, BATCH_IMAGES, device, DTYPE, threads)
-        self.views = {task: View(known, task, encoder) for task in known.tasks}
+        first = next(iter(card.tasks.values())).view
+        encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, DTYPE, threads)
+        self.views = {task: View(card, task, encoder) for task in card.tasks}
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        view = self.views[task["use"]]
-        rows, texts = read_rows(task), view.use.texts
+    def __call__(self, task: ShardTask) -> ShardResult:
+        assert task.use is not None, f"{task.output}: a task of no view"
+        view = self.views[task.use]
+        rows, texts = input_rows(task), view.use.texts
         # a row without any text for this task has nothing to say here; it is counted, not lost
         kept = [row for row in rows if any(row[name] for name in texts)]
         codes = view.encoder.encode_pictures([row["image"] for row in kept])
@@ -74,8 +74,8 @@ class Encode:
         return write_shard(task, table_of(out, view.schema), dropped)
 
 
-def encode_hop(card: Card, task: Task, source: Path, folder: Path, tokenizer: Path) -> Hop:
-    """The plan of the encode hop of one task: one task per filtered shard.
+def encode_job(card: Card, task: Task, source: Path, folder: Path, tokenizer: Path) -> ShardJob:
+    """The plan of encoding one view: one task for each filtered shard.
 
     Of the tokenizer only `config.json` is read; the workers, where the codes are made, check weights and canaries.
     Machine and libraries are not part of the plan: each shard says its own.
@@ -87,7 +87,7 @@ def encode_hop(card: Card, task: Task, source: Path, folder: Path, tokenizer: Pa
         "encoder_id": known.encoder_id,
         "encoding": declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, DTYPE),
     }
-    made_with = {**identity, "version": ENCODE_VERSION, "texts": use.texts}
+    made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
-    tasks = [{"use": task, **one} for one in tasks_from(read_manifest(source))]
-    return Hop("codes", card.name, folder, columns, made_with, {**identity, "task": task}, tasks, source)
+    tasks = [ShardTask.to_encode(shard, task) for shard in read_manifest(source).shards]
+    return ShardJob("codes", card.name, folder, columns, made_with, {**identity, "task": task}, tasks, source)

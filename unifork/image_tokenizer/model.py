@@ -1,8 +1,8 @@
 """The image tokenizer as a whole: pixels to codes, codes to pixels, and its directory on disk.
 
-In: pixels (B, 3, S, S) from -1 to 1. Out: codes (B, N, D), int64, positions in raster order; and
-back. A directory holds `config.json` (architecture and the two identities), `model.safetensors`
-and the canaries. Loading checks all of it and makes no network access.
+In: the bytes of views (B, S, S, 3), as pixels (B, 3, S, S) from -1 to 1. Out: codes (B, N, D), int64,
+positions in raster order; and back. A directory holds `config.json` (architecture and the two
+identities), `model.safetensors` and the canaries. Loading checks all of it and makes no network access.
 
 The tokenizer is always in evaluation mode and its parameters ask for no gradient: whoever trains
 one says so through `unifork.image_tokenizer.training`.
@@ -11,26 +11,45 @@ Shape suffixes: B pictures, S side in pixels, N positions, G positions along a s
 C channels.
 """
 
-import json
-import os
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unifork.errors import CheckpointError, IdentityError
+from unifork.errors import IdentityError
 from unifork.identity import codebook_identity, weights_identity
 from unifork.image_tokenizer import canaries
-from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture, describe
+from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture, Description, describe
 from unifork.image_tokenizer.decoder import Decoder
 from unifork.image_tokenizer.encoder import VisionEncoder
 from unifork.image_tokenizer.quantizer import ResidualQuantizer
+from unifork.shards.manifest import write_atomically, write_json
+from unifork.weights import check_fit, read_tensors, shapes_of
 
 WEIGHTS_FILE = "model.safetensors"
+_VALUE_OF_BYTE = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+
+
+def to_tensor(pixels_BSSC: np.ndarray) -> Tensor:
+    """Bytes as the encoder reads them: float32 (B, C, S, S), from -1 to 1.
+
+    A table of 256 values, made in the official order: times 1/255 in float64, rounded to float32,
+    minus 0.5, over 0.5. (Times a float32 1/255 gives other last bits.)
+    """
+    values_BSSC = _VALUE_OF_BYTE[pixels_BSSC]
+    return torch.from_numpy(np.ascontiguousarray(values_BSSC.transpose(0, 3, 1, 2)))
+
+
+def to_bytes(pixels_BCSS: Tensor) -> np.ndarray:
+    """What the decoder drew, about -1 to 1, as bytes (B, S, S, C)."""
+    bytes_BCSS = ((pixels_BCSS.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(bytes_BCSS.permute(0, 2, 3, 1).cpu().numpy())
 
 
 class ImageTokenizer(nn.Module):
@@ -59,6 +78,10 @@ class ImageTokenizer(nn.Module):
         weight = self.post_quant_conv.weight
         return self.quantizer.quantise(self.encoder(pixels_BCSS.to(weight.device, weight.dtype)))
 
+    def encode_bytes(self, pixels_BSSC: np.ndarray) -> Tensor:
+        """Codes (B, N, D), on the CPU, of the bytes of views."""
+        return self.encode(to_tensor(pixels_BSSC)).cpu()
+
     @torch.no_grad()
     def decode(self, codes_BND: Tensor) -> Tensor:
         """Pixels (B, 3, S, S), about -1 to 1, not clipped."""
@@ -83,24 +106,25 @@ class ImageTokenizer(nn.Module):
         state = self.state_dict()
         return weights_identity({k: v for k, v in state.items() if k.startswith(("encoder.", "quantizer."))})
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the last bits of features, and so rare codes, depend on beside weights and batch shape."""
+        weight = self.post_quant_conv.weight
+        return {
+            "device_class": device_class(weight.device),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "libraries": {name: version(name) for name in ("torch", "transformers", "pillow")},
+        }
+
     def save(self, directory: Path | str) -> None:
         """Write the directory. Every file appears whole or not at all, config.json last."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_FILE).unlink(missing_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        temporary = directory / f".{WEIGHTS_FILE}.tmp"
-        save_file(state, temporary, metadata={"format": "pt"})
-        _publish(temporary, directory / WEIGHTS_FILE)
-        canaries.write(self, directory)
-        plain = {
-            "architecture": self.architecture.model_dump(mode="json"),
-            "codebook_id": self.codebook_id,
-            "encoder_id": self.encoder_id,
-        }
-        temporary = directory / f".{CONFIG_FILE}.tmp"
-        temporary.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
-        _publish(temporary, directory / CONFIG_FILE)
+        write_atomically(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        canaries.write(directory, self.architecture.image_size, self.encode_bytes, self.environment)
+        promises = Description(architecture=self.architecture, codebook_id=self.codebook_id, encoder_id=self.encoder_id)
+        write_json(directory / CONFIG_FILE, promises.model_dump(mode="json"))
 
     @classmethod
     def load(
@@ -115,13 +139,7 @@ class ImageTokenizer(nn.Module):
         promises = describe(directory)
         tokenizer = cls(promises.architecture, str(directory / CONFIG_FILE))
         path = directory / WEIGHTS_FILE
-        try:
-            state = load_file(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged: {error}") from None
-        tokenizer.load_weights(state, str(path))
+        tokenizer.load_weights(read_tensors(path), str(path))
         for name in ("codebook_id", "encoder_id"):
             found, promised = getattr(tokenizer, name), getattr(promises, name)
             if found != promised:
@@ -129,27 +147,19 @@ class ImageTokenizer(nn.Module):
         codebook_KC = tokenizer.quantizer.codebook
         tokenizer.to(device=device, dtype=dtype)
         tokenizer.quantizer.codebook = codebook_KC.to(device)  # stays float32: distances need it
-        canaries.check(tokenizer, directory)
+        canaries.check(directory, tokenizer.encode_bytes, tokenizer.environment)
         return tokenizer
 
     def load_weights(self, state: Mapping[str, Tensor], place: str) -> None:
         """Copy a state dict in, all of it or nothing. Raises CheckpointError naming what does not fit."""
-        own = self.state_dict()
-        faults = [f"missing {name}" for name in sorted(own.keys() - state.keys())]
-        faults += [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
-        faults += [
-            f"{name} has shape {tuple(state[name].shape)}, the configuration says {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if faults:
-            more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-            raise CheckpointError(f"{place}: does not fit its configuration: {'; '.join(faults[:5])}{more}")
+        check_fit(place, shapes_of(state), shapes_of(self.state_dict()))
         self.load_state_dict(dict(state))
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Rename a finished file into place once its bytes are on disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def device_class(device: torch.device) -> str:
+    """The model of an accelerator, or a CPU's architecture and vector instructions."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return device.type

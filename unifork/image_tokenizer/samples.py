@@ -1,13 +1,16 @@
 """Filtered shards as the image tokenizer learns from them: pictures of one view."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from unifork.config import Card
+from unifork.config import Card, load_card
+from unifork.image_tokenizer.training import without_repeats
 from unifork.image_tokenizer.views import VIEWS
+from unifork.layout import Layout
 from unifork.randomness import keyed
 from unifork.shards.job import read_table
 from unifork.shards.manifest import read_manifest
@@ -15,6 +18,16 @@ from unifork.vocabulary import View
 
 MAX_PICTURES = 20_000
 """Pictures of one view held in memory; a small tokenizer sees no more in its training."""
+
+
+def sample_sets(datasets: Iterable[str], layout: Layout, size: int, seed: int, most: int) -> dict[str, np.ndarray]:
+    """Every view that the tasks of the sets read, by `<set>/<view>`, as in `sample_views`; no image occurs twice."""
+    views: dict[str, np.ndarray] = {}
+    for name in datasets:
+        card = load_card(name, layout.cards)
+        for use in card.tasks.values():
+            views[f"{name}/{use.view}"] = sample_views(layout.filtered(name), card, use.view, size, seed, most)
+    return without_repeats(views)  # square pictures look the same in both views
 
 
 def sample_views(folder: Path, card: Card, view: View, size: int, seed: int, most: int = MAX_PICTURES) -> np.ndarray:

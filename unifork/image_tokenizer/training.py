@@ -18,7 +18,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,7 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.codebook_training import CodebookAverages
 from unifork.image_tokenizer.decoder import zero_last_convolutions
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
-from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.pixels import to_bytes, to_tensor
+from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
 from unifork.image_tokenizer.quantizer import commitment_loss, residual_codes
 
 TOKENIZER_VERSION = 1
@@ -100,26 +99,23 @@ def train_tokenizer(
 
 def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
     """Reconstruction error and code use of every group and of all together."""
-    report: dict[str, Any] = {"groups": {}}
-    codes, originals, drawn = [], [], []
-    for name, pixels_BSSC in groups.items():
-        codes_BND = encode_all(tokenizer, pixels_BSSC)
-        drawn_BSSC = decode_all(tokenizer, codes_BND)
+    codes = {name: encode_all(tokenizer, pixels_BSSC) for name, pixels_BSSC in groups.items()}
+    drawn = {name: decode_all(tokenizer, codes_BND) for name, codes_BND in codes.items()}
+
+    def measured(names: Iterable[str]) -> dict[str, Any]:
+        before_BSSC, after_BSSC, codes_BND = (
+            np.concatenate([arrays[name] for name in names]) for arrays in (groups, drawn, codes)
+        )
         use = code_use(codes_BND, tokenizer.architecture.codebook_size)
-        report["groups"][name] = reconstruction_error(pixels_BSSC, drawn_BSSC) | {"codes": use}
-        codes.append(codes_BND)
-        originals.append(pixels_BSSC)
-        drawn.append(drawn_BSSC)
-    all_codes_BND = np.concatenate(codes)
-    report["images"] = len(all_codes_BND)
-    report |= reconstruction_error(np.concatenate(originals), np.concatenate(drawn))
-    return report | {"codes": code_use(all_codes_BND, tokenizer.architecture.codebook_size)}
+        return {**reconstruction_error(before_BSSC, after_BSSC), "codes": use}
+
+    each = {name: measured([name]) for name in groups}
+    return {"groups": each, "images": sum(map(len, groups.values())), **measured(list(groups))}
 
 
 def encode_all(tokenizer: ImageTokenizer, pixels_BSSC: np.ndarray) -> np.ndarray:
     """Codes (B, N, D) of pictures of the right size."""
-    parts = [tokenizer.encode(to_tensor(part_BSSC)).cpu().numpy() for part_BSSC in _parts(pixels_BSSC)]
-    return np.concatenate(parts)
+    return np.concatenate([tokenizer.encode_bytes(part_BSSC).numpy() for part_BSSC in _parts(pixels_BSSC)])
 
 
 def decode_all(tokenizer: ImageTokenizer, codes_BND: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from unifork.models.configuration import UniForkConfig, backbone_of
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import branch_of, without_branch
-from unifork.weights import StoredWeights
+from unifork.weights import StoredWeights, check_fit
 
 TOWER = "model.vision_tower.vision_tower."
 TOKENIZER = f"{TOWER}rqvaesiglip."
@@ -147,20 +147,10 @@ def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Te
     names, own = official_names(model), model.state_dict()
     if config.tie_word_embeddings and names["lm_head.weight"] not in weights.file_of:
         names["lm_head.weight"] = names["embed_tokens.weight"]
-    stored = {name for name in weights.file_of if not _LEFT_OUT.search(name)}
-    _refuse(weights, "missing", sorted(set(names.values()) - stored))
-    _refuse(weights, "unknown", sorted(stored - set(names.values())))
-    theirs = weights.read(sorted(set(names.values())))
-    state = {ours: theirs[name][0] if name.endswith("pos_emb_d") else theirs[name] for ours, name in names.items()}
-    _refuse(
-        weights,
-        "of another shape than the configuration says",
-        [
-            f"{names[n]} {tuple(t.shape)}, wanted {tuple(own[n].shape)}"
-            for n, t in state.items()
-            if t.shape != own[n].shape
-        ],
-    )
+    wanted = {theirs: _official_shape(theirs, own[ours]) for ours, theirs in names.items()}
+    check_fit(weights.folder, {n: shape for n, shape in weights.shapes.items() if not _LEFT_OUT.search(n)}, wanted)
+    stored = weights.read(wanted)
+    state = {ours: stored[theirs].view(own[ours].shape) for ours, theirs in names.items()}
     if config.tie_word_embeddings and not torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):
         raise CheckpointError(
             f"{weights.folder}: lm_head.weight differs from model.embed_tokens.weight; config.json says they are tied"
@@ -174,10 +164,8 @@ def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Te
     return model
 
 
-def _refuse(weights: StoredWeights, what: str, names: list[str]) -> None:
-    if names:
-        more = f" (and {len(names) - 10} more)" if len(names) > 10 else ""
-        raise CheckpointError(f"{weights.folder}: {len(names)} tensors {what}: {', '.join(names[:10])}{more}")
+def _official_shape(theirs: str, tensor: Tensor) -> tuple[int, ...]:
+    return ((1,) if theirs == _PREFIXES["image_head.depth_embedding.weight"] else ()) + tuple(tensor.shape)
 
 
 def to_official(model: UniForkModel) -> dict[str, Tensor]:
@@ -185,9 +173,11 @@ def to_official(model: UniForkModel) -> dict[str, Tensor]:
 
     Raises ConfigError when the official architecture has no place for the model.
     """
-    state = model.state_dict()
-    theirs = {theirs: state[ours].detach().cpu().contiguous() for ours, theirs in official_names(model).items()}
-    return {name: t[None] if name.endswith("pos_emb_d") else t.clone() for name, t in theirs.items()}
+    own = model.state_dict()
+    return {
+        theirs: own[ours].detach().cpu().clone().view(_official_shape(theirs, own[ours]))
+        for ours, theirs in official_names(model).items()
+    }
 
 
 def official_plain(model: UniForkModel, tower: str) -> dict[str, Any]:

@@ -113,15 +113,9 @@ class LayerPlan:
         return NORMS[self.norm]
 
     def __str__(self) -> str:
-        """The one shortest way to write the plan; parses back to an equal plan, given its number of layers."""
-        items, start = [], 0
-        while start < len(self.layers):
-            period, times = _best_repeat(self.layers[start:])
-            group = self.layers[start : start + period]
-            items.append(_written(group) if times == 1 or period == 1 else f"({_written(group)})*{times}")
-            if period == 1:
-                items[-1] = _written(group * times)
-            start += period * times
+        """The plan without groups, equal neighbours counted; parses back to an equal plan."""
+        counted = [(kind, len(list(run))) for kind, run in groupby(self.layers)]
+        items = [kind if times == 1 else f"{kind}*{times}" for kind, times in counted]
         return " ".join(items + [f"norm:{self.norm}"] * (self.norm != "shared"))
 
 
@@ -183,20 +177,3 @@ def _filled(items: list[_Repeated], num_hidden_layers: int | None, place: str) -
     return [
         layer for kinds, times in items for layer in (islice(cycle(kinds), left) if times is None else kinds * times)
     ]
-
-
-def _best_repeat(layers: tuple[str, ...]) -> tuple[int, int]:
-    """(period, times) of the repetition at the start that covers most layers, short periods first."""
-    best = (1, 1)
-    for period in range(1, len(layers) // 2 + 1):
-        times = 1
-        while layers[times * period : (times + 1) * period] == layers[:period]:
-            times += 1
-        if times > 1 and period * times > best[0] * best[1]:
-            best = (period, times)
-    return best
-
-
-def _written(layers: tuple[str, ...]) -> str:
-    runs = [(kind, len(list(run))) for kind, run in groupby(layers)]
-    return " ".join(kind if times == 1 else f"{kind}*{times}" for kind, times in runs)

@@ -1,26 +1,84 @@
-"""Who sees whom, stated explicitly.
+"""Who sees whom, stated explicitly, in the form that each attention implementation wants.
 
 In: the document number of every token (NO_DOCUMENT is padding) and, for isolated layers, its branch.
-Out: a mask in the form the attention implementation wants. A token sees itself and earlier tokens
-of its own document, in isolated layers only those of its own branch. transformers would infer
-borders between documents from jumps in the positions, and only when no cache is made; nothing is
-left to inference here.
+Out: a mask, or for `varlen` sequences of their own. A token sees itself and earlier tokens of its own
+document, in isolated layers only those of its own branch. transformers would infer borders between
+documents from jumps in the positions, and only when no cache is made; nothing is left to inference here.
 
 The queries are the last T of S tokens, so the same rule serves packed rows (T = S) and decoding with
 a cache, with padding on either side: padding is a document of its own, always sees itself, and is
 seen by nobody else.
 
-Shape suffixes: B rows, T queries, S keys.
+`varlen` is an implementation for transformers' interface that needs no mask: `Sequences` holds the
+order that brings the tokens of a sequence together, and their lengths. Where nothing is isolated the
+documents already follow each other and nothing is sorted; for isolated layers tokens are sorted by
+document and branch. Causal attention within each sequence is then exactly what the masks say. On a
+CUDA device in half precision this is torch's variable-length kernel, else one call per sequence, which
+is the reference the kernel is tested against.
+
+Shape suffixes: B rows, T queries (all tokens of a packed row), S keys, X = B*T, E head size, A attention
+heads, G key heads, Q1 sequences and one more, L tokens of a sequence.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from unifork.batch import NO_DOCUMENT
 from unifork.errors import unknown
-from unifork.models.sequences import VARLEN, Counts, Sequences, sequences
+
+VARLEN = "varlen"
+"""The name of the attention implementation."""
+
+Counts = tuple[tuple[int, ...], ...]
+"""Tokens of each document of packed rows by branch (`Batch.document_counts`)."""
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Which tokens attend to each other, causally: `lengths` consecutive ones of the ordered tokens."""
+
+    lengths: tuple[int, ...]
+    starts_Q1: Tensor
+    """Where each sequence starts, and the number of tokens at the end; int32, on the tokens' device."""
+    order_X: Tensor | None = None
+    """Sorts tokens by sequence; None where they already are. inverse_X puts them back."""
+    inverse_X: Tensor | None = None
+
+    def gather(self, heads_BATE: Tensor) -> Tensor:
+        """What attention computes on (B, A, T, E) as ordered tokens (X, A, E)."""
+        tokens_XAE = heads_BATE.transpose(1, 2).flatten(0, 1)
+        return tokens_XAE if self.order_X is None else tokens_XAE.index_select(0, self.order_X)
+
+    def scatter(self, tokens_XAE: Tensor) -> Tensor:
+        """Ordered tokens in the order of the rows."""
+        return tokens_XAE if self.inverse_X is None else tokens_XAE.index_select(0, self.inverse_X)
+
+
+def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts) -> Sequences:
+    """The sequences of packed rows. `counts` come from the batch, so the device is never waited for."""
+    lengths = tuple(map(sum, counts)) if branches_BT is None else tuple(filter(None, chain.from_iterable(counts)))
+    starts_Q1 = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    starts_Q1 = starts_Q1.to(documents_BT.device, non_blocking=True)
+    if branches_BT is None:
+        return Sequences(lengths, starts_Q1)
+    B, T = documents_BT.shape
+    last_BT = torch.where(documents_BT == NO_DOCUMENT, T, documents_BT)
+    rows_B1 = torch.arange(B, device=documents_BT.device)[:, None]
+    order_X = torch.argsort((((T + 1) * rows_B1 + last_BT) * 2 + branches_BT).flatten(), stable=True)
+    return Sequences(lengths, starts_Q1, order_X, torch.argsort(order_X))
+
 
 Mask = Tensor | BlockMask | Sequences
 
@@ -36,24 +94,18 @@ def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) 
     return seen
 
 
-def boolean_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype, _counts: Counts = ()
-) -> Tensor:
+def boolean_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> Tensor:
     """For sdpa: (B, 1, T, S), True where a key is seen."""
     return visible_BTS(documents_BS, branches_BS, queries)[:, None]
 
 
-def additive_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype, _counts: Counts = ()
-) -> Tensor:
+def additive_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype) -> Tensor:
     """For eager attention: (B, 1, T, S), 0 where a key is seen, else the lowest number of the dtype."""
     seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def block_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype, _counts: Counts = ()
-) -> BlockMask:
+def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> BlockMask:
     """For flex attention: blocks nobody sees are skipped. Flex has no backward on a CPU."""
     B, S = documents_BS.shape
     offset = S - queries
@@ -66,20 +118,11 @@ def block_mask(
     return create_block_mask(seen, B, None, queries, S, device=str(documents_BS.device))
 
 
-def sequence_mask(
-    documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype, counts: Counts = ()
-) -> Mask:
-    """For variable-length kernels: no mask but sequences; the boolean one in steps of decoding."""
-    if not counts:
-        return boolean_mask(documents_BS, branches_BS, queries, dtype)
-    return sequences(documents_BS, branches_BS, counts)
-
-
-MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype, Counts], Mask]] = {
+MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype], Tensor | BlockMask]] = {
     "sdpa": boolean_mask,
     "eager": additive_mask,
     "flex_attention": block_mask,
-    VARLEN: sequence_mask,
+    VARLEN: boolean_mask,
 }
 """The attention implementations there is a mask for, by the names they have in transformers."""
 
@@ -92,7 +135,67 @@ def attention_mask(
     dtype: torch.dtype,
     counts: Counts = (),
 ) -> Mask:
-    """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown."""
+    """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown.
+
+    counts: of packed rows, which `varlen` takes as sequences; without them, in a step of decoding, it takes a mask.
+    """
     if implementation not in MASKS:
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
-    return MASKS[implementation](documents_BS, branches_BS, queries, dtype, counts)
+    if implementation == VARLEN and counts:
+        return sequences(documents_BS, branches_BS, counts)
+    return MASKS[implementation](documents_BS, branches_BS, queries, dtype)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Sequences | Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of (B, A, T, E) queries for transformers' interface: (B, T, A, E) and no weights.
+
+    With a cache the queries are fewer than the keys and the mask is a tensor: that is sdpa.
+    """
+    if isinstance(attention_mask, Tensor):
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
+        )
+        return attended
+    B, A, T, E = query.shape
+    groups = A // key.shape[1]
+    query_XAE, key_XGE, value_XGE = map(attention_mask.gather, (query, key, value))
+    # every release of torch with the kernel takes as many key heads as query heads, not all take fewer
+    key_XAE, value_XAE = key_XGE.repeat_interleave(groups, 1), value_XGE.repeat_interleave(groups, 1)
+    kernel = by_kernel if query.is_cuda and query.dtype in _KERNEL_DTYPES else one_by_one
+    attended_XAE = kernel(query_XAE, key_XAE, value_XAE, attention_mask, scaling)
+    return attention_mask.scatter(attended_XAE).reshape(B, T, A, E), None
+
+
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
+    """Causal attention (X, A, E) within each sequence, in one call of torch's kernel."""
+    longest = max(mask.lengths)
+    starts_Q1 = mask.starts_Q1
+    attended = varlen_attn(
+        query, key, value, starts_Q1, starts_Q1, longest, longest, scale=scaling, window_size=(-1, 0)
+    )
+    return cast(Tensor, attended)
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
+    """The same with one call per sequence, on any device.
+
+    In four dimensions: with three, sdpa takes the path without a fused kernel, which is half as fast.
+    """
+    parts_1ALE = (torch.split(heads.transpose(0, 1)[None], list(mask.lengths), 2) for heads in (query, key, value))
+    attended_1ALE = [
+        F.scaled_dot_product_attention(one, keys, values, is_causal=True, scale=scaling)
+        for one, keys, values in zip(*parts_1ALE, strict=True)
+    ]
+    return torch.cat(attended_1ALE, 2)[0].transpose(0, 1)
+
+
+AttentionInterface.register(VARLEN, attend)

@@ -12,7 +12,7 @@ Shape suffixes: B rows, T tokens of a row, X = B*T, S keys or supervised text to
 M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, V words.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +28,24 @@ from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
 from unifork.errors import CheckpointError, IdentityError, unknown
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig
-from unifork.models.decoder import Block, Reading, family, masks_of, norms, routes_of
+from unifork.models.decoder import (
+    Block,
+    Reading,
+    Routes,
+    batch_routes,
+    family,
+    masks_of,
+    modalities,
+    norms,
+    routed,
+    routes_of,
+    step_routes,
+)
 from unifork.models.image_head import HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
-from unifork.models.masks import Mask, attention_mask
-from unifork.models.routing import Routes, batch_routes, modalities, routed, step_routes
-from unifork.models.sequences import Counts
+from unifork.models.masks import Counts, Mask, attention_mask
+from unifork.weights import refuse_tensors
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
@@ -242,9 +253,9 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, attention
         raise CheckpointError(f"{folder}: weights cannot be read: {error}") from error
     model: UniForkModel
     model, info = loaded
-    problems = [f"{what} {name}" for what, name in _problems(info)]
-    if problems:
-        raise CheckpointError(f"{folder}: weights do not fit config.json: {'; '.join(problems)}")
+    shapes = [f"{name} {tuple(found)}, wanted {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    faults = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": shapes}
+    refuse_tensors(folder, faults)
     config = model.config
     found_id = codebook_identity(model.codebook, config.depth, config.grid)
     if found_id != config.codebook_id:
@@ -253,11 +264,3 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, attention
         )
     model.train(False)
     return model
-
-
-def _problems(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for what in ("missing", "unexpected"):
-        for name in sorted(info[f"{what}_keys"]):
-            yield what, name
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        yield "mismatched", f"{name} ({tuple(found)} on disk, {tuple(wanted)} in the model)"

@@ -11,7 +11,6 @@ Shape suffixes: K codebook rows, C code channels.
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,17 @@ import torch
 from torch import Tensor
 
 from unifork.config import Variant
-from unifork.errors import CheckpointError, ConfigError
+from unifork.errors import ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
-from unifork.weights import StoredWeights, local_folder, read_json
+from unifork.weights import StoredWeights, check_fit, local_folder, read_json, shapes_of
 
 _NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
 _BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
 _NOT_DENSE = ("connector.", "image_head.", "codebook")
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.(original_)?inv_freq$")
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """What a warm start did, by tensor name."""
-
-    copied: dict[str, tuple[str, ...]]
-    """Dense tensor -> the model's tensors that now equal it."""
-    created: tuple[str, ...]
-    """Tensors of the model that no dense model has; they keep their first values."""
-    left_out: tuple[str, ...]
-    """Dense tensors the model has no use for: tied copies and rotary tables."""
 
 
 def without_branch(name: str) -> str:
@@ -138,8 +125,11 @@ def initialise(model: UniForkModel, seed: int) -> None:
 
 
 @torch.no_grad()
-def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) -> WarmStart:
+def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) -> dict[str, tuple[str, ...]]:
     """Copy a dense causal language model (state dict or folder) into every branch of its parts.
+
+    Returns, for every dense tensor that was used, the model's tensors that now equal it; tied copies and rotary
+    tables are left out, and tensors that no dense model has keep their first values.
 
     Raises CheckpointError when a tensor is missing, of another shape, or of no use to the model.
     """
@@ -151,29 +141,14 @@ def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) ->
         state = stored.read(stored.file_of)
     source = {name.removeprefix("model."): name for name in state}
     parameters = dict(model.named_parameters())
-    created = tuple(name for name in model.state_dict() if name.startswith(_NOT_DENSE))
     targets: dict[str, list[str]] = {}
-    for name in parameters.keys() - set(created):
-        targets.setdefault(without_branch(name), []).append(name)
-
-    left_out = {name for name in source if _NOT_WEIGHTS.search(name)}
-    if model.config.tie_word_embeddings:
-        left_out |= {"lm_head.weight"} & source.keys()
-    missing = sorted(targets.keys() - source.keys())
-    unused = sorted(source.keys() - targets.keys() - left_out)
-    shapes = [
-        f"{source[name]} {tuple(state[source[name]].shape)}, wanted {tuple(parameters[copies[0]].shape)}"
-        for name, copies in sorted(targets.items())
-        if name in source and state[source[name]].shape != parameters[copies[0]].shape
-    ]
-    for what, names in (("missing", missing), ("of no use to this plan", unused), ("of another shape", shapes)):
-        if names:
-            raise CheckpointError(f"{place}: tensors {what}: {', '.join(names)}")
+    for name in parameters:
+        if not name.startswith(_NOT_DENSE):
+            targets.setdefault(without_branch(name), []).append(name)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    found = {name: state[source[name]] for name in source.keys() - tied if not _NOT_WEIGHTS.search(name)}
+    check_fit(place, shapes_of(found), shapes_of({name: parameters[copies[0]] for name, copies in targets.items()}))
     for name, copies in targets.items():
         for copy in copies:
             parameters[copy].copy_(state[source[name]])
-    return WarmStart(
-        copied={source[name]: tuple(sorted(copies)) for name, copies in sorted(targets.items())},
-        created=created,
-        left_out=tuple(sorted(source[name] for name in left_out)),
-    )
+    return {source[name]: tuple(sorted(copies)) for name, copies in sorted(targets.items())}

@@ -13,19 +13,18 @@ rows, V words.
 """
 
 import copy
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, NO_DOCUMENT, TEXT, Batch, Document, pack
 from unifork.config import Sampling
@@ -33,11 +32,10 @@ from unifork.documents.prompts import Piece
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.models import generation
 from unifork.models.conversion import dense_branch, from_official, official_config, official_names
 from unifork.models.generation import answer_texts, generate_images, guide, probabilities
 from unifork.models.modeling import UniForkModel
-from unifork.parity.comparison import Comparison
+from unifork.parity.comparison import Comparison, Reference
 from unifork.vocabulary import PAD, TURN_END, Task
 from unifork.weights import StoredWeights, read_json
 
@@ -86,108 +84,93 @@ class Original:
         plain = read_json(checkpoint / "config.json")
         image_size = load_file(folder / f"{LLM}.safetensors")["batch.images_gen"].shape[-1]
         tokenizer = read_official(checkpoint, image_size, folder / "vision_tower")
-        codebook = tokenizer.quantizer.codebook
-        config = official_config(
-            plain,
-            read_json(folder / "vision_tower" / "config.json"),
-            codebook,
-            tokenizer.architecture.grid,
-            tokenizer.encoder_id,
-            str(checkpoint),
-        )
+        tower, codebook = read_json(folder / "vision_tower" / "config.json"), tokenizer.quantizer.codebook
+        grid = tokenizer.architecture.grid
+        config = official_config(plain, tower, codebook, grid, tokenizer.encoder_id, str(checkpoint))
         model = from_official(StoredWeights(checkpoint), config, codebook)
         return cls(folder, model, tokenizer, int(plain.get("image_token_num", config.positions)))
-
-    def tensors(self, item: str) -> dict[str, Tensor]:
-        """The tensors of one fixture file."""
-        return load_file(self.folder / f"{item}.safetensors")
-
-    def expect(self, item: str) -> Callable[..., Comparison]:
-        """Comparisons with the tensors of one fixture file, by name."""
-        expected = self.tensors(item)
-
-        def compare(name: str, actual: Tensor, absolute: float = 0.0) -> Comparison:
-            return Comparison(item, name, expected[name], actual.detach().to(expected[name].dtype), absolute)
-
-        return compare
 
 
 @torch.no_grad()
 def _head(original: Original) -> Iterator[Comparison]:
-    given, compare = original.tensors(HEAD), original.expect(HEAD)
-    head, codebook_KC = original.model.image_head, original.model.codebook
-    hidden, codes = given["teacher.embed_from_body"], given["teacher.code"]
-    logits = head(hidden.flatten(0, 1), codes.flatten(0, 1), codebook_KC)
-    yield compare("teacher.logits", logits.view_as(given["teacher.logits"]), NUMBERS)
-    low: Any = copy.deepcopy(head).to(torch.bfloat16)
-    logits = low(hidden.flatten(0, 1).to(torch.bfloat16), codes.flatten(0, 1), codebook_KC)
-    largest = float(given["teacher.logits_bf16"].abs().max())
-    yield compare("teacher.logits_bf16", logits.view_as(given["teacher.logits_bf16"]), LOW_PRECISION * largest)
+    given, head, codebook_KC = Reference(original.folder, HEAD), original.model.image_head, original.model.codebook
+    hidden_MH, codes_MD = given["teacher.embed_from_body"].flatten(0, 1), given["teacher.code"].flatten(0, 1)
+    logits_MDK = head(hidden_MH, codes_MD, codebook_KC)
+    yield from given.compare({"teacher.logits": logits_MDK.view_as(given["teacher.logits"])}, NUMBERS)
+    low, expected = copy.deepcopy(head).to(torch.bfloat16), given["teacher.logits_bf16"]
+    logits_MDK = low(hidden_MH.to(torch.bfloat16), codes_MD, codebook_KC)
+    yield from given.compare(
+        {"teacher.logits_bf16": logits_MDK.view_as(expected)}, LOW_PRECISION * float(expected.abs().max())
+    )
 
-    for name, scale in _named(given, r"(generate_cfg([\d.]+))\.hidden"):
-        guided: list[Tensor] = []
-
-        def choose(logits_RK: Tensor, _depth: int, scale: str = scale, guided: list[Tensor] = guided) -> Tensor:
-            guided.append(guide(logits_RK, float(scale)))
-            return guided[-1].argmax(-1).repeat(2)
-
-        codes = head.unroll(given[f"{name}.hidden"][:, 0], codebook_KC, choose)[:, None]
-        yield compare(f"{name}.codes", codes)
-        yield compare(f"{name}.out_features", codebook_KC[codes].sum(-2), NUMBERS)
-        yield compare(f"{name}.guided_logits", torch.stack(guided), NUMBERS)
+    for name, number in given.matching(r"(generate_cfg([\d.]+))\.hidden"):
+        scale = float(number)
+        with _recorded(head.classifier) as calls:
+            codes_RD = head.unroll(given[f"{name}.hidden"][:, 0], codebook_KC, partial(_likeliest, scale))
+        codes = codes_RD[:, None]
+        guided = torch.stack([guide(logits_R1K[:, 0], scale) for _, logits_R1K in calls])
+        yield from given.compare({f"{name}.codes": codes})
+        yield from given.compare(
+            {f"{name}.out_features": codebook_KC[codes].sum(-2), f"{name}.guided_logits": guided}, NUMBERS
+        )
 
     filters = r"(sampling\.filtered_probs_(?:temp([\d.]+)_)?topk(\d+)_topp([\d.]+))"
-    for name, temperature, top_k, top_p in _named(given, filters):
+    for name, temperature, top_k, top_p in given.matching(filters):
         sampling = Sampling(temperature=float(temperature or 1), top_k=int(top_k), top_p=float(top_p))
-        yield compare(name, probabilities(given["sampling.logits"], sampling), NUMBERS)
+        yield from given.compare({name: probabilities(given["sampling.logits"], sampling)}, NUMBERS)
+
+
+def _likeliest(scale: float, logits_RK: Tensor, _depth: int) -> Tensor:
+    """The likeliest codes under guidance, for the conditional rows and the unconditional ones."""
+    return guide(logits_RK, scale).argmax(-1).repeat(2)
 
 
 def _forward(original: Original) -> Iterator[Comparison]:
-    given, compare, model = original.tensors(LLM), original.expect(LLM), original.model
+    given, model = Reference(original.folder, LLM), original.model
     codes_BND = {task: original.tokenizer.encode(given[f"batch.images_{task[:3]}"]) for task in ("gen", "und")}
-    yield compare("gen.image_codes", codes_BND["gen"])
-    yield compare("gen.image_features_z_q", original.tokenizer.quantizer.lookup(codes_BND["gen"]), NUMBERS)
-
     documents = _documents(original, given, codes_BND)
-    yield compare("batch.labels", _unexpanded_labels(documents, given))
-    mixed = _packed(original, documents)
-    losses = _losses(model, mixed)
-    yield compare("und.loss", losses["und"], LOSSES)
-    yield compare("gen.loss", losses["gen"], LOSSES)
-    yield compare("mixed.loss", losses["und"] + losses["gen"], LOSSES)
-    yield from _gradients(original, losses["und"] + losses["gen"])
+    yield from given.compare(
+        {"gen.image_codes": codes_BND["gen"], "batch.labels": _unexpanded_labels(documents, given)}
+    )
+    quantised_BNC = original.tokenizer.quantizer.lookup(codes_BND["gen"])
+    yield from given.compare({"gen.image_features_z_q": quantised_BNC}, NUMBERS)
+
+    losses = _losses(model, _packed(original, documents))
+    both = losses["und"] + losses["gen"]
+    yield from given.compare({"und.loss": losses["und"], "gen.loss": losses["gen"], "mixed.loss": both}, LOSSES)
+    yield from _gradients(original, given, both)
 
     with torch.no_grad():
         for task, name in (("understanding", "und"), ("generation", "gen")):
             batch = _packed(original, [document for document in documents if document.task == task])
-            yield compare(f"{name}_only.loss", _losses(model, batch)[name], LOSSES)
+            yield from given.compare({f"{name}_only.loss": _losses(model, batch)[name]}, LOSSES)
             real_BT = batch.documents_BT != NO_DOCUMENT
+            labels = _text_labels(batch) if name == "und" else _code_labels(batch)
+            yield from given.compare({f"{name}.attention_mask": real_BT, f"{name}.labels": labels})
             embedded_BTH = model.embed(batch) * real_BT[..., None]
             shared_BTH, last_BTH = _hidden(model, batch, embedded_BTH, real_BT, task)
-            yield compare(f"{name}.attention_mask", real_BT)
-            yield compare(f"{name}.inputs_embeds", embedded_BTH, NUMBERS)
-            yield compare(f"{name}.last_hidden", last_BTH, NUMBERS)
-            if task == "understanding":
-                yield compare("und.labels", _text_labels(batch))
-                for stored, stride in _named(given, r"(und\.logits_every(\d+))"):
-                    yield compare(stored, model.text_logits(last_BTH[:, :: int(stride)]), NUMBERS)
+            numbers = {f"{name}.inputs_embeds": embedded_BTH, f"{name}.last_hidden": last_BTH}
+            if name == "und":
+                for stored, stride in given.matching(r"(und\.logits_every(\d+))"):
+                    numbers[stored] = model.text_logits(last_BTH[:, :: int(stride)])
             else:
-                yield compare("gen.labels", _code_labels(batch))
-                yield compare("gen.hidden_after_shared_layers", shared_BTH, NUMBERS)
                 source_MH = last_BTH.flatten(0, 1)[batch.image_source_M]
                 logits_MDK = model.image_head(source_MH, batch.image_target_MD, model.codebook)
-                yield compare("gen.logits", logits_MDK.view_as(given["gen.logits"]), NUMBERS)
+                numbers["gen.logits"] = logits_MDK.view_as(given["gen.logits"])
+                numbers["gen.hidden_after_shared_layers"] = shared_BTH
+            yield from given.compare(numbers, NUMBERS)
 
 
-def _gradients(original: Original, loss: Tensor) -> Iterator[Comparison]:
-    given, compare, model = original.tensors(LLM), original.expect(LLM), original.model
+def _gradients(original: Original, given: Reference, loss: Tensor) -> Iterator[Comparison]:
+    model = original.model
     names = official_names(model)
     loss.backward()  # type: ignore[no-untyped-call]
     found = {names[name]: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
     model.zero_grad()
-    for name, official in _named(given, r"(grad\.(.+))"):
-        yield compare(name, found[official].view_as(given[name]), GRADIENTS * float(given[name].norm()))
-    stored = json.loads((original.folder / f"{GRADS}.json").read_text())
+    for name, official in given.matching(r"(grad\.(.+))"):
+        largest = GRADIENTS * float(given[name].norm())
+        yield from given.compare({name: found[official].view_as(given[name])}, largest)
+    stored = read_json(original.folder / f"{GRADS}.json")
     expected = torch.tensor([stored["loss"]])
     yield Comparison(GRADS, "loss", expected, loss.detach().view(1).to(expected.dtype), LOSSES)
     for name, norm_and_sum in stored["grad_l2norm_and_sum"].items():
@@ -200,46 +183,49 @@ def _gradients(original: Original, loss: Tensor) -> Iterator[Comparison]:
 
 @torch.no_grad()
 def _decoding(original: Original) -> Iterator[Comparison]:
-    given, compare, model = original.tensors(GENERATE), original.expect(GENERATE), original.model
-    notes = json.loads((original.folder / f"{GENERATE}.json").read_text())["notes"]
+    given, model = Reference(original.folder, GENERATE), original.model
+    notes = read_json(original.folder / f"{GENERATE}.json")["notes"]
     ids_BL, D = given["input_ids"], model.config.depth
     boi = np.append(np.full(ids_BL.shape[1], TEXT), BEGIN_IMAGE)
     rows = [_document("generation", boi, np.append(ids, 0), np.zeros((0, D))) for ids in ids_BL.numpy()]
     text = TextTokenizer(original.folder / "tokenizer")
     written = [text.encode_pieces([Piece(one, control=True)])[0].tolist() for one in notes["texts"]]
     padding = [ids_BL.shape[1] - len(ids) for ids in written]
-    pad = text.id_of(PAD)
-    yield compare("input_ids", torch.tensor([[pad] * left + ids for left, ids in zip(padding, written, strict=True)]))
-    yield compare("attention_mask", (torch.arange(len(boi)) >= torch.tensor(padding)[:, None]))
-    yield compare("prompt_embeds_with_boi", model.embed(pack([[row] for row in rows], len(boi), D)), NUMBERS)
+    padded = [[text.id_of(PAD)] * left + ids for left, ids in zip(padding, written, strict=True)]
+    seen = torch.arange(len(boi)) >= torch.tensor(padding)[:, None]
+    yield from given.compare({"input_ids": torch.tensor(padded), "attention_mask": seen})
+    embedded = model.embed(pack([[row] for row in rows], len(boi), D))
 
     real_BL = given["attention_mask"][:, : ids_BL.shape[1]].bool()
     prompts = [ids[real].tolist() for ids, real in zip(ids_BL, real_BL, strict=True)]
-    half = len(prompts) // 2
-    with _recorded(model.image_head, "unroll") as steps, _recorded(generation, "guide") as guided:
+    half, head = len(prompts) // 2, model.image_head
+    with _recorded(head.hidden_proj) as steps, _recorded(head.classifier) as depths:
         sampling = Sampling(guidance=notes["cfg"])
         codes_BND = generate_images(model, prompts[:half], prompts[half], sampling, greedy=True)
+    guided = torch.stack([guide(logits_R1K[:, 0], notes["cfg"]) for _, logits_R1K in depths])
     quantised_BNC = original.tokenizer.quantizer.lookup(codes_BND)
-    yield compare("codes", codes_BND)
-    yield compare("hidden_per_step", torch.stack([arguments[0] for arguments, _ in steps], 1), NUMBERS)
-    logits = torch.stack([result for _, result in guided])
-    yield compare("guided_logits", logits.view(-1, D, *logits.shape[1:]), NUMBERS)
-    yield compare("image_embeds", quantised_BNC, NUMBERS)
-    yield compare("image_fp32_raw", original.tokenizer.decode(codes_BND), NUMBERS)
+    yield from given.compare({"codes": codes_BND})
+    numbers = {
+        "prompt_embeds_with_boi": embedded,
+        "hidden_per_step": torch.stack([hidden_RH for hidden_RH, _ in steps], 1),
+        "guided_logits": guided.view(-1, D, *guided.shape[1:]),
+        "image_embeds": quantised_BNC,
+        "image_fp32_raw": original.tokenizer.decode(codes_BND),
+    }
     low = copy.deepcopy(original.tokenizer).to(torch.bfloat16)
     pixels = ((low.draw(quantised_BNC).float() + 1) * 127.5).clamp(0, 255)
-    yield compare("image_bf16_0_255", pixels, LOW_PRECISION_PIXELS)
+    yield from given.compare({"image_bf16_0_255": pixels}, LOW_PRECISION_PIXELS)
 
-    asked = original.tensors(LLM)["batch.images_und"][:1]  # the prompt is about the batch's first picture
+    asked = Reference(original.folder, LLM)["batch.images_und"][:1]  # the prompt is about the batch's first picture
     ids_T = given["text.prompt_ids"][0].numpy()
     prompt = _expanded("understanding", ids_T, np.zeros(len(ids_T), bool), original.tokenizer.encode(asked)[0].numpy())
-    with _recorded(model, "text_logits") as words:
+    with _recorded(model.lm_head) as words:
         answer = answer_texts(model, [prompt], given["text.new_ids"].shape[1], stop_id=-1)
-    yield compare("text.new_ids", torch.tensor(answer))
-    yield compare("text.step_logits", torch.cat([result for _, result in words]), NUMBERS)
+    yield from given.compare({"text.new_ids": torch.tensor(answer)})
+    yield from given.compare({**numbers, "text.step_logits": torch.cat([logits_BV for _, logits_BV in words])}, NUMBERS)
 
 
-def _documents(original: Original, given: dict[str, Tensor], codes_BND: dict[str, Tensor]) -> list[Document]:
+def _documents(original: Original, given: Reference, codes_BND: dict[str, Tensor]) -> list[Document]:
     """The samples of the training batch, in its order; pictures are counted per task, as the original does."""
     spelling = _spelling(original.folder / "tokenizer")
     documents, counted = [], {"gen": 0, "und": 0}
@@ -303,18 +289,16 @@ def _hidden(
 ) -> tuple[Tensor, Tensor]:
     """Hidden states (B, T, H) that enter the first forked layer, and those after the last norm."""
     forked = next(index for index, kind in enumerate(model.plan.kinds) if kind.route == "task")
-    entered: list[Tensor] = []
-    hook = model.layers[forked].register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
-    last_BTH = model.hidden(batch)
-    hook.remove()
+    with _recorded(model.layers[forked]) as calls:
+        last_BTH = model.hidden(batch)
     dense: Any = dense_branch(model, branch)
     dense.set_attn_implementation("eager")
     padded = dense.model(inputs_embeds=embedded_BTH, attention_mask=real_BT.long(), output_hidden_states=True)
-    shared_BTH = torch.where(real_BT[..., None], entered[0].view_as(last_BTH), padded.hidden_states[forked])
+    shared_BTH = torch.where(real_BT[..., None], calls[0][0].view_as(last_BTH), padded.hidden_states[forked])
     return shared_BTH, torch.where(real_BT[..., None], last_BTH, padded.last_hidden_state)
 
 
-def _unexpanded_labels(documents: Sequence[Document], given: dict[str, Tensor]) -> Tensor:
+def _unexpanded_labels(documents: Sequence[Document], given: Reference) -> Tensor:
     """Labels of the collator, where a picture is one marker: that of a picture to be generated is its own label."""
     labels_BT = torch.full_like(given["batch.labels"], IGNORED)
     for row, document in enumerate(documents):
@@ -340,21 +324,9 @@ def _code_labels(batch: Batch) -> Tensor:
     return labels_BTD
 
 
-def _named(given: dict[str, Tensor], pattern: str) -> Iterator[tuple[str, ...]]:
-    """The groups of every name that a pattern matches."""
-    for name in sorted(given):
-        if match := re.fullmatch(pattern, name):
-            yield match.groups()
-
-
 @contextmanager
-def _recorded(owner: object, name: str) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
-    """Arguments and result of every call of a function, while it does what it does."""
-    function, calls = getattr(owner, name), []
-
-    def call(*arguments: Any) -> Any:
-        calls.append((arguments, function(*arguments)))
-        return calls[-1][1]
-
-    with patch.object(owner, name, call):
+def _recorded(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What a module was given first, and what it made of it, for every call inside."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    with module.register_forward_hook(lambda _, given, made: calls.append((given[0], made))):
         yield calls

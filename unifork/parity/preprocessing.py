@@ -4,7 +4,7 @@ Shape suffixes: S side in pixels, C channels (RGB).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from unifork.errors import DataError
-from unifork.image_tokenizer.pixels import to_tensor
+from unifork.image_tokenizer.model import to_tensor
 from unifork.image_tokenizer.views import PAD_COLOUR, SMALLEST_SIDE, crop_view, pad_first_view, pad_view
 from unifork.parity.comparison import Comparison
 
@@ -21,11 +21,7 @@ ITEM = "04_preprocess"
 NUMBERS = "04_preprocess.json"
 VIEW_OF = {"gen": crop_view, "und": pad_view, "und_infer_pad": pad_first_view}
 """The official names of the views; the last one is what official inference does."""
-STATISTICS = {
-    "mean": lambda values_CSS: values_CSS.mean(),
-    "std": lambda values_CSS: values_CSS.std(),
-    "float32_sum": lambda values_CSS: values_CSS.sum(),
-}
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "std": torch.std, "float32_sum": torch.sum}
 SUMMED = 1e-6
 """Tolerance of numbers summed in float64, in whatever order."""
 
@@ -37,27 +33,22 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     """
     notes = json.loads((folder / f"{ITEM}.json").read_text())["notes"]
     expected = np.load(folder / f"{ITEM}.npz")
-    size, left = notes["image_size"], set(expected.files) - {"lut"}
     yield _number("background_color", notes["background_color"], PAD_COLOUR)
     yield _number("min_size", notes["min_size"], SMALLEST_SIDE)
-    values_256 = to_tensor(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)).reshape(-1)
-    yield Comparison(ITEM, "lut", torch.from_numpy(expected["lut"]), values_256)
+    computed = {"lut": to_tensor(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)).reshape(-1)}
     for image, facts in notes["images"].items():
         for variant, view in VIEW_OF.items():
-            bytes_SSC = view(Image.open(folder / "images" / f"{image}.png"), size, None)
+            bytes_SSC = view(Image.open(folder / "images" / f"{image}.png"), notes["image_size"], None)
             values_CSS = to_tensor(bytes_SSC[None])[0]
-            name = f"{image}.{variant}"
-            actual: dict[str, Tensor] = {"uint8": torch.from_numpy(np.moveaxis(bytes_SSC, -1, 0).copy())}
-            actual["float32_stride4"] = values_CSS[:, ::4, ::4].contiguous()
-            for kind, tensor in actual.items():
-                if f"{name}.{kind}" in left:
-                    left.remove(f"{name}.{kind}")
-                    yield Comparison(ITEM, f"{name}.{kind}", torch.from_numpy(expected[f"{name}.{kind}"]), tensor)
+            computed[f"{image}.{variant}.uint8"] = torch.from_numpy(np.moveaxis(bytes_SSC, -1, 0).copy())
+            computed[f"{image}.{variant}.float32_stride4"] = values_CSS[:, ::4, ::4].contiguous()
             for kind in STATISTICS.keys() & facts.get(variant, {}).keys():
                 number = float(STATISTICS[kind](values_CSS.double()))
-                yield _number(f"{name}.{kind}", facts[variant][kind], number, SUMMED)
-    if left:
-        raise DataError(f"{ITEM}.npz: tensors of unknown meaning: {', '.join(sorted(left))}")
+                yield _number(f"{image}.{variant}.{kind}", facts[variant][kind], number, SUMMED)
+    for name in sorted(computed.keys() & set(expected.files)):
+        yield Comparison(ITEM, name, torch.from_numpy(expected[name]), computed[name])
+    if unknown := set(expected.files) - computed.keys():
+        raise DataError(f"{ITEM}.npz: tensors of unknown meaning: {', '.join(sorted(unknown))}")
 
 
 def _number(name: str, expected: object, actual: object, absolute: float = 0.0) -> Comparison:

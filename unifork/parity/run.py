@@ -17,12 +17,7 @@ from unifork.errors import DataError
 from unifork.parity import model, preprocessing, text, tokenizer
 from unifork.parity.comparison import Comparison
 
-AREAS: tuple[ModuleType, ...] = (
-    preprocessing,
-    tokenizer,
-    text,
-    model,
-)
+AREAS: tuple[ModuleType, ...] = (preprocessing, tokenizer, text, model)
 """Modules with `comparisons(folder) -> Iterator[Comparison]`, in the order of the table."""
 
 
@@ -41,11 +36,9 @@ class Verdict:
         return self.comparison is not None and self.comparison.agrees
 
     def __str__(self) -> str:
-        if self.comparison is None:
+        if (found := self.comparison) is None:
             return f"{self.item}: {self.tensor}: {self.error}"
-        return (
-            f"{self.item} {self.tensor}: differs by {difference(self.comparison)}, allowed {allowed(self.comparison)}"
-        )
+        return f"{self.item} {self.tensor}: differs by {found.difference}, allowed {found.allowed}"
 
 
 def verdicts(folder: Path, areas: Iterable[ModuleType] = AREAS) -> Iterator[Verdict]:
@@ -80,16 +73,3 @@ def write(compared: Iterable[Comparison], fixtures: Path, folder: Path) -> list[
             save_file(tensors, path)
         written.append(path)
     return written
-
-
-def difference(one: Comparison) -> str:
-    """The largest difference in words."""
-    if one.expected.shape != one.actual.shape:
-        return f"shape {tuple(one.actual.shape)} instead of {tuple(one.expected.shape)}"
-    return f"{one.difference:.3g}"
-
-
-def allowed(one: Comparison) -> str:
-    """The tolerance in words."""
-    parts = [f"{one.absolute:.2g}"] if one.absolute or not one.relative else []
-    return " + ".join([*parts, *([f"{one.relative:.2g} x value"] if one.relative else [])])

@@ -7,25 +7,27 @@ Shape suffixes: B pictures, S side in pixels, N positions, G positions along a s
 C channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.quantizer import commitment_loss
-from unifork.parity.comparison import Comparison
+from unifork.parity.comparison import Comparison, Reference
 
 ITEM = "01_tokenizer"
 INPUT = "pixel_values"
-FLOAT32 = 1e-4
-"""What the fixtures' README allows float32 features and pictures."""
-LOSS = 1e-5
+FLOAT32 = (1e-4, 0.0)
+"""What the fixtures' README allows float32 features and pictures: absolute, and as a share of the value."""
+LOSS = (1e-5, 1e-5)
 """What it allows losses, here also as a share: the loss grows with the square of the features."""
+EXACT = (0.0, 0.0)
+TOLERANCES = {"codes": EXACT, "embed_code_with_depth": EXACT, "commitment_loss": LOSS}
+"""By name, where it is not FLOAT32."""
 BFLOAT16_TIMES = 2.0
 """bfloat16 pictures depend on the kernel: two of them may lie on opposite sides of the float32 picture."""
 
@@ -35,83 +37,45 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
 
     Raises FileNotFoundError, KeyError or CheckpointError for a folder of another layout.
     """
-    expected = load_file(folder / f"{ITEM}.safetensors")
+    reference = Reference(folder, ITEM)
     tokenizer = read_official(folder / "unifork")
-    for case in sorted(name.removesuffix(f".{INPUT}") for name in expected if name.endswith(f".{INPUT}")):
-        wanted = {name.removeprefix(f"{case}."): t for name, t in expected.items() if name.startswith(f"{case}.")}
-        outputs = Outputs(tokenizer, wanted.pop(INPUT))
-        for name, tensor in sorted(wanted.items()):
-            absolute, relative = _tolerance(name, wanted)
-            yield Comparison(ITEM, f"{case}.{name}", tensor, OUTPUTS[name](outputs), absolute, relative)
+    for (case,) in reference.matching(rf"(.+)\.{INPUT}"):
+        outputs = _outputs(tokenizer, reference[f"{case}.{INPUT}"])
+        for stored, name in reference.matching(rf"({case}\.(?!{INPUT})(.+))"):
+            tolerance = TOLERANCES.get(name, FLOAT32)
+            if name.startswith("decoded_bf16"):
+                official = (reference[stored].float() - reference[f"{case}.decoded_fp32"]).abs().max()
+                tolerance = (BFLOAT16_TIMES * float(official), 0.0)
+            yield Comparison(ITEM, stored, reference[stored], outputs[name], *tolerance)
 
 
-class Outputs:
-    """What the tokenizer makes of pictures, in the official shapes."""
-
-    @torch.no_grad()
-    def __init__(self, tokenizer: ImageTokenizer, pixels_BCSS: Tensor) -> None:
-        self.tokenizer = tokenizer
-        self.embedded_BNC = tokenizer.encoder.embed(pixels_BCSS)
-        self.features_BNC = tokenizer.encoder(pixels_BCSS)
-        self.codes_BND = tokenizer.encode(pixels_BCSS)
-        self.rows_BNDC = tokenizer.quantizer.codebook[self.codes_BND]
-        sum_BNC = tokenizer.quantizer.lookup(self.codes_BND)
-        self.quantised_BNC = self.features_BNC + (sum_BNC - self.features_BNC)  # rounds as straight-through does
-        self.rounding = (self.rows_BNDC.sum(2) - self.quantised_BNC).abs().max()
-
-    def commitment(self) -> Tensor:
-        """The commitment loss, (1,)."""
-        return commitment_loss(self.features_BNC.flatten(0, 1), self.rows_BNDC.cumsum(2).flatten(0, 1)).reshape(1)
-
-    def decoded(self) -> Tensor:
-        """The pictures (B, C, S, S) in float32."""
-        return self.tokenizer.decode(self.codes_BND)
-
-    @torch.no_grad()
-    def decoded_half(self) -> Tensor:
-        """Everything in bfloat16, from the sum of code rows, as the official inference script does."""
-        return self._half().decode(self.codes_BND)
-
-    @torch.no_grad()
-    def decoded_mixed(self) -> Tensor:
-        """The 1x1 convolution in float32, the decoder in bfloat16, as the official model does."""
-        map_BCGG = as_map(self.quantised_BNC).permute(0, 3, 1, 2)
-        drawn_BCSS: Tensor = self._half().decoder(self.tokenizer.post_quant_conv(map_BCGG).bfloat16())
-        return drawn_BCSS
-
-    def _half(self) -> ImageTokenizer:
-        half = deepcopy(self.tokenizer).to(torch.bfloat16)
-        half.quantizer.codebook = self.tokenizer.quantizer.codebook  # as `load` does
-        return half
+@torch.no_grad()
+def _outputs(tokenizer: ImageTokenizer, pixels_BCSS: Tensor) -> dict[str, Tensor]:
+    """What the tokenizer makes of pictures, by official names and in official shapes."""
+    features_BNC, codes_BND = tokenizer.encoder(pixels_BCSS), tokenizer.encode(pixels_BCSS)
+    rows_BNDC = tokenizer.quantizer.codebook[codes_BND]
+    # rounds as straight-through does
+    quantised_BNC = features_BNC + (tokenizer.quantizer.lookup(codes_BND) - features_BNC)
+    half = deepcopy(tokenizer).to(torch.bfloat16)
+    half.quantizer.codebook = tokenizer.quantizer.codebook  # as `load` does
+    map_BCGG = as_map(quantised_BNC).permute(0, 3, 1, 2)
+    return {
+        "patch_plus_pos_embeddings": tokenizer.encoder.embed(pixels_BCSS),
+        "pre_quant_features": as_map(features_BNC),
+        "codes": as_map(codes_BND),
+        "z_q": as_map(quantised_BNC),
+        "embed_code_with_depth": as_map(rows_BNDC),
+        "depth_sum_minus_z_q_maxabs": (rows_BNDC.sum(2) - quantised_BNC).abs().max().reshape(1),
+        "commitment_loss": commitment_loss(features_BNC.flatten(0, 1), rows_BNDC.cumsum(2).flatten(0, 1)).reshape(1),
+        "decoded_fp32": tokenizer.decode(codes_BND),
+        # the 1x1 convolution in float32, the decoder in bfloat16, as the official model does
+        "decoded_bf16_mixed": half.decoder(tokenizer.post_quant_conv(map_BCGG).bfloat16()),
+        # everything in bfloat16, from the sum of code rows, as the official inference script does
+        "decoded_bf16_infer": half.decode(codes_BND),
+    }
 
 
 def as_map(positions: Tensor) -> Tensor:
     """(B, N, ...) as (B, G, G, ...)."""
     side = int(positions.shape[1] ** 0.5)
     return positions.reshape(len(positions), side, side, *positions.shape[2:])
-
-
-OUTPUTS: dict[str, Callable[[Outputs], Tensor]] = {
-    "patch_plus_pos_embeddings": lambda out: out.embedded_BNC,
-    "pre_quant_features": lambda out: as_map(out.features_BNC),
-    "codes": lambda out: as_map(out.codes_BND),
-    "z_q": lambda out: as_map(out.quantised_BNC),
-    "embed_code_with_depth": lambda out: as_map(out.rows_BNDC),
-    "depth_sum_minus_z_q_maxabs": lambda out: out.rounding.reshape(1),
-    "commitment_loss": Outputs.commitment,
-    "decoded_fp32": Outputs.decoded,
-    "decoded_bf16_mixed": Outputs.decoded_mixed,
-    "decoded_bf16_infer": Outputs.decoded_half,
-}
-"""The fixtures' names of outputs."""
-
-
-def _tolerance(name: str, wanted: dict[str, Tensor]) -> tuple[float, float]:
-    """The largest absolute difference, and the part that may grow with the value."""
-    if name in ("codes", "embed_code_with_depth"):
-        return 0.0, 0.0
-    if name == "commitment_loss":
-        return LOSS, LOSS
-    if name.startswith("decoded_bf16"):
-        return BFLOAT16_TIMES * float((wanted[name].float() - wanted["decoded_fp32"]).abs().max()), 0.0
-    return FLOAT32, 0.0

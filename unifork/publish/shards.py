@@ -6,7 +6,6 @@ goes on where it was, and equal input gives equal bytes.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import pyarrow.parquet as pq
 from unifork.config import Card, parse
 from unifork.errors import DataError
 from unifork.publish.stores import open_store, read
-from unifork.shards.job import Hop, read_table, write_shard
-from unifork.shards.manifest import Manifest, Shard, read_manifest
+from unifork.shards.job import ShardJob, input_table, read_table, write_shard
+from unifork.shards.manifest import Manifest, read_manifest
 from unifork.shards.schema import CODES_META, codes_array, codes_meta, columns_of, text_type
+from unifork.shards.task import Published, ShardResult, ShardTask
 from unifork.vocabulary import CODE_DTYPE, Task
 
 PUBLISH_VERSION = 1
@@ -37,18 +37,12 @@ LAYOUT = "positions x depth codes per row, flattened: raster order of positions,
 CODE_LIST = pa.list_(pa.uint16())
 TAKEDOWN = "takedown"
 
-
-@dataclass(frozen=True)
-class PublishHop(Hop):
-    """The plan of publishing one view; shards are named as the Hugging Face Hub expects."""
-
-    def shard_name(self, index: int) -> str:
-        """File name of the shard that task `index` makes."""
-        return f"train-{index:05d}-of-{len(self.tasks):05d}.parquet"
+PUBLISHED_SHARD = "train-{index:05d}-of-{total:05d}.parquet"
+"""Shards are named as the Hugging Face Hub expects."""
 
 
-def publish_hop(card: Card, task: Task, codes: Path, folder: Path, withdrawn: dict[str, list[str]]) -> PublishHop:
-    """One task per code shard of a view; withdrawn: keys to leave out, by file name of the code shard."""
+def publish_job(card: Card, task: Task, codes: Path, folder: Path, withdrawn: dict[str, list[str]]) -> ShardJob:
+    """One task for each code shard of a view; withdrawn: keys to leave out, by file name of the code shard."""
     origin = read_manifest(codes)
     if origin.kind != "codes" or not origin.shards:
         raise DataError(f"{codes}: {len(origin.shards)} shards of kind {origin.kind!r}; only 'codes' are published")
@@ -56,13 +50,11 @@ def publish_hop(card: Card, task: Task, codes: Path, folder: Path, withdrawn: di
     about |= {"dataset": card.name, "task": task, "view": card.tasks[task].view, "layout": LAYOUT}
     schema = read_table(codes, origin.shards[0]).schema
     about["shape"] = codes_meta(schema, str(codes))["shape"]
-    tasks = [
-        {"shard": shard.model_dump(mode="json"), "withdrawn": withdrawn.get(shard.path, [])} for shard in origin.shards
-    ]
+    tasks = [ShardTask.to_publish(shard, tuple(withdrawn.get(shard.path, ()))) for shard in origin.shards]
     columns = {**columns_of(schema), "codes": str(CODE_LIST)}
     made_with = {"version": PUBLISH_VERSION, "about": about}
     lineage = {"about": about, "codes": origin.content()}
-    return PublishHop(PUBLISHED, card.name, folder, columns, made_with, lineage, tasks, codes)
+    return ShardJob(PUBLISHED, card.name, folder, columns, made_with, lineage, tasks, codes, shard_name=PUBLISHED_SHARD)
 
 
 class Publish:
@@ -71,11 +63,10 @@ class Publish:
     def __init__(self, about: dict[str, Any]) -> None:
         self.about = json.dumps(about, sort_keys=True).encode()
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        source = Path(task["source"])
-        table = read_table(source, parse(Shard, task["shard"], "task"))
-        shape = codes_meta(table.schema, str(source))["shape"]
-        gone = pa.array(task["withdrawn"], pa.string())
+    def __call__(self, task: ShardTask) -> ShardResult:
+        table = input_table(task)
+        shape = codes_meta(table.schema, task.folder)["shape"]
+        gone = pa.array(task.withdrawn, pa.string())
         kept = table.filter(pc.invert(pc.is_in(table["key"], value_set=gone)))
         numbers = codes_array(kept["codes"], tuple(shape)).reshape(-1) if kept.num_rows else np.empty(0, CODE_DTYPE)
         width = shape[0] * shape[1]
@@ -86,49 +77,37 @@ class Publish:
         return write_shard(task, out, {TAKEDOWN: len(gone)} if len(gone) else {})
 
 
-@dataclass(frozen=True)
-class FetchHop(Hop):
-    """The plan of bringing one view back; a shard that is whole counts as what it was made of then."""
+def fetch_job(published: Manifest, name: str, uri: str, prefix: str, folder: Path) -> ShardJob:
+    """One task for each published shard of a view that lies at `prefix` of a store.
 
-    original: tuple[Shard, ...] = field(default=())
-
-    def inputs(self, index: int) -> str:
-        """As recorded by the encode hop, unless rows were withdrawn since."""
-        return super().inputs(index) if self.tasks[index]["withdrawn"] else self.original[index].inputs
-
-
-def fetch_hop(published: Manifest, name: str, uri: str, prefix: str, folder: Path) -> FetchHop:
-    """One task per published shard of a view that lies at `prefix` of a store."""
+    A shard that is whole counts as what it was made of, and is recorded as the encode job recorded it.
+    """
     origin = parse(Manifest, published.lineage.get("codes"), f"{uri}: {prefix}: lineage")
     if published.kind != PUBLISHED or len(origin.shards) != len(published.shards):
         raise DataError(
             f"{uri}: {prefix}: {len(published.shards)} shards of kind {published.kind!r} made from "
             f"{len(origin.shards)}; allowed is one {PUBLISHED!r} shard for each"
         )
-    tasks = [
-        {
-            "uri": uri,
-            "name": f"{prefix}/{shard.path}",
-            "sha256": shard.sha256,
-            "rows": shard.rows,
-            "withdrawn": shard.dropped.get(TAKEDOWN, 0),
-            "dropped": {**old.dropped, **shard.dropped},
-        }
-        for shard, old in zip(published.shards, origin.shards, strict=True)
-    ]
+    tasks = []
+    for shard, old in zip(published.shards, origin.shards, strict=True):
+        gone = shard.dropped.get(TAKEDOWN, 0)
+        here = Published(
+            uri, f"{prefix}/{shard.path}", shard.sha256, shard.rows, gone, {**old.dropped, **shard.dropped}
+        )
+        tasks.append(ShardTask.to_fetch(here, "" if gone else old.inputs))
     made_with = {"version": PUBLISH_VERSION}
-    return FetchHop(
-        "codes", name, folder, origin.columns, made_with, origin.lineage, tasks, original=tuple(origin.shards)
-    )
+    return ShardJob("codes", name, folder, origin.columns, made_with, origin.lineage, tasks)
 
 
 class Fetch:
     """Published shard -> code shard, with the bytes it once had where no row was withdrawn."""
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        data = read(open_store(task["uri"]), task["name"], task["sha256"])
+    def __call__(self, task: ShardTask) -> ShardResult:
+        shard = task.published
+        assert shard is not None, f"{task.output}: a task of no published shard"
+        data = read(open_store(shard.uri), shard.name, shard.sha256)
         table = pq.read_table(pa.BufferReader(data))
-        place = f"{task['uri']}: {task['name']}"
+        place = f"{shard.uri}: {shard.name}"
         shape = codes_meta(table.schema, place)["shape"]
         width = shape[0] * shape[1]
         lists = table["codes"].combine_chunks()
@@ -143,7 +122,7 @@ class Fetch:
         types = {name: text_type(name) for name in table.schema.names} | {"codes": codes.type}
         out = _with_codes(table, pa.chunked_array([codes])).cast(pa.schema(types, metadata=table.schema.metadata))
         out = out.replace_schema_metadata({CODES_META: table.schema.metadata[CODES_META]})
-        return write_shard(task, out, task["dropped"])
+        return write_shard(task, out, shard.dropped)
 
 
 def _with_codes(table: pa.Table, codes: pa.ChunkedArray) -> pa.Table:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import HfApi
 
 from unifork.errors import ConfigError, DataError
 from unifork.shards import stores
@@ -24,41 +24,36 @@ CHECKSUMS = "SHA256SUMS"
 SHARD_NAME = re.compile(r"\w+/train-\d{5}-of-\d{5}\.parquet")
 """What may be removed from a store when it is not published any more; other files are left alone."""
 
-FILES_PER_BATCH = 50
-"""The Hub advises at most 100 files per commit."""
+FILES_PER_LINE = 50
+"""How many files are uploaded between two lines of progress; the Hub's library shows its own."""
 
 
 @dataclass(frozen=True)
 class HubStore(Store):
-    """A data set repository of the Hugging Face Hub: one commit for many files."""
+    """A data set repository of the Hugging Face Hub: the library decides how many files are one commit."""
 
     @property
-    def repository(self) -> str:
-        """`user/name`."""
-        return self.root.removeprefix("datasets/")
+    def repository(self) -> dict[str, Any]:
+        """Whose name is `user/name`, as the library asks for it."""
+        return {"repo_id": self.root.removeprefix("datasets/"), "repo_type": "dataset"}
 
     def listing(self) -> dict[str, dict[str, Any]]:
         """As of any store; the first publication makes the repository."""
-        try:
-            return super().listing()
-        except DataError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return {}
-            raise
-
-    def put(self, files: Mapping[str, Path]) -> None:
-        """Upload files in one commit."""
         with self._answering():
-            HfApi().create_repo(self.repository, repo_type="dataset", exist_ok=True)
-        self._commit([CommitOperationAdd(name, str(path)) for name, path in files.items()], f"Add {len(files)} files")
+            there = HfApi().repo_exists(**self.repository)
+        return super().listing() if there else {}
+
+    def put(self, folder: Path, names: Sequence[str]) -> None:
+        """Upload files; what an interrupted call has uploaded is not uploaded again."""
+        with self._answering():
+            HfApi().create_repo(**self.repository, exist_ok=True)
+            HfApi().upload_folder(**self.repository, folder_path=folder, allow_patterns=list(names))
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files in one commit."""
-        self._commit([CommitOperationDelete(name) for name in names], f"Remove {len(names)} files")
-
-    def _commit(self, operations: list[Any], message: str) -> None:
+        what = f"Remove {len(names)} files"
         with self._answering():
-            HfApi().create_commit(self.repository, operations, commit_message=message, repo_type="dataset")
+            HfApi().delete_files(**self.repository, delete_patterns=list(names), commit_message=what)
 
 
 def open_store(uri: str) -> Store:
@@ -75,27 +70,41 @@ def open_store(uri: str) -> Store:
     return HubStore(uri, store.system, store.root)
 
 
-def holds(store: Store, info: Mapping[str, Any] | None, name: str, path: Path) -> bool:
-    """Whether a file of a store's listing has the bytes of a local one."""
+def holds(store: Store, info: Mapping[str, Any] | None, name: str, path: Path, sha256: str) -> bool:
+    """Whether a file of a store's listing has the bytes of a local one, whose hash is known."""
     if info is None or info["size"] != path.stat().st_size:
         return False
     if info.get("lfs"):  # the Hub keeps a SHA-256 of large files
-        return bool(info["lfs"].sha256 == file_sha256(path))
+        return bool(info["lfs"].sha256 == sha256)
     # S3's ETag is the MD5 of what was put in one piece; in parts or encrypted it is something else
     if etag := info.get("ETag"):
         with open(path, "rb") as handle:
             if etag.strip('"') == hashlib.file_digest(handle, "md5").hexdigest():
                 return True
-    return store.sha256(name) == file_sha256(path)
+    return store.sha256(name) == sha256
 
 
 def read(store: Store, name: str, sha256: str) -> bytes:
     """The bytes of a published file. Raises DataError when they do not have the hash."""
     data = store.get(name)
-    found = "missing" if data is None else f"sha256 {hashlib.sha256(data).hexdigest()[:12]}..."
-    if data is None or hashlib.sha256(data).hexdigest() != sha256:
-        raise DataError(f"{store.uri}: {name}: {found} instead of {sha256[:12]}...; publish the set again")
+    problem = _differs(name, None if data is None else hashlib.sha256(data).hexdigest(), sha256)
+    if data is None or problem:
+        raise DataError(f"{store.uri}: {problem}; publish the set again")
     return data
+
+
+def reread(store: Store) -> list[str]:
+    """Read every published file again; what is wrong, one line per file."""
+    there, sums = store.listing(), checksums(store)
+    problems = (_differs(name, store.sha256(name) if name in there else None, sums[name]) for name in sums)
+    return [problem for problem in problems if problem]
+
+
+def _differs(name: str, found: str | None, sha256: str) -> str | None:
+    """What is wrong with a file that has a hash, or is missing (None); None when it is the right one."""
+    if found is None:
+        return f"{name}: missing"
+    return None if found == sha256 else f"{name}: sha256 {found[:12]}... instead of {sha256[:12]}..."
 
 
 def checksums(store: Store) -> dict[str, str]:
@@ -103,18 +112,13 @@ def checksums(store: Store) -> dict[str, str]:
     text = store.get(CHECKSUMS)
     if text is None:
         raise DataError(f"{store.uri}: no {CHECKSUMS}; nothing was published here, or not to its end. Publish (again)")
-    return parse_checksums(text.decode())
+    pairs = (line.split("  ", 1) for line in text.decode().splitlines())
+    return {name: digest for digest, name in pairs}
 
 
 def checksums_text(sums: Mapping[str, str]) -> str:
     """As `sha256sum` writes them, and checks with -c."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-
-
-def parse_checksums(text: str) -> dict[str, str]:
-    """SHA-256 by file name."""
-    pairs = (line.split("  ", 1) for line in text.splitlines())
-    return {name: digest for digest, name in pairs}
 
 
 @dataclass(frozen=True)
@@ -127,32 +131,24 @@ class Synced:
 
 
 def sync(folder: Path, store: Store, progress: Callable[[int, int], None]) -> Synced:
-    """Upload what is missing from a store or differs, remove published shards that are no longer, checksums last."""
-    names = [*parse_checksums((folder / CHECKSUMS).read_text()), CHECKSUMS]
+    """Upload what is missing from a store or differs, remove published shards that are no longer, checksums last.
+
+    folder: a publication that was just built; its files are what its checksums say.
+    """
+    sums = checksums(open_store(str(folder)))
+    sums[CHECKSUMS] = file_sha256(folder / CHECKSUMS)
     there = store.listing()
-    missing = [name for name in names if not holds(store, there.get(name), name, folder / name)]
-    stale = sorted(name for name in there if SHARD_NAME.fullmatch(name) and name not in names)
+    missing = [name for name, digest in sums.items() if not holds(store, there.get(name), name, folder / name, digest)]
+    stale = sorted(name for name in there if SHARD_NAME.fullmatch(name) and name not in sums)
     if missing or stale:
         if CHECKSUMS in there:
             store.remove([CHECKSUMS])
-        shards = [name for name in missing if name != CHECKSUMS]
-        for start in range(0, len(shards), FILES_PER_BATCH):
-            batch = shards[start : start + FILES_PER_BATCH]
-            store.put({name: folder / name for name in batch})
-            progress(start + len(batch), len(shards))
+        changed = [name for name in missing if name != CHECKSUMS]
+        step = max(1, len(changed)) if isinstance(store, HubStore) else FILES_PER_LINE
+        for start in range(0, len(changed), step):
+            store.put(folder, changed[start : start + step])
+            progress(min(start + step, len(changed)), len(changed))
         if stale:
             store.remove(stale)
-        store.put({CHECKSUMS: folder / CHECKSUMS})
-    return Synced(tuple(missing), tuple(stale), len(names) - len(missing))
-
-
-def reread(store: Store) -> list[str]:
-    """Read every published file again; what is wrong, one line per file."""
-    there = store.listing()
-    faults = []
-    for name, digest in checksums(store).items():
-        if name not in there:
-            faults.append(f"{name}: missing")
-        elif (found := store.sha256(name)) != digest:
-            faults.append(f"{name}: sha256 {found[:12]}... instead of {digest[:12]}...")
-    return faults
+        store.put(folder, [CHECKSUMS])
+    return Synced(tuple(missing), tuple(stale), len(sums) - len(missing))

@@ -1,10 +1,9 @@
 """Facts, pictures and plots to one HTML page that needs nothing else: no network, no script, no further file.
 
-In: an experiment, the folders of its stages and a way to load image tokenizers. Out: the text of `index.html`. What
+In: an experiment, its folders and a way to load image tokenizers. Out: the text of `index.html`. What
 has not run yet is said to be missing, so that a page can be made at any time; damaged files raise a UniForkError.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -17,31 +16,24 @@ import yaml
 from unifork.config import Experiment
 from unifork.evaluation.statistics import Score
 from unifork.image_tokenizer.architecture import architecture_of
+from unifork.layout import Layout
 from unifork.report import pictures
 from unifork.report.codec import LoadCodec
-from unifork.report.gather import SPLITS, Evaluation, Facts, Layout, StageRun, VariantRun, gather
-from unifork.report.pictures import AnsweredQuestion, DataPictures, DrawnPicture, Picture
+from unifork.report.gather import Evaluation, Facts, StageRun, VariantRun, gather
+from unifork.report.pictures import DataPictures, Picture, Shown
 from unifork.report.plots import Plot, score_plot, training_plots, whole_line, worded
 from unifork.report.reading import Same
 from unifork.report.surroundings import surroundings
 
 REPORT_VERSION = 1
 """Raise when the same experiment should be shown otherwise."""
-HEADLINES = {
-    ("shapes-generation", "overall"): "Pictures from text, mean of the six kinds",
-    ("shapes-generation", "single_object"): "Pictures from text, single object",
-    ("shapes-understanding", "yes_no_accuracy"): "Yes/no questions, accuracy",
-}
-"""The scores of the summary, by kind of benchmark and name."""
-
 
 @dataclass(frozen=True)
 class Headline:
-    """One score of all variants; None where it is not there yet."""
+    """One score of a benchmark, for each split that of all variants; None where it is not there yet."""
 
     label: str
-    split: str
-    scores: list[Score | None]
+    lines: dict[str, list[Score | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +51,8 @@ class EvaluationView:
 
     found: Evaluation
     plot: Plot | None
-    drawn: dict[str, dict[str, list[DrawnPicture]]]
-    answered: list[AnsweredQuestion]
+    drawn: dict[str, dict[str, list[Shown]]]
+    answered: list[Shown]
 
     @property
     def same(self) -> str:
@@ -103,16 +95,17 @@ def loss_pictures(experiment: Experiment, layout: Layout) -> dict[str, bytes]:
     return {name: whole_line(stages) for name, stages in runs.items() if stages}
 
 
-def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec, root: Path = Path()) -> str:
-    """The page. root: the folder whose git revision is shown."""
+def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
+    """The page, with the git revision of the layout's root."""
     facts = gather(experiment, layout)
     data = _data(facts, layout, load_codec)
     return render(
         experiment=experiment,
         params=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
         program=version("unifork"),
-        here=surroundings(root),
+        here=surroundings(layout.root),
         headlines=headlines(facts),
+        notes=[one.note for one in facts.benchmarks.values() if one.note],
         datasets=[(one, data[one.name]) for one in facts.datasets],
         view_notes=pictures.VIEW_NOTES,
         measures=facts.measures,
@@ -124,13 +117,11 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec, root: P
 
 
 def headlines(facts: Facts) -> list[Headline]:
-    """The scores of the summary that the experiment's benchmarks have, seen and held out."""
-    kinds = {benchmark.kind for benchmark in facts.experiment.benchmarks.values()}
+    """The scores of the summary, as the experiment's benchmarks wish."""
     return [
-        Headline(label, split, [_headline(run, kind, name, split) for run in facts.variants])
-        for (kind, name), label in HEADLINES.items()
-        if kind in kinds
-        for split in SPLITS
+        Headline(title, {split: [_headline(run, name, score, split) for run in facts.variants] for split in one.splits})
+        for name, one in facts.benchmarks.items()
+        for score, title in one.headlines.items()
     ]
 
 
@@ -168,16 +159,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _headline(run: VariantRun, kind: str, name: str, split: str) -> Score | None:
-    found = (one.score(name, split) for one in run.evaluations if one.benchmark.kind == kind)
-    return next((score for score in found if score), None)
+def _headline(run: VariantRun, benchmark: str, score: str, split: str) -> Score | None:
+    return next((one.score(score, split) for one in run.evaluations if one.name == benchmark), None)
 
 
 def _data(facts: Facts, layout: Layout, load_codec: LoadCodec) -> dict[str, DataPictures | None]:
     there = (layout.image_tokenizer / "config.json").exists()
     codec = load_codec(layout.image_tokenizer) if there else None
     size = facts.experiment.image_tokenizer.image_size
-    return {one.name: pictures.data_pictures(one, layout.filtered / one.name, size, codec) for one in facts.datasets}
+    return {one.name: pictures.data_pictures(one, layout.filtered(one.name), size, codec) for one in facts.datasets}
 
 
 def _detector(facts: Facts, data: dict[str, DataPictures | None]) -> dict[str, Same]:
@@ -198,12 +188,6 @@ def _stage(run: StageRun, load_codec: LoadCodec) -> StageView:
 
 
 def _evaluation(found: Evaluation, load_codec: LoadCodec) -> EvaluationView:
-    plot = score_plot(found.key, _shown(found), found.splits, found.names) if found.scores else None
+    plot = score_plot(found.key, found.scores, found.splits, found.names) if found.scores else None
     drawn = pictures.drawn_pictures(found, load_codec(found.decoder)) if found.codes is not None else {}
     return EvaluationView(found, plot, drawn, pictures.answered_questions(found))
-
-
-def _shown(found: Evaluation) -> list[Score]:
-    """The scores in the order of the table."""
-    pairs: Iterable[tuple[str, str]] = ((name, split) for name in found.names for split in found.splits)
-    return [score for name, split in pairs if (score := found.score(name, split))]

@@ -1,14 +1,13 @@
 """The image tokenizer as a report needs it: codes to pixels, and pixels through codes to pixels.
 
-In: a tokenizer directory. Out: a `Codec`. It is handed to the report, which knows no model: so a page can be built,
-and tested, without one.
+In: a tokenizer directory. Out: a `Codec`. The way to load one is handed to the report, so that a page can be built,
+and tested, without a tokenizer.
 
 Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -19,21 +18,8 @@ from unifork.image_tokenizer.training import decode_all, encode_all
 from unifork.shards.manifest import file_sha256
 
 
-class Codec(Protocol):
-    """What turns codes into pictures."""
-
-    def decode(self, codes_BND: np.ndarray) -> np.ndarray:
-        """Bytes (B, S, S, C) of codes."""
-
-    def reconstruct(self, pixels_BSSC: np.ndarray) -> np.ndarray:
-        """Bytes of the same shape, by way of codes."""
-
-
-LoadCodec = Callable[[Path], Codec]
-
-
-class TokenizerCodec:
-    """A trained image tokenizer; its canaries are checked when it is loaded."""
+class Codec:
+    """What turns codes into pictures: a trained image tokenizer; its canaries are checked when it is loaded."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -57,6 +43,9 @@ class TokenizerCodec:
         return decode_all(self.tokenizer, encode_all(self.tokenizer, pixels_BSSC))
 
 
+LoadCodec = Callable[[Path], Codec]
+
+
 def load_codec(directory: Path) -> Codec:
     """The tokenizer of a directory; every model carries a copy of the same one, which is loaded once."""
     config = directory / CONFIG_FILE
@@ -64,7 +53,7 @@ def load_codec(directory: Path) -> Codec:
         raise DataError(f"{directory}: no {CONFIG_FILE}; the image tokenizer that travels with a model is not there")
     identity = file_sha256(config)
     if identity not in _loaded:
-        _loaded[identity] = TokenizerCodec(directory)
+        _loaded[identity] = Codec(directory)
     return _loaded[identity]
 
 

@@ -1,10 +1,11 @@
 """Everything an experiment left on disk, as plain facts.
 
-In: the experiment and where its folders are. Out: `Facts`, in the order of the page. A stage that has not run leaves
+In: the experiment and its folders. Out: `Facts`, in the order of the page. A stage that has not run leaves
 None or an empty list; a damaged file raises DataError. Pictures are made elsewhere (`pictures`), words in the template.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from unifork.config import Benchmark, Card, Experiment, Stage, Variant, load_card
+from unifork.config import Card, Experiment, Stage, Variant, load_card
+from unifork.evaluation.benchmarks import BENCHMARKS, Program
 from unifork.evaluation.statistics import Score
+from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
+from unifork.models.warm_start import branch_of
 from unifork.report.reading import (
-    SCORES,
     Answered,
     Drawn,
     Finished,
@@ -26,37 +29,13 @@ from unifork.report.reading import (
     read_history,
     read_json,
     read_samples,
+    read_scores,
 )
 from unifork.shards.manifest import MANIFEST, Manifest, read_manifest
 from unifork.vocabulary import VIEWS, View
 
-SPLITS = ("seen", "held_out")
-"""Order of the columns; other splits follow."""
-
-FIRST_SCORES = (
-    *("overall", "composed", "single_object", "two_object", "counting", "colors", "position", "color_attr"),
-    *("yes_no_accuracy", "yes_no_f1", "yes_no_precision", "yes_no_recall", "yes_no_yes_ratio"),
-)
-"""Order of the rows of a score table; others follow by name."""
-
 PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
 """Order of the rows; branches come after the shared trunk."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the stages write. Their programs own these names, so they are told here."""
-
-    cards: Path
-    raw: Path
-    filtered: Path
-    codes: Path
-    image_tokenizer: Path
-    models: Path
-    runs: Path
-    scores: Path
-    companion: str
-    """Folder of the image tokenizer inside a model directory."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +104,7 @@ class Evaluation:
 
     key: str
     name: str
-    benchmark: Benchmark
+    benchmark: Program
     scores: list[Score]
     drawn: list[Drawn]
     answered: list[Answered]
@@ -134,15 +113,13 @@ class Evaluation:
 
     @property
     def splits(self) -> list[str]:
-        """The splits that occur, seen first."""
-        found = {score.split for score in self.scores}
-        return [*(split for split in SPLITS if split in found), *sorted(found - set(SPLITS))]
+        """The splits that occur, in the order of the benchmark."""
+        return _ordered({score.split for score in self.scores}, self.benchmark.splits)
 
     @property
     def names(self) -> list[str]:
-        """The scores by name, in the order of the page."""
-        found = {score.name for score in self.scores}
-        return [*(name for name in FIRST_SCORES if name in found), *sorted(found - set(FIRST_SCORES))]
+        """The scores by name, in the order of the benchmark."""
+        return _ordered({score.name for score in self.scores}, self.benchmark.first_scores)
 
     def score(self, name: str, split: str) -> Score | None:
         """One score."""
@@ -176,6 +153,7 @@ class Facts:
     """All of it."""
 
     experiment: Experiment
+    benchmarks: dict[str, Program]
     datasets: list[DataSet]
     measures: Measures | None
     variants: list[VariantRun]
@@ -183,20 +161,26 @@ class Facts:
 
 def gather(experiment: Experiment, layout: Layout) -> Facts:
     """Read what there is. Raises DataError or ConfigError where something is damaged."""
+    benchmarks = {
+        name: BENCHMARKS.find(one.kind, f"params.yaml: benchmarks.{name}.kind")
+        for name, one in experiment.benchmarks.items()
+    }
     return Facts(
         experiment,
+        benchmarks,
         [data_set(name, layout) for name in experiment.datasets],
         read_json(layout.image_tokenizer / "report.json", Measures),
-        [variant_run(experiment, name, layout) for name in experiment.variants],
+        [variant_run(experiment, name, benchmarks, layout) for name in experiment.variants],
     )
 
 
 def data_set(name: str, layout: Layout) -> DataSet:
     """One data set through all hops."""
     card = load_card(name, layout.cards)
-    folders = {"download": layout.raw / name, "filter": layout.filtered / name}
+    folders = {"download": layout.raw(name), "filter": layout.filtered(name)}
     folders |= {f"encode, {view}": layout.codes / name / view for view in views_of(card)}
-    return DataSet(name, card, tuple(HopFacts(hop, manifest_of(folder)) for hop, folder in folders.items()))
+    done = {hop: read_manifest(folder) if (folder / MANIFEST).exists() else None for hop, folder in folders.items()}
+    return DataSet(name, card, tuple(HopFacts(hop, manifest) for hop, manifest in done.items()))
 
 
 def views_of(card: Card) -> list[View]:
@@ -204,12 +188,7 @@ def views_of(card: Card) -> list[View]:
     return [view for view in VIEWS if any(use.view == view for use in card.tasks.values())]
 
 
-def manifest_of(folder: Path) -> Manifest | None:
-    """The manifest of a hop, None where it has not finished."""
-    return read_manifest(folder) if (folder / MANIFEST).exists() else None
-
-
-def variant_run(experiment: Experiment, name: str, layout: Layout) -> VariantRun:
+def variant_run(experiment: Experiment, name: str, benchmarks: dict[str, Program], layout: Layout) -> VariantRun:
     """One architecture: its stages and its evaluations."""
     runs = [(key, run) for key, run in experiment.runs.items() if run.variant == name]
     wanted = [(key, entry) for key, entry in experiment.evaluations.items() if entry["variant"] == name]
@@ -218,7 +197,7 @@ def variant_run(experiment: Experiment, name: str, layout: Layout) -> VariantRun
         experiment.variants[name],
         [stage_run(key, run.stage, experiment.stages[run.stage], layout) for key, run in runs],
         [
-            evaluation(key, entry["benchmark"], experiment.benchmarks[entry["benchmark"]], Path(entry["model"]), layout)
+            evaluation(key, entry["benchmark"], benchmarks[entry["benchmark"]], layout.root / entry["model"], layout)
             for key, entry in wanted
         ],
     )
@@ -226,9 +205,9 @@ def variant_run(experiment: Experiment, name: str, layout: Layout) -> VariantRun
 
 def stage_run(key: str, name: str, stage: Stage, layout: Layout) -> StageRun:
     """One training stage, from what it exported."""
-    folder = layout.models / key / "training"
+    folder = layout.model(key) / "training"
     summary = read_json(folder / "summary.json", Summary)
-    finished = read_json(layout.runs / key / "finished.json", Finished)
+    finished = read_json(layout.run(key) / "finished.json", Finished)
     prompts = summary.stage.sample_prompts if summary else ()
     return StageRun(
         key,
@@ -238,23 +217,25 @@ def stage_run(key: str, name: str, stage: Stage, layout: Layout) -> StageRun:
         read_history(folder / "history.csv"),
         read_codes(folder / "samples.npz", len(prompts)) if prompts else None,
         finished.seconds if finished else None,
-        layout.models / key / layout.companion,
+        layout.model(key) / MODEL_IMAGE_TOKENIZER,
     )
 
 
-def evaluation(key: str, name: str, benchmark: Benchmark, model: Path, layout: Layout) -> Evaluation:
+def evaluation(key: str, name: str, benchmark: Program, model: Path, layout: Layout) -> Evaluation:
     """One benchmark, from its scores and its outputs."""
-    folder = layout.scores / key
-    tables = read_json(folder / "metrics.json", SCORES) or {}
-    scores = [
-        Score(score, split=split, **row.model_dump()) for split, table in tables.items() for score, row in table.items()
-    ]
+    folder = layout.scores(key)
     records = read_samples(folder / "outputs" / "samples.jsonl")
     drawn = [one for one in records if isinstance(one, Drawn)]
-    answered = [one for one in records if isinstance(one, Answered)]
-    codes = read_codes(folder / "outputs" / "codes.npz", len(drawn)) if drawn else None
-    decoder = layout.models / model.name / layout.companion
-    return Evaluation(key, name, benchmark, scores, drawn, answered, codes, decoder)
+    return Evaluation(
+        key,
+        name,
+        benchmark,
+        read_scores(folder / "metrics.json"),
+        drawn,
+        [one for one in records if isinstance(one, Answered)],
+        read_codes(folder / "outputs" / "codes.npz", len(drawn)) if drawn else None,
+        model / MODEL_IMAGE_TOKENIZER,
+    )
 
 
 def parts_of(summary: Summary) -> list[Part]:
@@ -272,12 +253,15 @@ def parts_of(summary: Summary) -> list[Part]:
 
 def part_of(tensor: str) -> str:
     """The part of a model that a tensor belongs to: `layers.14.mlp.generation.up_proj.weight` to a branch."""
-    words = tensor.split(".")
-    known = {"embed_tokens": "embeddings", "image_head": "image head", "lm_head": "text head"}
-    branch = {"layers": 3, "norm": 1}.get(words[0])
-    if branch is None or len(words) <= branch:
-        return known.get(words[0], words[0].replace("_", " "))
-    return "shared trunk" if words[branch] == "shared" else f"{words[branch]} branch"
+    branch, start = branch_of(tensor), tensor.partition(".")[0]
+    if branch:
+        return "shared trunk" if branch == "shared" else f"{branch} branch"
+    return {"embed_tokens": "embeddings", "lm_head": "text head"}.get(start, start.replace("_", " "))
+
+
+def _ordered(found: set[str], first: Sequence[str]) -> list[str]:
+    """Names in a given order, others behind them by name."""
+    return [*(name for name in first if name in found), *sorted(found - set(first))]
 
 
 def _plain(value: Any) -> str:

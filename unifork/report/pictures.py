@@ -21,12 +21,11 @@ from PIL import Image
 
 from unifork.config import Card
 from unifork.errors import DataError
+from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.views import view_of
 from unifork.report.codec import Codec
 from unifork.report.gather import DataSet, Evaluation, StageRun, views_of
 from unifork.report.reading import Answered, Drawn, Same
-from unifork.shapes.detector import detect, same_objects
-from unifork.shapes.world import draw, scene
 from unifork.shards.job import QUARANTINE, quarantine_of, read_table
 from unifork.shards.manifest import Manifest
 from unifork.vocabulary import View
@@ -38,15 +37,13 @@ SAMPLED_SHARDS = 3
 QUARANTINED = 8
 """Quarantined rows shown, in turn from all reasons."""
 MEASURED = 64
-"""Pictures on which the detector is held against reconstructions."""
+"""Pictures on which a data set's reader is held against reconstructions."""
 DRAWN = 6
 """Pictures shown for each kind of prompt and split."""
 ANSWERED = 3
 """Questions shown for each kind and split."""
 LARGEST_EXACT, LARGEST = 96, 192
 """Pictures up to the first side in pixels are kept exactly (PNG), larger ones become JPEG of at most the second."""
-SHOWN_SCENES = re.compile(r"(seen|held_out|train)-(\d{8})")
-"""Names of pictures in the samples of `shapes-understanding`; the world draws them again."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +84,14 @@ class DataPictures:
     reconstructions: list[Strip]
     """Original and reconstruction of each view, in turn."""
     detector: dict[str, Same]
-    """Measured on these pictures, by view; empty for pictures that no detector reads."""
+    """Measured on these pictures, by view; empty for pictures that no reader reads."""
 
 
 @dataclass(frozen=True)
-class DrawnPicture:
-    """One picture drawn for a prompt, and the verdict on it."""
+class Shown:
+    """A sample of a benchmark with the picture drawn for it, or asked about if that can be made again."""
 
-    sample: Drawn
-    picture: Picture
-
-
-@dataclass(frozen=True)
-class AnsweredQuestion:
-    """One question with its picture, if that can be drawn again."""
-
-    sample: Answered
+    sample: Drawn | Answered
     picture: Picture | None
 
 
@@ -144,8 +133,8 @@ def data_pictures(data: DataSet, filtered: Path, size: int, codec: Codec | None)
             drawn_BSSC = codec.reconstruct(pixels_BSSC)
             reconstructions.append(strip(f"{view}, original", pixels_BSSC, texts))
             reconstructions.append(strip("decoded from codes", drawn_BSSC, texts))
-            if data.card.source.kind == "shapes":
-                detector[view] = same_reading(pixels_BSSC, drawn_BSSC)
+            if data.card.reader:
+                detector[view] = Same(**read_back(data.card, pixels_BSSC, drawn_BSSC))
     return DataPictures(texts, strips, rejected_rows(filtered, manifest), reconstructions, detector)
 
 
@@ -153,12 +142,6 @@ def strip(title: str, pixels_BSSC: np.ndarray, texts: Sequence[str]) -> Strip:
     """As many pictures in a row as there are texts."""
     shown = zip(pixels_BSSC, texts, strict=False)
     return Strip(title, [picture(Image.fromarray(pixels), f"{text}, {title}") for pixels, text in shown])
-
-
-def same_reading(original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> Same:
-    """From how many pictures the detector of `shapes` reads the same objects before and after the codes."""
-    pairs = [[Image.fromarray(one) for one in pair] for pair in zip(original_BSSC, drawn_BSSC, strict=True)]
-    return Same(same=sum(same_objects(detect(a), detect(b)) for a, b in pairs), total=len(pairs))
 
 
 def sample_rows(folder: Path, manifest: Manifest, count: int, card: Card) -> list[dict[str, Any]]:
@@ -218,32 +201,30 @@ def stage_pictures(run: StageRun, codec: Codec) -> dict[str, Picture]:
     }
 
 
-def drawn_pictures(found: Evaluation, codec: Codec) -> dict[str, dict[str, list[DrawnPicture]]]:
+def drawn_pictures(found: Evaluation, codec: Codec) -> dict[str, dict[str, list[Shown]]]:
     """The first pictures of every kind of prompt, by kind and split."""
     if found.codes is None:
         return {}
     numbers = _first(found.drawn, DRAWN)
     decoded = codec.decode(found.codes[numbers])
-    shown: dict[str, dict[str, list[DrawnPicture]]] = {}
+    shown: dict[str, dict[str, list[Shown]]] = {}
     for number, pixels in zip(numbers, decoded, strict=True):
         sample = found.drawn[number]
         alt = f"{sample.prompt}: {'correct' if sample.correct else 'wrong'}"
-        made = DrawnPicture(sample, picture(Image.fromarray(pixels), alt))
+        made = Shown(sample, picture(Image.fromarray(pixels), alt))
         shown.setdefault(sample.kind, {}).setdefault(sample.split, []).append(made)
     return shown
 
 
-def answered_questions(found: Evaluation) -> list[AnsweredQuestion]:
-    """The first questions of every kind and split, with their pictures where the world can draw them again."""
+def answered_questions(found: Evaluation) -> list[Shown]:
+    """The first questions of every kind and split, with their pictures where the benchmark can make them again."""
     seeds = {score.seed for score in found.scores}
+    again = found.benchmark.image if len(seeds) == 1 else None
     shown = []
     for number in _first(found.answered, ANSWERED):
-        sample, name = found.answered[number], SHOWN_SCENES.fullmatch(found.answered[number].picture)
-        again = None
-        if found.benchmark.kind == "shapes-understanding" and name and len(seeds) == 1:
-            split: Any = name[1]
-            again = picture(draw(scene(min(seeds), int(name[2]), split)), f"the picture {sample.picture}")
-        shown.append(AnsweredQuestion(sample, again))
+        sample = found.answered[number]
+        image = again(sample.picture, min(seeds)) if again else None
+        shown.append(Shown(sample, picture(image, f"the picture {sample.picture}") if image else None))
     return shown
 
 

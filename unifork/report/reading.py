@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from unifork.config import Stage
 from unifork.errors import DataError
+from unifork.evaluation.statistics import Score
 
 Content = TypeVar("Content")
 
@@ -97,16 +98,6 @@ class Finished(Read):
     seconds: float
 
 
-class Scored(Read):
-    """One score in a table by split and name."""
-
-    value: float
-    standard_error: float
-    chance: float
-    samples: int
-    seed: int
-
-
 class Drawn(Read):
     """One prompt, and what was seen on the picture drawn for it."""
 
@@ -138,9 +129,6 @@ class Step:
     values: dict[str, float]
 
 
-SCORES = TypeAdapter(dict[str, dict[str, Scored]])
-
-
 SAMPLES: dict[str, TypeAdapter[Any]] = {"prompt": TypeAdapter(list[Drawn]), "question": TypeAdapter(list[Answered])}
 """Samples that a report can show, by a key that tells them apart."""
 
@@ -149,6 +137,14 @@ def read_json(path: Path, form: TypeAdapter[Content] | type[Content]) -> Content
     """A JSON file of a known form."""
     text = _text(path)
     return None if text is None else _validated(form, lambda: json.loads(text), path)
+
+
+def read_scores(path: Path) -> list[Score]:
+    """The scores of a benchmark, which lie in a table by split and name; none where it has not run."""
+    tables = read_json(path, TypeAdapter(dict[str, dict[str, dict[str, Any]]])) or {}
+    rows = [row | {"name": name, "split": split} for split, table in tables.items() for name, row in table.items()]
+    scores: list[Score] = _validated(TypeAdapter(list[Score]), lambda: rows, path)
+    return scores
 
 
 def read_samples(path: Path) -> list[Drawn] | list[Answered]:

@@ -6,7 +6,6 @@ unknown (no git, no /proc), and then says so instead of failing.
 
 import os
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -60,8 +59,6 @@ def revision(root: Path) -> str:
 
 def _said(*command: str) -> str | None:
     """What a program printed; None when it is not there, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -16,6 +16,7 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageFilter
 
+from unifork.image_tokenizer.readers import Reader
 from unifork.shapes.world import CELL, COLORS, CROP, SHAPES, SIZE, Object, mask
 
 LEAST_FIT = 0.75
@@ -167,3 +168,6 @@ def _forms(side: int) -> tuple[np.ndarray, tuple[str, ...]]:
                 forms.append(np.roll(blurred, (dy, dx), (0, 1)))
                 shapes.append(shape)
     return np.stack(forms), tuple(shapes)
+
+
+READER = Reader(detect, same_objects)

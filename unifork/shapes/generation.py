@@ -9,27 +9,23 @@ so those of `held_out` are the seen ones; the score `composed`, the mean of the 
 to compare between the splits, and `overall` is GenEval's mean of all six.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from unifork.config import Benchmark
-from unifork.errors import DataError
-from unifork.evaluation.generation.geneval import Verdict, judge
+from unifork.evaluation.benchmarks import Model, Program
+from unifork.evaluation.generation.geneval import Found, Verdict, judge
 from unifork.evaluation.statistics import Score, mean, proportion
 from unifork.shapes.detector import detect
 from unifork.shapes.language import Prompt, prompts
-from unifork.shapes.world import KINDS, Draws, Object, Split, crop_objects, scene
+from unifork.shapes.world import ASKED_SPLITS, KINDS, Draws, Object, Split, crop_objects, scene
 
-SPLITS: tuple[Split, ...] = ("seen", "held_out")
 CHANCE_PICTURES = 256
 """Other pictures of its split that every prompt is held against."""
 CHANCE_START = 1_000_000
 """Number of the first of them, far from those of any data set."""
-
-Painter = Callable[[list[str]], list[Image.Image]]
-"""Texts in, one picture for each of them out."""
 
 
 class Item(NamedTuple):
@@ -43,26 +39,21 @@ def prepare(config: Benchmark, seed: int) -> list[Item]:
     """`samples` prompts for each kind and split."""
     return [
         Item(prompt, seed)
-        for split in SPLITS
+        for split in ASKED_SPLITS
         for kind in KINDS
         for prompt in prompts(kind, split, config.samples, seed)
     ]
 
 
-def run(items: Sequence[Item], paint: Painter) -> list[Image.Image]:
+def run(items: Sequence[Item], model: Model) -> list[Image.Image]:
     """The pictures a model paints for the items."""
-    return paint([item.prompt.text for item in items])
-
-
-def verdict(item: Item, picture: Image.Image) -> Verdict:
-    """Whether a picture shows what its prompt asks for."""
-    return judge(item.prompt.include, item.prompt.exclude, detect(picture))
+    return model.paint([item.prompt.text for item in items])
 
 
 def record(item: Item, picture: Image.Image) -> dict[str, Any]:
     """What is worth keeping of one sample, as plain data."""
     objects = detect(picture)
-    correct, faults = judge(item.prompt.include, item.prompt.exclude, objects)
+    correct, faults = _verdict(item.prompt, objects)
     return {
         "prompt": item.prompt.text,
         "kind": item.prompt.kind,
@@ -74,13 +65,11 @@ def record(item: Item, picture: Image.Image) -> dict[str, Any]:
 
 
 def score(items: Sequence[Item], pictures: Sequence[Image.Image]) -> list[Score]:
-    """The six scores, `overall` and `composed`, for each split. Raises DataError when pictures are missing."""
-    if len(items) != len(pictures):
-        raise DataError(f"shapes-generation: {len(pictures)} pictures for {len(items)} prompts; one each is needed")
-    correct = [verdict(item, picture).correct for item, picture in zip(items, pictures, strict=True)]
+    """The six scores, `overall` and `composed`, for each split."""
+    correct = [_verdict(item.prompt, detect(picture)).correct for item, picture in zip(items, pictures, strict=True)]
     chances = _chances(items)
     scores = []
-    for split in SPLITS:
+    for split in ASKED_SPLITS:
         kinds = []
         for kind in KINDS:
             rows = [i for i, item in enumerate(items) if (item.prompt.split, item.prompt.kind) == (split, kind)]
@@ -92,14 +81,17 @@ def score(items: Sequence[Item], pictures: Sequence[Image.Image]) -> list[Score]
     return scores
 
 
+def _verdict(prompt: Prompt, objects: Iterable[Object]) -> Verdict:
+    """Whether these objects, the surest first, are what a prompt asks for."""
+    return judge(prompt.include, prompt.exclude, [Found(*thing) for thing in objects])
+
+
 def _chances(items: Sequence[Item]) -> dict[Prompt, float]:
     """For each prompt the share of other pictures of its split that would be right for it by accident."""
     seed = items[0].seed
-    pictures = {split: [_accident(seed, number, split) for number in range(CHANCE_PICTURES)] for split in SPLITS}
+    pictures = {split: [_accident(seed, number, split) for number in range(CHANCE_PICTURES)] for split in ASKED_SPLITS}
     return {
-        prompt: proportion(
-            [judge(prompt.include, prompt.exclude, objects).correct for objects in pictures[prompt.split]]
-        ).value
+        prompt: proportion([_verdict(prompt, objects).correct for objects in pictures[prompt.split]]).value
         for prompt in {item.prompt for item in items}
     }
 
@@ -108,3 +100,19 @@ def _accident(seed: int, number: int, split: Split) -> list[Object]:
     """The objects of a crop, in any order: a detector does not know which the scene means first."""
     objects = crop_objects(scene(seed, CHANCE_START + number, split))
     return Draws("chance", seed, split, number).shuffled(objects)
+
+
+BENCHMARK = Program(
+    prepare,
+    run,
+    score,
+    record,
+    splits=ASKED_SPLITS,
+    first_scores=("overall", "composed", *KINDS),
+    headlines={
+        "overall": "Pictures from text, mean of the six kinds",
+        "single_object": "Pictures from text, single object",
+    },
+    note="Held-out compositions never occur in training; a single object is no composition, so there both splits ask "
+    "for the same.",
+)

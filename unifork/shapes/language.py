@@ -9,43 +9,25 @@ speaks of the crop only; everything else speaks of the whole picture.
 from dataclasses import dataclass
 from itertools import permutations, product
 
-from unifork.errors import unknown
+from unifork.evaluation.generation.geneval import Clause
 from unifork.shapes.questions import Question, QuestionKind, pick_question
 from unifork.shapes.words import noun, phrase
 from unifork.shapes.world import (
     COLORS,
-    HELD_OUT_COLORS,
-    HELD_OUT_COUNTS,
-    HELD_OUT_PAIRS,
-    KINDS,
     RELATIONS,
     SHAPES,
     SINGLE_KINDS,
-    SPLITS,
     Draws,
     Kind,
-    Relation,
     Scene,
     Split,
     crop_objects,
+    held_out,
     relation,
 )
 
 PHOTO = "a photo of "
 """How every evaluation prompt and most captions of crops begin, as in GenEval."""
-
-
-@dataclass(frozen=True)
-class Clause:
-    """Something a picture must (or must not) show: at least `count` objects of a shape.
-
-    position: a relation and the number of the clause whose objects it is relative to.
-    """
-
-    shape: str
-    count: int = 1
-    color: str | None = None
-    position: tuple[Relation, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +111,6 @@ def prompts(kind: Kind, split: Split, count: int, seed: int) -> list[Prompt]:
     Those of `held_out` ask for a held-out composition, those of other splits for none. A single
     object without a colour is no composition: its prompts are the same in all splits.
     """
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS, "shapes.prompts")
-    if kind not in KINDS:
-        raise unknown("kind of prompt", kind, KINDS, "shapes.prompts")
     possible = _possible(kind, split)
     draws = Draws("prompts", seed, split, kind)
     result: list[Prompt] = []
@@ -143,47 +121,31 @@ def prompts(kind: Kind, split: Split, count: int, seed: int) -> list[Prompt]:
 
 def _possible(kind: Kind, split: Split) -> list[Prompt]:
     """Every prompt of a kind and split. The clauses come in GenEval's order: for positions the second object first."""
-    want = split == "held_out"
     pairs = list(permutations(SHAPES, 2))
-    found: list[tuple[bool, str, tuple[Clause, ...], tuple[Clause, ...]]] = []
+    found: list[tuple[str, tuple[Clause, ...]]]
     match kind:
         case "single_object":
-            found = [(want, phrase(shape), (Clause(shape),), ()) for shape in SHAPES]
+            found = [(phrase(shape), (Clause(shape),)) for shape in SHAPES]
         case "colors":
-            found = [
-                ((color, shape) in HELD_OUT_COLORS, phrase(shape, color), (Clause(shape, 1, color),), ())
-                for color, shape in product(COLORS, SHAPES)
-            ]
+            found = [(phrase(shape, color), (Clause(shape, 1, color),)) for color, shape in product(COLORS, SHAPES)]
         case "counting":
-            found = [
-                ((shape, n) in HELD_OUT_COUNTS, phrase(shape, None, n), (Clause(shape, n),), (Clause(shape, n + 1),))
-                for shape, n in product(SHAPES, (2, 3, 4))
-            ]
+            found = [(phrase(shape, None, n), (Clause(shape, n),)) for shape, n in product(SHAPES, (2, 3, 4))]
         case "two_object":
-            found = [
-                (frozenset(pair) in HELD_OUT_PAIRS, " and ".join(map(phrase, pair)), tuple(map(Clause, pair)), ())
-                for pair in pairs
-            ]
+            found = [(f"{phrase(a)} and {phrase(b)}", (Clause(a), Clause(b))) for a, b in pairs]
         case "position":
             found = [
-                (
-                    frozenset((a, b)) in HELD_OUT_PAIRS,
-                    f"{phrase(a)} {name} {phrase(b)}",
-                    (Clause(b), Clause(a, position=(name, 0))),
-                    (),
-                )
+                (f"{phrase(a)} {name} {phrase(b)}", (Clause(b), Clause(a, position=(name, 0))))
                 for (a, b), name in product(pairs, RELATIONS)
             ]
         case "color_attr":
             found = [
-                (
-                    frozenset((a, b)) in HELD_OUT_PAIRS or not HELD_OUT_COLORS.isdisjoint({(c, a), (d, b)}),
-                    f"{phrase(a, c)} and {phrase(b, d)}",
-                    (Clause(a, 1, c), Clause(b, 1, d)),
-                    (),
-                )
+                (f"{phrase(a, c)} and {phrase(b, d)}", (Clause(a, 1, c), Clause(b, 1, d)))
                 for (a, b), (c, d) in product(pairs, permutations(COLORS, 2))
             ]
-    return [
-        Prompt(PHOTO + text, kind, split, include, exclude) for held, text, include, exclude in found if held == want
-    ]
+    asked = []
+    for text, include in found:
+        exclude = tuple(Clause(one.name, one.count + 1) for one in include) if kind == "counting" else ()
+        shown = [(one.name, one.color, None) for one in include for _ in range(one.count)]
+        if kind == "single_object" or held_out(shown) == (split == "held_out"):
+            asked.append(Prompt(PHOTO + text, kind, split, include, exclude))
+    return asked

@@ -9,9 +9,8 @@ speak of held-out compositions alone.
 from collections import Counter
 from collections.abc import Collection
 from itertools import permutations, product
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
-from unifork.errors import unknown
 from unifork.shapes.words import NUMBERS, noun, phrase
 from unifork.shapes.world import (
     COLORS,
@@ -25,7 +24,6 @@ from unifork.shapes.world import (
 )
 
 QuestionKind = Literal["yes_no", "color", "count", "position"]
-QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 
 class Question(NamedTuple):
@@ -51,8 +49,6 @@ def pick_question(
     Without a wanted answer, yes or no is decided by a fair coin. Half of the coloured shapes that
     are asked for and not there are made of a colour and a shape that are, on different objects.
     """
-    if kind not in QUESTION_KINDS:
-        raise unknown("kind of question", kind, QUESTION_KINDS, "shapes.pick_question")
     if kind == "yes_no" and answer is None:
         answer = draws.pick(("yes", "no"))
     listed = _LISTS[kind](scene)

@@ -8,46 +8,52 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from itertools import count
+from typing import Any, Literal
 
-from unifork.errors import ConfigError, unknown
+from pydantic import PositiveInt
+
+from unifork.config import parse
 from unifork.shapes.language import class_name, conversations, crop_caption, full_caption
-from unifork.shapes.world import SINGLE_KINDS, SPLITS, Draws, Split, draw, scene
+from unifork.shapes.world import SINGLE_KINDS, Draws, Split, draw, scene
+from unifork.shards.task import Slice
+from unifork.sources import Row, Source, SourceOptions
 
 WORLD_VERSION = 1
-"""Raise when the same options and seed would give other rows."""
-
-Scenes = Literal["all", "single"]
+"""Raise when the same seed and number would give another row."""
 
 
-def rows(
-    seed: int,
-    start: int,
-    stop: int,
-    *,
-    scenes: Scenes = "all",
-    corrupt_every: int | None = None,
-    split: Split = "train",
-) -> Iterator[dict[str, Any]]:
-    """Rows `start` to `stop - 1`.
+class ShapesOptions(SourceOptions):
+    """What a card says of the world."""
 
-    scenes: `single` yields pictures of one object only, all with a class name, in the place of ImageNet;
-    the numbers then mean other scenes.
-    corrupt_every: N cuts the picture of every Nth row in half, so that the filter has something to find;
-    width, height and texts stay those of the whole picture, the hash is that of the bytes delivered.
-    """
-    if scenes not in get_args(Scenes):
-        raise unknown("choice of scenes", str(scenes), get_args(Scenes), "source 'shapes'")
-    if split not in SPLITS:
-        raise unknown("split", str(split), SPLITS, "source 'shapes'")
-    if corrupt_every is not None and corrupt_every < 1:
-        raise ConfigError(f"source 'shapes': corrupt_every is {corrupt_every}; allowed are whole numbers from 1")
-    for index in range(start, stop):
-        damaged = corrupt_every is not None and (index + 1) % corrupt_every == 0
-        yield _row(seed, index, split, scenes == "single", damaged)
+    scenes: Literal["all", "single"] = "all"
+    """`single` yields images of one object only, all with a class name, in the place of ImageNet; the numbers
+    then mean other scenes."""
+    corrupt_every: PositiveInt | None = None
+    """N cuts the image of every Nth row in half, so that the filter has something to find; width, height and texts
+    stay those of the whole image, the hash is that of the bytes delivered."""
+    split: Split = "train"
+    """Which compositions may occur."""
 
 
-def _row(seed: int, index: int, split: Split, single: bool, damaged: bool) -> dict[str, Any]:
+def slices(_options: ShapesOptions, shard_rows: int) -> Iterator[Slice]:
+    """Shards without end."""
+    return (Slice(start, start + shard_rows) for start in count(0, shard_rows))
+
+
+def rows(options: ShapesOptions, piece: Slice, seed: int) -> Iterator[Row]:
+    """Rows `start` to `stop - 1`."""
+    for index in range(piece.start, piece.stop):
+        damaged = options.corrupt_every is not None and (index + 1) % options.corrupt_every == 0
+        yield _row(seed, index, options.split, options.scenes == "single", damaged)
+
+
+def world_rows(seed: int, start: int, stop: int, **options: Any) -> Iterator[Row]:
+    """Rows `start` to `stop - 1` without a card. Raises ConfigError for wrong options."""
+    return rows(parse(ShapesOptions, options, "world_rows"), Slice(start, stop), seed)
+
+
+def _row(seed: int, index: int, split: Split, single: bool, damaged: bool) -> Row:
     kind = Draws("single", seed, split, index).pick(SINGLE_KINDS) if single else None
     this = scene(seed, index, split, kind, alone=single)
     buffer = io.BytesIO()
@@ -69,3 +75,6 @@ def _row(seed: int, index: int, split: Split, single: bool, damaged: bool) -> di
         "class_name": class_name(this),
         "objects": json.dumps([thing._asdict() for thing in this.objects], separators=(",", ":")),
     }
+
+
+SOURCE = Source(ShapesOptions, slices, rows, endless=True, seeded=True, version=WORLD_VERSION)

@@ -8,8 +8,9 @@ held-out compositions, none of which training names, not even to deny it.
 Chance is measured: it is what the right answers to other questions of the same kind and split score.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import count
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,23 +19,20 @@ from PIL import Image
 
 from unifork.config import Benchmark
 from unifork.documents.prompts import INSTRUCTION
-from unifork.errors import DataError
+from unifork.evaluation.benchmarks import Model, Program
 from unifork.evaluation.statistics import Score, binary, proportion
 from unifork.evaluation.understanding.answers import normalised, pope_yes, strict_yes
 from unifork.shapes.language import full_caption
 from unifork.shapes.questions import Question, pick_question
-from unifork.shapes.world import Draws, Scene, Split, draw, scene
+from unifork.shapes.world import ASKED_SPLITS, Draws, Scene, Split, draw, scene
 
-SPLITS: tuple[Split, ...] = ("seen", "held_out")
 Kind = Literal["yes_no", "color", "count", "position", "caption"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 CHANCE_QUESTIONS = 500
 """Other questions of each kind and split, whose answers make the chance level."""
 CHANCE_START = 1_000_000
 """Number of the first scene they are about, far from those of any data set."""
-
-Answerer = Callable[[list[Image.Image], list[str]], list[str]]
-"""Pictures and one question about each in, one answer for each out."""
+PICTURE_NAME = re.compile(r"(seen|held_out)-(\d{8})")
 
 
 class Item(NamedTuple):
@@ -49,12 +47,12 @@ class Item(NamedTuple):
 
 def prepare(config: Benchmark, seed: int) -> list[Item]:
     """`samples` questions for each kind and split, yes and no in turn."""
-    return [item for split in SPLITS for kind in KINDS for item in _items(kind, split, config.samples, seed)]
+    return [item for split in ASKED_SPLITS for kind in KINDS for item in _items(kind, split, config.samples, seed)]
 
 
-def run(items: Sequence[Item], answer: Answerer) -> list[str]:
+def run(items: Sequence[Item], model: Model) -> list[str]:
     """The answers a model gives to the items; it makes its own view of the pictures."""
-    return answer([draw(item.scene) for item in items], [item.question for item in items])
+    return model.answer([draw(item.scene) for item in items], [item.question for item in items])
 
 
 def record(item: Item, answer: str) -> dict[str, Any]:
@@ -70,12 +68,16 @@ def record(item: Item, answer: str) -> dict[str, Any]:
     }
 
 
+def picture(name: str, seed: int) -> Image.Image | None:
+    """The picture that a record names."""
+    found = PICTURE_NAME.fullmatch(name)
+    return draw(scene(seed, int(found[2]), "seen" if found[1] == "seen" else "held_out")) if found else None
+
+
 def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """Ten yes/no scores and four exact matches for each split. Raises DataError when answers are missing."""
-    if len(items) != len(answers):
-        raise DataError(f"shapes-understanding: {len(answers)} answers for {len(items)} questions; one each is needed")
+    """Ten yes/no scores and four exact matches for each split."""
     scores = []
-    for split in SPLITS:
+    for split in ASKED_SPLITS:
         for kind in KINDS:
             pairs = [
                 (item, answer)
@@ -145,3 +147,15 @@ def _other_answers(kind: Kind, split: Split, seed: int) -> dict[str, float]:
     """How often each answer is right, among other questions of a kind and split."""
     counts = Counter(item.answer for item in _items(kind, split, CHANCE_QUESTIONS, seed, CHANCE_START))
     return {answer: number / CHANCE_QUESTIONS for answer, number in counts.items()}
+
+
+BENCHMARK = Program(
+    prepare,
+    run,
+    score,
+    record,
+    splits=ASKED_SPLITS,
+    first_scores=tuple(f"yes_no_{name}" for name in ("accuracy", "f1", "precision", "recall", "yes_ratio")),
+    headlines={"yes_no_accuracy": "Yes/no questions, accuracy"},
+    image=picture,
+)

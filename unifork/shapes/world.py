@@ -28,6 +28,8 @@ from unifork.errors import unknown
 Split = Literal["train", "seen", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 """`seen` draws from the compositions of `train`, under other keys; `held_out` from the others."""
+ASKED_SPLITS: tuple[Split, ...] = ("seen", "held_out")
+"""Those that benchmarks ask for."""
 
 Kind = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -121,22 +123,18 @@ class Scene:
 
 def scene(seed: int, index: int, split: Split, kind: Kind | None = None, *, alone: bool = False) -> Scene:
     """The scene under a key. `kind` None draws one; `alone` leaves out the objects outside the crop."""
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS, "shapes.scene")
-    if kind is not None and kind not in KINDS:
-        raise unknown("kind of scene", kind, KINDS, "shapes.scene")
     draws = Draws("scene", seed, split, index, kind or "any", int(alone))
     drawn: Kind = draws.pick(KINDS) if kind is None else kind
     want = split == "held_out"
     while True:
         inner = _inner(drawn, draws)
-        if _held_out(inner) == want:
+        if held_out(inner) == want:
             break
     wide = len(inner) < MOST and draws.below(100) < 36
     tall = wide and draws.below(2) == 1
     while True:
         outer = _outer(MOST - len(inner), draws) if wide and not alone else []
-        if _held_out(inner + outer) == want:
+        if held_out(inner + outer) == want:
             break
     start, margin = ((LONG - CROP) // 2 if wide else 0), (CELL - SIZE) // 2
     corners = [(shape, color, (start + CELL * i, CELL * j)) for shape, color, (i, j) in inner] + outer
@@ -164,11 +162,6 @@ def crop_objects(scene: Scene) -> tuple[Object, ...]:
     return tuple(thing for thing in moved if min(thing.box) >= 0 and max(thing.box) <= CROP)
 
 
-def is_held_out(scene: Scene) -> bool:
-    """Whether the picture or its centre crop shows a composition that training never shows."""
-    return _held_out(scene.objects) or _held_out(crop_objects(scene))
-
-
 def relation(a: Object, b: Object) -> Relation | None:
     """Where `a` lies from `b` when they share a row or a column; None when they do not."""
     x, y = a.box[0] - b.box[0], a.box[1] - b.box[1]
@@ -194,7 +187,7 @@ def mask(shape: str, size: int) -> np.ndarray:
     raise unknown("shape", shape, SHAPES, "shapes.mask")
 
 
-def _held_out(things: Sequence[tuple[str, str, object]]) -> bool:
+def held_out(things: Sequence[tuple[str, str | None, object]]) -> bool:
     """Whether a set of objects, as (shape, colour, place), holds a held-out composition."""
     counts = Counter(shape for shape, _, _ in things)
     return (

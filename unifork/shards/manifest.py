@@ -82,6 +82,11 @@ class Manifest(Plain):
             total.update(shard.dropped)
         return dict(total.most_common())
 
+    def summary(self, folder: Path) -> str:
+        """One line for people: what a job kept and what it dropped."""
+        drops = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return f"{folder}: kept {self.rows} rows, dropped {drops or 'none'}"
+
     @property
     def stores(self) -> list[Store]:
         """The folders of stores in which shards lie."""

@@ -11,11 +11,9 @@ from pathlib import Path
 
 from unifork.config import parse
 from unifork.errors import UniForkError, writing
-from unifork.shards.job import reopen
+from unifork.layout import STAGE_OF_FOLDER
+from unifork.shards.job import revert_to_records
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, fault, read_manifest
-
-STAGES = {"raw": "download", "filtered": "filter", "codes": "encode"}
-"""The stage that writes `data/<folder>/<dataset>`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def repair(wrong: list[Fault]) -> None:
     folders = {one.folder for one in wrong if one.shard in away}
     for folder in folders:
         if (folder / MANIFEST).exists():
-            reopen(folder, [shard for shard in read_manifest(folder).shards if shard not in away])
+            revert_to_records(folder, [shard for shard in read_manifest(folder).shards if shard not in away])
     for one in wrong:
         with writing(one.folder):
             (one.folder / one.name).unlink(missing_ok=True)
@@ -65,7 +63,7 @@ def repair(wrong: list[Fault]) -> None:
 def command_for(folder: Path) -> str:
     """What makes the missing shards of a folder again."""
     parts = folder.absolute().parts
-    for place, stage in STAGES.items():
+    for place, stage in STAGE_OF_FOLDER.items():
         if place in parts[:-1] and parts[parts.index(place) - 1] == "data":
             return f"dvc repro {stage}@{parts[parts.index(place) + 1]}"
     return "the command that wrote the folder"

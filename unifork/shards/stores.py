@@ -5,7 +5,7 @@ the environment; an address that holds some is refused, since addresses stand in
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,11 @@ class Store:
             found = self.system.find(self.root, detail=True)
         return {path.removeprefix(self.root).lstrip("/"): info for path, info in found.items()}
 
-    def put(self, files: Mapping[str, Path]) -> None:
-        """Upload files, by name."""
+    def put(self, folder: Path, names: Sequence[str]) -> None:
+        """Upload files of a folder, under their names there."""
         with self._answering():
-            for name, path in files.items():
-                self.system.put_file(str(path), self._path(name))
+            for name in names:
+                self.system.put_file(str(folder / name), self._path(name))
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files."""
@@ -119,5 +119,5 @@ def deliver(path: Path, store: str | None) -> None:
     An object appears whole or not at all, so nothing needs a temporary name there.
     """
     if store is not None:
-        open_store(store).put({path.name: path})
+        open_store(store).put(path.parent, [path.name])
         path.unlink()

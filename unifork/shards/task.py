@@ -25,11 +25,13 @@ class Slice:
     bytes: int | None = None
     """Its size when it was planned with."""
     content: str | None = None
-    """Its hash, or that of its footer, when it was planned with."""
+    """Its hash, that of its footer, or of what else decides its rows, when it was planned with."""
     offset: int | None = None
     """Byte at which entry `start` begins."""
     again: int | None = None
     """Number of the repetition, for lists that are read several times."""
+    label: int | None = None
+    """Class of all its entries, where a file holds one class."""
 
     @property
     def rows(self) -> int:
@@ -105,9 +107,9 @@ class ShardTask:
         return cls(shard=shard, withdrawn=withdrawn)
 
     @classmethod
-    def to_fetch(cls, published: Published) -> Self:
-        """Fetch: a published shard."""
-        return cls(published=published)
+    def to_fetch(cls, published: Published, inputs: str = "") -> Self:
+        """Fetch: a published shard. inputs: the fingerprint of the shard it was, where it is that shard again."""
+        return cls(published=published, inputs=inputs)
 
     @property
     def rows(self) -> int:

@@ -1,92 +1,255 @@
-"""Where pictures come from. A source plans its shards and yields the rows and faults of one of them.
+"""Where images come from. A kind of source plans its shards and yields the rows and faults of one of them.
 
-Adding a kind of source is one entry in SOURCES; adding a data set with a known kind is one card.
-Rows carry `key, image, width, height, url, sha256`, the text columns of the card, and `license` where it
-is not the card's.
+A kind is one module with typed options and a `SOURCE`, and one entry in `SOURCES`; a card may also name
+`MODULE:OBJECT`, which is how anybody's code takes part. A data set with a known kind is one card.
+Rows carry `key, image, width, height, url, sha256`, the text columns of the card, and `license` where it is not the
+card's. A slice never spans two files, so that a file added at the end makes no finished shard anew.
 """
 
-from collections.abc import Iterator
-from itertools import count
-from typing import Any, NoReturn
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
 
-from unifork.config import Card
-from unifork.errors import ConfigError, DataError, unknown
-from unifork.shapes import world_rows
-from unifork.sources import emoji, imagenet, listed, pairs, url_lists
-from unifork.sources.base import Fault, Options, Row, Slice, Source, Task
+import pyarrow.parquet as pq
+from PIL import Image
+from pydantic import Field
 
-__all__ = ["SOURCES", "Fault", "Row", "Source", "Task", "plan", "rows_of"]
+from unifork.config import Card, Plain, parse
+from unifork.errors import ConfigError, DataError
+from unifork.registry import Registry
+from unifork.shards.task import ShardTask, Slice
 
-ACCESS = "access"
-"""Option of every kind: how a person gets the files. Shown when they are missing, no part of a fingerprint."""
+Row = dict[str, Any]
 
 
-def plan(kind: str, options: Options, rows: int | None, shard_rows: int, seed: int, place: str) -> list[Task]:
-    """The shards of a source: slices of at most `shard_rows` rows, `rows` in all.
+class SourceOptions(Plain):
+    """What every kind of source may be told by a card."""
 
-    Raises ConfigError for an unknown kind, for files that are not there, or when an endless source is asked
-    for all its rows.
+    access: Annotated[str, Field(exclude=True)] = ""  # dumped nowhere, so that it is part of no fingerprint
+    """How a person gets the files; shown when they are missing."""
+
+
+Options = TypeVar("Options", bound=SourceOptions)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An entry of a source of which no row can be made: it is counted and goes to the quarantine."""
+
+    key: str
+    reason: str
+    detail: str
+    image: bytes = b""
+
+
+@dataclass(frozen=True)
+class Source(Generic[Options]):
+    """A kind of source."""
+
+    options: type[Options]
+    """What `source.options` of a card may say."""
+    slices: Callable[[Options, int], Iterator[Slice]]
+    """(options, shard_rows) -> what becomes of its shards, in order."""
+    rows: Callable[[Options, Slice, int], Iterator[Row | Fault]]
+    """(options, slice, seed) -> the rows of one shard."""
+    paths: tuple[str, ...] = ()
+    """Options that name files or folders."""
+    endless: bool = False
+    """It makes as many rows as are asked for."""
+    seeded: bool = False
+    """Its rows depend on the seed of the experiment; those of others stay when that changes, and get 0."""
+    version: int = 0
+    """Raise when the same options and slice would give other rows; part of the fingerprint."""
+
+
+SOURCES: Registry[Source[Any]] = Registry(
+    "kind of source",
+    Source,
+    {
+        "emoji": "unifork.sources.emoji:SOURCE",
+        "pairs": "unifork.sources.pairs:SOURCE",
+        "imagenet": "unifork.sources.imagenet:SOURCE",
+        "listed": "unifork.sources.listed:SOURCE",
+        "listed_meta": "unifork.sources.listed:META_SOURCE",
+        "url_list": "unifork.sources.url_lists:SOURCE",
+    },
+)
+
+
+def source_of(card: Card) -> tuple[Source[Any], SourceOptions]:
+    """The kind of a card's source and its options; no file is touched. Raises ConfigError naming the option."""
+    place = f"card {card.name}"
+    try:
+        source = SOURCES.find(card.source.kind, f"{place}: source.kind")
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_where(card.source.options.get('access'))}") from None
+    return source, parse(source.options, card.source.options, place, "source.options")
+
+
+def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[ShardTask]:
+    """The shards of a card's source: slices of at most `shard_rows` rows, `rows` in all.
+
+    Raises ConfigError for wrong options, for files that are not there or hold nothing, or when an endless source is
+    asked for all its rows.
     """
-    where = f". Where it is: {options[ACCESS]}" if ACCESS in options else ""
-    if kind not in SOURCES:
-        raise ConfigError(f"{unknown('kind of source', kind, SOURCES, place)}{where}")
-    source, known = SOURCES[kind], {name: value for name, value in options.items() if name != ACCESS}
+    source, options = source_of(card)
+    place = f"card {card.name}"
     if source.endless and rows is None:
-        raise ConfigError(f"{place}: a {kind!r} source is endless; say how many rows to take")
-    tasks: list[Task] = []
+        raise ConfigError(f"{place}: a {card.source.kind!r} source is endless; say how many rows to take")
+    tasks: list[ShardTask] = []
     taken = 0
     try:
-        for one in source.slices(known, shard_rows):
-            stop = one["stop"] if rows is None else min(one["stop"], one["start"] + rows - taken)
-            tasks.append({"kind": kind, "options": known, "seed": seed, **one, "stop": stop})
-            taken += stop - one["start"]
+        for piece in source.slices(options, shard_rows):
+            stop = piece.stop if rows is None else min(piece.stop, piece.start + rows - taken)
+            tasks.append(ShardTask.from_source(replace(piece, stop=stop), seed if source.seeded else 0))
+            taken += stop - piece.start
             if taken == rows:
                 break
+        if not tasks:
+            raise ConfigError(f"a {card.source.kind!r} source finds nothing there that could become a row")
     except (ConfigError, DataError) as error:
-        raise type(error)(f"{place}: {error}{where}") from None
+        raise type(error)(f"{place}: {error}{_where(options.access)}") from None
     return tasks
 
 
-def source_of(card: Card) -> tuple[Source, Options]:
-    """The kind of a card's source, and its options. Raises ConfigError."""
-    if card.source.kind not in SOURCES:
-        raise unknown("kind of source", card.source.kind, SOURCES, f"datasets/{card.name}.yaml: source.kind")
-    return SOURCES[card.source.kind], card.source.options
-
-
-def rows_of(task: Task) -> Iterator[Row | Fault]:
+def rows_of(card: Card, task: ShardTask) -> Iterator[Row | Fault]:
     """The rows of one planned shard."""
-    return SOURCES[task["kind"]].rows(task)
+    source, options = source_of(card)
+    if task.piece is None:
+        raise DataError(f"card {card.name}: a task without a slice of a source")
+    return source.rows(options, task.piece, task.seed)
 
 
-# ------------------------------------------------------------------------------------------ shapes
+def _where(access: str | None) -> str:
+    return f". Where it is: {access}" if access else ""
 
 
-def _shapes_slices(options: Options, shard_rows: int) -> Iterator[Slice]:  # noqa: ARG001 - they do not change the plan
-    return ({"start": start, "stop": start + shard_rows} for start in count(0, shard_rows))
+# ------------------------------------------------------------------------------- slices and rows
 
 
-def _shapes_rows(task: Task) -> Iterator[Row]:
-    return world_rows(task["seed"], task["start"], task["stop"], **task["options"])
+def cut(count: int, shard_rows: int, **where: Any) -> Iterator[Slice]:
+    """Consecutive slices of at most `shard_rows` of a file's `count` entries."""
+    for start in range(0, count, shard_rows):
+        yield Slice(start, min(start + shard_rows, count), **where)
 
 
-# ---------------------------------------------------------------------------------------- external
+def picture_row(key: str, image: bytes, **more: Any) -> Row:
+    """A row around an image as received; one that cannot be read has no sides (the filter names it)."""
+    try:
+        with Image.open(io.BytesIO(image)) as picture:
+            width, height = picture.size
+    except Exception:  # any decoder may raise anything on hostile bytes
+        width = height = 0
+    sha256 = hashlib.sha256(image).hexdigest()
+    return {"key": key, "image": image, "width": width, "height": height, "url": "", "sha256": sha256, **more}
 
 
-def _brought(*_: Any) -> NoReturn:
-    raise ConfigError(
-        "an 'external' set is not downloaded by this version. "
-        "Name a source that can be read in the card, or write image-text shards and their manifest yourself"
-    )
+def parquet_rows(path: Path, piece: Slice, columns: Iterable[str]) -> Iterator[Row]:
+    """The rows of a slice of a table; only row groups that hold some of them are read, one at a time."""
+    file, first = pq.ParquetFile(path), 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        begin, end = max(piece.start - first, 0), min(piece.stop - first, count)
+        if begin < end:
+            chunk = file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
+            for batch in chunk.to_batches(max_chunksize=1024):
+                yield from batch.to_pylist()
+        first += count
 
 
-SOURCES: dict[str, Source] = {
-    "external": Source(_brought, _brought),
-    "shapes": Source(_shapes_slices, _shapes_rows, endless=True),
-    "emoji": Source(emoji.slices, emoji.rows),
-    "pairs": Source(pairs.slices, pairs.rows, ("files", "captions")),
-    "imagenet": Source(imagenet.slices, imagenet.rows, ("path", "prompts", "synsets")),
-    "listed": Source(listed.slices, listed.rows, ("lists", "images")),
-    "listed_meta": Source(listed.meta_slices, listed.meta_rows, ("meta", "root")),
-    "url_list": Source(url_lists.slices, url_lists.rows, ("files",)),
+# ------------------------------------------------------------------------------------------- paths
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)
+_READERS = {
+    (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz"): "tables of URLs are read by url_list",
+    (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json"): "lists that name images are read by listed",
+    (".tar", ".tgz", ".tar.gz"): "tars of images and texts are read by pairs",
 }
+"""Endings of files, and which kind of source reads them."""
+
+
+def expanded(text: str) -> Path:
+    """A path of a card with `~` and environment variables filled in. Raises ConfigError.
+
+    Tasks and manifests keep the text as the card has it: what a variable holds reaches no file, and a
+    variable that is named like a credential is refused, since error messages show paths.
+    """
+    for name in (braced or plain for braced, plain in _VARIABLE.findall(text)):
+        if _SECRET.search(name):
+            raise ConfigError(f"{text!r}: a path must not hold ${name}; credentials do not belong in paths")
+        if name not in os.environ:
+            raise ConfigError(f"{text!r}: the environment variable {name} is not set")
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def located(text: str) -> Path:
+    """An existing file or folder of a card. Raises ConfigError."""
+    path = expanded(text)
+    if not path.exists():
+        raise ConfigError(f"{text!r}: no such file or folder (relative paths start in {os.getcwd()!r})")
+    return path
+
+
+def files_of(text: str, suffixes: Iterable[str]) -> list[tuple[str, Path]]:
+    """(name, path) of the files that a card names: one file, a glob, or everything with a suffix below a folder.
+
+    Names are relative to what the card names, so that they stay when the data moves; they are in sorted
+    order. Raises ConfigError when there are none.
+    """
+    root, pattern = _root(text)
+    endings = tuple(suffixes)
+    if root.is_file():
+        return [(root.name, root)]
+    if pattern is None:
+        paths = [path for path in root.rglob("*") if path.name.lower().endswith(endings)]
+    else:
+        paths = list(root.glob(pattern))
+    found = sorted((path.relative_to(root).as_posix(), path) for path in paths if not path.name.startswith("."))
+    if not found:
+        raise ConfigError(
+            f"{text!r}: no such file or folder, nothing that matches, or nothing that ends in {' '.join(endings)} "
+            f"(relative paths start in {os.getcwd()!r})"
+        )
+    return found
+
+
+def check_ending(name: str, endings: tuple[str, ...]) -> None:
+    """Raise ConfigError, which says who reads it, for a file that has none of the endings."""
+    if not name.lower().endswith(endings):
+        readers = (f"; {reader}" for others, reader in _READERS.items() if name.lower().endswith(others))
+        raise ConfigError(f"{name}: this kind reads {', '.join(endings)}{next(readers, '')}")
+
+
+def file_named(text: str, piece: Slice) -> Path:
+    """The path of a slice's file, one of `files_of(text)`, without looking at the others."""
+    root, _ = _root(text)
+    return root if root.is_file() else root / (piece.file or "")
+
+
+def as_planned(path: Path, piece: Slice) -> Path:
+    """The file of a slice. Raises DataError when it is gone or has another size than when it was planned."""
+    size = path.stat().st_size if path.is_file() else 0 if path.is_dir() else None
+    if size != piece.bytes:
+        raise DataError(f"{path.name}: {size} bytes, {piece.bytes} when the shards were planned; run the stage again")
+    return path
+
+
+def _root(text: str) -> tuple[Path, str | None]:
+    """The part of a path before its first wild card, and the rest."""
+    path = expanded(text)
+    wild = next((number for number, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), None)
+    if wild is None or path.exists():
+        return path, None
+    return Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
+
+
+def without_suffix(name: str) -> str:
+    """A file's name without its kind, for keys: `a/sa_000001.tar.gz` -> `a/sa_000001`."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + (base.split(".")[0] or base)

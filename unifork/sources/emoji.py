@@ -5,18 +5,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from unifork.errors import DataError
-from unifork.sources.base import Options, Row, Slice, Task, cut, picture_row
+from unifork.shards.task import Slice
+from unifork.sources import Row, Source, SourceOptions, cut, picture_row
 
 
-def slices(options: Options, shard_rows: int) -> Iterator[Slice]:  # noqa: ARG001 - it has no options
+def slices(_options: SourceOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of all emoji."""
     return cut(len(_files()), shard_rows)
 
 
-def rows(task: Task) -> Iterator[Row]:
+def rows(_options: SourceOptions, piece: Slice, _seed: int) -> Iterator[Row]:
     """The emoji of one slice."""
-    for name, path in _files()[task["start"] : task["stop"]]:
+    for name, path in _files()[piece.start : piece.stop]:
         yield picture_row(f"emoji-{path.stem}", path.read_bytes(), license="CC-BY-4.0", caption=name)
+
+
+SOURCE = Source(SourceOptions, slices, rows)
 
 
 def _files() -> list[tuple[str, Path]]:

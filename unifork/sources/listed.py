@@ -9,24 +9,26 @@ reads every archive once per shard, so unpack the archives then.
 import gzip
 import json
 import tarfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from unifork.config import Plain, parse
+import ijson
+
 from unifork.errors import ConfigError, DataError
 from unifork.shards.dialogues import Unusable, pictures_of, turns_of
 from unifork.shards.schema import CONVERSATIONS
-from unifork.sources.archives import picked
-from unifork.sources.base import (
+from unifork.shards.task import Slice
+from unifork.sources import (
     Fault,
-    Options,
     Row,
-    Slice,
-    Task,
+    Source,
+    SourceOptions,
     as_planned,
+    check_ending,
     cut,
     file_named,
     files_of,
@@ -34,11 +36,12 @@ from unifork.sources.base import (
     picture_row,
     without_suffix,
 )
+from unifork.sources.archives import picked
 
-LISTS = (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json")
+LISTS = (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".jsonl.tar.gz", ".json")
 
 
-class ListOptions(Plain):
+class ListOptions(SourceOptions):
     """What a card says of such a set."""
 
     lists: str
@@ -53,7 +56,7 @@ class ListOptions(Plain):
     """The same for columns that are no text of the row, such as the path of its picture."""
 
 
-class MetaOptions(Plain):
+class MetaOptions(SourceOptions):
     """A file of files, as InternVL trains on: name -> root, annotation, repeat_time, length."""
 
     meta: str
@@ -65,9 +68,8 @@ class MetaOptions(Plain):
 # ------------------------------------------------------------------------------------------- lists
 
 
-def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
+def slices(known: ListOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every list."""
-    known = parse(ListOptions, options, "source.options")
     located(known.images)
     for name, path in files_of(known.lists, LISTS):
         yield from _slices(path, shard_rows, None, file=name)
@@ -75,6 +77,7 @@ def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
 
 def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iterator[Slice]:
     """Slices of one list, each with the byte it starts at, so that reading it does not begin at the top."""
+    check_ending(path.name, LISTS)
     where["bytes"] = path.stat().st_size
     if path.suffix == ".json":
         count = sum(1 for _ in islice(_array(path), most))
@@ -83,20 +86,19 @@ def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iter
     start, offset = 0, 0
     with _lines(path) as file:
         while block := list(islice(file, shard_rows if most is None else min(shard_rows, most - start))):
-            yield {**where, "start": start, "stop": start + len(block), "offset": offset}
+            yield Slice(start, start + len(block), offset=offset, **where)
             start, offset = start + len(block), offset + sum(map(len, block))
 
 
-def rows(task: Task) -> Iterator[Row | Fault]:
+def rows(known: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
     """The rows of one slice of a list."""
-    known = parse(ListOptions, task["options"], "source.options")
-    yield from _rows(file_named(known.lists, task["file"]), without_suffix(task["file"]), known, task)
+    return _rows(file_named(known.lists, piece), without_suffix(piece.file or ""), known, piece)
 
 
-def _rows(path: Path, place: str, known: ListOptions, task: Task) -> Iterator[Row | Fault]:
+def _rows(path: Path, place: str, known: ListOptions, piece: Slice) -> Iterator[Row | Fault]:
     """Entries are read first and pictures then, so that an archive is opened once per shard."""
     keys, paths, texts = [], [], []
-    for number, entry in enumerate(_entries(as_planned(path, task), task), task["start"]):
+    for number, entry in enumerate(_entries(as_planned(path, piece), piece), piece.start):
         key = f"{place}/{number:09d}"
         try:
             told = json.loads(entry) if isinstance(entry, bytes) else entry
@@ -143,18 +145,17 @@ def _field(entry: Any, column: str, field: str) -> Any:
         return None
     if column == CONVERSATIONS:
         return turns_of({CONVERSATIONS: entry})
-    return entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
+    return entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False, default=float)
 
 
 # ------------------------------------------------------------------------------------ file of files
 
 
-def meta_slices(options: Options, shard_rows: int) -> Iterator[Slice]:
+def meta_slices(known: MetaOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every list of a meta file; a `repeat_time` below 1 takes the first part of a list, above 1 repeats it.
 
     The rule is InternVL's (internvl_chat_finetune.py): the part is taken before any shuffling.
     """
-    known = parse(MetaOptions, options, "source.options")
     for name, entry in _meta(known).items():
         path, repeat = located(str(entry["annotation"])), float(entry.get("repeat_time", 1))
         most = None
@@ -165,12 +166,12 @@ def meta_slices(options: Options, shard_rows: int) -> Iterator[Slice]:
             yield from _slices(path, shard_rows, most, file=name, again=again)
 
 
-def meta_rows(task: Task) -> Iterator[Row | Fault]:
+def meta_rows(known: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
     """The rows of one slice of a list that a meta file names."""
-    entry = _meta(parse(MetaOptions, task["options"], "source.options"))[task["file"]]
-    place = task["file"] + (f"~{task['again']}" if task["again"] else "")
+    name = piece.file or ""
+    entry = _meta(known)[name]
     lists = ListOptions(lists=entry["annotation"], images=entry["root"], texts={CONVERSATIONS: "conversations"})
-    yield from _rows(located(lists.lists), place, lists, task)
+    return _rows(located(lists.lists), f"{name}~{piece.again}" if piece.again else name, lists, piece)
 
 
 def _meta(known: MetaOptions) -> dict[str, dict[str, Any]]:
@@ -191,14 +192,14 @@ def _meta(known: MetaOptions) -> dict[str, dict[str, Any]]:
 # ----------------------------------------------------------------------------------- reading lists
 
 
-def _entries(path: Path, task: Task) -> Iterator[Any]:
+def _entries(path: Path, piece: Slice) -> Iterator[Any]:
     """Lines as bytes, or the objects of an array."""
     if path.suffix == ".json":
-        yield from islice(_array(path), task["start"], task["stop"])
+        yield from islice(_array(path), piece.start, piece.stop)
         return
     with _lines(path) as file:
-        file.seek(task["offset"])
-        yield from islice(file, task["stop"] - task["start"])
+        file.seek(piece.offset or 0)
+        yield from islice(file, piece.stop - piece.start)
 
 
 @contextmanager
@@ -219,37 +220,21 @@ def _lines(path: Path) -> Iterator[IO[bytes]]:
             yield plain
 
 
-def _array(path: Path, chunk: int = 1 << 20) -> Iterator[Any]:
-    """The elements of a JSON array one by one, a megabyte of text at a time. Raises DataError where it breaks."""
-    decode, text, at = json.JSONDecoder().raw_decode, "", 0
-    with open(path, encoding="utf-8-sig") as file:
+def _array(path: Path) -> Iterator[Any]:
+    """The elements of a JSON array one by one, in little memory. Raises DataError where it breaks."""
+    with open(path, "rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
+        begin = file.tell()
+        head = file.read(4096).lstrip()
+        if not head.startswith(b"["):
+            raise DataError(f"{path}: a JSON array is expected, it starts with {head[:40]!r}")
+        file.seek(begin)
+        try:
+            yield from ijson.items(file, "item")
+        except (ijson.JSONError, ValueError) as error:  # the latter: bytes that are not UTF-8
+            raise DataError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
 
-        def more() -> bool:
-            nonlocal text, at
-            new = file.read(chunk)
-            text, at = text[at:] + new, 0
-            return bool(new)
 
-        def skip(characters: str) -> str:
-            """The next character behind blanks and `characters`; empty at the end of the file."""
-            nonlocal at
-            while True:
-                while at < len(text) and (text[at].isspace() or text[at] in characters):
-                    at += 1
-                if at < len(text) or not more():
-                    return text[at : at + 1]
-
-        if skip("") != "[":
-            raise DataError(f"{path}: a JSON array is expected, it starts with {text[at : at + 40]!r}")
-        at += 1
-        while skip(",") != "]":
-            try:
-                value, end = decode(text, at)
-            except ValueError as error:
-                if more():
-                    continue
-                raise DataError(f"{path}: not valid JSON: {error}; near {text[at : at + 80]!r}") from None
-            if end == len(text) and more():
-                continue  # a number may go on in the next chunk
-            yield value
-            at = end
+SOURCE = Source(ListOptions, slices, rows, paths=("lists", "images"))
+META_SOURCE = Source(MetaOptions, meta_slices, meta_rows, paths=("meta", "root"))

@@ -7,16 +7,15 @@ they lie. Its key is the archive and that name.
 from collections.abc import Iterator
 from pathlib import Path
 
-from unifork.config import Plain, parse
 from unifork.errors import ConfigError
-from unifork.sources.archives import ARCHIVES, BROKEN, Box, is_picture, opened
-from unifork.sources.base import (
+from unifork.shards.task import Slice
+from unifork.sources import (
     Fault,
-    Options,
     Row,
-    Slice,
-    Task,
+    Source,
+    SourceOptions,
     as_planned,
+    check_ending,
     cut,
     file_named,
     files_of,
@@ -24,9 +23,10 @@ from unifork.sources.base import (
     picture_row,
     without_suffix,
 )
+from unifork.sources.archives import ARCHIVES, BROKEN, Box, is_picture, opened
 
 
-class PairOptions(Plain):
+class PairOptions(SourceOptions):
     """What a card says of such a set."""
 
     files: str
@@ -42,18 +42,22 @@ class PairOptions(Plain):
 def _containers(files: str) -> list[tuple[str, Path]]:
     """(name, path) of every tar; without tars of every folder, or of the one folder that holds the pictures itself."""
     try:
-        return files_of(files, ARCHIVES)
+        found = files_of(files, ARCHIVES)
     except ConfigError:
         root = located(files)
-    entries = sorted(root.iterdir())
-    if any(is_picture(entry.name) for entry in entries):
-        return [(".", root)]
-    return [(entry.name, entry) for entry in entries if entry.is_dir()]
+        entries = sorted(root.iterdir())
+        if any(is_picture(entry.name) for entry in entries):
+            return [(".", root)]
+        folders = [(entry.name, entry) for entry in entries if entry.is_dir()]
+        found = folders or [(entry.name, entry) for entry in entries]
+    for name, path in found:
+        if path.is_file():
+            check_ending(name, ARCHIVES)
+    return found
 
 
-def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
+def slices(known: PairOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every archive, in the order of their names."""
-    known = parse(PairOptions, options, "source.options")
     if known.captions:
         located(known.captions)
     for name, path in _containers(known.files):
@@ -62,11 +66,10 @@ def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
         yield from cut(count, shard_rows, file=name, bytes=0 if path.is_dir() else path.stat().st_size)
 
 
-def rows(task: Task) -> Iterator[Row | Fault]:
+def rows(known: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
     """The samples of one slice."""
-    known = parse(PairOptions, task["options"], "source.options")
-    with opened(as_planned(file_named(known.files, task["file"]), task)) as box:
-        chosen = _samples(box, task["file"], known)[task["start"] : task["stop"]]
+    with opened(as_planned(file_named(known.files, piece), piece)) as box:
+        chosen = _samples(box, piece.file or "", known)[piece.start : piece.stop]
         apart = None
         if known.captions:
             apart = _texts_apart(located(known.captions), [one[0] for one in chosen if isinstance(one, tuple)], known)
@@ -120,3 +123,6 @@ def _texts_apart(path: Path, keys: list[str], known: PairOptions) -> dict[str, b
     with opened(path) as box:
         bases = ((number, name.rpartition("/")[2]) for number, name in enumerate(box.names))
         return {wanted[base]: box.read(number) for number, base in bases if base in wanted}
+
+
+SOURCE = Source(PairOptions, slices, rows, paths=("files", "captions"))

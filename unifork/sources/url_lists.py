@@ -1,70 +1,234 @@
 """Lists of URLs as Parquet, TSV or CSV: LAION, COYO, Unsplash. Metadata only; nothing here opens a connection.
 
+What a card says of them, the columns under one name, and the entries. The options are part of the card, the rules
+every URL is fetched by included, since they decide which rows come out; another value makes the shards anew.
+
+The same quantity is `URL` in LAION's releases, `url` in COYO and in anything that img2dataset wrote, and
+`photo_image_url` at Unsplash. Names are compared without case; where several columns say the same, the
+first of the table that is filled in a row wins. Types are whatever went through Spark and pandas: sides as
+floats, NaN for nothing, numbers as text; what is no number or text of its column becomes None.
 Unsplash's tables are tab-separated whatever their ending says (`.tsv000`, `.csv000`), so a text table's
 separator is found in its first line.
+
+Known spellings: laion-prepro and img2dataset's dataset_examples (LAION), the READMEs of coyo-dataset and of
+unsplash/datasets. The columns of Re-LAION were not seen; they are expected to be LAION's.
 """
 
 import csv
 import gzip
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.parquet as pq
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from unifork.config import parse
-from unifork.errors import DataError
+from unifork.config import Plain
+from unifork.errors import ConfigError, DataError
 from unifork.shards.manifest import file_sha256
-from unifork.sources.base import Fault, Options, Row, Slice, Task, cut, files_of, without_suffix
-from unifork.sources.columns import Mapped, canonical, mapped
-from unifork.sources.web.rules import UrlList
+from unifork.shards.task import Slice
+from unifork.sources import (
+    Fault,
+    Row,
+    Source,
+    SourceOptions,
+    cut,
+    file_named,
+    files_of,
+    parquet_rows,
+    without_suffix,
+)
 
 TABLES = (".parquet", ".tsv", ".csv", ".tsv.gz", ".csv.gz")
 csv.field_size_limit(1 << 24)  # a longer field is a stray quote, not a caption
 
+# ----------------------------------------------------------------------------------------- options
 
-def slices(options: Options, shard_rows: int) -> Iterator[Slice]:
-    """Shards of the lists of a card."""
-    known = parse(UrlList, options, "source.options")
-    return url_slices(known.files, shard_rows, known.columns)
+Network = IPv4Network | IPv6Network
 
 
-def rows(task: Task) -> Iterator[Row | Fault]:
-    """The entries of a shard, without pictures: `unifork.sources.web` fetches those."""
-    known = parse(UrlList, task["options"], "source.options")
-    return url_rows(known.files, task, known.columns)
+class FetchRules(Plain):
+    """What may be fetched, and at what cost."""
+
+    allow_addresses: tuple[Network, ...] = ()
+    """Networks that may be contacted although they are not public: tests and intranets."""
+    max_bytes: PositiveInt = 32 * 1024**2
+    """Largest body of an answer; the connection is closed at the next byte."""
+    max_pixels: PositiveInt = 64_000_000
+    """Largest width times height; read from the header, so a larger picture is never decoded."""
+    max_redirects: NonNegativeInt = 5
+    """Redirects followed for one URL; each target is checked like a URL of the list."""
+    timeout_seconds: PositiveFloat = 30.0
+    """Time for one attempt at a URL from the first packet to the last byte, redirects included."""
+    attempts: PositiveInt = 3
+    """How often a row is tried when its failure may pass: no answer in time, an overloaded server."""
+    backoff_seconds: NonNegativeFloat = 5.0
+    """Pause before the second attempt; doubles with each further one."""
+    robots: bool = True
+    """Ask each host's robots.txt and leave out what it denies."""
+    opt_out: bool = True
+    """Leave out what its answer's headers reserve (X-Robots-Tag, TDM-Reservation)."""
+    user_agent: Annotated[str, Field(pattern=r"^[\x20-\x7e]+$")] = "unifork"
+    """Sent with every request; its first word is the name that robots.txt and X-Robots-Tag may address."""
+    tail_seconds: PositiveFloat = 120.0
+    """Time for the last twentieth of a shard's rows; no attempt starts after it."""
+    shard_seconds: PositiveFloat = 7200.0
+    """Time for a whole shard; no attempt starts after it."""
+
+    @property
+    def agent(self) -> str:
+        """The name that robots.txt and X-Robots-Tag may address, lower-case and without a version."""
+        return self.user_agent.split()[0].split("/")[0].lower()
 
 
-def url_slices(lists: str, shard_rows: int, named: Mapping[str, str] | None = None) -> Iterator[Slice]:
+class UrlList(SourceOptions):
+    """Tables with one URL a row, and how they are read and fetched."""
+
+    files: str
+    """A table, a folder of them, or a glob pattern: Parquet, TSV or CSV."""
+    columns: dict[str, str] = {}
+    """Our column: its spelling in the lists, in any case, where `COLUMNS` does not know it.
+    `key: COLUMN` names the rows by a column that differs in every row; otherwise they are file name and number."""
+    fetch: FetchRules = FetchRules()
+
+
+# ----------------------------------------------------------------------------------------- columns
+
+
+def _text(value: Any) -> str | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return str(value).strip() or None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # a 64-bit hash does not survive a float
+    if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+        return int(value)
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity: how it is read, and the lower-case names it goes by, best first."""
+
+    read: Callable[[Any], Any]
+    spellings: tuple[str, ...]
+
+
+COLUMNS: dict[str, Column] = {
+    "url": Column(_text, ("url", "photo_image_url", "image_url")),
+    "caption": Column(
+        _text, ("text", "caption", "photo_description", "top_caption", "eng text", "ai_description", "alt_text")
+    ),
+    # img2dataset's width and height are those of the stored picture
+    "width": Column(_whole, ("original_width", "width", "photo_width")),
+    "height": Column(_whole, ("original_height", "height", "photo_height")),
+    "similarity": Column(_number, ("similarity", "clip_similarity_vitb32", "clip_similarity_vitl14")),
+    "aesthetic": Column(_number, ("aesthetic", "aesthetic_score", "aesthetic_score_laion_v2")),
+    "pwatermark": Column(_number, ("pwatermark", "watermark_score")),
+    "punsafe": Column(_number, ("punsafe", "nsfw_score_opennsfw2", "nsfw_score_gantman")),
+    "nsfw": Column(_text, ("nsfw",)),  # a word in LAION-400M: UNLIKELY, UNSURE, NSFW
+    "license": Column(_text, ("license", "licence")),
+    "language": Column(_text, ("language", "lang")),
+    "hash": Column(_whole, ("hash",)),  # murmur3 of url + text: the join key of LAION's tag files
+    "md5": Column(_text, ("md5",)),
+    "sha256": Column(_text, ("sha256",)),
+    "phash": Column(_text, ("image_phash",)),
+    "id": Column(_text, ("sample_id", "id", "photo_id")),
+}
+"""Canonical name -> column. Everything else in a list has no meaning here and is left out."""
+
+Mapped = dict[str, list[str]]
+"""Canonical name -> the columns of a list that hold it, best first."""
+
+
+def mapped(names: Iterable[str], place: str, named: Mapping[str, str] | None = None) -> Mapped:
+    """Which columns of a list say what; `named` ones (ours -> theirs) go by the name they are given.
+
+    Raises ConfigError when none of them holds URLs, or when a named one is not there.
+    """
+    here: dict[str, list[str]] = {}
+    for name in names:
+        here.setdefault(name.strip().lower(), []).append(name)
+    found = {
+        canonical: columns
+        for canonical, column in COLUMNS.items()
+        if (columns := [name for spelling in column.spellings for name in here.get(spelling, [])])
+    }
+    for canonical, name in (named or {}).items():
+        if name.lower() not in here:
+            shown = ", ".join(sorted(name for same in here.values() for name in same))
+            raise ConfigError(f"{place}: no column {name!r} for {canonical!r}; found: {shown}")
+        found[canonical] = here[name.lower()]
+    if "url" not in found:
+        shown = ", ".join(sorted(name for same in here.values() for name in same))
+        raise ConfigError(f"{place}: no column of URLs; known: {', '.join(COLUMNS['url'].spellings)}; found: {shown}")
+    return found
+
+
+def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
+    """A row of a list under the canonical names; None where nothing usable is said."""
+    made: dict[str, Any] = {}
+    for name, spellings in columns.items():
+        read = COLUMNS[name].read if name in COLUMNS else _text
+        values = (read(row.get(spelling)) for spelling in spellings)
+        made[name] = next((value for value in values if value is not None), None)
+    return made
+
+
+# ----------------------------------------------------------------------------------------- entries
+
+
+def slices(known: UrlList, shard_rows: int) -> Iterator[Slice]:
     """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
-    for name, path in files_of(lists, TABLES):
+    for name, path in files_of(known.files, TABLES):
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
-            mapped(file.schema_arrow.names, name, named)
+            mapped(file.schema_arrow.names, name, known.columns)
             count, content = file.metadata.num_rows, _footer_sha256(path)
         else:
             with _reader(path) as reader:
-                mapped(next(reader, []), name, named)
+                mapped(next(reader, []), name, known.columns)
                 count, content = sum(1 for _ in reader), file_sha256(path)
         yield from cut(count, shard_rows, file=name, content=content)
 
 
-def url_rows(lists: str, one: Slice, named: Mapping[str, str] | None = None) -> Iterator[Row | Fault]:
-    """The entries of one slice, in the table's order: `key`, and the columns of `COLUMNS` and of `named` it has.
+def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
+    """The entries of one slice, without images: `unifork.sources.web` fetches those.
 
-    Raises DataError when the table is no longer the one that was planned with.
+    In the table's order: `key`, and the columns of `COLUMNS` and of the card's `columns` that it has. Raises
+    DataError when the table is no longer the one that was planned with.
     """
-    path = dict(files_of(lists, TABLES)).get(one["file"])
-    parquet = path is not None and path.suffix == ".parquet"
-    if path is None or one["content"] != (_footer_sha256(path) if parquet else file_sha256(path)):
-        raise DataError(f"{one['file']!r} of {lists!r}: missing, or changed since it was planned with; run again")
+    path = file_named(known.files, piece)
+    parquet = path.suffix == ".parquet"
+    if not path.is_file() or piece.content != (_footer_sha256(path) if parquet else file_sha256(path)):
+        raise DataError(f"{piece.file!r} of {known.files!r}: missing, or changed since it was planned with; run again")
     read = _parquet_rows if parquet else _text_rows
-    for number, row in enumerate(read(path, one["start"], one["stop"], named), one["start"]):
-        key = f"{without_suffix(one['file'])}/{number:09d}"
+    place = without_suffix(piece.file or "")
+    for number, row in enumerate(read(path, piece, known.columns), piece.start):
+        key = f"{place}/{number:09d}"
         if isinstance(row, str):
             yield Fault(key, "broken_line", row)
         elif row["url"] is None:
@@ -82,25 +246,17 @@ def _footer_sha256(path: Path) -> str:
         return hashlib.sha256(handle.read(length)).hexdigest()
 
 
-def _parquet_rows(path: Path, start: int, stop: int, named: Mapping[str, str] | None) -> Iterator[Row | str]:
-    file = pq.ParquetFile(path)
-    columns = mapped(file.schema_arrow.names, path.name, named)
-    wanted, first = [name for names in columns.values() for name in names], 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        begin, end = max(start - first, 0), min(stop - first, count)
-        if begin < end:
-            chunk = file.read_row_group(group, columns=wanted).slice(begin, end - begin)
-            for batch in chunk.to_batches(max_chunksize=1024):
-                yield from (canonical(row, columns) for row in batch.to_pylist())
-        first += count
+def _parquet_rows(path: Path, piece: Slice, named: Mapping[str, str]) -> Iterator[Row | str]:
+    columns = mapped(pq.read_schema(path).names, path.name, named)
+    wanted = [name for names in columns.values() for name in names]
+    return (canonical(row, columns) for row in parquet_rows(path, piece, wanted))
 
 
-def _text_rows(path: Path, start: int, stop: int, named: Mapping[str, str] | None) -> Iterator[Row | str]:
+def _text_rows(path: Path, piece: Slice, named: Mapping[str, str]) -> Iterator[Row | str]:
     with _reader(path) as reader:
         names = next(reader)
-        columns: Mapped = mapped(names, path.name, named)
-        for fields in islice(reader, start, stop):
+        columns = mapped(names, path.name, named)
+        for fields in islice(reader, piece.start, piece.stop):
             if len(fields) == len(names):
                 yield canonical(dict(zip(names, fields, strict=True)), columns)
             else:
@@ -117,3 +273,6 @@ def _reader(path: Path) -> Iterator[Any]:
             raise DataError(f"{path}: empty, a line with the names of the columns is expected")
         file.seek(0)
         yield csv.reader(file, delimiter="\t" if "\t" in header else ",")
+
+
+SOURCE = Source(UrlList, slices, rows, paths=("files",))

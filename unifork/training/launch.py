@@ -22,9 +22,8 @@ import torch
 
 from unifork import errors
 from unifork.cluster import check_room
-from unifork.config import TrainResources
+from unifork.config import TrainResources, cluster_file
 from unifork.errors import ConfigError, UniForkError
-from unifork.jobs import cluster_file
 from unifork.shards.manifest import write_json
 from unifork.training.history import LOG
 from unifork.training.loop import Run
@@ -64,11 +63,10 @@ def scaling(resources: TrainResources) -> "ScalingConfig":
 
 
 def _fit(job: StageJob) -> None:
-    import ray
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    check_room(ray.cluster_resources(), job.resources.workers, job.resources)  # type: ignore[no-untyped-call]
+    check_room(job.resources.workers, job.resources.cpus, job.resources.gpus, cluster_file())
     for name in ("ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
     mistake = _mistake(job)

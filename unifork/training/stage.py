@@ -21,8 +21,8 @@ from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity, Quaranti
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
 from unifork.layout import Layout
+from unifork.models.masks import VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
-from unifork.models.sequences import VARLEN
 from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint

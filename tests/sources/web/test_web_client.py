@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from loopback import FETCH, Web, picture
 
+from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.client import Client, Refused
-from unifork.sources.web.rules import FetchRules
 
 
 @pytest.fixture

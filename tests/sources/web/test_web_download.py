@@ -13,12 +13,12 @@ import yaml
 from loopback import FETCH, Web, elsewhere, pages, picture
 from tiny import REPOSITORY, start
 
-from unifork.config import Card, WebAccess, load_card
-from unifork.errors import ConfigError, DataError
-from unifork.shards.job import run_hops
+from unifork.config import Card, WebAccess, load_card, parse
+from unifork.errors import ConfigError
 from unifork.shards.manifest import MANIFEST, read_manifest
-from unifork.sources.web.download import Download, options_of, web_hop
-from unifork.sources.web.rules import FetchRules
+from unifork.sources.download import download_job
+from unifork.sources.url_lists import FetchRules, UrlList
+from unifork.sources.web.download import WEB_VERSION, Download
 
 
 @pytest.fixture
@@ -92,17 +92,14 @@ def write_coyo(path: Path, urls: list[str]) -> None:
 
 def download(card: Card, folder, shard_rows=100, rows=None, threads=16, per_host=8, **web):
     made = []
-    worker = Download(card.model_dump(mode="json"), WebAccess(threads=threads, **web).model_dump(mode="json"), per_host)
-    hop = web_hop(card, rows, shard_rows, Path(folder))
-
-    def run(tasks, on_result):
-        for task in tasks:
-            made.append(task)
-            on_result(worker(task))
-
+    worker = Download(card, WebAccess(threads=threads, connections_per_host=per_host, **web), 1)
+    job = download_job(card, rows, shard_rows, 0, Path(folder), WEB_VERSION)
     lines = []
-    (manifest,) = run_hops([hop], run, lambda progress: lines.append(str(progress)))
-    return manifest, made, lines
+    for task in job.missing():
+        made.append(task)
+        job.add(worker(task))
+        lines.append(str(job))
+    return job.finish(), made, lines
 
 
 def rows_of(folder) -> list[dict]:
@@ -170,7 +167,7 @@ def test_the_cards_of_lists_say_what_is_known():
     lists = [card for card in cards if card.source.kind == "url_list"]
     assert {card.name for card in lists} >= {"laion_en", "coyo", "unsplash"}
     for one in lists:
-        assert options_of(one).fetch == FetchRules()
+        assert parse(UrlList, one.source.options, one.name).fetch == FetchRules()
         assert not one.redistribute_codes
 
 
@@ -194,16 +191,16 @@ def test_another_list_adds_shards_and_changes_none(root, web):
     download(card(), "out", shard_rows=2)
     write_laion(root / "lists/b.parquet", [f"{web.root}/3.png"])
     manifest, made, _ = download(card(), "out", shard_rows=2)
-    assert [(task["file"], task["start"], task["stop"]) for task in made] == [("b.parquet", 0, 1)]
+    assert [(task.piece.file, task.piece.start, task.piece.stop) for task in made] == [("b.parquet", 0, 1)]
     assert [shard.rows for shard in manifest.shards] == [2, 1, 1]
     write_laion(root / "lists/b.parquet", [f"{web.root}/2.png"])
     _, made, _ = download(card(), "out", shard_rows=2, rows=4)
-    assert [task["file"] for task in made] == ["b.parquet"]
+    assert [task.piece.file for task in made] == ["b.parquet"]
 
 
 def test_what_a_list_lacks_is_said(root):
     write_laion(root / "lists/a.parquet", ["http://x.example/"])
-    with pytest.raises(DataError, match=r"no column for 'aesthetic'.*pwatermark.*source\.options\.columns"):
+    with pytest.raises(ConfigError, match=r"no column for 'aesthetic'.*pwatermark.*source\.options\.columns"):
         download(card(("aesthetic",)), "out")
     with pytest.raises(ConfigError, match="no column 'TXT' for 'caption'; found: HEIGHT"):
         download(card(columns={"caption": "TXT"}), "out")

@@ -5,11 +5,10 @@ from ipaddress import ip_network
 import pytest
 
 from unifork.errors import DataError
+from unifork.sources.url_lists import FetchRules
 from unifork.sources.web import schedule
-from unifork.sources.web.addresses import refusal
 from unifork.sources.web.client import Refused, target_of
-from unifork.sources.web.robots import may_fetch, parse_robots, reservation
-from unifork.sources.web.rules import FetchRules
+from unifork.sources.web.permission import may_fetch, parse_robots, refusal, reservation
 
 REFUSED = """
 0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.255.255.254 168.63.129.16 169.254.169.254 172.16.0.1 172.31.255.255

@@ -7,15 +7,34 @@ Finding objects, and dropping unsure ones, is the detector's part.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
-
-from unifork.shapes.language import Clause
-from unifork.shapes.world import Object
 
 SHRINK = 0.1
 """Share of the two sizes by which an offset is shortened before it counts as a direction."""
 LEAST_DIRECTION = 0.5
 """A relation holds when the shortened offset, over the length of the full one, exceeds this."""
+
+
+@dataclass(frozen=True)
+class Clause:
+    """Something an image must (or must not) show: at least `count` objects of a class.
+
+    position: a relation and the number of the clause whose objects it is relative to.
+    """
+
+    name: str
+    count: int = 1
+    color: str | None = None
+    position: tuple[str, int] | None = None
+
+
+class Found(NamedTuple):
+    """An object that a detector found; the box is (left, top, right, bottom), y grows downwards."""
+
+    name: str
+    color: str
+    box: tuple[float, float, float, float]
 
 
 class Verdict(NamedTuple):
@@ -25,39 +44,39 @@ class Verdict(NamedTuple):
     faults: tuple[str, ...]
 
 
-def judge(include: Sequence[Clause], exclude: Sequence[Clause], objects: Sequence[Object]) -> Verdict:
+def judge(include: Sequence[Clause], exclude: Sequence[Clause], objects: Sequence[Found]) -> Verdict:
     """Whether all of `include` and none of `exclude` is met by the objects, which come surest first."""
     faults: list[str] = []
-    matched: list[list[Object]] = []
+    matched: list[list[Found]] = []
     for clause in include:
-        found = [thing for thing in objects if thing.shape == clause.shape]
+        found = [thing for thing in objects if thing.name == clause.name]
         fault = _fault(clause, found, matched)
         faults += fault
         matched.append([] if fault else found[: clause.count])
     for clause in exclude:
-        count = sum(thing.shape == clause.shape for thing in objects)
+        count = sum(thing.name == clause.name for thing in objects)
         if count >= clause.count:
-            faults.append(f"expected fewer than {clause.count} {clause.shape}, found {count}")
+            faults.append(f"expected fewer than {clause.count} {clause.name}, found {count}")
     return Verdict(not faults, tuple(faults))
 
 
-def _fault(clause: Clause, found: list[Object], matched: list[list[Object]]) -> list[str]:
+def _fault(clause: Clause, found: list[Found], matched: list[list[Found]]) -> list[str]:
     """What is wrong with the objects of a clause's class; nothing when the clause is met."""
     if len(found) < clause.count:
-        return [f"expected {clause.count} {clause.shape}, found {len(found)}"]
+        return [f"expected {clause.count} {clause.name}, found {len(found)}"]
     found = found[: clause.count]
     if clause.color is not None:
         colors = [thing.color for thing in found]
         if colors.count(clause.color) < clause.count:
-            return [f"expected {clause.count} {clause.color} {clause.shape}, found {' and '.join(colors)}"]
+            return [f"expected {clause.count} {clause.color} {clause.name}, found {' and '.join(colors)}"]
     if clause.position is not None:
         name, target = clause.position
         if not matched[target]:
-            return [f"nothing that {clause.shape} could be {name}"]
+            return [f"nothing that {clause.name} could be {name}"]
         for thing in found:
             for other in matched[target]:
                 if name not in (holding := relations(thing.box, other.box)):
-                    return [f"expected {clause.shape} {name} {other.shape}, found {sorted(holding) or 'no relation'}"]
+                    return [f"expected {clause.name} {name} {other.name}, found {sorted(holding) or 'no relation'}"]
     return []
 
 

@@ -21,9 +21,8 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
-from unifork.sources.web.addresses import refusal
-from unifork.sources.web.robots import MAX_ROBOTS_BYTES, Rule, may_fetch, parse_robots, reservation
-from unifork.sources.web.rules import FetchRules
+from unifork.sources.url_lists import FetchRules
+from unifork.sources.web.permission import MAX_ROBOTS_BYTES, Rule, may_fetch, parse_robots, refusal, reservation
 
 CONNECT_SECONDS = 10.0
 """Most time for one address of a host, so that a dead one leaves time for the next."""

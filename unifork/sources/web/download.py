@@ -1,61 +1,49 @@
-"""The download hop of a `url_list`: list rows -> image-text shard; what cannot be had goes to the quarantine.
+"""The worker of the download stage for a list of URLs: a slice of the list in, an image-text shard out.
 
-Every row of the list is accounted for once: in the shard, or in `quarantine/` with url, class and detail, and
-in the manifest's counts. Pictures are kept byte by byte.
+What cannot be had goes to the quarantine. Every row of the list is accounted for once: in the shard, or in
+`quarantine/` with url, class and detail, and in the manifest's counts. Images are kept byte by byte.
 """
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
-from unifork.config import Card, WebAccess, parse
-from unifork.errors import DataError
-from unifork.filters.worker import quarantined, table_of
-from unifork.shards.job import Hop, write_shard
-from unifork.shards.schema import columns_of, image_text_schema, text_columns
-from unifork.sources import Fault, plan, rows_of
+from unifork.config import Card, WebAccess, cluster_file, parse
+from unifork.errors import ConfigError
+from unifork.shards.job import quarantined, table_of, write_shard
+from unifork.shards.schema import image_text_schema, text_columns
+from unifork.shards.task import ShardResult, ShardTask
+from unifork.sources import Fault, rows_of
+from unifork.sources.url_lists import UrlList
 from unifork.sources.web.client import Client, Refused
-from unifork.sources.web.rules import UrlList
 from unifork.sources.web.schedule import Health, Outcome, Picture, fetch_all
 
-URL_LIST = "url_list"
-"""The kind of source that a card names."""
 WEB_VERSION = 1
 """Raise when the same lists, rules and answers would give other rows."""
-
-
-def options_of(card: Card) -> UrlList:
-    """The typed options of a card's source. Raises ConfigError."""
-    return parse(UrlList, card.source.options, f"card {card.name}: source.options")
-
-
-def web_hop(card: Card, rows: int | None, shard_rows: int, folder: Path) -> Hop:
-    """The plan of the download hop of a card with a `url_list`. Raises ConfigError or DataError."""
-    options_of(card)
-    # no seed: another one must not fetch the web again
-    tasks = plan(URL_LIST, card.source.options, rows, shard_rows, 0, f"card {card.name}")
-    columns = columns_of(image_text_schema(card))
-    made_with = {"version": WEB_VERSION, "columns": columns, "licence": card.licence}
-    lineage = {"source": card.source.model_dump(mode="json"), "licence": card.licence, "attribution": card.attribution}
-    return Hop("image-text", card.name, folder, columns, made_with, lineage, tasks)
 
 
 class Download:
     """A range of a list of URLs -> image-text shard."""
 
-    def __init__(self, card: dict[str, Any], web: dict[str, Any], connections_per_host: int) -> None:
-        self.card, self.web = parse(Card, card, "card"), parse(WebAccess, web, "web")
-        self.schema = image_text_schema(self.card)
-        self.client = Client(options_of(self.card).fetch, connections_per_host, self.web.proxy)
+    def __init__(self, card: Card, web: WebAccess, workers: int) -> None:
+        """workers: how many share the connections that a host may have. Raises ConfigError where they are too many."""
+        if workers > web.connections_per_host:
+            raise ConfigError(
+                f"{cluster_file()}: {workers} download workers, but connections_per_host is "
+                f"{web.connections_per_host}: each worker needs at least one. Use fewer workers, or raise "
+                f"web.connections_per_host"
+            )
+        self.card, self.web, self.schema = card, web, image_text_schema(card)
+        rules = parse(UrlList, card.source.options, f"card {card.name}", "source.options").fetch
+        self.client = Client(rules, web.connections_per_host // workers, web.proxy)
         self.health: Health | None = None
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, task: ShardTask) -> ShardResult:
         kept, rejected, wanted = [], [], []
-        for one in rows_of(task):
-            if isinstance(one, Fault):
-                rejected.append({"key": one.key, "url": None, "reason": one.reason, "detail": one.detail})
+        for row in rows_of(self.card, task):
+            if isinstance(row, Fault):
+                rejected.append({"key": row.key, "url": None, "reason": row.reason, "detail": row.detail})
             else:
-                wanted.append(one)
+                wanted.append(row)
         self._check_columns(wanted, task)
         outcomes = self._outcomes(list(dict.fromkeys(row["url"] for row in wanted)))  # some URLs come more than once
         keys: set[str] = set()
@@ -85,11 +73,11 @@ class Download:
         licence = row.get("license") or self.card.licence
         return {**row, **columns, **size, "image": picture.data, "sha256": digest, "license": licence}
 
-    def _check_columns(self, rows: list[dict[str, Any]], task: dict[str, Any]) -> None:
-        """Raise DataError when a list lacks a column that the card needs, before anything is fetched."""
+    def _check_columns(self, rows: list[dict[str, Any]], task: ShardTask) -> None:
+        """Raise ConfigError when a list lacks a column that the card needs, before anything is fetched."""
         for name in (*text_columns(self.card), *self.card.columns):
             if rows and name not in rows[0]:
-                raise DataError(
-                    f"{task['file']}: no column for {name!r} of card {self.card.name}; found: {', '.join(rows[0])}. "
-                    f"Name it in source.options.columns"
+                raise ConfigError(
+                    f"{task.piece and task.piece.file}: no column for {name!r} of card {self.card.name}; "
+                    f"found: {', '.join(rows[0])}. Name it in source.options.columns"
                 )

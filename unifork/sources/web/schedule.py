@@ -5,17 +5,24 @@ connections; its further rows wait without occupying a thread.
 """
 
 import heapq
+import io
 import queue
 import time
+import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from unifork.errors import DataError
+from PIL import Image, UnidentifiedImageError
+
+from unifork.errors import MachineError
+from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.client import Client, Refused, target_of
-from unifork.sources.web.pictures import inspect
-from unifork.sources.web.rules import FetchRules
+
+Image.init()
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if name in Image.OPEN)
+"""Formats that are opened, as far as this Pillow has them; of its forty others one starts a program (EPS)."""
 
 TRANSIENT = frozenset(
     {"timeout", "connection_failed", "dns_failure", "http_408", "http_429"}
@@ -57,6 +64,33 @@ def fetch_picture(client: Client, url: str) -> Outcome:
         return refused.with_traceback(None)
     except Exception as error:  # a hostile answer costs its row, never the shard
         return Refused("unexpected", f"{type(error).__name__}: {error}"[:300])
+
+
+def inspect(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of a picture that can be decoded.
+
+    Raises Refused: `empty`, `not_an_image`, `too_many_pixels` (nothing was decoded), `undecodable`.
+    """
+    if not data:
+        raise Refused("empty", "no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise Refused("too_many_pixels", f"{width}x{height}, at most {max_pixels} are decoded")
+                picture.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its sides: all bytes, few pixels
+                picture.load()
+    except Refused:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Refused("too_many_pixels", str(error)) from None
+    except UnidentifiedImageError:
+        raise Refused("not_an_image", f"begins with {data[:24]!r}") from None
+    except Exception as error:  # a decoder may raise anything on hostile bytes
+        raise Refused("undecodable", f"{type(error).__name__}: {error}"[:300]) from None
+    return width, height
 
 
 class Turns:
@@ -105,11 +139,11 @@ class Health:
         self.alive: deque[str] = deque(maxlen=PROBES)
 
     def preflight(self, urls: Sequence[str]) -> None:
-        """Probe some hosts of a list before anything else. Raises DataError when none can be reached."""
+        """Probe some hosts of a list before anything else. Raises MachineError when none can be reached."""
         self.probe(urls[:: max(1, len(urls) // PROBES)], "before the first row")
 
     def saw(self, host: str, url: str, outcome: Outcome) -> None:
-        """Note an outcome. Raises DataError when nothing can be reached any more."""
+        """Note an outcome. Raises MachineError when nothing can be reached any more."""
         if isinstance(outcome, Refused) and outcome.reason in UNREACHED:
             self.failing[host] = url
             if len(self.failing) < SUSPICIOUS_HOSTS:
@@ -122,7 +156,7 @@ class Health:
         self.failing.clear()
 
     def probe(self, urls: Sequence[str], when: str) -> None:
-        """Try to reach the first few hosts. Raises DataError with a diagnosis when none answers."""
+        """Try to reach the first few hosts. Raises MachineError with a diagnosis when none answers."""
         chosen = list({_host(url): url for url in urls if _host(url)}.values())[:PROBES]
         with ThreadPoolExecutor(PROBES) as pool:
             failures = [failure for failure in pool.map(self._failure, chosen) if failure]
@@ -140,7 +174,7 @@ class Health:
                 "names resolve, but no connection leaves this machine (egress, firewall; a proxy must be configured)"
             )
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise DataError(
+        raise MachineError(
             f"download stopped {when}: {cause}. None of {len(chosen)} different hosts can be reached ({told}), "
             f"first {failures[0].detail!r}. Finished shards are kept; run the stage again when the network is back"
         )
@@ -154,7 +188,7 @@ class Health:
 
 
 def fetch_all(urls: Sequence[str], client: Client, threads: int, health: Health) -> list[Outcome]:
-    """The outcome of every URL, in their order. Raises DataError when the network on this side is down."""
+    """The outcome of every URL, in their order. Raises MachineError when the network on this side is down."""
     return _Shard(urls, client.rules, client.connections_per_host, health).run(
         threads, lambda url: fetch_picture(client, url)
     )
