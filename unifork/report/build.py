@@ -25,6 +25,9 @@ from unifork.report.plots import Plot, score_plot, training_plots, whole_line, w
 from unifork.report.reading import Same
 from unifork.report.surroundings import surroundings
 
+REPORT_VERSION = 1
+"""Raise when the same experiment should be shown otherwise."""
+
 
 @dataclass(frozen=True)
 class Headline:
