@@ -21,7 +21,7 @@ def within(folder: str, *names: str) -> list[str]:
 
 
 TOKENIZER = "unifork/image_tokenizer"
-NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "quantizer", "views")
+NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "views")
 """Images to codes."""
 SHARDS = within("unifork/shards", "schema")
 
@@ -29,7 +29,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "VOCABULARY_VERSION": ("unifork/vocabulary.py", ["unifork/randomness.py"]),
     "DOWNLOAD_VERSION": (
         "unifork/sources/download.py",
-        ["unifork/sources/*.*", "unifork/shards/dialogues.py", *SHARDS, "pipelines/download.py"],
+        ["unifork/sources/*.*", *SHARDS, "pipelines/download.py"],
     ),
     "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.py", "pipelines/download.py"]),
     "WORLD_VERSION": (
@@ -65,15 +65,11 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     ),
     "DOCUMENTS_VERSION": (
         "unifork/documents/mixture.py",
-        [
-            *within("unifork/documents", "__init__", "index", "prompts", "text_tokenizer"),
-            "unifork/shards/dialogues.py",
-            *SHARDS,
-        ],
+        [*within("unifork/documents", "__init__", "index", "prompts", "text_tokenizer"), *SHARDS],
     ),
     "MODEL_VERSION": (
         "unifork/models/modeling.py",
-        ["unifork/models/*.py", *within("unifork", "batch", "identity", "weights"), "pipelines/init.py"],
+        ["unifork/models/*.py", *within("unifork", "assembly", "batch", "identity", "weights"), "pipelines/init.py"],
     ),
     "TRAIN_VERSION": (
         "unifork/training/stage.py",
@@ -123,8 +119,7 @@ DECIDES_NOTHING = {
     "unifork/planning.py": "numbers for people",
     "unifork/inspection.py": "texts for people",
     "unifork/parity/*.py": "compares, makes nothing",
-    "pipelines/__init__.py": "empty",
-    "pipelines/common.py": "where programs run, where things lie",
+    "pipelines/__init__.py": "refuses a Python that lacks the libraries",
 }
 """Files without a version, and why they need none."""
 
