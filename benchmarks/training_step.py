@@ -196,7 +196,7 @@ class Step:
 
 
 def products(model: UniForkModel, documents: list[Document], padded: bool, whole: bool) -> float:
-    """FLOPs of a step that learns everything, by the formula of `unifork plan`.
+    """FLOPs of a step that learns everything, as `unifork plan` counts them.
 
     padded: every document is as long as the longest of its task and multiplies the square of its mask
     instead of the causal half. whole: every token of understanding meets the words, not the learned ones.
@@ -204,11 +204,13 @@ def products(model: UniForkModel, documents: list[Document], padded: bool, whole
     trained = {name for name, _ in model.named_parameters()}
     longest = {one.task: max(len(other) for other in documents if other.task == one.task) for one in documents}
     dense, total = model.config.backbone_config(), 0.0
+    with torch.device("meta"):
+        outline = UniForkModel(model.config)
     for one in documents:
         T, image = longest[one.task] if padded else len(one), int((one.kinds_T != TEXT).sum())
-        learned = T if whole else int(one.learned_T.sum())
+        learned = T if whole and one.task == "understanding" else int(one.learned_T.sum())
         positions = len(one.codes_ND) * (one.task == "generation")
-        total += document_flops(model, one.task, Length(T - image, image, learned, positions), trained)
+        total += document_flops(outline, one.task, Length(T - image, image, learned, positions), trained)
         if padded:
             total += 3 * dense.num_hidden_layers * 2 * dense.hidden_size * T * (T - 1)
     return total

@@ -1,23 +1,29 @@
-"""Import the text tokenizer of a language model, or train a small byte-level BPE on the texts of filtered rows."""
+"""Import the text tokenizer of a language model, or train a small byte-level BPE on the texts of filtered rows.
 
-from pipelines.common import FILTERED, TEXT_TOKENIZER, experiment, program
-from unifork.config import TextTokenizerImport, load_card
+`text_tokenizer` of params.yaml (+ data/filtered/<set>, where it is trained) -> tokenizers/text
+"""
+
+from unifork.config import TextTokenizerImport, load_card, load_experiment
 from unifork.documents.prompts import INSTRUCTION, SYSTEM
 from unifork.documents.text_tokenizer import FILES, import_text_tokenizer, texts_of, train_text_tokenizer
+from unifork.jobs import program
+from unifork.layout import Layout
 from unifork.weights import local_folder
+
+LAYOUT = Layout()
 
 
 def main(_: str) -> None:
-    config = experiment().text_tokenizer
+    config = load_experiment().text_tokenizer
     if isinstance(config, TextTokenizerImport):
-        tokenizer = import_text_tokenizer(local_folder(config.source, files=FILES), TEXT_TOKENIZER)
-        print(f"{tokenizer.vocab_size} entries from {config.source} -> {TEXT_TOKENIZER}")
-        return
-    texts = [text for name in config.datasets for text in texts_of(FILTERED / name, load_card(name))]
-    frame = [f"{SYSTEM} USER: \n{INSTRUCTION} ASSISTANT: "] * max(1, len(texts) // 10)
-    tokenizer = train_text_tokenizer([*texts, *frame], config.vocab_size, TEXT_TOKENIZER)
-    print(f"{tokenizer.vocab_size} entries from {len(texts)} texts -> {TEXT_TOKENIZER}")
+        made = import_text_tokenizer(local_folder(config.source, files=FILES), LAYOUT.text_tokenizer)
+        print(f"{made.vocab_size} entries from {config.source} -> {LAYOUT.text_tokenizer}")
+    else:
+        texts = [text for name in config.datasets for text in texts_of(LAYOUT.filtered(name), load_card(name))]
+        frame = [f"{SYSTEM} USER: \n{INSTRUCTION} ASSISTANT: "] * max(1, len(texts) // 10)  # often, to become tokens
+        made = train_text_tokenizer([*texts, *frame], config.vocab_size, LAYOUT.text_tokenizer)
+        print(f"{made.vocab_size} entries from {len(texts)} texts -> {LAYOUT.text_tokenizer}")
 
 
 if __name__ == "__main__":
-    program("pipelines.text_tokenizer", lambda _: TEXT_TOKENIZER, main, None)
+    program(lambda _: LAYOUT.text_tokenizer, main)

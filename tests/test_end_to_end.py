@@ -215,4 +215,4 @@ def test_the_model_draws_and_answers_from_the_command_line(reproduced, tmp_path)
         cwd=reproduced, env=environment(reproduced), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "error: --image nowhere.png: no such file\n"
+    assert done.stderr == "error: nowhere.png: no such file\n"

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -12,10 +13,11 @@ from rich.console import Console
 from tiny import copy_of
 
 from unifork import cli
+from unifork.batch import Document
 from unifork.config import Experiment, load
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import UniForkError
-from unifork.inspection import Inspection, Shown, Stretch, TaskShare, inspect, rendered, visible
+from unifork.inspection import Inspection, Shown, Stretch, inspect, rendered, visible
 from unifork.shards.manifest import read_manifest
 
 STEP = 2
@@ -41,13 +43,13 @@ def test_a_whole_step_reads_as_its_shards_say(tiny_root):
     lines = str(rendered(found, marks=True)).splitlines()
     crops, pads = rows_of(tiny_root, "crop"), rows_of(tiny_root, "pad")
     tokenizer = TextTokenizer(tiny_root / "tokenizers/text")
-    generated = [one for one in found.documents if one.task == "generation"]
-    answered = [one for one in found.documents if one.task == "understanding"]
+    generated = [one for one in found.documents if one.document.task == "generation"]
+    answered = [one for one in found.documents if one.document.task == "understanding"]
     assert len(found.documents) == len(generated) + len(answered) == 16
 
     expected, learned, length = [], {}, lambda text: len(tokenizer.encode(text))
     for one in answered:
-        learned[one.key] = length(pads[one.key]["conversations"][1]["text"]) + 1
+        learned[one.document.key] = length(pads[one.document.key]["conversations"][1]["text"]) + 1
     words = sum(learned.values())
     for one in found.documents:
         if one in generated and "dropped" in one.template:
@@ -55,22 +57,25 @@ def test_a_whole_step_reads_as_its_shards_say(tiny_root):
             tokens = 1 + length("USER: ") + 1 + length(". ASSISTANT: ") + 38
             head = f"(generate, prompt dropped), {tokens} tokens, 36 learned, {1 / len(generated):.1%}"
         elif one in generated:
-            caption = crops[one.key]["caption"]
+            caption = crops[one.document.key]["caption"]
             body = f"<|im_start|>USER: {caption} ASSISTANT: [[[image 36x4 codes]]]"
             tokens = 1 + length(f"USER: {caption} ASSISTANT: ") + 38
             head = f"(generate), {tokens} tokens, 36 learned, {1 / len(generated):.1%}"
         else:
-            asked, said = (turn["text"] for turn in pads[one.key]["conversations"][:2])
+            asked, said = (turn["text"] for turn in pads[one.document.key]["conversations"][:2])
             body = rf"[image 36x4 codes]\n{asked}[[{said}<|im_end|>]]"
             tokens = 38 + length("\n" + asked + said) + 1
-            head = f"(answer-plain), {tokens} tokens, {learned[one.key]} learned, {learned[one.key] / words:.1%}"
-        expected += ["", f"shapes {one.key}, {one.task} {head} of the loss of {one.task}", body]
+            mine = learned[one.document.key]
+            head = f"(answer-plain), {tokens} tokens, {mine} learned, {mine / words:.1%}"
+        key, task = one.document.key, one.document.task
+        expected += ["", f"shapes {key}, {task} {head} of the loss of {task}", body]
     assert sum("prompt dropped" in line for line in expected) == 1
-    size, count, asked_tokens = found.row_tokens, len(generated), sum(one.tokens for one in answered)
+    size, count = int(found.facts[0].split()[2]), len(generated)
+    asked_tokens = sum(len(one.document) for one in answered)
     grouped = f"understanding {asked_tokens}, generation {size - asked_tokens} tokens, padding included"
     assert lines == [
         f"unifork, stage s2-pretrain, track joint, step {STEP} of 25: batch 1 of 1 of worker 1 of 1",
-        f"1 x {size} tokens, {sum(one.tokens for one in found.documents) / size:.1%} filled",
+        f"1 x {size} tokens, {sum(len(one.document) for one in found.documents) / size:.1%} filled",
         f"understanding: {16 - count} documents, {words} of the step's {words} learned text tokens, 100.0% of its loss",
         f"generation: {count} documents, {36 * count} of the step's {36 * count} learned image positions, "
         f"100.0% of its loss",
@@ -99,7 +104,7 @@ def test_some_of_each_task_are_shown_and_the_rest_counted(tiny_root, monkeypatch
 def test_every_track_has_its_own_batch(tiny_root):
     found = list(inspect(tiny_root, "unifork", "s3", 0, documents=0))
     assert [one.title.split(", ")[2] for one in found] == ["track generation", "track understanding"]
-    assert [[share.documents for share in one.tasks] for one in found] == [[0, 16], [16, 0]]
+    assert [[int(fact.split()[1]) for fact in one.facts[1:3]] for one in found] == [[0, 16], [16, 0]]
     assert [one.hidden for one in found] == [16, 16]
 
 
@@ -110,11 +115,11 @@ def test_of_a_picture_learned_in_part_the_learned_positions_count(tiny_root, tmp
     (root / "params.yaml").unlink()
     (root / "params.yaml").write_text(yaml.safe_dump(plain))
     [found] = inspect(root, "unifork", "s2-pretrain", STEP, documents=100)
-    drawn = [one for one in found.documents if one.task == "generation"]
-    assert {(one.targets, one.share, one.stretches[-1].text) for one in drawn} == {
+    drawn = [one for one in found.documents if one.document.task == "generation"]
+    assert {(one.document.supervised_positions, one.share, one.stretches[-1].text) for one in drawn} == {
         (10, 1 / len(drawn), "image 36x4 codes, the first 10 learned")
     }
-    assert found.tasks[1].step_targets == 10 * len(drawn)
+    assert f"{10 * len(drawn)} of the step's {10 * len(drawn)} learned image positions" in found.facts[2]
 
 
 EVIL = "[bold red]x[/bold red] <b>y</b> <|im_end|> ]] \\ \x1b[31m\r\x07 :smile: \u202e [image 36x4 codes]"
@@ -123,12 +128,13 @@ SHOWN = r"\[bold red\]x\[/bold red\] \<b>y\</b> \<|im_end|> \]\] \\ \x1b\[31m\r\
 
 def test_no_text_looks_like_a_mark_or_commands_the_terminal():
     assert visible(EVIL) == SHOWN
-    document = Shown("a[b]", EVIL, "understanding", "answer", 9, 2, 0.5, [
+    learned_T = np.arange(9) < 2
+    read = Document(EVIL, "understanding", learned_T, learned_T, learned_T, np.zeros((0, 4)))
+    document = Shown(read, "a[b]", "answer", 0.5, [
         Stretch("control", "<|im_start|>", False), Stretch("image", "image 4x4 codes", False),
         Stretch("text", EVIL, False), Stretch("text", EVIL, True), Stretch("control", "<|im_end|>", True),
     ])  # fmt: skip
-    tasks = [TaskShare("understanding", 1, 2, 4)]
-    found = Inspection("title", 1, 10, 0.9, tasks, [("1 x shared", "all")], [document], 0, {EVIL: 3})
+    found = Inspection("title", ["1 x shared: all"], [document], 0, {EVIL: 3})
     head = f"quarantined: 3 x {SHOWN}\n\na\\[b\\] {SHOWN}, understanding (answer), 9 tokens, 2 learned, 50.0% of"
     plain = str(rendered(found, marks=True))
     assert head in plain

@@ -22,7 +22,7 @@ LEVELS = [
     {"sources"},
     {"filters"},
     {"image_tokenizer", "documents"},
-    {"inference", "inspection", "cluster"},
+    {"assembly", "inference", "inspection", "cluster"},
     {"training", "evaluation", "parity"},
     {"shapes"},
     {"report", "planning", "publish"},

@@ -13,23 +13,24 @@ from unifork.commands.parity import parity
 from unifork.commands.plan import plan
 from unifork.commands.publish import fetch, publish
 from unifork.commands.verify import verify
-from unifork.errors import ConfigError, UniForkError
+from unifork.errors import UniForkError
+from unifork.layout import MODEL_IMAGE_TOKENIZER
 
 # Heavy imports stand inside the commands: `unifork --help` must not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(tokenizer.app, name="tokenizer")
-app.command()(inspect)
 app.add_typer(model_group.app, name="model")
+app.command()(inspect)
 app.command()(parity)
-app.command()(plan)
-app.command()(publish)
+app.command(epilog="Example: unifork plan paper --chip h100 --mfu 0.4")(plan)
+app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes")(publish)
 app.command()(fetch)
-app.command()(verify)
+app.command(epilog="Example: unifork verify data/codes --repair")(verify)
 
 ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example models/unifork-s3")]
 
 
-@app.command()
+@app.command(epilog="Example: unifork use demo && dvc repro")
 def use(
     name: Annotated[str | None, typer.Argument(help="experiment, a file of experiments/; none lists them")] = None,
     force: Annotated[bool, typer.Option(help="overwrite edits made by hand")] = False,
@@ -50,55 +51,50 @@ def use(
     print(f"params.yaml: {name}, data sets {', '.join(experiment.datasets)}, runs {', '.join(experiment.runs)}")
 
 
-@app.command()
+@app.command(epilog="Example: unifork generate --model models/unifork-s3 --prompt 'a red circle' --out drawn -n 4")
 def generate(
     model: ModelDirectory,
-    prompt: Annotated[str, typer.Option(help="what the pictures show")],
-    out: Annotated[Path, typer.Option(help="folder for the pictures")],
+    prompt: Annotated[str, typer.Option(help="what the images show")],
+    out: Annotated[Path, typer.Option(help="folder for the images")],
     cfg: Annotated[
         float | None,
         typer.Option(help="classifier-free guidance scale, 1 switches it off; the default is that of the last stage"),
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
-    n: Annotated[int, typer.Option("-n", min=1, help="number of pictures")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, help="number of images")] = 1,
     template: Annotated[str, typer.Option(help="prompt template of the model's last stage")] = "generate",
 ) -> None:
-    """Draw pictures for a prompt, as the model's last stage draws its samples: OUT/0000.png, 0001.png, ..."""
+    """Draw images for a prompt, as the model's last stage draws its samples: OUT/0000.png, 0001.png, ..."""
     from unifork.config import Sampling, parse
-    from unifork.inference import IMAGE_TOKENIZER, Speaker, stage_sampling
+    from unifork.inference import Speaker, stage_sampling
 
     chosen = {"seed": seed} if cfg is None else {"seed": seed, "guidance": cfg}
     sampling = parse(Sampling, {**stage_sampling(model).model_dump(), **chosen}, "--cfg, --seed")
     codes = Speaker.load(model).paint([prompt] * n, sampling, template)
     out.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(_decoder(model / IMAGE_TOKENIZER).decode_codes(codes)):
+    images = tokenizer.code_encoder(model / MODEL_IMAGE_TOKENIZER, "crop").decode_codes(codes)
+    for number, image in enumerate(images):
         path = out / f"{number:04d}.png"
-        picture.save(path)
+        image.save(path)
         print(path)
 
 
-@app.command()
+@app.command(epilog="Example: unifork describe --model models/unifork-s3 --image cat.png --question 'What is it?'")
 def describe(
     model: ModelDirectory,
-    image: Annotated[Path, typer.Option(help="picture file")],
+    image: Annotated[Path, typer.Option(help="image file")],
     question: Annotated[str, typer.Option(help="what to ask about it")],
     template: Annotated[str, typer.Option(help="prompt template of the model's last stage")] = "answer",
 ) -> None:
-    """Answer a question about a picture."""
-    from unifork.inference import IMAGE_TOKENIZER, Speaker
+    """Answer a question about an image."""
+    from unifork.inference import Speaker
 
-    if not image.exists():
-        raise ConfigError(f"--image {image}: no such file")
-    codes = _decoder(model / IMAGE_TOKENIZER, "pad").encode_pictures([image.read_bytes()])
+    tokenizer.check_files([image])
+    codes = tokenizer.code_encoder(model / MODEL_IMAGE_TOKENIZER, "pad").encode_pictures([image])
     speaker = Speaker.load(model)
     config = speaker.model.config
-    print(speaker.answer(codes.reshape(-1, config.positions, config.depth), [question], template)[0])
-
-
-def _decoder(directory: Path, view: str = "crop"):  # type: ignore[no-untyped-def]
-    from unifork.image_tokenizer.code_encoder import CodeEncoder
-
-    return CodeEncoder(directory, view, (255, 255, 255), batch_images=8)
+    [answer] = speaker.answer(codes.reshape(1, config.positions, config.depth), [question], template)
+    print(answer or "(the answer is empty)")
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def _run_stage(main: Callable[[], None], module: str, argv: Sequence[str], outpu
 def connect(cluster: Cluster) -> Any:
     """Ray's client of the cluster's job server, with the token that Ray finds. UniForkError when it refuses or is dead.
 
-    Left to itself the client goes by the environment: by an address there, and by a mode that decides whether the token is sent.
+    Left to itself the client goes by the environment: by an address there, and by a mode in which no token is sent.
     """
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)

@@ -4,34 +4,36 @@ In: an experiment with its cards. Out: plain numbers. Models are built on the me
 is of the model that would be trained. What cannot be counted before there is data is an assumption
 (`Assumptions`); GPU hours exist only for a chip of `PEAK_TFLOPS` at an utilisation that is given.
 
-FLOPs of one document, multiply and add counted apart, embeddings, norms and biases not at all:
-
-- a matrix of W weights: 2W per token forward; 2W more backward where it learns or lies behind
-  something that does; 2W more for its own gradient where it learns;
-- attention: 4 * keys * heads * head_dim per query forward, twice that backward; a query sees
-  (length + 1) / 2 keys on average, because only the causal half is counted;
-- the vocabulary: at supervised text tokens alone;
-- the image head: D items at every supervised position, each through all blocks and the classifier.
-
-Padding and recomputed activations cost time, not FLOPs of this count: they lower the utilisation.
+FLOPs are counted by torch while the model's own code runs on one average document of each mixture
+entry, forward and backward, with the parameters of the track trained and all others frozen: every
+matrix product at two FLOPs per multiplication, the vocabulary at supervised text tokens alone, the
+image head with all its depths at supervised positions. Of attention the causal half of the square
+counts. Embeddings, norms and whatever is element by element are not counted; padding and recomputed
+activations are not either, they lower the utilisation.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from pydantic import PositiveInt
+from torch.utils.flop_counter import FlopCounterMode
 
+from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document, pack
 from unifork.config import Card, Experiment, ImageTokenizerConfig, MixtureEntry, Track, Variant
 from unifork.config.base import Fraction01, Plain
-from unifork.documents.prompts import SYSTEM, Template, template_named
+from unifork.documents.prompts import SYSTEM, template_named
 from unifork.errors import ConfigError, unknown
+from unifork.models.configuration import UniForkConfig
+from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
-from unifork.models.parameters import paper_counts, parts, tasks_of, with_head
-from unifork.models.warm_start import branch_of, model_config
+from unifork.models.parameters import paper_counts, parts, with_head
+from unifork.models.warm_start import model_config
 from unifork.training.optimizer import trainable_names
-from unifork.vocabulary import CODE_DTYPE, MODALITIES, TASKS, VIEW_OF_TASK, Modality, Task
+from unifork.vocabulary import CODE_DTYPE, TASKS, VIEW_OF_TASK, Task
 
 PEAK_TFLOPS = {
     "a100": 312.0,
@@ -45,12 +47,12 @@ PEAK_TFLOPS = {
 }
 """Dense bfloat16 peak in TFLOP/s, from NVIDIA's data sheets (half of what they give with sparsity)."""
 
-BYTES_PER_CODE = int(CODE_DTYPE[-1])
-FLOAT32_BYTES = 4
-ADAM_BYTES = 8
-"""Two float32 moments per trained parameter."""
 BORDER_TOKENS = 2
-"""Begin and end of a picture."""
+"""Begin and end of an image."""
+CHARACTERS_PER_TOKEN = 4
+"""Of what a template writes around its fields."""
+FLOAT32_BYTES, ADAM_BYTES = 4, 8
+"""Of a weight, and of AdamW's two moments for a trained one."""
 
 
 class Assumptions(Plain):
@@ -61,24 +63,17 @@ class Assumptions(Plain):
     dialogue_tokens: PositiveInt = 150
     """Tokens of a dialogue, without the frame of its template."""
     answer_share: Fraction01 = 0.5
-    """Share of a dialogue's tokens that is learned."""
-    characters_per_token: PositiveInt = 4
-    """For the frame of a template."""
+    """Share of a dialogue's tokens that is supervised."""
 
 
 @dataclass(frozen=True)
 class Length:
     """Tokens of an average document of a mixture entry."""
 
-    text: float
+    text: int
     image: int
-    learned_text: float
-    learned_positions: int
-
-    @property
-    def total(self) -> float:
-        """Of both modalities."""
-        return self.text + self.image
+    supervised_text: int
+    supervised_positions: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,7 @@ class EntryPlan:
     """How often its data set is read, None where the number of rows is not given."""
     length: Length
     flops: float
+    """Forward and backward of all its documents."""
 
 
 @dataclass(frozen=True)
@@ -103,170 +99,84 @@ class TrackPlan:
     steps: int
     trained: int
     """Parameters that it trains."""
-    entries: tuple[EntryPlan, ...]
-
-    @property
-    def documents(self) -> float:
-        """Documents over all steps."""
-        return sum(one.documents for one in self.entries)
-
-    @property
-    def text_tokens(self) -> float:
-        """Text tokens over all steps."""
-        return sum(one.documents * one.length.text for one in self.entries)
-
-    @property
-    def image_tokens(self) -> float:
-        """Image tokens over all steps, borders included."""
-        return sum(one.documents * one.length.image for one in self.entries)
-
-    @property
-    def flops(self) -> float:
-        """Forward and backward over all steps."""
-        return sum(one.flops for one in self.entries)
+    entries: Sequence[EntryPlan]
 
 
-@dataclass(frozen=True)
-class ParameterPlan:
-    """Parameters of one variant."""
-
-    parts: dict[str, int]
-    """By part and branch."""
-    used: dict[Task, int]
-    """Those a task reads; embeddings and connector included."""
-    paper: dict[str, int]
-    """As the paper counts, see `paper_counts`."""
-
-    @property
-    def total(self) -> int:
-        """All parameters, tied ones once."""
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class DiskPlan:
-    """Bytes on disk."""
-
-    picture: int
-    """Codes of one picture in one view."""
-    codes: dict[str, int | None]
-    """Codes of `<set>/<view>`, None where the number of rows is not given."""
-    checkpoints: dict[str, tuple[int, int]]
-    """Per run: bytes of one checkpoint (weights and optimizer, float32), and how many are kept."""
-
-
-@dataclass(frozen=True)
-class CodeShape:
-    """What an image tokenizer makes of a picture."""
-
-    grid: int
-    depth: int = 4
-    codebook_size: int = 16384
-    channels: int = 1024
-
-    @property
-    def picture_bytes(self) -> int:
-        """Codes of one picture on disk."""
-        return self.grid**2 * self.depth * BYTES_PER_CODE
-
-
-def code_shape(experiment: Experiment) -> CodeShape:
-    """The shape of an experiment's codes; an imported tokenizer is taken for VILA-U's, 16 pixels a position."""
-    pictures = experiment.image_tokenizer
-    if isinstance(pictures, ImageTokenizerConfig):
-        return CodeShape(pictures.grid, pictures.depth, pictures.codebook_size, pictures.encoder.hidden_size)
-    return CodeShape(pictures.image_size // 16)
+def code_shape(experiment: Experiment) -> tuple[int, int, int, int]:
+    """Codebook size, code channels, depth and grid; an imported tokenizer is taken for VILA-U's."""
+    images = experiment.image_tokenizer
+    if isinstance(images, ImageTokenizerConfig):
+        return images.codebook_size, images.encoder.hidden_size, images.depth, images.grid
+    return 16384, 1024, 4, images.image_size // 16
 
 
 def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
     """The model of a variant without memory for its weights. Raises ConfigError as the real one would."""
-    shape, words = code_shape(experiment), getattr(experiment.text_tokenizer, "vocab_size", 0)
-    config = model_config(variant, shape.codebook_size, shape.channels, shape.depth, shape.grid, words)
+    config = model_config(variant, *code_shape(experiment), getattr(experiment.text_tokenizer, "vocab_size", 0))
     if not config.backbone["vocab_size"]:
         raise ConfigError(f"{experiment.name}: an imported text tokenizer needs vocab_size in every variant's backbone")
     with torch.device("meta"):
         return UniForkModel(config)
 
 
-# -------------------------------------------------------------------------------------- parameters
-
-
-def parameter_plan(model: UniForkModel) -> ParameterPlan:
-    """Parameters by part, by task, and as the paper counts, whose head is the published, unfolded one."""
-    counted = parts(model.config)
-    used = {task: sum(part.parameters for part in counted if task in part.tasks) for task in TASKS}
-    sizes = {part.name: part.parameters for part in counted if part.parameters}
-    return ParameterPlan(sizes, used, paper_counts(with_head(model.config, folded=False)))
-
-
-def _serves(name: str, task: Task, modality: Modality | None = None) -> bool:
-    """Whether a parameter takes part in a task, for tokens of one modality or of any."""
-    branch = branch_of(name)
-    other_modality = modality is not None and branch in MODALITIES and branch != modality
-    return task in tasks_of(name) and not other_modality
-
-
-# ------------------------------------------------------------------------------- tokens and FLOPs
+def parameter_counts(config: UniForkConfig) -> dict[str, int]:
+    """Parameters by part (tied ones once), in all, by task, and as the paper counts: with the unfolded head."""
+    counted = parts(config)
+    paper = paper_counts(with_head(config, folded=False))
+    return {
+        **{part.name: part.parameters for part in counted if part.parameters},
+        "total": sum(part.parameters for part in counted),
+        **{f"used for {task}": sum(part.parameters for part in counted if task in part.tasks) for task in TASKS},
+        **{f"as the paper counts: {name}": count for name, count in paper.items()},
+    }
 
 
 def average_length(
     entry: MixtureEntry, track: Track, positions: int, context: int, assumed: Assumptions, place: str
 ) -> Length:
-    """An average document of a mixture entry, cut at the context."""
-    template = template_named(entry.template, place)
+    """An average document of a mixture entry, cut at the context. Raises ConfigError where not even an image fits."""
+    template, image = template_named(entry.template, place), positions + BORDER_TOKENS
+    if context < image:
+        raise ConfigError(f"{place}: a context of {context} tokens; an image alone has {image}")
     fields = assumed.dialogue_tokens if template.turn else assumed.caption_tokens
-    image = positions + BORDER_TOKENS
-    text = min(fields + len(_frame(template)) / assumed.characters_per_token, context - image)
-    if entry.task == "generation":
-        return Length(text, image, 0.0, track.supervised_positions or positions)
-    return Length(text, image, min(fields * (assumed.answer_share if template.turn else 1.0), text), 0)
-
-
-def _frame(template: Template) -> str:
-    """What a template writes around its fields, once."""
     marked = (template.opening + template.turn + template.text).replace("{system}", SYSTEM)
-    return re.sub(r"\{\w+\}|\[\[|\]\]|<image>", "", marked)
+    frame = re.sub(r"\{\w+\}|\[\[|\]\]|<image>", "", marked)
+    text = min(fields + round(len(frame) / CHARACTERS_PER_TOKEN), context - image)
+    if entry.task == "generation":
+        return Length(text, image, 0, track.supervised_positions or positions)
+    return Length(text, image, min(round(fields * (assumed.answer_share if template.turn else 1)), text), 0)
 
 
 def document_flops(model: UniForkModel, task: Task, length: Length, trained: set[str]) -> float:
-    """FLOPs of one document of a task, forward and backward, by the formula of the module's docstring."""
-    config, dense = model.config, model.config.backbone_config()
-    matrices = {name: tensor.numel() for name, tensor in model.named_parameters() if tensor.ndim == 2}
-    head_dim = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
-    tokens: dict[Modality, float] = {"text": length.text, "image": length.image}
-
-    def cost(prefix: str, count: float, behind: bool, modality: Modality | None = None) -> float:
-        chosen = {n: w for n, w in matrices.items() if n.startswith(prefix) and _serves(n, task, modality)}
-        learned = sum(w for n, w in chosen.items() if n in trained)
-        return 2.0 * count * (sum(chosen.values()) * (1 + behind) + learned)
-
-    def learns(prefix: str) -> bool:
-        return any(name.startswith(prefix) and _serves(name, task) for name in trained)
-
-    behind = learns("connector.")
-    total = cost("connector.linear", length.image - BORDER_TOKENS, behind)
-    behind = behind or learns("embed_tokens.")
-    for number, kind in enumerate(model.plan.kinds):
-        layer = f"layers.{number}."
-        behind = behind or learns(layer)
-        total += sum(cost(layer, count, behind, modality) for modality, count in tokens.items())
-        rows = list(tokens.values()) if kind.isolated else [length.total]
-        width = dense.num_attention_heads * head_dim
-        total += sum(_attention(row, width) for row in rows) * (1 + 2 * behind)
-    behind = behind or learns("norm.")
-    if task == "understanding":
-        words = "lm_head." if "lm_head.weight" in matrices else "embed_tokens."
-        return total + cost(words, length.learned_text, behind or learns(words))
-    behind, places, depth = behind or learns("image_head."), length.learned_positions, config.depth
-    head = config.head_config()
-    items = {"hidden_proj.": 1, "code_proj.": depth - 1, "blocks.": depth, "classifier.": depth}
-    total += sum(cost(f"image_head.{part}", places * count, behind) for part, count in items.items())
-    return total + places * head.layers * _attention(depth, head.heads * head.head_dim) * (1 + 2 * behind)
+    """FLOPs of one document of a task, forward and backward. The model is on the meta device, and stays so trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    model.set_attn_implementation(VARLEN)  # each document, in isolated layers each modality, by itself
+    document = _document(task, length, model.config.depth)
+    batch = pack([[document]], len(document), model.config.depth).to("meta")
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _causal_flops}) as counter:
+        hidden_XH = model.hidden(batch).flatten(0, 1)
+        # logits whole, which cost nothing here: the losses make them in chunks, again in the backward pass
+        text_SV = model.text_logits(hidden_XH[batch.text_source_S])
+        image_MDK = model.image_head(hidden_XH[batch.image_source_M], batch.image_target_MD, model.codebook)
+        if trained:
+            (text_SV.sum() + image_MDK.sum()).backward()
+    return float(counter.get_total_flops())
 
 
-def _attention(length: float, width: int) -> float:
-    """Forward FLOPs of causal attention over a sequence."""
-    return 4 * length * (length + 1) / 2 * width
+def _causal_flops(left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    """The batched products are attention's, a square of which only the causal half is needed."""
+    batch, rows, inner = left
+    return batch * rows * inner * right[-1]
+
+
+def _document(task: Task, length: Length, depth: int) -> Document:
+    positions = length.image - BORDER_TOKENS
+    image, text = [BEGIN_IMAGE, *[IMAGE] * positions, END_IMAGE], [TEXT] * length.text
+    kinds_T = np.array(text + image if task == "generation" else image + text)
+    learned_T = np.arange(len(kinds_T)) >= len(kinds_T) - length.supervised_text
+    codes_ND = np.zeros((positions, depth), np.int64)
+    return Document("", task, kinds_T, np.zeros_like(kinds_T), learned_T, codes_ND, length.supervised_positions)
 
 
 def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:
@@ -278,15 +188,16 @@ def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed:
             place = f"stages.{stage_name}.tracks.{track_name}"
             trained = set(trainable_names(list(sizes), track.trainable, f"{place}.trainable"))
             weights = sum(entry.weight for entry in track.mixture)
-            entries = []
+            entries, flops = [], dict[tuple[Task, Length], float]()
             for entry in track.mixture:
                 length = average_length(entry, track, model.config.positions, stage.context, assumed, place)
+                kind = (entry.task, length)
+                flops[kind] = flops.get(kind) or document_flops(model, *kind, trained)
                 documents = track.steps * track.batch_documents * entry.weight / weights
                 rows = experiment.datasets[entry.dataset].rows
-                flops = documents * document_flops(model, entry.task, length, trained)
-                entries.append(EntryPlan(entry, documents, documents / rows if rows else None, length, flops))
-            count = sum(sizes[one] for one in trained)
-            yield TrackPlan(name, stage_name, track_name, track.steps, count, tuple(entries))
+                passes = documents / rows if rows else None
+                entries.append(EntryPlan(entry, documents, passes, length, documents * flops[kind]))
+            yield TrackPlan(name, stage_name, track_name, track.steps, sum(map(sizes.__getitem__, trained)), entries)
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -303,25 +214,23 @@ def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None
     return None if chip is None or mfu is None else flops / (PEAK_TFLOPS[chip] * 1e12 * mfu) / 3600
 
 
-# -------------------------------------------------------------------------------------------- disk
+def image_bytes(experiment: Experiment) -> int:
+    """Codes of one image on disk."""
+    _, _, depth, grid = code_shape(experiment)
+    return grid**2 * depth * np.dtype(CODE_DTYPE).itemsize
 
 
-def disk_plan(experiment: Experiment, cards: Mapping[str, Card], models: Mapping[str, UniForkModel]) -> DiskPlan:
-    """Codes of every view the cards offer, and the checkpoints of every run."""
-    picture = code_shape(experiment).picture_bytes
-    codes = {
-        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * picture
+def code_bytes(experiment: Experiment, cards: Mapping[str, Card]) -> dict[str, int | None]:
+    """Codes of every `<set>/<view>` that the cards offer, None where the number of rows is not given."""
+    one = image_bytes(experiment)
+    return {
+        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * one
         for dataset, use in experiment.datasets.items()
         for task in cards[dataset].tasks
     }
-    checkpoints = {}
-    for key, run in experiment.runs.items():
-        sizes = {name: tensor.numel() for name, tensor in models[run.variant].named_parameters()}
-        stage = experiment.stages[run.stage]
-        moments = sum(
-            sum(sizes[one] for one in trainable_names(list(sizes), track.trainable, f"run {key}"))
-            for track in stage.tracks.values()
-        )
-        weights = sum(sizes.values()) + models[run.variant].codebook.numel()
-        checkpoints[key] = (weights * FLOAT32_BYTES + moments * ADAM_BYTES, stage.keep_checkpoints)
-    return DiskPlan(picture, codes, checkpoints)
+
+
+def checkpoint_bytes(model: UniForkModel, tracks: Sequence[TrackPlan]) -> int:
+    """One checkpoint of a run with these tracks: weights and codebook, and two moments per trained parameter."""
+    weights = model.codebook.numel() + sum(tensor.numel() for tensor in model.parameters())
+    return weights * FLOAT32_BYTES + sum(track.trained for track in tracks) * ADAM_BYTES

@@ -1,6 +1,7 @@
 """`unifork model`: what goes in comes out, and mistakes end with one error and no directory."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -91,9 +92,11 @@ def test_a_new_model_starts_from_a_dense_one(imported, tmp_path, tiny_root):
 
 def test_a_summary_names_parts_and_the_papers_sums(imported):
     text = run("summary", imported)
-    assert "image_head" in text
-    assert "unfolded head: understanding" in text
-    assert "modality" not in run("summary", "--experiment", "demo")
+    assert ", unfolded head\n" in text
+    counted = dict(re.findall(r"^(\S.*\S) +([\d,]+)$", text, re.MULTILINE))
+    assert counted["total"] == f"{load_model(imported).num_parameters():,}"
+    for name in ("image_head", "used for understanding", "as the paper counts: generation"):
+        assert name in counted
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import PICTURE, TEMPLATES, UNCONDITIONAL, laid_out, question, written
 from unifork.documents.text_tokenizer import TextTokenizer, train_text_tokenizer
-from unifork.shards.dialogues import Unusable
+from unifork.shards.schema import Unusable
 from unifork.vocabulary import DROPPED_PROMPT, SPECIAL_TOKENS, TURN_END
 
 DIALOGUE = [

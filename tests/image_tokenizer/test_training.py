@@ -10,8 +10,7 @@ from unifork.errors import ConfigError, DataError
 from unifork.identity import codebook_identity, weights_identity
 from unifork.image_tokenizer.codebook_training import CodebookAverages, kmeans, residual_kmeans
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
-from unifork.image_tokenizer.model import ImageTokenizer, to_tensor
-from unifork.image_tokenizer.quantizer import ResidualQuantizer, nearest_rows, residual_codes
+from unifork.image_tokenizer.model import ImageTokenizer, ResidualQuantizer, nearest_rows, residual_codes, to_tensor
 from unifork.image_tokenizer.training import Batches, measure, train_tokenizer, without_repeats
 
 

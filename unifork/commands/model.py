@@ -1,15 +1,13 @@
 """`unifork model`: official checkpoints in and out, warm starts, and what a model consists of."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unifork.errors import CheckpointError, ConfigError, unknown
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
 
 if TYPE_CHECKING:
     from unifork.models.configuration import UniForkConfig
@@ -44,8 +42,8 @@ def import_(
     """Write an official checkpoint as a model directory, with the image tokenizer that is in it."""
     from safetensors.torch import save_file
 
-    from unifork import inference
-    from unifork.documents.text_tokenizer import TextTokenizer
+    from unifork.assembly import new_folder
+    from unifork.documents.text_tokenizer import TextTokenizer, import_text_tokenizer
     from unifork.image_tokenizer.conversion import (
         REMAINDER_FILE,
         SIGLIP_FOLDER,
@@ -75,13 +73,13 @@ def import_(
     read = weights.read(name for name in weights.file_of if name.startswith(conversion.TOKENIZER))
     kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, pictures, model.dtype)
     conversion.set_head_form(model, folded)
-    with _new(out) as partial:
+    with new_folder(out) as partial:
         model.save_pretrained(partial)
-        pictures.save(partial / inference.IMAGE_TOKENIZER)
-        beside = partial / inference.IMAGE_TOKENIZER / REMAINDER_FILE
+        pictures.save(partial / MODEL_IMAGE_TOKENIZER)
+        beside = partial / MODEL_IMAGE_TOKENIZER / REMAINDER_FILE
         save_file(kept, beside, metadata={SIGLIP_FOLDER: json.dumps(siglip)})
         if text:
-            _copy_text(text, partial / inference.TEXT_TOKENIZER)
+            import_text_tokenizer(text, partial / MODEL_TEXT_TOKENIZER)
     print(f"{out}: {config.plan}, {head} head, {grid} x {grid} positions, text tokenizer from {text or 'nowhere'}")
     print(f"codebook_id {config.codebook_id}, encoder_id {config.encoder_id}")
 
@@ -96,7 +94,8 @@ def export(
     """Write a model as an official checkpoint, or one branch of it as the dense language model it is."""
     import torch
 
-    from unifork import inference
+    from unifork.assembly import new_folder
+    from unifork.documents.text_tokenizer import import_text_tokenizer
     from unifork.models.conversion import dense_branch
     from unifork.models.decoder import FAMILIES
     from unifork.models.modeling import load_model
@@ -110,12 +109,13 @@ def export(
     if format not in (OFFICIAL, family):
         raise ConfigError(f"--format {format}: the backbone of {model} is {family}; allowed: {OFFICIAL}, {family}")
     loaded = load_model(model, getattr(torch, str(config.dtype).removeprefix("torch.")))
-    with _new(out) as partial:
+    with new_folder(out) as partial:
         if format == OFFICIAL:
-            _write_official(loaded, model / inference.IMAGE_TOKENIZER, partial)
+            _write_official(loaded, model / MODEL_IMAGE_TOKENIZER, partial)
         else:
             dense_branch(loaded, branch).save_pretrained(partial)
-        _copy_text(model / inference.TEXT_TOKENIZER, partial)
+        if (text := model / MODEL_TEXT_TOKENIZER).is_dir():
+            import_text_tokenizer(text, partial)
     print(f"{out}: {format} {branch}".rstrip())
 
 
@@ -126,6 +126,7 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
     from unifork.image_tokenizer import conversion as tower_conversion
     from unifork.image_tokenizer.model import ImageTokenizer
     from unifork.models import conversion
+    from unifork.shards.manifest import write_json
 
     conversion.set_head_form(loaded, folded=False)
     tokenizer = ImageTokenizer.load(pictures)
@@ -143,8 +144,7 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
         f"{TOWER}/{tower_conversion.SIGLIP_FOLDER}/config.json": siglip,
     }
     for name, plain in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(json.dumps(plain, indent=1) + "\n")
+        write_json(out / name, plain)
 
 
 @app.command()
@@ -161,67 +161,25 @@ def create(
     seed: Annotated[int, typer.Option(help="seed of what a dense model does not have")] = 0,
 ) -> None:
     """Write a new model of any plan that starts from a dense language model."""
-    from unifork import inference
+    from unifork import assembly
     from unifork.config import HeadConfig, Variant
-    from unifork.documents.text_tokenizer import TextTokenizer
-    from unifork.image_tokenizer.model import ImageTokenizer
-    from unifork.models.warm_start import create_model
 
     form = HeadConfig(layers=head_layers, heads=head_heads, head_dim=head_dim, folded=_form(head))
     variant = Variant(plan=plan, backbone={}, warm_start=backbone, head=form, stages=(), seed=seed)
-    pictures, text = ImageTokenizer.load(image_tokenizer), TextTokenizer(text_tokenizer)
-    shape = pictures.architecture
-    model = create_model(
-        variant,
-        pictures.quantizer.codebook,
-        shape.depth,
-        shape.grid,
-        pictures.encoder_id,
-        text.vocab_size,
-        special_tokens=text.special_tokens,
-    )
-    with _new(out) as partial:
-        model.save_pretrained(partial)
-        shutil.copytree(image_tokenizer, partial / inference.IMAGE_TOKENIZER)
-        _copy_text(text_tokenizer, partial / inference.TEXT_TOKENIZER)
-    print(f"{out}: {plan}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
+    model = assembly.create(variant, image_tokenizer, text_tokenizer, out)
+    print(f"{out}: {plan}, {model.num_parameters() / 1e6:.2f} M parameters")
 
 
 @app.command()
-def summary(
-    model: Annotated[Path | None, typer.Argument(help="model directory")] = None,
-    experiment: Annotated[str, typer.Option(help="instead: an experiment, a file of experiments/")] = "",
-    variant: Annotated[str, typer.Option(help="which of its variants")] = "unifork",
-) -> None:
-    """Print the parts of a model, their parameters, the tasks that use and train them, and the paper's sums."""
-    from unifork.models.parameters import paper_counts, parts, with_head
-    from unifork.vocabulary import TASKS
+def summary(model: Annotated[Path, typer.Argument(help="model directory")]) -> None:
+    """Print the parts of a model and their parameters, those that each task uses, and the paper's sums."""
+    from unifork.planning import parameter_counts
 
-    if (model is None) == (not experiment):
-        raise ConfigError("give either a model directory or --experiment")
-    config = _config(model) if model else _variant_config(experiment, variant)
-    counted = parts(config)
-    print(f"{config.plan}, {config.backbone['model_type']}\n")
-    print(f"{'part':<24}{'parameters':>16}  {'  '.join(TASKS)}")
-    for part in counted:
-        marks = "  ".join(("x" if task in part.tasks else "").center(len(task)) for task in TASKS)
-        print(f"{part.name:<24}{f'{part.parameters:,}' if part.parameters else 'tied':>16}  {marks}".rstrip())
-    print(f"{'all':<24}{sum(part.parameters for part in counted):>16,}\n")
-    print("as the paper counts them (see unifork.models.parameters):")
-    for name, folded in HEADS.items():
-        counts = paper_counts(with_head(config, folded))
-        mine = " (this model)" if folded == config.head_config().folded else ""
-        sums = ", ".join(f"{what} {count / 1e6:,.1f} M" for what, count in counts.items())
-        print(f"  {name + ' head:':<15}{sums}{mine}")
-
-
-def _variant_config(experiment: str, variant: str) -> "UniForkConfig":
-    from unifork import experiments, planning
-
-    params = experiments.resolve(experiment)
-    if variant not in params.variants:
-        raise unknown("variant", variant, params.variants, f"experiments/{experiment}.yaml: variants")
-    return planning.meta_model(params, params.variants[variant]).config
+    config = _config(model)
+    form = next(name for name, folded in HEADS.items() if folded == config.head_config().folded)
+    print(f"{config.plan}, {config.backbone['model_type']}, {form} head\n")
+    for name, count in parameter_counts(config).items():
+        print(f"{name:<36}{count:>16,}")
 
 
 def _config(model: Path) -> "UniForkConfig":
@@ -236,27 +194,3 @@ def _form(head: str) -> bool:
     if head not in HEADS:
         raise unknown("form", head, HEADS, "--head")
     return HEADS[head]
-
-
-def _copy_text(source: Path, target: Path) -> None:
-    from unifork.documents.text_tokenizer import FILES
-
-    target.mkdir(exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-@contextmanager
-def _new(out: Path) -> Iterator[Path]:
-    """A folder to write into that takes its place when all of it is written. Raises ConfigError where one stands."""
-    if out.exists():
-        raise ConfigError(f"--out {out}: exists already; name another directory, or remove it")
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

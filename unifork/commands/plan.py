@@ -1,18 +1,27 @@
 """`unifork plan`: what an experiment will cost, as tables, before anything runs."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from unifork.planning import Assumptions, DiskPlan, ParameterPlan, TrackPlan
+    from unifork.planning import TrackPlan
 
 PARAMS = "params.yaml"
 WIDTH = 120
 """Columns where the output is not a terminal."""
+SCALES = "kMGTPEZ"
+NOTES = """\
+Assumed: {caption_tokens} tokens a caption, {dialogue_tokens} a dialogue ({answer_share:.0%} of them supervised), \
+{frame} characters a token of a template's frame; no document is longer than the context.
+FLOPs: every matrix product that the model computes for an average document, forward and backward, with the track's \
+parameters trained; the causal half of attention; the vocabulary at supervised tokens; the image head with all its \
+depths at supervised positions. Padding and recomputation are not in it.
+Parameters: tied matrices once; as the paper counts: with the published, unfolded head (section 4.1).
+Disk: codes without texts and compression, checkpoints in float32 with AdamW's two moments.
+GPU time: {time}."""
 
 
 def plan(
@@ -21,11 +30,9 @@ def plan(
     mfu: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="share of its peak that is reached")] = None,
     caption_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a caption")] = 40,
     dialogue_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a dialogue")] = 150,
-    answer_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="assumed learned share of a dialogue")] = 0.5,
+    answer_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="assumed supervised share of a dialogue")] = 0.5,
 ) -> None:
     """Print parameters, documents, tokens, FLOPs, disk and GPU hours of every stage; nothing is run."""
-    from rich.console import Console
-
     from unifork import planning
     from unifork.config import Experiment, load, load_card
     from unifork.experiments import resolve
@@ -37,111 +44,83 @@ def plan(
     )
     planning.gpu_hours(0.0, chip, mfu)
     models = {name: planning.meta_model(params, variant) for name, variant in params.variants.items()}
-    tracks = [track for name, model in models.items() for track in planning.track_plans(params, name, model, assumed)]
-    cards = {name: load_card(name) for name in params.datasets}
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(_parameters({name: planning.parameter_plan(model) for name, model in models.items()}))
-    console.print(_training(tracks, chip, mfu))
-    console.print(_mixtures(tracks))
-    console.print(_disk(planning.disk_plan(params, cards, models)))
-    print(_notes(assumed, chip, mfu))
+    tracks = {name: list(planning.track_plans(params, name, models[name], assumed)) for name in models}
+    counts = {name: planning.parameter_counts(model.config) for name, model in models.items()}
+    rows = dict.fromkeys(row for counted in counts.values() for row in counted)
+    _table(
+        "Parameters", ["", *counts],
+        ([row, *(amount(counted.get(row)) for counted in counts.values())] for row in rows),
+    )  # fmt: skip
+    columns = ["run", "track", "steps", "documents", "text", "image", "trained", "FLOPs", "GPU time"]
+    _table(
+        "Training: documents, tokens, FLOPs", columns,
+        (row for name in tracks for row in _training(name, tracks[name], chip, mfu)), names=2,
+    )  # fmt: skip
+    columns = ["stage", "data set", "task", "template", "documents", "text", "image", "passes"]
+    mixtures = {(track.stage, track.track): track for some in tracks.values() for track in some}
+    _table(
+        "Mixtures: an average document, and how often a set is read", columns,
+        ([track.stage, one.entry.dataset, one.entry.task, one.entry.template, amount(one.documents),
+          str(one.length.text), str(one.length.image), "unknown" if one.passes is None else f"{one.passes:.2f}"]
+         for track in mixtures.values() for one in track.entries), names=4,
+    )  # fmt: skip
+    disk = [
+        [f"data/codes/{folder}", "", "", amount(size, "B") or "unknown"]
+        for folder, size in planning.code_bytes(params, {name: load_card(name) for name in params.datasets}).items()
+    ]
+    for key, run in params.runs.items():
+        its = [track for track in tracks[run.variant] if track.stage == run.stage]
+        size, kept = planning.checkpoint_bytes(models[run.variant], its), params.stages[run.stage].keep_checkpoints
+        disk.append([f"runs/{key}", amount(size, "B"), str(kept), amount(size * kept, "B")])
+    title = f"Disk; codes of an image are {planning.image_bytes(params):,} bytes"
+    _table(title, ["what", "one", "kept", "all"], disk)
+    time = "not measured; --chip and --mfu give an estimate"
+    if chip and mfu:
+        peak = f"{planning.PEAK_TFLOPS[chip]:g} TFLOP/s, the dense bfloat16 peak of {chip}"
+        time = f"of one GPU, FLOPs / ({mfu:g} of {peak}); not measured here"
+    print(NOTES.format(**assumed.model_dump(), frame=planning.CHARACTERS_PER_TOKEN, time=time))
 
 
-def _table(title: str, columns: list[str], names: int = 1) -> "Table":
-    """A table whose first columns are names, all others numbers."""
+def amount(number: float | None, unit: str = "") -> str:
+    """Four digits with a scale, as `806.9 M`, `1.211 B` or `176.7 EFLOP`; nothing for None."""
+    if number is None:
+        return ""
+    power = 0
+    while number >= 999.95 and power < len(SCALES):
+        number, power = number / 1000, power + 1
+    scale = f"{' ' if power or unit else ''}{('', *SCALES)[power]}{unit}"
+    digits = f"{number:#.4g}" if power else f"{number:.0f}"
+    return digits + (scale if unit else scale.replace("G", "B"))
+
+
+def _training(variant: str, tracks: "list[TrackPlan]", chip: str | None, mfu: float | None) -> Iterable[list[str]]:
+    """A row for each track, and one for all of them."""
+    from unifork.planning import gpu_hours
+
+    groups = {(f"{variant}-{track.stage}", track.track): [track] for track in tracks}
+    for names, some in (groups | {(variant, "all"): tracks}).items():
+        entries = [entry for track in some for entry in track.entries]
+        flops = sum(one.flops for one in entries)
+        hours = gpu_hours(flops, chip, mfu)
+        time = "not measured" if hours is None else f"{hours:,.1f} h" if hours >= 0.1 else f"{hours * 3600:.2g} s"
+        yield [
+            *names, f"{sum(track.steps for track in some):,}", amount(sum(one.documents for one in entries)),
+            amount(sum(one.documents * one.length.text for one in entries)),
+            amount(sum(one.documents * one.length.image for one in entries)),
+            amount(some[0].trained) if len(some) == 1 else "", amount(flops, "FLOP"), time,
+        ]  # fmt: skip
+
+
+def _table(title: str, columns: list[str], rows: Iterable[Sequence[str]], names: int = 1) -> None:
+    """Print a table whose first columns are names, all others numbers."""
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < names else "right", no_wrap=True)
-    return table
-
-
-def _parameters(plans: "dict[str, ParameterPlan]") -> "Table":
-    table = _table("Parameters, millions", ["", *plans])
-    parts = list(dict.fromkeys(part for plan in plans.values() for part in plan.parts))
-    rows = {part: [plan.parts.get(part) for plan in plans.values()] for part in parts}
-    rows["total"] = [plan.total for plan in plans.values()]
-    for task in next(iter(plans.values())).used:
-        rows[f"used for {task}"] = [plan.used[task] for plan in plans.values()]
-    for count in next(iter(plans.values())).paper:
-        rows[f"as the paper counts: {count}"] = [plan.paper[count] for plan in plans.values()]
-    for name, counts in rows.items():
-        table.add_row(name, *("" if count is None else f"{count / 1e6:,.1f}" for count in counts))
-    return table
-
-
-def _training(tracks: "list[TrackPlan]", chip: str | None, mfu: float | None) -> "Table":
-    from unifork.planning import gpu_hours
-
-    def hours(flops: float) -> str:
-        found = gpu_hours(flops, chip, mfu)
-        return "not measured" if found is None else f"{found:,.1f}"
-
-    columns = ["run", "track", "steps", "documents M", "text B", "image B", "trained M", "EFLOP", "GPU hours"]
-    table = _table("Training: documents, tokens, FLOPs", columns, names=2)
-    for one in tracks:
-        table.add_row(
-            f"{one.variant}-{one.stage}", one.track, f"{one.steps:,}", f"{one.documents / 1e6:,.2f}",
-            f"{one.text_tokens / 1e9:,.3f}", f"{one.image_tokens / 1e9:,.3f}",
-            f"{one.trained / 1e6:,.1f}", f"{one.flops / 1e18:,.4g}", hours(one.flops),
-        )  # fmt: skip
-    for variant in dict.fromkeys(one.variant for one in tracks):
-        mine = [one for one in tracks if one.variant == variant]
-        flops = sum(one.flops for one in mine)
-        table.add_row(
-            variant, "all", f"{sum(one.steps for one in mine):,}", f"{sum(one.documents for one in mine) / 1e6:,.2f}",
-            f"{sum(one.text_tokens for one in mine) / 1e9:,.3f}",
-            f"{sum(one.image_tokens for one in mine) / 1e9:,.3f}", "", f"{flops / 1e18:,.4g}", hours(flops),
-        )  # fmt: skip
-    return table
-
-
-def _mixtures(tracks: "list[TrackPlan]") -> "Table":
-    columns = ["stage", "data set", "task", "template", "documents M", "text", "image", "passes"]
-    table = _table("Mixtures: an average document, and how often a set is read", columns, names=4)
-    seen = set()
-    for one in tracks:
-        for part in one.entries if (one.stage, one.track) not in seen else ():
-            entry, passes = part.entry, "unknown" if part.passes is None else f"{part.passes:.2f}"
-            table.add_row(
-                one.stage, entry.dataset, entry.task, entry.template, f"{part.documents / 1e6:,.2f}",
-                f"{part.length.text:.0f}", f"{part.length.image}", passes,
-            )  # fmt: skip
-        seen.add((one.stage, one.track))
-    return table
-
-
-def _disk(disk: "DiskPlan") -> "Table":
-    table = _table(f"Disk, GB; codes of a picture are {disk.picture:,} bytes", ["what", "one", "kept", "all"])
-    for folder, size in disk.codes.items():
-        table.add_row(f"data/codes/{folder}", "", "", "unknown" if size is None else f"{size / 1e9:,.2f}")
-    for run, (size, kept) in disk.checkpoints.items():
-        table.add_row(f"runs/{run}", f"{size / 1e9:,.2f}", str(kept), f"{size * kept / 1e9:,.2f}")
-    return table
-
-
-def _notes(assumed: "Assumptions", chip: str | None, mfu: float | None) -> str:
-    from unifork.planning import PEAK_TFLOPS
-
-    hours = "not measured; --chip and --mfu give an estimate"
-    if chip and mfu:
-        hours = (
-            f"FLOPs / ({mfu:g} of {PEAK_TFLOPS[chip]:g} TFLOP/s, the dense bfloat16 peak of {chip}); not measured here"
-        )
-    return "\n".join(
-        [
-            f"Assumed: {assumed.caption_tokens} tokens a caption, {assumed.dialogue_tokens} a dialogue "
-            f"({assumed.answer_share:.0%} of them learned), {assumed.characters_per_token} characters a token of a "
-            f"template's frame; no document is longer than the context.",
-            "FLOPs: per token and matrix of W weights 2W forward, 2W backward where it learns or lies behind something "
-            "that does, 2W where it learns itself; causal attention; the vocabulary at learned tokens; the image head "
-            "with all its depths at learned positions. Padding and recomputation are not in it.",
-            "Parameters: tied matrices once; as the paper counts: with the published, unfolded head (section 4.1).",
-            "Disk: codes without texts and compression, checkpoints in float32 with AdamW's two moments.",
-            f"GPU hours: {hours}.",
-        ]
-    )
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    Console(width=console.width if console.is_terminal else WIDTH).print(table)

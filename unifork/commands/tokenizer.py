@@ -1,5 +1,6 @@
 """`unifork tokenizer`: official tokenizers as ours, pictures to codes, codes to pictures."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,12 +56,10 @@ def encode(
 
     from unifork.shards.manifest import write_atomically
 
-    coder = _coder(tokenizer, view)
-    for path in images:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
+    check_files(images)
+    coder = code_encoder(tokenizer, view)
     shape = coder.tokenizer.architecture
-    codes = coder.encode_pictures([path.read_bytes() for path in images])
+    codes = coder.encode_pictures(images)
     facts: dict[str, Any] = {
         "codes": codes.reshape(len(codes), shape.grid, shape.grid, shape.depth),
         "names": [path.name for path in images],
@@ -84,7 +83,7 @@ def decode(
     out: Annotated[Path, typer.Option(help="folder for the pictures")],
 ) -> None:
     """Draw the pictures that codes stand for: OUT/0000-NAME.png, ..."""
-    coder = _coder(tokenizer, "crop")
+    coder = code_encoder(tokenizer, "crop")
     stored = _read(codes)
     if str(stored["codebook_id"]) != coder.tokenizer.codebook_id:
         raise IdentityError(
@@ -111,7 +110,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no file of `unifork tokenizer encode`: {error}") from None
 
 
-def _coder(directory: Path, view: str) -> "CodeEncoder":
+def check_files(images: Iterable[Path]) -> None:
+    """Raises DataError, before anything is loaded, for an image that is not there or is a folder."""
+    for path in images:
+        if not path.is_file():
+            raise DataError(f"{path}: {'a folder, not an image' if path.is_dir() else 'no such file'}")
+
+
+def code_encoder(directory: Path, view: str) -> "CodeEncoder":
+    """The image tokenizer of a directory, as the commands use it."""
     from unifork.image_tokenizer.code_encoder import CodeEncoder
 
     return CodeEncoder(directory, view, MATTE, BATCH_IMAGES)

@@ -27,9 +27,8 @@ from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Border, Piece, Tem
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import DataError, IdentityError, unknown
 from unifork.layout import Layout
-from unifork.shards.dialogues import Unusable
 from unifork.shards.manifest import local_path, make_local, manifest_sha256, read_manifest
-from unifork.shards.schema import codes_array, codes_meta
+from unifork.shards.schema import Unusable, codes_array, codes_meta
 from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION, Task
 
 DOCUMENTS_VERSION = 1

@@ -6,18 +6,22 @@ count in templates only: whatever a caption or a dialogue says is text, special 
 
 The formats are those of the official code (its stages 1.0 to 5.0). Where ours learns other tokens,
 the official way stands beside it under a name that begins with `official-`.
+
+A dialogue becomes a system text and exchanges that are safe to train on, or the reason why not: nothing is guessed and
+nothing is cut, because a wrong mask is learned silently. The image stands in front of the question whose turn has the
+marker `<image>`, wherever in the turn the marker is (official code, data_utils); in front of the first question where
+no turn has one.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
 
 from unifork.config import MixtureEntry
 from unifork.errors import ConfigError, unknown
-from unifork.shards.dialogues import IMAGE_MARK, Exchange, Unusable, dialogue
-from unifork.shards.schema import CONVERSATIONS
+from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, ROLES, Unusable
 from unifork.vocabulary import DROPPED_PROMPT, TURN_END, TURN_START, Task
 
 SYSTEM = (
@@ -133,6 +137,65 @@ def laid_out(form: str, fields: Mapping[str, str]) -> list[Piece]:
 
 UNCONDITIONAL = laid_out(f"{TURN_START}USER: {DROPPED_PROMPT}. ASSISTANT: {IMAGE_MARK}", {})
 """What a dropped prompt reads like, whatever the template (as in the official code)."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One question with its answer; `picture` says whether the picture stands in front of the question."""
+
+    question: str
+    answer: str
+    picture: bool
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a template writes; `system` is None where the dialogue has no text of its own for it."""
+
+    system: str | None
+    exchanges: list[Exchange]
+
+
+def dialogue(turns: Sequence[Mapping[str, str | None]], pictures: int) -> Dialogue:
+    """Read turns `{role, text}` that belong to `pictures` pictures (0 or 1).
+
+    Raises Unusable with the reason when they cannot be read in exactly one way.
+    """
+    unknown = next((turn["role"] for turn in turns if turn["role"] not in ROLES), None)
+    if unknown is not None or not all(turn["role"] for turn in turns):
+        raise Unusable(f"unknown role {unknown!r}; known are {', '.join(ROLES)}")
+    roles = [ROLES[str(turn["role"])] for turn in turns]
+    texts = [turn["text"] or "" for turn in turns]
+    system = None
+    if roles[:1] == ["system"]:
+        system, roles, texts = texts[0], roles[1:], texts[1:]
+    if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
+        raise Unusable(f"roles are {roles[:6]}, not user and assistant in turn")
+    questions, answers = texts[::2], texts[1::2]
+    place = _place_of_picture(system or "", questions, answers, pictures)
+    exchanges = []
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        asked = question.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in question else question
+        if not asked.strip() and number != place:
+            raise Unusable(f"question {number + 1} is empty")
+        if not answer.strip():
+            raise Unusable(f"answer {number + 1} is empty")
+        exchanges.append(Exchange(asked, answer, number == place))
+    return Dialogue(system if system and system.strip() else None, exchanges)
+
+
+def _place_of_picture(system: str, questions: list[str], answers: list[str], pictures: int) -> int | None:
+    """The number of the question that the picture stands in front of."""
+    if pictures > 1:
+        raise Unusable(f"{pictures} pictures, a document holds one")
+    if IMAGE_MARK in system:
+        raise Unusable("an image marker inside the system turn")
+    if any(IMAGE_MARK in answer for answer in answers):
+        raise Unusable("an image marker inside an answer")
+    marks = [number for number, question in enumerate(questions) for _ in range(question.count(IMAGE_MARK))]
+    if len(marks) > pictures:
+        raise Unusable(f"image markers: {len(marks)}, pictures: {pictures}")
+    return marks[0] if marks else 0 if pictures else None
 
 
 def written(template: Template, value: Any, pictures: int = 1) -> list[Piece]:

@@ -1,6 +1,6 @@
 """Pictures to codes and back, as a plain class that holds the heavy state once per worker.
 
-In: Pillow images or encoded bytes. Out: uint16 codes (n, N * D), position by position, and back to
+In: Pillow images, encoded bytes or files. Out: uint16 codes (n, N * D), position by position, and back to
 images. Every call of the encoder sees a batch of the same shape, the last one filled up: in low
 precision (and in rare last bits always) the codes of a picture depend on the shape of its batch.
 What else they depend on is in `encoding`, which goes into the manifest of every shard.
@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from unifork.errors import ConfigError, DataError, unknown
@@ -34,6 +34,9 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 """What Pillow raises on damaged bytes, depending on the format."""
+
+Picture = Image.Image | bytes | Path
+"""An image, or an encoded one, or the file of one."""
 
 BATCHES_AHEAD = 2
 """Batches of views that are made while the network is busy; what bounds the memory of the threads."""
@@ -85,8 +88,8 @@ class CodeEncoder:
         here = self.tokenizer.environment
         return {**declared(self.view, self.matte, self.batch_images, size, here["dtype"]), **here}
 
-    def encode_pictures(self, pictures: Sequence[Image.Image | bytes]) -> np.ndarray:
-        """Codes (n, N * D), uint16, of pictures in order. Raises DataError naming an unreadable picture."""
+    def encode_pictures(self, pictures: Sequence[Picture]) -> np.ndarray:
+        """Codes (n, N * D), uint16, of pictures in order. Raises DataError naming an unreadable picture or its file."""
         architecture = self.tokenizer.architecture
         width = architecture.grid**2 * architecture.depth
         codes = np.zeros((len(pictures), width), dtype=CODE_DTYPE)
@@ -114,7 +117,7 @@ class CodeEncoder:
             images += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
         return images
 
-    def _batches(self, pictures: Sequence[Image.Image | bytes]) -> Iterator[Tensor]:
+    def _batches(self, pictures: Sequence[Picture]) -> Iterator[Tensor]:
         """Batches (B, C, S, S) in order, the last filled up with black; made in the threads, not far ahead."""
         size, batch = self.tokenizer.architecture.image_size, self.batch_images
         ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
@@ -133,19 +136,23 @@ class CodeEncoder:
                 for future in filling:
                     future.cancel()
 
-    def _fill(self, row_CSS: Tensor, picture: Image.Image | bytes, index: int) -> None:
+    def _fill(self, row_CSS: Tensor, picture: Picture, index: int) -> None:
         row_CSS.copy_(to_tensor(self._view(picture, index)[None])[0])
 
-    def _view(self, picture: Image.Image | bytes, index: int) -> np.ndarray:
-        """The view of one picture, which may be encoded bytes."""
+    def _view(self, picture: Picture, index: int) -> np.ndarray:
+        """The view of one picture, which may be encoded bytes or a file."""
         size = self.tokenizer.architecture.image_size
+        name = str(picture) if isinstance(picture, Path) else f"picture {index}"
         try:
-            image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+            data = picture.read_bytes() if isinstance(picture, Path) else picture
+            image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
             return view_of(image, self.view, size, self.matte)
         except DataError as error:
-            raise DataError(f"picture {index}: {error}") from None
+            raise DataError(f"{name}: {error}") from None
+        except UnidentifiedImageError:
+            raise DataError(f"{name} cannot be read: no image of a known format") from None
         except UNREADABLE as error:
-            raise DataError(f"picture {index} cannot be read: {type(error).__name__}: {error}") from None
+            raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _known_view(view: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unifork.errors import DataError
-from unifork.image_tokenizer.quantizer import ResidualQuantizer, nearest_rows, residual_codes
+from unifork.image_tokenizer.model import ResidualQuantizer, nearest_rows, residual_codes
 
 KMEANS_ROUNDS = 15
 DEAD_SHARE = 0.02

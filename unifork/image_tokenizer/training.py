@@ -33,8 +33,7 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.codebook_training import CodebookAverages
 from unifork.image_tokenizer.decoder import zero_last_convolutions
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
-from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
-from unifork.image_tokenizer.quantizer import commitment_loss, residual_codes
+from unifork.image_tokenizer.model import ImageTokenizer, commitment_loss, residual_codes, to_bytes, to_tensor
 
 TOKENIZER_VERSION = 1
 """Raise when the same images, or the same imported files, would give another tokenizer."""

@@ -21,7 +21,7 @@ from unifork.documents.prompts import TEMPLATES, UNCONDITIONAL, Piece, Template,
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import DataError
 from unifork.parity.comparison import Comparison
-from unifork.shards.dialogues import IMAGE_MARK, turns_of
+from unifork.shards.schema import IMAGE_MARK, turns_of
 from unifork.vocabulary import TURN_END
 
 ITEM = "06_text"

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from unifork.image_tokenizer.conversion import read_official
-from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.quantizer import commitment_loss
+from unifork.image_tokenizer.model import ImageTokenizer, commitment_loss
 from unifork.parity.comparison import Comparison, Reference
 
 ITEM = "01_tokenizer"

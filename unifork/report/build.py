@@ -28,6 +28,7 @@ from unifork.report.surroundings import surroundings
 REPORT_VERSION = 1
 """Raise when the same experiment should be shown otherwise."""
 
+
 @dataclass(frozen=True)
 class Headline:
     """One score of a benchmark, for each split that of all variants; None where it is not there yet."""

@@ -6,16 +6,18 @@ last), which reads ten times faster than a list column.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from unifork.config import Card
-from unifork.errors import DataError
+from unifork.errors import DataError, UniForkError
 from unifork.vocabulary import CODE_DTYPE, Task
 
 CONVERSATIONS = "conversations"
+"""The column of dialogues: a list of turns `{role, text}`."""
 TURN = pa.struct([("role", pa.string()), ("text", pa.string())])
 
 FIXED_COLUMNS: dict[str, pa.DataType] = {
@@ -80,3 +82,40 @@ def codes_array(column: pa.ChunkedArray, shape: tuple[int, int]) -> np.ndarray:
     width = shape[0] * shape[1]
     flat = np.frombuffer(chunk.buffers()[1], CODE_DTYPE)
     return flat[chunk.offset * width : (chunk.offset + len(chunk)) * width].reshape(-1, *shape)
+
+
+# ---------------------------------------------------------------------------------------- dialogues
+
+IMAGE_MARK = "<image>"
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+"""Names of the roles; `human` and `gpt` are those of LLaVA and InternVL."""
+
+
+class Unusable(UniForkError):
+    """A row from which no document can be made; the message is the reason it is quarantined for."""
+
+
+def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The turns `{role, text}` of a LLaVA or InternVL row (`image`, `conversations` of `{from, value}`).
+
+    Roles are renamed where they are known and kept where not: `dialogue` judges them. Raises Unusable
+    when the row has more than one picture or no list of turns.
+    """
+    images = pictures_of(row)
+    if len(images) > 1:
+        raise Unusable(f"{len(images)} pictures, a row holds one")
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Unusable("conversations is not a list of turns")
+    roles = [str(turn.get("from")) for turn in turns]
+    return [
+        {"role": ROLES.get(role, role), "text": str(turn.get("value") or "")}
+        for role, turn in zip(roles, turns, strict=True)
+    ]
+
+
+def pictures_of(row: Mapping[str, Any]) -> list[str]:
+    """Paths of a row's pictures: `image` is a path, a list of paths, empty or absent."""
+    images = row.get("image") or []
+    return [images] if isinstance(images, str) else list(images)

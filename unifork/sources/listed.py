@@ -19,8 +19,7 @@ from typing import IO, Any, cast
 import ijson
 
 from unifork.errors import ConfigError, DataError
-from unifork.shards.dialogues import Unusable, pictures_of, turns_of
-from unifork.shards.schema import CONVERSATIONS
+from unifork.shards.schema import CONVERSATIONS, Unusable, pictures_of, turns_of
 from unifork.shards.task import Slice
 from unifork.sources import (
     Fault,

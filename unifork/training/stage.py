@@ -19,8 +19,8 @@ from unifork.config import Experiment, Plain, Stage, TrainResources, fingerprint
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.inference import COMPANIONS, TEXT_TOKENIZER, Speaker
-from unifork.layout import Layout
+from unifork.inference import Speaker
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
 from unifork.processes import exclusive
@@ -92,7 +92,7 @@ class StageJob(Plain):
                 "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
                 "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
                 "data": data,
-                "text": TextTokenizer(self.start / TEXT_TOKENIZER).identity,
+                "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
             }
         )
 
@@ -119,7 +119,7 @@ def _train(job: StageJob, run: Run) -> None:
     model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
     model.set_activation_checkpointing(job.resources.activation_checkpointing)
-    tokenizer = TextTokenizer(job.start / TEXT_TOKENIZER)
+    tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
     identity = CodesIdentity(
         model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id
     )
@@ -227,7 +227,7 @@ def _export(
     shutil.rmtree(temporary, ignore_errors=True)
     model = checkpoint.whole_model(path, job.start)
     model.save_pretrained(temporary)
-    for name in COMPANIONS:
+    for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
         if (job.start / name).exists():
             shutil.copytree(job.start / name, temporary / name)
     training = temporary / TRAINING

@@ -6,7 +6,7 @@ import pytest
 
 from unifork.errors import DataError
 from unifork.sources.url_lists import FetchRules
-from unifork.sources.web import schedule
+from unifork.sources.web import download as schedule
 from unifork.sources.web.client import Refused, target_of
 from unifork.sources.web.permission import may_fetch, parse_robots, refusal, reservation
 

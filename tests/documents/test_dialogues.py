@@ -6,7 +6,7 @@ from unifork.batch import IMAGE, TEXT
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import SYSTEM, TEMPLATES, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.shards.dialogues import Unusable, turns_of
+from unifork.shards.schema import Unusable, turns_of
 
 END = "<|im_end|>"
 S = f"<|im_start|>{SYSTEM}"

@@ -1,0 +1,164 @@
+"""What people read when they take a command wrongly: one line that names the mistake, exit 2, no traceback."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import REPOSITORY, bytes_of, copy_of, start
+from typer.testing import CliRunner
+
+from unifork import cli
+from unifork.config import Sampling
+from unifork.config.base import read_yaml
+from unifork.errors import ConfigError
+from unifork.inference import Speaker
+
+ASK = ("--question", "Is there a red circle in the image?")
+LONG = "red " * 600
+
+
+@pytest.fixture(scope="module")
+def model(tiny_root) -> Path:
+    return tiny_root / "models/unifork-init"
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "red.png"
+    Image.new("RGB", (48, 48), "red").save(path)
+    return path
+
+
+def said(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of `unifork words`."""
+    monkeypatch.setattr(sys, "argv", ["unifork", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0, *capsys.readouterr()
+
+
+def test_an_image_that_cannot_be_read_is_named(model, tmp_path, capsys, monkeypatch, image):
+    words, cut = tmp_path / "words.png", tmp_path / "cut.png"
+    words.write_text("no image")
+    cut.write_bytes(image.read_bytes()[:60])
+    expected = {
+        tmp_path: f"error: {tmp_path}: a folder, not an image\n",
+        tmp_path / "none.png": f"error: {tmp_path / 'none.png'}: no such file\n",
+        words: f"error: {words} cannot be read: no image of a known format\n",
+    }
+    for path, message in expected.items():
+        assert said(capsys, monkeypatch, "describe", "--model", model, "--image", path, *ASK) == (2, "", message)
+    tokenizer = ("--tokenizer", model / "image_tokenizer", "--out", tmp_path / "codes.npz")
+    code, _, errors = said(capsys, monkeypatch, "tokenizer", "encode", image, cut, *tokenizer)
+    assert code == 2
+    assert errors.startswith(f"error: {cut} cannot be read: ")
+    assert errors.count("\n") == 1
+
+
+def test_a_template_of_the_other_task_is_refused(model, image, tmp_path, capsys, monkeypatch):
+    describe = ("describe", "--model", model, "--image", image, *ASK)
+    generate = ("generate", "--model", model, "--prompt", "a red circle", "--out", tmp_path / "out")
+    for words, template, tasks in (
+        (describe, "generate", "generation, not for understanding"),
+        (generate, "answer", "understanding, not for generation"),
+    ):
+        found = said(capsys, monkeypatch, *words, "--template", template)
+        assert found == (2, "", f"error: --template {template}: is for {tasks}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_answer_is_said_to_be_empty(model, image, capsys, monkeypatch):
+    for answer, printed in (("", "(the answer is empty)\n"), ("two", "two\n")):
+        monkeypatch.setattr(Speaker, "answer", lambda *_, answer=answer: [answer])
+        assert said(capsys, monkeypatch, "describe", "--model", model, "--image", image, *ASK) == (0, printed, "")
+
+
+def test_what_the_model_has_no_positions_for_is_refused(model, image, tmp_path, capsys, monkeypatch):
+    describe = ("describe", "--model", model, "--image", image, "--question", LONG)
+    generate = ("generate", "--model", model, "--prompt", LONG, "--out", tmp_path / "out")
+    for words, what in ((describe, "question"), (generate, "prompt")):
+        code, out, errors = said(capsys, monkeypatch, *words)
+        assert (code, out) == (2, "")
+        assert errors.startswith(f"error: {what} 'red red ")
+        assert "tokens with its image; the model reads at most 512 (max_position_embeddings)" in errors
+        assert errors.count("\n") == 1
+
+
+def test_many_prompts_and_questions_are_checked_too(model):
+    speaker = Speaker.load(model)
+    codes = np.zeros((2, speaker.model.config.positions, speaker.model.config.depth), np.uint16)
+    with pytest.raises(ConfigError, match=r"question 'red red .*tokens with its image; .*512"):
+        speaker.answer(codes, ["red?", LONG])
+    with pytest.raises(ConfigError, match=r"prompt 'red red .*tokens with its image; .*512"):
+        speaker.paint(["red", LONG], Sampling())
+    with pytest.raises(ConfigError, match=r"prompt 'red red .*512"):
+        speaker.paint(["red"], Sampling(negative_prompt=LONG))
+    with pytest.raises(ConfigError, match="prompt '': no text"):
+        speaker.paint(["red", ""], Sampling())
+
+
+def test_a_python_without_the_dependencies_is_told_to_activate_the_environment():
+    """-S leaves the installed packages out, as a Python beside the environment does."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "pipelines.init", "unifork"],
+        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable}: this Python lacks numpy, pyarrow")
+    assert line.endswith("activate .venv (or: make .venv/.installed)")
+
+
+def test_use_without_a_name_lists_the_experiments(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    code, out, _ = said(capsys, monkeypatch, "use")
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert sorted(names) == sorted(path.stem for path in Path("experiments").glob("*.yaml"))
+    assert "The demo: a small world" in out
+
+
+@pytest.mark.parametrize("name", ["init", "text_tokenizer"])
+def test_a_program_reads_nothing_before_it_runs(name, tmp_path):
+    """In a job the working directory is the shipped code until the program has begun."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", f"import pipelines.{name}"], cwd=tmp_path, env=environment, check=True)
+
+
+def test_init_writes_the_model_that_was_there_before(tiny_root, tmp_path):
+    root = copy_of(tiny_root, tmp_path / "root")
+    shutil.rmtree(root / "models/unifork-init")
+    (root / "models/unifork-init").mkdir()  # what is left of an earlier one does not stand in the way
+    program = start(root, "pipelines.init", "unifork")
+    out, errors = program.communicate()
+    assert program.returncode == 0, errors
+    assert out.startswith("unifork: shared*1 task*1 norm:task, 0.18 M parameters -> models/unifork-init")
+    before, after = bytes_of(tiny_root / "models/unifork-init"), bytes_of(root / "models/unifork-init")
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == {"config.json"}  # which now knows special tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: [1, 2\n", r"x\.yaml, line 3, column 1: not valid YAML: expected ',' or '\]'"),
+        ("a: b: c\n", r"x\.yaml, line 1, column 5: not valid YAML: mapping values are not allowed here"),
+        ("a: \x00", r"x\.yaml: not valid YAML: .*special characters"),
+    ],
+)
+def test_a_fault_in_yaml_is_one_line(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_yaml(tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["use", "generate", "describe", "plan", "publish", "verify"])
+def test_help_shows_an_example(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert f"Example: unifork {command}" in result.output
