@@ -21,7 +21,7 @@ def within(folder: str, *names: str) -> list[str]:
 
 
 TOKENIZER = "unifork/image_tokenizer"
-NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "quantizer", "views")
+NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "views")
 """Images to codes."""
 SHARDS = within("unifork/shards", "schema")
 
@@ -29,7 +29,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "VOCABULARY_VERSION": ("unifork/vocabulary.py", ["unifork/randomness.py"]),
     "DOWNLOAD_VERSION": (
         "unifork/sources/download.py",
-        ["unifork/sources/*.*", "unifork/shards/dialogues.py", *SHARDS, "pipelines/download.py"],
+        ["unifork/sources/*.*", *SHARDS, "pipelines/download.py"],
     ),
     "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.py", "pipelines/download.py"]),
     "WORLD_VERSION": (
@@ -67,7 +67,6 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         "unifork/documents/mixture.py",
         [
             *within("unifork/documents", "__init__", "index", "prompts", "text_tokenizer"),
-            "unifork/shards/dialogues.py",
             *SHARDS,
         ],
     ),
@@ -124,7 +123,6 @@ DECIDES_NOTHING = {
     "unifork/inspection.py": "texts for people",
     "unifork/parity/*.py": "compares, makes nothing",
     "pipelines/__init__.py": "empty",
-    "pipelines/common.py": "where programs run, where things lie",
 }
 """Files without a version, and why they need none."""
 
