@@ -65,14 +65,11 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     ),
     "DOCUMENTS_VERSION": (
         "unifork/documents/mixture.py",
-        [
-            *within("unifork/documents", "__init__", "index", "prompts", "text_tokenizer"),
-            *SHARDS,
-        ],
+        [*within("unifork/documents", "__init__", "index", "prompts", "text_tokenizer"), *SHARDS],
     ),
     "MODEL_VERSION": (
         "unifork/models/modeling.py",
-        ["unifork/models/*.py", *within("unifork", "batch", "identity", "weights"), "pipelines/init.py"],
+        ["unifork/models/*.py", *within("unifork", "assembly", "batch", "identity", "weights"), "pipelines/init.py"],
     ),
     "TRAIN_VERSION": (
         "unifork/training/stage.py",
@@ -122,7 +119,7 @@ DECIDES_NOTHING = {
     "unifork/planning.py": "numbers for people",
     "unifork/inspection.py": "texts for people",
     "unifork/parity/*.py": "compares, makes nothing",
-    "pipelines/__init__.py": "empty",
+    "pipelines/__init__.py": "refuses a Python that lacks the libraries",
 }
 """Files without a version, and why they need none."""
 
