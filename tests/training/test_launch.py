@@ -139,9 +139,9 @@ def test_what_is_no_mistake_of_the_user_is_raised_by_ray_after_the_last_restart(
 
 
 def test_what_the_machine_does_not_have_is_said_at_once(ray_session, root, monkeypatch):
-    with pytest.raises(ConfigError, match=r"local\.yaml: 5 workers with 0\.5 CPU each .*this Ray has 2 CPU"):
+    with pytest.raises(ConfigError, match=r"local\.yaml: 5 workers with 0\.5 CPU each .*Ray has 2 CPU"):
         launch.launch(job(root, resources=resources(5)))
-    with pytest.raises(ConfigError, match=r"3 workers with 1 GPU each asked for, but this Ray has 2 GPU"):
+    with pytest.raises(ConfigError, match=r"3 workers with 1 GPU each .*Ray has 2 GPU"):
         launch.launch(job(root, resources=resources(3, gpus=1.0)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"local\.yaml: .* asks for a GPU, but there is none"):
