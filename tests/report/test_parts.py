@@ -98,9 +98,9 @@ def test_the_revision_says_whether_it_is_clean(tmp_path, monkeypatch):
 def test_surroundings_without_any_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = surroundings(tmp_path)
-    assert found.revision == "not a git checkout"
-    assert found.versions["torch"]
-    assert found.gpus == ()
+    assert found["revision"] == "not a git checkout"
+    assert found["versions"]["torch"]
+    assert found["gpus"] == []
 
 
 def test_the_codec_of_a_real_tokenizer(tmp_path):
