@@ -1,5 +1,6 @@
 """`unifork`: the commands for people. What programs run is in `pipelines/`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -99,6 +100,7 @@ def describe(
 
 def main() -> None:
     """Entry point: users' mistakes are one line, everything else keeps its traceback."""
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: cards name MODULE:OBJECT of code that lies here
     try:
         app()
     except UniForkError as error:
