@@ -120,7 +120,7 @@ def test_a_worker_that_is_lost_costs_a_restart(ray_session, root, monkeypatch, t
     (tmp_path / "attempts").mkdir()
     instead_of_training(monkeypatch, tmp_path / "attempts", stage)
     launch.launch(job(root, resources=resources(2)))
-    assert started(tmp_path / "attempts") == {"0": 2, "1": 2}
+    assert started(tmp_path / "attempts")["1"] == 2  # the other may not have come so far when the first is lost
 
 
 def test_what_is_no_mistake_of_the_user_is_raised_by_ray_after_the_last_restart(
