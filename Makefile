@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check soak lock clean
+.PHONY: demo test test-fast check soak lock clean
 
 demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the report
 	dvc repro
@@ -13,10 +13,14 @@ demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the
 test: $(VENV)/.installed        ## all tests but the long kill tests
 	python -m pytest -m "not soak" --durations=15
 
+test-fast: $(VENV)/.installed   ## no Ray, no end-to-end: for daily work, under two minutes
+	python -m pytest -m "not soak and not slow"
+
 check: $(VENV)/.installed       ## style and types
 	ruff check .
 	ruff format --check .
 	mypy
+	python tests/size.py
 
 soak: $(VENV)/.installed        ## long random kill tests
 	python -m pytest -m soak --durations=15

@@ -15,8 +15,15 @@ set_ray_environment()  # before any test imports ray
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such as `tiny`
 
 
+NEEDS_RAY = {"ray_session", "head"}
+"""Fixtures that start a Ray."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a cluster of their own come first, before the session's Ray starts."""
+    """What starts a Ray is slow; tests with a cluster of their own come first, before the session's Ray starts."""
+    for item in items:
+        if NEEDS_RAY & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
 
 

@@ -31,7 +31,7 @@ CLUSTER = {
     "train_stages": {"s2-pretrain": {"workers": 1, "cpus": 1, "threads": 1, "row_tokens": 384}},
 }
 
-pytestmark = pytest.mark.cluster  # has a Ray of its own
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # has a Ray of its own
 
 
 @pytest.fixture(scope="module")

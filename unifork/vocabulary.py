@@ -59,3 +59,6 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 
 CODE_DTYPE = "<u2"
 """Codes on disk: little-endian unsigned 16-bit integers."""
+
+ROW_GROUP = 256
+"""Rows per row group of a shard: the unit of a local read in training, and part of the order of documents."""

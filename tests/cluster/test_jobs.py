@@ -23,6 +23,8 @@ from unifork.config import Cluster
 from unifork.errors import UniForkError
 from unifork.jobs import follow, wait_for_outputs
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 
 PROGRAM = """

@@ -11,6 +11,8 @@ import yaml
 from ray_heads import BIN, Head
 from tiny import REPOSITORY, write_experiment
 
+pytestmark = pytest.mark.slow
+
 CHANGES = {
     "datasets": {"shapes": {"rows": 64, "shard_rows": 32}},
     "image_tokenizer": {"training": {"steps": 12, "quantise_from_step": 6, "held_out_images": 8}},

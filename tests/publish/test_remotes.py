@@ -15,7 +15,7 @@ from tiny import REPOSITORY, bytes_of, fresh_tokenizer, write_experiment, write_
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.shards.manifest import read_manifest
 
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # inside DVC
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")]  # inside DVC
 STAGES = ("download@shapes", "filter@shapes", "text_tokenizer")
 MADE, EVALUATION = ("image_tokenizer", "init@unifork"), "evaluate@unifork-shapes-understanding"
 SCORES = "scores/unifork-shapes-understanding"

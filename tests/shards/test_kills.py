@@ -17,6 +17,8 @@ from unifork.filters.worker import Filter, filter_job
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, Shard, read_manifest
 from unifork.sources.download import Materialise, download_job
 
+pytestmark = pytest.mark.slow
+
 HOPS = {
     "download": (("pipelines.download", "shapes"), "data/raw/shapes"),
     "filter": (("pipelines.filter", "shapes"), "data/filtered/shapes"),

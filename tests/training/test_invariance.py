@@ -23,6 +23,8 @@ from unifork.training.strategies import strategy
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from model_samples import DEPTH, generation, gradients, largest_difference, noisy_model, understanding
 
+pytestmark = pytest.mark.slow
+
 PLAN = "shared*2 task*2 norm:task"
 DOCUMENTS = [understanding(n, answer=3 + n % 5) for n in range(7)] + [generation(n, 2 + n % 4) for n in range(9)]
 PACKED = [[2 * row, 2 * row + 1] for row in range(8)]

@@ -17,6 +17,8 @@ from unifork.training.history import History, read
 from unifork.training.loop import Run
 from unifork.training.stage import train_stage
 
+pytestmark = pytest.mark.slow
+
 KILLS = [
     ("unifork-s2-pretrain", "before the update", 5),
     ("unifork-s2-pretrain", "after the update", 5),

@@ -25,6 +25,8 @@ from unifork.training.strategies import strategy
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from model_samples import DEPTH, generation, noisy_model, understanding
 
+pytestmark = pytest.mark.slow
+
 STAGES = [1, 2, 3]
 CLIP = 0.5
 UNDERSTANDING = [understanding(n, answer=3 + n) for n in range(3)]

@@ -40,9 +40,9 @@ from unifork.shards.manifest import (
     write_json,
     write_manifest,
 )
-from unifork.shards.schema import ROW_GROUP
 from unifork.shards.stores import Store, deliver, open_store
 from unifork.shards.task import ShardResult, ShardTask
+from unifork.vocabulary import ROW_GROUP
 
 QUARANTINE = "quarantine"
 """Folder beside the shards, wherever they lie: what was left out, by shard."""
