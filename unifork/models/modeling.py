@@ -49,6 +49,8 @@ from unifork.weights import refuse_tensors
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
+MODEL_VERSION = 1
+"""Raise when the same weights would compute something else, or the same seed draw other weights."""
 HEAD = "head"
 """The image head, where kinds of layers are named."""
 
