@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -250,10 +250,9 @@ def _root(text: str) -> tuple[Path, str | None]:
     return Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
 
 
-def opened_list(path: Path, mode: str, **how: Any) -> IO[Any]:
+def opened_list(path: Path, mode: str, **how: Any) -> Any:
     """A list or table, unpacked when it is called `.gz`; `mode` and `how` as for `open`."""
-    opener: Callable[..., IO[Any]] = gzip.open if path.suffix == ".gz" else open
-    return opener(path, mode, **how)
+    return gzip.open(path, mode, **how) if path.suffix == ".gz" else open(path, mode, **how)
 
 
 def without_suffix(name: str) -> str:

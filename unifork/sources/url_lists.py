@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from ipaddress import IPv4Network, IPv6Network
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from unifork.config import Plain, parse, read_yaml
+from unifork.config import Plain, read_yaml
 from unifork.errors import ConfigError, DataError
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
@@ -81,11 +81,6 @@ class FetchRules(Plain):
     shard_seconds: PositiveFloat = 7200.0
     """Time for a whole shard; no attempt starts after it."""
 
-    @property
-    def agent(self) -> str:
-        """The name that robots.txt and X-Robots-Tag may address, lower-case and without a version."""
-        return self.user_agent.split()[0].split("/")[0].lower()
-
 
 class UrlList(SourceOptions):
     """Tables with one URL a row, and how they are read and fetched."""
@@ -125,17 +120,12 @@ def _whole(value: Any) -> int | None:
     return None if number is None else int(number)
 
 
-class Column(Plain):
-    """One quantity: how it is read, and the lower-case names it goes by, best first."""
-
-    read: Literal["text", "number", "whole"]
-    spellings: tuple[str, ...]
-
-
-READERS: dict[str, Callable[[Any], Any]] = {"text": _text, "number": _number, "whole": _whole}
-_SPELLED = Path(__file__).with_name("url_columns.yaml")
-COLUMNS = {name: parse(Column, column, _SPELLED.name, name) for name, column in read_yaml(_SPELLED).items()}
-"""Canonical name -> column. Everything else in a list has no meaning here and is left out."""
+_READERS: dict[str, Callable[[Any], Any]] = {"text": _text, "number": _number, "whole": _whole}
+_COLUMNS: dict[str, dict[str, list[str]]] = read_yaml(Path(__file__).with_name("url_columns.yaml"))
+READ: dict[str, Callable[[Any], Any]] = {name: _READERS[kind] for kind, columns in _COLUMNS.items() for name in columns}
+"""Canonical name -> how its values are read. Everything else in a list has no meaning here and is left out."""
+SPELLINGS = {name: spellings for columns in _COLUMNS.values() for name, spellings in columns.items()}
+"""Canonical name -> the lower-case names of its columns, best first."""
 
 Mapped = dict[str, list[str]]
 """Canonical name -> the columns of a list that hold it, best first."""
@@ -151,8 +141,8 @@ def mapped(names: Iterable[str], place: str, named: Mapping[str, str] | None = N
         here.setdefault(name.strip().lower(), []).append(name)
     found = {
         canonical: columns
-        for canonical, column in COLUMNS.items()
-        if (columns := [name for spelling in column.spellings for name in here.get(spelling, [])])
+        for canonical, spellings in SPELLINGS.items()
+        if (columns := [name for spelling in spellings for name in here.get(spelling, [])])
     }
     shown = ", ".join(sorted(name for same in here.values() for name in same))
     for canonical, name in (named or {}).items():
@@ -160,7 +150,7 @@ def mapped(names: Iterable[str], place: str, named: Mapping[str, str] | None = N
             raise ConfigError(f"{place}: no column {name!r} for {canonical!r}; found: {shown}")
         found[canonical] = here[name.lower()]
     if "url" not in found:
-        raise ConfigError(f"{place}: no column of URLs; known: {', '.join(COLUMNS['url'].spellings)}; found: {shown}")
+        raise ConfigError(f"{place}: no column of URLs; known: {', '.join(SPELLINGS['url'])}; found: {shown}")
     return found
 
 
@@ -168,7 +158,7 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
     """A row of a list under the canonical names; None where nothing usable is said."""
     made: dict[str, Any] = {}
     for name, spellings in columns.items():
-        read = READERS[COLUMNS[name].read] if name in COLUMNS else _text
+        read: Callable[[Any], Any] = READ.get(name, _text)
         values = (read(row.get(spelling)) for spelling in spellings)
         made[name] = next((value for value in values if value is not None), None)
     return made
@@ -194,7 +184,7 @@ def slices(known: UrlList, shard_rows: int) -> Iterator[Slice]:
 def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
     """The entries of one slice, without images: `unifork.sources.web` fetches those.
 
-    In the table's order: `key`, and the columns of `COLUMNS` and of the card's `columns` that it has. Raises
+    In the table's order: `key`, and the columns of `url_columns.yaml` and of the card's `columns` that it has. Raises
     DataError when the table is no longer the one that was planned with.
     """
     path = file_named(known.files, piece)

@@ -128,10 +128,14 @@ class _Limited(io.RawIOBase):
 
 
 class Client:
-    """Fetches URLs by the rules of a card; used by many threads at once."""
+    """Fetches URLs by the rules of a card; used by many threads at once.
+
+    agent: the name that robots.txt and X-Robots-Tag may address, lower-case and without a version.
+    """
 
     def __init__(self, rules: FetchRules, connections_per_host: int, proxy: str | None = None) -> None:
         self.rules, self.connections_per_host, self.proxy = rules, connections_per_host, proxy
+        self.agent = rules.user_agent.split()[0].split("/")[0].lower()
         self.tls = ssl.create_default_context()
         self._lock = threading.Lock()
         self._memory: OrderedDict[Any, tuple[float, Any]] = OrderedDict()
@@ -171,7 +175,7 @@ class Client:
             if asking and self.rules.robots:
                 self._check_robots(target, clock)
             with self._requested(target, clock) as answer:
-                reserved = reservation(answer.getheaders(), self.rules.agent)
+                reserved = reservation(answer.getheaders(), self.agent)
                 if reserved and asking and self.rules.opt_out:
                     raise Refused("opted_out", reserved[:300])
                 location = answer.msg.get("location")
@@ -186,7 +190,7 @@ class Client:
         key = "robots", target.origin
         with _classified(target), self._slot(key, 1, clock):  # the first row asks, others wait
             robots = self._remembered(key, lambda: self._ask_robots(target, clock))
-        if not robots.can_fetch(target.url, self.rules.agent):
+        if not robots.can_fetch(target.url, self.agent):
             raise Refused("robots_denied", f"robots.txt of {target.authority}")
 
     def _ask_robots(self, target: Target, clock: Clock) -> Protego:
@@ -201,7 +205,7 @@ class Client:
         except Refused as refused:
             if refused.reason != "too_many_redirects":
                 raise
-        return parse_robots(body.decode("utf-8", "replace"), self.rules.agent)
+        return parse_robots(body.decode("utf-8", "replace"), self.agent)
 
     @contextmanager
     def _requested(self, target: Target, clock: Clock) -> Iterator[http.client.HTTPResponse]:
