@@ -125,6 +125,13 @@ def pages(web: Web, forbidden: str) -> dict[str, tuple[str, object]]:
         for _ in range(64):
             page.wfile.write(bytes(16 * 1024))
 
+    def chunked(page: Page, data: bytes) -> None:
+        page.protocol_version = "HTTP/1.1"
+        page.send_response(200)
+        page.send_header("Transfer-Encoding", "chunked")
+        page.end_headers()
+        page.wfile.write(data)
+
     def cut(page: Page) -> None:
         page.answer(200, png[:200], Content_Length=str(len(png)))
 
@@ -146,6 +153,10 @@ def pages(web: Web, forbidden: str) -> dict[str, tuple[str, object]]:
         "/cut-file.png": ("undecodable", png[:-500]),
         "/cut-file.jpg": ("undecodable", jpeg[: len(jpeg) // 2]),
         "/cut-line.png": ("truncated", cut),
+        "/chunks.png": ("ok", lambda page: chunked(page, b"%x\r\n%s\r\n0\r\n\r\n" % (len(png), png))),
+        "/bad-chunk.png": ("truncated", lambda page: chunked(page, b"size\r\n" + png + b"\r\n0\r\n\r\n")),
+        "/negative-chunk.png": ("truncated", lambda page: chunked(page, b"-5\r\n" + png + b"\r\n0\r\n\r\n")),
+        "/endless-chunk.png": ("too_large", lambda page: chunked(page, b"-1\r\n" + bytes(10**6))),
         "/huge.png": ("too_large", huge),
         "/announced.png": ("too_large", lambda page: page.answer(200, b"x", Content_Length=str(10**12))),
         "/bomb.png": ("too_many_pixels", bomb()),

@@ -31,7 +31,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         "unifork/sources/download.py",
         ["unifork/sources/*.*", *SHARDS, "pipelines/download.py"],
     ),
-    "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.py", "pipelines/download.py"]),
+    "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.*", "pipelines/download.py"]),
     "WORLD_VERSION": (
         "unifork/shapes/source.py",
         [

@@ -121,7 +121,7 @@ def test_imagenet_with_damage_loses_only_what_is_damaged(at):
     put(at / "train.tar", tarred(inner))
     made = download(imagenet(at / "train.tar"), at / "raw")
     assert sorted(made.rows)[:3] == [f"n01440764/n01440764_{number}" for number in (18, 2, 9)]
-    assert ("n01440764/n01440764_18.JPEG", "duplicate_key") in made.rejects
+    assert ("n01440764/n01440764_18", "duplicate_key") in made.rejects
     assert ("n01443537", "broken_archive") in made.rejects
     assert any(key.startswith("n01484850") and reason == "broken_archive" for key, reason in made.rejects)
 

@@ -31,7 +31,7 @@ from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
 from unifork.shards.manifest import Shard, file_sha256, keep_only, read_manifest, write_atomically
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.sources import located
+from unifork.sources import Fault, located
 from unifork.sources.archives import is_picture, opened
 
 SIGNATURES_VERSION = 1
@@ -221,8 +221,9 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
 
 def benchmark(files: str) -> list[tuple[str, int]]:
     """(name, difference hash) of the pictures of a folder or tar. Raises ConfigError when there are none."""
-    with opened(located(files)) as box:
-        hashed = [(name, dhash(box.read(number))) for number, name in enumerate(box.names) if is_picture(name)]
+    with opened(located(files)) as found:
+        named = (file for file in found if not isinstance(file, Fault) and is_picture(file[0]))
+        hashed = [(name, dhash(read())) for name, read in named]
     if not hashed:
         raise ConfigError(f"{files!r}: no pictures in it")
     return [(name, value) for name, value in hashed if value is not None]

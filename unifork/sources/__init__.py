@@ -6,6 +6,7 @@ Rows carry `key, image, width, height, url, sha256`, the text columns of the car
 card's. A slice never spans two files, so that a file added at the end makes no finished shard anew.
 """
 
+import gzip
 import hashlib
 import io
 import os
@@ -45,6 +46,7 @@ class Fault:
     reason: str
     detail: str
     image: bytes = b""
+    url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,7 @@ def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[Shard
 def rows_of(card: Card, task: ShardTask) -> Iterator[Row | Fault]:
     """The rows of one planned shard."""
     source, options = source_of(card)
-    if task.piece is None:
-        raise DataError(f"card {card.name}: a task without a slice of a source")
+    assert task.piece is not None, f"card {card.name}: a task without a slice of a source"
     return source.rows(options, task.piece, task.seed)
 
 
@@ -247,6 +248,11 @@ def _root(text: str) -> tuple[Path, str | None]:
     if wild is None or path.exists():
         return path, None
     return Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
+
+
+def opened_list(path: Path, mode: str, **how: Any) -> Any:
+    """A list or table, unpacked when it is called `.gz`; `mode` and `how` as for `open`."""
+    return gzip.open(path, mode, **how) if path.suffix == ".gz" else open(path, mode, **how)
 
 
 def without_suffix(name: str) -> str:

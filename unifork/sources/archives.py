@@ -1,19 +1,20 @@
-"""Folders, tars and tars inside tars as one thing: a list of named files that can be read one by one.
+"""Folders, tars and tars inside tars as one thing: named files, one after another, each of which can be read.
 
-Memory holds the names of one archive and one file. A plain tar is walked header by header and read by
-seeking; a compressed one is decompressed once to list it and once to read from it. What breaks off is
-told (`fault`), and what came before it is still there.
+Memory holds the names of one archive and one file. A plain tar is walked header by header and read by seeking; a
+compressed one is decompressed once by who reads as it goes, and once more by who lists it first. What breaks off is
+told by a fault at the end, and what came before it is still there.
 """
 
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unifork.sources import Fault
+from unifork.sources import Fault, without_suffix
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of members that are pictures. What is inside decides how they are decoded, not the ending."""
@@ -21,74 +22,51 @@ ARCHIVES = (".tar", ".tgz", ".tar.gz")
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
 """What reading a damaged archive raises."""
 
-
-@dataclass(frozen=True)
-class Box:
-    """Named files, in the order of the archive (sorted for a folder)."""
-
-    names: list[str]
-    read: Callable[[int], bytes]
-    """The bytes of file number i; raises one of BROKEN."""
-    fault: str | None = None
-    """Why the rest of the archive cannot be listed."""
+File = tuple[str, Callable[[], bytes]]
+"""Name of a file, and what reads it while its archive is open; raises one of BROKEN."""
 
 
 @contextmanager
-def opened(path: Path, inner: str | None = None) -> Iterator[Box]:
-    """A folder or tar, or the tar named `inner` inside a tar. Damage is told in the box, not raised."""
+def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | Fault]]:
+    """The files of a folder (sorted) or tar, or of the tar named `inner` inside a tar, in its order.
+
+    Damage is not raised: a fault comes last where there may have been more files.
+    """
     if path.is_dir():
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and not _hidden(p.name))
-        yield Box(names, lambda number: (path / names[number]).read_bytes())
+        yield ((name, (path / name).read_bytes) for name in names)
         return
-    try:
-        tar = tarfile.open(path)  # noqa: SIM115 - a damaged tar must not end the block of the caller
-    except BROKEN as error:
-        yield _nothing(error)
-        return
-    with tar:
-        if inner is None:
-            yield _box(tar)
-            return
+    with ExitStack() as stack:
         try:
-            nested = tarfile.open(fileobj=tar.extractfile(inner))  # noqa: SIM115
+            tar = stack.enter_context(tarfile.open(path))
+            if inner is not None:
+                tar = stack.enter_context(tarfile.open(fileobj=tar.extractfile(inner)))
+            files = _files(tar)
         except (*BROKEN, KeyError) as error:
-            yield _nothing(error)
-            return
-        with nested:
-            yield _box(nested)
+            files = iter([Fault(path.name, "broken_archive", _told(error))])
+        yield files
 
 
-def _nothing(error: Exception) -> Box:
-    return Box([], lambda _: b"", f"{type(error).__name__}: {error}")
-
-
-def _box(tar: tarfile.TarFile) -> Box:
-    members: list[tarfile.TarInfo] = []
-    fault = None
+def _files(tar: tarfile.TarFile) -> Iterator[File | Fault]:
     try:
-        for member in _files(tar):
-            members.append(member)  # one by one: those before a fault stay
-        if not _closed(tar):
-            fault = "it ends, or a header is damaged, before the empty block that closes a tar"
+        for member in tar:
+            if member.isfile() and not _hidden(member.name):
+                yield member.name.removeprefix("./"), partial(_read, tar, member)
+        file: Any = tar.fileobj
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+            raise EOFError("it ends, or a header is damaged, before the empty block that closes a tar")
     except BROKEN as error:
-        fault = f"{type(error).__name__}: {error}"
-
-    def read(number: int) -> bytes:
-        file = tar.extractfile(members[number])
-        return file.read() if file else b""
-
-    return Box([member.name.removeprefix("./") for member in members], read, fault)
+        yield Fault(str(tar.name), "broken_archive", _told(error))
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    return (member for member in tar if member.isfile() and not _hidden(member.name))
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""
 
 
-def _closed(tar: tarfile.TarFile) -> bool:
-    """Whether a tar that was walked ends as it should: tarfile takes a damaged header for the end."""
-    file: Any = tar.fileobj
-    file.seek(tar.offset)
-    return bool(file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE))
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _hidden(name: str) -> bool:
@@ -100,16 +78,41 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(PICTURES)
 
 
-def pictures_in(box: Box, place: str) -> list[tuple[str, int] | Fault]:
-    """(name, number) of the pictures of a box; after them, as faults, names that occur again and what broke off."""
-    seen: dict[str, int] = {}
+Sample = tuple[str, dict[str, Callable[[], bytes]]]
+"""Key, and what reads its `picture` and its `text`."""
+
+
+def samples_in(files: Iterable[File | Fault], place: str, text: str | None = None) -> list[Sample | Fault]:
+    """Files of one name, `text` being the ending of texts, in the order of the first; then what cannot be used.
+
+    These faults are second files of a name, and what broke off.
+    """
+    found: dict[str, dict[str, Callable[[], bytes]]] = {}
     faults = []
-    for number, name in enumerate(box.names):
-        if is_picture(name) and seen.setdefault(name, number) != number:
-            faults.append(Fault(f"{place}/{name}", "duplicate_key", "a member of that name came before"))
-    if box.fault:
-        faults.append(Fault(place, "broken_archive", box.fault))
-    return [*seen.items(), *faults]
+    prefix = "" if place == "." else without_suffix(place) + "/"
+    for file in files:
+        if isinstance(file, Fault):
+            faults.append(replace(file, key=place))
+            continue
+        name, read = file
+        ending = name.rpartition("/")[2].partition(".")[2].lower()
+        role = "picture" if is_picture(name) else "text" if ending == text else None
+        if role and found.setdefault(prefix + without_suffix(name), {}).setdefault(role, read) is not read:
+            detail = f"{name!r} comes a second time in {place}"
+            faults.append(Fault(prefix + without_suffix(name), "duplicate_key", detail))
+    return [*found.items(), *faults]
+
+
+def contents(samples: Iterable[Sample | Fault]) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
+    """Samples with the bytes of `picture` and `text`; faults stay."""
+    for one in samples:
+        if isinstance(one, Fault):
+            yield one
+            continue
+        try:
+            yield one[0], {role: read() for role, read in one[1].items()}
+        except BROKEN as error:
+            yield Fault(one[0], "broken_archive", _told(error))
 
 
 # --------------------------------------------------------------------------- pictures named in lists
@@ -127,44 +130,37 @@ def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | Fault]]:
         if name.is_absolute() or ".." in name.parts:
             yield number, Fault(text, "path_outside", f"{text!r} leaves the folder of the pictures")
         elif (root / name).is_file():
-            yield number, _loose(root / name, text)
-        elif len(name.parts) > 1 and (archive := _archive(root, name.parts[0])):
-            waiting.setdefault(archive, {}).setdefault(str(name), []).append(number)
+            try:
+                yield number, (root / name).read_bytes()
+            except OSError as error:
+                yield number, Fault(text, "missing_picture", str(error.strerror))
         else:
-            yield number, _missing(text)
+            archives = (root / (name.parts[0] + ending) for ending in ARCHIVES if len(name.parts) > 1)
+            if archive := next(filter(Path.is_file, archives), None):
+                waiting.setdefault(archive, {}).setdefault(str(name), []).append(number)
+            else:
+                why = f"{text!r}: it is neither a file nor a member of an archive"
+                yield number, Fault(text, "missing_picture", why)
     for archive, wanted in waiting.items():
         yield from _from_archive(archive, wanted)
 
 
-def _loose(path: Path, text: str) -> bytes | Fault:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return Fault(text, "missing_picture", str(error.strerror))
-
-
-def _missing(text: str, why: str = "it is neither a file nor a member of an archive") -> Fault:
-    return Fault(text, "missing_picture", f"{text!r}: {why}")
-
-
-def _archive(root: Path, first: str) -> Path | None:
-    return next((path for suffix in ARCHIVES if (path := root / (first + suffix)).is_file()), None)
-
-
 def _from_archive(path: Path, wanted: dict[str, list[int]]) -> Iterator[tuple[int, bytes | Fault]]:
     left, why = dict(wanted), f"not in {path.name}"
-    try:
-        with tarfile.open(path) as tar:
-            for member in _files(tar):
-                name = member.name.removeprefix("./")
-                name = name if name in left else f"{path.name.split('.')[0]}/{name}"
-                file = tar.extractfile(member) if name in left else None
-                if file:
-                    data = file.read()
-                    yield from ((number, data) for number in left.pop(name))
-                    if not left:
-                        return
-    except BROKEN as error:
-        why = f"{path.name} breaks off: {type(error).__name__}: {error}"
+    with opened(path) as files:
+        for file in files:
+            if isinstance(file, Fault):
+                why = f"{path.name} breaks off: {file.detail}"
+                break
+            name = file[0] if file[0] in left else f"{path.name.split('.')[0]}/{file[0]}"
+            if name in left:
+                try:
+                    data = file[1]()
+                except BROKEN as error:
+                    why = f"{path.name} breaks off: {_told(error)}"
+                    break
+                yield from ((number, data) for number in left.pop(name))
+            if not left:
+                return
     for text, numbers in left.items():
-        yield from ((number, _missing(text, why)) for number in numbers)
+        yield from ((number, Fault(text, "missing_picture", f"{text!r}: {why}")) for number in numbers)

@@ -4,13 +4,14 @@ A plain callable class without Ray; `unifork.cluster.map_shards` decides whether
 actor. Entries of which no row can be made go to the quarantine, with reason and detail.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from unifork.config import Card
 from unifork.shards.job import ShardJob, quarantined, table_of, write_shard
 from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.sources import Fault, plan, rows_of, source_of
+from unifork.sources import Fault, Row, plan, rows_of, source_of
 
 DOWNLOAD_VERSION = 1
 """Raise when the same card and task would give other rows."""
@@ -19,14 +20,21 @@ DOWNLOAD_VERSION = 1
 class Materialise:
     """Rows of a source -> image-text shard."""
 
+    quarantined: tuple[str, ...] = ("key", "reason", "detail", "image")
+    """What is told of a fault."""
+
     def __init__(self, card: Card) -> None:
         self.card, self.schema = card, image_text_schema(card)
 
+    def rows(self, task: ShardTask) -> Iterator[Row | Fault]:
+        """The rows of one planned shard, with their images."""
+        return rows_of(self.card, task)
+
     def __call__(self, task: ShardTask) -> ShardResult:
         kept, rejected = [], []
-        for row in rows_of(self.card, task):
+        for row in self.rows(task):
             if isinstance(row, Fault):
-                rejected.append({"key": row.key, "reason": row.reason, "detail": row.detail, "image": row.image})
+                rejected.append({name: getattr(row, name) for name in self.quarantined})
             else:
                 columns = {name: str(row[name]) for name in self.card.columns if row.get(name) is not None}
                 kept.append({"license": self.card.licence, **row, **columns})

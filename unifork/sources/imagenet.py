@@ -30,7 +30,7 @@ from unifork.sources import (
     picture_row,
     without_suffix,
 )
-from unifork.sources.archives import BROKEN, Box, opened, pictures_in
+from unifork.sources.archives import File, contents, opened, samples_in
 
 
 class ImageNetOptions(SourceOptions):
@@ -77,16 +77,16 @@ def slices(known: ImageNetOptions, shard_rows: int) -> Iterator[Slice]:
     classes = _classes(path)
     for synset, label in _labels(known, list(classes), len(told.names)).items():
         name, size = classes[synset]
-        with _class(path, name) as box:
-            count = len(pictures_in(box, synset))
+        with _class(path, name) as files:
+            count = len(samples_in(files, synset))
         yield from cut(count, shard_rows, file=name, bytes=size, content=content, label=label)
 
 
 def _classes(path: Path) -> dict[str, tuple[str, int]]:
     """Synset -> name of the tar or folder with its images, and size of the file it lies in; in sorted order."""
     if path.is_file():
-        with opened(path) as box:
-            inner = sorted(name for name in box.names if name.endswith(".tar"))
+        with opened(path) as files:
+            inner = sorted(one[0] for one in files if not isinstance(one, Fault) and one[0].endswith(".tar"))
         return {_synset(name): (name, path.stat().st_size) for name in inner}
     tars = {_synset(tar.name): (tar.name, tar.stat().st_size) for tar in path.glob("*.tar")}
     folders = {entry.name: (entry.name, 0) for entry in path.iterdir() if entry.is_dir()}
@@ -97,7 +97,7 @@ def _synset(name: str) -> str:
     return without_suffix(Path(name).name)
 
 
-def _class(path: Path, name: str) -> AbstractContextManager[Box]:
+def _class(path: Path, name: str) -> AbstractContextManager[Iterator[File | Fault]]:
     """The images of a class: a tar inside the official one, or a tar or folder inside a folder."""
     return opened(path, name) if path.is_file() else opened(path / name)
 
@@ -128,19 +128,13 @@ def rows(known: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Faul
         for number, row in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):
             yield _table_row(f"{without_suffix(name)}/{number:07d}", row, seed, told)
         return
-    with _class(path, name) as box:
-        place = _synset(name)
-        for one in pictures_in(box, place)[piece.start : piece.stop]:
+    with _class(path, name) as files:
+        for one in contents(samples_in(files, _synset(name))[piece.start : piece.stop]):
             if isinstance(one, Fault):
                 yield one
-                continue
-            key = f"{place}/{without_suffix(one[0])}"
-            try:
-                image = box.read(one[1])
-            except BROKEN as error:
-                yield Fault(key, "broken_archive", f"{type(error).__name__}: {error}")
-                continue
-            yield picture_row(key, image, **told.texts(piece.label, seed, key))
+            else:
+                key, found = one
+                yield picture_row(key, found["picture"], **told.texts(piece.label, seed, key))
 
 
 def _table_row(key: str, row: Row, seed: int, told: Sentences) -> Row | Fault:

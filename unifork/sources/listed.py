@@ -6,15 +6,15 @@ members of archives that are called like the first folder of the path; a list th
 reads every archive once per shard, so unpack the archives then.
 """
 
-import gzip
 import json
 import tarfile
 from codecs import BOM_UTF8
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import ijson
 
@@ -28,10 +28,10 @@ from unifork.sources import (
     SourceOptions,
     as_planned,
     check_ending,
-    cut,
     file_named,
     files_of,
     located,
+    opened_list,
     picture_row,
     without_suffix,
 )
@@ -78,15 +78,12 @@ def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iter
     """Slices of one list, each with the byte it starts at, so that reading it does not begin at the top."""
     check_ending(path.name, LISTS)
     where["bytes"] = path.stat().st_size
-    if path.suffix == ".json":
-        count = sum(1 for _ in islice(_array(path), most))
-        yield from cut(count, shard_rows, **where)
-        return
-    start, offset = 0, 0
-    with _lines(path) as file:
-        while block := list(islice(file, shard_rows if most is None else min(shard_rows, most - start))):
+    start, offset = 0, None if path.suffix == ".json" else 0
+    with _entries(path) as entries:
+        while block := list(islice(entries, shard_rows if most is None else min(shard_rows, most - start))):
             yield Slice(start, start + len(block), offset=offset, **where)
-            start, offset = start + len(block), offset + sum(map(len, block))
+            start += len(block)
+            offset = None if offset is None else offset + sum(map(len, block))
 
 
 def rows(known: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
@@ -96,26 +93,23 @@ def rows(known: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
 
 def _rows(path: Path, place: str, known: ListOptions, piece: Slice) -> Iterator[Row | Fault]:
     """Entries are read first and pictures then, so that an archive is opened once per shard."""
-    keys, paths, texts = [], [], []
-    for number, entry in enumerate(_entries(as_planned(path, piece), piece), piece.start):
-        key = f"{place}/{number:09d}"
-        try:
-            told = json.loads(entry) if isinstance(entry, bytes) else entry
-        except ValueError as error:  # also bytes that are not UTF-8
-            yield Fault(key, "broken_line", f"{error}: {cast(bytes, entry)[:200]!r}")
-            continue
-        made = _texts(key, told, known)
-        if isinstance(made, Fault):
-            yield made
-            continue
-        keys.append(key)
-        paths.append(made[0])
-        texts.append(made[1])
-    for index, image in picked(located(known.images), paths):
-        if isinstance(image, Fault):
-            yield Fault(keys[index], image.reason, image.detail)
-        else:
-            yield picture_row(keys[index], image, **texts[index])
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    with _entries(as_planned(path, piece), piece.start, piece.offset or 0) as entries:
+        for number, entry in enumerate(islice(entries, piece.rows), piece.start):
+            key = f"{place}/{number:09d}"
+            try:
+                told = json.loads(entry) if isinstance(entry, bytes) else entry
+            except ValueError as error:  # also bytes that are not UTF-8
+                yield Fault(key, "broken_line", f"{error}: {cast(bytes, entry)[:200]!r}")
+                continue
+            made = _texts(key, told, known)
+            if isinstance(made, Fault):
+                yield made
+            else:
+                found.append((key, *made))
+    for index, image in picked(located(known.images), [path for _, path, _ in found]):
+        key, _, columns = found[index]
+        yield replace(image, key=key) if isinstance(image, Fault) else picture_row(key, image, **columns)
 
 
 def _texts(key: str, entry: Any, known: ListOptions) -> tuple[str, dict[str, Any]] | Fault:
@@ -159,8 +153,8 @@ def meta_slices(known: MetaOptions, shard_rows: int) -> Iterator[Slice]:
         path, repeat = located(str(entry["annotation"])), float(entry.get("repeat_time", 1))
         most = None
         if repeat < 1:
-            with _lines(path) as file:
-                most = int(sum(1 for _ in file) * repeat)
+            with _entries(path) as entries:
+                most = int(sum(1 for _ in entries) * repeat)
         for again in range(max(1, int(repeat))):
             yield from _slices(path, shard_rows, most, file=name, again=again)
 
@@ -191,32 +185,26 @@ def _meta(known: MetaOptions) -> dict[str, dict[str, Any]]:
 # ----------------------------------------------------------------------------------- reading lists
 
 
-def _entries(path: Path, piece: Slice) -> Iterator[Any]:
-    """Lines as bytes, or the objects of an array."""
-    if path.suffix == ".json":
-        yield from islice(_array(path), piece.start, piece.stop)
-        return
-    with _lines(path) as file:
-        file.seek(piece.offset or 0)
-        yield from islice(file, piece.stop - piece.start)
-
-
 @contextmanager
-def _lines(path: Path) -> Iterator[IO[bytes]]:
-    """A jsonl file as bytes, unpacked. Raises DataError when an archive does not hold exactly one file."""
-    if path.name.endswith((".tgz", ".tar.gz")):
-        with tarfile.open(path) as tar:
+def _entries(path: Path, start: int = 0, offset: int = 0) -> Iterator[Iterator[Any]]:
+    """The lines of a list as bytes, or the objects of an array, from number `start` on.
+
+    offset: the byte at which that line begins. Raises DataError when an archive does not hold exactly one file.
+    """
+    if path.suffix == ".json":
+        yield islice(_array(path), start, None)
+        return
+    with ExitStack() as stack:
+        if path.name.endswith((".tgz", ".tar.gz")):
+            tar = stack.enter_context(tarfile.open(path))
             members = [member for member in tar if member.isfile() and not Path(member.name).name.startswith(".")]
             file = tar.extractfile(members[0]) if len(members) == 1 else None
             if file is None:
                 raise DataError(f"{path}: {len(members)} files in it, one jsonl file is expected")
-            yield file
-    elif path.suffix == ".gz":
-        with gzip.open(path) as unpacked:
-            yield cast(IO[bytes], unpacked)
-    else:
-        with open(path, "rb") as plain:
-            yield plain
+        else:
+            file = stack.enter_context(opened_list(path, "rb"))
+        file.seek(offset)
+        yield iter(file)
 
 
 def _array(path: Path) -> Iterator[Any]:

@@ -21,9 +21,8 @@ from unifork.sources import (
     files_of,
     located,
     picture_row,
-    without_suffix,
 )
-from unifork.sources.archives import ARCHIVES, BROKEN, Box, is_picture, opened
+from unifork.sources.archives import ARCHIVES, contents, is_picture, opened, samples_in
 
 
 class PairOptions(SourceOptions):
@@ -45,11 +44,10 @@ def _containers(files: str) -> list[tuple[str, Path]]:
         found = files_of(files, ARCHIVES)
     except ConfigError:
         root = located(files)
-        entries = sorted(root.iterdir())
-        if any(is_picture(entry.name) for entry in entries):
+        found = [(entry.name, entry) for entry in sorted(root.iterdir())]
+        if any(is_picture(name) for name, _ in found):
             return [(".", root)]
-        folders = [(entry.name, entry) for entry in entries if entry.is_dir()]
-        found = folders or [(entry.name, entry) for entry in entries]
+        found = [(name, path) for name, path in found if path.is_dir()] or found
     for name, path in found:
         if path.is_file():
             check_ending(name, ARCHIVES)
@@ -61,68 +59,49 @@ def slices(known: PairOptions, shard_rows: int) -> Iterator[Slice]:
     if known.captions:
         located(known.captions)
     for name, path in _containers(known.files):
-        with opened(path) as box:
-            count = len(_samples(box, name, known))
+        with opened(path) as files:
+            count = len(samples_in(files, name, _ending(known)))
         yield from cut(count, shard_rows, file=name, bytes=0 if path.is_dir() else path.stat().st_size)
 
 
 def rows(known: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
     """The samples of one slice."""
-    with opened(as_planned(file_named(known.files, piece), piece)) as box:
-        chosen = _samples(box, piece.file or "", known)[piece.start : piece.stop]
-        apart = None
-        if known.captions:
-            apart = _texts_apart(located(known.captions), [one[0] for one in chosen if isinstance(one, tuple)], known)
-        for one in chosen:
-            yield one if isinstance(one, Fault) else _row(box, *one, known.column, apart)
+    with opened(as_planned(file_named(known.files, piece), piece)) as files:
+        chosen = samples_in(files, piece.file or "", _ending(known))[piece.start : piece.stop]
+        apart = _texts_apart([one[0] for one in chosen if not isinstance(one, Fault)], known)
+        for one in contents(chosen):
+            yield one if isinstance(one, Fault) else _row(*one, known.column, apart)
 
 
-Sample = tuple[str, dict[str, int]]
-"""Key, and the member numbers of `picture` and `text`."""
+def _ending(known: PairOptions) -> str | None:
+    """That of the texts beside the pictures; None when they lie apart."""
+    return None if known.captions else known.text
 
 
-def _samples(box: Box, place: str, known: PairOptions) -> list[Sample | Fault]:
-    """Samples in the order of their first member; then, as faults, second members and what broke off."""
-    found: dict[str, dict[str, int]] = {}
-    faults = []
-    prefix = "" if place == "." else without_suffix(place) + "/"
-    for number, name in enumerate(box.names):
-        ending = name.rpartition("/")[2].partition(".")[2].lower()
-        role = "picture" if is_picture(name) else "text" if ending == known.text and not known.captions else None
-        if role is None:
-            continue
-        key = prefix + without_suffix(name)
-        if found.setdefault(key, {}).setdefault(role, number) != number:
-            faults.append(Fault(key, "duplicate_key", f"{name!r} comes a second time in {place}"))
-    if box.fault:
-        faults.append(Fault(place, "broken_archive", box.fault))
-    return [*found.items(), *faults]
-
-
-def _row(box: Box, key: str, members: dict[str, int], column: str, apart: dict[str, bytes] | None) -> Row | Fault:
+def _row(key: str, found: dict[str, bytes], column: str, apart: dict[str, bytes]) -> Row | Fault:
+    raw = found.get("text", apart.get(key))
     try:
-        image = box.read(members["picture"]) if "picture" in members else None
-        raw = box.read(members["text"]) if "text" in members else (apart or {}).get(key)
         text = None if raw is None else raw.decode("utf-8").strip()
-    except BROKEN as error:
-        return Fault(key, "broken_archive", f"{type(error).__name__}: {error}")
     except UnicodeDecodeError as error:
         return Fault(key, "broken_text", str(error))
-    if image is None:
+    if "picture" not in found:
         return Fault(key, "missing_picture", "its archive has a text of that name, but no picture")
     if text is None:
         return Fault(key, "missing_caption", "a picture of that name, but no text")
-    return picture_row(key, image, **{column: text})
+    return picture_row(key, found["picture"], **{column: text})
 
 
-def _texts_apart(path: Path, keys: list[str], known: PairOptions) -> dict[str, bytes]:
-    """The texts of some keys from a folder, read by name, or from a tar, read through once."""
+def _texts_apart(keys: list[str], known: PairOptions) -> dict[str, bytes]:
+    """The texts of some keys that lie apart, from a folder, read by name, or from a tar, read through once."""
+    if not known.captions:
+        return {}
+    path = located(known.captions)
     wanted = {f"{key.rpartition('/')[2]}.{known.text}": key for key in keys}
     if path.is_dir():
         return {key: (path / name).read_bytes() for name, key in wanted.items() if (path / name).is_file()}
-    with opened(path) as box:
-        bases = ((number, name.rpartition("/")[2]) for number, name in enumerate(box.names))
-        return {wanted[base]: box.read(number) for number, base in bases if base in wanted}
+    with opened(path) as files:
+        named = ((one[0].rpartition("/")[2], one[1]) for one in files if not isinstance(one, Fault))
+        return {wanted[base]: read() for base, read in named if base in wanted}
 
 
 SOURCE = Source(PairOptions, slices, rows, paths=("files", "captions"))

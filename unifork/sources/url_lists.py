@@ -10,18 +10,16 @@ floats, NaN for nothing, numbers as text; what is no number or text of its colum
 Unsplash's tables are tab-separated whatever their ending says (`.tsv000`, `.csv000`), so a text table's
 separator is found in its first line.
 
-Known spellings: laion-prepro and img2dataset's dataset_examples (LAION), the READMEs of coyo-dataset and of
-unsplash/datasets. The columns of Re-LAION were not seen; they are expected to be LAION's.
+The spellings of `url_columns.yaml` are from laion-prepro and img2dataset's dataset_examples (LAION), the READMEs of
+coyo-dataset and of unsplash/datasets. The columns of Re-LAION were not seen; they are expected to be LAION's.
 """
 
 import csv
-import gzip
 import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from itertools import islice
 from pathlib import Path
@@ -30,7 +28,7 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from unifork.config import Plain
+from unifork.config import Plain, read_yaml
 from unifork.errors import ConfigError, DataError
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
@@ -42,6 +40,7 @@ from unifork.sources import (
     cut,
     file_named,
     files_of,
+    opened_list,
     parquet_rows,
     without_suffix,
 )
@@ -82,11 +81,6 @@ class FetchRules(Plain):
     shard_seconds: PositiveFloat = 7200.0
     """Time for a whole shard; no attempt starts after it."""
 
-    @property
-    def agent(self) -> str:
-        """The name that robots.txt and X-Robots-Tag may address, lower-case and without a version."""
-        return self.user_agent.split()[0].split("/")[0].lower()
-
 
 class UrlList(SourceOptions):
     """Tables with one URL a row, and how they are read and fetched."""
@@ -94,7 +88,7 @@ class UrlList(SourceOptions):
     files: str
     """A table, a folder of them, or a glob pattern: Parquet, TSV or CSV."""
     columns: dict[str, str] = {}
-    """Our column: its spelling in the lists, in any case, where `COLUMNS` does not know it.
+    """Our column: its spelling in the lists, in any case, where `url_columns.yaml` does not know it.
     `key: COLUMN` names the rows by a column that differs in every row; otherwise they are file name and number."""
     fetch: FetchRules = FetchRules()
 
@@ -111,8 +105,6 @@ def _text(value: Any) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -121,44 +113,19 @@ def _number(value: Any) -> float | None:
 
 
 def _whole(value: Any) -> int | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value  # a 64-bit hash does not survive a float
-    if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
-        return int(value)
-    number = _number(value)
+    try:
+        return int(value)  # a 64-bit hash does not survive a float
+    except (TypeError, ValueError, OverflowError):
+        number = _number(value)
     return None if number is None else int(number)
 
 
-@dataclass(frozen=True)
-class Column:
-    """One quantity: how it is read, and the lower-case names it goes by, best first."""
-
-    read: Callable[[Any], Any]
-    spellings: tuple[str, ...]
-
-
-COLUMNS: dict[str, Column] = {
-    "url": Column(_text, ("url", "photo_image_url", "image_url")),
-    "caption": Column(
-        _text, ("text", "caption", "photo_description", "top_caption", "eng text", "ai_description", "alt_text")
-    ),
-    # img2dataset's width and height are those of the stored picture
-    "width": Column(_whole, ("original_width", "width", "photo_width")),
-    "height": Column(_whole, ("original_height", "height", "photo_height")),
-    "similarity": Column(_number, ("similarity", "clip_similarity_vitb32", "clip_similarity_vitl14")),
-    "aesthetic": Column(_number, ("aesthetic", "aesthetic_score", "aesthetic_score_laion_v2")),
-    "pwatermark": Column(_number, ("pwatermark", "watermark_score")),
-    "punsafe": Column(_number, ("punsafe", "nsfw_score_opennsfw2", "nsfw_score_gantman")),
-    "nsfw": Column(_text, ("nsfw",)),  # a word in LAION-400M: UNLIKELY, UNSURE, NSFW
-    "license": Column(_text, ("license", "licence")),
-    "language": Column(_text, ("language", "lang")),
-    "hash": Column(_whole, ("hash",)),  # murmur3 of url + text: the join key of LAION's tag files
-    "md5": Column(_text, ("md5",)),
-    "sha256": Column(_text, ("sha256",)),
-    "phash": Column(_text, ("image_phash",)),
-    "id": Column(_text, ("sample_id", "id", "photo_id")),
-}
-"""Canonical name -> column. Everything else in a list has no meaning here and is left out."""
+_READERS: dict[str, Callable[[Any], Any]] = {"text": _text, "number": _number, "whole": _whole}
+_COLUMNS: dict[str, dict[str, list[str]]] = read_yaml(Path(__file__).with_name("url_columns.yaml"))
+READ: dict[str, Callable[[Any], Any]] = {name: _READERS[kind] for kind, columns in _COLUMNS.items() for name in columns}
+"""Canonical name -> how its values are read. Everything else in a list has no meaning here and is left out."""
+SPELLINGS = {name: spellings for columns in _COLUMNS.values() for name, spellings in columns.items()}
+"""Canonical name -> the lower-case names of its columns, best first."""
 
 Mapped = dict[str, list[str]]
 """Canonical name -> the columns of a list that hold it, best first."""
@@ -174,17 +141,16 @@ def mapped(names: Iterable[str], place: str, named: Mapping[str, str] | None = N
         here.setdefault(name.strip().lower(), []).append(name)
     found = {
         canonical: columns
-        for canonical, column in COLUMNS.items()
-        if (columns := [name for spelling in column.spellings for name in here.get(spelling, [])])
+        for canonical, spellings in SPELLINGS.items()
+        if (columns := [name for spelling in spellings for name in here.get(spelling, [])])
     }
+    shown = ", ".join(sorted(name for same in here.values() for name in same))
     for canonical, name in (named or {}).items():
         if name.lower() not in here:
-            shown = ", ".join(sorted(name for same in here.values() for name in same))
             raise ConfigError(f"{place}: no column {name!r} for {canonical!r}; found: {shown}")
         found[canonical] = here[name.lower()]
     if "url" not in found:
-        shown = ", ".join(sorted(name for same in here.values() for name in same))
-        raise ConfigError(f"{place}: no column of URLs; known: {', '.join(COLUMNS['url'].spellings)}; found: {shown}")
+        raise ConfigError(f"{place}: no column of URLs; known: {', '.join(SPELLINGS['url'])}; found: {shown}")
     return found
 
 
@@ -192,7 +158,7 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
     """A row of a list under the canonical names; None where nothing usable is said."""
     made: dict[str, Any] = {}
     for name, spellings in columns.items():
-        read = COLUMNS[name].read if name in COLUMNS else _text
+        read: Callable[[Any], Any] = READ.get(name, _text)
         values = (read(row.get(spelling)) for spelling in spellings)
         made[name] = next((value for value in values if value is not None), None)
     return made
@@ -207,27 +173,25 @@ def slices(known: UrlList, shard_rows: int) -> Iterator[Slice]:
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
             mapped(file.schema_arrow.names, name, known.columns)
-            count, content = file.metadata.num_rows, _footer_sha256(path)
+            count = file.metadata.num_rows
         else:
             with _reader(path) as reader:
-                mapped(next(reader, []), name, known.columns)
-                count, content = sum(1 for _ in reader), file_sha256(path)
-        yield from cut(count, shard_rows, file=name, content=content)
+                mapped(next(reader), name, known.columns)
+                count = sum(1 for _ in reader)
+        yield from cut(count, shard_rows, file=name, content=_sha256(path))
 
 
 def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
     """The entries of one slice, without images: `unifork.sources.web` fetches those.
 
-    In the table's order: `key`, and the columns of `COLUMNS` and of the card's `columns` that it has. Raises
+    In the table's order: `key`, and the columns of `url_columns.yaml` and of the card's `columns` that it has. Raises
     DataError when the table is no longer the one that was planned with.
     """
     path = file_named(known.files, piece)
-    parquet = path.suffix == ".parquet"
-    if not path.is_file() or piece.content != (_footer_sha256(path) if parquet else file_sha256(path)):
+    if not path.is_file() or piece.content != _sha256(path):
         raise DataError(f"{piece.file!r} of {known.files!r}: missing, or changed since it was planned with; run again")
-    read = _parquet_rows if parquet else _text_rows
     place = without_suffix(piece.file or "")
-    for number, row in enumerate(read(path, piece, known.columns), piece.start):
+    for number, row in enumerate(_entries(path, piece, known.columns), piece.start):
         key = f"{place}/{number:09d}"
         if isinstance(row, str):
             yield Fault(key, "broken_line", row)
@@ -237,8 +201,10 @@ def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
             yield {"key": key, **row}
 
 
-def _footer_sha256(path: Path) -> str:
-    """Hash of a Parquet footer: schema, sizes, statistics and offsets of all column chunks; read in no time."""
+def _sha256(path: Path) -> str:
+    """Hash of a table; of a Parquet file that of its footer (schema, sizes, statistics, offsets), read in no time."""
+    if path.suffix != ".parquet":
+        return file_sha256(path)
     with open(path, "rb") as handle:
         handle.seek(-8, os.SEEK_END)
         length = int.from_bytes(handle.read(4), "little")
@@ -246,13 +212,13 @@ def _footer_sha256(path: Path) -> str:
         return hashlib.sha256(handle.read(length)).hexdigest()
 
 
-def _parquet_rows(path: Path, piece: Slice, named: Mapping[str, str]) -> Iterator[Row | str]:
-    columns = mapped(pq.read_schema(path).names, path.name, named)
-    wanted = [name for names in columns.values() for name in names]
-    return (canonical(row, columns) for row in parquet_rows(path, piece, wanted))
-
-
-def _text_rows(path: Path, piece: Slice, named: Mapping[str, str]) -> Iterator[Row | str]:
+def _entries(path: Path, piece: Slice, named: Mapping[str, str]) -> Iterator[Row | str]:
+    """The rows of a slice under the canonical names, or what is wrong with a line."""
+    if path.suffix == ".parquet":
+        columns = mapped(pq.read_schema(path).names, path.name, named)
+        wanted = [name for names in columns.values() for name in names]
+        yield from (canonical(row, columns) for row in parquet_rows(path, piece, wanted))
+        return
     with _reader(path) as reader:
         names = next(reader)
         columns = mapped(names, path.name, named)
@@ -266,8 +232,7 @@ def _text_rows(path: Path, piece: Slice, named: Mapping[str, str]) -> Iterator[R
 @contextmanager
 def _reader(path: Path) -> Iterator[Any]:
     """The lines of a text table as lists of fields, the header first."""
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+    with opened_list(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
         header = file.readline()
         if not header:
             raise DataError(f"{path}: empty, a line with the names of the columns is expected")

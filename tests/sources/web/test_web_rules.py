@@ -1,5 +1,8 @@
 """Tables: which addresses may be contacted, what robots.txt and headers deny, what a URL is taken for."""
 
+import threading
+import time
+from collections import Counter
 from ipaddress import ip_network
 
 import pytest
@@ -8,7 +11,7 @@ from unifork.errors import DataError
 from unifork.sources.url_lists import FetchRules
 from unifork.sources.web import download as schedule
 from unifork.sources.web.client import Refused, target_of
-from unifork.sources.web.permission import may_fetch, parse_robots, refusal, reservation
+from unifork.sources.web.permission import parse_robots, refusal, reservation
 
 REFUSED = """
 0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.255.255.254 168.63.129.16 169.254.169.254 172.16.0.1 172.31.255.255
@@ -70,7 +73,31 @@ Disallow:
     ],
 )
 def test_robots(agent, path, allowed):
-    assert may_fetch(parse_robots(ROBOTS, agent), path) is allowed
+    assert parse_robots(ROBOTS, agent).can_fetch(f"http://host{path}", agent) is allowed
+
+
+@pytest.mark.parametrize(
+    ("robots", "path", "allowed"),
+    [
+        ("User-agent: *\nDisallow: /für/", "/f%C3%BCr/a.png", False),
+        ("User-agent: *\nDisallow: /f%c3%bcr/", "/f%C3%BCr/a.png", False),
+        ("User-agent: *\nDisallow: /a%7Eb/", "/a~b/c.png", False),
+        ("User-agent: *\nDisallow: /a%2Fb", "/a/b", True),
+        ("User-agent: *\nDisallow: /x?y=1", "/x?y=12", False),
+        ("\ufeffUser-agent: *\nDisallow: /", "/a.png", False),
+        ("User-agent: unifork/1.0\nDisallow: /", "/a.png", False),
+        ("user-agent:unifork/1.0 (images) # ours\rDisallow: /x\r\rUser-agent: *\rDisallow: /", "/a.png", True),
+        ("User-agent: unifork/1.0 # ours\rDisallow: /x\r", "/x.png", False),
+        ("User-agent: uni\nUser-agent: fork\nDisallow: /", "/a.png", True),
+        ("User-agent: uniforks\nDisallow: /", "/a.png", True),
+        ("User-agent: *\nDisallow: /\n\nUser-agent: unifork\nDisallow:", "/a.png", True),
+        ("User-agent: *\nDisallow: /\nAllow: /", "/a.png", True),
+        ("Disallow: /", "/a.png", True),
+        ("User-agent: *\nDisallow: /" + "*a" * 30 + "$", "/" + "a" * 2000 + "b", True),
+    ],
+)
+def test_robots_are_compared_as_the_standard_says(robots, path, allowed):
+    assert parse_robots(robots, "unifork").can_fetch(f"http://host{path}", "unifork") is allowed
 
 
 @pytest.mark.parametrize(
@@ -126,11 +153,11 @@ class Cut:
         self.reason, self.alive = reason, alive
 
     def reach(self, url):
-        if target_of(url).host not in self.alive:
-            raise Refused(self.reason, url)
+        return None if target_of(url).host in self.alive else Refused(self.reason, url)
 
     def get(self, url):
-        self.reach(url)
+        if refused := self.reach(url):
+            raise refused
         return b""
 
 
@@ -155,16 +182,39 @@ def test_one_dead_host_is_no_diagnosis_but_a_silent_resolver_is():
 def test_a_network_that_breaks_stops_the_shard_and_dead_links_do_not():
     alive = Cut("timeout", alive=["host0.example"])
     outcomes = schedule.fetch_all(URLS, alive, 4, schedule.Health(alive))
-    assert [outcome.reason for outcome in outcomes] == ["empty"] + ["timeout"] * 59
+    assert [outcomes[url].reason for url in URLS] == ["empty"] + ["timeout"] * 59
     broken = Cut("timeout")
     with pytest.raises(DataError, match="after 25 hosts failed in a row"):
         schedule.fetch_all(URLS, broken, 4, schedule.Health(broken))
 
 
-def test_hosts_take_turns_and_none_exceeds_its_connections():
-    turns = schedule.Turns(2)
-    for row, host in enumerate("aaaab"):
-        turns.add(host, row)
-    assert [turns.take() for _ in range(4)] == [("a", 0), ("b", 4), ("a", 1), None]
-    turns.done("a")
-    assert turns.take() == ("a", 2)
+class Counting(Cut):
+    """A client whose hosts answer after a moment, and that remembers what was asked and how much at once."""
+
+    connections_per_host = 2
+
+    def __init__(self):
+        super().__init__("timeout", alive="ab")
+        self.asked, self.now, self.most = [], Counter(), Counter()
+        self.lock = threading.Lock()
+
+    def get(self, url):
+        host = target_of(url).host
+        with self.lock:
+            self.asked.append(host)
+            self.now[host] += 1
+            self.most = self.most | self.now
+        time.sleep(0.02)
+        with self.lock:
+            self.now[host] -= 1
+        return b""
+
+
+@pytest.mark.parametrize("threads", [2, 16])
+def test_hosts_take_turns_and_none_exceeds_its_connections(threads):
+    client = Counting()
+    urls = [f"http://a/{number}" for number in range(8)] + [f"http://b/{number}" for number in range(3)]
+    assert list(schedule.fetch_all(urls, client, threads, schedule.Health(client))) == urls
+    assert client.most == {"a": 2, "b": 2}
+    assert client.asked[:4].count("b") == 2, "the rows of b do not wait for all of a, which came before them"
+    assert Counter(client.asked) == {"a": 8, "b": 3}

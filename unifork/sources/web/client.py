@@ -8,28 +8,32 @@ bodies outlast it. Nothing is global and nothing is read from the environment, p
 
 import http.client
 import io
-import queue
 import socket
 import ssl
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
+from protego import Protego
+
 from unifork.sources.url_lists import FetchRules
-from unifork.sources.web.permission import MAX_ROBOTS_BYTES, Rule, may_fetch, parse_robots, refusal, reservation
+from unifork.sources.web.permission import MAX_ROBOTS_BYTES, parse_robots, refusal, reservation
 
 CONNECT_SECONDS = 10.0
 """Most time for one address of a host, so that a dead one leaves time for the next."""
 REMEMBERED = 50_000
-"""Hosts and robots.txt files kept in memory; the least recently used is forgotten."""
+"""Hosts and robots.txt files kept in memory; the oldest is forgotten."""
 REMEMBERED_SECONDS = 3600.0
 """Age at which an address or a robots.txt is asked for again."""
+PORTS = {"http": 80, "https": 443}
+"""The schemes that are asked, and where they are when a URL names no port."""
 REDIRECTS = (301, 302, 303, 307, 308)
 PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"
 """What lists leave as it is in a path; everything else, such as spaces and letters beyond ASCII, is quoted."""
@@ -53,56 +57,36 @@ class Target:
     path: str
 
     @property
-    def origin(self) -> tuple[str, str, int]:
-        """What a robots.txt is valid for."""
-        return self.scheme, self.host, self.port
-
-    @property
     def authority(self) -> str:
         """The value of the header Host."""
         name = f"[{self.host}]" if ":" in self.host else self.host
-        return name if self.port == (443 if self.scheme == "https" else 80) else f"{name}:{self.port}"
+        return name if self.port == PORTS[self.scheme] else f"{name}:{self.port}"
+
+    @property
+    def origin(self) -> str:
+        """What a robots.txt is valid for, and the beginning of its URL."""
+        return f"{self.scheme}://{self.authority}"
+
+    @property
+    def url(self) -> str:
+        """All of it again."""
+        return self.origin + self.path
 
 
-def target_of(url: str) -> Target:
-    """A URL taken apart. Raises Refused (`bad_url`) for anything but http and https with a host."""
+def target_of(url: str, base: str = "") -> Target:
+    """A URL taken apart, which may be relative to another. Raises Refused (`bad_url`) unless it is http(s)://HOST."""
     try:
-        parts = urlsplit(url.strip())
+        parts = urlsplit(urljoin(base, url.strip()))
         host, port = (parts.hostname or "").rstrip("."), parts.port
         host = host if host.isascii() else host.encode("idna").decode()
     except ValueError as error:
         raise Refused("bad_url", f"{error}: {url!r:.300}") from None
-    if parts.scheme not in ("http", "https") or not host or port == 0:
+    if parts.scheme not in PORTS or not host or port == 0:
         raise Refused("bad_url", f"not http(s)://HOST: {url!r:.300}")
     if any(char <= " " or char == "\x7f" for char in host):
         raise Refused("bad_url", f"control character in the host: {url!r:.300}")
     path = quote(parts.path or "/", safe=PATH_SAFE) + (f"?{quote(parts.query, safe=PATH_SAFE)}" if parts.query else "")
-    return Target(parts.scheme, host.lower(), port or (443 if parts.scheme == "https" else 80), path)
-
-
-def joined(url: str, location: str) -> str:
-    """Where a redirect leads. Raises Refused (`bad_url`)."""
-    try:
-        return urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))  # headers arrive as Latin-1
-    except ValueError as error:
-        raise Refused("bad_url", f"redirect: {error}: {location!r:.300}") from None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back for one request."""
-
-    status: int
-    headers: list[tuple[str, str]]
-    body: bytes
-    missing: tuple[str, str] | None
-    """Class and detail when the body is not whole."""
-
-    @property
-    def location(self) -> str | None:
-        """The target of a redirect; None when the answer is none."""
-        found = [value for name, value in self.headers if name.lower() == "location"]
-        return found[0] if found and self.status in REDIRECTS else None
+    return Target(parts.scheme, host.lower(), port or PORTS[parts.scheme], path)
 
 
 class Clock:
@@ -119,7 +103,7 @@ class Clock:
         return min(seconds, most)
 
 
-class _Limited:
+class _Limited(io.RawIOBase):
     """A connected socket as `http.client` uses one, with the time left as the timeout of every single operation."""
 
     def __init__(self, sock: socket.socket, clock: Clock) -> None:
@@ -130,17 +114,7 @@ class _Limited:
         self.sock.sendall(data)  # its timeout is for all of the data
 
     def makefile(self, *_: Any) -> io.BufferedReader:
-        return io.BufferedReader(_Reader(self.sock, self.clock))
-
-    def close(self) -> None:
-        """Nothing: `http.client` closes its socket while it still reads from it; the opener closes the real one."""
-
-
-class _Reader(io.RawIOBase):
-    """The receiving side of a socket."""
-
-    def __init__(self, sock: socket.socket, clock: Clock) -> None:
-        self.sock, self.clock = sock, clock
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
@@ -149,12 +123,19 @@ class _Reader(io.RawIOBase):
         self.sock.settimeout(self.clock.left())
         return self.sock.recv_into(buffer)
 
+    def close(self) -> None:
+        """Nothing: `http.client` closes its socket while it still reads from it; who connected it closes it."""
+
 
 class Client:
-    """Fetches URLs by the rules of a card; used by many threads at once."""
+    """Fetches URLs by the rules of a card; used by many threads at once.
+
+    agent: the name that robots.txt and X-Robots-Tag may address, lower-case and without a version.
+    """
 
     def __init__(self, rules: FetchRules, connections_per_host: int, proxy: str | None = None) -> None:
         self.rules, self.connections_per_host, self.proxy = rules, connections_per_host, proxy
+        self.agent = rules.user_agent.split()[0].split("/")[0].lower()
         self.tls = ssl.create_default_context()
         self._lock = threading.Lock()
         self._memory: OrderedDict[Any, tuple[float, Any]] = OrderedDict()
@@ -164,76 +145,94 @@ class Client:
 
     def get(self, url: str) -> bytes:
         """The body of a URL, after redirects, unchanged. Raises Refused."""
-        clock = Clock(self.rules.timeout_seconds)
-        for _ in range(self.rules.max_redirects + 1):
-            target = target_of(url)
-            if self.rules.robots and not may_fetch(self._robots(target, clock), target.path):
-                raise Refused("robots_denied", f"robots.txt of {target.authority}")
-            answer = self._request(target, clock, self.rules.max_bytes)
-            reserved = reservation(answer.headers, self.rules.agent) if self.rules.opt_out else None
-            if reserved:
-                raise Refused("opted_out", reserved[:300])
-            if answer.status == 200:
-                if answer.missing:
-                    raise Refused(*answer.missing)
-                return answer.body
-            if answer.location is None:
+        with self._answer(url, Clock(self.rules.timeout_seconds), asking=True) as (target, answer):
+            if answer.status != 200:
                 raise Refused(f"http_{answer.status}", f"{target.authority}{target.path}"[:300])
-            url = joined(url, answer.location)
+            body, missing = _body(answer, self.rules.max_bytes)
+        if missing:
+            raise missing
+        return body
+
+    def reach(self, url: str) -> Refused | None:
+        """Resolve the host of a URL, connect and hang up; why that is not possible."""
+        clock = Clock(CONNECT_SECONDS)
+        try:
+            target = target_of(url)
+            with _classified(target), self._connected(target, clock):
+                return None
+        except Refused as refused:
+            return refused
+
+    @contextmanager
+    def _answer(self, url: str, clock: Clock, asking: bool) -> Iterator[tuple[Target, http.client.HTTPResponse]]:
+        """What redirects lead to, and its answer, whose body is not read yet. Raises Refused.
+
+        asking: for leave, of the robots.txt of every host and the headers of every answer.
+        """
+        base = ""
+        for _ in range(self.rules.max_redirects + 1):
+            target = target_of(url, base)
+            if asking and self.rules.robots:
+                self._check_robots(target, clock)
+            with self._requested(target, clock) as answer:
+                reserved = reservation(answer.getheaders(), self.agent)
+                if reserved and asking and self.rules.opt_out:
+                    raise Refused("opted_out", reserved[:300])
+                location = answer.msg.get("location")
+                if location is None or answer.status not in REDIRECTS:
+                    yield target, answer
+                    return
+            base, url = target.url, location.encode("latin-1").decode("utf-8", "replace")  # headers arrive as Latin-1
         raise Refused("too_many_redirects", f"more than {self.rules.max_redirects}, the last to {url!r:.300}")
 
-    def reach(self, url: str) -> None:
-        """Resolve the host of a URL, connect and hang up. Raises Refused."""
-        clock, target = Clock(CONNECT_SECONDS), target_of(url)
-        with _classified(target):
-            self._connect(target, clock).close()
+    def _check_robots(self, target: Target, clock: Clock) -> None:
+        """Raise Refused for what robots.txt denies, and when its host cannot be asked."""
+        key = "robots", target.origin
+        with _classified(target), self._slot(key, 1, clock):  # the first row asks, others wait
+            robots = self._remembered(key, lambda: self._ask_robots(target, clock))
+        if not robots.can_fetch(target.url, self.agent):
+            raise Refused("robots_denied", f"robots.txt of {target.authority}")
 
-    def _request(self, target: Target, clock: Clock, most: int) -> Answer:
-        """The answer to one request, with the first `most` bytes of its body. Raises Refused."""
+    def _ask_robots(self, target: Target, clock: Clock) -> Protego:
+        """RFC 9309: no file (4xx) allows everything, a server in trouble (5xx) nothing for now."""
+        body = b""
+        try:
+            with self._answer(f"{target.origin}/robots.txt", clock, asking=False) as (_, answer):
+                if answer.status >= 500:
+                    raise Refused(f"http_{answer.status}", f"robots.txt of {target.authority}")
+                if answer.status == 200:
+                    body, _missing = _body(answer, MAX_ROBOTS_BYTES)
+        except Refused as refused:
+            if refused.reason != "too_many_redirects":
+                raise
+        return parse_robots(body.decode("utf-8", "replace"), self.agent)
+
+    @contextmanager
+    def _requested(self, target: Target, clock: Clock) -> Iterator[http.client.HTTPResponse]:
+        """The answer to one request. Raises Refused."""
+        headers = {
+            "Host": target.authority,
+            "User-Agent": self.rules.user_agent,
+            "Accept": "image/*,*/*;q=0.5",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
         with (
             _classified(target),
             self._slot(("host", target.host), self.connections_per_host, clock),
-            closing(self._connect(target, clock)) as sock,
+            self._connected(target, clock) as sock,
         ):
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.sock = _Limited(sock, clock)
-            headers = {
-                "Host": target.authority,
-                "User-Agent": self.rules.user_agent,
-                "Accept": "image/*,*/*;q=0.5",
-                "Accept-Encoding": "identity",
-                "Connection": "close",
-            }
             connection.request("GET", target.path, headers=headers)
-            with connection.getresponse() as response:
-                body, missing = _body(response, most) if response.status == 200 else (b"", None)
-                return Answer(response.status, response.getheaders(), body, missing)
-
-    def _robots(self, target: Target, clock: Clock) -> list[Rule]:
-        """The rules of a host's robots.txt. Raises Refused when the host cannot be asked."""
-        with _classified(target), self._slot(("robots", target.origin), 1, clock):  # asked once, by the first row
-            rules: list[Rule] = self._remembered(("robots", target.origin), lambda: self._ask_robots(target, clock))
-            return rules
-
-    def _ask_robots(self, target: Target, clock: Clock) -> list[Rule]:
-        """RFC 9309: no file (4xx) allows everything, a server in trouble (5xx) nothing for now."""
-        url = f"{target.scheme}://{target.authority}/robots.txt"
-        for _ in range(self.rules.max_redirects + 1):
-            answer = self._request(target_of(url), clock, MAX_ROBOTS_BYTES)
-            if answer.status >= 500:
-                raise Refused(f"http_{answer.status}", f"robots.txt of {target.authority}")
-            if answer.location is None:
-                return parse_robots(answer.body.decode("utf-8", "replace"), self.rules.agent)
-            url = joined(url, answer.location)
-        return []
+            with connection.getresponse() as answer:
+                yield answer
 
     @contextmanager
     def _slot(self, key: Any, places: int, clock: Clock) -> Iterator[None]:
         """One of some places, waited for as long as the clock runs."""
-        with self._lock:
-            slots = self._slots.get(key)
-            if slots is None:  # lives as long as somebody holds or awaits a place
-                slots = self._slots[key] = threading.Semaphore(places)
+        with self._lock:  # a semaphore lives as long as somebody holds or awaits a place
+            slots = self._slots.setdefault(key, threading.Semaphore(places))
         if not slots.acquire(timeout=clock.left()):
             raise TimeoutError
         try:
@@ -243,24 +242,23 @@ class Client:
 
     # ---------------------------------------------------------------------------------- connections
 
-    def _connect(self, target: Target, clock: Clock) -> socket.socket:
+    @contextmanager
+    def _connected(self, target: Target, clock: Clock) -> Iterator[socket.socket]:
         """A socket connected to a checked address of a host, with TLS where the scheme asks for it."""
         failure: OSError = ConnectionError("no address")
         for address in self._addresses(target, clock):
             try:
                 sock = self._open(address, target.port, clock)
+                break
             except OSError as error:
                 failure = error
-                continue
-            if target.scheme == "http":
-                return sock
-            try:
-                sock.settimeout(clock.left())
-                return self.tls.wrap_socket(sock, server_hostname=target.host)
-            except BaseException:
-                sock.close()
-                raise
-        raise failure
+        else:
+            raise failure
+        with sock:
+            sock.settimeout(clock.left())
+            secure = target.scheme == "https"
+            with self.tls.wrap_socket(sock, server_hostname=target.host) if secure else nullcontext(sock) as ready:
+                yield ready
 
     def _open(self, address: str, port: int, clock: Clock) -> socket.socket:
         """A connection to exactly this address, through the configured proxy if there is one."""
@@ -291,78 +289,79 @@ class Client:
             raise Refused("forbidden_address", f"{target.host}: {told}"[:300])
         return allowed
 
-    def _remembered(self, key: Any, make: Any) -> Any:
+    def _remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value made for a key within the last hour, else a new one."""
         now = time.monotonic()
         with self._lock:
             made, value = self._memory.get(key, (float("-inf"), None))
-            if now - made < REMEMBERED_SECONDS:
+        if now - made >= REMEMBERED_SECONDS:
+            value = make()  # outside the lock: it may take seconds
+            with self._lock:
+                self._memory[key] = now, value
                 self._memory.move_to_end(key)
-                return value
-        value = make()  # outside the lock: it may take seconds
-        with self._lock:
-            self._memory[key] = now, value
-            while len(self._memory) > REMEMBERED:
-                self._memory.popitem(last=False)
+                if len(self._memory) > REMEMBERED:
+                    self._memory.popitem(last=False)
         return value
+
+
+CLASSES: dict[type[Exception], str] = {
+    TimeoutError: "timeout",
+    socket.gaierror: "dns_failure",
+    ssl.SSLError: "tls_failed",
+    OSError: "connection_failed",
+    UnicodeError: "bad_url",  # no host name
+    http.client.InvalidURL: "bad_url",
+    http.client.HTTPException: "bad_answer",
+}
+"""What a connection may raise, and the class of its row; the first that fits counts."""
 
 
 @contextmanager
 def _classified(target: Target) -> Iterator[None]:
     """Turns what a connection may raise into Refused with its class."""
-    place = target.authority
     try:
         yield
-    except TimeoutError as error:
-        raise Refused("timeout", place) from error
-    except ssl.SSLError as error:
-        raise Refused("tls_failed", f"{place}: {error}"[:300]) from error
-    except OSError as error:
-        raise Refused("connection_failed", f"{place}: {error}"[:300]) from error
-    except http.client.InvalidURL as error:
-        raise Refused("bad_url", f"{place}: {error}"[:300]) from error
-    except http.client.HTTPException as error:
-        raise Refused("bad_answer", f"{place}: {type(error).__name__}: {error}"[:300]) from error
+    except tuple(CLASSES) as error:
+        reason = next(reason for kind, reason in CLASSES.items() if isinstance(error, kind))
+        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+            reason = "no_such_host"
+        raise Refused(reason, f"{target.authority}: {type(error).__name__}: {error}"[:300]) from error
 
 
-def _body(response: http.client.HTTPResponse, most: int) -> tuple[bytes, tuple[str, str] | None]:
-    """At most `most` bytes of a body, and class and detail of what is missing, if anything is."""
-    announced = response.length or 0
-    parts, size = [], 0
+def _body(answer: http.client.HTTPResponse, most: int) -> tuple[bytes, Refused | None]:
+    """At most `most` bytes of a body, and why they are not all of it.
+
+    Read piece by piece, as it comes: `read` takes all that follows, whatever is asked for, where a chunk says that it
+    has -1 bytes.
+    """
+    announced, body = answer.length or 0, bytearray()
     try:
-        while size <= most and (part := response.read(min(64 * 1024, most + 1 - size))):
-            size += len(part)
-            parts.append(part)
+        while len(body) <= most and (part := answer.read1(min(64 * 1024, most + 1 - len(body)))):
+            body += part
     except http.client.IncompleteRead:
-        return b"".join(parts), ("truncated", f"the connection ended after {size} bytes")
-    if max(size, announced) > most:
-        return b"".join(parts)[:most], ("too_large", f"more than {most} bytes")
-    if size < announced:
-        return b"".join(parts), ("truncated", f"{size} bytes of {announced}")
-    return b"".join(parts), None
+        return bytes(body), Refused("truncated", f"the connection ended after {len(body)} bytes")
+    if max(len(body), announced) > most:
+        return bytes(body[:most]), Refused("too_large", f"more than {most} bytes")
+    if len(body) < announced:
+        return bytes(body), Refused("truncated", f"{len(body)} bytes of {announced}")
+    return bytes(body), None
 
 
 def _resolve(host: str, clock: Clock) -> list[str]:
-    """The addresses of a host, in the resolver's order. Raises Refused."""
-    answers: queue.SimpleQueue[list[str] | OSError | UnicodeError] = queue.SimpleQueue()
+    """The addresses of a host, in the resolver's order. Raises gaierror, UnicodeError or TimeoutError."""
+    answer: Future[list[Any]] = Future()
 
     def ask() -> None:
         try:
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            answers.put(list(dict.fromkeys(str(entry[4][0]) for entry in found)))
-        except (OSError, UnicodeError) as error:
-            answers.put(error)
+            answer.set_result(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+        except Exception as error:  # raised again in the thread that waits
+            answer.set_exception(error)
 
+    seconds = clock.left()
     # the resolver knows no deadline: its thread is left to itself when time is up
     threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=clock.left())
-    except queue.Empty:
-        raise Refused("dns_failure", f"{host}: no answer in time") from None
-    if isinstance(answer, socket.gaierror) and answer.errno == socket.EAI_NONAME:
-        raise Refused("no_such_host", host)
-    if isinstance(answer, UnicodeError):
-        raise Refused("bad_url", f"{host!r:.300}: not a host name")
-    if isinstance(answer, OSError):
-        raise Refused("dns_failure", f"{host}: {answer}")
-    return answer
+        found = answer.result(seconds)
+    except TimeoutError:
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer in time") from None
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))

@@ -6,41 +6,38 @@ What cannot be had goes to the quarantine. Every row of the list is accounted fo
 Many URLs in, one outcome each: rows take turns by host, transient failures come back later, time is bounded.
 
 One thread keeps the books and others fetch, so that nothing here needs a lock. A host has at most its number of
-connections; its further rows wait without occupying a thread.
+connections; its further rows wait without occupying a thread, and after those of others that came before them.
 """
 
+import asyncio
 import hashlib
-import heapq
 import io
-import queue
-import time
+import math
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
 
 from PIL import Image, UnidentifiedImageError
 
 from unifork.config import Card, WebAccess, cluster_file, parse
 from unifork.errors import ConfigError, MachineError
-from unifork.shards.job import quarantined, table_of, write_shard
-from unifork.shards.schema import image_text_schema, text_columns
-from unifork.shards.task import ShardResult, ShardTask
-from unifork.sources import Fault, rows_of
-from unifork.sources.url_lists import FetchRules, UrlList
+from unifork.shards.schema import text_columns
+from unifork.shards.task import ShardTask
+from unifork.sources import Fault, Row
+from unifork.sources.download import Materialise
+from unifork.sources.url_lists import UrlList
 from unifork.sources.web.client import Client, Refused, target_of
 
-WEB_VERSION = 1
+WEB_VERSION = 2
 """Raise when the same lists, rules and answers would give other rows."""
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if name in Image.OPEN)
 """Formats that are opened, as far as this Pillow has them; of its forty others one starts a program (EPS)."""
 
 TRANSIENT = frozenset(
-    {"timeout", "connection_failed", "dns_failure", "http_408", "http_429"}
-    | {f"http_{n}" for n in (500, 502, 503, 504)}
+    ("timeout", "connection_failed", "dns_failure", *(f"http_{n}" for n in (408, 429, 500, 502, 503, 504)))
 )
 """Classes that another attempt may change."""
 UNREACHED = frozenset({"timeout", "connection_failed", "dns_failure", "no_such_host"})
@@ -57,31 +54,22 @@ TAIL = 0.95
 """Share of settled rows at which the tail of a shard begins."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """Bytes as received, and the size in pixels."""
-
-    data: bytes
-    width: int
-    height: int
-
-
-Outcome = Picture | Refused
+Outcome = Row | Refused
+"""The columns of a picture that came: image, width, height, sha256; or why none did."""
 
 
 def fetch_picture(client: Client, url: str) -> Outcome:
     """One attempt at one URL; never raises."""
     try:
-        data = client.get(url)
-        return Picture(data, *inspect(data, client.rules.max_pixels))
+        return inspect(client.get(url), client.rules.max_pixels)
     except Refused as refused:
-        return refused.with_traceback(None)
+        return Refused(refused.reason, refused.detail)  # without the traceback, which holds sockets and bytes
     except Exception as error:  # a hostile answer costs its row, never the shard
         return Refused("unexpected", f"{type(error).__name__}: {error}"[:300])
 
 
-def inspect(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of a picture that can be decoded.
+def inspect(data: bytes, max_pixels: int) -> Row:
+    """The columns of a picture that can be decoded.
 
     Raises Refused: `empty`, `not_an_image`, `too_many_pixels` (nothing was decoded), `undecodable`.
     """
@@ -104,44 +92,7 @@ def inspect(data: bytes, max_pixels: int) -> tuple[int, int]:
         raise Refused("not_an_image", f"begins with {data[:24]!r}") from None
     except Exception as error:  # a decoder may raise anything on hostile bytes
         raise Refused("undecodable", f"{type(error).__name__}: {error}"[:300]) from None
-    return width, height
-
-
-class Turns:
-    """Rows waiting by host; hosts take turns, each with a limited number of rows under way."""
-
-    def __init__(self, per_host: int) -> None:
-        self.per_host = per_host
-        self.waiting: dict[str, deque[int]] = defaultdict(deque)
-        self.busy: Counter[str] = Counter()
-        self.line: deque[str] = deque()
-        self.in_line: set[str] = set()
-
-    def add(self, host: str, row: int) -> None:
-        """Let a row wait for its host's turn."""
-        self.waiting[host].append(row)
-        self._queue(host)
-
-    def take(self) -> tuple[str, int] | None:
-        """The next host and row that may start; None when all hosts are busy or nothing waits."""
-        if not self.line:
-            return None
-        host = self.line.popleft()
-        self.in_line.remove(host)
-        row = self.waiting[host].popleft()
-        self.busy[host] += 1
-        self._queue(host)
-        return host, row
-
-    def done(self, host: str) -> None:
-        """A row of this host ended."""
-        self.busy[host] -= 1
-        self._queue(host)
-
-    def _queue(self, host: str) -> None:
-        if self.waiting[host] and self.busy[host] < self.per_host and host not in self.in_line:
-            self.line.append(host)
-            self.in_line.add(host)
+    return {"image": data, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 class Health:
@@ -156,10 +107,10 @@ class Health:
         """Probe some hosts of a list before anything else. Raises MachineError when none can be reached."""
         self.probe(urls[:: max(1, len(urls) // PROBES)], "before the first row")
 
-    def saw(self, host: str, url: str, outcome: Outcome) -> None:
+    def saw(self, url: str, outcome: Outcome) -> None:
         """Note an outcome. Raises MachineError when nothing can be reached any more."""
         if isinstance(outcome, Refused) and outcome.reason in UNREACHED:
-            self.failing[host] = url
+            self.failing[host_of(url)] = url
             if len(self.failing) < SUSPICIOUS_HOSTS:
                 return
             self.probe([*self.alive, *self.failing.values()], f"after {len(self.failing)} hosts failed in a row")
@@ -171,9 +122,10 @@ class Health:
 
     def probe(self, urls: Sequence[str], when: str) -> None:
         """Try to reach the first few hosts. Raises MachineError with a diagnosis when none answers."""
-        chosen = list({_host(url): url for url in urls if _host(url)}.values())[:PROBES]
+        chosen = list({host_of(url): url for url in urls if host_of(url)}.values())[:PROBES]
         with ThreadPoolExecutor(PROBES) as pool:
-            failures = [failure for failure in pool.map(self._failure, chosen) if failure]
+            failures = [refused for refused in pool.map(self.client.reach, chosen) if refused]
+        failures = [refused for refused in failures if refused.reason in UNREACHED]
         reasons = Counter(failure.reason for failure in failures)
         if not failures or len(failures) < len(chosen):
             return
@@ -193,84 +145,8 @@ class Health:
             f"first {failures[0].detail!r}. Finished shards are kept; run the stage again when the network is back"
         )
 
-    def _failure(self, url: str) -> Refused | None:
-        try:
-            self.client.reach(url)
-        except Refused as refused:
-            return refused if refused.reason in UNREACHED else None
-        return None
 
-
-def fetch_all(urls: Sequence[str], client: Client, threads: int, health: Health) -> list[Outcome]:
-    """The outcome of every URL, in their order. Raises MachineError when the network on this side is down."""
-    return _Shard(urls, client.rules, client.connections_per_host, health).run(
-        threads, lambda url: fetch_picture(client, url)
-    )
-
-
-class _Shard:
-    """The books of one shard."""
-
-    def __init__(self, urls: Sequence[str], rules: FetchRules, per_host: int, health: Health) -> None:
-        self.urls, self.rules, self.health = urls, rules, health
-        self.settled = 0
-        self.last: dict[int, Outcome] = {}
-        self.attempts: Counter[int] = Counter()
-        self.turns = Turns(per_host)
-        self.later: list[tuple[float, int]] = []
-        self.end = time.monotonic() + rules.shard_seconds
-        self.in_tail = False
-        for row, url in enumerate(urls):
-            self.turns.add(_host(url), row)
-
-    def run(self, threads: int, fetch: Callable[[str], Outcome]) -> list[Outcome]:
-        results: queue.SimpleQueue[tuple[str, int, Outcome]] = queue.SimpleQueue()
-
-        def work(host: str, row: int) -> None:
-            results.put((host, row, fetch(self.urls[row])))
-
-        running = 0
-        pool = ThreadPoolExecutor(threads)
-        try:
-            while self.settled < len(self.urls):
-                now = time.monotonic()
-                if now >= self.end and not running:
-                    break
-                while self.later and self.later[0][0] <= now:
-                    row = heapq.heappop(self.later)[1]
-                    self.turns.add(_host(self.urls[row]), row)
-                while now < self.end and running < threads and (turn := self.turns.take()):
-                    pool.submit(work, *turn)
-                    running += 1
-                wake = min([self.end, *(due for due, _ in self.later[:1])]) - now
-                try:  # what runs has its own deadline, so after the end it is only waited for
-                    host, row, outcome = results.get(timeout=max(wake, 0.001) if now < self.end else None)
-                except queue.Empty:
-                    continue
-                running -= 1
-                self.turns.done(host)
-                self._settle(host, row, outcome)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        late = Refused("deadline", "the time of the shard was over before this row could be fetched")
-        return [self.last.get(row, late) for row in range(len(self.urls))]
-
-    def _settle(self, host: str, row: int, outcome: Outcome) -> None:
-        self.health.saw(host, self.urls[row], outcome)
-        self.attempts[row] += 1
-        self.last[row] = outcome
-        now = time.monotonic()
-        if isinstance(outcome, Refused) and outcome.reason in TRANSIENT and self.attempts[row] < self.rules.attempts:
-            pause = self.rules.backoff_seconds * 2 ** (self.attempts[row] - 1)
-            if now + pause < self.end:
-                heapq.heappush(self.later, (now + pause, row))
-                return
-        self.settled += 1
-        if not self.in_tail and self.settled >= TAIL * len(self.urls):
-            self.in_tail, self.end = True, min(self.end, now + self.rules.tail_seconds)
-
-
-def _host(url: str) -> str:
+def host_of(url: str) -> str:
     """The host whose turn a URL waits for; empty when it has none."""
     try:
         return target_of(url).host
@@ -278,11 +154,58 @@ def _host(url: str) -> str:
         return ""
 
 
+def fetch_all(urls: Sequence[str], client: Client, threads: int, health: Health) -> dict[str, Outcome]:
+    """The outcome of every URL. Raises MachineError when the network on this side is down."""
+    return asyncio.run(_Shard(urls, client, threads, health).run())
+
+
+class _Shard:
+    """The books of one shard: each URL is a coroutine of one thread, other threads fetch."""
+
+    def __init__(self, urls: Sequence[str], client: Client, threads: int, health: Health) -> None:
+        self.urls, self.client, self.health = urls, client, health
+        self.outcomes: dict[str, Outcome] = {}
+        self.settled = 0
+        self.over = asyncio.Event()
+        self.pool, self.free_threads = ThreadPoolExecutor(threads), asyncio.Semaphore(threads)
+        self.hosts = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(client.connections_per_host))
+
+    async def run(self) -> dict[str, Outcome]:
+        asyncio.get_running_loop().call_later(self.client.rules.shard_seconds, self.over.set)
+        try:
+            await asyncio.gather(*(self._settle(url) for url in self.urls))
+        finally:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+        late = Refused("deadline", "the time of the shard was over before this row could be fetched")
+        return {url: self.outcomes.get(url, late) for url in self.urls}
+
+    async def _settle(self, url: str) -> None:
+        """Try a URL until it has an outcome that stays, or the shard is over."""
+        rules, loop = self.client.rules, asyncio.get_running_loop()
+        for attempt in range(1, rules.attempts + 1):
+            async with self.hosts[host_of(url)], self.free_threads:  # both serve in the order of arrival
+                if self.over.is_set():
+                    break
+                outcome = await loop.run_in_executor(self.pool, fetch_picture, self.client, url)
+            self.outcomes[url] = outcome
+            self.health.saw(url, outcome)
+            passes = isinstance(outcome, Refused) and outcome.reason in TRANSIENT
+            if not passes or attempt == rules.attempts:
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.over.wait(), rules.backoff_seconds * 2 ** (attempt - 1))
+        self.settled += 1
+        if self.settled == math.ceil(TAIL * len(self.urls)):
+            loop.call_later(rules.tail_seconds, self.over.set)
+
+
 # --------------------------------------------------------------------------------------- the worker
 
 
-class Download:
+class Download(Materialise):
     """A range of a list of URLs -> image-text shard."""
+
+    quarantined = ("key", "url", "reason", "detail")
 
     def __init__(self, card: Card, web: WebAccess, workers: int) -> None:
         """workers: how many share the connections that a host may have. Raises ConfigError where they are too many."""
@@ -292,48 +215,34 @@ class Download:
                 f"{web.connections_per_host}: each worker needs at least one. Use fewer workers, or raise "
                 f"web.connections_per_host"
             )
-        self.card, self.web, self.schema = card, web, image_text_schema(card)
+        super().__init__(card)
         rules = parse(UrlList, card.source.options, f"card {card.name}", "source.options").fetch
-        self.client = Client(rules, web.connections_per_host // workers, web.proxy)
+        self.threads, self.client = web.threads, Client(rules, web.connections_per_host // workers, web.proxy)
         self.health: Health | None = None
 
-    def __call__(self, task: ShardTask) -> ShardResult:
-        kept, rejected, wanted = [], [], []
-        for row in rows_of(self.card, task):
-            if isinstance(row, Fault):
-                rejected.append({"key": row.key, "url": None, "reason": row.reason, "detail": row.detail})
-            else:
-                wanted.append(row)
+    def rows(self, task: ShardTask) -> Iterator[Row | Fault]:
+        """The rows of one slice with their images; of each URL one image, though some URLs come more than once."""
+        listed = list(super().rows(task))
+        yield from (row for row in listed if isinstance(row, Fault))
+        wanted = [row for row in listed if not isinstance(row, Fault)]
         self._check_columns(wanted, task)
-        outcomes = self._outcomes(list(dict.fromkeys(row["url"] for row in wanted)))  # some URLs come more than once
-        keys: set[str] = set()
-        for row in wanted:
-            outcome = outcomes[row["url"]]
-            if row["key"] in keys:
-                outcome = Refused("duplicate_key", "an earlier row of this shard has the same key")
-            keys.add(row["key"])
-            if isinstance(outcome, Refused):
-                shown = {"reason": outcome.reason, "detail": outcome.detail}
-                rejected.append({"key": row["key"], "url": row["url"], **shown})
-            else:
-                kept.append(self._row(row, outcome))
-        kept.sort(key=lambda row: row["key"])
-        return write_shard(task, table_of(kept, self.schema), quarantined(task, rejected))
-
-    def _outcomes(self, urls: list[str]) -> dict[str, Outcome]:
+        urls = list(dict.fromkeys(row["url"] for row in wanted))
         if self.health is None:
             self.health = Health(self.client)
             self.health.preflight(urls)
-        return dict(zip(urls, fetch_all(urls, self.client, self.web.threads, self.health), strict=True))
+        outcomes = fetch_all(urls, self.client, self.threads, self.health)
+        keys: set[str] = set()
+        for row in wanted:
+            key, outcome = row["key"], outcomes[row["url"]]
+            if key in keys:
+                outcome = Refused("duplicate_key", "an earlier row of this shard has the same key")
+            keys.add(key)
+            if isinstance(outcome, Refused):
+                yield Fault(key, outcome.reason, outcome.detail, url=row["url"])
+            else:
+                yield {**row, **outcome, "license": row.get("license") or self.card.licence}
 
-    def _row(self, row: dict[str, Any], picture: Picture) -> dict[str, Any]:
-        columns = {name: str(row[name]) for name in self.card.columns if row[name] is not None}
-        size = {"width": picture.width, "height": picture.height}
-        digest = hashlib.sha256(picture.data).hexdigest()
-        licence = row.get("license") or self.card.licence
-        return {**row, **columns, **size, "image": picture.data, "sha256": digest, "license": licence}
-
-    def _check_columns(self, rows: list[dict[str, Any]], task: ShardTask) -> None:
+    def _check_columns(self, rows: list[Row], task: ShardTask) -> None:
         """Raise ConfigError when a list lacks a column that the card needs, before anything is fetched."""
         for name in (*text_columns(self.card), *self.card.columns):
             if rows and name not in rows[0]:
