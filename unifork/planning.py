@@ -200,13 +200,6 @@ def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed:
             yield TrackPlan(name, stage_name, track_name, track.steps, sum(map(sizes.__getitem__, trained)), entries)
 
 
-def peak_tflops(device_name: str) -> float | None:
-    """Peak of a device by the name its driver gives, as `NVIDIA H100 PCIe`; None for one that is not known."""
-    plain = re.sub("[^a-z0-9]", "", device_name.lower())
-    fitting = [chip for chip in PEAK_TFLOPS if chip.replace("-", "") in plain]
-    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
-
-
 def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None:
     """Hours of one GPU, None (not measured) unless both are given. Raises ConfigError for an unknown chip."""
     if chip is not None and chip not in PEAK_TFLOPS:

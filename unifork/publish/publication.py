@@ -56,7 +56,7 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) 
         codes, place = layout.codes / dataset / use.view, folder / use.view
         job = publish_job(card, task, codes, place, withdrawn_keys(takedown, dataset, codes, places["filter"]))
         (manifest,) = run_jobs([job], Publish, job.lineage["about"])  # here: writing is fast beside uploading
-        views.append(ViewFacts(task, manifest, plain_bytes(place, manifest)))
+        views.append(ViewFacts(use.view, task, read_manifest(codes), manifest, plain_bytes(place, manifest)))
         sums |= {f"{use.view}/{shard.path}": shard.sha256 for shard in manifest.shards}
         sums[f"{use.view}/{MANIFEST}"] = file_sha256(place / MANIFEST)
     stages = {name: read_manifest(place) if (place / MANIFEST).exists() else None for name, place in places.items()}

@@ -7,7 +7,7 @@ so that held-out scores speak of held-out compositions alone.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from itertools import permutations, product
 from typing import Literal, NamedTuple
 
@@ -139,9 +139,4 @@ def _position(scene: Scene) -> Iterator[Candidate]:
             yield Candidate("position", {a.shape, b.shape} in HELD_OUT_PAIRS, Question(text, answer))
 
 
-LISTS: dict[QuestionKind, Callable[[Scene], Iterator[Candidate]]] = {
-    "yes_no": _yes_no,
-    "color": _color,
-    "count": _count,
-    "position": _position,
-}
+LISTS = {"yes_no": _yes_no, "color": _color, "count": _count, "position": _position}
