@@ -29,7 +29,6 @@ from unifork.filters.takedown import listing
 from unifork.layout import Layout
 from unifork.publish import stores
 from unifork.publish.card import size_category
-from unifork.publish.publication import permitted
 from unifork.publish.stores import CHECKSUMS, HubStore, checksums, open_store, reread, sync
 from unifork.publish.takedown import withdrawn_keys
 from unifork.shards.job import write_shard
@@ -225,7 +224,7 @@ def test_a_shard_of_which_nothing_is_left_is_empty(root):
 
 def test_what_is_wrong_is_said(root):
     with pytest.raises(ConfigError, match=r"journeydb.*redistribute_codes: false.*JourneyDB terms.*recipe"):
-        permitted(load_card("journeydb", root / "datasets"))
+        command("publish", "journeydb", "--to", "elsewhere")
     with pytest.raises(ConfigError, match="redistribute_codes"):
         command("publish", "laion_en", "--to", "elsewhere")
     assert not Path("elsewhere").exists()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import yaml
 
 from unifork.config import Card
 from unifork.publish.shards import LAYOUT
@@ -17,19 +18,8 @@ from unifork.vocabulary import Task
 
 README = "README.md"
 PAGE = Path(__file__).with_name("page.jinja")
-
-HUB_LICENSES = {
-    *("apache-2.0", "mit", "cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
-    *("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "odc-by", "odbl", "pddl"),
-}
-"""Identifiers of the Hub's list that are SPDX identifiers in small letters; any other license is `other`."""
-
-SIZE_CATEGORIES = (
-    *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"),
-    *("10B<n<100B", "100B<n<1T", "n>1T"),
-)
-"""The Hub's names for numbers of rows: of up to 3 digits, of 4, of 5, ..."""
-HUB_TASKS: dict[Task, str] = {"generation": "text-to-image", "understanding": "image-to-text"}
+HUB = yaml.safe_load(Path(__file__).with_name("hub.yaml").read_text())
+"""Licenses, sizes and tasks by the Hub's names."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,8 @@ class ViewFacts:
 
 def size_category(rows: int) -> str:
     """The Hub's name for a number of rows."""
-    return SIZE_CATEGORIES[min(max(len(str(rows)) - 3, 0), len(SIZE_CATEGORIES) - 1)]
+    names: list[str] = HUB["size_categories"]
+    return names[min(max(len(str(rows)) - 3, 0), len(names) - 1)]
 
 
 def readme(card: Card, views: Sequence[ViewFacts], stages: Mapping[str, Manifest | None]) -> str:
@@ -61,10 +52,10 @@ def readme(card: Card, views: Sequence[ViewFacts], stages: Mapping[str, Manifest
         card=card,
         views=views,
         stages=stages,
-        license=name if name in HUB_LICENSES else None,
+        license=name if name in HUB["licenses"] else None,
         license_name=re.sub(r"[^a-z0-9]+", "-", name).strip("-"),
         size=size_category(rows),
-        hub_tasks=HUB_TASKS,
+        hub_tasks=HUB["tasks"],
         layout=LAYOUT,
         example=example,
         shard=max(example.manifest.shards, key=lambda shard: shard.rows > 0),

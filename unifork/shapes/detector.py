@@ -55,16 +55,16 @@ def same_objects(some: Iterable[Object], others: Iterable[Object], tolerance: fl
     """
     left = list(others)
     for thing in some:
-        match = next((other for other in left if _alike(thing, other, tolerance)), None)
+        match = next((other for other in left if other[:2] == thing[:2] and _apart(thing, other) <= tolerance), None)
         if match is None:
             return False
         left.remove(match)
     return not left
 
 
-def _alike(a: Object, b: Object, tolerance: float) -> bool:
-    apart = (abs(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) / 2 for i in (0, 1))
-    return (a.shape, a.color) == (b.shape, b.color) and max(apart) <= tolerance
+def _apart(a: Object, b: Object) -> float:
+    """The distance of two centres along the axis where it is larger."""
+    return max(abs(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) / 2 for i in (0, 1))
 
 
 def _at_scale(picture: Image.Image) -> tuple[Image.Image, int, int, float]:
