@@ -71,13 +71,18 @@ class Speaker:
         return np.concatenate(made)
 
     def answer(
-        self, codes_BND: np.ndarray, questions: Sequence[str], template: str = "answer", max_new_tokens: int = 32
+        self, codes: np.ndarray, questions: Sequence[str], template: str = "answer", max_new_tokens: int = 32
     ) -> list[str]:
-        """The likeliest answer to each question about its picture. Raises ConfigError as `paint` does."""
+        """The likeliest answer to each question about its picture. Raises ConfigError as `paint` does.
+
+        codes: (B, N, D), or (B, N * D) as an encoder gives them.
+        """
+        config = self.model.config
+        codes_BND = codes.astype(np.int64).reshape(-1, config.positions, config.depth)
         form, stop = _template(template, "understanding"), self.tokenizer.id_of(TURN_END)
         prompts = [
-            self._asked(form, asked).with_codes("", "understanding", codes.astype(np.int64))
-            for asked, codes in zip(questions, codes_BND, strict=True)
+            self._asked(form, asked).with_codes("", "understanding", codes_ND)
+            for asked, codes_ND in zip(questions, codes_BND, strict=True)
         ]
         answers: list[str] = [""] * len(prompts)
         # prompts of one length side by side: padding costs time, not correctness

@@ -139,26 +139,22 @@ def _shape(y: np.ndarray, x: np.ndarray) -> tuple[float, str]:
     side = max(SIZE + 2, int(np.ptp(y)) + 1, int(np.ptp(x)) + 1)
     canvas = np.zeros((side, side), dtype=bool)
     canvas[tuple(line - line.min() + (side - np.ptp(line) - 1) // 2 for line in (y, x))] = True
-    forms, shapes = _forms(side)
-    fits = (forms & canvas).sum(axis=(1, 2)) / (forms | canvas).sum(axis=(1, 2))
-    best = int(fits.argmax())
-    return float(fits[best]), shapes[best]
+    forms = _forms(side)
+    fits = (forms & canvas).sum(axis=(2, 3)) / (forms | canvas).sum(axis=(2, 3))
+    return float(fits.max()), SHAPES[int(fits.max(axis=1).argmax())]
 
 
 @cache
-def _forms(side: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Every shape in a square canvas, sharp and blurred, at the centre and one pixel off it; and their names."""
-    start = (side - SIZE) // 2
-    forms, shapes = [], []
+def _forms(side: int) -> np.ndarray:
+    """For every shape its forms in a square canvas: sharp and blurred, at the centre and one pixel off it."""
+    start, forms = (side - SIZE) // 2, []
     for shape in SHAPES:
-        canvas = np.zeros((side, side), dtype=np.uint8)
-        canvas[start : start + SIZE, start : start + SIZE] = mask(shape, SIZE) * np.uint8(255)
-        for radius in BLURS:
-            blurred = np.asarray(Image.fromarray(canvas).filter(ImageFilter.GaussianBlur(radius))) > 127
-            for dy, dx in product((-1, 0, 1), repeat=2):
-                forms.append(np.roll(blurred, (dy, dx), (0, 1)))
-                shapes.append(shape)
-    return np.stack(forms), tuple(shapes)
+        canvas = Image.new("L", (side, side))
+        canvas.paste(Image.fromarray(mask(shape, SIZE) * np.uint8(255)), (start, start))
+        blurred = [np.asarray(canvas.filter(ImageFilter.GaussianBlur(radius))) > 127 for radius in BLURS]
+        offsets = product((-1, 0, 1), repeat=2)
+        forms.append([np.roll(one, offset, (0, 1)) for offset in offsets for one in blurred])
+    return np.array(forms)
 
 
 READER = Reader(detect, same_objects)
