@@ -12,11 +12,12 @@ from unifork.config import Card, DecoderConfig, EncoderConfig, load_card
 from unifork.filters.worker import table_of
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.shapes.source import world_rows
+from unifork.shapes.source import ShapesOptions
+from unifork.shapes.source import rows as world_rows
 from unifork.shards.job import write_shard
 from unifork.shards.manifest import Manifest, write_manifest
 from unifork.shards.schema import columns_of, image_text_schema
-from unifork.shards.task import ShardTask
+from unifork.shards.task import ShardTask, Slice
 
 DIFFERENT = 64
 """Pictures that are made; longer lists repeat them."""
@@ -55,7 +56,7 @@ def untrained(directory: Path, size: int, patch: int = 8, width: int = 64, layer
 def jpegs(side: int) -> list[bytes]:
     """Scenes enlarged to a shorter side of `side` pixels under a grain, as JPEG of quality 90."""
     rng, out = np.random.default_rng(0), []
-    for row in world_rows(0, 0, DIFFERENT):
+    for row in world_rows(ShapesOptions(), Slice(0, DIFFERENT), 0):
         picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
         scale = side / min(picture.size)
         large = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)

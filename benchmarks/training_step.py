@@ -21,6 +21,7 @@ Shape suffixes: B rows, T tokens, X = B*T, M image positions, D code depth, K co
 
 import argparse
 import copy
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from unifork.documents.order import pack_step
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import create_model
-from unifork.planning import Length, document_flops, peak_tflops
+from unifork.planning import PEAK_TFLOPS, Length, document_flops
 from unifork.training.optimizer import make_optimizer
 from unifork.vocabulary import TASKS
 
@@ -230,6 +231,13 @@ def ladder(ours: UniForkModel, documents: list[Document], row_tokens: int, dtype
         "packed rows, attention by document": Step(copy.deepcopy(ours), rows, whole_logits, dtype),
         "fused loss": Step(copy.deepcopy(ours), rows, fused, dtype),
     }
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Peak of a device by the name its driver gives, as `NVIDIA H100 PCIe`; None for one that is not known."""
+    plain = re.sub("[^a-z0-9]", "", device_name.lower())
+    fitting = [chip for chip in PEAK_TFLOPS if chip.replace("-", "") in plain]
+    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
 
 
 def main() -> None:

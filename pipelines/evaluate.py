@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,18 @@ def main(name: str) -> None:
 
     # the model paints or answers every item, and is judged
     place = f"params.yaml: benchmarks.{evaluation['benchmark']}.kind"
-    result = evaluate(benchmark, params.seed, Model(asked.paint, asked.answer), place)
+    records, scores = evaluate(benchmark, params.seed, Model(asked.paint, asked.answer), place)
 
     # out: a record of every sample, the codes of every painted image, and the scores by split and name
     folder = LAYOUT.scores(name)
     shutil.rmtree(folder, ignore_errors=True)
-    records = "".join(json.dumps(record) + "\n" for record in result.records)
-    write_atomically(folder / "outputs" / "samples.jsonl", lambda path: path.write_text(records))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(folder / "outputs" / "samples.jsonl", lambda path: path.write_text(lines))
     if asked.painted:
         np.savez(folder / "outputs" / "codes.npz", codes=np.concatenate(asked.painted))
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for score in result.scores:
-        row = score.to_dict()
+    for score in scores:
+        row = asdict(score)
         table.setdefault(row.pop("split"), {})[row.pop("name")] = row
         print(f"{name}: {score}")
     write_json(folder / "metrics.json", table)

@@ -6,8 +6,7 @@ from PIL import Image
 
 from unifork.documents.prompts import INSTRUCTION
 from unifork.shapes.detector import detect
-from unifork.shapes.language import full_caption
-from unifork.shapes.words import NUMBERS, noun
+from unifork.shapes.language import NUMBERS, full_caption, noun
 from unifork.shapes.world import (
     CELL,
     COLORS,

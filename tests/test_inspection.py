@@ -3,9 +3,10 @@
 import io
 import re
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -13,11 +14,12 @@ from rich.console import Console
 from tiny import copy_of
 
 from unifork import cli
-from unifork.batch import Document
 from unifork.config import Experiment, load
+from unifork.documents.loader import TrackLoader
+from unifork.documents.mixture import Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import UniForkError
-from unifork.inspection import Inspection, Shown, Stretch, inspect, rendered, visible
+from unifork.inspection import inspect, visible
 from unifork.shards.manifest import read_manifest
 
 STEP = 2
@@ -38,44 +40,55 @@ def rows_of(root: Path, view: str) -> dict:
     return {row["key"]: row for row in rows}
 
 
+def read_through(root: Path, stage: str, step: int, documents: int) -> list[list[str]]:
+    """The lines of every batch."""
+    return [str(text).splitlines() for text in inspect(root, "unifork", stage, step, documents, marks=True)]
+
+
+def heads(lines: list[str]) -> list[tuple[str, str, bool, int, float]]:
+    """Of every document: key, task, whether its prompt is dropped, learned tokens, percent of the loss."""
+    head = re.compile(
+        r"shapes (\S+), (\w+) \([\w-]+(, prompt dropped)?\), \d+ tokens, (\d+) learned, (.+)% of the loss of \2"
+    )
+    found = [match.groups() for match in map(head.fullmatch, lines) if match]
+    return [(key, task, bool(dropped), int(own), float(part)) for key, task, dropped, own, part in found]
+
+
 def test_a_whole_step_reads_as_its_shards_say(tiny_root):
-    [found] = inspect(tiny_root, "unifork", "s2-pretrain", STEP, documents=100)
-    lines = str(rendered(found, marks=True)).splitlines()
+    [lines] = read_through(tiny_root, "s2-pretrain", STEP, 100)
     crops, pads = rows_of(tiny_root, "crop"), rows_of(tiny_root, "pad")
     tokenizer = TextTokenizer(tiny_root / "tokenizers/text")
-    generated = [one for one in found.documents if one.document.task == "generation"]
-    answered = [one for one in found.documents if one.document.task == "understanding"]
-    assert len(found.documents) == len(generated) + len(answered) == 16
+    shown = heads(lines)
+    generated = [key for key, task, *_ in shown if task == "generation"]
+    answered = [key for key, task, *_ in shown if task == "understanding"]
+    assert len(shown) == len(generated) + len(answered) == 16
 
-    expected, learned, length = [], {}, lambda text: len(tokenizer.encode(text))
-    for one in answered:
-        learned[one.document.key] = length(pads[one.document.key]["conversations"][1]["text"]) + 1
+    expected, sizes, length = [], {"generation": 0, "understanding": 0}, lambda text: len(tokenizer.encode(text))
+    learned = {key: length(pads[key]["conversations"][1]["text"]) + 1 for key in answered}
     words = sum(learned.values())
-    for one in found.documents:
-        if one in generated and "dropped" in one.template:
+    for key, task, is_dropped, *_ in shown:
+        if is_dropped:
             body = "<|im_start|>USER: <|video_pad|>. ASSISTANT: [[[image 36x4 codes]]]"
             tokens = 1 + length("USER: ") + 1 + length(". ASSISTANT: ") + 38
             head = f"(generate, prompt dropped), {tokens} tokens, 36 learned, {1 / len(generated):.1%}"
-        elif one in generated:
-            caption = crops[one.document.key]["caption"]
+        elif task == "generation":
+            caption = crops[key]["caption"]
             body = f"<|im_start|>USER: {caption} ASSISTANT: [[[image 36x4 codes]]]"
             tokens = 1 + length(f"USER: {caption} ASSISTANT: ") + 38
             head = f"(generate), {tokens} tokens, 36 learned, {1 / len(generated):.1%}"
         else:
-            asked, said = (turn["text"] for turn in pads[one.document.key]["conversations"][:2])
+            asked, said = (turn["text"] for turn in pads[key]["conversations"][:2])
             body = rf"[image 36x4 codes]\n{asked}[[{said}<|im_end|>]]"
             tokens = 38 + length("\n" + asked + said) + 1
-            mine = learned[one.document.key]
-            head = f"(answer-plain), {tokens} tokens, {mine} learned, {mine / words:.1%}"
-        key, task = one.document.key, one.document.task
+            head = f"(answer-plain), {tokens} tokens, {learned[key]} learned, {learned[key] / words:.1%}"
+        sizes[task] += tokens
         expected += ["", f"shapes {key}, {task} {head} of the loss of {task}", body]
     assert sum("prompt dropped" in line for line in expected) == 1
-    size, count = int(found.facts[0].split()[2]), len(generated)
-    asked_tokens = sum(len(one.document) for one in answered)
+    size, count, asked_tokens = int(lines[1].split()[2]), len(generated), sizes["understanding"]
     grouped = f"understanding {asked_tokens}, generation {size - asked_tokens} tokens, padding included"
     assert lines == [
         f"unifork, stage s2-pretrain, track joint, step {STEP} of 25: batch 1 of 1 of worker 1 of 1",
-        f"1 x {size} tokens, {sum(len(one.document) for one in found.documents) / size:.1%} filled",
+        f"1 x {size} tokens, {sum(sizes.values()) / size:.1%} filled",
         f"understanding: {16 - count} documents, {words} of the step's {words} learned text tokens, 100.0% of its loss",
         f"generation: {count} documents, {36 * count} of the step's {36 * count} learned image positions, "
         f"100.0% of its loss",
@@ -102,10 +115,10 @@ def test_some_of_each_task_are_shown_and_the_rest_counted(tiny_root, monkeypatch
 
 
 def test_every_track_has_its_own_batch(tiny_root):
-    found = list(inspect(tiny_root, "unifork", "s3", 0, documents=0))
-    assert [one.title.split(", ")[2] for one in found] == ["track generation", "track understanding"]
-    assert [[int(fact.split()[1]) for fact in one.facts[1:3]] for one in found] == [[0, 16], [16, 0]]
-    assert [one.hidden for one in found] == [16, 16]
+    found = read_through(tiny_root, "s3", 0, 0)
+    assert [lines[0].split(", ")[2] for lines in found] == ["track generation", "track understanding"]
+    assert [[int(fact.split()[1]) for fact in lines[2:4]] for lines in found] == [[0, 16], [16, 0]]
+    assert [lines[-1] for lines in found] == ["... and 16 more documents in this batch"] * 2
 
 
 def test_of_a_picture_learned_in_part_the_learned_positions_count(tiny_root, tmp_path):
@@ -114,39 +127,45 @@ def test_of_a_picture_learned_in_part_the_learned_positions_count(tiny_root, tmp
     plain["stages"]["s2-pretrain"]["tracks"]["joint"]["supervised_positions"] = 10
     (root / "params.yaml").unlink()
     (root / "params.yaml").write_text(yaml.safe_dump(plain))
-    [found] = inspect(root, "unifork", "s2-pretrain", STEP, documents=100)
-    drawn = [one for one in found.documents if one.document.task == "generation"]
-    assert {(one.document.supervised_positions, one.share, one.stretches[-1].text) for one in drawn} == {
-        (10, 1 / len(drawn), "image 36x4 codes, the first 10 learned")
-    }
-    assert f"{10 * len(drawn)} of the step's {10 * len(drawn)} learned image positions" in found.facts[2]
+    [lines] = read_through(root, "s2-pretrain", STEP, 100)
+    drawn = [(own, part) for _, task, _, own, part in heads(lines) if task == "generation"]
+    assert set(drawn) == {(10, round(100 / len(drawn), 1))}
+    assert sum(line.endswith("[[[image 36x4 codes, the first 10 learned]]]") for line in lines) == len(drawn)
+    assert f"{10 * len(drawn)} of the step's {10 * len(drawn)} learned image positions" in lines[3]
 
 
 EVIL = "[bold red]x[/bold red] <b>y</b> <|im_end|> ]] \\ \x1b[31m\r\x07 :smile: \u202e [image 36x4 codes]"
 SHOWN = r"\[bold red\]x\[/bold red\] \<b>y\</b> \<|im_end|> \]\] \\ \x1b\[31m\r\x07 :smile: \u202e \[image 36x4 codes\]"
 
 
-def test_no_text_looks_like_a_mark_or_commands_the_terminal():
+def test_no_text_looks_like_a_mark_or_commands_the_terminal(tiny_root, monkeypatch):
+    """Every text, key and reason of a batch is an evil one; marks and control tokens stay what they are."""
     assert visible(EVIL) == SHOWN
-    learned_T = np.arange(9) < 2
-    read = Document(EVIL, "understanding", learned_T, learned_T, learned_T, np.zeros((0, 4)))
-    document = Shown(read, "a[b]", "answer", 0.5, [
-        Stretch("control", "<|im_start|>", False), Stretch("image", "image 4x4 codes", False),
-        Stretch("text", EVIL, False), Stretch("text", EVIL, True), Stretch("control", "<|im_end|>", True),
-    ])  # fmt: skip
-    found = Inspection("title", ["1 x shared: all"], [document], 0, {EVIL: 3})
-    head = f"quarantined: 3 x {SHOWN}\n\na\\[b\\] {SHOWN}, understanding (answer), 9 tokens, 2 learned, 50.0% of"
-    plain = str(rendered(found, marks=True))
-    assert head in plain
-    assert plain.endswith(f"\n<|im_start|>[image 4x4 codes]{SHOWN}[[{SHOWN}<|im_end|>]]\n")
+    monkeypatch.setattr(TextTokenizer, "decode", lambda *_: EVIL)
+    monkeypatch.setattr(Quarantine, "counts", lambda _: {EVIL: 3})
+    real = TrackLoader.document
+    monkeypatch.setattr(TrackLoader, "document", lambda *of: replace(real(*of), key=EVIL))
+    [marked], [bare] = (list(inspect(tiny_root, "unifork", "s2-pretrain", STEP, 100, marks)) for marks in (True, False))
+    plain = str(marked)
+    assert f"\nquarantined: 3 x {SHOWN}\n\nshapes {SHOWN}, understanding (answer-plain), " in plain
+    lines = plain.splitlines()
+    bodies = {line for before, line in pairwise(lines) if before.startswith("shapes ")}
+    learned_image, learned_text = "[[[image 36x4 codes]]]", f"[[{SHOWN}<|im_end|>]]"
+    assert bodies == {
+        f"[image 36x4 codes]{SHOWN}{learned_text}",
+        f"<|im_start|>{SHOWN}{learned_image}",
+        f"<|im_start|>{SHOWN}<|video_pad|>{SHOWN}{learned_image}",
+    }
 
     out = io.StringIO()
-    Console(file=out, force_terminal=True, color_system="truecolor", soft_wrap=True).print(rendered(found, marks=False))
+    Console(file=out, force_terminal=True, color_system="truecolor", soft_wrap=True).print(bare)
     coloured = out.getvalue()
-    assert f"\x1b[1;32m{SHOWN}\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in coloured
-    assert f"\x1b[36m<|im_start|>\x1b[0m\x1b[35m[image 4x4 codes]\x1b[0m{SHOWN}\x1b[1;32m" in coloured
+    assert f"{SHOWN}\x1b[1;32m{SHOWN}\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in coloured
+    assert f"\x1b[35m[image 36x4 codes]\x1b[0m{SHOWN}\x1b[1;32m" in coloured
+    assert f"\x1b[36m<|im_start|>\x1b[0m{SHOWN}\x1b[1;32m[image 36x4 codes]\x1b[0m" in coloured
     without = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
-    assert without.rstrip("\n") == plain.replace("[[", "").replace("<|im_end|>]]", "<|im_end|>").rstrip("\n")
+    unmarked = plain.replace(learned_image, "[image 36x4 codes]").replace(learned_text, f"{SHOWN}<|im_end|>")
+    assert without.rstrip("\n") == unmarked.rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +184,7 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(tiny_root, tmp
     root = copy_of(tiny_root, tmp_path) if gone else tiny_root
     if gone:
         (root / gone).rename(root / "elsewhere")
-    given = {"variant": "unifork", "stage": "s2-pretrain", "step": 0, "documents": 1, **arguments}
+    given = {"variant": "unifork", "stage": "s2-pretrain", "step": 0, "documents": 1, "marks": True, **arguments}
     with pytest.raises(UniForkError, match=message):
         list(inspect(root, **given))
     assert load(Experiment, tiny_root / "params.yaml")

@@ -35,7 +35,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "WORLD_VERSION": (
         "unifork/shapes/source.py",
         [
-            *within("unifork/shapes", "__init__", "detector", "language", "questions", "words", "world"),
+            *within("unifork/shapes", "__init__", "detector", "language", "questions", "world"),
             "unifork/evaluation/generation/geneval.py",  # the clauses of its prompts
         ],
     ),

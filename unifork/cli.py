@@ -92,9 +92,7 @@ def describe(
 
     tokenizer.check_files([image])
     codes = tokenizer.code_encoder(model / MODEL_IMAGE_TOKENIZER, "pad").encode_pictures([image])
-    speaker = Speaker.load(model)
-    config = speaker.model.config
-    [answer] = speaker.answer(codes.reshape(1, config.positions, config.depth), [question], template)
+    [answer] = Speaker.load(model).answer(codes, [question], template)
     print(answer or "(the answer is empty)")
 
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from unifork.batch import Document
 from unifork.config import Sampling, parse
 from unifork.documents.mixture import Skeleton, skeleton
 from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Template, question, template_named, written
@@ -45,11 +43,9 @@ class Speaker:
     """Pictures or questions processed together."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> "Speaker":
+    def load(cls, directory: Path) -> "Speaker":
         """A model directory with its text tokenizer. Raises CheckpointError or DataError."""
-        model = load_model(directory)
-        model.to(torch.device(device))  # type: ignore[arg-type]
-        return cls(model, TextTokenizer(directory / MODEL_TEXT_TOKENIZER))
+        return cls(load_model(directory), TextTokenizer(directory / MODEL_TEXT_TOKENIZER))
 
     def paint(
         self,
@@ -65,30 +61,35 @@ class Speaker:
         form = _template(template, "generation")
         ids = [self._until_image(form, prompt) for prompt in prompts]
         away = self._until_image(form, sampling.negative_prompt)
-        config, made = self.model.config, []
-        for numbers in self._batches(len(prompts)):
+        config = self.model.config
+        made = [np.zeros((0, config.positions, config.depth), np.int64)]
+        for numbers in self._batches(range(len(prompts))):
             chosen = [ids[n] for n in numbers]
             codes = generate_images(self.model, chosen, away, sampling, image_numbers=list(numbers))
             made.append(codes.cpu().numpy())
-            progress(numbers.stop)
-        return np.concatenate([np.zeros((0, config.positions, config.depth), np.int64), *made])
+            progress(numbers[-1] + 1)
+        return np.concatenate(made)
 
     def answer(
-        self, codes_BND: np.ndarray, questions: Sequence[str], template: str = "answer", max_new_tokens: int = 32
+        self, codes: np.ndarray, questions: Sequence[str], template: str = "answer", max_new_tokens: int = 32
     ) -> list[str]:
-        """The likeliest answer to each question about its picture. Raises ConfigError as `paint` does."""
+        """The likeliest answer to each question about its picture. Raises ConfigError as `paint` does.
+
+        codes: (B, N, D), or (B, N * D) as an encoder gives them.
+        """
+        config = self.model.config
+        codes_BND = codes.astype(np.int64).reshape(-1, config.positions, config.depth)
         form, stop = _template(template, "understanding"), self.tokenizer.id_of(TURN_END)
         prompts = [
-            self._asked(form, asked).with_codes("", "understanding", codes.astype(np.int64))
-            for asked, codes in zip(questions, codes_BND, strict=True)
+            self._asked(form, asked).with_codes("", "understanding", codes_ND)
+            for asked, codes_ND in zip(questions, codes_BND, strict=True)
         ]
         answers: list[str] = [""] * len(prompts)
         # prompts of one length side by side: padding costs time, not correctness
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-        for numbers in self._batches(len(prompts)):
-            chosen = [order[n] for n in numbers]
-            group: list[Document] = [prompts[n] for n in chosen]
-            for n, ids in zip(chosen, answer_texts(self.model, group, max_new_tokens, stop), strict=True):
+        for numbers in self._batches(order):
+            answered = answer_texts(self.model, [prompts[n] for n in numbers], max_new_tokens, stop)
+            for n, ids in zip(numbers, answered, strict=True):
                 answers[n] = self.tokenizer.decode(ids).strip()
         return answers
 
@@ -111,9 +112,8 @@ class Speaker:
         if tokens > room:
             raise Unusable(f"{tokens} tokens with its image; the model reads at most {room} (max_position_embeddings)")
 
-    def _batches(self, total: int) -> Iterator[range]:
-        for start in range(0, total, self.batch):
-            yield range(start, min(start + self.batch, total))
+    def _batches(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        return (numbers[start : start + self.batch] for start in range(0, len(numbers), self.batch))
 
 
 def _template(name: str, task: Task) -> Template:

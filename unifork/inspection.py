@@ -1,23 +1,20 @@
 """What a training step really reads, as people read it: documents, supervised tokens, shares of the loss, routes.
 
-In: an experiment's folder with its codes and tokenizers; no model is needed. Out: an `Inspection` of
-one packed batch, and its text. The batch is the first one of the first worker, made by the loader
-that training uses. In the text, `[[ ]]` stands around learned tokens, `[image ...]` for an image and
-`<|...|>` for a control token. The same letters in what people wrote are escaped, and so is everything
-that does not print: no text can look like a mark, or command the terminal.
+In: an experiment's folder with its codes and tokenizers; no model is needed. Out: the text of one packed batch of
+each track. The batch is the first one of the first worker, made by the loader that training uses. `[[ ]]` stands around
+learned tokens, `[image ...]` for an image and `<|...|>` for a control token. The same letters in what people wrote are
+escaped, and so is everything that does not print: no text can look like a mark, or command the terminal.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
-from typing import Literal
 
 from rich.text import Text
 
 from unifork.batch import TEXT, Batch, Document
-from unifork.config import Cluster, Experiment, Track, cluster_file, load
+from unifork.config import Cluster, Experiment, cluster_file, load
 from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -29,50 +26,14 @@ from unifork.models.layer_plan import BRANCHES, KINDS, LayerPlan, RouteBy
 from unifork.shards.manifest import MANIFEST
 from unifork.vocabulary import TASKS, VIEW_OF_TASK, Task
 
-StretchKind = Literal["text", "control", "image"]
-STYLES: dict[StretchKind, str] = {"text": "", "control": "cyan", "image": "magenta"}
+STYLES = {"text": "", "control": "cyan", "image": "magenta"}
 SUPERVISED = "bold green"
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Tokens of one kind that follow each other, all supervised or none."""
+def inspect(root: Path, variant: str, stage: str, step: int, documents: int, marks: bool) -> Iterator[Text]:
+    """One batch of each track of a stage, at a step of that track, as people read it.
 
-    kind: StretchKind
-    text: str
-    """As it is, not escaped; for an image, what it is made of."""
-    supervised: bool
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One document of the batch."""
-
-    document: Document
-    dataset: str
-    template: str
-    """Name of the template, or that the prompt is dropped."""
-    share: float
-    """Part of the targets of its task in this step: its part of the loss, if all were equally hard."""
-    stretches: list[Stretch]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """One packed batch of one track."""
-
-    title: str
-    facts: list[str]
-    """Size and fill, what it holds of each task, where its tokens go in each kind of layer."""
-    documents: list[Shown]
-    hidden: int
-    """Documents of the batch that are not shown."""
-    quarantined: dict[str, int]
-
-
-def inspect(root: Path, variant: str, stage: str, step: int, documents: int) -> Iterator[Inspection]:
-    """One batch of each track of a stage, at a step of that track.
-
+    documents: how many are shown; marks: put `[[ ]]` around learned tokens, for who sees no colours.
     Raises ConfigError for a name or step that the experiment does not have, and DataError for what
     is not there yet, with the command that makes it.
     """
@@ -105,15 +66,20 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int) -> 
         plan = loader.plan(step, workers)
         batch = next(loader.batches(plan, 0))
         made = {number: loader.document(plan, number) for row in plan.microbatches[0][0] for number in row}
-        shown = [_shown(made[number], number, plan, track, tokenizer) for number in _some_of_each_task(made, documents)]
-        yield Inspection(
-            title=f"{variant}, stage {stage}, track {name}, step {step} of {track.steps}: "
-            f"batch 1 of {len(plan.microbatches[0])} of worker 1 of {workers}",
-            facts=[*_contents(batch, list(made.values()), plan), *_routes(batch, layers)],
-            documents=shown,
-            hidden=len(made) - len(shown),
-            quarantined=quarantine.counts(),
-        )
+        title = f"{variant}, stage {stage}, track {name}, step {step} of {track.steps}"
+        text = Text().append(f"{title}: batch 1 of {len(plan.microbatches[0])} of worker 1 of {workers}\n", "bold")
+        for fact in (*_contents(batch, list(made.values()), plan), *_routes(batch, layers)):
+            text.append(fact + "\n")
+        for reason, count in quarantine.counts().items():
+            text.append(f"quarantined: {count} x {visible(reason)}\n", "yellow")
+        shown = _some_of_each_task(made, documents)
+        for number in shown:
+            entry, dropped = track.mixture[plan.slots[number].part], ", prompt dropped" * bool(plan.dropped[number])
+            text.append(f"\n{visible(entry.dataset)} {visible(made[number].key)}", "bold")
+            text.append_text(_document(made[number], entry.template + dropped, plan, tokenizer, marks))
+        if len(made) > len(shown):
+            text.append(f"\n... and {len(made) - len(shown)} more documents in this batch\n")
+        yield text
 
 
 def _there(path: Path, command: str) -> Path:
@@ -139,30 +105,34 @@ def _step_targets(plan: StepPlan, task: Task) -> int:
     return plan.image_targets if task == "generation" else plan.text_targets
 
 
-def _shown(document: Document, number: int, plan: StepPlan, track: Track, tokenizer: TextTokenizer) -> Shown:
-    entry = track.mixture[plan.slots[number].part]
-    template = entry.template + ", prompt dropped" * bool(plan.dropped[number])
-    share = _targets(document) / _step_targets(plan, document.task)
-    return Shown(document, entry.dataset, template, share, list(_stretches(document, tokenizer)))
+def _document(document: Document, template: str, plan: StepPlan, tokenizer: TextTokenizer, marks: bool) -> Text:
+    """What a document is, and its tokens: those of one kind that are all learned, or none, in one style."""
 
-
-def _stretches(document: Document, tokenizer: TextTokenizer) -> Iterator[Stretch]:
-    def kind_of(token: int) -> tuple[StretchKind, bool]:
+    def kind_of(token: int) -> tuple[bool, str]:
         if document.kinds_T[token] != TEXT:
-            return "image", document.task == "generation"
+            return document.task == "generation", "image"
         named = tokenizer.control_token(int(document.text_ids_T[token]))
-        return "control" if named else "text", bool(document.learned_T[token])
+        return bool(document.learned_T[token]), "control" if named else "text"
 
-    for (kind, supervised), run in groupby(range(len(document)), key=kind_of):
-        ids = document.text_ids_T[list(run)].tolist()
-        if kind == "image":
-            positions, depth = document.codes_ND.shape
-            part = f", the first {_targets(document)} learned" if supervised and _targets(document) < positions else ""
-            yield Stretch(kind, f"image {positions}x{depth} codes{part}", supervised)
-        elif kind == "control":
-            yield Stretch(kind, "".join(tokenizer.control_token(one) or "" for one in ids), supervised)
-        else:
-            yield Stretch(kind, tokenizer.decode(ids), supervised)
+    targets = _targets(document)
+    share = f"{targets / _step_targets(plan, document.task):.1%} of the loss of {document.task}"
+    text = Text(f", {document.task} ({template}), {len(document)} tokens, {targets} learned, {share}\n")
+    open_mark, close_mark = ("[[", "]]") if marks else ("", "")
+    for supervised, tokens in groupby(range(len(document)), key=lambda token: kind_of(token)[0]):
+        text.append(open_mark * supervised)
+        for (_, kind), run in groupby(tokens, key=kind_of):
+            ids = document.text_ids_T[list(run)].tolist()
+            if kind == "image":
+                positions, depth = document.codes_ND.shape
+                part = f", the first {targets} learned" if supervised and targets < positions else ""
+                said = f"[image {positions}x{depth} codes{part}]"
+            elif kind == "control":
+                said = "".join(tokenizer.control_token(one) or "" for one in ids)
+            else:
+                said = visible(tokenizer.decode(ids))
+            text.append(said, SUPERVISED if supervised else STYLES[kind])
+        text.append(close_mark * supervised)
+    return text.append("\n")
 
 
 def _contents(batch: Batch, documents: list[Document], plan: StepPlan) -> Iterator[str]:
@@ -186,41 +156,6 @@ def _routes(batch: Batch, plan: LayerPlan) -> Iterator[str]:
         counts = zip(BRANCHES[route], routes[route].counts, strict=True)
         gathered = ", gathered" * (routes[route].order_X is not None)
         yield f"{name}: {', '.join(f'{b} {count}' for b, count in counts)} tokens, padding included{gathered}"
-
-
-# ---------------------------------------------------------------------------------------- as text
-
-
-def rendered(inspection: Inspection, marks: bool) -> Text:
-    """An inspection as people read it: in colours, and with `marks` around learned tokens too."""
-    text = Text()
-    text.append(inspection.title + "\n", "bold")
-    for fact in inspection.facts:
-        text.append(fact + "\n")
-    for reason, count in inspection.quarantined.items():
-        text.append(f"quarantined: {count} x {visible(reason)}\n", "yellow")
-    for shown in inspection.documents:
-        document, targets = shown.document, _targets(shown.document)
-        text.append(f"\n{visible(shown.dataset)} {visible(document.key)}", "bold")
-        text.append(
-            f", {document.task} ({shown.template}), {len(document)} tokens, {targets} learned, "
-            f"{shown.share:.1%} of the loss of {document.task}\n"
-        )
-        for supervised, run in groupby(shown.stretches, key=lambda stretch: stretch.supervised):
-            inside = Text()
-            for stretch in run:
-                inside.append(_written(stretch), SUPERVISED if supervised else STYLES[stretch.kind])
-            text.append_text(Text("[[") + inside + Text("]]") if supervised and marks else inside)
-        text.append("\n")
-    if inspection.hidden:
-        text.append(f"\n... and {inspection.hidden} more documents in this batch\n")
-    return text
-
-
-def _written(stretch: Stretch) -> str:
-    if stretch.kind == "text":
-        return visible(stretch.text)
-    return f"[{stretch.text}]" if stretch.kind == "image" else stretch.text
 
 
 def visible(text: str) -> str:

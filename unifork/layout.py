@@ -3,8 +3,10 @@
 In: the root of an experiment, the working directory unless said otherwise. Out: paths by what they hold.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER = "image_tokenizer", "text_tokenizer"
 """Folders inside a model: the tokenizers it was made with."""
@@ -17,97 +19,69 @@ IN_A_STORE = ("raw", "filtered", "codes")
 
 
 @dataclass(frozen=True)
+class Place:
+    """An attribute of `Layout`: a path below its root."""
+
+    path: str
+
+    def __get__(self, layout: "Layout", _: Any) -> Path:
+        return layout.root / self.path
+
+
+@dataclass(frozen=True)
+class Places:
+    """A method of `Layout`: the path of one of many things, by its name."""
+
+    path: str
+
+    def __get__(self, layout: "Layout", _: Any) -> Callable[[str], Path]:
+        return (layout.root / self.path).joinpath
+
+
+@dataclass(frozen=True)
 class Layout:
     """The folders and files of one experiment."""
 
     root: Path = Path()
 
-    @property
-    def params(self) -> Path:
-        """What the experiment is, written by `unifork use`."""
-        return self.root / "params.yaml"
-
-    @property
-    def experiments(self) -> Path:
-        """The files that `unifork use` reads."""
-        return self.root / "experiments"
-
-    @property
-    def cards(self) -> Path:
-        """One card for each data set."""
-        return self.root / "datasets"
-
-    @property
-    def data(self) -> Path:
-        """All data."""
-        return self.root / "data"
-
-    def raw(self, dataset: str) -> Path:
-        """Image-text shards as they were received."""
-        return self.data / "raw" / dataset
-
-    def filtered(self, dataset: str) -> Path:
-        """Image-text shards with the rows that the card keeps."""
-        return self.data / "filtered" / dataset
-
-    def signatures(self, dataset: str) -> Path:
-        """What duplicates are found by."""
-        return self.data / "signatures" / dataset
-
-    @property
-    def codes(self) -> Path:
-        """Codes of all data sets, a folder each with one folder for each view."""
-        return self.data / "codes"
-
-    @property
-    def prepared(self) -> Path:
-        """Tokenised documents."""
-        return self.data / "prepared"
-
-    @property
-    def fetched(self) -> Path:
-        """Copies of shards that lie in a store; may be deleted at any time."""
-        return self.data / "fetched"
-
-    def published(self, dataset: str) -> Path:
-        """The local side of a publication that goes elsewhere."""
-        return self.data / "published" / dataset
-
-    @property
-    def image_tokenizer(self) -> Path:
-        """The image tokenizer of the experiment."""
-        return self.root / "tokenizers" / "image"
-
-    @property
-    def text_tokenizer(self) -> Path:
-        """The text tokenizer of the experiment."""
-        return self.root / "tokenizers" / "text"
-
-    def model(self, name: str) -> Path:
-        """A model, `<variant>-init` or `<variant>-<stage>`."""
-        return self.root / "models" / name
-
-    def run(self, name: str) -> Path:
-        """Checkpoints and history of a run, `<variant>-<stage>`."""
-        return self.root / "runs" / name
-
-    @property
-    def ray_train(self) -> Path:
-        """What Ray Train keeps for itself."""
-        return self.root / "runs" / ".ray"
-
-    def scores(self, evaluation: str) -> Path:
-        """Outputs and scores of an evaluation, `<variant>-<benchmark>`."""
-        return self.root / "scores" / evaluation
-
-    @property
-    def reports(self) -> Path:
-        """The pages of all experiments."""
-        return self.root / "reports"
-
-    def report(self, experiment: str) -> Path:
-        """The page of an experiment."""
-        return self.reports / experiment
+    params = Place("params.yaml")
+    """What the experiment is, written by `unifork use`."""
+    experiments = Place("experiments")
+    """The files that `unifork use` reads."""
+    cards = Place("datasets")
+    """One card for each data set."""
+    data = Place("data")
+    """All data."""
+    raw = Places("data/raw")
+    """Of a data set: image-text shards as they were received."""
+    filtered = Places("data/filtered")
+    """Of a data set: image-text shards with the rows that the card keeps."""
+    signatures = Places("data/signatures")
+    """Of a data set: what duplicates are found by."""
+    codes = Place("data/codes")
+    """Codes of all data sets, a folder each with one folder for each view."""
+    prepared = Place("data/prepared")
+    """Tokenised documents."""
+    fetched = Place("data/fetched")
+    """Copies of shards that lie in a store; may be deleted at any time."""
+    published = Places("data/published")
+    """Of a data set: the local side of a publication that goes elsewhere."""
+    image_tokenizer = Place("tokenizers/image")
+    """The image tokenizer of the experiment."""
+    text_tokenizer = Place("tokenizers/text")
+    """The text tokenizer of the experiment."""
+    model = Places("models")
+    """A model, `<variant>-init` or `<variant>-<stage>`."""
+    run = Places("runs")
+    """Checkpoints and history of a run, `<variant>-<stage>`."""
+    ray_train = Place("runs/.ray")
+    """What Ray Train keeps for itself."""
+    scores = Places("scores")
+    """Outputs and scores of an evaluation, `<variant>-<benchmark>`."""
+    reports = Place("reports")
+    """The pages of all experiments."""
+    report = Places("reports")
+    """The page of an experiment."""
 
     def in_store(self, store: str, folder: Path) -> str | None:
         """Where in a store the shards of a folder go: `data/raw/x` to `<store>/raw/x`; None for one that stays here."""

@@ -15,10 +15,12 @@ activations are not either, they lower the utilisation.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from pydantic import PositiveInt
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,17 +37,8 @@ from unifork.models.warm_start import model_config
 from unifork.training.optimizer import trainable_names
 from unifork.vocabulary import CODE_DTYPE, TASKS, VIEW_OF_TASK, Task
 
-PEAK_TFLOPS = {
-    "a100": 312.0,
-    "a800": 312.0,
-    "h100": 989.4,
-    "h100-pcie": 756.5,
-    "h200": 989.4,
-    "h800": 989.4,
-    "l40s": 362.0,
-    "rtx4090": 165.2,
-}
-"""Dense bfloat16 peak in TFLOP/s, from NVIDIA's data sheets (half of what they give with sparsity)."""
+PEAK_TFLOPS: dict[str, float] = yaml.safe_load(Path(__file__).with_name("chips.yaml").read_text())
+"""Dense bfloat16 peak of a chip in TFLOP/s."""
 
 BORDER_TOKENS = 2
 """Begin and end of an image."""
@@ -93,7 +86,6 @@ class EntryPlan:
 class TrackPlan:
     """One track of one stage of one variant."""
 
-    variant: str
     stage: str
     track: str
     steps: int
@@ -197,14 +189,7 @@ def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed:
                 rows = experiment.datasets[entry.dataset].rows
                 passes = documents / rows if rows else None
                 entries.append(EntryPlan(entry, documents, passes, length, documents * flops[kind]))
-            yield TrackPlan(name, stage_name, track_name, track.steps, sum(map(sizes.__getitem__, trained)), entries)
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Peak of a device by the name its driver gives, as `NVIDIA H100 PCIe`; None for one that is not known."""
-    plain = re.sub("[^a-z0-9]", "", device_name.lower())
-    fitting = [chip for chip in PEAK_TFLOPS if chip.replace("-", "") in plain]
-    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
+            yield TrackPlan(stage_name, track_name, track.steps, sum(map(sizes.__getitem__, trained)), entries)
 
 
 def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None:

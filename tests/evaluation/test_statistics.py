@@ -1,6 +1,7 @@
 """Scores are ratios of sums with linearised errors; plain proportions are the textbook case."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -42,11 +43,11 @@ def test_nothing_said_yes_scores_zero_instead_of_dividing_by_it():
 
 def test_means_add_errors_of_independent_scores_and_refuse_to_mix_splits():
     scores = [Score("a", 0.5, 0.03, 0.1, 10, 0, "seen"), Score("b", 1.0, 0.04, 0.3, 20, 0, "seen")]
-    assert mean("overall", scores).to_dict() == pytest.approx(
+    assert asdict(mean("overall", scores)) == pytest.approx(
         {"name": "overall", "value": 0.75, "standard_error": 0.025, "chance": 0.2, "samples": 30, "seed": 0}
         | {"split": "seen"}
     )
-    assert json.loads(json.dumps(scores[0].to_dict()))["value"] == 0.5
+    assert json.loads(json.dumps(asdict(scores[0])))["value"] == 0.5
     with pytest.raises(DataError, match="held_out"):
         mean("overall", [scores[0], Score("b", 1.0, 0.04, 0.3, 20, 0, "held_out")])
 

@@ -29,7 +29,6 @@ from unifork.filters.takedown import listing
 from unifork.layout import Layout
 from unifork.publish import stores
 from unifork.publish.card import size_category
-from unifork.publish.publication import permitted
 from unifork.publish.stores import CHECKSUMS, HubStore, checksums, open_store, reread, sync
 from unifork.publish.takedown import withdrawn_keys
 from unifork.shards.job import write_shard
@@ -225,7 +224,7 @@ def test_a_shard_of_which_nothing_is_left_is_empty(root):
 
 def test_what_is_wrong_is_said(root):
     with pytest.raises(ConfigError, match=r"journeydb.*redistribute_codes: false.*JourneyDB terms.*recipe"):
-        permitted(load_card("journeydb", root / "datasets"))
+        command("publish", "journeydb", "--to", "elsewhere")
     with pytest.raises(ConfigError, match="redistribute_codes"):
         command("publish", "laion_en", "--to", "elsewhere")
     assert not Path("elsewhere").exists()
@@ -318,24 +317,20 @@ def hub(monkeypatch) -> HubStub:
     return stub
 
 
-def quiet(*_) -> None:
-    pass
-
-
 def test_the_hub_gets_what_differs(published, hub):
     assert isinstance(open_store("hf://user/name"), HubStore)
     store = HubStore("hf://user/name", hub, "datasets/user/name")
-    done = sync(published / "out", store, quiet)
+    done = sync(published / "out", store)
     assert hub.files == bytes_of(published / "out")
     assert reread(store) == []
     assert [len(commit) for commit in hub.commits] == [len(done.uploaded) - 1, 1]
     assert hub.commits[-1] == [CHECKSUMS]
-    assert sync(published / "out", store, quiet).uploaded == ()
+    assert sync(published / "out", store).uploaded == ()
     assert len(hub.commits) == 2
     victim, stale = "crop/train-00000-of-00003.parquet", "crop/train-00003-of-00004.parquet"
     hub.files |= {victim: b"x", stale: b"of an earlier publication", ".gitattributes": b"theirs"}
     assert [fault.split(":")[0] for fault in reread(store)] == [victim]
-    done = sync(published / "out", store, quiet)
+    done = sync(published / "out", store)
     assert (done.uploaded, done.removed) == ((victim,), (stale,))
     assert hub.commits[2:] == [[CHECKSUMS], [victim], [stale], [CHECKSUMS]]
     assert hub.files == bytes_of(published / "out") | {".gitattributes": b"theirs"}
@@ -345,9 +340,9 @@ def test_an_interrupted_upload_to_the_hub_has_no_checksums(published, hub):
     store = HubStore("hf://user/name", hub, "datasets/user/name")
     hub.breaks = True
     with pytest.raises(DataError, match=r"hf://user/name: ConnectionError: gone\. Run the command again"):
-        sync(published / "out", store, quiet)
+        sync(published / "out", store)
     there = set(hub.files)
     assert len(there) == 3
     assert CHECKSUMS not in there
-    assert not there & set(sync(published / "out", store, quiet).uploaded)
+    assert not there & set(sync(published / "out", store).uploaded)
     assert hub.files == bytes_of(published / "out")

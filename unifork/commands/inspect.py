@@ -18,8 +18,8 @@ def inspect(
     from unifork import inspection
 
     console = Console(soft_wrap=True)
-    for number, found in enumerate(inspection.inspect(Path(), variant, stage, step, documents)):
+    marks = not console.is_terminal or console.no_color
+    for number, text in enumerate(inspection.inspect(Path(), variant, stage, step, documents, marks)):
         if number:
             console.print()
-        text = inspection.rendered(found, marks=not console.is_terminal or console.no_color)
         console.print(text, end="")

@@ -13,15 +13,8 @@ PARAMS = "params.yaml"
 WIDTH = 120
 """Columns where the output is not a terminal."""
 SCALES = "kMGTPEZ"
-NOTES = """\
-Assumed: {caption_tokens} tokens a caption, {dialogue_tokens} a dialogue ({answer_share:.0%} of them supervised), \
-{frame} characters a token of a template's frame; no document is longer than the context.
-FLOPs: every matrix product that the model computes for an average document, forward and backward, with the track's \
-parameters trained; the causal half of attention; the vocabulary at supervised tokens; the image head with all its \
-depths at supervised positions. Padding and recomputation are not in it.
-Parameters: tied matrices once; as the paper counts: with the published, unfolded head (section 4.1).
-Disk: codes without texts and compression, checkpoints in float32 with AdamW's two moments.
-GPU time: {time}."""
+NOTES = Path(__file__).with_name("plan.txt")
+"""What stands below the tables."""
 
 
 def plan(
@@ -78,7 +71,7 @@ def plan(
     if chip and mfu:
         peak = f"{planning.PEAK_TFLOPS[chip]:g} TFLOP/s, the dense bfloat16 peak of {chip}"
         time = f"of one GPU, FLOPs / ({mfu:g} of {peak}); not measured here"
-    print(NOTES.format(**assumed.model_dump(), frame=planning.CHARACTERS_PER_TOKEN, time=time))
+    print(NOTES.read_text().format(**assumed.model_dump(), frame=planning.CHARACTERS_PER_TOKEN, time=time), end="")
 
 
 def amount(number: float | None, unit: str = "") -> str:

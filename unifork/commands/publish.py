@@ -33,7 +33,7 @@ def publish(
             withheld = sum(view.manifest.dropped.values())
             print(f"{folder / view.name}: {view.manifest.rows} rows, {withheld} withheld")
         if store.local is None:
-            done = sync(folder, store, lambda files, total: print(f"{to}: {files}/{total} files", flush=True))
+            done = sync(folder, store)
             print(f"{to}: {len(done.uploaded)} files uploaded, {done.kept} were there, {len(done.removed)} removed")
     if verify:
         if faults := reread(store):

@@ -20,24 +20,21 @@ def verify(
     folders = repairs.hop_folders(folder)
     if not folders:
         read_manifest(folder)
-    wrong = {}
+    wrong = []
     for place in folders:
         if found := repairs.faults(place):
-            wrong[place] = found
-            for fault in found:
-                print(f"{place}/{fault}")
+            print("\n".join(f"{place}/{fault}" for fault in found))
+            wrong += found
         else:
             manifest = read_manifest(place)
             print(f"{place}: {len(manifest.shards)} shards, {manifest.rows} rows, all as the manifest says")
     if not wrong:
         return
-    then = " && ".join(dict.fromkeys(repairs.command_for(place) for place in wrong))
-    count = sum(map(len, wrong.values()))
+    then = " && ".join(dict.fromkeys(repairs.command_for(fault.folder) for fault in wrong))
     if not repair:
         raise DataError(
-            f"{folder}: {count} faults, named above. `unifork verify --repair {folder}` removes the files, "
+            f"{folder}: {len(wrong)} faults, named above. `unifork verify --repair {folder}` removes the files, "
             f"`{then}` makes what is missing"
         )
-    for found in wrong.values():
-        repairs.repair(found)
-    print(f"{folder}: {count} faults removed; now run `{then}`, which makes only what is missing")
+    repairs.repair(wrong)
+    print(f"{folder}: {len(wrong)} faults removed; now run `{then}`, which makes only what is missing")

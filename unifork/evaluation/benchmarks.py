@@ -60,21 +60,8 @@ BENCHMARKS: Registry[Program] = Registry("kind of benchmark", Program, {})
 """Benchmarks that experiments name without a module."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What an evaluation leaves behind: a record of every sample, in order, and the scores."""
-
-    records: list[dict[str, Any]]
-    scores: list[Score]
-
-
-def check(config: Benchmark, place: str) -> None:
-    """Raise ConfigError, naming `place` and what is known, for an unknown kind of benchmark."""
-    BENCHMARKS.find(config.kind, place)
-
-
-def evaluate(config: Benchmark, seed: int, model: Model, place: str) -> Result:
-    """Run a benchmark on a model.
+def evaluate(config: Benchmark, seed: int, model: Model, place: str) -> tuple[list[dict[str, Any]], list[Score]]:
+    """Run a benchmark on a model: a record of every sample, in order, and the scores.
 
     Raises ConfigError, naming `place`, for an unknown kind of benchmark, DataError where an output is missing.
     """
@@ -83,5 +70,5 @@ def evaluate(config: Benchmark, seed: int, model: Model, place: str) -> Result:
     outputs = program.run(items, model)
     if len(outputs) != len(items):
         raise DataError(f"{place}: {len(outputs)} outputs for {len(items)} items; one each is needed")
-    scores = program.score(items, outputs)
-    return Result([program.record(item, output) for item, output in zip(items, outputs, strict=True)], scores)
+    records = [program.record(item, output) for item, output in zip(items, outputs, strict=True)]
+    return records, program.score(items, outputs)

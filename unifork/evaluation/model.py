@@ -33,5 +33,4 @@ class ImageModel:
 
     def answer(self, images: list[Image.Image], questions: list[str]) -> list[str]:
         """One answer for each image and its question; the model sees the padded view."""
-        shape = (self.speaker.model.config.positions, self.speaker.model.config.depth)
-        return self.speaker.answer(self.tokenizer.encode_pictures(images).reshape(-1, *shape), questions)
+        return self.speaker.answer(self.tokenizer.encode_pictures(images), questions)

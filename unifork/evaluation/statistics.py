@@ -7,8 +7,8 @@ which says that no sample disagreed, not that the score is certain.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,10 +32,6 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.split} {self.name} {self.value:.3f} +- {self.standard_error:.3f} (chance {self.chance:.3f})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for metrics.json."""
-        return asdict(self)
 
 
 class Estimate(NamedTuple):

@@ -22,7 +22,7 @@ from unifork.config import (
 )
 from unifork.documents.prompts import template_for
 from unifork.errors import CheckpointError, ConfigError, unknown
-from unifork.evaluation import benchmarks
+from unifork.evaluation.benchmarks import BENCHMARKS
 from unifork.image_tokenizer.readers import READERS
 
 Cards = Mapping[str, Card]
@@ -64,7 +64,7 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
         if card.reader:
             READERS.find(card.reader, f"card {name}: reader")
     for name, benchmark in experiment.benchmarks.items():
-        benchmarks.check(benchmark, f"{place}: benchmarks.{name}")
+        BENCHMARKS.find(benchmark.kind, f"{place}: benchmarks.{name}")
     images = experiment.image_tokenizer
     positions = images.grid**2 if isinstance(images, ImageTokenizerConfig) else None
     for where, track in _tracks(experiment, place):

@@ -26,17 +26,6 @@ from unifork.shards.stores import Store
 CARD = "dataset.yaml"
 
 
-def permitted(card: Card) -> None:
-    """Raise ConfigError, with the reason, when the codes of a set may not be published."""
-    if not card.redistribute_codes:
-        raise ConfigError(
-            f"{card.name}: its card says redistribute_codes: false (licence: {card.licence}). Codes can be decoded "
-            f"to pictures, so publishing them is redistributing the pictures. What can be given away is the recipe: "
-            f"the card, the parameters and the manifests, with which others make the same codes from their own copy. "
-            f"See {card.homepage}"
-        )
-
-
 def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) -> list[ViewFacts]:
     """Make the publication of a data set in a folder; what is there and right is kept.
 
@@ -44,7 +33,13 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) 
     publishing, DataError where codes are missing or damaged.
     """
     card = load_card(dataset, layout.cards)
-    permitted(card)
+    if not card.redistribute_codes:
+        raise ConfigError(
+            f"{card.name}: its card says redistribute_codes: false (licence: {card.licence}). Codes can be decoded "
+            f"to pictures, so publishing them is redistributing the pictures. What can be given away is the recipe: "
+            f"the card, the parameters and the manifests, with which others make the same codes from their own copy. "
+            f"See {card.homepage}"
+        )
     with writing(folder):
         (folder / CHECKSUMS).unlink(missing_ok=True)
         for half_written in folder.glob(f".*{TEMPORARY}*"):
@@ -56,7 +51,7 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) 
         codes, place = layout.codes / dataset / use.view, folder / use.view
         job = publish_job(card, task, codes, place, withdrawn_keys(takedown, dataset, codes, places["filter"]))
         (manifest,) = run_jobs([job], Publish, job.lineage["about"])  # here: writing is fast beside uploading
-        views.append(ViewFacts(task, manifest, plain_bytes(place, manifest)))
+        views.append(ViewFacts(use.view, task, read_manifest(codes), manifest, plain_bytes(place, manifest)))
         sums |= {f"{use.view}/{shard.path}": shard.sha256 for shard in manifest.shards}
         sums[f"{use.view}/{MANIFEST}"] = file_sha256(place / MANIFEST)
     stages = {name: read_manifest(place) if (place / MANIFEST).exists() else None for name, place in places.items()}

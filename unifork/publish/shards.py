@@ -69,10 +69,8 @@ class Publish:
         gone = pa.array(task.withdrawn, pa.string())
         kept = table.filter(pc.invert(pc.is_in(table["key"], value_set=gone)))
         numbers = codes_array(kept["codes"], tuple(shape)).reshape(-1) if kept.num_rows else np.empty(0, CODE_DTYPE)
-        width = shape[0] * shape[1]
-        offsets = np.arange(kept.num_rows + 1, dtype=np.int32) * np.int32(width)
-        lists = pa.ListArray.from_arrays(offsets, pa.array(numbers.astype(np.uint16)))
-        out = _with_codes(kept, pa.chunked_array([lists.cast(CODE_LIST)]))
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(numbers.astype(np.uint16)), shape[0] * shape[1])
+        out = _with_codes(kept, lists.cast(CODE_LIST))
         out = out.replace_schema_metadata({**table.schema.metadata, PUBLISHED_META: self.about})
         return write_shard(task, out, {TAKEDOWN: len(gone)} if len(gone) else {})
 
@@ -120,21 +118,10 @@ class Fetch:
         )
         # Parquet names the parts of lists in its own way; code shards have the names they were written with
         types = {name: text_type(name) for name in table.schema.names} | {"codes": codes.type}
-        out = _with_codes(table, pa.chunked_array([codes])).cast(pa.schema(types, metadata=table.schema.metadata))
+        out = _with_codes(table, codes).cast(pa.schema(types, metadata=table.schema.metadata))
         out = out.replace_schema_metadata({CODES_META: table.schema.metadata[CODES_META]})
         return write_shard(task, out, shard.dropped)
 
 
-def _with_codes(table: pa.Table, codes: pa.ChunkedArray) -> pa.Table:
+def _with_codes(table: pa.Table, codes: pa.Array) -> pa.Table:
     return table.set_column(table.schema.get_field_index("codes"), "codes", codes)
-
-
-def features_of(columns: dict[str, str]) -> list[dict[str, Any]]:
-    """Columns of a manifest as the Hub's list of features. Texts are strings or lists of turns."""
-    turns = [{"name": "role", "dtype": "string"}, {"name": "text", "dtype": "string"}]
-    return [
-        {"name": name, "dtype": "string"}
-        if kind == "string"
-        else {"name": name, "list": "uint16" if name == "codes" else turns}
-        for name, kind in columns.items()
-    ]

@@ -6,7 +6,7 @@ and where it keeps none that says enough, by reading the file again.
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,24 +87,22 @@ def holds(store: Store, info: Mapping[str, Any] | None, name: str, path: Path, s
 def read(store: Store, name: str, sha256: str) -> bytes:
     """The bytes of a published file. Raises DataError when they do not have the hash."""
     data = store.get(name)
-    problem = _differs(name, None if data is None else hashlib.sha256(data).hexdigest(), sha256)
-    if data is None or problem:
-        raise DataError(f"{store.uri}: {problem}; publish the set again")
+    found = None if data is None else hashlib.sha256(data).hexdigest()
+    if data is None or found != sha256:
+        raise DataError(f"{store.uri}: {_fault(name, found, sha256)}; publish the set again")
     return data
 
 
 def reread(store: Store) -> list[str]:
     """Read every published file again; what is wrong, one line per file."""
     there, sums = store.listing(), checksums(store)
-    problems = (_differs(name, store.sha256(name) if name in there else None, sums[name]) for name in sums)
-    return [problem for problem in problems if problem]
+    found = {name: store.sha256(name) if name in there else None for name in sums}
+    return [_fault(name, found[name], sums[name]) for name in sums if found[name] != sums[name]]
 
 
-def _differs(name: str, found: str | None, sha256: str) -> str | None:
-    """What is wrong with a file that has a hash, or is missing (None); None when it is the right one."""
-    if found is None:
-        return f"{name}: missing"
-    return None if found == sha256 else f"{name}: sha256 {found[:12]}... instead of {sha256[:12]}..."
+def _fault(name: str, found: str | None, sha256: str) -> str:
+    """What is wrong with a file that has another hash than it should, or is missing (None)."""
+    return f"{name}: sha256 {found[:12]}... instead of {sha256[:12]}..." if found else f"{name}: missing"
 
 
 def checksums(store: Store) -> dict[str, str]:
@@ -130,7 +128,7 @@ class Synced:
     kept: int
 
 
-def sync(folder: Path, store: Store, progress: Callable[[int, int], None]) -> Synced:
+def sync(folder: Path, store: Store) -> Synced:
     """Upload what is missing from a store or differs, remove published shards that are no longer, checksums last.
 
     folder: a publication that was just built; its files are what its checksums say.
@@ -147,7 +145,7 @@ def sync(folder: Path, store: Store, progress: Callable[[int, int], None]) -> Sy
         step = max(1, len(changed)) if isinstance(store, HubStore) else FILES_PER_LINE
         for start in range(0, len(changed), step):
             store.put(folder, changed[start : start + step])
-            progress(min(start + step, len(changed)), len(changed))
+            print(f"{store.uri}: {min(start + step, len(changed))}/{len(changed)} files", flush=True)
         if stale:
             store.remove(stale)
         store.put(folder, [CHECKSUMS])

@@ -34,20 +34,16 @@ LEAST_GROUND = 0.25
 GREY, GREY_TOLERANCE, LEAST_BAR = 127, 50, 6
 """The bars of padded pictures: their grey, how far a line's median may be off, least pixels of thickness."""
 
-Box = tuple[int, int, int, int]
-
 
 def detect(image: Image.Image) -> list[Object]:
     """The objects of a picture, boxes in its own pixels, the best fitting ones first."""
     picture, left, top, scale = _at_scale(image.convert("RGB"))
     labels = _labels(np.asarray(picture, dtype=np.float32))
     found = []
-    for part, (x, y) in _parts(labels > 0):
-        color = _color(labels[y : y + part.shape[0], x : x + part.shape[1]][part])
-        fit, shape = _shape(part)
+    for y, x in _parts(labels > 0):
+        color, (fit, shape) = _color(labels[y, x]), _shape(y, x)
         if color is not None and fit >= LEAST_FIT:
-            sides = (x, y, x + part.shape[1], y + part.shape[0])
-            x0, y0, x1, y1 = (round(side / scale) for side in sides)
+            x0, y0, x1, y1 = (round(int(side) / scale) for side in (x.min(), y.min(), x.max() + 1, y.max() + 1))
             found.append((fit, Object(shape, color, (x0 + left, y0 + top, x1 + left, y1 + top))))
     return [thing for _, thing in sorted(found, key=lambda pair: (-pair[0], pair[1].box))]
 
@@ -59,16 +55,16 @@ def same_objects(some: Iterable[Object], others: Iterable[Object], tolerance: fl
     """
     left = list(others)
     for thing in some:
-        match = next((other for other in left if _alike(thing, other, tolerance)), None)
+        match = next((other for other in left if other[:2] == thing[:2] and _apart(thing, other) <= tolerance), None)
         if match is None:
             return False
         left.remove(match)
     return not left
 
 
-def _alike(a: Object, b: Object, tolerance: float) -> bool:
-    apart = (abs(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) / 2 for i in (0, 1))
-    return (a.shape, a.color) == (b.shape, b.color) and max(apart) <= tolerance
+def _apart(a: Object, b: Object) -> float:
+    """The distance of two centres along the axis where it is larger."""
+    return max(abs(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) / 2 for i in (0, 1))
 
 
 def _at_scale(picture: Image.Image) -> tuple[Image.Image, int, int, float]:
@@ -107,24 +103,20 @@ def _labels(pixels: np.ndarray) -> np.ndarray:
     return np.where(covered > 0.5, best + 1, 0)
 
 
-def _parts(foreground: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-    """Each object as a mask that its pixels just fill, with the mask's left top corner."""
-    for component in _components(foreground):
-        ys, xs = component.T
-        rows, columns = (max(1, round((np.ptp(line) + 1) / CELL)) for line in (ys, xs))
-        row = (ys - ys.min()) * rows // (np.ptp(ys) + 1)
-        column = (xs - xs.min()) * columns // (np.ptp(xs) + 1)
+def _parts(foreground: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pixels of each object, as their rows and columns."""
+    for y, x in _components(foreground):
+        rows, columns = (max(1, round((np.ptp(line) + 1) / CELL)) for line in (y, x))
+        cells = (y - y.min()) * rows // (np.ptp(y) + 1) * columns + (x - x.min()) * columns // (np.ptp(x) + 1)
         for cell in range(rows * columns):
-            y, x = component[row * columns + column == cell].T
-            if len(y) >= LEAST_PIXELS:
-                part = np.zeros((np.ptp(y) + 1, np.ptp(x) + 1), dtype=bool)
-                part[y - y.min(), x - x.min()] = True
-                yield part, (int(x.min()), int(y.min()))
+            inside = cells == cell
+            if inside.sum() >= LEAST_PIXELS:
+                yield y[inside], x[inside]
 
 
 def _components(foreground: np.ndarray) -> Iterator[np.ndarray]:
-    """Sets of pixels joined along their sides, each as an array of (row, column)."""
-    left = set(zip(*(axis.tolist() for axis in np.nonzero(foreground)), strict=True))
+    """Sets of pixels joined along their sides, each as an array of its rows and one of its columns."""
+    left = set(map(tuple, np.argwhere(foreground).tolist()))
     while left:
         reached = [left.pop()]
         for y, x in reached:  # grows while it is walked
@@ -132,7 +124,7 @@ def _components(foreground: np.ndarray) -> Iterator[np.ndarray]:
                 if near in left:
                     left.remove(near)
                     reached.append(near)
-        yield np.array(reached)
+        yield np.array(reached).T
 
 
 def _color(labels: np.ndarray) -> str | None:
@@ -142,32 +134,27 @@ def _color(labels: np.ndarray) -> str | None:
     return list(COLORS)[best - 1] if counts[best] >= LEAST_SHARE * len(labels) else None
 
 
-def _shape(part: np.ndarray) -> tuple[float, str]:
-    """The best overlap of a mask with any shape, both centred, and that shape."""
-    side = max(SIZE + 2, *part.shape)
+def _shape(y: np.ndarray, x: np.ndarray) -> tuple[float, str]:
+    """The best overlap of pixels with any shape, both centred, and that shape."""
+    side = max(SIZE + 2, int(np.ptp(y)) + 1, int(np.ptp(x)) + 1)
     canvas = np.zeros((side, side), dtype=bool)
-    y, x = ((side - length) // 2 for length in part.shape)
-    canvas[y : y + part.shape[0], x : x + part.shape[1]] = part
-    forms, shapes = _forms(side)
-    fits = (forms & canvas).sum(axis=(1, 2)) / (forms | canvas).sum(axis=(1, 2))
-    best = int(fits.argmax())
-    return float(fits[best]), shapes[best]
+    canvas[tuple(line - line.min() + (side - np.ptp(line) - 1) // 2 for line in (y, x))] = True
+    forms = _forms(side)
+    fits = (forms & canvas).sum(axis=(2, 3)) / (forms | canvas).sum(axis=(2, 3))
+    return float(fits.max()), SHAPES[int(fits.max(axis=1).argmax())]
 
 
 @cache
-def _forms(side: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Every shape in a square canvas, sharp and blurred, at the centre and one pixel off it; and their names."""
-    start = (side - SIZE) // 2
-    forms, shapes = [], []
+def _forms(side: int) -> np.ndarray:
+    """For every shape its forms in a square canvas: sharp and blurred, at the centre and one pixel off it."""
+    start, forms = (side - SIZE) // 2, []
     for shape in SHAPES:
-        canvas = np.zeros((side, side), dtype=np.uint8)
-        canvas[start : start + SIZE, start : start + SIZE] = mask(shape, SIZE) * np.uint8(255)
-        for radius in BLURS:
-            blurred = np.asarray(Image.fromarray(canvas).filter(ImageFilter.GaussianBlur(radius))) > 127
-            for dy, dx in product((-1, 0, 1), repeat=2):
-                forms.append(np.roll(blurred, (dy, dx), (0, 1)))
-                shapes.append(shape)
-    return np.stack(forms), tuple(shapes)
+        canvas = Image.new("L", (side, side))
+        canvas.paste(Image.fromarray(mask(shape, SIZE) * np.uint8(255)), (start, start))
+        blurred = [np.asarray(canvas.filter(ImageFilter.GaussianBlur(radius))) > 127 for radius in BLURS]
+        offsets = product((-1, 0, 1), repeat=2)
+        forms.append([np.roll(one, offset, (0, 1)) for offset in offsets for one in blurred])
+    return np.array(forms)
 
 
 READER = Reader(detect, same_objects)

@@ -10,7 +10,7 @@ to compare between the splits, and `overall` is GenEval's mean of all six.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -28,54 +28,42 @@ CHANCE_START = 1_000_000
 """Number of the first of them, far from those of any data set."""
 
 
-class Item(NamedTuple):
-    """One picture to paint."""
-
-    prompt: Prompt
-    seed: int
-
-
-def prepare(config: Benchmark, seed: int) -> list[Item]:
+def prepare(config: Benchmark, seed: int) -> list[Prompt]:
     """`samples` prompts for each kind and split."""
-    return [
-        Item(prompt, seed)
-        for split in ASKED_SPLITS
-        for kind in KINDS
-        for prompt in prompts(kind, split, config.samples, seed)
-    ]
+    return [one for split in ASKED_SPLITS for kind in KINDS for one in prompts(kind, split, config.samples, seed)]
 
 
-def run(items: Sequence[Item], model: Model) -> list[Image.Image]:
-    """The pictures a model paints for the items."""
-    return model.paint([item.prompt.text for item in items])
+def run(items: Sequence[Prompt], model: Model) -> list[Image.Image]:
+    """The pictures a model paints for the prompts."""
+    return model.paint([prompt.text for prompt in items])
 
 
-def record(item: Item, picture: Image.Image) -> dict[str, Any]:
+def record(prompt: Prompt, picture: Image.Image) -> dict[str, Any]:
     """What is worth keeping of one sample, as plain data."""
     objects = detect(picture)
-    correct, faults = _verdict(item.prompt, objects)
+    correct, faults = _verdict(prompt, objects)
     return {
-        "prompt": item.prompt.text,
-        "kind": item.prompt.kind,
-        "split": item.prompt.split,
+        "prompt": prompt.text,
+        "kind": prompt.kind,
+        "split": prompt.split,
         "objects": [thing._asdict() for thing in objects],
         "correct": correct,
         "faults": list(faults),
     }
 
 
-def score(items: Sequence[Item], pictures: Sequence[Image.Image]) -> list[Score]:
+def score(items: Sequence[Prompt], pictures: Sequence[Image.Image]) -> list[Score]:
     """The six scores, `overall` and `composed`, for each split."""
-    correct = [_verdict(item.prompt, detect(picture)).correct for item, picture in zip(items, pictures, strict=True)]
-    chances = _chances(items)
+    verdicts = [_verdict(prompt, detect(picture)) for prompt, picture in zip(items, pictures, strict=True)]
+    seed, chances = items[0].seed, _chances(items)
     scores = []
     for split in ASKED_SPLITS:
         kinds = []
         for kind in KINDS:
-            rows = [i for i, item in enumerate(items) if (item.prompt.split, item.prompt.kind) == (split, kind)]
-            value, error = proportion([correct[i] for i in rows])
-            chance = sum(chances[items[i].prompt] for i in rows) / len(rows)
-            kinds.append(Score(kind, value, error, chance, len(rows), items[rows[0]].seed, split))
+            rows = [i for i, prompt in enumerate(items) if (prompt.split, prompt.kind) == (split, kind)]
+            chance = sum(chances[items[i]] for i in rows) / len(rows)
+            estimate = proportion([verdicts[i].correct for i in rows])
+            kinds.append(Score(kind, *estimate, chance, len(rows), seed, split))
         composed = mean("composed", [score for score in kinds if score.name != "single_object"])
         scores += [*kinds, mean("overall", kinds), composed]
     return scores
@@ -86,13 +74,13 @@ def _verdict(prompt: Prompt, objects: Iterable[Object]) -> Verdict:
     return judge(prompt.include, prompt.exclude, [Found(*thing) for thing in objects])
 
 
-def _chances(items: Sequence[Item]) -> dict[Prompt, float]:
+def _chances(items: Sequence[Prompt]) -> dict[Prompt, float]:
     """For each prompt the share of other pictures of its split that would be right for it by accident."""
     seed = items[0].seed
     pictures = {split: [_accident(seed, number, split) for number in range(CHANCE_PICTURES)] for split in ASKED_SPLITS}
     return {
         prompt: proportion([_verdict(prompt, objects).correct for objects in pictures[prompt.split]]).value
-        for prompt in {item.prompt for item in items}
+        for prompt in set(items)
     }
 
 

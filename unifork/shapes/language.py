@@ -1,4 +1,4 @@
-"""Texts about scenes: captions of the crop and of the whole picture, class names, prompts, and dialogues.
+"""Texts about scenes: captions of the crop and of the whole picture, class names, and prompts.
 
 In: a scene of `world`, or the kind and split of prompts wanted. Out: short texts of few words, so
 that a byte-level BPE of a few hundred entries holds them all, and for prompts also what a picture
@@ -6,12 +6,11 @@ must show, in the clauses of GenEval's metadata. Generation learns from crops, s
 speaks of the crop only; everything else speaks of the whole picture.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations, product
 
 from unifork.evaluation.generation.geneval import Clause
-from unifork.shapes.questions import Question, QuestionKind, pick_question
-from unifork.shapes.words import noun, phrase
 from unifork.shapes.world import (
     COLORS,
     RELATIONS,
@@ -28,6 +27,19 @@ from unifork.shapes.world import (
 
 PHOTO = "a photo of "
 """How every evaluation prompt and most captions of crops begin, as in GenEval."""
+NUMBERS = ("zero", "one", "two", "three", "four")
+"""Numbers as they are spoken; a picture never holds more than four objects."""
+
+
+def noun(shape: str, color: str | None = None, count: int = 1) -> str:
+    """`red circle`, `crosses`."""
+    ending = "" if count == 1 else "es" if shape.endswith("s") else "s"
+    return f"{color} {shape}{ending}" if color else shape + ending
+
+
+def phrase(shape: str, color: str | None = None, count: int = 1) -> str:
+    """`a red circle`, `two crosses`."""
+    return f"{'a' if count == 1 else NUMBERS[count]} {noun(shape, color, count)}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,8 @@ class Prompt:
     text: str
     kind: Kind
     split: Split
+    seed: int
+    """Of the order in which prompts are drawn."""
     include: tuple[Clause, ...]
     exclude: tuple[Clause, ...] = ()
 
@@ -79,29 +93,6 @@ def class_name(scene: Scene) -> str | None:
     return noun(thing.shape, thing.color if scene.kind == "colors" else None)
 
 
-# --------------------------------------------------------------------------------------- dialogues
-
-
-def conversations(scene: Scene) -> list[dict[str, str]]:
-    """Up to eight questions about the picture with very short answers, half of them yes/no (each by a fair coin).
-
-    Many, because they cost little beside the picture. In the split `train` no text names a held-out composition either.
-    """
-    draws = Draws("conversation", scene.seed, scene.split, scene.index)
-    asked: list[Question] = []
-    kinds: list[QuestionKind] = ["yes_no", "yes_no", "yes_no", "yes_no", "position", "color", "count", "count"]
-    for kind in kinds:
-        answer = draws.pick(("yes", "no")) if kind == "yes_no" else None
-        question = pick_question(scene, kind, draws, answer, asked)
-        if question is not None:
-            asked.append(question)
-    return [
-        turn
-        for question in draws.shuffled(asked)
-        for turn in ({"role": "user", "text": question.text}, {"role": "assistant", "text": question.answer})
-    ]
-
-
 # ----------------------------------------------------------------------------------------- prompts
 
 
@@ -111,7 +102,7 @@ def prompts(kind: Kind, split: Split, count: int, seed: int) -> list[Prompt]:
     Those of `held_out` ask for a held-out composition, those of other splits for none. A single
     object without a colour is no composition: its prompts are the same in all splits.
     """
-    possible = _possible(kind, split)
+    possible = _possible(kind, split, seed)
     draws = Draws("prompts", seed, split, kind)
     result: list[Prompt] = []
     while len(result) < count:
@@ -119,33 +110,33 @@ def prompts(kind: Kind, split: Split, count: int, seed: int) -> list[Prompt]:
     return result[:count]
 
 
-def _possible(kind: Kind, split: Split) -> list[Prompt]:
-    """Every prompt of a kind and split. The clauses come in GenEval's order: for positions the second object first."""
-    pairs = list(permutations(SHAPES, 2))
-    found: list[tuple[str, tuple[Clause, ...]]]
-    match kind:
-        case "single_object":
-            found = [(phrase(shape), (Clause(shape),)) for shape in SHAPES]
-        case "colors":
-            found = [(phrase(shape, color), (Clause(shape, 1, color),)) for color, shape in product(COLORS, SHAPES)]
-        case "counting":
-            found = [(phrase(shape, None, n), (Clause(shape, n),)) for shape, n in product(SHAPES, (2, 3, 4))]
-        case "two_object":
-            found = [(f"{phrase(a)} and {phrase(b)}", (Clause(a), Clause(b))) for a, b in pairs]
-        case "position":
-            found = [
-                (f"{phrase(a)} {name} {phrase(b)}", (Clause(b), Clause(a, position=(name, 0))))
-                for (a, b), name in product(pairs, RELATIONS)
-            ]
-        case "color_attr":
-            found = [
-                (f"{phrase(a, c)} and {phrase(b, d)}", (Clause(a, 1, c), Clause(b, 1, d)))
-                for (a, b), (c, d) in product(pairs, permutations(COLORS, 2))
-            ]
+def _possible(kind: Kind, split: Split, seed: int) -> list[Prompt]:
+    """Every prompt of a kind and split."""
     asked = []
-    for text, include in found:
+    for include in _includes()[kind]:
         exclude = tuple(Clause(one.name, one.count + 1) for one in include) if kind == "counting" else ()
         shown = [(one.name, one.color, None) for one in include for _ in range(one.count)]
         if kind == "single_object" or held_out(shown) == (split == "held_out"):
-            asked.append(Prompt(PHOTO + text, kind, split, include, exclude))
+            asked.append(Prompt(PHOTO + _wording(include), kind, split, seed, include, exclude))
     return asked
+
+
+def _includes() -> dict[Kind, Iterable[tuple[Clause, ...]]]:
+    """All that prompts ask for. The clauses come in GenEval's order: for positions the second object first."""
+    pairs = list(permutations(SHAPES, 2))
+    return {
+        "single_object": ((Clause(shape),) for shape in SHAPES),
+        "colors": ((Clause(shape, 1, color),) for color, shape in product(COLORS, SHAPES)),
+        "counting": ((Clause(shape, number),) for shape, number in product(SHAPES, (2, 3, 4))),
+        "two_object": ((Clause(a), Clause(b)) for a, b in pairs),
+        "position": ((Clause(b), Clause(a, position=(name, 0))) for (a, b), name in product(pairs, RELATIONS)),
+        "color_attr": (
+            (Clause(a, 1, c), Clause(b, 1, d)) for (a, b), (c, d) in product(pairs, permutations(COLORS, 2))
+        ),
+    }
+
+
+def _wording(include: tuple[Clause, ...]) -> str:
+    names = [phrase(one.name, one.color, one.count) for one in include]
+    position = include[-1].position
+    return f"{names[1]} {position[0]} {names[0]}" if position else " and ".join(names)

@@ -9,12 +9,12 @@ import io
 import json
 from collections.abc import Iterator
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import PositiveInt
 
-from unifork.config import parse
-from unifork.shapes.language import class_name, conversations, crop_caption, full_caption
+from unifork.shapes.language import class_name, crop_caption, full_caption
+from unifork.shapes.questions import conversations
 from unifork.shapes.world import SINGLE_KINDS, Draws, Split, draw, scene
 from unifork.shards.task import Slice
 from unifork.sources import Row, Source, SourceOptions
@@ -48,19 +48,12 @@ def rows(options: ShapesOptions, piece: Slice, seed: int) -> Iterator[Row]:
         yield _row(seed, index, options.split, options.scenes == "single", damaged)
 
 
-def world_rows(seed: int, start: int, stop: int, **options: Any) -> Iterator[Row]:
-    """Rows `start` to `stop - 1` without a card. Raises ConfigError for wrong options."""
-    return rows(parse(ShapesOptions, options, "world_rows"), Slice(start, stop), seed)
-
-
 def _row(seed: int, index: int, split: Split, single: bool, damaged: bool) -> Row:
     kind = Draws("single", seed, split, index).pick(SINGLE_KINDS) if single else None
     this = scene(seed, index, split, kind, alone=single)
     buffer = io.BytesIO()
     draw(this).save(buffer, "PNG")
-    data = buffer.getvalue()
-    if damaged:
-        data = data[: len(data) // 2]
+    data = buffer.getvalue()[: buffer.tell() // 2 if damaged else None]
     return {
         "key": f"shapes-{index:08d}",
         "image": data,

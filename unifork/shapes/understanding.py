@@ -10,7 +10,7 @@ Chance is measured: it is what the right answers to other questions of the same 
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,7 +20,7 @@ from PIL import Image
 from unifork.config import Benchmark
 from unifork.documents.prompts import INSTRUCTION
 from unifork.evaluation.benchmarks import Model, Program
-from unifork.evaluation.statistics import Score, binary, proportion
+from unifork.evaluation.statistics import Estimate, Score, binary, proportion
 from unifork.evaluation.understanding.answers import normalised, pope_yes, strict_yes
 from unifork.shapes.language import full_caption
 from unifork.shapes.questions import Question, pick_question
@@ -42,7 +42,6 @@ class Item(NamedTuple):
     kind: Kind
     question: str
     answer: str
-    seed: int
 
 
 def prepare(config: Benchmark, seed: int) -> list[Item]:
@@ -76,28 +75,30 @@ def picture(name: str, seed: int) -> Image.Image | None:
 
 def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
     """Ten yes/no scores and four exact matches for each split."""
-    scores = []
+    scores, seed = [], items[0].scene.seed
     for split in ASKED_SPLITS:
         for kind in KINDS:
-            pairs = [
-                (item, answer)
-                for item, answer in zip(items, answers, strict=True)
-                if (item.scene.split, item.kind) == (split, kind)
-            ]
-            scores += _yes_no_scores(pairs, split) if kind == "yes_no" else [_exact_score(pairs, kind, split)]
+            both = zip(items, answers, strict=True)
+            pairs = [pair for pair in both if (pair[0].scene.split, pair[0].kind) == (split, kind)]
+            judged = _yes_no if kind == "yes_no" else _exact
+            for name, estimate, chance in judged(pairs, _other_answers(kind, split, seed)):
+                scores.append(Score(f"{kind}_{name}", *estimate, chance, len(pairs), seed, split))
     return scores
 
 
-def _yes_no_scores(pairs: Sequence[tuple[Item, str]], split: Split) -> list[Score]:
+def _yes_no(pairs: Sequence[tuple[Item, str]], others: Mapping[str, float]) -> Iterator[tuple[str, Estimate, float]]:
+    """Scores of yes/no questions with their chances. others: how often each answer is right to other questions."""
     labels = [item.answer == "yes" for item, _ in pairs]
-    seed = pairs[0][0].seed
-    chances = _coin(_other_answers("yes_no", split, seed)["yes"], sum(labels) / len(labels))
-    readings = {"yes_no": pope_yes, "yes_no_strict": strict_yes}
-    return [
-        Score(f"{prefix}_{name}", *estimate, chances[name], len(pairs), seed, split)
-        for prefix, read in readings.items()
-        for name, estimate in binary([read(answer) for _, answer in pairs], labels).items()
-    ]
+    chances = _coin(others["yes"], sum(labels) / len(labels))
+    for prefix, read in {"": pope_yes, "strict_": strict_yes}.items():
+        for name, estimate in binary([read(answer) for _, answer in pairs], labels).items():
+            yield prefix + name, estimate, chances[name]
+
+
+def _exact(pairs: Sequence[tuple[Item, str]], others: Mapping[str, float]) -> Iterator[tuple[str, Estimate, float]]:
+    """Exact match of other questions."""
+    chance = sum(others.get(item.answer, 0.0) for item, _ in pairs) / len(pairs)
+    yield "exact", proportion([_right(*pair) for pair in pairs]), chance
 
 
 def _coin(says_yes: float, is_yes: float) -> dict[str, float]:
@@ -111,13 +112,6 @@ def _coin(says_yes: float, is_yes: float) -> dict[str, float]:
     }
 
 
-def _exact_score(pairs: Sequence[tuple[Item, str]], kind: Kind, split: Split) -> Score:
-    seed = pairs[0][0].seed
-    others = _other_answers(kind, split, seed)
-    chance = sum(others.get(item.answer, 0.0) for item, _ in pairs) / len(pairs)
-    return Score(f"{kind}_exact", *proportion([_right(*pair) for pair in pairs]), chance, len(pairs), seed, split)
-
-
 def _right(item: Item, answer: str) -> bool:
     """Whether an answer is right, read strictly."""
     return normalised(answer) == item.answer
@@ -126,13 +120,13 @@ def _right(item: Item, answer: str) -> bool:
 def _items(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[Item]:
     """The first questions of a kind that the scenes of a split allow."""
     found: list[Item] = []
-    scenes = (scene(seed, index, split) for index in count(start))
+    numbers = count(start)
     while len(found) < samples:
-        this = next(scenes)
+        this = scene(seed, next(numbers), split)
         wanted = ("yes", "no")[len(found) % 2] if kind == "yes_no" else None
         question = _question(this, kind, wanted)
         if question is not None:
-            found.append(Item(this, kind, question.text, question.answer, seed))
+            found.append(Item(this, kind, *question))
     return found
 
 

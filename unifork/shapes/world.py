@@ -23,10 +23,7 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 from PIL import Image
 
-from unifork.errors import unknown
-
 Split = Literal["train", "seen", "held_out"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 """`seen` draws from the compositions of `train`, under other keys; `held_out` from the others."""
 ASKED_SPLITS: tuple[Split, ...] = ("seen", "held_out")
 """Those that benchmarks ask for."""
@@ -37,8 +34,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 SINGLE_KINDS: tuple[Kind, ...] = ("single_object", "colors")
 
-Relation = Literal["left of", "right of", "above", "below"]
-RELATIONS: dict[Relation, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """The step (columns, rows) from the second object to the first; rows grow downwards."""
 
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
@@ -126,10 +122,8 @@ def scene(seed: int, index: int, split: Split, kind: Kind | None = None, *, alon
     draws = Draws("scene", seed, split, index, kind or "any", int(alone))
     drawn: Kind = draws.pick(KINDS) if kind is None else kind
     want = split == "held_out"
-    while True:
-        inner = _inner(drawn, draws)
-        if held_out(inner) == want:
-            break
+    while held_out(inner := _inner(drawn, draws)) != want:
+        pass
     wide = len(inner) < MOST and draws.below(100) < 36
     tall = wide and draws.below(2) == 1
     while True:
@@ -162,7 +156,7 @@ def crop_objects(scene: Scene) -> tuple[Object, ...]:
     return tuple(thing for thing in moved if min(thing.box) >= 0 and max(thing.box) <= CROP)
 
 
-def relation(a: Object, b: Object) -> Relation | None:
+def relation(a: Object, b: Object) -> str | None:
     """Where `a` lies from `b` when they share a row or a column; None when they do not."""
     x, y = a.box[0] - b.box[0], a.box[1] - b.box[1]
     step = ((x > 0) - (x < 0), (y > 0) - (y < 0))
@@ -173,18 +167,14 @@ def mask(shape: str, size: int) -> np.ndarray:
     """The pixels of a shape in a square of `size` pixels, as booleans."""
     line = (np.arange(size) + 0.5) * 2 / size - 1
     x, y = np.meshgrid(line, line)
-    match shape:
-        case "circle":
-            return x**2 + y**2 <= 1
-        case "square":
-            return np.ones((size, size), dtype=bool)
-        case "triangle":
-            return abs(x) <= (y + 1) / 2 + 1 / size  # the top line holds two pixels, not none
-        case "cross":
-            return np.minimum(abs(x), abs(y)) <= 0.3
-        case "diamond":
-            return abs(x) + abs(y) <= 1
-    raise unknown("shape", shape, SHAPES, "shapes.mask")
+    masks = {
+        "circle": x**2 + y**2 <= 1,
+        "square": abs(x) <= 1,
+        "triangle": abs(x) <= (y + 1) / 2 + 1 / size,  # the top line holds two pixels, not none
+        "cross": np.minimum(abs(x), abs(y)) <= 0.3,
+        "diamond": abs(x) + abs(y) <= 1,
+    }
+    return masks[shape]
 
 
 def held_out(things: Sequence[tuple[str, str | None, object]]) -> bool:
