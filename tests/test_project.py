@@ -23,7 +23,7 @@ LEVELS = [
     {"filters"},
     {"image_tokenizer", "documents"},
     {"assembly", "inference", "inspection"},
-    {"training", "evaluation", "parity", "cluster"},
+    {"training", "evaluation", "cluster"},
     {"shapes"},
     {"report", "planning", "publish", "experiments"},
     {"commands"},

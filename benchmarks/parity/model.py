@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.parity.comparison import Comparison, Reference
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, NO_DOCUMENT, TEXT, Batch, Document, pack
 from unifork.config import Sampling
 from unifork.documents.prompts import Piece
@@ -35,7 +36,6 @@ from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.conversion import dense_branch, from_official, official_config, official_names
 from unifork.models.generation import answer_texts, generate_images, guide, probabilities
 from unifork.models.modeling import UniForkModel
-from unifork.parity.comparison import Comparison, Reference
 from unifork.vocabulary import PAD, TURN_END, Task
 from unifork.weights import StoredWeights, read_json
 
