@@ -20,7 +20,6 @@ HEADS = {"folded": True, "unfolded": False}
 OFFICIAL = "official"
 TEXT_FILES = ("tokenizer.json", "vocab.json")
 """A folder with one of these holds a text tokenizer."""
-TOWER = "vision_tower"
 
 
 @app.command("import")
@@ -123,28 +122,24 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from unifork.image_tokenizer import conversion as tower_conversion
+    from unifork.image_tokenizer.conversion import REMAINDER_FILE, SIGLIP_FOLDER, tower_configs, tower_tensors
     from unifork.image_tokenizer.model import ImageTokenizer
     from unifork.models import conversion
     from unifork.shards.manifest import write_json
 
     conversion.set_head_form(loaded, folded=False)
     tokenizer = ImageTokenizer.load(pictures)
-    tower = tower_conversion.tower_tensors(tokenizer, loaded.dtype)
-    siglip = tower_conversion.siglip_config(tokenizer)
-    if (path := pictures / tower_conversion.REMAINDER_FILE).exists():
+    tower, files = tower_tensors(tokenizer, loaded.dtype), tower_configs(tokenizer, loaded.config)
+    if (path := pictures / REMAINDER_FILE).exists():
         with safe_open(path, "pt") as kept:
             tower |= {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-            siglip = json.loads(kept.metadata()[tower_conversion.SIGLIP_FOLDER])
+            files[f"{SIGLIP_FOLDER}/config.json"] = json.loads(kept.metadata()[SIGLIP_FOLDER])
     state = conversion.to_official(loaded) | {conversion.TOWER + name: tensor for name, tensor in tower.items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    files = {
-        "config.json": conversion.official_plain(loaded, TOWER),
-        f"{TOWER}/config.json": tower_conversion.tower_config(tokenizer, conversion.official_head(loaded.config)),
-        f"{TOWER}/{tower_conversion.SIGLIP_FOLDER}/config.json": siglip,
-    }
-    for name, plain in files.items():
-        write_json(out / name, plain)
+    plain = conversion.official_plain(loaded)
+    write_json(out / "config.json", plain)
+    for name, configuration in files.items():
+        write_json(out / plain["mm_vision_tower"] / name, configuration)
 
 
 @app.command()

@@ -15,13 +15,14 @@ Shape suffixes: K codebook rows, C code channels.
 import re
 from collections.abc import Mapping
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from unifork.config import HeadConfig
+from unifork.config import HeadConfig, read_yaml
 from unifork.errors import CheckpointError, ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
@@ -65,6 +66,7 @@ _IN_LAYER = re.compile(
 )
 _IN_HEAD_BLOCK = re.compile(r"image_head\.blocks\.(?P<index>\d+)\.(?P<part>\w+)\.(?P<rest>\w+)")
 _LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|^" + re.escape(TOKENIZER))
+CONFIGURATION = Path(__file__).with_name("official.yaml")
 _MLP_RATIO = 4
 """Fixed in the official head."""
 
@@ -180,46 +182,20 @@ def to_official(model: UniForkModel) -> dict[str, Tensor]:
     }
 
 
-def official_plain(model: UniForkModel, tower: str) -> dict[str, Any]:
-    """The official `config.json`; `tower` is where it finds the tower's."""
+def official_plain(model: UniForkModel) -> dict[str, Any]:
+    """The official `config.json`."""
     config = model.config
     plain = config.backbone_config().to_dict()
     rope = dict(plain.pop("rope_parameters"))
     theta, scaling = rope.pop("rope_theta"), rope if rope.get("rope_type") != "default" else None
     return {
         **{key: value for key, value in plain.items() if key not in ("layer_types", "dtype", "transformers_version")},
-        "architectures": ["LlavaQwen2ForCausalLM"],
-        "model_type": "llava_qwen2",
+        **read_yaml(CONFIGURATION),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "torch_dtype": str(model.dtype).removeprefix("torch."),
-        "mm_vision_tower": tower,
-        "unfreeze_mm_vision_tower": True,  # without it the official loader drops the tower and the head
         "mm_hidden_size": config.code_channels,
         "image_token_num": config.positions,
-        "mm_patch_merge_type": "flat",
-        "image_aspect_ratio": "pad",
-        "tokenizer_padding_side": "right",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "tune_mm_mlp_adapter": False,
-        "use_mm_proj": True,
-    }
-
-
-def official_head(config: UniForkConfig) -> dict[str, Any]:
-    """What the tower's `config.json` says of the image head."""
-    head, hidden_size = config.head_config(), config.backbone_config().hidden_size
-    return {
-        "architectures": ["RQTransformer"],
-        "model_type": "rqtransformer_model",
-        "block_size": [config.grid, config.grid, config.depth],
-        "embed_dim": head.heads * head.head_dim,
-        "embed_dim_out": hidden_size,
-        "head": {"block": {"n_head": head.heads}, "n_layer": head.layers},
-        "input_embed_dim_1": config.code_channels,
-        "input_embed_dim_2": hidden_size,
-        "vocab_size": config.codebook_size,
     }
 
 
