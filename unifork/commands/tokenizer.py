@@ -33,10 +33,9 @@ def import_(
 ) -> None:
     """Write an official tokenizer as a tokenizer directory of this project."""
     from unifork.image_tokenizer.conversion import read_official
-    from unifork.image_tokenizer.training import save_whole
 
     tokenizer = read_official(source, image_size, vision_tower, allow_pickle)
-    save_whole(tokenizer, out)
+    tokenizer.save(out)
     shape = tokenizer.architecture
     print(
         f"{out}: pictures of {shape.image_size} pixels, {shape.grid} x {shape.grid} positions with {shape.depth} "

@@ -16,10 +16,8 @@ K codebook rows.
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +44,6 @@ REPORT_EVERY_SECONDS = 5.0
 MEASURE_BATCH = 64
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One line of progress."""
-
-    step: int
-    steps: int
-    loss: float
-    images_per_second: float
-    eta_seconds: float
-    quantised: bool
-
-    def __str__(self) -> str:
-        return (
-            f"image tokenizer step {self.step}/{self.steps} loss {self.loss:.4f}"
-            f"{' (codes)' if self.quantised else ''} {self.images_per_second:.0f} images/s ETA {self.eta_seconds:.0f} s"
-        )
-
-
 Groups = Mapping[str, np.ndarray]
 
 
@@ -72,11 +52,11 @@ def train_tokenizer(
     pictures: Groups,
     held_out: Groups,
     directory: Path | str,
-    progress: Callable[[Progress], None] = print,
+    progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train, write the tokenizer directory, and return the report (see `measure`).
 
-    Raises DataError for pictures of another size than the configuration's.
+    progress: takes a line every few seconds. Raises DataError for pictures of another size than the configuration's.
     """
     for where, groups in (("pictures", pictures), ("held_out", held_out)):
         _check_groups(groups, config.image_size, where)
@@ -89,8 +69,7 @@ def train_tokenizer(
     trainer = TokenizerTrainer(config, without_repeats(pictures))
     _run(trainer, config, progress)
     report = measure(trainer.tokenizer, held_out)
-    report["rows_refilled"] = trainer.rows_refilled
-    save_whole(trainer.tokenizer, directory)
+    trainer.tokenizer.save(directory)
     return report | {"seconds": time.monotonic() - started}
 
 
@@ -103,8 +82,7 @@ def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
         before_BSSC, after_BSSC, codes_BND = (
             np.concatenate([arrays[name] for name in names]) for arrays in (groups, drawn, codes)
         )
-        use = code_use(codes_BND, tokenizer.architecture.codebook_size)
-        return {**reconstruction_error(before_BSSC, after_BSSC), "codes": use}
+        return {**reconstruction_error(before_BSSC, after_BSSC), "codes": code_use(codes_BND)}
 
     each = {name: measured([name]) for name in groups}
     return {"groups": each, "images": sum(map(len, groups.values())), **measured(list(groups))}
@@ -118,16 +96,6 @@ def encode_all(tokenizer: ImageTokenizer, pixels_BSSC: np.ndarray) -> np.ndarray
 def decode_all(tokenizer: ImageTokenizer, codes_BND: np.ndarray) -> np.ndarray:
     """Bytes (B, S, S, C) of codes."""
     return np.concatenate([to_bytes(tokenizer.decode(torch.from_numpy(part_BND))) for part_BND in _parts(codes_BND)])
-
-
-def save_whole(tokenizer: ImageTokenizer, directory: Path | str) -> None:
-    """Write a tokenizer directory next to its place and swap it in."""
-    directory = Path(directory)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
 
 
 class TokenizerTrainer:
@@ -144,7 +112,6 @@ class TokenizerTrainer:
         zero_last_convolutions(self.tokenizer.decoder)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.averages: CodebookAverages | None = None
-        self.rows_refilled = 0
         learning = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=1e-4)
 
@@ -170,11 +137,6 @@ class TokenizerTrainer:
         self.optimizer.step()
         return float(loss.detach())
 
-    def finish(self) -> ImageTokenizer:
-        """The trained tokenizer, frozen."""
-        self.tokenizer.requires_grad_(False)
-        return self.tokenizer
-
     def _start_codebook(self, step: int) -> None:
         """Residual k-means on the features of the pictures that come next."""
         config = self.tokenizer.architecture
@@ -184,9 +146,7 @@ class TokenizerTrainer:
         with torch.no_grad():
             features = [self.tokenizer.encoder(to_tensor(self.batches.take(step + i))) for i in range(batches)]
         features_MC = torch.cat(features).flatten(0, 1)
-        self.averages = CodebookAverages.from_features(
-            self.tokenizer.quantizer, features_MC, self.training.ema_decay, self.generator
-        )
+        self.averages = CodebookAverages(self.tokenizer.quantizer, features_MC, self.training.ema_decay, self.generator)
 
     def _quantise(self, features_BNC: Tensor, share: float, *, learn: bool) -> tuple[Tensor, Tensor]:
         """Quantised features with straight-through gradients, and the commitment loss."""
@@ -197,7 +157,7 @@ class TokenizerTrainer:
         commitment = commitment_loss(flat_MC, partial_MDC)
         quantised_MC = flat_MC + (partial_MDC[:, -1] - flat_MC).detach()
         if learn and self.averages is not None:
-            self.rows_refilled += self.averages.update(codes_MD, residuals_MDC, refill=share < REFILL_UNTIL)
+            self.averages.update(codes_MD, residuals_MDC, refill=share < REFILL_UNTIL)
         return quantised_MC.view_as(features_BNC), commitment
 
 
@@ -251,27 +211,19 @@ def reconstruction_loss(drawn_BCSS: Tensor, pixels_BCSS: Tensor) -> Tensor:
     return difference_BCSS.abs().mean() + difference_BCSS.square().mean() + EDGE_WEIGHT * edges
 
 
-def _run(trainer: TokenizerTrainer, config: ImageTokenizerConfig, progress: Callable[[Progress], None]) -> None:
+def _run(trainer: TokenizerTrainer, config: ImageTokenizerConfig, progress: Callable[[str], None]) -> None:
     steps = config.training.steps
     started = reported = time.monotonic()
-    for step in range(steps):
-        loss = trainer.step(step)
+    for step in range(1, steps + 1):
+        loss = trainer.step(step - 1)
         now = time.monotonic()
-        if now - reported < REPORT_EVERY_SECONDS and step + 1 < steps:
-            continue
-        reported = now
-        seconds_per_step = (now - started) / (step + 1)
-        progress(
-            Progress(
-                step=step + 1,
-                steps=steps,
-                loss=loss,
-                images_per_second=config.training.batch_images / seconds_per_step,
-                eta_seconds=seconds_per_step * (steps - step - 1),
-                quantised=trainer.averages is not None,
+        if now - reported > REPORT_EVERY_SECONDS or step == steps:
+            reported = now
+            images_per_second = config.training.batch_images * step / (now - started)
+            progress(
+                f"image tokenizer step {step}/{steps} loss {loss:.4f}{' (codes)' if trainer.averages else ''} "
+                f"{images_per_second:.0f} images/s ETA {(now - started) / step * (steps - step):.0f} s"
             )
-        )
-    trainer.finish()
 
 
 def _schedule(step: int, warmup_steps: int, steps: int) -> float:

@@ -33,7 +33,6 @@ class DepthUse(Read):
 
     rows_used: int
     perplexity: float
-    conditional_bits: float
 
 
 class CodeUse(Read):
