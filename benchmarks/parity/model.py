@@ -200,8 +200,8 @@ def _decoding(original: Original) -> Iterator[Comparison]:
     prompts = [ids[real].tolist() for ids, real in zip(ids_BL, real_BL, strict=True)]
     half, head = len(prompts) // 2, model.image_head
     with _recorded(head.hidden_proj) as steps, _recorded(head.classifier) as depths:
-        sampling = Sampling(guidance=notes["cfg"])
-        codes_BND = generate_images(model, prompts[:half], prompts[half], sampling, greedy=True)
+        likeliest = Sampling(guidance=notes["cfg"], top_k=1)
+        codes_BND = generate_images(model, prompts[:half], prompts[half], likeliest)
     guided = torch.stack([guide(logits_R1K[:, 0], notes["cfg"]) for _, logits_R1K in depths])
     quantised_BNC = original.tokenizer.quantizer.lookup(codes_BND)
     yield from given.compare({"codes": codes_BND})

@@ -185,15 +185,10 @@ class ImageHead(nn.Module):
             sums_MC = sums_MC + codebook_KC[codes[-1]]
         return torch.stack(codes, 1)
 
-    def fold(self) -> None:
-        """Bring every block into the folded form, in place; nothing changes in one that is."""
+    def set_form(self, *, folded: bool) -> None:
+        """Bring every block into one of the forms, in place. Raises ConfigError, see `HeadBlock.unfold`."""
         for block in cast(list[HeadBlock], list(self.blocks)):
-            block.fold()
-
-    def unfold(self) -> None:
-        """Bring every block into the published form, in place. Raises ConfigError, see `HeadBlock.unfold`."""
-        for block in cast(list[HeadBlock], list(self.blocks)):
-            block.unfold()
+            block.fold() if folded else block.unfold()
 
     def _project_codes(self, sums: Tensor) -> Tensor:
         projected: Tensor = self.code_proj(sums.to(self.code_proj.weight.dtype))

@@ -20,7 +20,6 @@ Shape suffixes: B rows, T queries (all tokens of a packed row), S keys, X = B*T,
 heads, G key heads, Q1 sequences and one more, L tokens of a sequence.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, cast
@@ -36,8 +35,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from unifork.batch import NO_DOCUMENT
 from unifork.errors import unknown
 
-VARLEN = "varlen"
-"""The name of the attention implementation."""
+VARLEN, EAGER, FLEX = "varlen", "eager", "flex_attention"
+"""Names of attention implementations, the first one ours."""
 
 Counts = tuple[tuple[int, ...], ...]
 """Tokens of each document of packed rows by branch (`Batch.document_counts`)."""
@@ -94,18 +93,7 @@ def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) 
     return seen
 
 
-def boolean_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> Tensor:
-    """For sdpa: (B, 1, T, S), True where a key is seen."""
-    return visible_BTS(documents_BS, branches_BS, queries)[:, None]
-
-
-def additive_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype) -> Tensor:
-    """For eager attention: (B, 1, T, S), 0 where a key is seen, else the lowest number of the dtype."""
-    seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> BlockMask:
+def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) -> BlockMask:
     """For flex attention: blocks nobody sees are skipped. Flex has no backward on a CPU."""
     B, S = documents_BS.shape
     offset = S - queries
@@ -118,12 +106,7 @@ def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _
     return create_block_mask(seen, B, None, queries, S, device=str(documents_BS.device))
 
 
-MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype], Tensor | BlockMask]] = {
-    "sdpa": boolean_mask,
-    "eager": additive_mask,
-    "flex_attention": block_mask,
-    VARLEN: boolean_mask,
-}
+MASKS = ("sdpa", EAGER, FLEX, VARLEN)
 """The attention implementations there is a mask for, by the names they have in transformers."""
 
 
@@ -137,13 +120,20 @@ def attention_mask(
 ) -> Mask:
     """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown.
 
-    counts: of packed rows, which `varlen` takes as sequences; without them, in a step of decoding, it takes a mask.
+    For sdpa (B, 1, T, S), True where a key is seen; for eager attention the same with 0 where a key is seen, else
+    the lowest number of the dtype. counts: of packed rows, which `varlen` takes as sequences; without them, in a
+    step of decoding, it takes sdpa's mask.
     """
     if implementation not in MASKS:
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
     if implementation == VARLEN and counts:
         return sequences(documents_BS, branches_BS, counts)
-    return MASKS[implementation](documents_BS, branches_BS, queries, dtype)
+    if implementation == FLEX:
+        return block_mask(documents_BS, branches_BS, queries)
+    seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
+    if implementation == EAGER:
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return seen
 
 
 def attend(
