@@ -44,7 +44,6 @@ def main(_: str) -> None:
         held_out = {name: group[: training.held_out_images] for name, group in images.items()}
         learned = {name: group[training.held_out_images :] for name, group in images.items()}
         report = train_tokenizer(config, learned, held_out, folder, lambda progress: print(progress, flush=True))
-        print(f"trained in {report.pop('seconds'):.0f} s")
 
     # out, beside the tokenizer: what codes lose, and how much of what images show survives them
     tokenizer = ImageTokenizer.load(folder)

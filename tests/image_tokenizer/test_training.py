@@ -124,7 +124,7 @@ def test_codes_of_a_patch_depend_on_the_patch_alone(trained, blocks):
 
 
 def test_wrong_input(config, blocks, tmp_path):
-    with pytest.raises(DataError, match=r"pictures\['x'\] is uint8 of shape \(96, 32, 16, 3\)"):
+    with pytest.raises(DataError, match=r"pictures are of shapes \{'x': \(96, 32, 16, 3\)\}"):
         train_tokenizer(config, {"x": blocks[:, :, :16]}, {"held": blocks}, tmp_path / "t")
     late = config.model_copy(update={"training": config.training.model_copy(update={"quantise_from_step": 60})})
     with pytest.raises(ConfigError, match="quantise_from_step 60 must be below steps 60"):

@@ -25,6 +25,7 @@ ENCODE_VERSION = 1
 BATCH_IMAGES = 64
 """Pictures per call of the network; in low precision part of what decides the codes."""
 DTYPE = "float32"
+"""Of the network."""
 
 
 class View:
@@ -56,7 +57,7 @@ class Encode:
         from unifork.image_tokenizer.code_encoder import CodeEncoder  # noqa: PLC0415
 
         first = next(iter(card.tasks.values())).view
-        encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, DTYPE, threads)
+        encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, threads=threads)
         self.views = {task: View(card, task, encoder) for task in card.tasks}
 
     def __call__(self, task: ShardTask) -> ShardResult:

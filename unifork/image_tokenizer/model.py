@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -165,8 +165,7 @@ class ImageTokenizer(nn.Module):
         batch, positions, width = quantised_BNC.shape
         side = int(positions**0.5)
         map_BCGG = quantised_BNC.transpose(1, 2).reshape(batch, width, side, side)
-        drawn_BCSS: Tensor = self.decoder(self.post_quant_conv(map_BCGG.to(self.post_quant_conv.weight.dtype)))
-        return drawn_BCSS
+        return cast(Tensor, self.decoder(self.post_quant_conv(map_BCGG.to(self.post_quant_conv.weight.dtype))))
 
     @property
     def codebook_id(self) -> str:

@@ -58,19 +58,23 @@ def train_tokenizer(
 
     progress: takes a line every few seconds. Raises DataError for pictures of another size than the configuration's.
     """
+    side = config.image_size
     for where, groups in (("pictures", pictures), ("held_out", held_out)):
-        _check_groups(groups, config.image_size, where)
+        shapes = {name: array.shape for name, array in groups.items()}
+        if not shapes or any(shape[1:] != (side, side, 3) or not shape[0] for shape in shapes.values()):
+            raise DataError(
+                f"train_tokenizer: {where} are of shapes {shapes}; allowed is (at least 1, {side}, {side}, 3) for each"
+            )
     if config.training.quantise_from_step >= config.training.steps:
         raise ConfigError(
             f"image_tokenizer.training.quantise_from_step {config.training.quantise_from_step} must be "
             f"below steps {config.training.steps}"
         )
-    started = time.monotonic()
     trainer = TokenizerTrainer(config, without_repeats(pictures))
     _run(trainer, config, progress)
     report = measure(trainer.tokenizer, held_out)
     trainer.tokenizer.save(directory)
-    return report | {"seconds": time.monotonic() - started}
+    return report
 
 
 def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
@@ -177,31 +181,23 @@ class Batches:
         """The pictures of a step, (B, S, S, C) bytes: a function of seed and step."""
         parts = []
         for index, (group, count) in enumerate(zip(self.groups, self.counts, strict=True)):
-            positions = step * count + np.arange(count)
-            passes = positions // len(group)
-            chosen = np.empty(count, dtype=np.int64)
-            for number in np.unique(passes):
-                order = np.random.default_rng([self.seed, index, number]).permutation(len(group))
-                inside = passes == number
-                chosen[inside] = order[positions[inside] % len(group)]
-            parts.append(group[chosen])
+            places = [divmod(position, len(group)) for position in range(step * count, (step + 1) * count)]
+            orders = {
+                number: np.random.default_rng([self.seed, index, number]).permutation(len(group))
+                for number in {number for number, _ in places}
+            }
+            parts.append(group[[orders[number][place] for number, place in places]])
         return np.concatenate(parts)
 
 
 def without_repeats(groups: Groups) -> dict[str, np.ndarray]:
     """The groups without pictures that occurred before, byte for byte; a group left empty is dropped."""
-    seen: set[bytes] = set()
-    left = {}
+    first: dict[bytes, tuple[str, int]] = {}
     for name, pixels_BSSC in groups.items():
-        new = []
         for index, picture_SSC in enumerate(pixels_BSSC):
-            key = hashlib.sha256(picture_SSC.tobytes()).digest()
-            if key not in seen:
-                seen.add(key)
-                new.append(index)
-        if new:
-            left[name] = pixels_BSSC[new]
-    return left
+            first.setdefault(hashlib.sha256(picture_SSC.tobytes()).digest(), (name, index))
+    kept = {name: [index for owner, index in first.values() if owner == name] for name in groups}
+    return {name: groups[name][indices] for name, indices in kept.items() if indices}
 
 
 def reconstruction_loss(drawn_BCSS: Tensor, pixels_BCSS: Tensor) -> Tensor:
@@ -218,11 +214,11 @@ def _run(trainer: TokenizerTrainer, config: ImageTokenizerConfig, progress: Call
         loss = trainer.step(step - 1)
         now = time.monotonic()
         if now - reported > REPORT_EVERY_SECONDS or step == steps:
-            reported = now
-            images_per_second = config.training.batch_images * step / (now - started)
+            reported, each = now, (now - started) / step
             progress(
                 f"image tokenizer step {step}/{steps} loss {loss:.4f}{' (codes)' if trainer.averages else ''} "
-                f"{images_per_second:.0f} images/s ETA {(now - started) / step * (steps - step):.0f} s"
+                f"{config.training.batch_images / each:.0f} images/s, {now - started:.0f} s, "
+                f"ETA {each * (steps - step):.0f} s"
             )
 
 
@@ -235,14 +231,3 @@ def _schedule(step: int, warmup_steps: int, steps: int) -> float:
 
 def _parts(array: np.ndarray) -> list[np.ndarray]:
     return [array[i : i + MEASURE_BATCH] for i in range(0, len(array), MEASURE_BATCH)]
-
-
-def _check_groups(groups: Groups, size: int, where: str) -> None:
-    if not groups:
-        raise DataError(f"train_tokenizer: {where} is empty")
-    for name, array in groups.items():
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (size, size, 3) or not len(array):
-            raise DataError(
-                f"train_tokenizer: {where}[{name!r}] is {array.dtype} of shape {array.shape}; "
-                f"allowed is uint8 of shape (at least 1, {size}, {size}, 3)"
-            )

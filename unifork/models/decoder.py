@@ -17,7 +17,7 @@ Shape suffixes: B rows, T tokens of a row, X = B*T, H hidden size, E head size, 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +168,7 @@ class Block(nn.Module):
         """Hidden states after the layer; recomputed in the backward pass if so switched."""
         if self.activation_checkpointing and torch.is_grad_enabled() and reading.cache is None:
             # inside the module, so that hooks around it (sharding) run once; nothing here is random
-            again: Tensor = checkpoint(self._layer, x_XH, reading, use_reentrant=False, preserve_rng_state=False)
-            return again
+            return cast(Tensor, checkpoint(self._layer, x_XH, reading, use_reentrant=False, preserve_rng_state=False))
         return self._layer(x_XH, reading)
 
     def _layer(self, x_XH: Tensor, reading: Reading) -> Tensor:

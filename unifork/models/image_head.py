@@ -55,8 +55,7 @@ class HeadBlock(nn.Module):
     def forward(self, x_MLH: Tensor) -> Tensor:
         """A whole sequence at once, as in training."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            again: Tensor = checkpoint(self._layer, x_MLH, use_reentrant=False, preserve_rng_state=False)
-            return again
+            return cast(Tensor, checkpoint(self._layer, x_MLH, use_reentrant=False, preserve_rng_state=False))
         return self._layer(x_MLH)
 
     def step(self, x_M1H: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -152,8 +151,7 @@ class ImageHead(nn.Module):
 
     def forward(self, hidden_MH: Tensor, codes_MD: Tensor, codebook_KC: Tensor) -> Tensor:
         """Logits (M, D, K); those of depth d depend on the backbone's vector and codes 0..d-1 only."""
-        logits_MDK: Tensor = self.classifier(self._read(hidden_MH, codes_MD, codebook_KC))
-        return logits_MDK
+        return cast(Tensor, self.classifier(self._read(hidden_MH, codes_MD, codebook_KC)))
 
     def loss(self, hidden_MH: Tensor, codes_MD: Tensor, codebook_KC: Tensor) -> Tensor:
         """Cross entropy (M, D) of the codes under those logits, which are never whole."""
@@ -167,8 +165,7 @@ class ImageHead(nn.Module):
         x_MLH = torch.cat(items, 1) + self.depth_embedding.weight
         for block in self.blocks:
             x_MLH = block(x_MLH)
-        normed_MDH: Tensor = self.norm(x_MLH)
-        return normed_MDH
+        return cast(Tensor, self.norm(x_MLH))
 
     def unroll(self, hidden_MH: Tensor, codebook_KC: Tensor, choose: Choose) -> Tensor:
         """Codes (M, D), each picked by `choose` from the logits given those before it."""
@@ -191,5 +188,4 @@ class ImageHead(nn.Module):
             block.fold() if folded else block.unfold()
 
     def _project_codes(self, sums: Tensor) -> Tensor:
-        projected: Tensor = self.code_proj(sums.to(self.code_proj.weight.dtype))
-        return projected
+        return cast(Tensor, self.code_proj(sums.to(self.code_proj.weight.dtype)))

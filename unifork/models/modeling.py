@@ -15,7 +15,7 @@ M supervised image positions, D code depth, C code channels, K codebook rows, H 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,7 @@ class Connector(nn.Module):
 
     def forward(self, code_sums_NC: Tensor) -> Tensor:
         """Image tokens (N, H) from the sums of their code vectors."""
-        projected: Tensor = self.linear2(F.gelu(self.linear1(code_sums_NC.to(self.linear1.weight.dtype))))
-        return projected
+        return cast(Tensor, self.linear2(F.gelu(self.linear1(code_sums_NC.to(self.linear1.weight.dtype)))))
 
 
 class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -170,13 +169,11 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def embed_codes(self, codes_ND: Tensor) -> Tensor:
         """Image tokens (N, H) from their codes."""
-        embedded: Tensor = self.connector(self.codebook[codes_ND].sum(1))
-        return embedded
+        return cast(Tensor, self.connector(self.codebook[codes_ND].sum(1)))
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary (..., V)."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+        return cast(Tensor, self.lm_head(hidden))
 
     def set_activation_checkpointing(self, kinds: Collection[str]) -> None:
         """Recompute blocks in the backward pass instead of keeping what they computed.

@@ -22,7 +22,7 @@ from PIL import Image
 from unifork.config import Card
 from unifork.errors import DataError
 from unifork.image_tokenizer.readers import read_back
-from unifork.image_tokenizer.views import view_of
+from unifork.image_tokenizer.views import VARIANTS
 from unifork.report.codec import Codec
 from unifork.report.gather import DataSet, Evaluation, StageRun, views_of
 from unifork.report.reading import Answered, Drawn, Same
@@ -127,7 +127,7 @@ def data_pictures(data: DataSet, filtered: Path, size: int, codec: Codec | None)
     reconstructions: list[Strip] = []
     detector: dict[str, Same] = {}
     for view in views_of(data.card) if images else []:
-        pixels_BSSC = np.stack([view_of(image, view, size, data.card.matte) for image in images])
+        pixels_BSSC = np.stack([VARIANTS[view](image, size, data.card.matte) for image in images])
         strips.append(strip(f"{view} view", pixels_BSSC, texts))
         if codec is not None:
             drawn_BSSC = codec.reconstruct(pixels_BSSC)
