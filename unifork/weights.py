@@ -29,7 +29,7 @@ HUB_NAME = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inside>(/[\w-][\w.-
 """`owner/name`, a folder inside it, and a revision: `owner/name/vision_tower@main`."""
 LISTED = 10
 """Names of an error message."""
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 """Of tensors by name."""
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
 
@@ -157,7 +157,7 @@ def _weight_file(folder: Path, allow_pickle: bool) -> Path:
     if found[0].name not in (WHOLE, INDEX) and not allow_pickle:
         raise CheckpointError(
             f"{found[0]}: pickled weights can run code when they are loaded; convert them to safetensors, "
-            "or allow this file with --allow-pickle (plain tensors only, even then)"
+            "or allow them where the command has --allow-pickle (plain tensors only, even then)"
         )
     if len(found) > 1:
         raise CheckpointError(f"{folder}: several pickled checkpoints: {', '.join(path.name for path in found)}")

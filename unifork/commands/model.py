@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from unifork.errors import CheckpointError, ConfigError, unknown
+from unifork.commands.tokenizer import AllowPickle, ImageSize, VisionTower
+from unifork.errors import ConfigError, unknown
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
-
-if TYPE_CHECKING:
-    from unifork.models.configuration import UniForkConfig
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -27,16 +25,12 @@ def import_(
     source: Annotated[str, typer.Argument(help="official UniFork checkpoint: a folder, or OWNER/NAME on the Hub")],
     out: Out,
     head: Head = "unfolded",
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="side of the pictures, 384 in the paper; default: the tower's own")
-    ] = None,
-    vision_tower: Annotated[
-        str | None, typer.Option(help="folder with the tower's configuration, if the checkpoint names none")
-    ] = None,
+    image_size: ImageSize = None,
+    vision_tower: VisionTower = None,
     text_tokenizer: Annotated[
         Path | None, typer.Option(help="its text tokenizer, if not in the folder or in `tokenizer` beside it")
     ] = None,
-    allow_pickle: Annotated[bool, typer.Option(help="read .bin files, which safetensors replace")] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Write an official checkpoint as a model directory, with the image tokenizer that is in it."""
     from safetensors.torch import save_file
@@ -95,6 +89,7 @@ def export(
 
     from unifork.assembly import new_folder
     from unifork.documents.text_tokenizer import import_text_tokenizer
+    from unifork.models.configuration import read_config
     from unifork.models.conversion import dense_branch
     from unifork.models.decoder import FAMILIES
     from unifork.models.modeling import load_model
@@ -103,7 +98,7 @@ def export(
         raise unknown("format", format, (OFFICIAL, *FAMILIES), "--format")
     if (format == OFFICIAL) == bool(branch):
         raise ConfigError(f"--branch {branch!r}: a dense model is one branch, an official checkpoint is all of them")
-    config = _config(model)
+    config = read_config(model)
     family = config.backbone["model_type"]
     if format not in (OFFICIAL, family):
         raise ConfigError(f"--format {format}: the backbone of {model} is {family}; allowed: {OFFICIAL}, {family}")
@@ -168,21 +163,14 @@ def create(
 @app.command()
 def summary(model: Annotated[Path, typer.Argument(help="model directory")]) -> None:
     """Print the parts of a model and their parameters, those that each task uses, and the paper's sums."""
+    from unifork.models.configuration import read_config
     from unifork.planning import parameter_counts
 
-    config = _config(model)
+    config = read_config(model)
     form = next(name for name, folded in HEADS.items() if folded == config.head_config().folded)
     print(f"{config.plan}, {config.backbone['model_type']}, {form} head\n")
     for name, count in parameter_counts(config).items():
         print(f"{name:<36}{count:>16,}")
-
-
-def _config(model: Path) -> "UniForkConfig":
-    from unifork.models.configuration import UniForkConfig
-
-    if not (model / "config.json").is_file():
-        raise CheckpointError(f"{model}: no config.json, so not the folder of a model")
-    return UniForkConfig.from_pretrained(model)
 
 
 def _form(head: str) -> bool:

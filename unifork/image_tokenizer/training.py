@@ -71,10 +71,20 @@ def train_tokenizer(
             f"below steps {config.training.steps}"
         )
     trainer = TokenizerTrainer(config, without_repeats(pictures))
-    _run(trainer, config, progress)
-    report = measure(trainer.tokenizer, held_out)
+    steps = config.training.steps
+    started = reported = time.monotonic()
+    for step in range(1, steps + 1):
+        loss = trainer.step(step - 1)
+        now = time.monotonic()
+        if now - reported > REPORT_EVERY_SECONDS or step == steps:
+            reported, each = now, (now - started) / step
+            progress(
+                f"image tokenizer step {step}/{steps} loss {loss:.4f}{' (codes)' if trainer.averages else ''} "
+                f"{config.training.batch_images / each:.0f} images/s, {now - started:.0f} s, "
+                f"ETA {each * (steps - step):.0f} s"
+            )
     trainer.tokenizer.save(directory)
-    return report
+    return measure(trainer.tokenizer, held_out)
 
 
 def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
@@ -205,21 +215,6 @@ def reconstruction_loss(drawn_BCSS: Tensor, pixels_BCSS: Tensor) -> Tensor:
     difference_BCSS = drawn_BCSS - pixels_BCSS
     edges = (difference_BCSS.diff(dim=2).abs().mean() + difference_BCSS.diff(dim=3).abs().mean()) / 2
     return difference_BCSS.abs().mean() + difference_BCSS.square().mean() + EDGE_WEIGHT * edges
-
-
-def _run(trainer: TokenizerTrainer, config: ImageTokenizerConfig, progress: Callable[[str], None]) -> None:
-    steps = config.training.steps
-    started = reported = time.monotonic()
-    for step in range(1, steps + 1):
-        loss = trainer.step(step - 1)
-        now = time.monotonic()
-        if now - reported > REPORT_EVERY_SECONDS or step == steps:
-            reported, each = now, (now - started) / step
-            progress(
-                f"image tokenizer step {step}/{steps} loss {loss:.4f}{' (codes)' if trainer.averages else ''} "
-                f"{config.training.batch_images / each:.0f} images/s, {now - started:.0f} s, "
-                f"ETA {each * (steps - step):.0f} s"
-            )
 
 
 def _schedule(step: int, warmup_steps: int, steps: int) -> float:

@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unifork.batch import TEXT, Batch
-from unifork.models.layer_plan import BRANCHES, Kind, LayerPlan, RouteBy
+from unifork.models.layer_plan import BRANCHES, KINDS, Kind, LayerPlan, RouteBy
 from unifork.models.masks import Mask
 
 FAMILIES: dict[str, str] = {"qwen2": "Qwen2", "llama": "Llama"}
@@ -124,14 +124,10 @@ def family(model_type: str) -> Family:
     """The parts of a dense family of FAMILIES."""
     modeling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     prefix = FAMILIES[model_type]
-    return Family(
-        attention=getattr(modeling, f"{prefix}Attention"),
-        mlp=getattr(modeling, f"{prefix}MLP"),
-        norm=getattr(modeling, f"{prefix}RMSNorm"),
-        rotary=getattr(modeling, f"{prefix}RotaryEmbedding"),
-        rotate=modeling.apply_rotary_pos_emb,
-        eager_attention=modeling.eager_attention_forward,
+    attention, mlp, norm, rotary = (
+        getattr(modeling, prefix + part) for part in ("Attention", "MLP", "RMSNorm", "RotaryEmbedding")
     )
+    return Family(attention, mlp, norm, rotary, modeling.apply_rotary_pos_emb, modeling.eager_attention_forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +147,11 @@ class Reading:
 class Block(nn.Module):
     """One decoder layer of a given kind."""
 
-    def __init__(self, kind: Kind, config: PreTrainedConfig, index: int, parts: Family) -> None:
+    def __init__(self, name: str, config: PreTrainedConfig, index: int, parts: Family) -> None:
         super().__init__()
+        kind = KINDS[name]
         attention, mlp = BRANCHES[kind.route_of("attention")], BRANCHES[kind.route_of("mlp")]
-        self.kind = kind
+        self.kind, self.kind_name = kind, name
         self.index = index
         self.rotate = parts.rotate
         self.eager_attention = parts.eager_attention

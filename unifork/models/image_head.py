@@ -27,6 +27,8 @@ from unifork.config import HeadConfig
 from unifork.errors import ConfigError
 from unifork.models.losses import linear_cross_entropy
 
+HEAD = "head"
+"""The image head, where kinds of layers are named."""
 KeyValue = tuple[Tensor, Tensor]
 Choose = Callable[[Tensor, int], Tensor]
 """Picks codes (M) from logits (M, K) at a depth."""
@@ -34,6 +36,8 @@ Choose = Callable[[Tensor, int], Tensor]
 
 class HeadBlock(nn.Module):
     """Pre-norm attention over depth, then a pre-norm MLP with exact GELU."""
+
+    kind_name = HEAD
 
     def __init__(self, hidden_size: int, config: HeadConfig) -> None:
         super().__init__()
@@ -110,9 +114,7 @@ class HeadBlock(nn.Module):
 
     def _rest(self, x_MLH: Tensor, attended: Tensor) -> Tensor:
         x_MLH = x_MLH + self.out_proj(self.o_proj(attended.transpose(1, 2).flatten(2)))
-        normed: Tensor = self.mlp_norm(x_MLH)
-        added: Tensor = self.fc2(F.gelu(self.fc1(normed)))
-        return x_MLH + added
+        return cast(Tensor, x_MLH + self.fc2(F.gelu(self.fc1(self.mlp_norm(x_MLH)))))
 
 
 def _linear(weight_OI: Tensor, bias_O: Tensor) -> nn.Linear:
