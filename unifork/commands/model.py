@@ -63,7 +63,7 @@ def import_(
         config.special_tokens = TextTokenizer(text).special_tokens
     weights = StoredWeights(folder, allow_pickle)
     model = conversion.from_official(weights, config, codebook)
-    read = weights.read(name for name in weights.file_of if name.startswith(conversion.TOKENIZER))
+    read = weights.read([name for name in weights.file_of if name.startswith(conversion.TOKENIZER)])
     kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, pictures, model.dtype)
     conversion.set_head_form(model, folded)
     with new_folder(out) as partial:

@@ -29,10 +29,8 @@ from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
 from unifork.image_tokenizer.views import RGB, VARIANTS, declared
 from unifork.vocabulary import CODE_DTYPE
 
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+UNREADABLE = (*DAMAGED, Image.DecompressionBombError)
 """What Pillow raises on damaged bytes, depending on the format."""
 
 Picture = Image.Image | bytes | Path

@@ -135,7 +135,7 @@ def read_official(
         raise CheckpointError(str(error)) from None
     weights = StoredWeights(folder, allow_pickle)
     sources = _renamed(weights.file_of, prefix, architecture.encoder.layers, str(folder))
-    tensors = weights.read(name for names in sources.values() for name in names)
+    tensors = weights.read([name for names in sources.values() for name in names])
     state = {ours: tensors[names[0]].to(torch.float32) for ours, names in sources.items()}
     codebooks = sources.get("quantizer.codebook", [])
     if len(codebooks) not in (0, 1, architecture.depth) or any(

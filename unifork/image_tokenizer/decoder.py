@@ -12,7 +12,6 @@ from collections import OrderedDict
 from itertools import pairwise
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -122,7 +121,6 @@ class Decoder(nn.Module):
 
 def zero_last_convolutions(decoder: nn.Module) -> None:
     """Start every residual block of a fresh decoder as the identity, which speeds up early training."""
-    with torch.no_grad():
-        for module in decoder.modules():
-            if isinstance(module, ResidualBlock):
-                module.conv2.weight.zero_()
+    for module in decoder.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.conv2.weight)

@@ -102,7 +102,7 @@ def nearest_rows(vectors_MC: Tensor, codebook_KC: Tensor) -> Tensor:
         square_M1 = part_MC.square().sum(1, keepdim=True)
         distance_MK = torch.addmm(square_M1 + square_K, part_MC, codebook_KC.t(), alpha=-2.0)
         parts.append(distance_MK.argmin(1))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=vectors_MC.device)
+    return torch.cat(parts)
 
 
 WEIGHTS_FILE = "model.safetensors"

@@ -154,9 +154,8 @@ class TokenizerTrainer:
     def _start_codebook(self, step: int) -> None:
         """Residual k-means on the features of the pictures that come next."""
         config = self.tokenizer.architecture
-        batches = math.ceil(
-            config.codebook_size * KMEANS_VECTORS_PER_ROW / (self.training.batch_images * config.grid**2)
-        )
+        vectors_per_batch = self.training.batch_images * config.grid**2
+        batches = math.ceil(config.codebook_size * KMEANS_VECTORS_PER_ROW / vectors_per_batch)
         with torch.no_grad():
             features = [self.tokenizer.encoder(to_tensor(self.batches.take(step + i))) for i in range(batches)]
         features_MC = torch.cat(features).flatten(0, 1)

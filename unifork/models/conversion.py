@@ -78,15 +78,14 @@ def official_names(model: UniForkModel) -> dict[str, str]:
     """
     config, layers = model.config, len(model.layers)
     head = config.head_config()
-    faults = {
-        f"plan {str(model.plan)!r}; allowed is {official_plan(layers)!r}": str(model.plan) != official_plan(layers),
-        f"backbone {config.backbone['model_type']!r}; allowed is 'qwen2'": config.backbone["model_type"] != "qwen2",
-        f"head.mlp_ratio {head.mlp_ratio}; allowed is {_MLP_RATIO}": head.mlp_ratio != _MLP_RATIO,
-        "a folded head; unfold it first": head.folded,
-    }
-    for fault, found in faults.items():
-        if found:
-            raise ConfigError(f"official layout: has no place for {fault}")
+    for what, found, allowed in (
+        ("plan", str(model.plan), official_plan(layers)),
+        ("backbone", config.backbone["model_type"], "qwen2"),
+        ("head.mlp_ratio", head.mlp_ratio, _MLP_RATIO),
+        ("the head's form", "folded" if head.folded else "unfolded", "unfolded"),
+    ):
+        if found != allowed:
+            raise ConfigError(f"official layout: has no place for {what} {found!r}; allowed is {allowed!r}")
     return {name: _official_name(name, layers // 2) for name in model.state_dict() if name != "codebook"}
 
 

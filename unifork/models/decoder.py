@@ -153,8 +153,7 @@ class Block(nn.Module):
         attention, mlp = BRANCHES[kind.route_of("attention")], BRANCHES[kind.route_of("mlp")]
         self.kind, self.kind_name = kind, name
         self.index = index
-        self.rotate = parts.rotate
-        self.eager_attention = parts.eager_attention
+        self.parts = parts
         self.activation_checkpointing = False
         self.input_layernorm = norms(attention, config, parts)
         self.self_attn = nn.ModuleDict({branch: parts.attention(config, index) for branch in attention})
@@ -184,11 +183,11 @@ class Block(nn.Module):
         query, key, value = (
             route.join(part).view(B, T, -1, E).transpose(1, 2) for part in zip(*projected, strict=True)
         )
-        query, key = self.rotate(query, key, reading.cos_BTE, reading.sin_BTE)
+        query, key = self.parts.rotate(query, key, reading.cos_BTE, reading.sin_BTE)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if reading.cache is not None:
             key, value = reading.cache.update(key, value, self.index)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, self.eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, self.parts.eager_attention)
         mask = reading.masks[isolated_by(self.kind)]
         attended, _ = attend(module, query, key, value, mask, dropout=0.0, scaling=module.scaling)
         attended_XE = attended.reshape(B * T, -1)

@@ -27,7 +27,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,7 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from unifork.batch import NO_DOCUMENT
 from unifork.errors import unknown
 
-VARLEN, EAGER, FLEX = "varlen", "eager", "flex_attention"
+VARLEN, EAGER = "varlen", "eager"
 """Names of attention implementations, the first one ours."""
 
 Counts = tuple[tuple[int, ...], ...]
@@ -79,7 +78,7 @@ def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts) 
     return Sequences(lengths, starts_Q1, order_X, torch.argsort(order_X))
 
 
-Mask = Tensor | BlockMask | Sequences
+Mask = Tensor | Sequences
 
 
 def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) -> Tensor:
@@ -93,20 +92,7 @@ def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) 
     return seen
 
 
-def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) -> BlockMask:
-    """For flex attention: blocks nobody sees are skipped. Flex has no backward on a CPU."""
-    B, S = documents_BS.shape
-    offset = S - queries
-    branches = documents_BS if branches_BS is None else branches_BS
-
-    def seen(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same_document = documents_BS[b, q + offset] == documents_BS[b, k]
-        return (k <= q + offset) & same_document & (branches[b, q + offset] == branches[b, k])
-
-    return create_block_mask(seen, B, None, queries, S, device=str(documents_BS.device))
-
-
-MASKS = ("sdpa", EAGER, FLEX, VARLEN)
+MASKS = ("sdpa", EAGER, VARLEN)
 """The attention implementations there is a mask for, by the names they have in transformers."""
 
 
@@ -128,8 +114,6 @@ def attention_mask(
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
     if implementation == VARLEN and counts:
         return sequences(documents_BS, branches_BS, counts)
-    if implementation == FLEX:
-        return block_mask(documents_BS, branches_BS, queries)
     seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
     if implementation == EAGER:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
@@ -151,10 +135,7 @@ def attend(
     With a cache the queries are fewer than the keys and the mask is a tensor: that is sdpa.
     """
     if isinstance(attention_mask, Tensor):
-        attended: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
-        )
-        return attended
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     B, A, T, E = query.shape
     groups = A // key.shape[1]
     query_XAE, key_XGE, value_XGE = map(attention_mask.gather, (query, key, value))
@@ -167,8 +148,7 @@ def attend(
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
     """Causal attention (X, A, E) within each sequence, in one call of torch's kernel."""
-    longest = max(mask.lengths)
-    starts_Q1 = mask.starts_Q1
+    starts_Q1, longest = mask.starts_Q1, max(mask.lengths)
     attended = varlen_attn(
         query, key, value, starts_Q1, starts_Q1, longest, longest, scale=scaling, window_size=(-1, 0)
     )

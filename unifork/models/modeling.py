@@ -92,7 +92,6 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     main_input_name = "batch"
     _no_split_modules = ["Block"]
     _supports_sdpa = True
-    _supports_flex_attn = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
     _keep_in_fp32_modules_strict = ["codebook"]
 
