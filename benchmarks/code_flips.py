@@ -21,11 +21,11 @@ from samples import jpegs, untrained
 from timing import machine, table
 from torch import Tensor
 
-from unifork.image_tokenizer.code_encoder import DTYPES
 from unifork.image_tokenizer.model import ImageTokenizer, to_tensor
-from unifork.image_tokenizer.views import view_of
+from unifork.image_tokenizer.views import crop_view
 
 BATCHES = (1, 8, 32)
+DTYPES = ("float32", "bfloat16", "float16")
 REFERENCE = ("float32", 8)
 
 
@@ -50,11 +50,11 @@ def main() -> None:
         tokenizer = ImageTokenizer.load(directory, given.device)
     files = [path.read_bytes() for path in given.pictures] if given.pictures else jpegs(256)
     size, codebook_KC = tokenizer.architecture.image_size, tokenizer.quantizer.codebook
-    views = [view_of(Image.open(io.BytesIO(file)), "crop", size, None) for file in files]
+    views = [crop_view(Image.open(io.BytesIO(file)), size, None) for file in files]
     pixels_PCSS = to_tensor(np.stack(views))
     codes = {}
-    for name, dtype in DTYPES.items():
-        cast = copy.deepcopy(tokenizer).to(dtype=dtype)
+    for name in DTYPES:
+        cast = copy.deepcopy(tokenizer).to(dtype=getattr(torch, name))
         cast.quantizer.codebook = codebook_KC  # stays float32, as in a tokenizer that is loaded so
         for count in BATCHES:
             parts = [cast.encode(batch_BCSS).cpu() for batch_BCSS in batches(pixels_PCSS, count)]

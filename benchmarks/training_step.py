@@ -222,7 +222,7 @@ def ladder(ours: UniForkModel, documents: list[Document], row_tokens: int, dtype
     masked = copy.deepcopy(ours)
     masked.set_attn_implementation("sdpa")
     unfolded = copy.deepcopy(masked)
-    unfolded.image_head.unfold()
+    unfolded.image_head.set_form(folded=False)
     per_task = [[one for one in documents if one.task == task] for task in TASKS]
     rows = [batch for some in per_task for batch in packed(some, row_tokens)]
     return {

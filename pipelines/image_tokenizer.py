@@ -10,7 +10,7 @@ from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.samples import MAX_PICTURES, sample_sets
-from unifork.image_tokenizer.training import decode_all, encode_all, measure, save_whole, train_tokenizer
+from unifork.image_tokenizer.training import decode_all, encode_all, measure, train_tokenizer
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.shards.manifest import MANIFEST, write_json
@@ -29,7 +29,7 @@ def main(_: str) -> None:
     if isinstance(config, ImportedTokenizer):
         # in: an official tokenizer, and a few images of the data sets that are there
         tokenizer = read_official(config.source, config.image_size, config.vision_tower)
-        save_whole(tokenizer, folder)
+        tokenizer.save(folder)
         print(f"{config.source}: codebook_id {tokenizer.codebook_id}, encoder_id {tokenizer.encoder_id}", flush=True)
         filtered = [name for name in params.datasets if (LAYOUT.filtered(name) / MANIFEST).exists()]
         held_out = sample_sets(filtered, LAYOUT, config.image_size, params.seed, MEASURED_IMAGES)
@@ -44,7 +44,6 @@ def main(_: str) -> None:
         held_out = {name: group[: training.held_out_images] for name, group in images.items()}
         learned = {name: group[training.held_out_images :] for name, group in images.items()}
         report = train_tokenizer(config, learned, held_out, folder, lambda progress: print(progress, flush=True))
-        print(f"trained in {report.pop('seconds'):.0f} s")
 
     # out, beside the tokenizer: what codes lose, and how much of what images show survives them
     tokenizer = ImageTokenizer.load(folder)

@@ -16,8 +16,9 @@ PROGRAMS = ("download", "filter", "encode", "train")
 LAYOUT_TOKENS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 BESIDE = {
     "the ground floor, which nobody opens to follow the data": (
-        "errors", "vocabulary", "layout", "registry", "randomness", "processes", "identity", "config", "jobs",
+        "errors", "vocabulary", "layout", "registry", "randomness", "processes", "weights", "identity", "config", "jobs",
     ),
+    "kinds of source that a URL is not": ("sources/archives",),
     "the inside of one network": (
         "image_tokenizer/architecture", "image_tokenizer/canaries", "image_tokenizer/encoder",
         "image_tokenizer/decoder", "models/configuration", "models/layer_plan", "models/masks", "models/parameters",

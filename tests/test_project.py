@@ -23,7 +23,7 @@ LEVELS = [
     {"filters"},
     {"image_tokenizer", "documents"},
     {"assembly", "inference", "inspection", "cluster"},
-    {"training", "evaluation", "parity"},
+    {"training", "evaluation"},
     {"shapes"},
     {"report", "planning", "publish"},
     {"experiments"},

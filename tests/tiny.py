@@ -16,7 +16,6 @@ from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.training import save_whole
 from unifork.models.warm_start import create_model
 from unifork.sources.download import Materialise, download_job
 
@@ -65,7 +64,7 @@ def fresh_tokenizer(experiment: Experiment, directory: Path) -> ImageTokenizer:
     size, rows = experiment.image_tokenizer.image_size, experiment.image_tokenizer.codebook_size
     features = tokenizer.encoder(torch.rand(16, 3, size, size) * 2 - 1).flatten(0, 1)
     tokenizer.quantizer.codebook.copy_(features[:rows] * torch.rand(rows, 1))
-    save_whole(tokenizer, directory)
+    tokenizer.save(directory)
     return ImageTokenizer.load(directory)
 
 

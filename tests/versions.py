@@ -118,7 +118,6 @@ DECIDES_NOTHING = {
     "unifork/cli.py": "commands for people",
     "unifork/planning.py": "numbers for people",
     "unifork/inspection.py": "texts for people",
-    "unifork/parity/*.py": "compares, makes nothing",
     "pipelines/__init__.py": "refuses a Python that lacks the libraries",
 }
 """Files without a version, and why they need none."""

@@ -26,15 +26,9 @@ def create(variant: Variant, image_tokenizer: Path, text_tokenizer: Path, out: P
     cannot be read.
     """
     images, text = ImageTokenizer.load(image_tokenizer), TextTokenizer(text_tokenizer)
-    shape = images.architecture
+    codebook, shape = images.quantizer.codebook, images.architecture
     model = create_model(
-        variant,
-        images.quantizer.codebook,
-        shape.depth,
-        shape.grid,
-        images.encoder_id,
-        text.vocab_size,
-        special_tokens=text.special_tokens,
+        variant, codebook, shape.depth, shape.grid, images.encoder_id, text.vocab_size, text.special_tokens
     )
     with new_folder(out) as partial:
         model.save_pretrained(partial)

@@ -10,7 +10,6 @@ import typer
 from unifork.commands import model as model_group
 from unifork.commands import tokenizer
 from unifork.commands.inspect import inspect
-from unifork.commands.parity import parity
 from unifork.commands.plan import plan
 from unifork.commands.publish import fetch, publish
 from unifork.commands.verify import verify
@@ -22,7 +21,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(model_group.app, name="model")
 app.command()(inspect)
-app.command()(parity)
 app.command(epilog="Example: unifork plan paper --chip h100 --mfu 0.4")(plan)
 app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes")(publish)
 app.command()(fetch)

@@ -11,7 +11,7 @@ Nothing here asks the network while the folder is there, and torch is not import
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ HUB_NAME = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inside>(/[\w-][\w.-
 """`owner/name`, a folder inside it, and a revision: `owner/name/vision_tower@main`."""
 LISTED = 10
 """Names of an error message."""
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 """Of tensors by name."""
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
 
@@ -51,20 +51,16 @@ def local_folder(
     match = HUB_NAME.fullmatch(str(name))
     if not match:
         raise CheckpointError(f"{looked}, and no name on the Hub (OWNER/NAME[/FOLDER][@REVISION])")
-    inside = match["inside"].removeprefix("/")
-    return _from_hub(match["id"], inside, match["revision"], files, looked) / inside
-
-
-def _from_hub(repository: str, inside: str, revision: str | None, files: Sequence[str], looked: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  most uses need no network
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
+    repository, inside = match["id"], match["inside"].removeprefix("/")
     patterns = [f"{inside}/{pattern}" if inside else pattern for pattern in files]
     try:
-        folder = Path(str(snapshot_download(repository, revision=revision, allow_patterns=patterns)))
+        folder = Path(str(snapshot_download(repository, revision=match["revision"], allow_patterns=patterns)), inside)
     except (OSError, HFValidationError) as error:
         raise CheckpointError(f"{looked}; the Hub did not give {repository}: {_line(error)}") from None
-    if not (folder / inside).is_dir():
+    if not folder.is_dir():
         raise CheckpointError(f"{looked}; {repository} on the Hub has no folder {inside}")
     return folder
 
@@ -99,14 +95,11 @@ class StoredWeights:
         refuse_tensors(listed, {"are not where it says": lost})
         self.shapes = {name: held[path][name] for name, path in self.file_of.items()}
 
-    def read(self, names: Iterable[str]) -> dict[str, "Tensor"]:
+    def read(self, names: Collection[str]) -> dict[str, "Tensor"]:
         """The named tensors, on the CPU, in the dtype they are stored in."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.file_of[name], []).append(name)
         tensors: dict[str, Tensor] = {}
-        for path, wanted in by_file.items():
-            tensors |= read_tensors(path, wanted)
+        for path in sorted({self.file_of[name] for name in names}):
+            tensors |= read_tensors(path, [name for name in names if self.file_of[name] == path])
         return tensors
 
 
@@ -157,7 +150,7 @@ def _weight_file(folder: Path, allow_pickle: bool) -> Path:
     if found[0].name not in (WHOLE, INDEX) and not allow_pickle:
         raise CheckpointError(
             f"{found[0]}: pickled weights can run code when they are loaded; convert them to safetensors, "
-            "or allow this file with --allow-pickle (plain tensors only, even then)"
+            "or allow them where the command has --allow-pickle (plain tensors only, even then)"
         )
     if len(found) > 1:
         raise CheckpointError(f"{folder}: several pickled checkpoints: {', '.join(path.name for path in found)}")

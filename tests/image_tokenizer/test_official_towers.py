@@ -16,7 +16,6 @@ from unifork.errors import CheckpointError
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.conversion import TOWER_IN_UNIFORK, read_official
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.training import save_whole
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 VISION = "rqvaesiglip.siglip_model.vision_model."
@@ -119,7 +118,7 @@ def test_sharded_and_pickled_weights(tower, tower_state, expected):
 def test_an_imported_tokenizer_is_like_our_own(tower, tmp_path, size):
     """Directory, identities, canaries; at the tower's own, a larger and a smaller size."""
     read = read_official(tower, image_size=size)
-    save_whole(read, tmp_path / "tokenizer")
+    read.save(tmp_path / "tokenizer")
     loaded = ImageTokenizer.load(tmp_path / "tokenizer")
     assert loaded.architecture.grid == size // 16
     pixels = torch.rand(2, 3, size, size) * 2 - 1

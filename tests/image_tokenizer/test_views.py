@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unifork.errors import ConfigError, DataError
+from unifork.errors import DataError
 from unifork.image_tokenizer import views
 from unifork.image_tokenizer.model import to_bytes, to_tensor
 
@@ -134,15 +134,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_pictures(kind, variant):
     make, expected = KINDS[kind]
-    assert (views.view_of(make(), variant, 16, None) == expected).all()
+    assert (views.VARIANTS[variant](make(), 16, None) == expected).all()
 
 
 @pytest.mark.parametrize("variant", views.VARIANTS)
 def test_exif_rotation_is_not_applied(variant):
     assert rotated().getexif()[0x0112] == 6
-    assert (views.view_of(rotated(), variant, 24, None) == views.view_of(wide(), variant, 24, None)).all()
-
-
-def test_unknown_view():
-    with pytest.raises(ConfigError, match=r"unknown view 'corp'.*'crop'"):
-        views.view_of(wide(), "corp", 24, None)
+    assert (views.VARIANTS[variant](rotated(), 24, None) == views.VARIANTS[variant](wide(), 24, None)).all()

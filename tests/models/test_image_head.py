@@ -53,8 +53,8 @@ def test_both_forms_are_one_function(dtype, relative):
     hidden, codes = HIDDEN.to(dtype), codebook().to(dtype)
     wanted = published(hidden, CODE, codes)
     head = copy.deepcopy(published)
-    for form in (head.fold, head.fold, head.unfold, head.unfold):
-        form()
+    for folded in (True, True, False, False):
+        head.set_form(folded=folded)
         assert (head(hidden, CODE, codes) - wanted).abs().max() <= relative * wanted.abs().max()
         assert torch.equal(head.unroll(hidden, codes, lambda logits, depth: CODE[:, depth]), CODE)
     assert {n: t.shape for n, t in head.state_dict().items()} == {n: t.shape for n, t in published.state_dict().items()}
@@ -62,4 +62,4 @@ def test_both_forms_are_one_function(dtype, relative):
 
 def test_a_narrow_folded_head_has_no_published_form():
     with pytest.raises(ConfigError, match="heads \\* head_dim = 8 is narrower than hidden_size 32"):
-        ImageHead(HeadConfig(layers=1, heads=2, head_dim=4), 32, 8, 23, 3).unfold()
+        ImageHead(HeadConfig(layers=1, heads=2, head_dim=4), 32, 8, 23, 3).set_form(folded=False)

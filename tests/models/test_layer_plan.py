@@ -43,7 +43,7 @@ def test_every_preset_is_tried():
         ("uni-x:9", 28, "write uni-x:FIRST:LAST"),
         ("unifork:two", 4, "write unifork:M"),
         ("mot:3", 4, "write mot"),
-        ("uni-x:9:5", 12, "names 14 layers, the backbone has num_hidden_layers=12"),
+        ("uni-x:9:5", 12, "has 14 layers, the backbone num_hidden_layers=12"),
         ("mot", None, "needs the number of layers"),
         ("task*rest shared*rest", 4, "*rest twice"),
         ("(shared task*rest)*2", 4, "*rest inside a group"),

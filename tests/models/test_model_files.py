@@ -77,10 +77,10 @@ def test_names_carry_the_branch():
 def test_a_damaged_file_is_an_error(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         load_model(folder)
     weights.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         load_model(folder)
 
 
@@ -102,7 +102,7 @@ def test_tensors_that_do_not_fit_are_named(folder, problem):
 def test_pickles_are_not_read(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="pickles are not read"):
+    with pytest.raises(CheckpointError, match="pickled weights can run code"):
         load_model(folder)
 
 

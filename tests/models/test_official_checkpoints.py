@@ -62,7 +62,7 @@ def test_a_folded_head_goes_back_as_the_same_function(tmp_path):
     model = imported(FIXTURES / "unifork")
     wanted = model.image_head(hidden, codes, CODEBOOK)
     set_head_form(model, folded=True)
-    with pytest.raises(ConfigError, match="a folded head; unfold it first"):
+    with pytest.raises(ConfigError, match="the head's form 'folded'; allowed is 'unfolded'"):
         to_official(model)
     set_head_form(model, folded=False)
     changed = STATE | to_official(model)

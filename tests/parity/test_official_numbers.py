@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from unifork.cli import app
+from benchmarks.parity import model
+from benchmarks.parity.__main__ import app
+from benchmarks.parity.comparison import Comparison
+from benchmarks.parity.run import AREAS, Verdict, verdicts, write
 from unifork.errors import DataError
-from unifork.parity import model
-from unifork.parity.comparison import Comparison
-from unifork.parity.run import AREAS, Verdict, verdicts, write
 
 OURS = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 FOLDER = Path(os.environ.get("UNIFORK_FIXTURES", OURS))
@@ -65,7 +65,7 @@ def test_every_tensor_of_tokenizer_and_preprocessing_is_compared_and_written(fou
 @pytest.mark.parametrize("item", ["02_head", "03_llm", "05_generate"])
 def test_every_computed_tensor_of_the_model_is_compared(found, item):
     stored = {name for name in load_file(FOLDER / f"{item}.safetensors") if not GIVEN.fullmatch(name)}
-    assert stored == {one.tensor for one in found["unifork.parity.model"] if one.item == item}
+    assert stored == {one.tensor for one in found["benchmarks.parity.model"] if one.item == item}
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def copy(tmp_path) -> Path:
 
 
 def run(folder: Path, *options: str):
-    return CliRunner().invoke(app, ["parity", str(folder), *options], catch_exceptions=False)
+    return CliRunner().invoke(app, [str(folder), *options], catch_exceptions=False)
 
 
 def test_a_wrong_tensor_and_a_missing_file_are_named_and_fail_the_command(copy):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.parity.text import comparisons
 from unifork.errors import DataError
-from unifork.parity.text import comparisons
 
 FOLDER = Path(os.environ.get("UNIFORK_FIXTURES", Path(__file__).parent.parent / "fixtures" / "official_tiny"))
 

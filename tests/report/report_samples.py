@@ -156,8 +156,8 @@ def write_data(where: Layout) -> None:
 
 
 def write_tokenizer(where: Layout) -> None:
-    one = {"rows_used": 12, "perplexity": 7.25, "conditional_bits": 2.0}
-    use = {"rows_used": 13, "bits_per_position": 4.5, "distinct_positions": 9, "depths": [one] * DEPTH}
+    one = {"rows_used": 12, "perplexity": 7.25}
+    use = {"rows_used": 13, "bits_per_position": 4.5, "depths": [one] * DEPTH}
     group = {"mean_absolute_levels": 3.5, "psnr_db": 27.25, "codes": use}
     write_json(where.image_tokenizer / "report.json", {**group, "images": 8, "groups": {"world/crop": group}})
     write_json(where.image_tokenizer / "config.json", {})

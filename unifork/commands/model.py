@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from unifork.errors import CheckpointError, ConfigError, unknown
+from unifork.commands.tokenizer import AllowPickle, ImageSize, VisionTower
+from unifork.errors import ConfigError, unknown
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
-
-if TYPE_CHECKING:
-    from unifork.models.configuration import UniForkConfig
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -20,7 +18,6 @@ HEADS = {"folded": True, "unfolded": False}
 OFFICIAL = "official"
 TEXT_FILES = ("tokenizer.json", "vocab.json")
 """A folder with one of these holds a text tokenizer."""
-TOWER = "vision_tower"
 
 
 @app.command("import")
@@ -28,16 +25,12 @@ def import_(
     source: Annotated[str, typer.Argument(help="official UniFork checkpoint: a folder, or OWNER/NAME on the Hub")],
     out: Out,
     head: Head = "unfolded",
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="side of the pictures, 384 in the paper; default: the tower's own")
-    ] = None,
-    vision_tower: Annotated[
-        str | None, typer.Option(help="folder with the tower's configuration, if the checkpoint names none")
-    ] = None,
+    image_size: ImageSize = None,
+    vision_tower: VisionTower = None,
     text_tokenizer: Annotated[
         Path | None, typer.Option(help="its text tokenizer, if not in the folder or in `tokenizer` beside it")
     ] = None,
-    allow_pickle: Annotated[bool, typer.Option(help="read .bin files, which safetensors replace")] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Write an official checkpoint as a model directory, with the image tokenizer that is in it."""
     from safetensors.torch import save_file
@@ -70,7 +63,7 @@ def import_(
         config.special_tokens = TextTokenizer(text).special_tokens
     weights = StoredWeights(folder, allow_pickle)
     model = conversion.from_official(weights, config, codebook)
-    read = weights.read(name for name in weights.file_of if name.startswith(conversion.TOKENIZER))
+    read = weights.read([name for name in weights.file_of if name.startswith(conversion.TOKENIZER)])
     kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, pictures, model.dtype)
     conversion.set_head_form(model, folded)
     with new_folder(out) as partial:
@@ -96,6 +89,7 @@ def export(
 
     from unifork.assembly import new_folder
     from unifork.documents.text_tokenizer import import_text_tokenizer
+    from unifork.models.configuration import read_config
     from unifork.models.conversion import dense_branch
     from unifork.models.decoder import FAMILIES
     from unifork.models.modeling import load_model
@@ -104,7 +98,7 @@ def export(
         raise unknown("format", format, (OFFICIAL, *FAMILIES), "--format")
     if (format == OFFICIAL) == bool(branch):
         raise ConfigError(f"--branch {branch!r}: a dense model is one branch, an official checkpoint is all of them")
-    config = _config(model)
+    config = read_config(model)
     family = config.backbone["model_type"]
     if format not in (OFFICIAL, family):
         raise ConfigError(f"--format {format}: the backbone of {model} is {family}; allowed: {OFFICIAL}, {family}")
@@ -123,28 +117,24 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from unifork.image_tokenizer import conversion as tower_conversion
+    from unifork.image_tokenizer.conversion import REMAINDER_FILE, SIGLIP_FOLDER, tower_configs, tower_tensors
     from unifork.image_tokenizer.model import ImageTokenizer
     from unifork.models import conversion
     from unifork.shards.manifest import write_json
 
     conversion.set_head_form(loaded, folded=False)
     tokenizer = ImageTokenizer.load(pictures)
-    tower = tower_conversion.tower_tensors(tokenizer, loaded.dtype)
-    siglip = tower_conversion.siglip_config(tokenizer)
-    if (path := pictures / tower_conversion.REMAINDER_FILE).exists():
+    tower, files = tower_tensors(tokenizer, loaded.dtype), tower_configs(tokenizer, loaded.config)
+    if (path := pictures / REMAINDER_FILE).exists():
         with safe_open(path, "pt") as kept:
             tower |= {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-            siglip = json.loads(kept.metadata()[tower_conversion.SIGLIP_FOLDER])
+            files[f"{SIGLIP_FOLDER}/config.json"] = json.loads(kept.metadata()[SIGLIP_FOLDER])
     state = conversion.to_official(loaded) | {conversion.TOWER + name: tensor for name, tensor in tower.items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    files = {
-        "config.json": conversion.official_plain(loaded, TOWER),
-        f"{TOWER}/config.json": tower_conversion.tower_config(tokenizer, conversion.official_head(loaded.config)),
-        f"{TOWER}/{tower_conversion.SIGLIP_FOLDER}/config.json": siglip,
-    }
-    for name, plain in files.items():
-        write_json(out / name, plain)
+    plain = conversion.official_plain(loaded)
+    write_json(out / "config.json", plain)
+    for name, configuration in files.items():
+        write_json(out / plain["mm_vision_tower"] / name, configuration)
 
 
 @app.command()
@@ -173,21 +163,14 @@ def create(
 @app.command()
 def summary(model: Annotated[Path, typer.Argument(help="model directory")]) -> None:
     """Print the parts of a model and their parameters, those that each task uses, and the paper's sums."""
+    from unifork.models.configuration import read_config
     from unifork.planning import parameter_counts
 
-    config = _config(model)
+    config = read_config(model)
     form = next(name for name, folded in HEADS.items() if folded == config.head_config().folded)
     print(f"{config.plan}, {config.backbone['model_type']}, {form} head\n")
     for name, count in parameter_counts(config).items():
         print(f"{name:<36}{count:>16,}")
-
-
-def _config(model: Path) -> "UniForkConfig":
-    from unifork.models.configuration import UniForkConfig
-
-    if not (model / "config.json").is_file():
-        raise CheckpointError(f"{model}: no config.json, so not the folder of a model")
-    return UniForkConfig.from_pretrained(model)
 
 
 def _form(head: str) -> bool:

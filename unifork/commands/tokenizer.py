@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="side of the pictures, 384 in the paper; default: the tower's own")
+]
+VisionTower = Annotated[
+    str | None, typer.Option(help="folder with the tower's configuration, if a UniFork checkpoint names none")
+]
+AllowPickle = Annotated[bool, typer.Option(help="read .bin and .pt files, which safetensors replace")]
 TokenizerDirectory = Annotated[Path, typer.Option(help="tokenizer directory, for example tokenizers/image")]
 MATTE = (255, 255, 255)
 """Behind transparent pixels."""
@@ -23,20 +30,15 @@ BATCH_IMAGES = 8
 def import_(
     source: Annotated[str, typer.Argument(help="a vision_tower folder or a UniFork checkpoint, local or OWNER/NAME")],
     out: Annotated[Path, typer.Option(help="directory to write")],
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="side of the pictures; default: the tower's own")
-    ] = None,
-    vision_tower: Annotated[
-        str | None, typer.Option(help="folder with the tower's configuration, if a UniFork checkpoint names none")
-    ] = None,
-    allow_pickle: Annotated[bool, typer.Option(help="read .bin and .pt files, which safetensors replace")] = False,
+    image_size: ImageSize = None,
+    vision_tower: VisionTower = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Write an official tokenizer as a tokenizer directory of this project."""
     from unifork.image_tokenizer.conversion import read_official
-    from unifork.image_tokenizer.training import save_whole
 
     tokenizer = read_official(source, image_size, vision_tower, allow_pickle)
-    save_whole(tokenizer, out)
+    tokenizer.save(out)
     shape = tokenizer.architecture
     print(
         f"{out}: pictures of {shape.image_size} pixels, {shape.grid} x {shape.grid} positions with {shape.depth} "

@@ -49,26 +49,21 @@ class Architecture(Plain):
 
     def check(self, place: str) -> None:
         """Raise ConfigError where the numbers do not fit each other."""
-        decoder = self.decoder
-        upscaling = 2 ** (len(decoder.multipliers) - 1)
+        size, patch, decoder = self.image_size, self.patch_size, self.decoder
+        hidden, heads, rows = self.encoder.hidden_size, self.encoder.heads, self.codebook_size
+        groups, levels, upscaling = decoder.norm_groups, len(decoder.multipliers), 2 ** (len(decoder.multipliers) - 1)
         widths = [decoder.channels * multiplier for multiplier in decoder.multipliers]
+        narrow, above = [w for w in widths if w % groups], [n for n in decoder.attention_levels if n >= levels]
         faults = {
-            f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}": self.image_size
-            % self.patch_size,
-            f"image_size {self.image_size} is less than {SMALLEST_SIDE}": self.image_size < SMALLEST_SIDE,
-            f"encoder.hidden_size {self.encoder.hidden_size} is no multiple of encoder.heads {self.encoder.heads}": (
-                self.encoder.hidden_size % self.encoder.heads
+            f"image_size {size} is no multiple of patch_size {patch}": size % patch,
+            f"image_size {size} is less than {SMALLEST_SIDE}": size < SMALLEST_SIDE,
+            f"encoder.hidden_size {hidden} is no multiple of encoder.heads {heads}": hidden % heads,
+            f"codebook_size {rows} is more than {LARGEST_CODEBOOK}": rows > LARGEST_CODEBOOK,
+            f"decoder.multipliers has {levels} levels, which upscale by {upscaling}; allowed is patch_size {patch}": (
+                upscaling != patch
             ),
-            f"codebook_size {self.codebook_size} is more than {LARGEST_CODEBOOK}": self.codebook_size
-            > LARGEST_CODEBOOK,
-            f"decoder.multipliers has {len(widths)} levels, which upscale by {upscaling}; allowed is patch_size "
-            f"{self.patch_size}": upscaling != self.patch_size,
-            f"decoder channels {widths} must all be multiples of decoder.norm_groups {decoder.norm_groups}": any(
-                width % decoder.norm_groups for width in widths
-            ),
-            f"decoder.attention_levels {decoder.attention_levels} must be below {len(widths)}": any(
-                level >= len(widths) for level in decoder.attention_levels
-            ),
+            f"decoder channels {narrow} of {widths} are no multiples of decoder.norm_groups {groups}": narrow,
+            f"decoder.attention_levels {above} are not below {levels}": above,
         }
         for fault, found in faults.items():
             if found:

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unifork.errors import CheckpointError, IdentityError
+from unifork.errors import IdentityError
 from unifork.shards.manifest import write_json
-from unifork.weights import read_json, read_tensors
+from unifork.weights import check_fit, read_json, read_tensors
 
 TENSORS_FILE = "canaries.safetensors"
 FACTS_FILE = "canaries.json"
@@ -70,14 +70,10 @@ def check(directory: Path, encode: Encode, here: Mapping[str, Any]) -> None:
     Raises IdentityError where any code differs on the device class and dtype they were made with, or
     more than LARGEST_FLIP_RATE elsewhere; CheckpointError where the files are missing or damaged.
     """
-    tensors, facts = read_tensors(directory / TENSORS_FILE), read_json(directory / FACTS_FILE)
-    if not {"pixels", "codes"} <= tensors.keys():
-        raise CheckpointError(f"{directory / TENSORS_FILE}: expected the tensors pixels and codes")
+    path, facts = directory / TENSORS_FILE, read_json(directory / FACTS_FILE)
+    tensors = read_tensors(path, ["pixels", "codes"])
     codes_BND, promised_BND = encode(tensors["pixels"].numpy()), tensors["codes"]
-    if codes_BND.shape != promised_BND.shape:
-        raise IdentityError(
-            f"{directory}: the canaries' codes are {tuple(codes_BND.shape)}, stored are {tuple(promised_BND.shape)}"
-        )
+    check_fit(path, {"codes": tuple(promised_BND.shape)}, {"codes": tuple(codes_BND.shape)})
     flip_rate = float((codes_BND != promised_BND).double().mean())
     same_place = all(facts.get(key) == here[key] for key in ("device_class", "dtype"))
     allowed = 0.0 if same_place else LARGEST_FLIP_RATE

@@ -24,15 +24,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from unifork.errors import ConfigError, DataError, unknown
+from unifork.errors import DataError, unknown
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
-from unifork.image_tokenizer.views import RGB, VARIANTS, declared, view_of
+from unifork.image_tokenizer.views import RGB, VARIANTS, declared
 from unifork.vocabulary import CODE_DTYPE
 
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+UNREADABLE = (*DAMAGED, Image.DecompressionBombError)
 """What Pillow raises on damaged bytes, depending on the format."""
 
 Picture = Image.Image | bytes | Path
@@ -40,8 +38,6 @@ Picture = Image.Image | bytes | Path
 
 BATCHES_AHEAD = 2
 """Batches of views that are made while the network is busy; what bounds the memory of the threads."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CodeEncoder:
@@ -60,23 +56,19 @@ class CodeEncoder:
         matte: RGB | None,
         batch_images: int,
         device: torch.device | str = "cpu",
-        dtype: str = "float32",
+        dtype: torch.dtype = torch.float32,
         threads: int = 1,
     ) -> None:
-        _known_view(view)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES, "CodeEncoder")
-        if batch_images < 1:
-            raise ConfigError(f"CodeEncoder: batch_images is {batch_images}; at least 1 is allowed")
+        if view not in VARIANTS:
+            raise unknown("view", view, VARIANTS, "CodeEncoder")
         self.view = view
         self.matte = matte
         self.batch_images = batch_images
-        self.tokenizer = ImageTokenizer.load(directory, device, DTYPES[dtype])
+        self.tokenizer = ImageTokenizer.load(directory, device, dtype)
         self._pool, self._network = ThreadPoolExecutor(threads), Lock()
 
     def seeing(self, view: str) -> Self:
         """The same encoder with another view; network and threads are shared."""
-        _known_view(view)
         other = copy.copy(self)
         other.view = view
         return other
@@ -146,15 +138,10 @@ class CodeEncoder:
         try:
             data = picture.read_bytes() if isinstance(picture, Path) else picture
             image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-            return view_of(image, self.view, size, self.matte)
+            return VARIANTS[self.view](image, size, self.matte)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         except UnidentifiedImageError:
             raise DataError(f"{name} cannot be read: no image of a known format") from None
         except UNREADABLE as error:
             raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
-
-
-def _known_view(view: str) -> None:
-    if view not in VARIANTS:
-        raise unknown("view", view, VARIANTS, "CodeEncoder")

@@ -67,27 +67,17 @@ class CodebookAverages:
     Vectors of all depths count together, since the depths share the rows.
     """
 
-    def __init__(self, quantizer: ResidualQuantizer, decay: float, generator: torch.Generator) -> None:
-        self.quantizer = quantizer
-        self.decay = decay
-        self.generator = generator
-        rows = quantizer.codebook.shape[0]
-        self.count_K = torch.ones(rows, device=quantizer.codebook.device)
-        self.sum_KC = quantizer.codebook.clone()
-
-    @classmethod
-    def from_features(
-        cls, quantizer: ResidualQuantizer, features_MC: Tensor, decay: float, generator: torch.Generator
-    ) -> "CodebookAverages":
+    def __init__(
+        self, quantizer: ResidualQuantizer, features_MC: Tensor, decay: float, generator: torch.Generator
+    ) -> None:
         """Start the codebook by residual k-means, and the averages from the features it was found on."""
+        self.quantizer, self.decay, self.generator = quantizer, decay, generator
         rows = quantizer.codebook.shape[0]
         quantizer.codebook.copy_(residual_kmeans(features_MC, rows, quantizer.depth, generator))
-        averages = cls(quantizer, decay, generator)
-        codes_MD, residuals_MDC = residual_codes(features_MC, quantizer.codebook, quantizer.depth)
-        counts_K, _ = count_and_sum(codes_MD.reshape(-1), residuals_MDC.flatten(0, 1), rows)
-        averages.count_K = counts_K * (codes_MD.numel() and rows / float(codes_MD.numel()))
-        averages.sum_KC = quantizer.codebook * averages.count_K[:, None]
-        return averages
+        codes_MD, _ = residual_codes(features_MC, quantizer.codebook, quantizer.depth)
+        counts_K = torch.bincount(codes_MD.flatten(), minlength=rows).to(features_MC.dtype)
+        self.count_K = counts_K * (rows / codes_MD.numel())
+        self.sum_KC = quantizer.codebook * self.count_K[:, None]
 
     @torch.no_grad()
     def update(self, codes_MD: Tensor, residuals_MDC: Tensor, *, refill: bool) -> int:

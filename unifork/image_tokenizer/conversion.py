@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
+from jinja2 import StrictUndefined, Template
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from unifork.config import Plain, parse
 from unifork.errors import CheckpointError, ConfigError
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.models.configuration import UniForkConfig
 from unifork.weights import PICKLED, StoredWeights, local_folder, read_json, refuse_tensors
 
 TOWER_IN_UNIFORK = "model.vision_tower.vision_tower."
@@ -56,20 +59,12 @@ UNUSED = (
 )
 """Official names that take no part in codes or pictures; the encoder's last layer is one more."""
 
-ENCODER_FIELDS = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-}
-"""Fields of our `EncoderConfig`, and of SigLIP's configuration."""
-DECODER_FIELDS = {"channels": "ch", "multipliers": "ch_mult", "blocks": "num_res_blocks", "z_channels": "z_channels"}
-"""Fields of our `DecoderConfig`, and of the tower's `ddconfig`."""
-
 REMAINDER_FILE = "official_remainder.safetensors"
 """In a tokenizer directory: tensors of the tower it was imported from that the tokenizer does not give."""
+CONFIGURATIONS = Path(__file__).with_name("official.yaml.jinja")
+"""The configurations that are written; those that are read are checked below, as far as they say what a tower is."""
 SIGLIP_FOLDER = "siglip_config"
-"""Folder of the SigLIP configuration beside the tower's."""
+"""Folder of the SigLIP configuration beside the tower's, as it is written."""
 
 
 class _Official(Plain):
@@ -140,7 +135,7 @@ def read_official(
         raise CheckpointError(str(error)) from None
     weights = StoredWeights(folder, allow_pickle)
     sources = _renamed(weights.file_of, prefix, architecture.encoder.layers, str(folder))
-    tensors = weights.read(name for names in sources.values() for name in names)
+    tensors = weights.read([name for names in sources.values() for name in names])
     state = {ours: tensors[names[0]].to(torch.float32) for ours, names in sources.items()}
     codebooks = sources.get("quantizer.codebook", [])
     if len(codebooks) not in (0, 1, architecture.depth) or any(
@@ -197,9 +192,17 @@ def _architecture(tower: Path, image_size: int | None) -> Architecture:
         "position_grid": vision.image_size // vision.patch_size,
         "depth": rqvae.code_shape[-1],
         "codebook_size": rqvae.n_embed,
-        "encoder": {ours: getattr(vision, theirs) for ours, theirs in ENCODER_FIELDS.items()},
+        "encoder": {
+            "hidden_size": vision.hidden_size,
+            "layers": vision.num_hidden_layers,
+            "heads": vision.num_attention_heads,
+            "intermediate_size": vision.intermediate_size,
+        },
         "decoder": {
-            **{ours: getattr(decoder, theirs) for ours, theirs in DECODER_FIELDS.items()},
+            "z_channels": decoder.z_channels,
+            "channels": decoder.ch,
+            "multipliers": decoder.ch_mult,
+            "blocks": decoder.num_res_blocks,
             "attention_levels": tuple(level for level, side in enumerate(sides) if side in decoder.attn_resolutions),
             "norm_groups": 32,  # VQGAN's, written in its code
         },
@@ -270,57 +273,10 @@ def remainder(tower: Mapping[str, Tensor], tokenizer: ImageTokenizer, dtype: tor
     }
 
 
-def tower_config(tokenizer: ImageTokenizer, head: dict[str, Any]) -> dict[str, Any]:
-    """The tower's `config.json`; `head` is what it says of the image head."""
-    architecture = tokenizer.architecture
-    side = architecture.position_grid * architecture.patch_size
-    decoder, depth, width = architecture.decoder, architecture.depth, architecture.encoder.hidden_size
-    return {
-        "architectures": ["RQVAESIGLIPTransformer"],
-        "model_type": "rqvaesigliptransformer_model",
-        "hidden_size": width,
-        "rqtransformer": head,
-        "rqvaesiglip": {
-            "architectures": ["RQVAESiglip"],
-            "model_type": "rqvaesiglip_model",
-            "bottleneck_type": "rq",
-            "checkpointing": True,
-            "ckpt_path": None,
-            "code_shape": [architecture.position_grid, architecture.position_grid, depth],
-            "latent_shape": [architecture.position_grid, architecture.position_grid, width],
-            "ddconfig": {
-                **{theirs: getattr(decoder, ours) for ours, theirs in DECODER_FIELDS.items()},
-                "resolution": side,
-                "attn_resolutions": [side // 2**level for level in decoder.attention_levels],
-                "double_z": False,
-                "dropout": 0.0,
-                "in_channels": 3,
-                "out_ch": 3,
-            },
-            "decay": 0.99,
-            "embed_dim": width,
-            "hidden_size": width,
-            "ignore_keys": None,
-            "latent_loss_weight": 0.25,
-            "loss_type": "mse",
-            "n_embed": architecture.codebook_size,
-            "pretrained_model": SIGLIP_FOLDER,
-            "restart_unused_codes": True,
-            "shared_codebook": True,
-        },
-    }
-
-
-def siglip_config(tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """The SigLIP `config.json` that the tower names."""
-    architecture = tokenizer.architecture
-    return {
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            **{theirs: getattr(architecture.encoder, ours) for ours, theirs in ENCODER_FIELDS.items()},
-            "image_size": architecture.position_grid * architecture.patch_size,
-            "patch_size": architecture.patch_size,
-        },
-    }
+def tower_configs(tokenizer: ImageTokenizer, model: UniForkConfig) -> dict[str, Any]:
+    """The configurations of the tower and of SigLIP by their place in the tower's folder."""
+    text = Template(CONFIGURATIONS.read_text(), undefined=StrictUndefined).render(
+        tower=tokenizer.architecture, model=model
+    )
+    configurations: dict[str, Any] = yaml.safe_load(text)
+    return configurations

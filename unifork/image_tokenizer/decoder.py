@@ -8,10 +8,10 @@ takes no part in `encoder_id`: two decoders may draw the same codes differently.
 Shape suffixes: B pictures, Z channels of the map, C channels, H height, W width, P positions.
 """
 
+from collections import OrderedDict
 from itertools import pairwise
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,16 +31,14 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = _norm(channels_out, groups)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        same = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Input plus what the block adds."""
         h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
         h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))
-        if hasattr(self, "nin_shortcut"):
-            x_BCHW = self.nin_shortcut(x_BCHW)
-        return cast(Tensor, x_BCHW + h_BCHW)
+        return cast(Tensor, self.nin_shortcut(x_BCHW) + h_BCHW)
 
 
 class AttentionBlock(nn.Module):
@@ -64,35 +62,11 @@ class AttentionBlock(nn.Module):
         return cast(Tensor, x_BCHW + self.proj_out(mixed_BPC.transpose(1, 2).reshape(x_BCHW.shape)))
 
 
-class Upsample(nn.Module):
-    """Each pixel repeated twice in both directions, then a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """A map of twice the side."""
-        doubled_BCHW = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
-        return cast(Tensor, self.conv(doubled_BCHW))
-
-
-class Middle(nn.Module):
-    """Block, attention, block at the lowest resolution."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups)
-        self.block_2 = ResidualBlock(channels, channels, groups)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """A map of the same shape."""
-        return cast(Tensor, self.block_2(self.attn_1(self.block_1(x_BCHW))))
-
-
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where asked, and the upsampling."""
+    """The blocks of one resolution, each followed by attention where asked, and the upsampling above level 0.
+
+    Upsampling repeats each pixel twice in both directions; a 3x3 convolution follows.
+    """
 
     def __init__(
         self, channels_in: int, channels_out: int, blocks: int, groups: int, *, attention: bool, upsample: bool
@@ -100,17 +74,19 @@ class Level(nn.Module):
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
         self.block = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(AttentionBlock(channels_out, groups) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(
+            AttentionBlock(channels_out, groups) if attention else nn.Identity() for _ in range(blocks)
+        )
+        self.upsample: nn.Module = nn.Identity()
         if upsample:
-            self.upsample = Upsample(channels_out)
+            repeat, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+            self.upsample = nn.Sequential(OrderedDict(repeat=repeat, conv=conv))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """A map of twice the side, or of the same at level 0."""
-        for index, block in enumerate(self.block):
-            x_BCHW = block(x_BCHW)
-            if self.attn:
-                x_BCHW = self.attn[index](x_BCHW)
-        return self.upsample(x_BCHW) if hasattr(self, "upsample") else x_BCHW
+        for block, attention in zip(self.block, self.attn, strict=True):
+            x_BCHW = attention(block(x_BCHW))
+        return cast(Tensor, self.upsample(x_BCHW))
 
 
 class Decoder(nn.Module):
@@ -121,18 +97,16 @@ class Decoder(nn.Module):
         groups = config.norm_groups
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups)
-        lowest = len(widths) - 1
-        self.up = nn.ModuleList(
-            Level(
-                widths[min(level + 1, lowest)],
-                widths[level],
-                config.blocks + 1,
-                groups,
-                attention=level in config.attention_levels,
-                upsample=level > 0,
+        self.mid = nn.Sequential(
+            OrderedDict(
+                block_1=ResidualBlock(widths[-1], widths[-1], groups),
+                attn_1=AttentionBlock(widths[-1], groups),
+                block_2=ResidualBlock(widths[-1], widths[-1], groups),
             )
-            for level in range(len(widths))
+        )
+        self.up = nn.ModuleList(
+            Level(before, width, config.blocks + 1, groups, attention=n in config.attention_levels, upsample=n > 0)
+            for n, (width, before) in enumerate(pairwise([*widths, widths[-1]]))
         )
         self.norm_out = _norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -147,7 +121,6 @@ class Decoder(nn.Module):
 
 def zero_last_convolutions(decoder: nn.Module) -> None:
     """Start every residual block of a fresh decoder as the identity, which speeds up early training."""
-    with torch.no_grad():
-        for module in decoder.modules():
-            if isinstance(module, ResidualBlock):
-                module.conv2.weight.zero_()
+    for module in decoder.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.conv2.weight)

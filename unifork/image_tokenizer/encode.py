@@ -5,10 +5,10 @@ has two shards at hand: while one is read or written the network encodes the oth
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unifork.config import Card
-from unifork.image_tokenizer.architecture import describe
+from unifork.image_tokenizer.architecture import Description, describe
 from unifork.image_tokenizer.views import declared
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import read_manifest
@@ -18,6 +18,7 @@ from unifork.vocabulary import VOCABULARY_VERSION, Task
 
 if TYPE_CHECKING:
     from unifork.image_tokenizer.code_encoder import CodeEncoder
+    from unifork.image_tokenizer.model import ImageTokenizer
 
 ENCODE_VERSION = 1
 """Raise when the same pictures would give other codes or rows."""
@@ -25,6 +26,7 @@ ENCODE_VERSION = 1
 BATCH_IMAGES = 64
 """Pictures per call of the network; in low precision part of what decides the codes."""
 DTYPE = "float32"
+"""Of the network."""
 
 
 class View:
@@ -34,11 +36,7 @@ class View:
         self.use = card.tasks[task]
         self.encoder = encoder.seeing(self.use.view)
         made_by = self.encoder.tokenizer
-        identity = {
-            "codebook_id": made_by.codebook_id,
-            "encoder_id": made_by.encoder_id,
-            "encoding": self.encoder.encoding,
-        }
+        identity = _identity(made_by, self.encoder.encoding)
         self.schema = codes_schema(card, task, made_by.architecture.grid, made_by.architecture.depth, identity)
 
 
@@ -56,7 +54,7 @@ class Encode:
         from unifork.image_tokenizer.code_encoder import CodeEncoder  # noqa: PLC0415
 
         first = next(iter(card.tasks.values())).view
-        encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, DTYPE, threads)
+        encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, threads=threads)
         self.views = {task: View(card, task, encoder) for task in card.tasks}
 
     def __call__(self, task: ShardTask) -> ShardResult:
@@ -82,12 +80,13 @@ def encode_job(card: Card, task: Task, source: Path, folder: Path, tokenizer: Pa
     """
     use, known = card.tasks[task], describe(tokenizer)
     shape = known.architecture
-    identity = {
-        "codebook_id": known.codebook_id,
-        "encoder_id": known.encoder_id,
-        "encoding": declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, DTYPE),
-    }
+    identity = _identity(known, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, DTYPE))
     made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
     tasks = [ShardTask.to_encode(shard, task) for shard in read_manifest(source).shards]
     return ShardJob("codes", card.name, folder, columns, made_with, {**identity, "task": task}, tasks, source)
+
+
+def _identity(made_by: "Description | ImageTokenizer", encoding: dict[str, Any]) -> dict[str, Any]:
+    """What decides the codes of a shard: the tokenizer that makes them, and how it is used."""
+    return {"codebook_id": made_by.codebook_id, "encoder_id": made_by.encoder_id, "encoding": encoding}

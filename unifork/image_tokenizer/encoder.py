@@ -11,7 +11,6 @@ Shape suffixes: B pictures, H height, W width, N positions, C channels, G patche
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
@@ -67,10 +66,8 @@ class VisionEncoder(nn.Module):
         outward = [self.embeddings.position_embedding.weight]
         for layer in self.layers:
             outward += list(cast(SiglipEncoderLayer, layer).self_attn.out_proj.parameters())
-        with torch.no_grad():
-            for parameter in outward:
-                parameter.zero_()
-                parameter.requires_grad_(not stay)
+        for parameter in outward:
+            nn.init.zeros_(parameter).requires_grad_(not stay)
 
 
 def positions_for(table_RC: Tensor, count: int) -> Tensor:

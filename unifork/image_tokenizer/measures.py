@@ -1,10 +1,11 @@
 """How good codes are: what they lose of a picture, and how hard they are to learn.
 
 In: pixels or codes. Out: plain numbers for the report. A language model learns codes best when few
-different ones occur and each follows from those before it, so beside use and perplexity this gives
-the entropy of each depth given the depths before it at the same position, in bits.
+different ones occur and each follows from those before it, so beside use and perplexity of each depth this gives
+the entropy of all codes of a position together, in bits.
 
-Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth, M vectors.
+Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth, M vectors,
+K different values.
 """
 
 from typing import Any
@@ -22,35 +23,21 @@ def reconstruction_error(original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> d
     }
 
 
-def code_use(codes_BND: np.ndarray, codebook_size: int) -> dict[str, Any]:
-    """Use of the codebook per depth, and how many bits the codes carry.
+def code_use(codes_BND: np.ndarray) -> dict[str, Any]:
+    """Use of the codebook, in all and per depth, and how many bits the codes of a position carry together.
 
-    rows_used: rows that occur; perplexity: 2 to the entropy; conditional_bits: entropy given the
-    depths before at the same position; distinct_positions: different tuples of D codes.
+    rows_used: rows that occur; perplexity: 2 to the entropy.
     """
-    codes_MD = codes_BND.reshape(-1, codes_BND.shape[-1]).astype(np.int64)
-    depths, previous_bits = [], 0.0
-    for depth in range(codes_MD.shape[1]):
-        alone = np.bincount(codes_MD[:, depth], minlength=codebook_size)
-        prefix = np.unique(codes_MD[:, : depth + 1], axis=0, return_counts=True)[1]
-        prefix_bits = _bits(prefix)
-        depths.append(
-            {
-                "rows_used": int((alone > 0).sum()),
-                "perplexity": float(2 ** _bits(alone)),
-                "conditional_bits": prefix_bits - previous_bits,
-            }
-        )
-        previous_bits = prefix_bits
+    codes_MD = codes_BND.reshape(-1, codes_BND.shape[-1])
+    counts = [np.unique(codes_M, return_counts=True)[1] for codes_M in codes_MD.T]
     return {
         "rows_used": int(np.unique(codes_MD).size),
-        "distinct_positions": int(np.unique(codes_MD, axis=0).shape[0]),
-        "bits_per_position": previous_bits,
-        "depths": depths,
+        "bits_per_position": _bits(np.unique(codes_MD, axis=0, return_counts=True)[1]),
+        "depths": [{"rows_used": len(counts_K), "perplexity": 2 ** _bits(counts_K)} for counts_K in counts],
     }
 
 
-def _bits(counts: np.ndarray) -> float:
-    """Entropy in bits of a table of counts."""
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log2(share)).sum())
+def _bits(counts_K: np.ndarray) -> float:
+    """Entropy in bits of how often each value occurs."""
+    share_K = counts_K / counts_K.sum()
+    return float(-(share_K * np.log2(share_K)).sum())

@@ -20,10 +20,11 @@ C channels, M vectors, K codebook rows.
 """
 
 import platform
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from unifork.image_tokenizer import canaries
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture, Description, describe
 from unifork.image_tokenizer.decoder import Decoder
 from unifork.image_tokenizer.encoder import VisionEncoder
-from unifork.shards.manifest import write_atomically, write_json
+from unifork.shards.manifest import write_json
 from unifork.weights import check_fit, read_tensors, shapes_of
 
 ROWS_AT_ONCE = 16384
@@ -101,7 +102,7 @@ def nearest_rows(vectors_MC: Tensor, codebook_KC: Tensor) -> Tensor:
         square_M1 = part_MC.square().sum(1, keepdim=True)
         distance_MK = torch.addmm(square_M1 + square_K, part_MC, codebook_KC.t(), alpha=-2.0)
         parts.append(distance_MK.argmin(1))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=vectors_MC.device)
+    return torch.cat(parts)
 
 
 WEIGHTS_FILE = "model.safetensors"
@@ -164,8 +165,7 @@ class ImageTokenizer(nn.Module):
         batch, positions, width = quantised_BNC.shape
         side = int(positions**0.5)
         map_BCGG = quantised_BNC.transpose(1, 2).reshape(batch, width, side, side)
-        drawn_BCSS: Tensor = self.decoder(self.post_quant_conv(map_BCGG.to(self.post_quant_conv.weight.dtype)))
-        return drawn_BCSS
+        return cast(Tensor, self.decoder(self.post_quant_conv(map_BCGG.to(self.post_quant_conv.weight.dtype))))
 
     @property
     def codebook_id(self) -> str:
@@ -189,14 +189,18 @@ class ImageTokenizer(nn.Module):
         }
 
     def save(self, directory: Path | str) -> None:
-        """Write the directory. Every file appears whole or not at all, config.json last."""
+        """Write the directory next to its place and swap it in, so that it is whole or as it was."""
         directory = Path(directory)
-        (directory / CONFIG_FILE).unlink(missing_ok=True)
+        temporary = directory.with_name(f".{directory.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        canaries.write(directory, self.architecture.image_size, self.encode_bytes, self.environment)
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        canaries.write(temporary, self.architecture.image_size, self.encode_bytes, self.environment)
         promises = Description(architecture=self.architecture, codebook_id=self.codebook_id, encoder_id=self.encoder_id)
-        write_json(directory / CONFIG_FILE, promises.model_dump(mode="json"))
+        write_json(temporary / CONFIG_FILE, promises.model_dump(mode="json"))
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.replace(directory)
 
     @classmethod
     def load(

@@ -16,10 +16,8 @@ K codebook rows.
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +46,6 @@ REPORT_EVERY_SECONDS = 5.0
 MEASURE_BATCH = 64
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One line of progress."""
-
-    step: int
-    steps: int
-    loss: float
-    images_per_second: float
-    eta_seconds: float
-    quantised: bool
-
-    def __str__(self) -> str:
-        return (
-            f"image tokenizer step {self.step}/{self.steps} loss {self.loss:.4f}"
-            f"{' (codes)' if self.quantised else ''} {self.images_per_second:.0f} images/s ETA {self.eta_seconds:.0f} s"
-        )
-
-
 Groups = Mapping[str, np.ndarray]
 
 
@@ -74,26 +54,39 @@ def train_tokenizer(
     pictures: Groups,
     held_out: Groups,
     directory: Path | str,
-    progress: Callable[[Progress], None] = print,
+    progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train, write the tokenizer directory, and return the report (see `measure`).
 
-    Raises DataError for pictures of another size than the configuration's.
+    progress: takes a line every few seconds. Raises DataError for pictures of another size than the configuration's.
     """
+    side = config.image_size
     for where, groups in (("pictures", pictures), ("held_out", held_out)):
-        _check_groups(groups, config.image_size, where)
+        shapes = {name: array.shape for name, array in groups.items()}
+        if not shapes or any(shape[1:] != (side, side, 3) or not shape[0] for shape in shapes.values()):
+            raise DataError(
+                f"train_tokenizer: {where} are of shapes {shapes}; allowed is (at least 1, {side}, {side}, 3) for each"
+            )
     if config.training.quantise_from_step >= config.training.steps:
         raise ConfigError(
             f"image_tokenizer.training.quantise_from_step {config.training.quantise_from_step} must be "
             f"below steps {config.training.steps}"
         )
-    started = time.monotonic()
     trainer = TokenizerTrainer(config, without_repeats(pictures))
-    _run(trainer, config, progress)
-    report = measure(trainer.tokenizer, held_out)
-    report["rows_refilled"] = trainer.rows_refilled
-    save_whole(trainer.tokenizer, directory)
-    return report | {"seconds": time.monotonic() - started}
+    steps = config.training.steps
+    started = reported = time.monotonic()
+    for step in range(1, steps + 1):
+        loss = trainer.step(step - 1)
+        now = time.monotonic()
+        if now - reported > REPORT_EVERY_SECONDS or step == steps:
+            reported, each = now, (now - started) / step
+            progress(
+                f"image tokenizer step {step}/{steps} loss {loss:.4f}{' (codes)' if trainer.averages else ''} "
+                f"{config.training.batch_images / each:.0f} images/s, {now - started:.0f} s, "
+                f"ETA {each * (steps - step):.0f} s"
+            )
+    trainer.tokenizer.save(directory)
+    return measure(trainer.tokenizer, held_out)
 
 
 def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
@@ -105,8 +98,7 @@ def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
         before_BSSC, after_BSSC, codes_BND = (
             np.concatenate([arrays[name] for name in names]) for arrays in (groups, drawn, codes)
         )
-        use = code_use(codes_BND, tokenizer.architecture.codebook_size)
-        return {**reconstruction_error(before_BSSC, after_BSSC), "codes": use}
+        return {**reconstruction_error(before_BSSC, after_BSSC), "codes": code_use(codes_BND)}
 
     each = {name: measured([name]) for name in groups}
     return {"groups": each, "images": sum(map(len, groups.values())), **measured(list(groups))}
@@ -120,16 +112,6 @@ def encode_all(tokenizer: ImageTokenizer, pixels_BSSC: np.ndarray) -> np.ndarray
 def decode_all(tokenizer: ImageTokenizer, codes_BND: np.ndarray) -> np.ndarray:
     """Bytes (B, S, S, C) of codes."""
     return np.concatenate([to_bytes(tokenizer.decode(torch.from_numpy(part_BND))) for part_BND in _parts(codes_BND)])
-
-
-def save_whole(tokenizer: ImageTokenizer, directory: Path | str) -> None:
-    """Write a tokenizer directory next to its place and swap it in."""
-    directory = Path(directory)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
 
 
 class TokenizerTrainer:
@@ -146,7 +128,6 @@ class TokenizerTrainer:
         zero_last_convolutions(self.tokenizer.decoder)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.averages: CodebookAverages | None = None
-        self.rows_refilled = 0
         learning = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=1e-4)
 
@@ -172,23 +153,15 @@ class TokenizerTrainer:
         self.optimizer.step()
         return float(loss.detach())
 
-    def finish(self) -> ImageTokenizer:
-        """The trained tokenizer, frozen."""
-        self.tokenizer.requires_grad_(False)
-        return self.tokenizer
-
     def _start_codebook(self, step: int) -> None:
         """Residual k-means on the features of the pictures that come next."""
         config = self.tokenizer.architecture
-        batches = math.ceil(
-            config.codebook_size * KMEANS_VECTORS_PER_ROW / (self.training.batch_images * config.grid**2)
-        )
+        vectors_per_batch = self.training.batch_images * config.grid**2
+        batches = math.ceil(config.codebook_size * KMEANS_VECTORS_PER_ROW / vectors_per_batch)
         with torch.no_grad():
             features = [self.tokenizer.encoder(to_tensor(self.batches.take(step + i))) for i in range(batches)]
         features_MC = torch.cat(features).flatten(0, 1)
-        self.averages = CodebookAverages.from_features(
-            self.tokenizer.quantizer, features_MC, self.training.ema_decay, self.generator
-        )
+        self.averages = CodebookAverages(self.tokenizer.quantizer, features_MC, self.training.ema_decay, self.generator)
 
     def _quantise(self, features_BNC: Tensor, share: float, *, learn: bool) -> tuple[Tensor, Tensor]:
         """Quantised features with straight-through gradients, and the commitment loss."""
@@ -199,7 +172,7 @@ class TokenizerTrainer:
         commitment = commitment_loss(flat_MC, partial_MDC)
         quantised_MC = flat_MC + (partial_MDC[:, -1] - flat_MC).detach()
         if learn and self.averages is not None:
-            self.rows_refilled += self.averages.update(codes_MD, residuals_MDC, refill=share < REFILL_UNTIL)
+            self.averages.update(codes_MD, residuals_MDC, refill=share < REFILL_UNTIL)
         return quantised_MC.view_as(features_BNC), commitment
 
 
@@ -219,31 +192,23 @@ class Batches:
         """The pictures of a step, (B, S, S, C) bytes: a function of seed and step."""
         parts = []
         for index, (group, count) in enumerate(zip(self.groups, self.counts, strict=True)):
-            positions = step * count + np.arange(count)
-            passes = positions // len(group)
-            chosen = np.empty(count, dtype=np.int64)
-            for number in np.unique(passes):
-                order = np.random.default_rng([self.seed, index, number]).permutation(len(group))
-                inside = passes == number
-                chosen[inside] = order[positions[inside] % len(group)]
-            parts.append(group[chosen])
+            places = [divmod(position, len(group)) for position in range(step * count, (step + 1) * count)]
+            orders = {
+                number: np.random.default_rng([self.seed, index, number]).permutation(len(group))
+                for number in {number for number, _ in places}
+            }
+            parts.append(group[[orders[number][place] for number, place in places]])
         return np.concatenate(parts)
 
 
 def without_repeats(groups: Groups) -> dict[str, np.ndarray]:
     """The groups without pictures that occurred before, byte for byte; a group left empty is dropped."""
-    seen: set[bytes] = set()
-    left = {}
+    first: dict[bytes, tuple[str, int]] = {}
     for name, pixels_BSSC in groups.items():
-        new = []
         for index, picture_SSC in enumerate(pixels_BSSC):
-            key = hashlib.sha256(picture_SSC.tobytes()).digest()
-            if key not in seen:
-                seen.add(key)
-                new.append(index)
-        if new:
-            left[name] = pixels_BSSC[new]
-    return left
+            first.setdefault(hashlib.sha256(picture_SSC.tobytes()).digest(), (name, index))
+    kept = {name: [index for owner, index in first.values() if owner == name] for name in groups}
+    return {name: groups[name][indices] for name, indices in kept.items() if indices}
 
 
 def reconstruction_loss(drawn_BCSS: Tensor, pixels_BCSS: Tensor) -> Tensor:
@@ -251,29 +216,6 @@ def reconstruction_loss(drawn_BCSS: Tensor, pixels_BCSS: Tensor) -> Tensor:
     difference_BCSS = drawn_BCSS - pixels_BCSS
     edges = (difference_BCSS.diff(dim=2).abs().mean() + difference_BCSS.diff(dim=3).abs().mean()) / 2
     return difference_BCSS.abs().mean() + difference_BCSS.square().mean() + EDGE_WEIGHT * edges
-
-
-def _run(trainer: TokenizerTrainer, config: ImageTokenizerConfig, progress: Callable[[Progress], None]) -> None:
-    steps = config.training.steps
-    started = reported = time.monotonic()
-    for step in range(steps):
-        loss = trainer.step(step)
-        now = time.monotonic()
-        if now - reported < REPORT_EVERY_SECONDS and step + 1 < steps:
-            continue
-        reported = now
-        seconds_per_step = (now - started) / (step + 1)
-        progress(
-            Progress(
-                step=step + 1,
-                steps=steps,
-                loss=loss,
-                images_per_second=config.training.batch_images / seconds_per_step,
-                eta_seconds=seconds_per_step * (steps - step - 1),
-                quantised=trainer.averages is not None,
-            )
-        )
-    trainer.finish()
 
 
 def _schedule(step: int, warmup_steps: int, steps: int) -> float:
@@ -285,14 +227,3 @@ def _schedule(step: int, warmup_steps: int, steps: int) -> float:
 
 def _parts(array: np.ndarray) -> list[np.ndarray]:
     return [array[i : i + MEASURE_BATCH] for i in range(0, len(array), MEASURE_BATCH)]
-
-
-def _check_groups(groups: Groups, size: int, where: str) -> None:
-    if not groups:
-        raise DataError(f"train_tokenizer: {where} is empty")
-    for name, array in groups.items():
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (size, size, 3) or not len(array):
-            raise DataError(
-                f"train_tokenizer: {where}[{name!r}] is {array.dtype} of shape {array.shape}; "
-                f"allowed is uint8 of shape (at least 1, {size}, {size}, 3)"
-            )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unifork.errors import DataError, unknown
+from unifork.errors import DataError
 from unifork.vocabulary import View
 
 RGB = tuple[int, int, int]
@@ -86,13 +86,6 @@ VIEWS: dict[View, Look] = {"crop": crop_view, "pad": pad_view}
 
 VARIANTS: dict[str, Look] = {"crop": crop_view, "pad": pad_view, "pad-first": pad_first_view}
 """All ways to see a picture; what is not in VIEWS serves evaluation alone, no data set may ask for it."""
-
-
-def view_of(image: Image.Image, view: str, size: int, matte: RGB | None) -> np.ndarray:
-    """The named view of a picture, uint8 (S, S, 3). Raises ConfigError for an unknown view."""
-    if view not in VARIANTS:
-        raise unknown("view", view, VARIANTS, "image tokenizer")
-    return VARIANTS[view](image, size, matte)
 
 
 def declared(view: str, matte: RGB | None, batch_images: int, size: int, dtype: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Everything that is needed to build the model again is in it; nothing about train
 
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +15,7 @@ from unifork.config import HeadConfig, parse
 from unifork.errors import ConfigError, unknown
 from unifork.models.decoder import FAMILIES
 from unifork.models.layer_plan import LayerPlan
+from unifork.weights import read_json
 
 _OLDER_KEYS = {"rope_theta", "rope_scaling", "torch_dtype"}
 """Keys of older configurations that transformers still translates."""
@@ -83,6 +85,12 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def head_config(self) -> HeadConfig:
         """The head, typed."""
         return parse(HeadConfig, self.head, "head")
+
+
+def read_config(folder: Path) -> UniForkConfig:
+    """The configuration of a model's folder. Raises CheckpointError where there is none, ConfigError for its values."""
+    config: UniForkConfig = UniForkConfig.from_dict(read_json(folder / "config.json"))
+    return config
 
 
 def backbone_of(plain: Mapping[str, Any], model_type: str, place: str) -> dict[str, Any]:

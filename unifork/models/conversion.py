@@ -1,9 +1,9 @@
 """The official checkpoint and a dense language model: other layouts of the same weights.
 
-In: a folder the official trainer wrote, whose names and shapes are listed in `_PREFIXES`, `_LAYER`
-and `_HEAD_BLOCK` (tliby/UniFork at commit 2c5b757: modeling_qwen2, llava_arch, the tower's
-rqtransformer). Out: a model of the plan `shared*half task*half norm:task`, its head unfolded; and
-back, the same bytes. One branch of a model can also be taken out as the dense language model it is.
+In: a folder the official trainer wrote, whose names are listed in `_PREFIXES` and `_HEAD_BLOCK`
+(tliby/UniFork at commit 2c5b757: modeling_qwen2, llava_arch, the tower's rqtransformer). Out: a model
+of the plan `shared*half task*half norm:task`, its head unfolded; and back, the same bytes. One branch
+of a model can also be taken out as the dense language model it is.
 
 The image tokenizer inside an official checkpoint (`TOKENIZER`) is not read here: its codebook comes
 as an argument, because a checkpoint's codebook may have drifted from the published one and codes
@@ -15,19 +15,20 @@ Shape suffixes: K codebook rows, C code channels.
 import re
 from collections.abc import Mapping
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from unifork.config import HeadConfig
+from unifork.config import HeadConfig, read_yaml
 from unifork.errors import CheckpointError, ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
-from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import UniForkModel
-from unifork.models.warm_start import branch_of, without_branch
+from unifork.models.warm_start import NOT_DENSE, branch_of, without_branch
+from unifork.vocabulary import MODALITIES, TASKS
 from unifork.weights import StoredWeights, check_fit
 
 TOWER = "model.vision_tower.vision_tower."
@@ -59,12 +60,8 @@ _HEAD_BLOCK = {
     "fc1": "mlp.0",
     "fc2": "mlp.2",
 }
-_LAYERS = {"shared": "layers", "understanding": "layers", "generation": "gen_fork_layers"}
-_IN_LAYER = re.compile(
-    r"layers\.(?P<index>\d+)\.(?P<part>\w+)\.(?P<branch>shared|understanding|generation)\.(?P<rest>.+)"
-)
-_IN_HEAD_BLOCK = re.compile(r"image_head\.blocks\.(?P<index>\d+)\.(?P<part>\w+)\.(?P<rest>\w+)")
 _LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|^" + re.escape(TOKENIZER))
+CONFIGURATION = Path(__file__).with_name("official.yaml")
 _MLP_RATIO = 4
 """Fixed in the official head."""
 
@@ -81,24 +78,26 @@ def official_names(model: UniForkModel) -> dict[str, str]:
     """
     config, layers = model.config, len(model.layers)
     head = config.head_config()
-    faults = {
-        f"plan {str(model.plan)!r}; allowed is {official_plan(layers)!r}": str(model.plan) != official_plan(layers),
-        f"backbone {config.backbone['model_type']!r}; allowed is 'qwen2'": config.backbone["model_type"] != "qwen2",
-        f"head.mlp_ratio {head.mlp_ratio}; allowed is {_MLP_RATIO}": head.mlp_ratio != _MLP_RATIO,
-        "a folded head; unfold it first": head.folded,
-    }
-    for fault, found in faults.items():
-        if found:
-            raise ConfigError(f"official layout: has no place for {fault}")
+    for what, found, allowed in (
+        ("plan", str(model.plan), official_plan(layers)),
+        ("backbone", config.backbone["model_type"], "qwen2"),
+        ("head.mlp_ratio", head.mlp_ratio, _MLP_RATIO),
+        ("the head's form", "folded" if head.folded else "unfolded", "unfolded"),
+    ):
+        if found != allowed:
+            raise ConfigError(f"official layout: has no place for {what} {found!r}; allowed is {allowed!r}")
     return {name: _official_name(name, layers // 2) for name in model.state_dict() if name != "codebook"}
 
 
 def _official_name(name: str, half: int) -> str:
-    if found := _IN_LAYER.fullmatch(name):
-        index = int(found["index"]) - (half if found["branch"] == "generation" else 0)
-        return f"model.{_LAYERS[found['branch']]}.{index}.{found['part']}.{found['rest']}"
-    if found := _IN_HEAD_BLOCK.fullmatch(name):
-        return f"{HEAD}head_transformer.blocks.{found['index']}.{_HEAD_BLOCK[found['part']]}.{found['rest']}"
+    if name.startswith("layers."):
+        _, index, rest = without_branch(name).split(".", 2)
+        if branch_of(name) == "generation":
+            return f"model.gen_fork_layers.{int(index) - half}.{rest}"
+        return f"model.layers.{index}.{rest}"
+    if name.startswith("image_head.blocks."):
+        *_, index, part, rest = name.split(".")
+        return f"{HEAD}head_transformer.blocks.{index}.{_HEAD_BLOCK[part]}.{rest}"
     ours, theirs = next((ours, theirs) for ours, theirs in _PREFIXES.items() if name.startswith(ours))
     return theirs + name.removeprefix(ours)
 
@@ -180,52 +179,26 @@ def to_official(model: UniForkModel) -> dict[str, Tensor]:
     }
 
 
-def official_plain(model: UniForkModel, tower: str) -> dict[str, Any]:
-    """The official `config.json`; `tower` is where it finds the tower's."""
+def official_plain(model: UniForkModel) -> dict[str, Any]:
+    """The official `config.json`."""
     config = model.config
     plain = config.backbone_config().to_dict()
     rope = dict(plain.pop("rope_parameters"))
     theta, scaling = rope.pop("rope_theta"), rope if rope.get("rope_type") != "default" else None
     return {
         **{key: value for key, value in plain.items() if key not in ("layer_types", "dtype", "transformers_version")},
-        "architectures": ["LlavaQwen2ForCausalLM"],
-        "model_type": "llava_qwen2",
+        **read_yaml(CONFIGURATION),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "torch_dtype": str(model.dtype).removeprefix("torch."),
-        "mm_vision_tower": tower,
-        "unfreeze_mm_vision_tower": True,  # without it the official loader drops the tower and the head
         "mm_hidden_size": config.code_channels,
         "image_token_num": config.positions,
-        "mm_patch_merge_type": "flat",
-        "image_aspect_ratio": "pad",
-        "tokenizer_padding_side": "right",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "tune_mm_mlp_adapter": False,
-        "use_mm_proj": True,
-    }
-
-
-def official_head(config: UniForkConfig) -> dict[str, Any]:
-    """What the tower's `config.json` says of the image head."""
-    head, hidden_size = config.head_config(), config.backbone_config().hidden_size
-    return {
-        "architectures": ["RQTransformer"],
-        "model_type": "rqtransformer_model",
-        "block_size": [config.grid, config.grid, config.depth],
-        "embed_dim": head.heads * head.head_dim,
-        "embed_dim_out": hidden_size,
-        "head": {"block": {"n_head": head.heads}, "n_layer": head.layers},
-        "input_embed_dim_1": config.code_channels,
-        "input_embed_dim_2": hidden_size,
-        "vocab_size": config.codebook_size,
     }
 
 
 def set_head_form(model: UniForkModel, folded: bool) -> None:
     """Bring the image head into one of its forms, in place, and say so in the configuration."""
-    model.image_head.fold() if folded else model.image_head.unfold()
+    model.image_head.set_form(folded=folded)
     model.config.head = {**model.config.head, "folded": folded}
 
 
@@ -234,22 +207,17 @@ def dense_branch(model: UniForkModel, branch: str) -> PreTrainedModel:
 
     Raises ConfigError when a part of the model has no copy for that branch.
     """
-    state, lacking = {}, set()
+    state = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith(("connector.", "image_head.", "codebook")):
-            continue
-        mine = branch_of(name)
-        if mine in (None, "shared", branch):
+        if not name.startswith(NOT_DENSE) and branch_of(name) in (None, "shared", branch):
             plain = without_branch(name)
             state[plain if plain.startswith("lm_head.") else f"model.{plain}"] = tensor
-        elif branch not in next(names for names in BRANCHES.values() if mine in names):
-            lacking.add(mine)
-    if lacking or branch not in {name for names in BRANCHES.values() for name in names}:
-        others = sorted({str(branch_of(name)) for name in model.state_dict()} - {"None", "shared"})
-        raise ConfigError(f"plan {str(model.plan)!r} has no branch {branch!r} throughout; it has: {', '.join(others)}")
     build: Any = AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         dense: PreTrainedModel = build.from_config(model.config.backbone_config(), dtype=model.dtype)
+    if branch not in (*TASKS, *MODALITIES) or state.keys() != dense.state_dict().keys():
+        others = sorted({str(branch_of(name)) for name in model.state_dict()} - {"None", "shared"})
+        raise ConfigError(f"plan {str(model.plan)!r} has no branch {branch!r} throughout; it has: {', '.join(others)}")
     dense.load_state_dict(state)
     dense.train(False)
     return dense

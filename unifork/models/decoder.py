@@ -17,7 +17,7 @@ Shape suffixes: B rows, T tokens of a row, X = B*T, H hidden size, E head size, 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unifork.batch import TEXT, Batch
-from unifork.errors import unknown
-from unifork.models.layer_plan import BRANCHES, Kind, LayerPlan, RouteBy
+from unifork.models.layer_plan import BRANCHES, KINDS, Kind, LayerPlan, RouteBy
 from unifork.models.masks import Mask
 
 FAMILIES: dict[str, str] = {"qwen2": "Qwen2", "llama": "Llama"}
@@ -122,19 +121,13 @@ class Family:
 
 
 def family(model_type: str) -> Family:
-    """The parts of a dense family. Raises ConfigError for one that is not known."""
-    if model_type not in FAMILIES:
-        raise unknown("model_type", model_type, FAMILIES, "backbone")
+    """The parts of a dense family of FAMILIES."""
     modeling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     prefix = FAMILIES[model_type]
-    return Family(
-        attention=getattr(modeling, f"{prefix}Attention"),
-        mlp=getattr(modeling, f"{prefix}MLP"),
-        norm=getattr(modeling, f"{prefix}RMSNorm"),
-        rotary=getattr(modeling, f"{prefix}RotaryEmbedding"),
-        rotate=modeling.apply_rotary_pos_emb,
-        eager_attention=modeling.eager_attention_forward,
+    attention, mlp, norm, rotary = (
+        getattr(modeling, prefix + part) for part in ("Attention", "MLP", "RMSNorm", "RotaryEmbedding")
     )
+    return Family(attention, mlp, norm, rotary, modeling.apply_rotary_pos_emb, modeling.eager_attention_forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +147,13 @@ class Reading:
 class Block(nn.Module):
     """One decoder layer of a given kind."""
 
-    def __init__(self, kind: Kind, config: PreTrainedConfig, index: int, parts: Family) -> None:
+    def __init__(self, name: str, config: PreTrainedConfig, index: int, parts: Family) -> None:
         super().__init__()
+        kind = KINDS[name]
         attention, mlp = BRANCHES[kind.route_of("attention")], BRANCHES[kind.route_of("mlp")]
-        self.kind = kind
+        self.kind, self.kind_name = kind, name
         self.index = index
-        self.rotate = parts.rotate
-        self.eager_attention = parts.eager_attention
+        self.parts = parts
         self.activation_checkpointing = False
         self.input_layernorm = norms(attention, config, parts)
         self.self_attn = nn.ModuleDict({branch: parts.attention(config, index) for branch in attention})
@@ -171,8 +164,7 @@ class Block(nn.Module):
         """Hidden states after the layer; recomputed in the backward pass if so switched."""
         if self.activation_checkpointing and torch.is_grad_enabled() and reading.cache is None:
             # inside the module, so that hooks around it (sharding) run once; nothing here is random
-            again: Tensor = checkpoint(self._layer, x_XH, reading, use_reentrant=False, preserve_rng_state=False)
-            return again
+            return cast(Tensor, checkpoint(self._layer, x_XH, reading, use_reentrant=False, preserve_rng_state=False))
         return self._layer(x_XH, reading)
 
     def _layer(self, x_XH: Tensor, reading: Reading) -> Tensor:
@@ -191,11 +183,11 @@ class Block(nn.Module):
         query, key, value = (
             route.join(part).view(B, T, -1, E).transpose(1, 2) for part in zip(*projected, strict=True)
         )
-        query, key = self.rotate(query, key, reading.cos_BTE, reading.sin_BTE)
+        query, key = self.parts.rotate(query, key, reading.cos_BTE, reading.sin_BTE)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if reading.cache is not None:
             key, value = reading.cache.update(key, value, self.index)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, self.eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, self.parts.eager_attention)
         mask = reading.masks[isolated_by(self.kind)]
         attended, _ = attend(module, query, key, value, mask, dropout=0.0, scaling=module.scaling)
         attended_XE = attended.reshape(B * T, -1)

@@ -32,22 +32,18 @@ def generate_images(
     prompts: Sequence[Sequence[int]],
     unconditional: Sequence[int],
     sampling: Sampling,
-    *,
-    greedy: bool = False,
     image_numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """Codes (B, P, D) of one picture per prompt (token ids up to, without, begin-of-image).
 
-    `image_numbers` key the draws and are 0, 1, ... by default; `greedy` takes the likeliest code.
-    A guidance of 1 leaves the unconditional rows out.
+    `image_numbers`, one per prompt, key the draws and are 0, 1, ... by default. A guidance of 1 leaves the
+    unconditional rows out; a top_k of 1 takes the likeliest code.
     """
     B, P, D = len(prompts), model.config.positions, model.config.depth
     if B == 0:
         return torch.zeros(0, P, D, dtype=torch.long, device=model.device)
     guided = sampling.guidance != 1.0
     numbers = range(B) if image_numbers is None else image_numbers
-    if len(numbers) != B:
-        raise ValueError(f"{len(numbers)} image_numbers for {B} prompts")
     uniform_BPD = torch.stack([draws(sampling.seed, number, P, D) for number in numbers]).to(model.device)
     rows = [*prompts, *([unconditional] * B if guided else [])]
     hidden_RH, context = model.prefill(_packed(model, [_image_prompt(ids, D) for ids in rows]))
@@ -56,10 +52,7 @@ def generate_images(
 
         def choose(logits_RK: Tensor, depth: int, position: int = position) -> Tensor:
             logits_BK = guide(logits_RK, sampling.guidance) if guided else logits_RK.float()
-            if greedy:
-                codes_B = logits_BK.argmax(-1)
-            else:
-                codes_B = draw(probabilities(logits_BK, sampling), uniform_BPD[:, position, depth])
+            codes_B = draw(probabilities(logits_BK, sampling), uniform_BPD[:, position, depth])
             return codes_B.repeat(2) if guided else codes_B
 
         codes_RD = model.image_head.unroll(hidden_RH, model.codebook, choose)

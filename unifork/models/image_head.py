@@ -27,6 +27,8 @@ from unifork.config import HeadConfig
 from unifork.errors import ConfigError
 from unifork.models.losses import linear_cross_entropy
 
+HEAD = "head"
+"""The image head, where kinds of layers are named."""
 KeyValue = tuple[Tensor, Tensor]
 Choose = Callable[[Tensor, int], Tensor]
 """Picks codes (M) from logits (M, K) at a depth."""
@@ -34,6 +36,8 @@ Choose = Callable[[Tensor, int], Tensor]
 
 class HeadBlock(nn.Module):
     """Pre-norm attention over depth, then a pre-norm MLP with exact GELU."""
+
+    kind_name = HEAD
 
     def __init__(self, hidden_size: int, config: HeadConfig) -> None:
         super().__init__()
@@ -55,8 +59,7 @@ class HeadBlock(nn.Module):
     def forward(self, x_MLH: Tensor) -> Tensor:
         """A whole sequence at once, as in training."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            again: Tensor = checkpoint(self._layer, x_MLH, use_reentrant=False, preserve_rng_state=False)
-            return again
+            return cast(Tensor, checkpoint(self._layer, x_MLH, use_reentrant=False, preserve_rng_state=False))
         return self._layer(x_MLH)
 
     def step(self, x_M1H: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -111,9 +114,7 @@ class HeadBlock(nn.Module):
 
     def _rest(self, x_MLH: Tensor, attended: Tensor) -> Tensor:
         x_MLH = x_MLH + self.out_proj(self.o_proj(attended.transpose(1, 2).flatten(2)))
-        normed: Tensor = self.mlp_norm(x_MLH)
-        added: Tensor = self.fc2(F.gelu(self.fc1(normed)))
-        return x_MLH + added
+        return cast(Tensor, x_MLH + self.fc2(F.gelu(self.fc1(self.mlp_norm(x_MLH)))))
 
 
 def _linear(weight_OI: Tensor, bias_O: Tensor) -> nn.Linear:
@@ -152,8 +153,7 @@ class ImageHead(nn.Module):
 
     def forward(self, hidden_MH: Tensor, codes_MD: Tensor, codebook_KC: Tensor) -> Tensor:
         """Logits (M, D, K); those of depth d depend on the backbone's vector and codes 0..d-1 only."""
-        logits_MDK: Tensor = self.classifier(self._read(hidden_MH, codes_MD, codebook_KC))
-        return logits_MDK
+        return cast(Tensor, self.classifier(self._read(hidden_MH, codes_MD, codebook_KC)))
 
     def loss(self, hidden_MH: Tensor, codes_MD: Tensor, codebook_KC: Tensor) -> Tensor:
         """Cross entropy (M, D) of the codes under those logits, which are never whole."""
@@ -167,8 +167,7 @@ class ImageHead(nn.Module):
         x_MLH = torch.cat(items, 1) + self.depth_embedding.weight
         for block in self.blocks:
             x_MLH = block(x_MLH)
-        normed_MDH: Tensor = self.norm(x_MLH)
-        return normed_MDH
+        return cast(Tensor, self.norm(x_MLH))
 
     def unroll(self, hidden_MH: Tensor, codebook_KC: Tensor, choose: Choose) -> Tensor:
         """Codes (M, D), each picked by `choose` from the logits given those before it."""
@@ -185,16 +184,10 @@ class ImageHead(nn.Module):
             sums_MC = sums_MC + codebook_KC[codes[-1]]
         return torch.stack(codes, 1)
 
-    def fold(self) -> None:
-        """Bring every block into the folded form, in place; nothing changes in one that is."""
+    def set_form(self, *, folded: bool) -> None:
+        """Bring every block into one of the forms, in place. Raises ConfigError, see `HeadBlock.unfold`."""
         for block in cast(list[HeadBlock], list(self.blocks)):
-            block.fold()
-
-    def unfold(self) -> None:
-        """Bring every block into the published form, in place. Raises ConfigError, see `HeadBlock.unfold`."""
-        for block in cast(list[HeadBlock], list(self.blocks)):
-            block.unfold()
+            block.fold() if folded else block.unfold()
 
     def _project_codes(self, sums: Tensor) -> Tensor:
-        projected: Tensor = self.code_proj(sums.to(self.code_proj.weight.dtype))
-        return projected
+        return cast(Tensor, self.code_proj(sums.to(self.code_proj.weight.dtype)))

@@ -85,8 +85,7 @@ class LayerPlan:
         """The plan a text describes. Raises ConfigError when it is malformed or of another depth."""
         place = f"layer plan {text!r}"
         written = _expanded(text.strip(), place)
-        rest = _ITEM.sub("", written).strip()
-        if rest:
+        if rest := _ITEM.sub("", written).strip():
             raise ConfigError(f"{place}: cannot read {rest!r}; write kind*number, (kind kind)*number or norm:route")
         items = list(_ITEM.finditer(written))
         norms = [item["norm"] for item in items if item["norm"]]
@@ -150,6 +149,7 @@ def _repeated(item: re.Match[str], place: str) -> _Repeated:
 
 
 def _run(text: str, place: str) -> _Repeated:
+    """One kind of a plan, repeated or not."""
     match = _RUN.fullmatch(text)
     if match is None:
         raise ConfigError(f"{place}: cannot read {text!r}; write kind*number with a whole number")
@@ -165,15 +165,11 @@ def _times(text: str) -> int | None:
 def _filled(items: list[_Repeated], num_hidden_layers: int | None, place: str) -> list[str]:
     """Every layer of the items, `*rest` resolved."""
     open_ends = sum(times is None for _, times in items)
-    left = 0
-    if open_ends:
-        if open_ends > 1 or num_hidden_layers is None:
-            why = "says *rest twice" if open_ends > 1 else "*rest needs the number of layers of the backbone"
-            raise ConfigError(f"{place}: {why}")
-        named = sum(len(kinds) * times for kinds, times in items if times is not None)
-        if named > num_hidden_layers:
-            raise ConfigError(f"{place}: names {named} layers, the backbone has num_hidden_layers={num_hidden_layers}")
-        left = num_hidden_layers - named
+    if open_ends > 1:
+        raise ConfigError(f"{place}: says *rest twice")
+    if open_ends and num_hidden_layers is None:
+        raise ConfigError(f"{place}: *rest needs the number of layers of the backbone")
+    left = max(0, (num_hidden_layers or 0) - sum(len(kinds) * (times or 0) for kinds, times in items))
     return [
         layer for kinds, times in items for layer in (islice(cycle(kinds), left) if times is None else kinds * times)
     ]

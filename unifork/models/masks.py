@@ -20,7 +20,6 @@ Shape suffixes: B rows, T queries (all tokens of a packed row), S keys, X = B*T,
 heads, G key heads, Q1 sequences and one more, L tokens of a sequence.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, cast
@@ -28,7 +27,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -36,8 +34,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from unifork.batch import NO_DOCUMENT
 from unifork.errors import unknown
 
-VARLEN = "varlen"
-"""The name of the attention implementation."""
+VARLEN, EAGER = "varlen", "eager"
+"""Names of attention implementations, the first one ours."""
 
 Counts = tuple[tuple[int, ...], ...]
 """Tokens of each document of packed rows by branch (`Batch.document_counts`)."""
@@ -80,7 +78,7 @@ def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts) 
     return Sequences(lengths, starts_Q1, order_X, torch.argsort(order_X))
 
 
-Mask = Tensor | BlockMask | Sequences
+Mask = Tensor | Sequences
 
 
 def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) -> Tensor:
@@ -94,36 +92,7 @@ def visible_BTS(documents_BS: Tensor, branches_BS: Tensor | None, queries: int) 
     return seen
 
 
-def boolean_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> Tensor:
-    """For sdpa: (B, 1, T, S), True where a key is seen."""
-    return visible_BTS(documents_BS, branches_BS, queries)[:, None]
-
-
-def additive_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, dtype: torch.dtype) -> Tensor:
-    """For eager attention: (B, 1, T, S), 0 where a key is seen, else the lowest number of the dtype."""
-    seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def block_mask(documents_BS: Tensor, branches_BS: Tensor | None, queries: int, _dtype: torch.dtype) -> BlockMask:
-    """For flex attention: blocks nobody sees are skipped. Flex has no backward on a CPU."""
-    B, S = documents_BS.shape
-    offset = S - queries
-    branches = documents_BS if branches_BS is None else branches_BS
-
-    def seen(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same_document = documents_BS[b, q + offset] == documents_BS[b, k]
-        return (k <= q + offset) & same_document & (branches[b, q + offset] == branches[b, k])
-
-    return create_block_mask(seen, B, None, queries, S, device=str(documents_BS.device))
-
-
-MASKS: dict[str, Callable[[Tensor, Tensor | None, int, torch.dtype], Tensor | BlockMask]] = {
-    "sdpa": boolean_mask,
-    "eager": additive_mask,
-    "flex_attention": block_mask,
-    VARLEN: boolean_mask,
-}
+MASKS = ("sdpa", EAGER, VARLEN)
 """The attention implementations there is a mask for, by the names they have in transformers."""
 
 
@@ -137,13 +106,18 @@ def attention_mask(
 ) -> Mask:
     """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown.
 
-    counts: of packed rows, which `varlen` takes as sequences; without them, in a step of decoding, it takes a mask.
+    For sdpa (B, 1, T, S), True where a key is seen; for eager attention the same with 0 where a key is seen, else
+    the lowest number of the dtype. counts: of packed rows, which `varlen` takes as sequences; without them, in a
+    step of decoding, it takes sdpa's mask.
     """
     if implementation not in MASKS:
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
     if implementation == VARLEN and counts:
         return sequences(documents_BS, branches_BS, counts)
-    return MASKS[implementation](documents_BS, branches_BS, queries, dtype)
+    seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
+    if implementation == EAGER:
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return seen
 
 
 def attend(
@@ -161,10 +135,7 @@ def attend(
     With a cache the queries are fewer than the keys and the mask is a tensor: that is sdpa.
     """
     if isinstance(attention_mask, Tensor):
-        attended: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
-        )
-        return attended
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     B, A, T, E = query.shape
     groups = A // key.shape[1]
     query_XAE, key_XGE, value_XGE = map(attention_mask.gather, (query, key, value))
@@ -177,8 +148,7 @@ def attend(
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
     """Causal attention (X, A, E) within each sequence, in one call of torch's kernel."""
-    longest = max(mask.lengths)
-    starts_Q1 = mask.starts_Q1
+    starts_Q1, longest = mask.starts_Q1, max(mask.lengths)
     attended = varlen_attn(
         query, key, value, starts_Q1, starts_Q1, longest, longest, scale=scaling, window_size=(-1, 0)
     )

@@ -15,19 +15,18 @@ M supervised image positions, D code depth, C code channels, K codebook rows, H 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
-from unifork.errors import CheckpointError, IdentityError, unknown
+from unifork.errors import IdentityError, unknown
 from unifork.identity import codebook_identity
-from unifork.models.configuration import UniForkConfig
+from unifork.models.configuration import UniForkConfig, read_config
 from unifork.models.decoder import (
     Block,
     Reading,
@@ -41,18 +40,16 @@ from unifork.models.decoder import (
     routes_of,
     step_routes,
 )
-from unifork.models.image_head import HeadBlock, ImageHead
+from unifork.models.image_head import HEAD, HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
 from unifork.models.masks import Counts, Mask, attention_mask
-from unifork.weights import refuse_tensors
+from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
 MODEL_VERSION = 1
 """Raise when the same weights would compute something else, or the same seed draw other weights."""
-HEAD = "head"
-"""The image head, where kinds of layers are named."""
 
 
 class Losses(NamedTuple):
@@ -86,8 +83,7 @@ class Connector(nn.Module):
 
     def forward(self, code_sums_NC: Tensor) -> Tensor:
         """Image tokens (N, H) from the sums of their code vectors."""
-        projected: Tensor = self.linear2(F.gelu(self.linear1(code_sums_NC.to(self.linear1.weight.dtype))))
-        return projected
+        return cast(Tensor, self.linear2(F.gelu(self.linear1(code_sums_NC.to(self.linear1.weight.dtype)))))
 
 
 class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -99,7 +95,6 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     main_input_name = "batch"
     _no_split_modules = ["Block"]
     _supports_sdpa = True
-    _supports_flex_attn = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
     _keep_in_fp32_modules_strict = ["codebook"]
 
@@ -113,7 +108,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.masks_needed = masks_of(plan)
         self.embed_tokens = nn.Embedding(dense.vocab_size, H)
         self.connector = Connector(config.code_channels, H)
-        self.layers = nn.ModuleList([Block(kind, dense, index, parts) for index, kind in enumerate(plan.kinds)])
+        self.layers = nn.ModuleList([Block(name, dense, index, parts) for index, name in enumerate(plan.layers)])
         self.norm = norms(BRANCHES[plan.norm_route], dense, parts)
         self.rotary_emb = parts.rotary(config=dense)
         self.lm_head = nn.Linear(H, dense.vocab_size, bias=False)
@@ -172,13 +167,11 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def embed_codes(self, codes_ND: Tensor) -> Tensor:
         """Image tokens (N, H) from their codes."""
-        embedded: Tensor = self.connector(self.codebook[codes_ND].sum(1))
-        return embedded
+        return cast(Tensor, self.connector(self.codebook[codes_ND].sum(1)))
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary (..., V)."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+        return cast(Tensor, self.lm_head(hidden))
 
     def set_activation_checkpointing(self, kinds: Collection[str]) -> None:
         """Recompute blocks in the backward pass instead of keeping what they computed.
@@ -188,12 +181,9 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         for name in kinds:
             if name not in (*KINDS, HEAD):
                 raise unknown("kind of layer", name, (*KINDS, HEAD), "activation_checkpointing")
-        again = [KINDS[name] for name in kinds if name != HEAD]
         for module in self.modules():
-            if isinstance(module, Block):
-                module.activation_checkpointing = module.kind in again
-            elif isinstance(module, HeadBlock):
-                module.activation_checkpointing = HEAD in kinds
+            if isinstance(module, Block | HeadBlock):
+                module.activation_checkpointing = module.kind_name in kinds
 
     def _masks(
         self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = ()
@@ -234,29 +224,16 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32, attention
     IdentityError when the codebook is not the one the configuration names. Pickles are not read.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json, so not the folder of a model")
-    if not list(folder.glob("*.safetensors")):
-        found = sorted(path.name for path in folder.iterdir())
-        raise CheckpointError(f"{folder}: no .safetensors weights (pickles are not read); found {', '.join(found)}")
-    try:
-        loaded: Any = UniForkModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: weights cannot be read: {error}") from error
-    model: UniForkModel
-    model, info = loaded
-    shapes = [f"{name} {tuple(found)}, wanted {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
-    faults = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": shapes}
-    refuse_tensors(folder, faults)
-    config = model.config
+    config, weights = read_config(folder), StoredWeights(folder)
+    with torch.device("meta"):
+        wanted = shapes_of(UniForkModel(config).state_dict())
+    if config.tie_word_embeddings and "lm_head.weight" not in weights.shapes:
+        wanted.pop("lm_head.weight")
+    check_fit(folder, weights.shapes, wanted)
+    loaded: Any = UniForkModel.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
+    )
+    model: UniForkModel = loaded
     found_id = codebook_identity(model.codebook, config.depth, config.grid)
     if found_id != config.codebook_id:
         raise IdentityError(

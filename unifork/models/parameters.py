@@ -61,11 +61,6 @@ def with_head(config: UniForkConfig, folded: bool) -> UniForkConfig:
     return UniForkConfig.from_dict({**config.to_dict(), "head": {**config.head, "folded": folded}})
 
 
-def tasks_of(name: str) -> tuple[Task, ...]:
-    """The tasks whose tokens pass through a tensor, by its name."""
-    return _tasks_of(_part_of(name))
-
-
 def _part_of(name: str) -> str:
     branch, start = branch_of(name), name.partition(".")[0]
     return f"{start} ({branch})" if branch else start

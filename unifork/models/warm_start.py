@@ -12,7 +12,6 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from unifork.weights import StoredWeights, check_fit, local_folder, read_json, s
 
 _NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
 _BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
-_NOT_DENSE = ("connector.", "image_head.", "codebook")
+NOT_DENSE = ("connector.", "image_head.", "codebook")
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.(original_)?inv_freq$")
 
 
@@ -42,13 +41,6 @@ def branch_of(name: str) -> str | None:
     return found[2] if found else None
 
 
-def dense_backbone(folder: Path) -> dict[str, Any]:
-    """The backbone a dense model's `config.json` describes. Raises CheckpointError or ConfigError."""
-    path = folder / "config.json"
-    plain = read_json(path)
-    return backbone_of(plain, str(plain.get("model_type", "(missing)")), str(path))
-
-
 def model_config(
     variant: Variant,
     codebook_size: int,
@@ -58,7 +50,7 @@ def model_config(
     vocab_size: int,
     codebook_id: str = "",
     encoder_id: str = "",
-    special_tokens: Mapping[str, int] | None = None,
+    special_tokens: dict[str, int] | None = None,
 ) -> UniForkConfig:
     """The configuration of a variant; one without a backbone has that of the dense model it starts from.
 
@@ -67,7 +59,9 @@ def model_config(
     """
     backbone = variant.backbone
     if variant.warm_start is not None and not backbone:
-        backbone = dense_backbone(local_folder(variant.warm_start))
+        path = local_folder(variant.warm_start) / "config.json"
+        plain = read_json(path)
+        backbone = backbone_of(plain, str(plain.get("model_type", "(missing)")), str(path))
     named = backbone.get("vocab_size", vocab_size)
     if named < vocab_size:
         raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
@@ -81,7 +75,7 @@ def model_config(
         grid=grid,
         codebook_id=codebook_id,
         encoder_id=encoder_id,
-        special_tokens=None if special_tokens is None else dict(special_tokens),
+        special_tokens=special_tokens,
     )
 
 
@@ -92,10 +86,9 @@ def create_model(
     grid: int,
     encoder_id: str,
     vocab_size: int,
-    seed: int | None = None,
-    special_tokens: Mapping[str, int] | None = None,
+    special_tokens: dict[str, int] | None = None,
 ) -> UniForkModel:
-    """A new model of a variant around a frozen codebook; `seed` stands in for the variant's own.
+    """A new model of a variant around a frozen codebook.
 
     Raises ConfigError or CheckpointError when the dense model of `warm_start` does not fit.
     """
@@ -104,7 +97,7 @@ def create_model(
     config = model_config(variant, K, C, depth, grid, vocab_size, identity, encoder_id, special_tokens)
     with torch.random.fork_rng(devices=[]):
         model = UniForkModel(config)
-    initialise(model, variant.seed if seed is None else seed)
+    initialise(model, variant.seed)
     if variant.warm_start is not None:
         warm_start(model, local_folder(variant.warm_start))
     model.codebook.copy_(codebook_KC)
@@ -133,17 +126,15 @@ def warm_start(model: UniForkModel, dense: Mapping[str, Tensor] | Path | str) ->
 
     Raises CheckpointError when a tensor is missing, of another shape, or of no use to the model.
     """
-    place = "dense model" if isinstance(dense, Mapping) else str(dense)
-    if isinstance(dense, Mapping):
-        state = dense
-    else:
-        stored = StoredWeights(Path(dense))
-        state = stored.read(stored.file_of)
+    place, state = "dense model", dense
+    if not isinstance(state, Mapping):
+        stored = StoredWeights(Path(state))
+        place, state = str(dense), stored.read(stored.file_of)
     source = {name.removeprefix("model."): name for name in state}
     parameters = dict(model.named_parameters())
     targets: dict[str, list[str]] = {}
     for name in parameters:
-        if not name.startswith(_NOT_DENSE):
+        if not name.startswith(NOT_DENSE):
             targets.setdefault(without_branch(name), []).append(name)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     found = {name: state[source[name]] for name in source.keys() - tied if not _NOT_WEIGHTS.search(name)}

@@ -21,7 +21,7 @@ from PIL import Image
 from unifork.config import Card
 from unifork.evaluation.benchmarks import Program
 from unifork.image_tokenizer.readers import read_back
-from unifork.image_tokenizer.views import view_of
+from unifork.image_tokenizer.views import VARIANTS
 from unifork.report.codec import Codec
 from unifork.report.reading import Found, undamaged
 from unifork.shards.job import QUARANTINE, quarantine_of, read_table
@@ -89,7 +89,7 @@ def data_pictures(card: Card, folder: Path, manifest: Manifest, size: int, codec
     reconstructions: list[tuple[str, list[Picture]]] = []
     detector: dict[str, dict[str, int]] = {}
     for view in views_of(card) if images else []:
-        pixels_BSSC = np.stack([view_of(image, view, size, card.matte) for image in images])
+        pixels_BSSC = np.stack([VARIANTS[view](image, size, card.matte) for image in images])
         strips[f"{view} view"] = pictures(pixels_BSSC[:SAMPLES])
         if codec is not None:
             drawn_BSSC = codec.reconstruct(pixels_BSSC)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.parity.comparison import Comparison
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import TEMPLATES, UNCONDITIONAL, Piece, Template, question, written
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import DataError
-from unifork.parity.comparison import Comparison
 from unifork.shards.schema import IMAGE_MARK, turns_of
 from unifork.vocabulary import TURN_END
 

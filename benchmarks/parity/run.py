@@ -13,9 +13,9 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.parity import model, preprocessing, text, tokenizer
+from benchmarks.parity.comparison import Comparison
 from unifork.errors import DataError
-from unifork.parity import model, preprocessing, text, tokenizer
-from unifork.parity.comparison import Comparison
 
 AREAS: tuple[ModuleType, ...] = (preprocessing, tokenizer, text, model)
 """Modules with `comparisons(folder) -> Iterator[Comparison]`, in the order of the table."""

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.parity.comparison import Comparison
 from unifork.errors import DataError
 from unifork.image_tokenizer.model import to_tensor
 from unifork.image_tokenizer.views import PAD_COLOUR, SMALLEST_SIDE, crop_view, pad_first_view, pad_view
-from unifork.parity.comparison import Comparison
 
 ITEM = "04_preprocess"
 NUMBERS = "04_preprocess.json"

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.parity.comparison import Comparison, Reference
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer, commitment_loss
-from unifork.parity.comparison import Comparison, Reference
 
 ITEM = "01_tokenizer"
 INPUT = "pixel_values"

@@ -1,23 +1,30 @@
-"""`unifork parity`: this project's numbers beside those of the official code."""
+"""This project's numbers beside those of the official code: `python -m benchmarks.parity FOLDER`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.parity.run import verdicts, write
+from unifork.errors import UniForkError
+
+WIDTH = 160
+"""Columns of the table where nobody looks at a terminal."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.command()
 def parity(
     folder: Annotated[Path, typer.Argument(help="reference numbers, for example tests/fixtures/official_tiny")],
     out: Annotated[Path | None, typer.Option(help="folder for the tensors computed here")] = None,
 ) -> None:
     """Compare every tensor of a fixture folder; exit with 1 if any differs."""
-    import torch
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from unifork.parity.run import verdicts, write
-
     torch.set_num_threads(1)
     found = list(verdicts(folder))
     table = Table("item", "tensor", "max difference", "tolerance", "verdict")
@@ -36,5 +43,9 @@ def parity(
     raise typer.Exit(1 if failed or not found else 0)
 
 
-WIDTH = 160
-"""Columns of the table where nobody looks at a terminal."""
+if __name__ == "__main__":
+    try:
+        app(prog_name="python -m benchmarks.parity")
+    except UniForkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.parity.comparison import Comparison, Reference
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, NO_DOCUMENT, TEXT, Batch, Document, pack
 from unifork.config import Sampling
 from unifork.documents.prompts import Piece
@@ -35,7 +36,6 @@ from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.conversion import dense_branch, from_official, official_config, official_names
 from unifork.models.generation import answer_texts, generate_images, guide, probabilities
 from unifork.models.modeling import UniForkModel
-from unifork.parity.comparison import Comparison, Reference
 from unifork.vocabulary import PAD, TURN_END, Task
 from unifork.weights import StoredWeights, read_json
 
@@ -200,8 +200,8 @@ def _decoding(original: Original) -> Iterator[Comparison]:
     prompts = [ids[real].tolist() for ids, real in zip(ids_BL, real_BL, strict=True)]
     half, head = len(prompts) // 2, model.image_head
     with _recorded(head.hidden_proj) as steps, _recorded(head.classifier) as depths:
-        sampling = Sampling(guidance=notes["cfg"])
-        codes_BND = generate_images(model, prompts[:half], prompts[half], sampling, greedy=True)
+        likeliest = Sampling(guidance=notes["cfg"], top_k=1)
+        codes_BND = generate_images(model, prompts[:half], prompts[half], likeliest)
     guided = torch.stack([guide(logits_R1K[:, 0], notes["cfg"]) for _, logits_R1K in depths])
     quantised_BNC = original.tokenizer.quantizer.lookup(codes_BND)
     yield from given.compare({"codes": codes_BND})

@@ -1,0 +1,1 @@
+"""Programs that measure: speed, memory, growth, and numbers beside those of the official code."""
