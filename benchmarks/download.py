@@ -32,7 +32,7 @@ from PIL import Image
 
 from unifork.cluster import run_jobs
 from unifork.config import Card, WebAccess
-from unifork.sources.download import download_job
+from unifork.sources import download_job
 from unifork.sources.web.download import WEB_VERSION, Download
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 9)]

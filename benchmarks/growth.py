@@ -29,7 +29,7 @@ from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
 from unifork.publish.publication import build
 from unifork.shards.job import ShardJob
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 
 SHARD_ROWS = 1000
 PAPER_IMAGES = 90_000_000

@@ -5,7 +5,7 @@ from unifork.config import HopResources, load_card, load_cluster, load_experimen
 from unifork.filters.rules import check_card
 from unifork.jobs import program
 from unifork.layout import Layout
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 from unifork.sources.web.download import WEB_VERSION, Download
 
 LAYOUT = Layout()

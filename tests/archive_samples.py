@@ -13,7 +13,7 @@ from tiny import run_here
 from unifork.config import Card
 from unifork.filters.worker import Filter, filter_job
 from unifork.shards.job import QUARANTINE
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 
 IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"
 PNG = {path.stem: path.read_bytes() for path in sorted(IMAGES.glob("img*.png"))}

@@ -17,7 +17,7 @@ from unifork.errors import ConfigError
 from unifork.experiments import resolve
 from unifork.layout import Layout
 from unifork.shards.manifest import read_manifest
-from unifork.sources.download import download_job
+from unifork.sources import download_job
 from unifork.vocabulary import DROPPED_PROMPT, TURN_START
 
 ROOT = Path(__file__).parent.parent

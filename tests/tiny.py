@@ -17,7 +17,7 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.warm_start import create_model
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 
 REPOSITORY = Path(__file__).parent.parent
 ROWS, SHARD_ROWS = 96, 32

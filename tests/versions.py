@@ -28,7 +28,7 @@ SHARDS = within("unifork/shards", "schema")
 COVERS: dict[str, tuple[str, list[str]]] = {
     "VOCABULARY_VERSION": ("unifork/vocabulary.py", ["unifork/randomness.py"]),
     "DOWNLOAD_VERSION": (
-        "unifork/sources/download.py",
+        "unifork/sources/__init__.py",
         ["unifork/sources/*.*", *SHARDS, "pipelines/download.py"],
     ),
     "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.*", "pipelines/download.py"]),

@@ -19,7 +19,7 @@ from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.shards.job import QUARANTINE
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, fault, read_manifest
 from unifork.shards.schema import codes_meta
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, run_here, star
 from unifork.config import load_card, parse
 from unifork.filters.worker import Filter, filter_job
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, Shard, read_manifest
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from unifork.filters.worker import Filter, filter_job
 from unifork.processes import exclusive
 from unifork.shards import manifest as manifests
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 
 CARD = load_card("shapes")
 

@@ -30,7 +30,7 @@ from unifork.publish.publication import build
 from unifork.report.pictures import rejected_rows
 from unifork.shards.job import QUARANTINE, RECORD_SUFFIX, quarantine_of, read_table
 from unifork.shards.manifest import FETCHED, MANIFEST, manifest_sha256, read_manifest
-from unifork.sources.download import Materialise, download_job
+from unifork.sources import Materialise, download_job
 from unifork.training.loop import Run
 from unifork.training.stage import StageJob, train_stage
 

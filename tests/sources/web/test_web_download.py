@@ -16,7 +16,7 @@ from tiny import REPOSITORY, start
 from unifork.config import Card, WebAccess, load_card, parse
 from unifork.errors import ConfigError
 from unifork.shards.manifest import MANIFEST, read_manifest
-from unifork.sources.download import download_job
+from unifork.sources import download_job
 from unifork.sources.url_lists import FetchRules, UrlList
 from unifork.sources.web.download import WEB_VERSION, Download
 

@@ -25,8 +25,7 @@ from unifork.config import Card, WebAccess, cluster_file, parse
 from unifork.errors import ConfigError, MachineError
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
-from unifork.sources import Fault, Row
-from unifork.sources.download import Materialise
+from unifork.sources import Fault, Materialise, Row
 from unifork.sources.url_lists import UrlList
 from unifork.sources.web.client import Client, Refused, target_of
 
