@@ -19,6 +19,7 @@ from unifork.config import MixtureEntry, OptimizerConfig, Track, load_card
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer, train_text_tokenizer
+from unifork.layout import Layout
 from unifork.shards.job import table_of, write_shard
 from unifork.shards.manifest import Manifest, write_manifest
 from unifork.shards.schema import codes_schema, columns_of
@@ -40,7 +41,7 @@ def make_shards(root: Path, rows: int, shard_rows: int) -> TextTokenizer:
         card_of_one = card.model_copy(update={"tasks": {task: card.tasks[task].model_copy(update={"texts": (text,)})}})
         identity = {"codebook_id": "c" * 16, "encoder_id": "e" * 16, "encoding": {"view": view}}
         schema = codes_schema(card_of_one, task, GRID, DEPTH, identity)
-        folder, shards = root / "codes" / "shapes" / view, []
+        folder, shards = Layout(root).codes / "shapes" / view, []
         for first in range(0, rows, shard_rows):
             codes = rng.integers(0, CODES, (shard_rows, GRID**2 * DEPTH)).astype("<u2")
             plain = [
@@ -79,7 +80,7 @@ def main() -> None:
                       trainable=("*",), optimizer=optimizer, prompt_drop=0.1)  # fmt: skip
         started = time.process_time()
         loader = TrackLoader(
-            "joint", track, root / "codes", tokenizer, CodesIdentity(GRID**2, DEPTH, "c" * 16, "e" * 16),
+            "joint", track, Layout(root), tokenizer, CodesIdentity(GRID**2, DEPTH, "c" * 16, "e" * 16),
             seed=0, context=1350, row_tokens=given.row_tokens, rows_per_microbatch=1, quarantine=Quarantine(),
         )  # fmt: skip
         preparing = time.process_time() - started

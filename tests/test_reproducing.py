@@ -15,6 +15,7 @@ from unifork.documents.prompts import TEMPLATES
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.experiments import resolve
+from unifork.layout import Layout
 from unifork.shards.manifest import read_manifest
 from unifork.sources.download import download_job
 from unifork.vocabulary import DROPPED_PROMPT, TURN_START
@@ -112,7 +113,7 @@ def loader(root: Path, positions: int | None) -> TrackLoader:
     track = experiment.stages["s2-pretrain"].tracks["joint"]
     lineage = read_manifest(root / "data/codes/shapes/crop").lineage
     return TrackLoader(
-        "joint", track.model_copy(update={"supervised_positions": positions}), root / "data/codes",
+        "joint", track.model_copy(update={"supervised_positions": positions}), Layout(root),
         TextTokenizer(root / "tokenizers/text"), CodesIdentity(36, 4, lineage["codebook_id"], lineage["encoder_id"]),
         seed=0, context=400, row_tokens=512, rows_per_microbatch=1, quarantine=Quarantine(),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """`unifork`: the commands for people. What programs run is in `pipelines/`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from unifork.commands.plan import plan
 from unifork.commands.publish import fetch, publish
 from unifork.commands.verify import verify
 from unifork.errors import UniForkError
-from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
+from unifork.layout import MODEL_IMAGE_TOKENIZER
 
 # Heavy imports stand inside the commands: `unifork --help` must not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -38,13 +39,12 @@ def use(
     from unifork.config import load_card
 
     if name is None:
-        for path in sorted(Layout().experiments.glob("*.yaml")):
-            first = path.read_text().partition("\n")[0]
-            print(f"{path.stem:<20} {first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
+        for known, about in experiments.names().items():
+            print(f"{known:16} {about}")
         return
     experiment = experiments.use(name, force)
     for dataset, taken in experiment.datasets.items():
-        if not Path(taken.follows.source).exists():
+        if taken.follows and not Path(taken.follows.source).exists():
             access = load_card(dataset).source.options.get("access", "see its card")
             print(f"{taken.follows.source} is not there yet, for {dataset}: {access}")
     print(f"params.yaml: {name}, data sets {', '.join(experiment.datasets)}, runs {', '.join(experiment.runs)}")
@@ -98,6 +98,7 @@ def describe(
 
 def main() -> None:
     """Entry point: users' mistakes are one line, everything else keeps its traceback."""
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: cards name MODULE:OBJECT of code that lies here
     try:
         app()
     except UniForkError as error:

@@ -16,8 +16,8 @@ import torch
 
 from unifork.batch import Document
 from unifork.config import Sampling, parse
-from unifork.documents.mixture import Skeleton, skeleton, template_named
-from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Template, question, written
+from unifork.documents.mixture import Skeleton, skeleton
+from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Template, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.layout import MODEL_TEXT_TOKENIZER

@@ -98,7 +98,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int) -> 
             _there(codes / MANIFEST, f"dvc repro encode@{entry.dataset}")
         quarantine = Quarantine()
         loader = TrackLoader(
-            name, track, layout.codes, tokenizer, identity,
+            name, track, layout, tokenizer, identity,
             seed=chosen.seed, context=chosen.context, row_tokens=resources.row_tokens,
             rows_per_microbatch=resources.rows_per_microbatch, quarantine=quarantine,
         )  # fmt: skip

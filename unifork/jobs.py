@@ -144,14 +144,14 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
         CLUSTER: os.path.relpath(cluster_file()),
         **cluster.runtime_env.get("env_vars", {}),
     }
-    packages = sorted({"unifork", module.partition(".")[0]})
+    packages = [_folder_of(package, module) for package in sorted({"unifork", module.partition(".")[0]})]
     job: str = client.submit_job(
         entrypoint=shlex.join([cluster.python or sys.executable, "-m", module, *argv]),
         submission_id=f"{module.rpartition('.')[2]}-{uuid.uuid4().hex[:8]}",
         runtime_env={
-            "py_modules": [_folder_of(package, module) for package in packages],
             "excludes": ["__pycache__"],
             **cluster.runtime_env,
+            "py_modules": [*packages, *cluster.runtime_env.get("py_modules", ())],
             "env_vars": environment,
         },
     )

@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document, pack
 from unifork.config import Card, Experiment, ImageTokenizerConfig, MixtureEntry, Track, Variant
 from unifork.config.base import Fraction01, Plain
-from unifork.documents.mixture import template_named
-from unifork.documents.prompts import SYSTEM
+from unifork.documents.prompts import SYSTEM, template_named
 from unifork.errors import ConfigError, unknown
 from unifork.models.configuration import UniForkConfig
 from unifork.models.masks import VARLEN

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from unifork.errors import UniForkError, writing
+from unifork.errors import MachineError, UniForkError, writing
 
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h; the signal also needs a parent that is one program, without a shell between."""
@@ -51,7 +51,7 @@ def lock_path(folder: Path | str) -> Path:
 
 @contextmanager
 def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
-    """Be the only program that writes a folder, on all machines that share it.
+    """Be the only program that writes a folder, on all machines that share it where `flock` holds across machines.
 
     Waits a few seconds, since an orphan may be about to die, then raises UniForkError naming the folder and
     the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`.
@@ -86,6 +86,12 @@ def _try_lock(path: Path) -> int | None:
             return handle
     except (BlockingIOError, FileNotFoundError):  # held; or removed by its holder between our open and our lock
         pass
+    except OSError as error:
+        os.close(handle)
+        raise MachineError(
+            f"{path}: this file system takes no locks (flock): {error.strerror}. Mount it with locks, or keep the "
+            f"experiment on one that has them (docs/clusters.md)"
+        ) from None
     os.close(handle)
     return None
 

@@ -7,7 +7,10 @@ written anywhere in the project.
 from typing import Literal, get_args
 
 VOCABULARY_VERSION = 1
-"""Raise when a view, a special token or the type of codes changes: everything after the raw data is then made anew."""
+"""Raise when a view, a special token or the type of codes changes: codes, documents and models are then made anew.
+
+Constants like this one stand beside the code they cover (`tests/versions.py` says which files) and are part of the
+fingerprints of what it makes; DVC reads them as parameters of the stages that run it."""
 
 Task = Literal["understanding", "generation"]
 TASKS: tuple[Task, ...] = get_args(Task)

@@ -1,5 +1,6 @@
 """A program dies with its parent, and a lock dies with its program; shown with real processes."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from unifork.errors import UniForkError
+from unifork.errors import MachineError, UniForkError
 from unifork.processes import die_with_parent, exclusive, lock_path
 
 ROOT = Path(__file__).parents[2]
@@ -121,3 +122,15 @@ for _ in range(10):
 """
     processes = [start(program, str(tmp_path / "run")) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (
+        pytest.raises(MachineError, match=r"out\.lock: this file system takes no locks \(flock\): No locks available"),
+        exclusive(tmp_path / "out"),
+    ):
+        pass

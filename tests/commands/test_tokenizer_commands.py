@@ -99,7 +99,7 @@ def test_a_tokenizer_is_trained_or_imported_and_never_both():
     assert isinstance(parse(Experiment, params, "params").image_tokenizer, ImageTokenizerConfig)
     imported = parse(Experiment, params | {"image_tokenizer": IMPORT}, "params")
     assert imported.image_tokenizer == ImportedTokenizer(**IMPORT)
-    with pytest.raises(ConfigError, match=r"image_tokenizer\.imported: unknown key 'patch_size'"):
+    with pytest.raises(ConfigError, match=r"image_tokenizer\.\(imported\): unknown key 'patch_size'"):
         parse(Experiment, params | {"image_tokenizer": trained | IMPORT}, "params")
-    with pytest.raises(ConfigError, match=r"image_tokenizer\.trained\.encoder: Field required"):
+    with pytest.raises(ConfigError, match=r"image_tokenizer\.\(trained\)\.encoder: Field required"):
         parse(Experiment, params | {"image_tokenizer": {"image_size": 48}}, "params")

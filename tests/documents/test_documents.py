@@ -15,6 +15,7 @@ from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import CodesIdentity, Part, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, IdentityError
+from unifork.layout import Layout
 from unifork.shards.manifest import read_manifest
 
 GENERATE = MixtureEntry(dataset="shapes", task="generation", text="caption", template="generate", weight=1.0)
@@ -28,9 +29,7 @@ def identity_of(root: Path) -> CodesIdentity:
 
 def part(root, entry, context=400, identity=None, quarantine=None):
     tokenizer = TextTokenizer(root / "tokenizers/text")
-    return Part(
-        entry, root / "data/codes", tokenizer, identity or identity_of(root), context, quarantine or Quarantine()
-    )
+    return Part(entry, Layout(root), tokenizer, identity or identity_of(root), context, quarantine or Quarantine())
 
 
 def test_documents_carry_the_codes_of_their_own_row(tiny_root):
@@ -137,7 +136,7 @@ def loader(root, workers_rows=(512, 1), drop=0.5):
     experiment = load(Experiment, root / "params.yaml")
     track = experiment.stages["s2-pretrain"].tracks["joint"].model_copy(update={"prompt_drop": drop})
     return TrackLoader(
-        "joint", track, root / "data/codes", TextTokenizer(root / "tokenizers/text"), identity_of(root),
+        "joint", track, Layout(root), TextTokenizer(root / "tokenizers/text"), identity_of(root),
         seed=0, context=400, row_tokens=workers_rows[0], rows_per_microbatch=workers_rows[1], quarantine=Quarantine(),
     )  # fmt: skip
 

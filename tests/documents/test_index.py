@@ -127,7 +127,8 @@ def test_what_documents_are_made_of_decides_which_index_is_read(tiny_root, monke
         part(tiny_root, GENERATE.model_copy(update={"template": "generate-plain"})),
         part(tiny_root, ANSWER),
     ]
-    monkeypatch.setattr(documents, "_preparing_code", lambda: "changed")
-    others.append(part(tiny_root, GENERATE))
-    assert len({first.index.folder, *(other.index.folder for other in others)}) == 5
+    for name in ("DOCUMENTS_VERSION", "VOCABULARY_VERSION"):
+        monkeypatch.setattr(documents, name, 2)
+        others.append(part(tiny_root, GENERATE))
+    assert len({first.index.folder, *(other.index.folder for other in others)}) == 6
     assert all((others[-1].codes(n) == first.codes(n)).all() for n in range(5))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-
-from unifork.training.distributed_testing import run_distributed
+from distributed_testing import run_distributed
 
 
 def summed(rank: int, world_size: int, offset: int) -> int:

@@ -1,12 +1,12 @@
 """Sharded over two ranks with one task each, gradients are those of one process."""
 
 import torch
+from distributed_testing import run_distributed
 from model_samples import generation, gradients, noisy_model, rows, understanding
 from torch.distributed.fsdp import fully_shard
 
 from unifork.batch import Batch
 from unifork.models.layer_plan import KINDS
-from unifork.training.distributed_testing import run_distributed
 
 CASES = [
     ("shared*2 task*2 norm:task", ()),

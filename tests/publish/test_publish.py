@@ -26,6 +26,7 @@ from unifork.documents.mixture import CodesIdentity, Part, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
 from unifork.filters.takedown import listing
+from unifork.layout import Layout
 from unifork.publish import stores
 from unifork.publish.card import size_category
 from unifork.publish.publication import permitted
@@ -141,7 +142,7 @@ def test_it_comes_back_byte_for_byte_and_trains(root):
     meta = codes_meta(pq.read_schema(Path("data/codes/shapes/crop") / manifest.shards[0].path), "")
     identity = CodesIdentity(*meta["shape"], tokenizer["codebook_id"], tokenizer["encoder_id"])
     entry = MixtureEntry(dataset="shapes", task="generation", text="caption", template="generate", weight=1.0)
-    part = Part(entry, Path("data/codes"), TextTokenizer(Path("tokenizers/text")), identity, 512, Quarantine())
+    part = Part(entry, Layout(), TextTokenizer(Path("tokenizers/text")), identity, 512, Quarantine())
     assert len(part) == manifest.rows
     assert "(3 kept from before)" in command("fetch", "out", "shapes")
 

@@ -1,6 +1,7 @@
 """The whole page: what it says, that it needs nothing else, that it is there at any time, and what it refuses."""
 
 import base64
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -55,7 +56,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Pages without the plots of training, which take most of the time."""
-    monkeypatch.setattr("unifork.report.build.training_plots", lambda history: [])
+    monkeypatch.setattr("unifork.report.gather.training_plots", lambda history: [])
 
 
 def test_it_says_what_was_run_and_what_came_out(whole):
@@ -196,6 +197,38 @@ def test_damaged_files_are_refused_by_name(tmp_path, file):
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     with pytest.raises(UniForkError, match=re.escape(path.name)):
         build(plan, where, FakeCodec)
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("tokenizers/image/report.json", "psnr_db"),
+        ("models/fork-s1/training/summary.json", "documents"),
+        ("models/fork-s1/training/summary.json", "trained"),
+        ("runs/fork-s1/finished.json", "seconds"),
+        ("scores/fork-shapes-generation/metrics.json", "chance"),
+        ("scores/fork-shapes-generation/outputs/samples.jsonl", "faults"),
+        ("scores/fork-shapes-understanding/outputs/samples.jsonl", "expected"),
+    ],
+)
+def test_files_that_lack_a_value_are_refused_by_name(tmp_path, file, key):
+    plan = experiment()
+    where = write_all(tmp_path, plan)
+    path = tmp_path / file
+    path.write_text(path.read_text().replace(f'"{key}"', '"other"'))
+    with pytest.raises(UniForkError, match=f"{re.escape(path.name)}: damaged: .*{key}"):
+        build(plan, where, FakeCodec)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_benchmark_that_a_report_does_not_know_has_no_samples(tmp_path):
+    plan = experiment()
+    where = write_all(tmp_path, plan)
+    (where.scores("fork-shapes-generation") / "outputs/samples.jsonl").write_text(json.dumps({"frames": 3}) + "\n")
+    text = words(build(plan, where, FakeCodec))
+    assert "What it answered" in text
+    assert "What it drew" not in text
 
 
 def test_fewer_pictures_than_prompts_are_refused(tmp_path):

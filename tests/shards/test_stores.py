@@ -244,7 +244,7 @@ def test_a_smaller_plan_and_a_takedown_leave_nothing_behind(store, tmp_path):
     copy = tmp_path / "data" / FETCHED / f"{manifest.shards[0].sha256}.parquet"
     copy.parent.mkdir()
     copy.write_bytes(b"a copy of training")
-    less = takedown(filtered, [first[3], rejected.key])
+    less = takedown(filtered, [first[3], rejected["key"]])
     assert read_manifest(filtered) == less
     assert less.rows == manifest.rows - 1 == raw.rows - 2
     assert not copy.exists()

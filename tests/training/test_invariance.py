@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_testing import run_distributed
 
 from unifork.batch import pack
 from unifork.config import OptimizerConfig
 from unifork.documents.order import deal
 from unifork.models import losses
-from unifork.training.distributed_testing import run_distributed
 from unifork.training.loop import Run, TrackRun
 from unifork.training.optimizer import make_optimizer
 from unifork.training.strategies import strategy

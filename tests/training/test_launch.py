@@ -1,14 +1,27 @@
-"""What training asks Ray for."""
+"""What training asks Ray for, and which errors cost a restart."""
 
 from pathlib import Path
+
+import pytest
+import torch
+from stage_runs import RESOURCES, job
+
+from unifork.config import LossBand, TrainResources
+from unifork.errors import ConfigError, DataError, UniForkError
+from unifork.training import launch
+
+
+def resources(workers, **more):
+    return RESOURCES.model_copy(update={"workers": workers, "cpus": 0.5, "strategy": "ddp", "max_restarts": 2, **more})
+
+
+def log_of(one):
+    return (one.run_folder / "log.txt").read_text()
 
 
 def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from unifork.config import TrainResources
-    from unifork.training.launch import scaling
 
     def worker(config):
         import os
@@ -16,14 +29,120 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
         rank = ray.train.get_context().get_world_rank()
         Path(config["folder"], str(rank)).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
-    resources = TrainResources(workers=2, cpus=0.5, gpus=1)
+    asked = TrainResources(workers=2, cpus=0.5, gpus=1)
     trainer = TorchTrainer(
         worker,
         train_loop_config={"folder": str(tmp_path)},
-        scaling_config=scaling(resources),
+        scaling_config=launch.scaling(asked),
         torch_config=TorchConfig(backend="gloo"),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path / "ray"), name="gpus"),
     )
     trainer.fit()
     seen = {(tmp_path / rank).read_text() for rank in ("0", "1")}
     assert all(devices for devices in seen)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loss_out_of_its_band_ends_the_run_at_once_with_its_message(ray_session, root, workers):
+    one = job(root, resources=resources(workers), loss_band=LossBand(stop=0.9))
+    with pytest.raises(UniForkError, match=r"step 0: text_loss .* is above 0\.9 x 5\.991") as told:
+        launch.launch(one)
+    assert type(told.value) is UniForkError
+    assert log_of(one).count("starting, 8 steps") == 1
+
+
+def test_a_missing_template_keeps_its_type_and_the_next_start_is_a_new_one(ray_session, root):
+    one = job(root, resources=resources(1), steps=1)
+    stage = one.stage
+    (entry, *_), track = stage.tracks["joint"].mixture, stage.tracks["joint"]
+    wrong = track.model_copy(update={"mixture": (entry.model_copy(update={"template": "generat"}),)})
+    stages = {"s2-pretrain": stage.model_copy(update={"tracks": {"joint": wrong}})}
+    bad = one.model_copy(update={"experiment": one.experiment.model_copy(update={"stages": stages})})
+    with pytest.raises(ConfigError, match=r"unknown prompt template 'generat'.*Did you mean 'generate'"):
+        launch.launch(bad)
+    launch.launch(one)
+    assert one.model_folder.exists()
+
+
+def instead_of_training(monkeypatch, attempts, stage):
+    """Workers call `stage(rank, attempt)`; both know how often the group was started."""
+
+    def worker(config):  # a function of a function is sent as it is, with what it names
+        import ray.train
+        from torch import distributed
+
+        from unifork.training import launch
+
+        rank = ray.train.get_context().get_world_rank()
+        path = Path(attempts) / str(rank)
+        attempt = len(path.read_text()) if path.exists() else 0
+        path.write_text("x" * (attempt + 1))
+
+        def train_stage(job, run):
+            stage(rank, attempt)
+            if run.workers > 1:
+                distributed.barrier()
+
+        launch.train_stage = train_stage
+        launch._worker(config)
+
+    monkeypatch.setattr(launch, "_worker", worker)
+
+
+def started(folder):
+    return {path.name: len(path.read_text()) for path in folder.iterdir()}
+
+
+def test_a_mistake_of_one_worker_ends_those_that_wait_for_it(ray_session, root, monkeypatch, tmp_path):
+    def stage(rank, attempt):
+        from unifork.errors import DataError
+
+        if rank == 1:
+            raise DataError("a shard of rank 1 is damaged")
+
+    (tmp_path / "attempts").mkdir()
+    instead_of_training(monkeypatch, tmp_path / "attempts", stage)
+    with pytest.raises(DataError, match=r"^a shard of rank 1 is damaged$"):
+        launch.launch(job(root, resources=resources(2)))
+    assert started(tmp_path / "attempts") == {"0": 1, "1": 1}
+
+
+@pytest.mark.parametrize("death", ["exit", "exception"])
+def test_a_worker_that_is_lost_costs_a_restart(ray_session, root, monkeypatch, tmp_path, death):
+    def stage(rank, attempt):
+        import os
+
+        if rank == 1 and attempt == 0:
+            if death == "exit":
+                os._exit(1)
+            raise RuntimeError("not the user's fault")
+
+    (tmp_path / "attempts").mkdir()
+    instead_of_training(monkeypatch, tmp_path / "attempts", stage)
+    launch.launch(job(root, resources=resources(2)))
+    assert started(tmp_path / "attempts")["1"] == 2  # the other may not have come so far when the first is lost
+
+
+def test_what_is_no_mistake_of_the_user_is_raised_by_ray_after_the_last_restart(
+    ray_session, root, monkeypatch, tmp_path
+):
+    import ray.train
+
+    def stage(rank, attempt):
+        raise RuntimeError("not the user's fault")
+
+    (tmp_path / "attempts").mkdir()
+    instead_of_training(monkeypatch, tmp_path / "attempts", stage)
+    with pytest.raises(ray.train.TrainingFailedError, match="not the user's fault"):
+        launch.launch(job(root, resources=resources(1, max_restarts=1)))
+    assert started(tmp_path / "attempts") == {"0": 2}
+
+
+def test_what_the_machine_does_not_have_is_said_at_once(ray_session, root, monkeypatch):
+    with pytest.raises(ConfigError, match=r"local\.yaml: 5 workers with 0\.5 CPU each .*Ray has 2 CPU"):
+        launch.launch(job(root, resources=resources(5)))
+    with pytest.raises(ConfigError, match=r"3 workers with 1 GPU each .*Ray has 2 GPU"):
+        launch.launch(job(root, resources=resources(3, gpus=1.0)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"local\.yaml: .* asks for a GPU, but there is none"):
+        launch.launch(job(root, resources=resources(0, gpus=1.0)))

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
+from distributed_testing import run_distributed
 from stage_runs import RESOURCES, assert_equal, job, job_named, killed, train_and_die, weights
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from unifork.errors import CheckpointError
-from unifork.training import checkpoint
-from unifork.training.distributed_testing import run_distributed
+from unifork.training import checkpoint, stage
 from unifork.training.history import History, read
 from unifork.training.loop import Run
 from unifork.training.stage import train_stage
@@ -77,7 +77,28 @@ def test_what_changes_only_the_speed_does_not_start_afresh(root):
     assert "continuing from step 3 of 8" in (one.run_folder / "log.txt").read_text()
 
 
-def test_a_finished_run_is_not_trained_again_by_the_same_code_but_is_by_other_code(root):
+VERSIONS = ("TRAIN_VERSION", "MODEL_VERSION", "DOCUMENTS_VERSION", "VOCABULARY_VERSION")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_another_version_of_the_code_never_continues_old_weights(root, monkeypatch, version):
+    one = job(root)
+    first = one.fingerprint()
+    (one.run_folder / "step-1").mkdir(parents=True)
+    (one.run_folder / "step-1" / "state.json").write_text(
+        json.dumps({"format": checkpoint.FORMAT, "fingerprint": first, "files": {}})
+    )
+    (one.run_folder / "latest").write_text("step-1")
+    stage._make_room(one, first, lambda line: None)
+    assert (one.run_folder / "latest").exists()
+    monkeypatch.setattr(stage, version, 2)
+    assert one.fingerprint() != first
+    stage._make_room(one, one.fingerprint(), lambda line: None)
+    assert not (one.run_folder / "latest").exists()
+    assert (one.run_folder.with_name(one.run_folder.name + ".old-1") / "latest").exists()
+
+
+def test_a_finished_run_is_not_trained_again_by_the_same_version_but_is_by_another(root, monkeypatch):
     one = job(root)
     train_stage(one, Run())
     first = weights(one)
@@ -85,8 +106,7 @@ def test_a_finished_run_is_not_trained_again_by_the_same_code_but_is_by_other_co
     train_stage(one, Run())
     assert_equal(weights(one), first)
     assert "continuing from step 8 of 8" in (one.run_folder / "log.txt").read_text()
-    finished = one.run_folder / checkpoint.FINISHED
-    finished.write_text(json.dumps(json.loads(finished.read_text()) | {"code": "another"}))
+    monkeypatch.setattr(stage, "TRAIN_VERSION", 2)
     train_stage(one, Run())
     assert one.run_folder.with_name(one.run_folder.name + ".old-1").exists()
     assert_equal(weights(one), first)

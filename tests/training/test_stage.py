@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from distributed_testing import run_distributed
 from safetensors.torch import load_file
 from stage_runs import RESOURCES, assert_equal, job, weights, worker
 from torch.overrides import TorchFunctionMode
@@ -16,7 +17,6 @@ from unifork.config import LossBand
 from unifork.errors import ConfigError, UniForkError
 from unifork.models import losses
 from unifork.training import checkpoint, loop
-from unifork.training.distributed_testing import run_distributed
 from unifork.training.history import read
 from unifork.training.loop import Run
 from unifork.training.stage import train_stage

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distributed_testing import run_distributed
 from stage_runs import RESOURCES, assert_equal, job, weights
 from tiny import copy_of
 
@@ -15,7 +16,6 @@ from unifork.batch import pack
 from unifork.config import OptimizerConfig
 from unifork.errors import ConfigError
 from unifork.training import checkpoint, launch, zero
-from unifork.training.distributed_testing import run_distributed
 from unifork.training.history import read
 from unifork.training.loop import Run, TrackRun
 from unifork.training.optimizer import freeze_all_but, make_optimizer

@@ -75,7 +75,7 @@ class Cluster(Plain):
     object_store_mb: PositiveInt = 200
     """Object store of the local Ray in MiB; jobs pass paths, not pictures."""
     runtime_env: dict[str, Any] = {}
-    """Ray runtime environment of submitted jobs, beside the working directory."""
+    """Ray runtime environment of submitted jobs; `py_modules` are sent beside the project's own packages."""
     root: str | None = None
     """The folder of the experiment as the cluster sees it; None where it has the same path as here."""
     python: str | None = None

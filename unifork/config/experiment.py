@@ -10,13 +10,13 @@ from unifork.vocabulary import Task
 
 
 class Followed(Plain):
-    """Paths that DVC follows for a data set. Where a card names no files, the code that would read them."""
+    """Paths that DVC follows for a data set beside its card. The card again, where that names no files."""
 
-    source: str = "unifork/sources"
+    source: str
     """What rows are made from; for `download`."""
-    lists: str = "unifork/filters/rules.py"
+    lists: str
     """Takedown lists and benchmark pictures of filter rules."""
-    others: str = "unifork/filters/duplicates.py"
+    others: str
     """The other sets that it is compared with."""
 
 
@@ -27,7 +27,7 @@ class DatasetUse(Plain):
     """Number of rows to take from the source; None takes all."""
     shard_rows: PositiveInt
     """Rows per shard of the source; filtering makes shards smaller, never larger."""
-    follows: Followed = Followed()
+    follows: Followed | None = None
     """Written by `unifork use`."""
 
 
@@ -128,11 +128,11 @@ def _how_it_comes(tokenizer: Any) -> str:
     """Whether a tokenizer, as plain data or typed, is imported or trained."""
     typed = (ImportedTokenizer, TextTokenizerImport)
     imported = "import" in tokenizer if isinstance(tokenizer, dict) else isinstance(tokenizer, typed)
-    return "imported" if imported else "trained"
+    return "(imported)" if imported else "(trained)"
 
 
 AnyTokenizer = Annotated[
-    Annotated[ImageTokenizerConfig, Tag("trained")] | Annotated[ImportedTokenizer, Tag("imported")],
+    Annotated[ImageTokenizerConfig, Tag("(trained)")] | Annotated[ImportedTokenizer, Tag("(imported)")],
     Discriminator(_how_it_comes),
 ]
 
@@ -156,7 +156,7 @@ class TextTokenizerImport(Plain):
 
 
 AnyTextTokenizer = Annotated[
-    Annotated[TextTokenizerConfig, Tag("trained")] | Annotated[TextTokenizerImport, Tag("imported")],
+    Annotated[TextTokenizerConfig, Tag("(trained)")] | Annotated[TextTokenizerImport, Tag("(imported)")],
     Discriminator(_how_it_comes),
 ]
 

@@ -6,7 +6,6 @@ dropped, how they are packed and who gets which rows. A worker reads only the co
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from unifork.batch import Batch, Document, pack
 from unifork.config import Track
@@ -14,6 +13,7 @@ from unifork.documents.mixture import CodesIdentity, Part, Quarantine, Skeleton,
 from unifork.documents.order import MixtureOrder, SetOrder, Slot, deal, pack_step
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
+from unifork.layout import Layout
 from unifork.randomness import uniform
 
 
@@ -43,7 +43,7 @@ class TrackLoader:
         self,
         name: str,
         track: Track,
-        codes: Path,
+        layout: Layout,
         tokenizer: TextTokenizer,
         identity: CodesIdentity,
         *,
@@ -55,7 +55,7 @@ class TrackLoader:
     ) -> None:
         self.name, self.track, self.seed, self.identity = name, track, seed, identity
         self.row_tokens, self.rows_per_microbatch = row_tokens, rows_per_microbatch
-        self.parts = [Part(entry, codes, tokenizer, identity, context, quarantine) for entry in track.mixture]
+        self.parts = [Part(entry, layout, tokenizer, identity, context, quarantine) for entry in track.mixture]
         self.order = MixtureOrder(
             [entry.weight for entry in track.mixture],
             [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)],

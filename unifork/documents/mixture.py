@@ -8,14 +8,12 @@ are not part of the order. Codes are read on demand, one row group at a time.
 Shape suffixes: T tokens of a document, N its image tokens, D code depth.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +23,16 @@ import tokenizers
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document
 from unifork.config import MixtureEntry, fingerprint
 from unifork.documents.index import NO_PICTURE, QUARANTINE, Index, Words, Writer, prepared
-from unifork.documents.prompts import PICTURE, TEMPLATES, UNCONDITIONAL, Border, Piece, Template, written
+from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Border, Piece, Template, template_for, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError, DataError, IdentityError, unknown
-from unifork.shards.manifest import FETCHED, local_path, make_local, manifest_sha256, read_manifest
+from unifork.errors import DataError, IdentityError, unknown
+from unifork.layout import Layout
+from unifork.shards.manifest import local_path, make_local, manifest_sha256, read_manifest
 from unifork.shards.schema import Unusable, codes_array, codes_meta
-from unifork.vocabulary import VIEW_OF_TASK, Task
+from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION, Task
 
-PREPARED = "prepared"
-"""Folder of all indices, beside the folder of codes."""
-
-
+DOCUMENTS_VERSION = 1
+"""Raise when the same row would become another document."""
 PICTURES = "(pictures)"
 """Column added to rows that are read: how many pictures a row has, 0 where its codes are null."""
 
@@ -81,13 +78,6 @@ def skeleton(pieces: Sequence[Piece], tokenizer: TextTokenizer, positions: int, 
     return Skeleton(np.concatenate(kinds), np.concatenate(ids), np.concatenate(learned))
 
 
-def template_named(name: str, place: str) -> Template:
-    """A template by name. Raises ConfigError listing the known ones."""
-    if name not in TEMPLATES:
-        raise unknown("prompt template", name, TEMPLATES, place)
-    return TEMPLATES[name]
-
-
 @dataclass
 class Quarantine:
     """Rows of a mixture that are not trained on, with the reason of each."""
@@ -117,22 +107,17 @@ class Part:
     def __init__(
         self,
         entry: MixtureEntry,
-        codes: Path,
+        layout: Layout,
         tokenizer: TextTokenizer,
         identity: CodesIdentity,
         context: int,
         quarantine: Quarantine,
     ) -> None:
-        """codes: the folder of the data set's views. Raises ConfigError, DataError, IdentityError."""
+        """Raises ConfigError, DataError, IdentityError."""
         self.entry, self.task, self.identity = entry, entry.task, identity
-        template = template_named(entry.template, f"mixture entry of {entry.dataset}")
-        if template.task != entry.task:
-            raise ConfigError(
-                f"mixture entry of {entry.dataset}: template {entry.template!r} is for {template.task}, "
-                f"the entry says {entry.task}"
-            )
-        self.folder = codes / entry.dataset / VIEW_OF_TASK[entry.task]
-        self.shards, self.copies = read_manifest(self.folder).shards, codes.parent / FETCHED
+        template = template_for(entry, f"mixture entry of {entry.dataset}")
+        self.folder = layout.codes / entry.dataset / VIEW_OF_TASK[entry.task]
+        self.shards, self.copies = read_manifest(self.folder).shards, layout.fetched
         self.paths = [local_path(self.folder, shard, self.copies) for shard in self.shards]
         inputs = {
             "codes": manifest_sha256(self.folder),
@@ -141,11 +126,11 @@ class Part:
             "template": asdict(template),
             "tokenizer": tokenizer.identity,
             "context": context,
-            "code": _preparing_code(),
+            "versions": [DOCUMENTS_VERSION, VOCABULARY_VERSION, tokenizers.__version__],
         }
         name = f"{entry.dataset}-{entry.template}-{fingerprint(inputs)}"
         self.index = prepared(
-            codes.parent / PREPARED / name, lambda writer: self._prepare(writer, template, tokenizer, context)
+            layout.prepared / name, lambda writer: self._prepare(writer, template, tokenizer, context)
         )
         for shard, path in zip(self.shards, self.paths, strict=True):  # hashes were checked when the index was made
             if not path.exists() or path.stat().st_size != shard.bytes:
@@ -266,16 +251,6 @@ def _pictures(file: pq.ParquetFile, group: int) -> list[int]:
 def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:
     """The skeleton that replaces a generation document whose prompt is dropped."""
     return skeleton(UNCONDITIONAL, tokenizer, positions)
-
-
-@cache
-def _preparing_code() -> str:
-    """Hash of the code and the library that make documents of rows."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256(tokenizers.__version__.encode())
-    for name in ("dialogues.py", "documents.py", "index.py", "prompts.py", "text_tokenizer.py"):
-        digest.update((here / name).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _check(made: Skeleton, task: Task, context: int) -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
 
+from unifork.config import MixtureEntry
+from unifork.errors import ConfigError, unknown
 from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, ROLES, Unusable
 from unifork.vocabulary import DROPPED_PROMPT, TURN_END, TURN_START, Task
 
@@ -80,6 +82,24 @@ TEMPLATES: dict[str, Template] = {
     "answer": ANSWER,
     "official-answer": replace(ANSWER, border="count", once=" ASSISTANT: "),
 }
+
+
+def template_named(name: str, place: str) -> Template:
+    """A template by name. Raises ConfigError listing the known ones."""
+    if name not in TEMPLATES:
+        raise unknown("prompt template", name, TEMPLATES, place)
+    return TEMPLATES[name]
+
+
+def template_for(entry: MixtureEntry, place: str) -> Template:
+    """The template of a mixture entry. Raises ConfigError where it is not for its task or its kind of text."""
+    template = template_named(entry.template, place)
+    if template.task != entry.task:
+        raise ConfigError(f"{place}: template {entry.template!r} is for {template.task}, the entry says {entry.task}")
+    if bool(template.turn) != (entry.text == CONVERSATIONS):
+        kind = CONVERSATIONS if template.turn else "captions"
+        raise ConfigError(f"{place}: template {entry.template!r} is for {kind}, the entry reads {entry.text!r}")
+    return template
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from unifork.shards.manifest import read_manifest, write_atomically, write_json
 from unifork.shards.schema import text_columns
 from unifork.vocabulary import DROPPED_PROMPT, PAD, SPECIAL_TOKENS, TURN_END, TURN_START
 
+TEXT_TOKENIZER_VERSION = 1
+"""Raise when the same texts, or the same imported files, would give another tokenizer."""
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

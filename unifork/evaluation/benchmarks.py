@@ -17,6 +17,9 @@ from unifork.errors import DataError
 from unifork.evaluation.statistics import Score
 from unifork.registry import Registry
 
+EVALUATE_VERSION = 1
+"""Raise when the same model would get other scores: sampling, answering, scoring."""
+
 
 @dataclass(frozen=True)
 class Model:

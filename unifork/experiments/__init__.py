@@ -1,4 +1,4 @@
-"""From `experiments/NAME.yaml` to `params.yaml`: inheritance, derived entries, cross-checks.
+"""From `experiments/NAME.yaml` to `params.yaml`: inheritance, derived entries, checks.
 
 An experiment may say `extends: OTHER` and then only what differs; `null` takes an entry out, and a
 tokenizer that is imported replaces the inherited one whole. What
@@ -6,51 +6,98 @@ DVC needs and follows from the rest (every stage of every variant, every evaluat
 and written into `params.yaml`, so that `dvc.yaml` can loop over it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, ImageTokenizerConfig, TextTokenizerConfig, load_card, parse, read_yaml
+from unifork.config import Card, Experiment, Run, fingerprint, load_card, parse, read_yaml
 from unifork.errors import ConfigError, unknown
+from unifork.experiments import checks
 from unifork.experiments.followed import followed
+from unifork.layout import Layout
 
-FOLDER = Path("experiments")
-PARAMS = Path("params.yaml")
+HERE = Layout()
 IMPORT = "import"
+WRITTEN = "# Hash of all that follows, by which an edit is noticed: "
+SHOWN_KEYS = 10
 
 
-def resolve(name: str, folder: Path = FOLDER, cards: Path = Path("datasets")) -> Experiment:
-    """The complete experiment of that name. Raises ConfigError naming file, key and value."""
-    path = folder / f"{name}.yaml"
-    plain = {"name": name, **_inherited(name, folder, ())}
-    known = parse(Experiment, {**plain, "runs": {}, "evaluations": {}}, str(path))
-    loaded = {dataset: load_card(dataset, cards) for dataset in known.datasets}
-    _check(known, loaded, str(path))
-    return known.model_copy(update=_derived(parse(Experiment, plain, str(path)), loaded))
+def names(folder: Path = HERE.experiments) -> dict[str, str]:
+    """Every experiment, with the first line of its file, which says what it is."""
+    texts = {path.stem: path.read_text() for path in folder.glob("*.yaml")}
+    return {name: text.partition("\n")[0].lstrip("# ") for name, text in sorted(texts.items())}
+
+
+def resolve(name: str, folder: Path = HERE.experiments, cards: Path = HERE.cards) -> Experiment:
+    """The complete experiment of that name, checked but for what takes torch.
+
+    Raises ConfigError naming file, key and value.
+    """
+    experiment, loaded = _read(name, folder, cards)
+    checks.check_choices(experiment, loaded, str(folder / f"{name}.yaml"))
+    return experiment
 
 
 def params_text(experiment: Experiment) -> str:
     """The text of `params.yaml`."""
-    plain = experiment.model_dump(mode="json")
-    head = f"# Written by `unifork use {experiment.name}` from experiments/{experiment.name}.yaml.\n"
-    return head + str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110))
+    body = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    head = f"# Written by `unifork use {experiment.name}`; what to edit is experiments/{experiment.name}.yaml.\n"
+    return f"{head}{WRITTEN}{fingerprint(body)}\n{body}"
 
 
 def use(name: str, force: bool = False) -> Experiment:
-    """Write `params.yaml`. Raises ConfigError when that would overwrite edits made by hand."""
-    experiment = resolve(name)
-    if PARAMS.exists() and not force:
-        current = PARAMS.read_text()
-        other = (read_yaml(PARAMS) or {}).get("name")
-        written = params_text(resolve(other)) if other and (FOLDER / f"{other}.yaml").exists() else None
-        if current not in (written, params_text(experiment)):
+    """Check an experiment and write `params.yaml`. Raises ConfigError when that would overwrite edits made by hand."""
+    experiment, place = resolve(name), str(HERE.experiments / f"{name}.yaml")
+    checks.check_cluster(experiment, place)
+    if HERE.params.exists() and not force:
+        edits = _edits(experiment)
+        if edits:
+            more = f" and {len(edits) - SHOWN_KEYS} more" if len(edits) > SHOWN_KEYS else ""
             raise ConfigError(
-                f"{PARAMS} differs from experiments/{other}.yaml; put the changes into a file of experiments/ "
-                f"(with `extends: {other}`), or overwrite them with --force"
+                f"{HERE.params} was edited: {'; '.join(edits[:SHOWN_KEYS])}{more}. Put the changes into a file of "
+                f"experiments/ (it may say `extends: {name}`), or overwrite them with --force"
             )
-    PARAMS.write_text(params_text(experiment))
+    checks.check_models(experiment, place)
+    HERE.params.write_text(params_text(experiment))
     return experiment
+
+
+def _edits(experiment: Experiment) -> list[str]:
+    """`key: written -> found` of every value of `params.yaml` that was not written by `use`."""
+    mark, _, body = HERE.params.read_text().partition(WRITTEN)[2].partition("\n")
+    if mark == fingerprint(body):
+        return []
+    found = read_yaml(HERE.params) or {}
+    other = found.get("name") if isinstance(found, dict) else None
+    if other in names() and other != experiment.name:
+        experiment, _ = _read(other, HERE.experiments, HERE.cards)
+    before, now = (dict(_leaves(plain)) for plain in (experiment.model_dump(mode="json"), found))
+    return [
+        f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
+        for key in {**before, **now}
+        if key not in before or key not in now or before[key] != now[key]
+    ]
+
+
+def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of plain data by its dotted path."""
+    if not (plain and isinstance(plain, dict | list)):
+        yield path, plain
+        return
+    for key, value in plain.items() if isinstance(plain, dict) else enumerate(plain):
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, Card]]:
+    """The experiment with all that is derived, and its cards; every name it uses is known."""
+    path = folder / f"{name}.yaml"
+    plain = {"name": name, **_inherited(name, folder, ())}
+    experiment = parse(Experiment, {**plain, "runs": {}, "evaluations": {}}, str(path))
+    loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
+    checks.check_names(experiment, loaded, str(path))
+    return experiment.model_copy(update=_derived(experiment, loaded)), loaded
 
 
 def _inherited(name: str, folder: Path, heirs: tuple[str, ...]) -> dict[str, Any]:
@@ -81,47 +128,17 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
         name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
         for name, use in experiment.datasets.items()
     }
-    runs: dict[str, Any] = {}
+    runs: dict[str, Run] = {}
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
         for stage in variant.stages:
             sets = {e.dataset for track in experiment.stages[stage].tracks.values() for e in track.mixture}
             codes = f"data/codes/{sets.pop()}" if len(sets) == 1 else "data/codes"
-            runs[f"{name}-{stage}"] = {"variant": name, "stage": stage, "after": before, "codes": codes}
+            runs[f"{name}-{stage}"] = Run(variant=name, stage=stage, after=before, codes=codes)
             before = f"models/{name}-{stage}"
     evaluations = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
-    again = parse(
-        Experiment, {**experiment.model_dump(mode="json"), "runs": runs, "evaluations": evaluations}, "derived"
-    )
-    return {"datasets": datasets, "runs": again.runs, "evaluations": again.evaluations}
-
-
-def _check(experiment: Experiment, cards: dict[str, Card], place: str) -> None:
-    pictures, texts = experiment.image_tokenizer, experiment.text_tokenizer
-    readers = {
-        "image_tokenizer.training": pictures.training.datasets if isinstance(pictures, ImageTokenizerConfig) else (),
-        "text_tokenizer": texts.datasets if isinstance(texts, TextTokenizerConfig) else (),
-    }
-    for part, datasets in readers.items():
-        for dataset in datasets:
-            if dataset not in experiment.datasets:
-                raise unknown("data set", dataset, experiment.datasets, f"{place}: {part}.datasets")
-    for name, variant in experiment.variants.items():
-        for stage_name in variant.stages:
-            if stage_name not in experiment.stages:
-                raise unknown("stage", stage_name, experiment.stages, f"{place}: variants.{name}.stages")
-    for stage_name, stage in experiment.stages.items():
-        for track_name, track in stage.tracks.items():
-            for entry in track.mixture:
-                where = f"{place}: stages.{stage_name}.tracks.{track_name}.mixture"
-                if entry.dataset not in experiment.datasets:
-                    raise unknown("data set", entry.dataset, experiment.datasets, where)
-                use = cards[entry.dataset].tasks.get(entry.task)
-                if use is None:
-                    raise unknown(f"task of {entry.dataset}", entry.task, cards[entry.dataset].tasks, where)
-                if entry.text not in use.texts:
-                    raise unknown(f"text of {entry.dataset} for {entry.task}", entry.text, use.texts, where)
+    return {"datasets": datasets, "runs": runs, "evaluations": evaluations}

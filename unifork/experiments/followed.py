@@ -15,7 +15,7 @@ ELSEWHERE = re.compile(r"[~$]")
 
 
 def followed(card: Card, place: str) -> Followed:
-    """What the stages of a data set depend on beside its card.
+    """What the stages of a data set depend on beside its card, which is `place`.
 
     Raises ConfigError for a source or rule with wrong options, and where files lie too far apart.
     """
@@ -23,10 +23,12 @@ def followed(card: Card, place: str) -> Followed:
     rules = rules_of(card)
     lists = [getattr(chosen, name) for rule, chosen in rules for name in rule.paths]
     files = [getattr(options, name) for name in source.paths]
-    known = {"source": _folder(filter(None, files), f"{place}: source"), "lists": _folder(lists, f"{place}: filters")}
-    if any(isinstance(chosen, DuplicateOptions) and chosen.against for _, chosen in rules):
-        known["others"] = "data/raw"
-    return Followed(**{name: path for name, path in known.items() if path})
+    compared = any(isinstance(chosen, DuplicateOptions) and chosen.against for _, chosen in rules)
+    return Followed(
+        source=_folder(filter(None, files), f"{place}: source") or place,
+        lists=_folder(lists, f"{place}: filters") or place,
+        others="data/raw" if compared else place,
+    )
 
 
 def _folder(texts: Iterable[str], place: str) -> str:

@@ -51,11 +51,15 @@ class Rule(Generic[Options]):
     """Whether a row stays."""
     paths: tuple[str, ...] = ()
     """Options that name files or folders."""
+    version: int = 0
+    """Raise when the same options would decide otherwise; part of the fingerprint."""
 
 
-def rule(options: type[Options], *paths: str) -> Callable[[Callable[[Row, Options], bool]], Rule[Options]]:
+def rule(
+    options: type[Options], *paths: str, version: int = 0
+) -> Callable[[Callable[[Row, Options], bool]], Rule[Options]]:
     """Make a function of a row and options a rule."""
-    return lambda keeps: Rule(options, keeps, paths)
+    return lambda keeps: Rule(options, keeps, paths, version)
 
 
 RULES: Registry[Rule[Any]] = Registry(

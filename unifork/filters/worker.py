@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from unifork.config import Card
 from unifork.errors import ConfigError, DataError
-from unifork.filters.rules import TAKEDOWN, TWIN_RULES, TWINS, judge
+from unifork.filters.rules import TAKEDOWN, TWIN_RULES, TWINS, judge, rules_of
 from unifork.filters.takedown import list_hashes
 from unifork.shards.job import ShardJob, input_rows, quarantined, table_of, write_shard
 from unifork.shards.manifest import file_sha256, read_manifest
@@ -60,7 +60,10 @@ def duplicates_of(task: ShardTask) -> dict[str, dict[str, str]]:
 
 def filter_fingerprint(card: Card) -> dict[str, Any]:
     """What decides about a row besides the row: version, rules, and the content of the lists they name."""
-    decides = {"version": FILTER_VERSION, "filters": [rule.model_dump(mode="json") for rule in card.filters]}
+    decides = {
+        "version": [FILTER_VERSION, *(rule.version for rule, _ in rules_of(card))],
+        "filters": [entry.model_dump(mode="json") for entry in card.filters],
+    }
     lists = list_hashes(rule.options["file"] for rule in card.filters if rule.rule == TAKEDOWN)
     return {**decides, "lists": lists} if lists else decides
 

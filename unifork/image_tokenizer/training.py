@@ -33,6 +33,8 @@ from unifork.image_tokenizer.decoder import zero_last_convolutions
 from unifork.image_tokenizer.measures import code_use, reconstruction_error
 from unifork.image_tokenizer.model import ImageTokenizer, commitment_loss, residual_codes, to_bytes, to_tensor
 
+TOKENIZER_VERSION = 1
+"""Raise when the same images, or the same imported files, would give another tokenizer."""
 REFILL_UNTIL = 0.7
 """Share of the steps after which unused rows stay where they are."""
 DECODER_ALONE_FROM = 0.85

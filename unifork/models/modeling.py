@@ -48,6 +48,9 @@ from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
+MODEL_VERSION = 1
+"""Raise when the same weights would compute something else, or the same seed draw other weights."""
+
 
 class Losses(NamedTuple):
     """Sums of cross entropy over supervised targets, at least float32; whoever trains divides by global counts."""

@@ -1,254 +1,136 @@
-"""Everything an experiment left on disk, as plain facts.
+"""Everything an experiment left on disk, as plain facts and pictures for the template.
 
-In: the experiment and its folders. Out: `Facts`, in the order of the page. A stage that has not run leaves
-None or an empty list; a damaged file raises DataError. Pictures are made elsewhere (`pictures`), words in the template.
+In: the experiment, its folders and a way to load image tokenizers. Out: what the page shows of each data set and each
+variant. A stage that has not run leaves None or nothing; a damaged file raises a UniForkError.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from unifork.config import Card, Experiment, Stage, Variant, load_card
+from unifork.config import Experiment, load_card
 from unifork.evaluation.benchmarks import BENCHMARKS, Program
-from unifork.evaluation.statistics import Score
+from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
-from unifork.report.reading import (
-    Answered,
-    Drawn,
-    Finished,
-    Measures,
-    Step,
-    Summary,
-    read_codes,
-    read_history,
-    read_json,
-    read_samples,
-    read_scores,
-)
-from unifork.shards.manifest import MANIFEST, Manifest, read_manifest
-from unifork.vocabulary import VIEWS, View
+from unifork.report.codec import LoadCodec
+from unifork.report.pictures import answered_samples, data_pictures, drawn_samples, pictures, views_of
+from unifork.report.plots import score_plot, training_plots
+from unifork.report.reading import Found, read_codes, read_history, read_json, read_records, read_scores
+from unifork.shards.manifest import MANIFEST, read_manifest
 
 PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
 """Order of the rows; branches come after the shared trunk."""
 
 
-@dataclass(frozen=True)
-class HopFacts:
-    """What one hop made of a data set; None where it has not run."""
-
-    hop: str
-    manifest: Manifest | None
-
-    @property
-    def encoding(self) -> str:
-        """What codes depend on beside the tokenizer, in words; empty for pictures."""
-        encoding: dict[str, Any] = self.manifest.lineage.get("encoding", {}) if self.manifest else {}
-        settings = {name.replace("_", " "): _plain(value) for name, value in encoding.items() if name != "view"}
-        return "; ".join(f"{name} {value}" for name, value in settings.items())
-
-    @property
-    def size(self) -> str:
-        """Size of all shards on disk."""
-        total = sum(shard.bytes for shard in self.manifest.shards) if self.manifest else 0
-        return f"{total / 1e6:.2f} MB" if total < 1e8 else f"{total / 1e9:.2f} GB"
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One data set through all hops."""
-
-    name: str
-    card: Card
-    hops: tuple[HopFacts, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters of one part of a model."""
-
-    name: str
-    parameters: int
-    trained: int
-
-
-@dataclass(frozen=True, eq=False)
-class StageRun:
-    """One training stage of one variant; `summary` is None where it has not run."""
-
-    key: str
-    name: str
-    stage: Stage
-    summary: Summary | None
-    history: list[Step]
-    codes: np.ndarray | None
-    """(prompts, N, D) of the stage's sample prompts."""
-    seconds: float | None
-    decoder: Path
-    """The image tokenizer that decodes them."""
-
-    @property
-    def parts(self) -> list[Part]:
-        """Parameters by part, in a fixed order."""
-        return parts_of(self.summary) if self.summary else []
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """One benchmark of one variant; without scores where it has not run."""
-
-    key: str
-    name: str
-    benchmark: Program
-    scores: list[Score]
-    drawn: list[Drawn]
-    answered: list[Answered]
-    codes: np.ndarray | None
-    decoder: Path
-
-    @property
-    def splits(self) -> list[str]:
-        """The splits that occur, in the order of the benchmark."""
-        return _ordered({score.split for score in self.scores}, self.benchmark.splits)
-
-    @property
-    def names(self) -> list[str]:
-        """The scores by name, in the order of the benchmark."""
-        return _ordered({score.name for score in self.scores}, self.benchmark.first_scores)
-
-    def score(self, name: str, split: str) -> Score | None:
-        """One score."""
-        return next((one for one in self.scores if (one.name, one.split) == (name, split)), None)
-
-
-@dataclass(frozen=True, eq=False)
-class VariantRun:
-    """One architecture: its stages and its evaluations."""
-
-    name: str
-    variant: Variant
-    stages: list[StageRun]
-    evaluations: list[Evaluation]
-
-    @property
-    def parameters(self) -> int | None:
-        """Parameters of the model, frozen codebook included; None while no stage has run."""
-        known = [sum(part.parameters for part in stage.parts) for stage in self.stages if stage.summary]
-        return known[-1] if known else None
-
-    @property
-    def seconds(self) -> float | None:
-        """Time of all stages; None where the time of one is not known."""
-        times = [stage.seconds for stage in self.stages]
-        return sum(time for time in times if time is not None) if times and None not in times else None
-
-
-@dataclass(frozen=True, eq=False)
-class Facts:
-    """All of it."""
-
-    experiment: Experiment
-    benchmarks: dict[str, Program]
-    datasets: list[DataSet]
-    measures: Measures | None
-    variants: list[VariantRun]
-
-
-def gather(experiment: Experiment, layout: Layout) -> Facts:
-    """Read what there is. Raises DataError or ConfigError where something is damaged."""
-    benchmarks = {
+def programs(experiment: Experiment) -> dict[str, Program]:
+    """The experiment's benchmarks by name. Raises ConfigError for an unknown kind."""
+    return {
         name: BENCHMARKS.find(one.kind, f"params.yaml: benchmarks.{name}.kind")
         for name, one in experiment.benchmarks.items()
     }
-    return Facts(
-        experiment,
-        benchmarks,
-        [data_set(name, layout) for name in experiment.datasets],
-        read_json(layout.image_tokenizer / "report.json", Measures),
-        [variant_run(experiment, name, benchmarks, layout) for name in experiment.variants],
-    )
 
 
-def data_set(name: str, layout: Layout) -> DataSet:
-    """One data set through all hops."""
+def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
+    """One data set: its card, the manifests of all hops, and images of what the filter kept and dropped."""
     card = load_card(name, layout.cards)
     folders = {"download": layout.raw(name), "filter": layout.filtered(name)}
     folders |= {f"encode, {view}": layout.codes / name / view for view in views_of(card)}
-    done = {hop: read_manifest(folder) if (folder / MANIFEST).exists() else None for hop, folder in folders.items()}
-    return DataSet(name, card, tuple(HopFacts(hop, manifest) for hop, manifest in done.items()))
+    hops = {hop: read_manifest(folder) if (folder / MANIFEST).exists() else None for hop, folder in folders.items()}
+    shown = None
+    if hops["filter"]:
+        tokenizer, size = layout.image_tokenizer, experiment.image_tokenizer.image_size
+        codec = load_codec(tokenizer) if (tokenizer / CONFIG_FILE).exists() else None
+        shown = data_pictures(card, folders["filter"], hops["filter"], size, codec)
+    return {"name": name, "card": card, "hops": hops, "shown": shown}
 
 
-def views_of(card: Card) -> list[View]:
-    """The views a card's tasks ask for."""
-    return [view for view in VIEWS if any(use.view == view for use in card.tasks.values())]
+def variant(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
+    """One architecture: its stages, the parameters of its parts, all sample prompts, its evaluations by benchmark."""
+    stages = [stage(key, experiment, layout, load_codec) for key in runs_of(name, experiment)]
+    return {
+        "name": name,
+        "plan": experiment.variants[name].plan,
+        "stages": stages,
+        "parts": {part: sum(counts) for one in stages for part, counts in one["parts"].items()},
+        "prompts": list(dict.fromkeys(prompt for one in stages for prompt in one["settings"]["sample_prompts"])),
+        "evaluations": {
+            entry["benchmark"]: evaluation(key, experiment, layout, load_codec)
+            for key, entry in experiment.evaluations.items()
+            if entry["variant"] == name
+        },
+    }
 
 
-def variant_run(experiment: Experiment, name: str, benchmarks: dict[str, Program], layout: Layout) -> VariantRun:
-    """One architecture: its stages and its evaluations."""
-    runs = [(key, run) for key, run in experiment.runs.items() if run.variant == name]
-    wanted = [(key, entry) for key, entry in experiment.evaluations.items() if entry["variant"] == name]
-    return VariantRun(
-        name,
-        experiment.variants[name],
-        [stage_run(key, run.stage, experiment.stages[run.stage], layout) for key, run in runs],
-        [
-            evaluation(key, entry["benchmark"], benchmarks[entry["benchmark"]], layout.root / entry["model"], layout)
-            for key, entry in wanted
-        ],
-    )
+def runs_of(variant: str, experiment: Experiment) -> list[str]:
+    """The runs of a variant, in order."""
+    return [key for key, run in experiment.runs.items() if run.variant == variant]
 
 
-def stage_run(key: str, name: str, stage: Stage, layout: Layout) -> StageRun:
-    """One training stage, from what it exported."""
-    folder = layout.model(key) / "training"
-    summary = read_json(folder / "summary.json", Summary)
-    finished = read_json(layout.run(key) / "finished.json", Finished)
-    prompts = summary.stage.sample_prompts if summary else ()
-    return StageRun(
-        key,
-        name,
-        summary.stage if summary else stage,
-        summary,
-        read_history(folder / "history.csv"),
-        read_codes(folder / "samples.npz", len(prompts)) if prompts else None,
-        finished.seconds if finished else None,
-        layout.model(key) / MODEL_IMAGE_TOKENIZER,
-    )
+def history_of(run: str, layout: Layout) -> list[Found]:
+    """The steps of a run that has finished; none where it has not."""
+    return read_history(layout.model(run) / "training" / "history.csv")
 
 
-def evaluation(key: str, name: str, benchmark: Program, model: Path, layout: Layout) -> Evaluation:
-    """One benchmark, from its scores and its outputs."""
-    folder = layout.scores(key)
-    records = read_samples(folder / "outputs" / "samples.jsonl")
-    drawn = [one for one in records if isinstance(one, Drawn)]
-    return Evaluation(
-        key,
-        name,
-        benchmark,
-        read_scores(folder / "metrics.json"),
-        drawn,
-        [one for one in records if isinstance(one, Answered)],
-        read_codes(folder / "outputs" / "codes.npz", len(drawn)) if drawn else None,
-        model / MODEL_IMAGE_TOKENIZER,
-    )
+def stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
+    """One training stage, from what it exported; `summary` is None where it has not run."""
+    name, folder = experiment.runs[key].stage, layout.model(key)
+    summary = read_json(folder / "training" / "summary.json")
+    finished = read_json(layout.run(key) / "finished.json")
+    settings = summary["stage"] if summary else experiment.stages[name].model_dump()
+    prompts = settings["sample_prompts"]
+    codes = read_codes(folder / "training" / "samples.npz", len(prompts)) if prompts else None
+    drawn = [] if codes is None else pictures(load_codec(folder / MODEL_IMAGE_TOKENIZER).decode(codes))
+    return {
+        "name": name,
+        "settings": settings,
+        "summary": summary,
+        "seconds": finished["seconds"] if finished else None,
+        "plots": training_plots(history_of(key, layout)),
+        "drawn": dict(zip(prompts, drawn, strict=False)),
+        "parts": parts_of(summary["tensors"]) if summary else {},
+    }
 
 
-def parts_of(summary: Summary) -> list[Part]:
-    """Parameters of a model by part, trained ones apart."""
-    total: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    for name, tensor in summary.tensors.items():
-        part = part_of(name)
-        total[part] += prod(tensor.shape)
-        trained[part] += prod(tensor.shape) * tensor.trained
-    branches = sorted(set(total) - set(PARTS))
-    order = [*PARTS[:3], *branches, *PARTS[3:]]
-    return [Part(name, total[name], trained[name]) for name in order if name in total]
+def evaluation(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
+    """One benchmark, from its scores and its outputs; without scores where it has not run.
+
+    `scores` are by split and name, `names` those of all rows, both in the order of the benchmark.
+    """
+    entry = experiment.evaluations[key]
+    program, folder = programs(experiment)[entry["benchmark"]], layout.scores(key)
+    found = read_scores(folder / "metrics.json")
+    scores = {split: found[split] for split in _ordered(found, program.splits)}
+    every = [score for table in scores.values() for score in table.values()]
+    names = _ordered({score.name for score in every}, program.first_scores)
+    seeds = sorted({score.seed for score in every})
+    records = read_records(folder / "outputs" / "samples.jsonl")
+    prompts = [record for record in records if "prompt" in record]
+    questions = [record for record in records if "question" in record]
+    codes = read_codes(folder / "outputs" / "codes.npz", len(prompts)) if prompts else None
+    decoder = layout.root / entry["model"] / MODEL_IMAGE_TOKENIZER
+    return {
+        "key": key,
+        "name": entry["benchmark"],
+        "scores": scores,
+        "names": names,
+        "seeds": seeds,
+        "samples": sorted({score.samples for score in every}),
+        "plot": score_plot(key, scores, names) if scores else None,
+        "drawn": {} if codes is None else drawn_samples(prompts, codes, load_codec(decoder)),
+        "answered": answered_samples(questions, program, seeds),
+    }
+
+
+def parts_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The frozen and the trained parameters of each part of a model, in a fixed order."""
+    counts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+    for name, tensor in tensors.items():
+        counts[tensor["trained"]][part_of(name)] += prod(tensor["shape"])
+    found = {part_of(name) for name in tensors}
+    order = [*PARTS[:3], *sorted(found - {*PARTS}), *PARTS[3:]]
+    return {part: (counts[False][part], counts[True][part]) for part in order if part in found}
 
 
 def part_of(tensor: str) -> str:
@@ -259,13 +141,6 @@ def part_of(tensor: str) -> str:
     return {"embed_tokens": "embeddings", "lm_head": "text head"}.get(start, start.replace("_", " "))
 
 
-def _ordered(found: set[str], first: Sequence[str]) -> list[str]:
+def _ordered(found: Iterable[str], first: Sequence[str]) -> list[str]:
     """Names in a given order, others behind them by name."""
-    return [*(name for name in first if name in found), *sorted(found - set(first))]
-
-
-def _plain(value: Any) -> str:
-    """Nested settings in a line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
-    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [*(name for name in first if name in found), *sorted({*found} - {*first})]

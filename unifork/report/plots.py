@@ -2,12 +2,14 @@
 
 In: the steps of a training stage, or the scores of a benchmark. Out: `Plot`s with a title and a text that says the
 same to those who cannot see it. Equal numbers give equal bytes: no clock, no random names, no pyplot state.
+How they look is in `plots.mplstyle`.
 """
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,35 +18,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from unifork.evaluation.statistics import Score
-from unifork.report.reading import Step
 
+LOOK = Path(__file__).with_name("plots.mplstyle")
 INK = "#010203"
-"""Stands for the text colour until the SVG is written; no other colour here may be the same."""
-COLORS = ("#3b7dd8", "#d9822b", "#2b9d8f", "#b0569e", "#8a8f2a", "#c4474a", "#6a6fc5", "#7a7a7a")
-"""Told apart with every kind of colour vision, and on light and dark grounds."""
-STYLE = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
+"""The text colour of LOOK, which in an SVG becomes that of the reader's mode."""
+MODES = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
+CHANCE: dict[str, Any] = {"color": INK, "linestyle": (0, (1.5, 1)), "linewidth": 2}
 MOST_POINTS = 250
 """Points per curve; longer histories are averaged, so that a page of long runs stays small."""
 
-SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "unifork",
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.15,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "lines.linewidth": 1.3,
-    **{f"{what}color": INK for what in ("text.", "axes.edge", "axes.label", "grid.", "xtick.", "ytick.")},
-}
+Step = Mapping[str, Any]
+"""`track`, `step`, and the values that the step has, by name."""
+Curve = tuple[str, Sequence[tuple[float, float]]]
+"""A name, and points."""
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A picture of numbers."""
 
     title: str
@@ -52,79 +41,70 @@ class Plot:
     alt: str
 
 
-Curve = tuple[str, list[int], list[float]]
-"""A name, steps and values."""
-
-
 def training_plots(history: Sequence[Step]) -> list[Plot]:
     """Losses, gradient norm and learning rate over the steps of a stage; what it does not have is left out."""
-    names = list(dict.fromkeys(name for step in history for name in step.values))
-    depths = [name for name in names if name.startswith("image_loss_depth_")]
+    depths = dict.fromkeys(name for step in history for name in step if name.startswith("image_loss_depth_"))
+    by_depth = [(f"depth {name.rpartition('_')[2]}", points) for name in depths for _, points in _tracks(history, name)]
     wanted = {
-        "Text loss": _per_track(history, "text_loss"),
-        "Image loss": _per_track(history, "image_loss"),
-        "Image loss by code depth": [
-            curve for depth in depths for curve in _per_track(history, depth, f"depth {depth.rpartition('_')[2]}")
-        ],
-        "Gradient norm": _per_track(history, "gradient_norm"),
-        "Learning rate": _per_track(history, "learning_rate"),
+        "Text loss": _tracks(history, "text_loss"),
+        "Image loss": _tracks(history, "image_loss"),
+        "Image loss by code depth": by_depth,
+        "Gradient norm": _tracks(history, "gradient_norm"),
+        "Learning rate": _tracks(history, "learning_rate"),
     }
-    return [_curves(title, curves) for title, curves in wanted.items() if curves]
+    return [_over_steps(title, curves) for title, curves in wanted.items() if curves]
 
 
 def whole_line(stages: Sequence[tuple[str, Sequence[Step]]]) -> bytes:
     """Both losses over all stages of a variant, one after the other, as a PNG for `dvc plots`."""
-    with matplotlib.rc_context(SETTINGS | {"axes.edgecolor": "black", "text.color": "black"}):  # type: ignore[arg-type]
+    steps = [step for _, history in stages for step in history]
+    with matplotlib.rc_context(fname=LOOK):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        borders = np.cumsum([0, *(len(history) for _, history in stages)])
-        for number, name in enumerate(("text_loss", "image_loss")):
-            points = [
-                (start + index, step.values[name])
-                for start, (_, history) in zip(borders, stages, strict=False)
-                for index, step in enumerate(history)
-                if name in step.values
-            ]
-            if points:
-                x, y = _thinned([x for x, _ in points], [y for _, y in points])
-                axes.plot(x, y, color=COLORS[number], label=name.replace("_", " "))
-        for start, (name, _) in zip(borders, stages, strict=False):
+        curves = [
+            (name.replace("_", " "), [(place, step[name]) for place, step in enumerate(steps) if name in step])
+            for name in ("text_loss", "image_loss")
+        ]
+        _draw(axes, curves)
+        start = 0
+        for name, history in stages:
             axes.axvline(start, color="0.7", linewidth=0.8)
             axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
+            start += len(history)
         axes.set_xlabel("step of the line")
-        _legend(axes, 2)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
         return stream.getvalue()
 
 
-def score_plot(title: str, scores: Sequence[Score], splits: Sequence[str], names: Sequence[str]) -> Plot:
-    """Bars with standard errors, the splits side by side, and a mark at the chance level of each."""
-    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
-        figure = Figure(figsize=(5.2, 0.7 + 0.2 * len(names) * len(splits) + 0.1 * len(names)), layout="constrained")
+def score_plot(title: str, scores: Mapping[str, Mapping[str, Score]], names: Sequence[str]) -> Plot:
+    """Bars with standard errors, the splits side by side, and a mark at the chance level of each.
+
+    scores: by split and name. names: of all scores, in the order of the rows.
+    """
+    with matplotlib.rc_context(fname=LOOK):
+        figure = Figure(figsize=(5.2, 0.7 + 0.2 * len(names) * len(scores) + 0.1 * len(names)), layout="constrained")
         axes = figure.add_subplot()
-        thickness = 0.8 / max(len(splits), 1)
-        for number, split in enumerate(splits):
-            rows = [(names.index(s.name), s) for s in scores if s.split == split and s.name in names]
-            places = [row + (number + 0.5) * thickness - 0.4 for row, _ in rows]
+        thickness = 0.8 / len(scores)
+        for number, (split, found) in enumerate(scores.items()):
+            places = np.array([names.index(name) for name in found]) + (number + 0.5) * thickness - 0.4
             axes.barh(
                 places,
-                [score.value for _, score in rows],
+                [score.value for score in found.values()],
                 thickness * 0.9,
-                xerr=[score.standard_error for _, score in rows],
-                color=COLORS[number % len(COLORS)],
+                xerr=[score.standard_error for score in found.values()],
                 error_kw={"ecolor": INK, "capsize": 2, "elinewidth": 1},
                 label=worded(split),
             )
-            ends = (np.array(places) - thickness * 0.45, np.array(places) + thickness * 0.45)
-            axes.vlines([score.chance for _, score in rows], *ends, color=INK, linestyle=(0, (1.5, 1)), linewidth=2)
-        axes.plot([], [], color=INK, linestyle=(0, (1.5, 1)), linewidth=2, label="chance")
+            chances = [score.chance for score in found.values()]
+            axes.vlines(chances, places - thickness * 0.45, places + thickness * 0.45, **CHANCE)
+        axes.plot([], [], **CHANCE, label="chance")
         axes.set_yticks(range(len(names)), [worded(name) for name in names])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(0, 1)
-        figure.legend(loc="outside upper right", ncols=len(splits) + 1)
+        figure.legend(loc="outside upper right", ncols=len(scores) + 1)
         alt = f"{title}: the scores of the table above as bars, with standard errors and chance levels."
         return Plot(title, _svg(figure), alt)
 
@@ -137,47 +117,41 @@ def worded(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _per_track(history: Sequence[Step], name: str, label: str = "") -> list[Curve]:
+def _tracks(history: Sequence[Step], name: str) -> list[Curve]:
     """One curve for each track that has the value, over the track's own steps."""
-    tracks = list(dict.fromkeys(step.track for step in history))
-    found = []
-    for track in tracks:
-        rows = [step for step in history if step.track == track and name in step.values]
-        if rows:
-            found.append((label or track, [step.step + 1 for step in rows], [step.values[name] for step in rows]))
-    return found
+    points: dict[str, list[tuple[float, float]]] = {}
+    for step in history:
+        if name in step:
+            points.setdefault(step["track"], []).append((step["step"] + 1, step[name]))
+    return list(points.items())
 
 
-def _curves(title: str, curves: Sequence[Curve]) -> Plot:
-    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
+def _over_steps(title: str, curves: Sequence[Curve]) -> Plot:
+    with matplotlib.rc_context(fname=LOOK):
         figure = Figure(figsize=(3.6, 2.3))
         axes = figure.add_axes((0.14, 0.19, 0.84, 0.74))  # a layout engine would draw everything twice
-        for number, (label, steps, values) in enumerate(curves):
-            axes.plot(*_thinned(steps, values), color=COLORS[number % len(COLORS)], label=label)
-        _legend(axes, len(curves))
+        _draw(axes, curves)
         axes.set_xlabel("step of the track")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
-        said = "; ".join(f"{label}: {values[0]:.3g} to {values[-1]:.3g}" for label, _, values in curves)
-        return Plot(title, _svg(figure), f"{title} over {max(curve[1][-1] for curve in curves)} steps. {said}")
+        said = "; ".join(f"{label}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in curves)
+        last = max(points[-1][0] for _, points in curves)
+        return Plot(title, _svg(figure), f"{title} over {last:.0f} steps. {said}")
 
 
-def _legend(axes: Axes, curves: int) -> None:
-    if curves > 1:
-        axes.legend(ncols=2 if curves > 2 else 1, handlelength=1.2, columnspacing=1.0)
-
-
-def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS points, each the mean of neighbouring steps."""
-    groups = np.array_split(np.arange(len(steps)), min(len(steps), MOST_POINTS))
-    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
-    return [float(x[group].mean()) for group in groups], [float(y[group].mean()) for group in groups]
+def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Every curve in a colour of its own, with at most MOST_POINTS points: each the mean of neighbouring ones."""
+    for number, (label, points) in enumerate(curves):
+        if points:
+            parts = np.array_split(np.array(points), min(len(points), MOST_POINTS))
+            axes.plot(*np.transpose([part.mean(axis=0) for part in parts]), color=f"C{number}", label=label)
+    if len(curves) > 1:
+        axes.legend(ncols=2 if len(curves) > 2 else 1, handlelength=1.2, columnspacing=1.0)
 
 
 def _svg(figure: Figure) -> str:
     """The figure as a data URI; its ink becomes the colour of the reader's mode."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    head, _, body = stream.getvalue().partition("<defs>")
-    svg = f"{head}{STYLE}<defs>{body}".replace(INK, "currentColor")
+    svg = stream.getvalue().replace("<defs>", f"{MODES}<defs>", 1).replace(INK, "currentColor")
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

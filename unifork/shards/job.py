@@ -40,13 +40,12 @@ from unifork.shards.manifest import (
     write_json,
     write_manifest,
 )
+from unifork.shards.schema import ROW_GROUP
 from unifork.shards.stores import Store, deliver, open_store
 from unifork.shards.task import ShardResult, ShardTask
 
 QUARANTINE = "quarantine"
 """Folder beside the shards, wherever they lie: what was left out, by shard."""
-ROW_GROUP = 256
-"""Rows per Parquet row group: the unit of a local read in training."""
 MOST_FAILED = 20
 """Shards of a job that may fail before it stops: the others are worth finishing, a fault of all of them is not."""
 

@@ -30,6 +30,9 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
     "license": pa.string(),
 }
 
+ROW_GROUP = 256
+"""Rows per Parquet row group: the unit of a local read in training, and part of the order of documents."""
+
 CODES_META = b"unifork.codes"
 """Schema metadata: JSON with shape, dtype, codebook_id, encoder_id and encoding."""
 

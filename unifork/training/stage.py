@@ -4,8 +4,6 @@ The run folder (`runs/<key>`) holds checkpoints and the history; it belongs to t
 model folder (`models/<key>`) is what later stages and people read; it appears when the stage ends.
 """
 
-import hashlib
-import json
 import shutil
 import time
 from collections import deque
@@ -19,12 +17,12 @@ from torch import nn
 
 from unifork.config import Experiment, Plain, Stage, TrainResources, fingerprint
 from unifork.documents.loader import TrackLoader
-from unifork.documents.mixture import CodesIdentity, Quarantine
+from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.inference import Speaker
-from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import VARLEN
-from unifork.models.modeling import UniForkModel, load_model
+from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
 from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
@@ -34,8 +32,10 @@ from unifork.training.loop import Done, Run, TrackRun, trained_by, turns
 from unifork.training.optimizer import freeze_all_but
 from unifork.training.strategies import barrier, strategy
 from unifork.training.watch import Watch
-from unifork.vocabulary import VIEW_OF_TASK
+from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION
 
+TRAIN_VERSION = 1
+"""Raise when the same stage would have other weights: order, packing, loop, optimizer."""
 TRAINING = "training"
 """Folder of a model that says how it was trained; a fresh one has none."""
 NOT_IN_THE_WEIGHTS = {"checkpoint_every", "keep_checkpoints", "sample_prompts", "sampling", "loss_band"}
@@ -60,46 +60,41 @@ class StageJob(Plain):
     @property
     def start(self) -> Path:
         """Model directory the stage begins with."""
-        return Path(self.root) / self.experiment.runs[self.key].after
+        return self.layout.root / self.experiment.runs[self.key].after
 
     @property
-    def codes(self) -> Path:
-        """Folder of all data sets' codes."""
-        return Path(self.root) / "data" / "codes"
+    def layout(self) -> Layout:
+        """Where everything lies."""
+        return Layout(Path(self.root))
 
     @property
     def run_folder(self) -> Path:
         """Checkpoints and history."""
-        return Path(self.root) / "runs" / self.key
+        return self.layout.run(self.key)
 
     @property
     def model_folder(self) -> Path:
         """What the stage makes."""
-        return Path(self.root) / "models" / self.key
+        return self.layout.model(self.key)
 
     def fingerprint(self) -> str:
-        """Of everything that decides the weights: stage, start model, codes, text tokenizer."""
+        """Of everything that decides the weights: versions, stage, start model, codes, text tokenizer."""
+        codes = self.layout.codes
         data = {
-            str(folder.relative_to(self.codes)): manifest_sha256(folder)
+            str(folder.relative_to(codes)): manifest_sha256(folder)
             for track in self.stage.tracks.values()
             for entry in track.mixture
-            for folder in [self.codes / entry.dataset / VIEW_OF_TASK[entry.task]]
+            for folder in [codes / entry.dataset / VIEW_OF_TASK[entry.task]]
         }
-        plain = self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS)
-        model = {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")}
-        text = TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity
-        return fingerprint({"stage": plain, "start": model, "data": data, "text": text})
-
-
-def code_digest() -> str:
-    """Hash of the code that decides the weights; a finished run is reused only by the same code."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(
-        [package / "batch.py", *(p for part in ("data", "models", "training") for p in (package / part).rglob("*.py"))]
-    ):
-        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+        return fingerprint(
+            {
+                "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
+                "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
+                "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
+                "data": data,
+                "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
+            }
+        )
 
 
 def train_stage(job: StageJob, run: Run) -> None:
@@ -131,7 +126,7 @@ def _train(job: StageJob, run: Run) -> None:
     quarantine = Quarantine()
     loaders = {
         name: TrackLoader(
-            name, track, job.codes, tokenizer, identity,
+            name, track, job.layout, tokenizer, identity,
             seed=stage.seed, context=stage.context, row_tokens=job.resources.row_tokens,
             rows_per_microbatch=job.resources.rows_per_microbatch, quarantine=quarantine,
         )
@@ -172,9 +167,7 @@ def _train(job: StageJob, run: Run) -> None:
         _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, quarantine, tracks)
         _report_seen(log, tracks, read(job.run_folder))
         seconds = time.monotonic() - started
-        write_json(
-            job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "code": code_digest(), "seconds": seconds}
-        )
+        write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "seconds": seconds})
         log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
 
 
@@ -190,18 +183,14 @@ def _read_one(unread: deque[Done], watch: Watch, history: History | None, progre
 
 
 def _make_room(job: StageJob, mark: str, log: Log) -> None:
-    """Decide what an existing run folder is worth; another configuration's is moved aside."""
+    """Decide what an existing run folder is worth; one made otherwise is moved aside."""
     folder = job.run_folder
     if folder.exists():
-        found = checkpoint.latest(folder)
-        finished = folder / checkpoint.FINISHED
-        reason = None
+        found, reason = checkpoint.latest(folder), None
         if found and found[1]["format"] != checkpoint.FORMAT:
             reason = "holds checkpoints of another format"
         elif found and found[1]["fingerprint"] != mark:
-            reason = "belongs to another configuration, start model or data"
-        elif finished.exists() and json.loads(finished.read_text())["code"] != code_digest():
-            reason = "was finished by other code"
+            reason = "belongs to another configuration, start model, data or version of the code"
         if reason:
             aside = checkpoint.set_aside(folder)
             log(f"{folder.name} {reason}; moved to {aside.name}, starting afresh")

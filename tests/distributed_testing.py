@@ -1,4 +1,4 @@
-"""Run a function as the ranks of a process group on one machine, for tests and benchmarks.
+"""Run a function as the ranks of a process group on one machine.
 
 In: a function that a new process can import, and its arguments. Out: what each rank returned. The
 ranks are new processes (nothing of the caller's state is inherited), one torch thread each, joined
@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 120
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(rank, world_size, *args)` in `world_size` gloo processes; their results by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (world_size, folder, function, args), nprocs=world_size)  # type: ignore[no-untyped-call]
+        spawn(_rank, (world_size, folder, function, args), nprocs=world_size)
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(world_size)]
 
 

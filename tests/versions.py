@@ -1,0 +1,197 @@
+"""What each version constant covers, and whether that has changed since it was recorded.
+
+`python tests/versions.py` records the digests of all constants in `tests/versions.json`. A digest is of the covered
+files' syntax trees without docstrings, comments, layout and the constants themselves.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RECORDED = Path(__file__).parent / "versions.json"
+
+
+def within(folder: str, *names: str) -> list[str]:
+    """Modules of a folder."""
+    return [f"{folder}/{name}.py" for name in names]
+
+
+TOKENIZER = "unifork/image_tokenizer"
+NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "views")
+"""Images to codes."""
+SHARDS = within("unifork/shards", "schema")
+
+COVERS: dict[str, tuple[str, list[str]]] = {
+    "VOCABULARY_VERSION": ("unifork/vocabulary.py", ["unifork/randomness.py"]),
+    "DOWNLOAD_VERSION": (
+        "unifork/sources/download.py",
+        ["unifork/sources/*.*", *SHARDS, "pipelines/download.py"],
+    ),
+    "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.py", "pipelines/download.py"]),
+    "WORLD_VERSION": (
+        "unifork/shapes/source.py",
+        [
+            *within("unifork/shapes", "__init__", "detector", "language", "questions", "words", "world"),
+            "unifork/evaluation/generation/geneval.py",  # the clauses of its prompts
+        ],
+    ),
+    "FILTER_VERSION": (
+        "unifork/filters/worker.py",
+        [*within("unifork/filters", "__init__", "rules", "takedown"), *SHARDS, "pipelines/filter.py"],
+    ),
+    "SIGNATURES_VERSION": ("unifork/filters/duplicates.py", ["unifork/sources/archives.py"]),
+    "TOKENIZER_VERSION": (
+        f"{TOKENIZER}/training.py",
+        [
+            *NETWORK,
+            *within(
+                TOKENIZER, "canaries", "codebook_training", "conversion", "decoder", "measures", "readers", "samples"
+            ),
+            *within("unifork", "identity", "weights"),
+            "pipelines/image_tokenizer.py",
+        ],
+    ),
+    "TEXT_TOKENIZER_VERSION": (
+        "unifork/documents/text_tokenizer.py",
+        ["unifork/documents/prompts.py", "unifork/weights.py", "pipelines/text_tokenizer.py"],
+    ),
+    "ENCODE_VERSION": (
+        f"{TOKENIZER}/encode.py",
+        [*NETWORK, f"{TOKENIZER}/code_encoder.py", *SHARDS, "unifork/identity.py", "pipelines/encode.py"],
+    ),
+    "DOCUMENTS_VERSION": (
+        "unifork/documents/mixture.py",
+        [*within("unifork/documents", "__init__", "index", "prompts", "text_tokenizer"), *SHARDS],
+    ),
+    "MODEL_VERSION": (
+        "unifork/models/modeling.py",
+        ["unifork/models/*.py", *within("unifork", "assembly", "batch", "identity", "weights"), "pipelines/init.py"],
+    ),
+    "TRAIN_VERSION": (
+        "unifork/training/stage.py",
+        [
+            *within("unifork/training", "checkpoint", "loop", "optimizer", "strategies", "watch", "zero"),
+            *within("unifork/documents", "loader", "order"),
+            *within("unifork", "batch", "inference"),  # a stage ends with samples
+            "pipelines/train.py",
+        ],
+    ),
+    "EVALUATE_VERSION": (
+        "unifork/evaluation/benchmarks.py",
+        [
+            "unifork/evaluation/**/*.py",
+            *within("unifork/shapes", "detector", "generation", "questions", "understanding"),
+            *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
+            "pipelines/evaluate.py",
+        ],
+    ),
+    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "pipelines/report.py"]),
+    "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
+}
+"""Constant: the file it stands in, and what it covers besides."""
+
+DECIDES_NOTHING = {
+    "unifork/__init__.py": "settings of threads",
+    "unifork/errors.py": "messages",
+    "unifork/layout.py": "where things lie",
+    "unifork/registry.py": "finds objects by name; what it finds is covered",
+    "unifork/processes.py": "locks",
+    "unifork/jobs.py": "where programs run",
+    "unifork/cluster.py": "where programs run",
+    "unifork/config/*.py": "its values are parameters, and parts of fingerprints",
+    "unifork/experiments/*.py": "writes parameters",
+    "unifork/shards/__init__.py": "empty",
+    "unifork/shards/manifest.py": "hashes and sizes of what others made",
+    "unifork/shards/stores.py": "where shards lie",
+    "unifork/shards/repair.py": "makes nothing, has damaged shards made again",
+    "unifork/shards/task.py": "messages between driver and workers",
+    "unifork/shards/job.py": "which shards are left to make; what is in one is its worker's affair",
+    "unifork/image_tokenizer/__init__.py": "empty",
+    "unifork/training/__init__.py": "empty",
+    "unifork/training/launch.py": "where a stage runs",
+    "unifork/training/history.py": "writes down what happened",
+    "unifork/commands/*.py": "commands for people",
+    "unifork/cli.py": "commands for people",
+    "unifork/planning.py": "numbers for people",
+    "unifork/inspection.py": "texts for people",
+    "pipelines/__init__.py": "refuses a Python that lacks the libraries",
+}
+"""Files without a version, and why they need none."""
+
+
+def files(patterns: list[str], root: Path = ROOT) -> list[Path]:
+    """What glob patterns name, in order. Raises FileNotFoundError for one that names nothing."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        named = {path for path in root.glob(pattern) if path.is_file() and "__pycache__" not in path.parts}
+        if not named:
+            raise FileNotFoundError(f"tests/versions.py: {pattern} names no file")
+        found |= named
+    return sorted(found)
+
+
+def covered(name: str, root: Path = ROOT) -> list[Path]:
+    """The files that a constant covers."""
+    home, others = COVERS[name]
+    return files([home, *others], root)
+
+
+def version(name: str, root: Path = ROOT) -> int:
+    """The value of a constant, read as DVC reads it: without running anything."""
+    for node in ast.parse((root / COVERS[name][0]).read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+            return int(ast.literal_eval(node.value))
+    raise LookupError(f"{COVERS[name][0]}: no {name}")
+
+
+def digest(name: str, root: Path = ROOT) -> str:
+    """Of everything a constant covers that can decide a result."""
+    whole = hashlib.sha256()
+    for path in covered(name, root):
+        content = repr(plain(ast.parse(path.read_text()))).encode() if path.suffix == ".py" else path.read_bytes()
+        whole.update(f"{path.relative_to(root).as_posix()}\n".encode() + hashlib.sha256(content).digest())
+    return whole.hexdigest()[:16]
+
+
+def plain(node: Any) -> Any:
+    """A syntax tree as nested lists, the same for every version of Python."""
+    if isinstance(node, list):
+        return [plain(one) for one in node if not _says_nothing(one)]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, plain(value)) for name, value in ast.iter_fields(node) if value is not None)
+    return [type(node).__name__, *(field for field in fields if field[1] != [])]
+
+
+def _says_nothing(node: Any) -> bool:
+    """Whether a statement is a docstring, or a version constant."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in COVERS
+
+
+def state(root: Path = ROOT) -> dict[str, dict[str, Any]]:
+    """Version and digest of every constant."""
+    return {name: {"version": version(name, root), "digest": digest(name, root)} for name in COVERS}
+
+
+def faults(recorded: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What is not as it was recorded, and what to do about it."""
+    for name in sorted(recorded.keys() | now.keys()):
+        before, here = recorded.get(name), now.get(name)
+        if before == here:
+            continue
+        if before and here and before["version"] == here["version"]:
+            home = COVERS[name][0]
+            yield f"code that {name} covers has changed: if results change, raise {name} in {home}; then record"
+        else:
+            yield f"{name}: {before} is recorded, {here} is here: record"
+
+
+if __name__ == "__main__":
+    RECORDED.write_text(json.dumps(state(), indent=2) + "\n")
+    print(f"{RECORDED}: recorded")

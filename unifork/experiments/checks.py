@@ -1,0 +1,135 @@
+"""What a run will look up, looked up by `unifork use` before anything is downloaded or written.
+
+In: an experiment with its cards. Out: nothing, or ConfigError naming file, key, value and what is allowed. What only
+data or weights can tell is left to the run: files that are not there yet, and the configuration of a dense model that
+is still on the Hub.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from unifork.config import (
+    CLUSTER,
+    Card,
+    Cluster,
+    Experiment,
+    ImageTokenizerConfig,
+    TextTokenizerConfig,
+    Track,
+    Variant,
+    cluster_file,
+    load,
+)
+from unifork.documents.prompts import template_for
+from unifork.errors import CheckpointError, ConfigError, unknown
+from unifork.evaluation import benchmarks
+from unifork.image_tokenizer.readers import READERS
+
+Cards = Mapping[str, Card]
+
+
+def check_names(experiment: Experiment, cards: Cards, place: str) -> None:
+    """Data sets, stages, tasks and texts that parts of an experiment name."""
+    images, texts = experiment.image_tokenizer, experiment.text_tokenizer
+    readers = {
+        "image_tokenizer.training": images.training.datasets if isinstance(images, ImageTokenizerConfig) else (),
+        "text_tokenizer": texts.datasets if isinstance(texts, TextTokenizerConfig) else (),
+    }
+    for part, datasets in readers.items():
+        for dataset in datasets:
+            if dataset not in experiment.datasets:
+                raise unknown("data set", dataset, experiment.datasets, f"{place}: {part}.datasets")
+    for name, variant in experiment.variants.items():
+        for stage in variant.stages:
+            if stage not in experiment.stages:
+                raise unknown("stage", stage, experiment.stages, f"{place}: variants.{name}.stages")
+    for where, track in _tracks(experiment, place):
+        for entry in track.mixture:
+            if entry.dataset not in experiment.datasets:
+                raise unknown("data set", entry.dataset, experiment.datasets, f"{where}.mixture")
+            use = cards[entry.dataset].tasks.get(entry.task)
+            if use is None:
+                tasks = cards[entry.dataset].tasks
+                raise unknown(f"task of {entry.dataset}", entry.task, tasks, f"{where}.mixture")
+            if entry.text not in use.texts:
+                raise unknown(f"text of {entry.dataset} for {entry.task}", entry.text, use.texts, f"{where}.mixture")
+
+
+def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
+    """Readers, kinds of benchmark, templates, and what follows from the grid and the views.
+
+    Sources and filter rules of the cards were looked at by `followed`.
+    """
+    for name, card in cards.items():
+        if card.reader:
+            READERS.find(card.reader, f"card {name}: reader")
+    for name, benchmark in experiment.benchmarks.items():
+        benchmarks.check(benchmark, f"{place}: benchmarks.{name}")
+    images = experiment.image_tokenizer
+    positions = images.grid**2 if isinstance(images, ImageTokenizerConfig) else None
+    for where, track in _tracks(experiment, place):
+        for number, entry in enumerate(track.mixture):
+            template_for(entry, f"{where}.mixture[{number}]")
+        if positions and (track.supervised_positions or 0) > positions:
+            raise ConfigError(
+                f"{where}: supervised_positions is {track.supervised_positions}; an image has {positions} positions"
+            )
+    if isinstance(images, ImageTokenizerConfig):
+        groups = {f"{name}/{use.view}" for name in images.training.datasets for use in cards[name].tasks.values()}
+        for group in images.training.shares:
+            if group not in groups:
+                raise unknown("group of images", group, groups, f"{place}: image_tokenizer.training.shares")
+
+
+def check_models(experiment: Experiment, place: str) -> None:
+    """Backbone, plan and head of every variant, and what its stages ask of the model, which is built without memory."""
+    from unifork.planning import meta_model  # noqa: PLC0415  torch is slow to import
+    from unifork.training.optimizer import trainable_names  # noqa: PLC0415
+
+    for name, variant in experiment.variants.items():
+        if not variant.backbone and variant.warm_start and not Path(variant.warm_start).is_dir():
+            continue
+        try:
+            model = meta_model(experiment, _with_vocabulary(experiment, variant))
+        except (ConfigError, CheckpointError) as error:
+            raise type(error)(f"{place}: variants.{name}: {error}") from None
+        names = [parameter for parameter, _ in model.named_parameters()]
+        longest = model.config.backbone_config().max_position_embeddings
+        for stage_name in variant.stages:
+            stage = experiment.stages[stage_name]
+            if stage.context > longest:
+                raise ConfigError(
+                    f"{place}: stages.{stage_name}.context is {stage.context}; the backbone of variants.{name} has "
+                    f"{longest} positions (max_position_embeddings)"
+                )
+            for track_name, track in stage.tracks.items():
+                where = f"{place}: stages.{stage_name}.tracks.{track_name}.trainable (variant {name})"
+                trainable_names(names, track.trainable, where)
+
+
+def check_cluster(experiment: Experiment, place: str) -> None:
+    """That the rows of the cluster file in use hold the longest document of every stage."""
+    path = Path(cluster_file())
+    if not path.exists():
+        return
+    cluster = load(Cluster, path)
+    for name in dict.fromkeys(stage for variant in experiment.variants.values() for stage in variant.stages):
+        rows, context = cluster.for_stage(name).row_tokens, experiment.stages[name].context
+        if context > rows:
+            raise ConfigError(
+                f"{place}: stages.{name}.context is {context}, but row_tokens of {path} is {rows}: a row must hold the "
+                f"longest document. Raise row_tokens, or name the file of another cluster in {CLUSTER}"
+            )
+
+
+def _tracks(experiment: Experiment, place: str) -> Iterator[tuple[str, Track]]:
+    for stage_name, stage in experiment.stages.items():
+        for name, track in stage.tracks.items():
+            yield f"{place}: stages.{stage_name}.tracks.{name}", track
+
+
+def _with_vocabulary(experiment: Experiment, variant: Variant) -> Variant:
+    """The variant with some size of its vocabulary, where only the tokenizer to be imported knows it."""
+    if isinstance(experiment.text_tokenizer, TextTokenizerConfig) or not variant.backbone:
+        return variant
+    return variant.model_copy(update={"backbone": {"vocab_size": 1, **variant.backbone}})
