@@ -8,7 +8,6 @@ a traceback after any other exception; that of the job, which `ray job submit` d
 
 import argparse
 import asyncio
-import importlib.util
 import logging
 import os
 import shlex
@@ -17,6 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
         CLUSTER: os.path.relpath(cluster_file()),
         **cluster.runtime_env.get("env_vars", {}),
     }
-    packages = [_folder_of(package, module) for package in sorted({"unifork", module.partition(".")[0]})]
+    packages = [import_module(name).__path__[0] for name in sorted({"unifork", module.partition(".")[0]})]
     job: str = client.submit_job(
         entrypoint=shlex.join([cluster.python or sys.executable, "-m", module, *argv]),
         submission_id=f"{module.rpartition('.')[2]}-{uuid.uuid4().hex[:8]}",
@@ -156,13 +156,6 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
         },
     )
     return job
-
-
-def _folder_of(package: str, module: str) -> str:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{module}: {package!r} is no package that could be sent to the cluster")
-    return next(iter(spec.submodule_search_locations))
 
 
 async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:

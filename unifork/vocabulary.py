@@ -32,29 +32,11 @@ DROPPED_PROMPT = "<|video_pad|>"
 """Stands for the prompt in the documents that teach unconditional generation."""
 
 SPECIAL_TOKENS: tuple[str, ...] = (
-    "<|endoftext|>",
-    TURN_START,
-    TURN_END,
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    PAD,
-    "<|image_pad|>",
-    DROPPED_PROMPT,
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
+    "<|endoftext|>", TURN_START, TURN_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", PAD, "<|image_pad|>", DROPPED_PROMPT,
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
     "<|file_sep|>",
-)
+)  # fmt: skip
 """Qwen2.5's special tokens, in the order of their ids."""
 
 CODE_DTYPE = "<u2"

@@ -25,7 +25,7 @@ def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -
 
     Raises ConfigError when a pattern matches nothing, listing the names nearest to it.
     """
-    chosen: dict[str, None] = {}
+    chosen: set[str] = set()
     for pattern in patterns:
         remove, glob = pattern.startswith("!"), pattern.removeprefix("!")
         matched = [name for name in names if fnmatchcase(name, glob)]
@@ -35,11 +35,7 @@ def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -
                 f"{place}: the pattern {pattern!r} matches none of the {len(names)} parameters; "
                 f"nearest names: {', '.join(near) or ', '.join(names[:4])}"
             )
-        for name in matched:
-            if remove:
-                chosen.pop(name, None)
-            else:
-                chosen[name] = None
+        chosen = chosen.difference(matched) if remove else chosen.union(matched)
     return [name for name in names if name in chosen]
 
 

@@ -24,34 +24,27 @@ class Strategy(Protocol):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call; the names of `model`'s parameters stay as they are. Optimizers are made after it."""
-        ...
 
     def start(self, optimizers: Optimizers) -> None:
         """Called when the model has the weights to begin with. Raises ConfigError for tracks that do not fit."""
-        ...
 
     def read_moments(self, track: str, read: Read) -> None:
         """Have `read` fill a track's optimizer state, `optimizer/<track>/<parameter>/<moment>` in a checkpoint."""
-        ...
 
     def turn(self, track: str) -> None:
         """The next step is one of this track."""
-        ...
 
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
         """One step of the optimizer with the whole gradient clipped; the norms before that, by name, on the device.
 
         Nothing is looked at here: whoever reads the norms decides what is saved.
         """
-        ...
 
     def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What this worker writes of the model's tensors."""
-        ...
 
     def moments(self, track: str) -> dict[str, Tensor]:
         """What this worker writes of a track's optimizer state, by `<parameter>/<moment>`."""
-        ...
 
 
 class Plain:
