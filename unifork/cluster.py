@@ -17,10 +17,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from io import StringIO
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TextIO
+from typing import Any
 
 from unifork.config import Cluster, HopResources, cluster_file, in_job
 from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError
@@ -56,11 +56,11 @@ def set_ray_environment() -> None:
 
 
 @contextmanager
-def local_ray(cluster: Cluster, *, needed: bool = True, worker_output: bool = False) -> Iterator[None]:
+def local_ray(cluster: Cluster, *, needed: bool = True) -> Iterator[None]:
     """A running Ray inside the block: the job's cluster in a submitted job, otherwise one of its own.
 
     An already initialised Ray is used and left running. With `needed=False` nothing is started, so that a
-    program can say `needed=resources.workers > 0`. `worker_output` shows what worker processes print.
+    program can say `needed=resources.workers > 0`.
     """
     if not needed:
         yield
@@ -71,18 +71,15 @@ def local_ray(cluster: Cluster, *, needed: bool = True, worker_output: bool = Fa
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"log_to_driver": worker_output, "logging_level": logging.ERROR}
-    if in_job():
-        ray.init(**options)  # RAY_ADDRESS names the cluster
-    else:
-        ray.init(
-            address="local",  # never one that happens to run on this machine
-            num_cpus=cluster.cpus,
-            num_gpus=cluster.gpus,
-            object_store_memory=cluster.object_store_mb * 1024**2,
-            include_dashboard=False,
-            **options,
-        )
+    own: dict[str, Any] = {
+        "address": "local",  # never one that happens to run on this machine
+        "num_cpus": cluster.cpus,
+        "num_gpus": cluster.gpus,
+        "object_store_memory": cluster.object_store_mb * 1024**2,
+        "include_dashboard": False,
+    }
+    # in a job RAY_ADDRESS names the cluster
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if in_job() else own))
     try:
         yield
     finally:
@@ -137,6 +134,8 @@ def run_jobs(
         closing(map_shards(tasks, worker_class, arguments, resources)) as results,
     ):
         for result in results:
+            if result.traceback:
+                print(f"{result.output}: {result.traceback}", file=sys.stderr, flush=True)
             job_of[result.output].add(result)
             print(job_of[result.output], flush=True)
     return [job.finish() for job in jobs]
@@ -159,18 +158,13 @@ def map_shards(
     if not tasks:
         return
     if resources.workers == 0:
-        worker = worker_class(*worker_args)
-        for task in tasks:
-            yield outcome(worker, task)
+        yield from map(partial(outcome, worker_class(*worker_args)), tasks)
     else:
         yield from _map_on_ray(tasks, worker_class, worker_args, resources)
 
 
-def outcome(worker: Worker, task: ShardTask, log: TextIO | None = None) -> ShardResult:
-    """The result of a task, or its problem; `log` gets the traceback of a mistake of the program, None: stderr.
-
-    Raises what ends the job.
-    """
+def outcome(worker: Worker, task: ShardTask) -> ShardResult:
+    """The result of a task, or its problem. Raises what ends the job."""
     try:
         return worker(task)
     except ENDS_THE_JOB:
@@ -178,8 +172,7 @@ def outcome(worker: Worker, task: ShardTask, log: TextIO | None = None) -> Shard
     except UniForkError as error:
         return ShardResult(task.output, problem=str(error))
     except Exception as error:  # a row may raise anything; the other shards are worth finishing
-        print(f"{task.output}: {traceback.format_exc()}", file=log or sys.stderr, flush=True)
-        return ShardResult(task.output, problem=f"{type(error).__name__}: {error}")
+        return ShardResult(task.output, None, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _map_on_ray(
@@ -221,10 +214,9 @@ def _map_on_ray(
     try:
         for batch in rows:
             for index, answer in zip(batch["index"], batch["answer"], strict=True):
-                result, output, error = pickle.loads(answer)
-                print(output, end="", file=sys.stderr, flush=True)
-                if error is not None:
-                    raise error
+                result = pickle.loads(answer)
+                if isinstance(result, Exception):
+                    raise result
                 del left[int(index)]
                 yield result
     except ray.exceptions.RayError as error:
@@ -239,7 +231,7 @@ def _map_on_ray(
 
 
 class _Actor:
-    """One process of the pool: makes the worker at its first task; errors and what it prints travel as data.
+    """One process of the pool: makes the worker at its first task; errors travel as data.
 
     Ray would wrap errors in pages of its own traceback. The actor works in the driver's folder, so that relative
     paths mean the same in both.
@@ -253,15 +245,14 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {"index": batch["index"], "answer": [pickle.dumps(self._answer(task)) for task in batch["task"]]}
 
-    def _answer(self, task: bytes) -> tuple[ShardResult | None, str, Exception | None]:
-        said = StringIO()
+    def _answer(self, task: bytes) -> ShardResult | Exception:
         try:
             with self.making:
                 if self.worker is None:
                     os.chdir(self.folder)
                     self.worker = self.worker_class(*self.worker_args)
-            return outcome(self.worker, pickle.loads(task), said), said.getvalue(), None
+            return outcome(self.worker, pickle.loads(task))
         except UniForkError as error:
-            return None, said.getvalue(), error
+            return error
         except Exception as error:
-            return None, "", RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+            return RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")

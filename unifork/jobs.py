@@ -49,32 +49,30 @@ def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], output
 
     `outputs` are looked for after a job.
     """
+    code = 0
     try:
-        sys.exit(_run_stage(main, module, argv, outputs))
+        if in_job():
+            die_with_parent()  # Ray stops drivers itself, but a head node that dies would leave them behind
+            _enter(os.environ.get(ROOT) or ".")
+            main()
+        elif (cluster := load_cluster()).address:
+            die_with_parent(signal.SIGTERM)  # which stops the job
+            code = asyncio.run(run_job(connect(cluster), cluster, module, argv))
+            wait_for_outputs(outputs if code == 0 else (), cluster)
+        else:
+            die_with_parent()
+            main()
     except UniForkError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
+    sys.exit(code)
 
 
-def _run_stage(main: Callable[[], None], module: str, argv: Sequence[str], outputs: Sequence[Path]) -> int:
-    if in_job():
-        die_with_parent()  # Ray stops drivers itself, but a head node that dies would leave them behind
-        try:
-            os.chdir(os.environ.get(ROOT) or ".")
-        except OSError as error:
-            raise ConfigError(f"{ROOT}: {error}; the cluster must share the storage of the data") from None
-        main()
-        return 0
-    cluster = load_cluster()
-    if cluster.address:
-        die_with_parent(signal.SIGTERM)  # which stops the job
-        code = asyncio.run(run_job(connect(cluster), cluster, module, argv))
-        if code == 0:
-            wait_for_outputs(outputs, cluster)
-        return code
-    die_with_parent()
-    main()
-    return 0
+def _enter(root: str) -> None:
+    try:
+        os.chdir(root)
+    except OSError as error:
+        raise ConfigError(f"{ROOT}: {error}; the cluster must share the storage of the data") from None
 
 
 def connect(cluster: Cluster) -> Any:

@@ -40,10 +40,6 @@ stores.sync(Path(sys.argv[1]), Store(store.uri, Dying(store.system), store.root)
 """
 
 
-def quiet(*_) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def folder(tiny_root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("published")
@@ -55,10 +51,10 @@ def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):
     address = f"{bucket}/sets/shapes"
     store = open_store(address)
     names = {*checksums(open_store(str(folder))), CHECKSUMS}
-    assert set(sync(folder, store, quiet).uploaded) == names
+    assert set(sync(folder, store).uploaded) == names
     assert objects(address) == bytes_of(folder)
-    assert sync(folder, store, quiet) == sync(folder, open_store(address), quiet)
-    assert sync(folder, store, quiet).uploaded == ()
+    assert sync(folder, store) == sync(folder, open_store(address))
+    assert sync(folder, store).uploaded == ()
     assert reread(store) == []
 
     client, name = boto3.client("s3"), bucket.removeprefix("s3://")
@@ -72,7 +68,7 @@ def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):
     assert [fault.split(":")[0] for fault in reread(store)] == [victim, lost]
     with pytest.raises(DataError, match=rf"{victim}: sha256 .* instead of"):
         fetch(store, "back", Layout(tmp_path))
-    done = sync(folder, store, quiet)
+    done = sync(folder, store)
     assert (set(done.uploaded), done.removed) == ({victim, lost}, ("crop/train-00007-of-00008.parquet",))
     assert objects(address) == bytes_of(folder) | {"notes.txt": b"of somebody else"}
     assert reread(store) == []
@@ -81,7 +77,7 @@ def test_only_what_is_missing_or_differs_is_uploaded(folder, bucket, tmp_path):
 def test_an_upload_in_parts_is_compared_by_its_bytes(folder, bucket):
     address = f"{bucket}/set"
     store = open_store(address)
-    sync(folder, store, quiet)
+    sync(folder, store)
     client, name = boto3.client("s3"), bucket.removeprefix("s3://")
     key = "set/crop/train-00000-of-00003.parquet"
     upload = client.create_multipart_upload(Bucket=name, Key=key)["UploadId"]
@@ -91,7 +87,7 @@ def test_an_upload_in_parts_is_compared_by_its_bytes(folder, bucket):
         Bucket=name, Key=key, UploadId=upload, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
     )
     assert "-" in client.head_object(Bucket=name, Key=key)["ETag"]
-    assert sync(folder, store, quiet).uploaded == ()
+    assert sync(folder, store).uploaded == ()
 
 
 def test_a_killed_upload_goes_on_where_it_was(folder, bucket):
@@ -105,18 +101,18 @@ def test_a_killed_upload_goes_on_where_it_was(folder, bucket):
     assert CHECKSUMS not in there
     with pytest.raises(DataError, match=f"no {CHECKSUMS}; nothing was published here, or not to its end"):
         checksums(open_store(address))
-    again = sync(folder, open_store(address), quiet)
+    again = sync(folder, open_store(address))
     assert not set(again.uploaded) & set(there)
     assert objects(address) == bytes_of(folder)
 
 
 def test_codes_come_back_from_s3(folder, bucket, tiny_root, tmp_path):
     address = f"{bucket}/set"
-    sync(folder, open_store(address), quiet)
+    sync(folder, open_store(address))
     fetch(open_store(address), "shapes", Layout(tmp_path))
     assert bytes_of(tmp_path / "data/codes/shapes") == bytes_of(tiny_root / "data/codes/shapes")
 
 
 def test_a_bucket_that_is_not_there_is_one_line(folder, s3_server):
     with pytest.raises(DataError, match=r"s3://not-there/set: .*Run the command again"):
-        sync(folder, open_store("s3://not-there/set"), quiet)
+        sync(folder, open_store("s3://not-there/set"))

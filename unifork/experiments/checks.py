@@ -5,7 +5,7 @@ data or weights can tell is left to the run: files that are not there yet, and t
 is still on the Hub.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from unifork.config import (
@@ -30,6 +30,13 @@ Cards = Mapping[str, Card]
 
 def check_names(experiment: Experiment, cards: Cards, place: str) -> None:
     """Data sets, stages, tasks and texts that parts of an experiment name."""
+    for what, name, allowed, where in _names(experiment, cards, place):
+        if name not in allowed:
+            raise unknown(what, name, allowed, where)
+
+
+def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[str, str, Collection[str], str]]:
+    """(what it is, name, names that there are, place) of everything; each is looked at before the next is asked for."""
     images, texts = experiment.image_tokenizer, experiment.text_tokenizer
     readers = {
         "image_tokenizer.training": images.training.datasets if isinstance(images, ImageTokenizerConfig) else (),
@@ -37,22 +44,16 @@ def check_names(experiment: Experiment, cards: Cards, place: str) -> None:
     }
     for part, datasets in readers.items():
         for dataset in datasets:
-            if dataset not in experiment.datasets:
-                raise unknown("data set", dataset, experiment.datasets, f"{place}: {part}.datasets")
+            yield "data set", dataset, experiment.datasets, f"{place}: {part}.datasets"
     for name, variant in experiment.variants.items():
         for stage in variant.stages:
-            if stage not in experiment.stages:
-                raise unknown("stage", stage, experiment.stages, f"{place}: variants.{name}.stages")
+            yield "stage", stage, experiment.stages, f"{place}: variants.{name}.stages"
     for where, track in _tracks(experiment, place):
         for entry in track.mixture:
-            if entry.dataset not in experiment.datasets:
-                raise unknown("data set", entry.dataset, experiment.datasets, f"{where}.mixture")
-            use = cards[entry.dataset].tasks.get(entry.task)
-            if use is None:
-                tasks = cards[entry.dataset].tasks
-                raise unknown(f"task of {entry.dataset}", entry.task, tasks, f"{where}.mixture")
-            if entry.text not in use.texts:
-                raise unknown(f"text of {entry.dataset} for {entry.task}", entry.text, use.texts, f"{where}.mixture")
+            yield "data set", entry.dataset, experiment.datasets, f"{where}.mixture"
+            tasks = cards[entry.dataset].tasks
+            yield f"task of {entry.dataset}", entry.task, tasks, f"{where}.mixture"
+            yield f"text of {entry.dataset} for {entry.task}", entry.text, tasks[entry.task].texts, f"{where}.mixture"
 
 
 def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:

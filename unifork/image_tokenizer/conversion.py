@@ -33,7 +33,6 @@ from unifork.config import Plain, parse
 from unifork.errors import CheckpointError, ConfigError
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.models.configuration import UniForkConfig
 from unifork.weights import PICKLED, StoredWeights, local_folder, read_json, refuse_tensors
 
 TOWER_IN_UNIFORK = "model.vision_tower.vision_tower."
@@ -273,7 +272,7 @@ def remainder(tower: Mapping[str, Tensor], tokenizer: ImageTokenizer, dtype: tor
     }
 
 
-def tower_configs(tokenizer: ImageTokenizer, model: UniForkConfig) -> dict[str, Any]:
+def tower_configs(tokenizer: ImageTokenizer, model: Any) -> dict[str, Any]:
     """The configurations of the tower and of SigLIP by their place in the tower's folder."""
     text = Template(CONFIGURATIONS.read_text(), undefined=StrictUndefined).render(
         tower=tokenizer.architecture, model=model

@@ -89,7 +89,10 @@ def read_history(path: Path) -> list[Found]:
         if not data.endswith(b"\n"):
             raise ValueError("it ends in the middle of a line")
         rows = csv.DictReader(data.decode().splitlines(), strict=True)
-        return [Found(path, {name: _cell(name, text) for name, text in row.items() if text}) for row in rows]
+        return [
+            Found(path, {name: text if name in WORDS else float(text) for name, text in row.items() if text})
+            for row in rows
+        ]
 
     return read(path, steps) or []
 
@@ -111,7 +114,3 @@ def _found(path: Path, text: bytes) -> Found:
     if not isinstance(plain, Found):
         raise ValueError(f"{type(plain).__name__} instead of an object")
     return plain
-
-
-def _cell(name: str, text: str) -> str | float:
-    return text if name in WORDS else float(text)

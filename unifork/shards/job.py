@@ -16,6 +16,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -258,19 +259,15 @@ def recorded_shards(folder: Path, stores: Iterable[Store] = ()) -> dict[str, Sha
     """Shards recorded by an earlier run, finished or killed, here or in stores, by file name."""
     records: dict[str, Shard] = {}
     if (folder / MANIFEST).exists():
-        try:
+        with suppress(DataError):  # a damaged manifest only means that nothing is known to be finished
             records = {shard.path: shard for shard in read_manifest(folder).shards}
-        except DataError:  # a damaged manifest only means that nothing is known to be finished
-            records = {}
     written = [path.read_bytes() for path in folder.glob("*" + RECORD_SUFFIX)]
     for store in stores:
         written += store.get_all([name for name in store.listing() if name.endswith(RECORD_SUFFIX)])
     for record in written:
-        try:
+        with suppress(ConfigError, ValueError):  # so does a damaged record
             shard = parse(Shard, json.loads(record), "record")
-        except (ConfigError, ValueError):  # so does a damaged record
-            continue
-        records[shard.path] = shard
+            records[shard.path] = shard
     return records
 
 

@@ -145,3 +145,5 @@ class ShardResult:
     shard: Shard | None = None
     problem: str | None = None
     """Why the worker did not make it."""
+    traceback: str | None = None
+    """Of a mistake of the program."""
