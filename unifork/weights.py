@@ -29,7 +29,7 @@ HUB_NAME = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inside>(/[\w-][\w.-
 """`owner/name`, a folder inside it, and a revision: `owner/name/vision_tower@main`."""
 LISTED = 10
 """Names of an error message."""
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, tuple[Any, ...]]
 """Of tensors by name."""
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
 

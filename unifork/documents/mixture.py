@@ -179,8 +179,7 @@ class Part:
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's picture, uint16, shape (N, D)."""
         shard, group, row = self.index.where_R3[index].tolist()
-        codes_ND: np.ndarray = self._group(shard, group)[row]
-        return codes_ND
+        return np.asarray(self._group(shard, group)[row])
 
     def _prepare(self, writer: Writer, template: Template, tokenizer: TextTokenizer, context: int) -> None:
         for (shard, group), rows in self._row_groups(self.entry.text):

@@ -91,8 +91,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of what people wrote; the names of special tokens in it are letters like any other."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_pieces(self, pieces: Sequence[Piece], border: Border = "letters") -> tuple[np.ndarray, np.ndarray]:
         """Ids (T) of pieces of text that follow each other, and which of these tokens are learned (T).
@@ -123,8 +122,7 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _units(self, piece: Piece) -> Iterator[tuple[str, bool, bool]]:
         """(text, learned, whether it is a control token) of the stretches of a piece."""

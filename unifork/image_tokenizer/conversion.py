@@ -277,5 +277,4 @@ def tower_configs(tokenizer: ImageTokenizer, model: Any) -> dict[str, Any]:
     text = Template(CONFIGURATIONS.read_text(), undefined=StrictUndefined).render(
         tower=tokenizer.architecture, model=model
     )
-    configurations: dict[str, Any] = yaml.safe_load(text)
-    return configurations
+    return dict(yaml.safe_load(text))

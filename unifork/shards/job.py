@@ -239,8 +239,7 @@ def input_table(task: ShardTask) -> pa.Table:
 
 def input_rows(task: ShardTask) -> list[dict[str, Any]]:
     """The rows of a task's input shard, after checking size and hash."""
-    rows: list[dict[str, Any]] = input_table(task).to_pylist()
-    return rows
+    return list(input_table(task).to_pylist())
 
 
 def quarantine_of(folder: Path, shard: Shard) -> Path | BytesIO | None:

@@ -71,8 +71,7 @@ def codes_meta(schema: pa.Schema, place: str) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(CODES_META)
     if raw is None:
         raise DataError(f"{place}: no {CODES_META.decode()!r} in the schema metadata; this is not a shard of codes")
-    meta: dict[str, Any] = json.loads(raw)
-    return meta
+    return dict(json.loads(raw))
 
 
 def codes_array(column: pa.ChunkedArray, shape: tuple[int, int]) -> np.ndarray:

@@ -6,7 +6,6 @@ Every worker writes and reads its own shards (torch.distributed.checkpoint): no 
 whole of a sharded model, and training can go on with another number of workers or another strategy.
 """
 
-import json
 import pickle
 import shutil
 import warnings
@@ -30,6 +29,7 @@ from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.training.optimizer import Optimizers
 from unifork.training.strategies import Strategy
+from unifork.weights import check_fit, read_json
 
 LATEST = "latest"
 STATE = "state.json"
@@ -165,8 +165,7 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def state_of(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself."""
-    plain: dict[str, Any] = json.loads((path / STATE).read_text())
-    return plain
+    return read_json(path / STATE)
 
 
 def start(
@@ -211,15 +210,11 @@ def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
     reader = FileSystemReader(path)
     try:
         stored = _stored(reader, part)
-        missing, surplus = sorted(targets.keys() - stored.keys()), sorted(stored.keys() - targets.keys())
-        if missing or surplus:
-            raise CheckpointError(f"{path}: {part}: missing {missing[:5]}, not expected {surplus[:5]}")
-        for name, tensor in targets.items():
-            found = stored[name].size, stored[name].properties.dtype
-            if found != (tensor.shape, tensor.dtype):
-                raise CheckpointError(
-                    f"{path}: {part}/{name} is {tuple(found[0])} {found[1]}, not {tuple(tensor.shape)} {tensor.dtype}"
-                )
+        check_fit(
+            f"{path}: {part}",
+            {name: (*found.size, found.properties.dtype) for name, found in stored.items()},
+            {name: (*tensor.shape, tensor.dtype) for name, tensor in targets.items()},
+        )
         wanted = {f"{part}/{name}": tensor.detach() for name, tensor in targets.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no process group is used: none is needed
