@@ -105,11 +105,11 @@ def test_bytes_are_read_like_images(directory):
 def test_decoding(directory):
     encoder = CodeEncoder(directory, "crop", None, batch_images=4)
     codes = encoder.encode_pictures(pictures(5))
-    images = encoder.decode_codes(codes)
-    assert len(images) == 5
-    assert images[0].size == (32, 32)
-    assert images[0].mode == "RGB"
-    assert encoder.decode_codes(codes.reshape(5, 16, 3))[4].tobytes() == images[4].tobytes()
+    decoded = encoder.decode_codes(codes)
+    assert len(decoded) == 5
+    assert decoded[0].size == (32, 32)
+    assert decoded[0].mode == "RGB"
+    assert encoder.decode_codes(codes.reshape(5, 16, 3))[4].tobytes() == decoded[4].tobytes()
     with pytest.raises(DataError, match="16 positions with 3 codes"):
         encoder.decode_codes(codes[:, :-1])
 

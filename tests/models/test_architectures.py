@@ -137,9 +137,9 @@ def test_losses_are_plain_cross_entropy():
         hidden = model.hidden(batch)
         log_words = model.text_logits(hidden[0]).log_softmax(-1)
         text = -sum(log_words[t - 1, document.text_ids_T[t]] for t in document.learned_T.nonzero()[0])
-        picture = generation(1)
-        start = int((picture.kinds_T == 1).argmax())
-        codes = torch.from_numpy(picture.codes_ND)
+        drawn = generation(1)
+        start = int((drawn.kinds_T == 1).argmax())
+        codes = torch.from_numpy(drawn.codes_ND)
         log_codes = model.image_head(hidden[1, start - 1 : start - 1 + len(codes)], codes, model.codebook).log_softmax(
             -1
         )

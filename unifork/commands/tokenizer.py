@@ -92,11 +92,11 @@ def decode(
             f"{codes}: codes of the codebook {stored['codebook_id']}; {tokenizer} has {coder.tokenizer.codebook_id}"
         )
     array = stored["codes"]
-    pictures = coder.decode_codes(array.reshape(len(array), -1))
+    decoded = coder.decode_codes(array.reshape(len(array), -1))
     out.mkdir(parents=True, exist_ok=True)
-    for number, (picture, name) in enumerate(zip(pictures, stored["names"], strict=True)):
+    for number, (image, name) in enumerate(zip(decoded, stored["names"], strict=True)):
         path = out / f"{number:04d}-{Path(str(name)).stem}.png"
-        picture.save(path)
+        image.save(path)
         print(path)
 
 

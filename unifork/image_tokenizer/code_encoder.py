@@ -33,7 +33,7 @@ DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error,
 UNREADABLE = (*DAMAGED, Image.DecompressionBombError)
 """What Pillow raises on damaged bytes, depending on the format."""
 
-Picture = Image.Image | bytes | Path
+ImageInput = Image.Image | bytes | Path
 """An image, or an encoded one, or the file of one."""
 
 BATCHES_AHEAD = 2
@@ -80,7 +80,7 @@ class CodeEncoder:
         here = self.tokenizer.environment
         return {**declared(self.view, self.matte, self.batch_images, size, here["dtype"]), **here}
 
-    def encode_pictures(self, pictures: Sequence[Picture]) -> np.ndarray:
+    def encode_pictures(self, pictures: Sequence[ImageInput]) -> np.ndarray:
         """Codes (n, N * D), uint16, of pictures in order. Raises DataError naming an unreadable picture or its file."""
         architecture = self.tokenizer.architecture
         width = architecture.grid**2 * architecture.depth
@@ -103,13 +103,13 @@ class CodeEncoder:
                 f"codes of shape {codes.shape}: allowed are {positions} positions with {depth} codes per picture"
             )
         codes_nND = codes.reshape(len(codes), positions, depth).astype(np.int64)
-        images: list[Image.Image] = []
+        decoded: list[Image.Image] = []
         for start in range(0, len(codes_nND), self.batch_images):
             part_BND = torch.from_numpy(codes_nND[start : start + self.batch_images])
-            images += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
-        return images
+            decoded += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
+        return decoded
 
-    def _batches(self, pictures: Sequence[Picture]) -> Iterator[Tensor]:
+    def _batches(self, pictures: Sequence[ImageInput]) -> Iterator[Tensor]:
         """Batches (B, C, S, S) in order, the last filled up with black; made in the threads, not far ahead."""
         size, batch = self.tokenizer.architecture.image_size, self.batch_images
         ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
@@ -128,15 +128,15 @@ class CodeEncoder:
                 for future in filling:
                     future.cancel()
 
-    def _fill(self, row_CSS: Tensor, picture: Picture, index: int) -> None:
-        row_CSS.copy_(to_tensor(self._view(picture, index)[None])[0])
+    def _fill(self, row_CSS: Tensor, source: ImageInput, index: int) -> None:
+        row_CSS.copy_(to_tensor(self._view(source, index)[None])[0])
 
-    def _view(self, picture: Picture, index: int) -> np.ndarray:
+    def _view(self, source: ImageInput, index: int) -> np.ndarray:
         """The view of one picture, which may be encoded bytes or a file."""
         size = self.tokenizer.architecture.image_size
-        name = str(picture) if isinstance(picture, Path) else f"picture {index}"
+        name = str(source) if isinstance(source, Path) else f"picture {index}"
         try:
-            data = picture.read_bytes() if isinstance(picture, Path) else picture
+            data = source.read_bytes() if isinstance(source, Path) else source
             image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
             return VARIANTS[self.view](image, size, self.matte)
         except DataError as error:

@@ -56,10 +56,10 @@ def to_rgb(image: Image.Image, matte: RGB | None) -> Image.Image:
 
 def crop_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
     """The shorter side resized to `size`, the centre cut out: what generation learns to draw."""
-    picture = to_rgb(image, matte)
-    scale = size / min(picture.size)
-    width, height = (max(int(side * scale), size) for side in picture.size)
-    resized = _resize(picture, width, height)
+    opaque = to_rgb(image, matte)
+    scale = size / min(opaque.size)
+    width, height = (max(int(side * scale), size) for side in opaque.size)
+    resized = _resize(opaque, width, height)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
@@ -69,10 +69,10 @@ def pad_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
 
     This is the official training variant: resize, then pad.
     """
-    picture = to_rgb(image, matte)
-    longer = max(picture.size)
-    width, height = (max(int(side / longer * size), SMALLEST_SIDE) for side in picture.size)
-    return np.asarray(_on_grey_square(_resize(picture, width, height)))
+    opaque = to_rgb(image, matte)
+    longer = max(opaque.size)
+    width, height = (max(int(side / longer * size), SMALLEST_SIDE) for side in opaque.size)
+    return np.asarray(_on_grey_square(_resize(opaque, width, height)))
 
 
 def pad_first_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:

@@ -18,7 +18,7 @@ from unifork.errors import ConfigError, unknown
 from unifork.vocabulary import MODALITIES, TASKS
 
 RouteBy = Literal["none", "task", "modality"]
-Part = Literal["attention", "mlp"]
+BlockPart = Literal["attention", "mlp"]
 
 BRANCHES: dict[RouteBy, tuple[str, ...]] = {"none": ("shared",), "task": TASKS, "modality": MODALITIES}
 """Names of the copies of a part, in the order of the route's branch numbers."""
@@ -29,16 +29,16 @@ class Kind:
     """What one layer does. `attention` includes the norm before it, `mlp` the norm before that."""
 
     route: RouteBy
-    split: frozenset[Part] = frozenset()
+    split: frozenset[BlockPart] = frozenset()
     isolated: bool = False
 
-    def route_of(self, part: Part) -> RouteBy:
+    def route_of(self, part: BlockPart) -> RouteBy:
         """By what the tokens of a part are routed; parts that are not split see all tokens alike."""
         return self.route if part in self.split else "none"
 
 
-_BOTH: frozenset[Part] = frozenset({"attention", "mlp"})
-_MLP: frozenset[Part] = frozenset({"mlp"})
+_BOTH: frozenset[BlockPart] = frozenset({"attention", "mlp"})
+_MLP: frozenset[BlockPart] = frozenset({"mlp"})
 
 KINDS: dict[str, Kind] = {
     "shared": Kind("none"),

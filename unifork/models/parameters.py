@@ -22,7 +22,7 @@ _TASKS: dict[str, tuple[Task, ...]] = {TEXT_HEAD: ("understanding",), IMAGE_HEAD
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """One part of a model. `parameters` is 0 where all of them are tied to another part."""
 
     name: str
@@ -31,7 +31,7 @@ class Part:
     """The tasks whose tokens pass through it: those that train it, unless a stage freezes it."""
 
 
-def parts(config: UniForkConfig) -> list[Part]:
+def parts(config: UniForkConfig) -> list[ModelPart]:
     """The parts of a model, in the order of its names. The codebook is no parameter and not among them."""
     with torch.device("meta"):
         model = UniForkModel(config)
@@ -40,7 +40,7 @@ def parts(config: UniForkConfig) -> list[Part]:
         part = _part_of(name)
         counts[part] = counts.get(part, 0) + parameter.numel()
     counts.setdefault(TEXT_HEAD, 0)
-    return [Part(name, count, _tasks_of(name)) for name, count in counts.items()]
+    return [ModelPart(name, count, _tasks_of(name)) for name, count in counts.items()]
 
 
 def paper_counts(config: UniForkConfig) -> dict[str, int]:

@@ -15,7 +15,7 @@ from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
 from unifork.report.codec import LoadCodec
-from unifork.report.pictures import answered_samples, data_pictures, drawn_samples, pictures, views_of
+from unifork.report.pictures import answered_samples, data_pictures, drawn_samples, shown_images, views_of
 from unifork.report.plots import score_plot, training_plots
 from unifork.report.reading import Found, read_codes, read_history, read_json, read_records, read_scores
 from unifork.shards.manifest import MANIFEST, read_manifest
@@ -81,7 +81,7 @@ def stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCode
     settings = summary["stage"] if summary else experiment.stages[name].model_dump()
     prompts = settings["sample_prompts"]
     codes = read_codes(folder / "training" / "samples.npz", len(prompts)) if prompts else None
-    drawn = [] if codes is None else pictures(load_codec(folder / MODEL_IMAGE_TOKENIZER).decode(codes))
+    drawn = [] if codes is None else shown_images(load_codec(folder / MODEL_IMAGE_TOKENIZER).decode(codes))
     return {
         "name": name,
         "settings": settings,

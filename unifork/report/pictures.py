@@ -52,7 +52,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def picture(image: Image.Image) -> Picture:
+def shown_image(image: Image.Image) -> Picture:
     """An image as a data URI."""
     exact = max(image.size) <= LARGEST_EXACT
     if not exact and max(image.size) > LARGEST:
@@ -66,9 +66,9 @@ def picture(image: Image.Image) -> Picture:
     return Picture(f"data:image/{kind};base64,{text}", image.width, image.height)
 
 
-def pictures(pixels_BSSC: Iterable[np.ndarray]) -> list[Picture]:
+def shown_images(pixels_BSSC: Iterable[np.ndarray]) -> list[Picture]:
     """Each of them as a data URI."""
-    return [picture(Image.fromarray(pixels_SSC)) for pixels_SSC in pixels_BSSC]
+    return [shown_image(Image.fromarray(pixels_SSC)) for pixels_SSC in pixels_BSSC]
 
 
 def views_of(card: Card) -> list[View]:
@@ -85,16 +85,16 @@ def data_pictures(card: Card, folder: Path, manifest: Manifest, size: int, codec
     """
     rows = sample_rows(folder, manifest, MEASURED, card)
     images = [Image.open(io.BytesIO(row["image"])) for row in rows]
-    strips = {"as received": [picture(image) for image in images[:SAMPLES]]}
+    strips = {"as received": [shown_image(image) for image in images[:SAMPLES]]}
     reconstructions: list[tuple[str, list[Picture]]] = []
     detector: dict[str, dict[str, int]] = {}
     for view in views_of(card) if images else []:
         pixels_BSSC = np.stack([VARIANTS[view](image, size, card.matte) for image in images])
-        strips[f"{view} view"] = pictures(pixels_BSSC[:SAMPLES])
+        strips[f"{view} view"] = shown_images(pixels_BSSC[:SAMPLES])
         if codec is not None:
             drawn_BSSC = codec.reconstruct(pixels_BSSC)
             reconstructions.append((f"{view}, original", strips[f"{view} view"]))
-            reconstructions.append(("decoded from codes", pictures(drawn_BSSC[:SAMPLES])))
+            reconstructions.append(("decoded from codes", shown_images(drawn_BSSC[:SAMPLES])))
             if card.reader:
                 detector[view] = read_back(card, pixels_BSSC, drawn_BSSC)
     return {
@@ -148,7 +148,7 @@ def drawn_samples(records: Sequence[Found], codes_BND: np.ndarray, codec: Codec)
     """The first of every kind of prompt, by kind and split, each with the picture that was drawn for it."""
     chosen = _first(records, DRAWN)
     shown: dict[str, dict[str, list[Found]]] = {}
-    for number, drawn in zip(chosen, pictures(codec.decode(codes_BND[chosen])), strict=True):
+    for number, drawn in zip(chosen, shown_images(codec.decode(codes_BND[chosen])), strict=True):
         record = records[number]
         record["drawn"] = drawn
         shown.setdefault(record["kind"], {}).setdefault(record["split"], []).append(record)
@@ -163,7 +163,7 @@ def answered_samples(records: Sequence[Found], program: Program, seeds: Sequence
     shown = [records[number] for number in _first(records, ANSWERED)]
     for record in shown:
         image = program.image(record["picture"], seeds[0]) if program.image and len(seeds) == 1 else None
-        record["asked_about"] = picture(image) if image else None
+        record["asked_about"] = shown_image(image) if image else None
     return shown
 
 
@@ -172,7 +172,7 @@ def _perhaps(data: bytes | None) -> Picture | str:
     try:
         with Image.open(io.BytesIO(data or b"")) as image:
             is_small = image.width * image.height <= Image.MAX_IMAGE_PIXELS  # type: ignore[operator]
-            return picture(image) if is_small else "too large to be shown"
+            return shown_image(image) if is_small else "too large to be shown"
     except Exception:  # any decoder may raise anything on bytes that were rejected for this very reason
         return "cannot be read"
 

@@ -37,8 +37,8 @@ GREY, GREY_TOLERANCE, LEAST_BAR = 127, 50, 6
 
 def detect(image: Image.Image) -> list[Object]:
     """The objects of a picture, boxes in its own pixels, the best fitting ones first."""
-    picture, left, top, scale = _at_scale(image.convert("RGB"))
-    labels = _labels(np.asarray(picture, dtype=np.float32))
+    scaled, left, top, scale = _at_scale(image.convert("RGB"))
+    labels = _labels(np.asarray(scaled, dtype=np.float32))
     found = []
     for y, x in _parts(labels > 0):
         color, (fit, shape) = _color(labels[y, x]), _shape(y, x)

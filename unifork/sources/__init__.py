@@ -193,8 +193,8 @@ def cut(count: int, shard_rows: int, **where: Any) -> Iterator[Slice]:
 def picture_row(key: str, image: bytes, **more: Any) -> Row:
     """A row around an image as received; one that cannot be read has no sides (the filter names it)."""
     try:
-        with Image.open(io.BytesIO(image)) as picture:
-            width, height = picture.size
+        with Image.open(io.BytesIO(image)) as opened:
+            width, height = opened.size
     except Exception:  # any decoder may raise anything on hostile bytes
         width = height = 0
     sha256 = hashlib.sha256(image).hexdigest()
