@@ -1,10 +1,10 @@
 """Which share of codes changes with the shape of the batch and the dtype: the reason why both are fixed.
 
-    python benchmarks/code_flips.py [--device cuda] [--tokenizer tokenizers/image] [--pictures folder/*.jpg]
+    python benchmarks/code_flips.py [--device cuda] [--tokenizer tokenizers/image] [--images folder/*.jpg]
 
 Every way to encode is compared with float32 in batches of 8, for each depth. A code that differs changes what is
 left over for the next depth, so the share grows with it. Without a tokenizer one of random weights is used, whose
-codebook is made of its own features; without pictures those of the world `shapes`.
+codebook is made of its own features; without images those of the world `shapes`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ REFERENCE = ("float32", 8)
 
 
 def batches(pixels_PCSS: Tensor, count: int) -> Iterator[Tensor]:
-    """Batches of `count` pictures, the last filled up with black."""
+    """Batches of `count` images, the last filled up with black."""
     for part_BCSS in pixels_PCSS.split(count):
         full_BCSS = torch.full((count, *part_BCSS.shape[1:]), -1.0)
         full_BCSS[: len(part_BCSS)] = part_BCSS
@@ -43,12 +43,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokenizer", type=Path, help="directory; without it random weights")
     parser.add_argument("--size", type=int, default=96, help="side in pixels of the tokenizer of random weights")
-    parser.add_argument("--pictures", type=Path, nargs="*", help="files; without them pictures of the world shapes")
+    parser.add_argument("--images", type=Path, nargs="*", help="files; without them images of the world shapes")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         directory = given.tokenizer or untrained(Path(folder), given.size)
         tokenizer = ImageTokenizer.load(directory, given.device)
-    files = [path.read_bytes() for path in given.pictures] if given.pictures else jpegs(256)
+    files = [path.read_bytes() for path in given.images] if given.images else jpegs(256)
     size, codebook_KC = tokenizer.architecture.image_size, tokenizer.quantizer.codebook
     views = [crop_view(Image.open(io.BytesIO(file)), size, None) for file in files]
     pixels_PCSS = to_tensor(np.stack(views))
@@ -64,10 +64,10 @@ def main() -> None:
     for (name, count), codes_PND in codes.items():
         share_D = (codes_PND != reference_PND).double().mean((0, 1)).tolist()
         lines.append([name, count, *(f"{share:.4%}" for share in share_D)])
-    print(f"{machine(given.device)}; {given.tokenizer or 'random weights'}, {size} px; {len(files)} pictures, "
+    print(f"{machine(given.device)}; {given.tokenizer or 'random weights'}, {size} px; {len(files)} images, "
           f"{reference_PND[..., 0].numel():,} positions, {len(codebook_KC)} rows of the codebook; "
           f"share of codes unlike {REFERENCE[0]} in batches of {REFERENCE[1]}\n")  # fmt: skip
-    print(table(["dtype", "pictures in a batch", *(f"depth {d + 1}" for d in range(len(share_D)))], lines))
+    print(table(["dtype", "images in a batch", *(f"depth {d + 1}" for d in range(len(share_D)))], lines))
 
 
 if __name__ == "__main__":

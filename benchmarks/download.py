@@ -40,7 +40,7 @@ THREADS = 8 * len(HOSTS)
 
 
 def jpeg() -> bytes:
-    """A picture of 256x256 with some detail."""
+    """An image of 256x256 with some detail."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
@@ -48,7 +48,7 @@ def jpeg() -> bytes:
 
 
 def serve(ready: Connection) -> None:
-    """Answer every path with the picture, robots.txt with 404."""
+    """Answer every path with the image, robots.txt with 404."""
     body = jpeg()
 
     class Page(BaseHTTPRequestHandler):
@@ -73,7 +73,7 @@ def ours(urls: list[str], folder: Path) -> int:
     pq.write_table(pa.table({"URL": urls, "TEXT": ["text"] * len(urls)}), folder / "list.parquet")
     options = {"files": str(folder / "list.parquet"), "fetch": {"allow_addresses": ["127.0.0.0/8"]}}
     card = Card.model_validate(
-        {"name": "web", "title": "", "homepage": "", "licence": "", "attribution": "", "redistribute_codes": False}
+        {"name": "web", "title": "", "homepage": "", "license": "", "attribution": "", "redistribute_codes": False}
         | {"source": {"kind": "url_list", "options": options}}
         | {"tasks": {"generation": {"view": "crop", "texts": ["caption"]}}}
     )

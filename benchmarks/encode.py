@@ -1,11 +1,11 @@
-"""What the encode job costs beside the same work without Ray: CPU seconds of all processes per picture, and wall.
+"""What the encode job costs beside the same work without Ray: CPU seconds of all processes per image, and wall.
 
-    python benchmarks/encode.py [--pictures 1536] [--rounds 9] [--workers 2]
+    python benchmarks/encode.py [--images 1536] [--rounds 9] [--workers 2]
 
-Three ways make the same code shards of the same pictures, byte for byte, in turns and in changing order: the job
+Three ways make the same code shards of the same images, byte for byte, in turns and in changing order: the job
 (actors of Ray Data), a pool of `multiprocessing` with the same worker class (spawn, one task at a time), and, for
 scale, a bare loop in this process, which starts no process and imports nothing anew. Processes are started in every
-round, by job and pool alike; what that takes is measured with one picture per worker. Ray itself is started once
+round, by job and pool alike; what that takes is measured with one image per worker. Ray itself is started once
 and its cost is named apart; its daemons count.
 """
 
@@ -23,7 +23,7 @@ from samples import filtered_shards, shapes_card, untrained
 from timing import Meter, interval, machine, ratio, table
 
 from unifork.cluster import local_ray, map_shards
-from unifork.config import Cluster, HopResources
+from unifork.config import Cluster, JobResources
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.shards.manifest import MANIFEST
 from unifork.shards.task import ShardResult, ShardTask
@@ -44,7 +44,7 @@ def call_worker(task: ShardTask) -> ShardResult:
 
 def with_ray(workers: int, arguments: tuple[Any, ...], tasks: list[ShardTask]) -> Iterator[ShardResult]:
     """As the stage does it."""
-    return map_shards(tasks, Encode, arguments, HopResources(workers=workers, cpus=1))
+    return map_shards(tasks, Encode, arguments, JobResources(workers=workers, cpus=1))
 
 
 def with_pool(workers: int, arguments: tuple[Any, ...], tasks: list[ShardTask]) -> Iterator[ShardResult]:
@@ -63,7 +63,7 @@ def bare(arguments: tuple[Any, ...], tasks: list[ShardTask]) -> Iterator[ShardRe
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1536)
+    parser.add_argument("--images", type=int, default=1536)
     parser.add_argument("--shard-rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--workers", type=int, default=2)
@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         tokenizer = untrained(root / "tokenizer", SIZE, width=128, layers=5)
-        filtered_shards(root / "filtered", given.pictures, given.shard_rows, SIDE)
+        filtered_shards(root / "filtered", given.images, given.shard_rows, SIDE)
         filtered_shards(root / "few", workers, 1, SIDE)
         arguments = (card, tokenizer, "cpu")
         ways = {
@@ -105,11 +105,11 @@ def main() -> None:
                     manifests.add(manifest)
     if len(manifests) != 1:
         raise RuntimeError("the ways did not make the same bytes")
-    print(f"{machine('cpu')}; {given.pictures} JPEGs of {SIDE} px in shards of {given.shard_rows}, {workers} workers, "
+    print(f"{machine('cpu')}; {given.images} JPEGs of {SIDE} px in shards of {given.shard_rows}, {workers} workers, "
           f"{given.rounds} rounds,\nsame bytes of all; start and end of Ray: {session.wall - 1:.1f} s wall, "
           f"{session.cpu:.1f} s CPU\n")  # fmt: skip
-    print(table(["way", "CPU ms per picture", "wall s", "of it start: CPU s"], [
-        [way, interval([1000 * one / given.pictures for one in cpu[way]]), interval(wall[way]), f"{start[way]:.2f}"]
+    print(table(["way", "CPU ms per image", "wall s", "of it start: CPU s"], [
+        [way, interval([1000 * one / given.images for one in cpu[way]]), interval(wall[way]), f"{start[way]:.2f}"]
         for way in ways]) + "\n")  # fmt: skip
     job, pool = ([one - start[way] for one in cpu[way]] for way in ("job", "pool"))
     print(f"job / pool: CPU {ratio(cpu['job'], cpu['pool'])}, without start {ratio(job, pool)}, "

@@ -1,12 +1,12 @@
-"""How time, memory and bytes of the data's hops grow with the number of rows.
+"""How time, memory and bytes of the data's stages grow with the number of rows.
 
     python benchmarks/growth.py [--rows 1000 10000 100000] [--folder /tmp]
 
-The real hops, one after the other and each in a process of its own, on the world `shapes` (pictures of 48x48 and
-96x48, both views) with a small tokenizer of random weights: download (which draws the pictures), filter and publish
+The real stages, one after the other and each in a process of its own, on the world `shapes` (images of 48x48 and
+96x48, both views) with a small tokenizer of random weights: download (which draws the images), filter and publish
 in the process itself, encode on two actors of a Ray Data job. CPU seconds and peak memory are those of all processes
 (Ray's daemons too); memory is given for the driver and for the largest of all others, each with torch, which the
-benchmark imports. What one more picture costs is
+benchmark imports. What one more image costs is
 taken between the two largest numbers of rows, so that starting does not count.
 """
 
@@ -23,32 +23,32 @@ from samples import shapes_card, untrained
 from timing import Meter, in_a_new_process, machine, table
 
 from unifork.cluster import run_jobs
-from unifork.config import Cluster, HopResources
+from unifork.config import Cluster, JobResources
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
 from unifork.publish.publication import build
 from unifork.shards.job import ShardJob
-from unifork.sources import Materialise, download_job
+from unifork.sources import Materialize, download_job
 
 SHARD_ROWS = 1000
 PAPER_IMAGES = 90_000_000
 PAPER_CODES = 576 * 4
-"""Codes of a picture of the paper's tokenizer, two bytes each."""
+"""Codes of an image of the paper's tokenizer, two bytes each."""
 
 
 def as_stages_do(jobs: list[ShardJob], worker: type, *arguments: object, workers: int = 0) -> None:
     """Run jobs over shards."""
-    resources = {"growth": HopResources(workers=workers, cpus=1)}
-    cluster = Cluster(name="growth", cpus=max(1, workers), hops=resources)
+    resources = {"growth": JobResources(workers=workers, cpus=1)}
+    cluster = Cluster(name="growth", cpus=max(1, workers), stages=resources)
     run_jobs(jobs, worker, *arguments, cluster=cluster, step="growth")
 
 
 def download(layout: Layout, rows: int) -> None:
-    """Draw the pictures."""
+    """Draw the images."""
     card = shapes_card()
     job = download_job(card, rows, SHARD_ROWS, 0, layout.raw(card.name))
-    as_stages_do([job], Materialise, card)
+    as_stages_do([job], Materialize, card)
 
 
 def sift(layout: Layout, _: int) -> None:
@@ -71,38 +71,38 @@ def publish(layout: Layout, _: int) -> None:
     build("shapes", layout, layout.published("shapes"), None)
 
 
-HOPS: dict[str, tuple[str, Callable[[Layout, int], None]]] = {
+STAGES: dict[str, tuple[str, Callable[[Layout, int], None]]] = {
     "download": ("raw", download),
     "filter": ("filtered", sift),
     "encode, both views": ("codes", encode),
     "publish, both views": ("published", publish),
 }
-"""Folder and work of each hop."""
+"""Folder and work of each job."""
 
 
-def measured(hop: str, root: Path, rows: int) -> dict[str, Any]:
-    """Run one hop in this process."""
-    folder, work = HOPS[hop]
+def measured(job: str, root: Path, rows: int) -> dict[str, Any]:
+    """Run one job in this process."""
+    folder, work = STAGES[job]
     layout = Layout(root)
     with Meter() as used:
         work(layout, rows)
     others = [peak for number, peak in used.peaks.items() if number != os.getpid()]
     size = sum(file.stat().st_size for file in layout.folder(folder, "shapes").rglob("*.parquet"))
-    return {"rows": rows, "hop": hop, "wall": used.wall, "cpu": used.cpu, "bytes": size,
+    return {"rows": rows, "stage": job, "wall": used.wall, "cpu": used.cpu, "bytes": size,
             "driver": used.peaks[os.getpid()], "others": max(others, default=0.0)}  # fmt: skip
 
 
 def line(one: dict[str, Any]) -> list[str]:
-    """A hop in the first table."""
+    """A job in the first table."""
     rates = [f"{one['rows']:,}", f"{one['rows'] / one['wall']:,.0f}", f"{one['wall']:.1f}", f"{one['cpu']:.1f}"]
-    return [one["hop"], *rates, f"{one['driver']:.0f}", f"{one['others']:.0f}", f"{one['bytes'] / one['rows']:,.0f}"]
+    return [one["stage"], *rates, f"{one['driver']:.0f}", f"{one['others']:.0f}", f"{one['bytes'] / one['rows']:,.0f}"]
 
 
-def more(hop: str, small: dict[str, Any], large: dict[str, Any]) -> list[str]:
-    """A hop in the second table."""
+def more(job: str, small: dict[str, Any], large: dict[str, Any]) -> list[str]:
+    """A job in the second table."""
     each = {key: (large[key] - small[key]) / (large["rows"] - small["rows"]) for key in ("wall", "cpu", "bytes")}
     hours = [f"{PAPER_IMAGES * each[key] / 3600:,.0f}" for key in ("wall", "cpu")]
-    return [hop, f"{1000 * each['cpu']:.2f}", *hours, f"{PAPER_IMAGES * each['bytes'] / 1e9:,.0f}"]
+    return [job, f"{1000 * each['cpu']:.2f}", *hours, f"{PAPER_IMAGES * each['bytes'] / 1e9:,.0f}"]
 
 
 def main() -> None:
@@ -110,10 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10**3, 10**4, 10**5])
     parser.add_argument("--folder", help="where the data goes; removed afterwards")
-    parser.add_argument("--hop", choices=HOPS, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.hop:
-        print(json.dumps(measured(given.hop, Path(given.folder), given.rows[0])))
+    if given.job:
+        print(json.dumps(measured(given.job, Path(given.folder), given.rows[0])))
         return
     found = []
     for rows in given.rows:
@@ -121,16 +121,16 @@ def main() -> None:
             root = Path(name)
             untrained(root / "tokenizer", 48)
             shutil.copytree(Path(__file__).parent.parent / "datasets", root / "datasets")
-            for hop in HOPS:
-                said = in_a_new_process(__file__, "--hop", hop, "--folder", name, "--rows", str(rows))
+            for job in STAGES:
+                said = in_a_new_process(__file__, "--stage", job, "--folder", name, "--rows", str(rows))
                 found.append(json.loads(said.splitlines()[-1]))
     print(f"{machine('cpu')}; shards of {SHARD_ROWS} rows\n")
-    head = ["hop", "rows", "rows/s", "wall s", "CPU s", "MiB of driver", "MiB of largest other", "bytes per row"]
-    print(table(head, [line(one) for hop in HOPS for one in found if one["hop"] == hop]))
+    head = ["stage", "rows", "rows/s", "wall s", "CPU s", "MiB of driver", "MiB of largest other", "bytes per row"]
+    print(table(head, [line(one) for job in STAGES for one in found if one["stage"] == job]))
     if len(given.rows) > 1:
-        head = ["hop", "CPU ms per row more", f"hours for {PAPER_IMAGES / 1e6:.0f} M rows here", "CPU hours", "GB"]
-        print("\n" + table(head, [more(hop, *[one for one in found if one["hop"] == hop][-2:]) for hop in HOPS]))
-    print(f"\nCodes of the paper's tokenizer: {2 * PAPER_CODES:,} bytes per picture and view, "
+        head = ["stage", "CPU ms per row more", f"hours for {PAPER_IMAGES / 1e6:.0f} M rows here", "CPU hours", "GB"]
+        print("\n" + table(head, [more(job, *[one for one in found if one["stage"] == job][-2:]) for job in STAGES]))
+    print(f"\nCodes of the paper's tokenizer: {2 * PAPER_CODES:,} bytes per image and view, "
           f"{2 * PAPER_CODES * PAPER_IMAGES / 1e9:,.0f} GB per view before compression")  # fmt: skip
 
 

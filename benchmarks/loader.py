@@ -1,7 +1,7 @@
 """Samples a second of the loader on one core, from Parquet shards with real-size codes.
 
 `python benchmarks/loader.py` writes shards of 576 positions x 4 codes with captions of about 40
-words, prepares them (text is tokenised there, once per stage) and then times steps of 384 documents:
+words, prepares them (text is tokenized there, once per stage) and then times steps of 384 documents:
 order and packing, codes from Parquet, and finished batches with everything a route needs. Rates are
 per second of processor time.
 """
@@ -103,7 +103,7 @@ def main() -> None:
     print(f"{machine('cpu')}; {given.rows:,} rows of each of two views, steps of {n} documents, "
           f"row_tokens {given.row_tokens}\n")  # fmt: skip
     print(table(["part", "documents a second (median of steps, 95 % interval)"], [
-        ["preparing: texts tokenised and checked, once per stage", f"{2 * given.rows / preparing:,.0f}"],
+        ["preparing: texts tokenized and checked, once per stage", f"{2 * given.rows / preparing:,.0f}"],
         ["order, prompts, packing plan", per_second(n, plans)],
         ["codes from Parquet, in the order of the step", per_second(n, codes)],
         ["finished batches (codes already read)", per_second(n, batches)],

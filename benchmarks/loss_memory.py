@@ -17,9 +17,9 @@ from unifork.models import losses
 
 CASES = {
     "text, 151,936 words x 896, 1,024 targets": (1024, 151_936, 896),
-    "image, 16,384 codes x 896, 2 pictures of 576 x 4": (4608, 16_384, 896),
+    "image, 16,384 codes x 896, 2 images of 576 x 4": (4608, 16_384, 896),
     "text of the demo, 800 words x 128, 512 targets": (512, 800, 128),
-    "image of the demo, 256 codes x 128, 8 pictures of 36 x 4": (1152, 256, 128),
+    "image of the demo, 256 codes x 128, 8 images of 36 x 4": (1152, 256, 128),
 }
 
 

@@ -37,10 +37,10 @@ def synthetic(writer: Writer, rows: int) -> None:
         digits = (numbers_R[:, None] // 10 ** np.arange(11, -1, -1)) % 10
         writer.append(
             text_ids_S=rng.integers(0, 150_000, lengths_R.sum()),
-            learned_S=np.zeros(lengths_R.sum(), bool),
+            loss_mask_S=np.zeros(lengths_R.sum(), bool),
             text_ends_R=writer.text_end + np.cumsum(lengths_R),
-            picture_at_R=lengths_R,
-            learned_count_R=np.zeros(count),
+            image_at_R=lengths_R,
+            supervised_count_R=np.zeros(count),
             where_R3=np.stack([groups_R // 64, groups_R % 64, numbers_R % GROUP], 1),
             key_bytes=digits + ord("0"),
             key_ends_R=(numbers_R + 1) * 12,

@@ -5,7 +5,7 @@
 Everything is real, shards, hashes, decoding, views, Parquet and Ray, but for the network, which sleeps, as a
 processor does that waits for a device. One actor with `threads` decoding threads. Busy is the time in the network
 over the time from the start of its first batch to the end of its last one. No device can be kept busier than
-pictures can be decoded: `reachable` is the batch's time over the processor time it costs to decode, with as many
+images can be decoded: `reachable` is the batch's time over the processor time it costs to decode, with as many
 cores as there are threads, at most 1.
 """
 
@@ -23,11 +23,11 @@ from timing import machine, table
 from torch import Tensor
 
 from unifork.cluster import local_ray, run_jobs
-from unifork.config import Card, Cluster, HopResources
+from unifork.config import Card, Cluster, JobResources
 from unifork.image_tokenizer.code_encoder import CodeEncoder
 from unifork.image_tokenizer.encode import BATCH_IMAGES, Encode, encode_job
 
-CLUSTER = Cluster(name="benchmark", cpus=1, hops={"encode": HopResources(workers=1, cpus=1)})
+CLUSTER = Cluster(name="benchmark", cpus=1, jobs={"encode": JobResources(workers=1, cpus=1)})
 
 
 class StandIn(Encode):
@@ -52,15 +52,15 @@ class StandIn(Encode):
 
 def decode_seconds(tokenizer: Path, side: int) -> float:
     """Processor time of a batch of views, in one thread of this process."""
-    encoder, pictures = CodeEncoder(tokenizer, "crop", None, BATCH_IMAGES), jpegs(side)
+    encoder, images = CodeEncoder(tokenizer, "crop", None, BATCH_IMAGES), jpegs(side)
     architecture = encoder.tokenizer.architecture
     nothing_BND = torch.zeros(BATCH_IMAGES, architecture.grid**2, architecture.depth, dtype=torch.int64)
     encoder.tokenizer = SimpleNamespace(architecture=architecture, encode=lambda _: nothing_BND)  # type: ignore[assignment]
-    encoder.encode_pictures(pictures)
+    encoder.encode_images(images)
     started = time.process_time()
     for _ in range(4):
-        encoder.encode_pictures(pictures)
-    return (time.process_time() - started) / (4 * len(pictures)) * BATCH_IMAGES
+        encoder.encode_images(images)
+    return (time.process_time() - started) / (4 * len(images)) * BATCH_IMAGES
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks of the data encode: pictures of the world `shapes`, and a tokenizer of random weights."""
+"""What the benchmarks of the data encode: images of the world `shapes`, and a tokenizer of random weights."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardTask, Slice
 
 DIFFERENT = 64
-"""Pictures that are made; longer lists repeat them."""
+"""Images that are made; longer lists repeat them."""
 
 
 def shapes_card() -> Card:
@@ -57,9 +57,9 @@ def jpegs(side: int) -> list[bytes]:
     """Scenes enlarged to a shorter side of `side` pixels under a grain, as JPEG of quality 90."""
     rng, out = np.random.default_rng(0), []
     for row in world_rows(ShapesOptions(), Slice(0, DIFFERENT), 0):
-        picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
-        scale = side / min(picture.size)
-        large = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+        image = Image.open(io.BytesIO(row["image"])).convert("RGB")
+        scale = side / min(image.size)
+        large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         grain = rng.normal(0, 8, (large.height, large.width, 3))
         file = io.BytesIO()
         Image.fromarray(np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
@@ -70,12 +70,12 @@ def jpegs(side: int) -> list[bytes]:
 def filtered_shards(folder: Path, count: int, shard_rows: int, side: int) -> None:
     """Image-text shards with a manifest, as the filter leaves them."""
     card = shapes_card()
-    schema, pictures, shards = image_text_schema(card), jpegs(side), []
-    hashes = [hashlib.sha256(picture).hexdigest() for picture in pictures]
+    schema, images, shards = image_text_schema(card), jpegs(side), []
+    hashes = [hashlib.sha256(image).hexdigest() for image in images]
     for number, first in enumerate(range(0, count, shard_rows)):
         plain = [
-            {"key": f"{n:08d}", "image": pictures[n % DIFFERENT], "width": side, "height": side, "url": ""}
-            | {"sha256": hashes[n % DIFFERENT], "license": card.licence, "caption": "a picture", "description": "one"}
+            {"key": f"{n:08d}", "image": images[n % DIFFERENT], "width": side, "height": side, "url": ""}
+            | {"sha256": hashes[n % DIFFERENT], "license": card.license, "caption": "an image", "description": "one"}
             for n in range(first, min(first + shard_rows, count))
         ]
         task = ShardTask().placed(None, folder / f"part-{number:05d}.parquet", None, "benchmark")

@@ -43,7 +43,7 @@ def interval(values: Sequence[float]) -> Ratio:
 
 
 def clock(device: str) -> float:
-    """Seconds: processor time of this process on a CPU, wall time behind a synchronisation elsewhere.
+    """Seconds: processor time of this process on a CPU, wall time behind a synchronization elsewhere.
 
     Processor time does not count what other programs on a shared machine take.
     """

@@ -9,7 +9,7 @@ compute the same function on the same documents and end with clipping and AdamW.
 turns in this process.
 
 Documents: half generation, with captions of 15 to 89 tokens, half understanding, with 40 to 499
-tokens of dialogue of which the last 60 % are learned, all beside one picture of 576 positions x 4
+tokens of dialogue of which the last 60 % are supervised, all beside one image of 576 positions x 4
 codes (36 for `tiny`); uniformly drawn, an outline of the paper's mix within its context of 1350.
 
 What a rung can be worth at most where both ways multiply equally fast is the ratio of their products,
@@ -118,15 +118,15 @@ def make_documents(size: Size, count: int) -> list[Document]:
     for number in range(count):
         task = TASKS[number % 2]
         text = int(rng.integers(15, 90) if task == "generation" else rng.integers(40, 500))
-        picture = [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE]
-        kinds = [TEXT] * text + picture if task == "generation" else [TEXT] * 4 + picture + [TEXT] * (text - 4)
+        image = [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE]
+        kinds = [TEXT] * text + image if task == "generation" else [TEXT] * 4 + image + [TEXT] * (text - 4)
         kinds_T = np.array(kinds, np.int64)
         ids_T = np.where(kinds_T == TEXT, rng.integers(0, size.words, len(kinds_T)), 0)
-        learned_T = np.zeros(len(kinds_T), bool)
+        loss_mask_T = np.zeros(len(kinds_T), bool)
         if task == "understanding":
-            learned_T[-int(0.6 * text) :] = True
+            loss_mask_T[-int(0.6 * text) :] = True
         codes_ND = rng.integers(0, size.codes, (P, DEPTH))
-        documents.append(Document(str(number), task, kinds_T, ids_T, learned_T, codes_ND))
+        documents.append(Document(str(number), task, kinds_T, ids_T, loss_mask_T, codes_ND))
     return documents
 
 
@@ -200,7 +200,7 @@ def products(model: UniForkModel, documents: list[Document], padded: bool, whole
     """FLOPs of a step that learns everything, as `unifork plan` counts them.
 
     padded: every document is as long as the longest of its task and multiplies the square of its mask
-    instead of the causal half. whole: every token of understanding meets the words, not the learned ones.
+    instead of the causal half. whole: every token of understanding meets the words, not the supervised ones.
     """
     trained = {name for name, _ in model.named_parameters()}
     longest = {one.task: max(len(other) for other in documents if other.task == one.task) for one in documents}
@@ -209,9 +209,9 @@ def products(model: UniForkModel, documents: list[Document], padded: bool, whole
         outline = UniForkModel(model.config)
     for one in documents:
         T, image = longest[one.task] if padded else len(one), int((one.kinds_T != TEXT).sum())
-        learned = T if whole and one.task == "understanding" else int(one.learned_T.sum())
+        supervised = T if whole and one.task == "understanding" else int(one.loss_mask_T.sum())
         positions = len(one.codes_ND) * (one.task == "generation")
-        total += document_flops(outline, one.task, Length(T - image, image, learned, positions), trained)
+        total += document_flops(outline, one.task, Length(T - image, image, supervised, positions), trained)
         if padded:
             total += 3 * dense.num_hidden_layers * 2 * dense.hidden_size * T * (T - 1)
     return total
@@ -271,7 +271,7 @@ def main() -> None:
     tokens, useful = sum(map(len, documents)), products(ours, documents, *RUNGS["single forward (ours)"])
     step, targets = (
         interval(seconds["single forward (ours)"]),
-        sum(int(one.learned_T.sum()) + one.codes_ND.size * (one.task == "generation") for one in documents),
+        sum(int(one.loss_mask_T.sum()) + one.codes_ND.size * (one.task == "generation") for one in documents),
     )
     peak = None if device == "cpu" else peak_tflops(torch.cuda.get_device_name())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,11 +1,11 @@
 """Bring a data set's images and texts into image-text shards, as its card says. 1 slice of the source : 1 shard."""
 
 from unifork.cluster import run_jobs
-from unifork.config import HopResources, load_card, load_cluster, load_experiment
+from unifork.config import JobResources, load_card, load_cluster, load_experiment
 from unifork.filters.rules import check_card
 from unifork.jobs import program
 from unifork.layout import Layout
-from unifork.sources import Materialise, download_job
+from unifork.sources import Materialize, download_job
 from unifork.sources.web.download import WEB_VERSION, Download
 
 LAYOUT = Layout()
@@ -20,11 +20,11 @@ def main(name: str) -> None:
     if card.source.kind == URL_LIST:
         # no seed: another one must not fetch the web again
         job = download_job(card, use.rows, use.shard_rows, 0, folder, WEB_VERSION)
-        workers = max(1, cluster.hops.get("download", HopResources()).workers)
+        workers = max(1, cluster.jobs.get("download", JobResources()).workers)
         (manifest,) = run_jobs([job], Download, card, cluster.web, workers, cluster=cluster, step="download")
     else:
         job = download_job(card, use.rows, use.shard_rows, params.seed, folder)
-        (manifest,) = run_jobs([job], Materialise, card, cluster=cluster, step="download")
+        (manifest,) = run_jobs([job], Materialize, card, cluster=cluster, step="download")
     print(manifest.summary(folder))
 
 

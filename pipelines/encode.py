@@ -4,7 +4,7 @@ Decoding, views and the network run in the same actor: no image travels between 
 """
 
 from unifork.cluster import run_jobs
-from unifork.config import HopResources, load_card, load_cluster
+from unifork.config import JobResources, load_card, load_cluster
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.jobs import program
 from unifork.layout import Layout
@@ -14,7 +14,7 @@ LAYOUT = Layout()
 
 def main(name: str) -> None:
     card, cluster = load_card(name), load_cluster()
-    resources = cluster.hops.get("encode", HopResources())
+    resources = cluster.jobs.get("encode", JobResources())
     device, threads = "cuda" if resources.gpus else "cpu", max(1, int(resources.cpus))
     tokenizer = LAYOUT.image_tokenizer.absolute()
     jobs = [

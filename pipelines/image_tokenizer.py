@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from unifork.config import HopResources, ImportedTokenizer, load_card, load_cluster, load_experiment
+from unifork.config import ImportedTokenizer, JobResources, load_card, load_cluster, load_experiment
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
-from unifork.image_tokenizer.samples import MAX_PICTURES, sample_sets
+from unifork.image_tokenizer.samples import MAX_IMAGES, sample_sets
 from unifork.image_tokenizer.training import decode_all, encode_all, measure, train_tokenizer
 from unifork.jobs import program
 from unifork.layout import Layout
@@ -21,7 +21,7 @@ MEASURED_IMAGES = 32
 
 
 def main(_: str) -> None:
-    torch.set_num_threads(int(load_cluster().hops.get("image_tokenizer", HopResources()).cpus))
+    torch.set_num_threads(int(load_cluster().jobs.get("image_tokenizer", JobResources()).cpus))
     params, folder = load_experiment(), LAYOUT.image_tokenizer
     config = params.image_tokenizer
     report: dict[str, Any]
@@ -39,11 +39,11 @@ def main(_: str) -> None:
     else:
         # in: the images of some data sets in all views; the first ones of each are kept out of training
         training = config.training
-        images = sample_sets(training.datasets, LAYOUT, config.image_size, config.seed, MAX_PICTURES)
+        images = sample_sets(training.datasets, LAYOUT, config.image_size, config.seed, MAX_IMAGES)
         print(", ".join(f"{len(group)} {name}" for name, group in images.items()), flush=True)
         held_out = {name: group[: training.held_out_images] for name, group in images.items()}
-        learned = {name: group[training.held_out_images :] for name, group in images.items()}
-        report = train_tokenizer(config, learned, held_out, folder, lambda progress: print(progress, flush=True))
+        trained_on = {name: group[training.held_out_images :] for name, group in images.items()}
+        report = train_tokenizer(config, trained_on, held_out, folder, lambda progress: print(progress, flush=True))
 
     # out, beside the tokenizer: what codes lose, and how much of what images show survives them
     tokenizer = ImageTokenizer.load(folder)

@@ -1,4 +1,4 @@
-"""Small archives in the layouts of their publishers, made of real pictures."""
+"""Small archives in the layouts of their publishers, made of real images."""
 
 import gzip
 import io
@@ -13,14 +13,14 @@ from tiny import run_here
 from unifork.config import Card
 from unifork.filters.worker import Filter, filter_job
 from unifork.shards.job import QUARANTINE
-from unifork.sources import Materialise, download_job
+from unifork.sources import Materialize, download_job
 
 IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"
 PNG = {path.stem: path.read_bytes() for path in sorted(IMAGES.glob("img*.png"))}
 
 
 def jpeg(name: str, mode: str = "RGB") -> bytes:
-    """One of the pictures as a JPEG of some mode."""
+    """One of the images as a JPEG of some mode."""
     out = io.BytesIO()
     Image.open(io.BytesIO(PNG[name])).convert("RGB").convert(mode).save(out, "JPEG")
     return out.getvalue()
@@ -54,7 +54,7 @@ def put(path: Path, data: bytes) -> Path:
 
 def card_of(kind: str, options: dict, texts: list[str], **more) -> Card:
     plain = {
-        "name": "sample", "title": "t", "homepage": "h", "licence": "CC0-1.0", "attribution": "a",
+        "name": "sample", "title": "t", "homepage": "h", "license": "CC0-1.0", "attribution": "a",
         "redistribute_codes": False, "source": {"kind": kind, "options": options},
         "tasks": {"understanding" if "conversations" in texts else "generation":
                   {"view": "pad" if "conversations" in texts else "crop", "texts": texts}},
@@ -63,7 +63,7 @@ def card_of(kind: str, options: dict, texts: list[str], **more) -> Card:
 
 
 class Made:
-    """What a hop left: rows by key, rejects as key -> reason, its manifest."""
+    """What a stage left: rows by key, rejects as key -> reason, its manifest."""
 
     def __init__(self, folder: Path, manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -85,11 +85,11 @@ class Made:
 
 def download(card: Card, folder: Path, rows: int | None = None, shard_rows: int = 2) -> Made:
     job = download_job(card, rows, shard_rows, 0, folder)
-    (manifest,) = run_here([job], Materialise(card))
+    (manifest,) = run_here([job], Materialize(card))
     return Made(folder, manifest)
 
 
-def filtered(card: Card, raw: Path, folder: Path, twins=None) -> Made:
-    job = filter_job(card, raw, folder, twins)
+def filtered(card: Card, raw: Path, folder: Path, duplicates=None) -> Made:
+    job = filter_job(card, raw, folder, duplicates)
     (manifest,) = run_here([job], Filter(card))
     return Made(folder, manifest)

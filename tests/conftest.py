@@ -37,7 +37,7 @@ def ray_session() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment root with everything up to a fresh model, made by the real hops in this process.
+    """An experiment root with everything up to a fresh model, made by the real stages in this process.
 
     Read-only: tests that train or damage something copy it.
     """

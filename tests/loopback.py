@@ -23,8 +23,8 @@ FETCH = {
 ROBOTS = b"User-agent: *\nDisallow: /private/\nDisallow: /*.secret$\n"
 
 
-def picture(form: str, seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
-    """An encoded picture of noise, about as large as its pixels."""
+def image(form: str, seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
+    """An encoded image of noise, about as large as its pixels."""
     out = io.BytesIO()
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(noise).save(out, form, **({"lossless": True} if form == "WEBP" else {}))
@@ -114,7 +114,7 @@ def drip(page: Page, first: bytes, drop: bytes) -> None:
 
 def pages(web: Web, forbidden: str) -> dict[str, tuple[str, object]]:
     """Every kind of answer: path -> (class of its row, page)."""
-    png, jpeg, webp = picture("PNG", 1), picture("JPEG", 2), picture("WEBP", 3)
+    png, jpeg, webp = image("PNG", 1), image("JPEG", 2), image("WEBP", 3)
 
     def second_time(page: Page) -> None:
         page.answer(*((503,) if web.hits[page.path] < 2 else (200, png)))

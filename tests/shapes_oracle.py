@@ -1,4 +1,4 @@
-"""A perfect model of the world `shapes`: it reads pictures with the detector and paints what prompts say."""
+"""A perfect model of the world `shapes`: it reads images with the detector and generates what prompts say."""
 
 import re
 
@@ -23,18 +23,18 @@ from unifork.shapes.world import (
 
 
 def is_held_out(scene):
-    """Whether the picture or its centre crop shows a composition that training never shows."""
+    """Whether the image or its center crop shows a composition that training never shows."""
     return held_out(scene.objects) or held_out(crop_objects(scene))
 
 
-def answer(pictures, questions):
-    return [_answer(_snapped(detect(picture)), question) for picture, question in zip(pictures, questions, strict=True)]
+def answer(images, questions):
+    return [_answer(_snapped(detect(image)), question) for image, question in zip(images, questions, strict=True)]
 
 
 def _snapped(objects):
-    """The objects with their centres on the lattice of the picture or of its padded view, at half the size."""
-    centres = [[4 * round((thing.box[i] + thing.box[i + 2]) / 8) for i in (0, 1)] for thing in objects]
-    return [thing._replace(box=(x, y, x, y)) for thing, (x, y) in zip(objects, centres, strict=True)]
+    """The objects with their centers on the lattice of the image or of its padded view, at half the size."""
+    centers = [[4 * round((thing.box[i] + thing.box[i + 2]) / 8) for i in (0, 1)] for thing in objects]
+    return [thing._replace(box=(x, y, x, y)) for thing, (x, y) in zip(objects, centers, strict=True)]
 
 
 def _answer(objects, question):
@@ -53,11 +53,11 @@ def _answer(objects, question):
     return (relation(*pair) or "") if all(pair) else ""
 
 
-def paint(texts):
-    return [_paint(text.removeprefix("a photo of ")) for text in texts]
+def generate_images(texts):
+    return [_generate(text.removeprefix("a photo of ")) for text in texts]
 
 
-def _paint(text) -> Image.Image:
+def _generate(text) -> Image.Image:
     named = re.findall(rf"(a|two|three|four) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})", text)
     number = {"a": 1, "two": 2, "three": 3, "four": 4}
     things = [(shape, color or "black") for count, color, shape in named for _ in range(number[count])]

@@ -86,7 +86,7 @@ def test_no_stage_depends_on_files_of_code(name):
     assert not [dep for dep in stage(name)["deps"] if dep.startswith(("unifork", "pipelines"))]
 
 
-def test_what_a_hop_can_go_on_from_is_kept():
+def test_what_a_job_can_go_on_from_is_kept():
     for name in ("download", "filter", "encode"):
         assert all(next(iter(out.values()))["persist"] for out in stage(name)["outs"])
 

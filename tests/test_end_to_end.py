@@ -26,7 +26,7 @@ CLUSTER = {
     "name": "test",
     "cpus": 2,
     "object_store_mb": 80,
-    "hops": {"encode": {"workers": 2, "cpus": 0.5}},
+    "jobs": {"encode": {"workers": 2, "cpus": 0.5}},
     "train": {"workers": 0, "threads": 1, "row_tokens": 384},
     "train_stages": {"s2-pretrain": {"workers": 1, "cpus": 1, "threads": 1, "row_tokens": 384}},
 }

@@ -46,9 +46,9 @@ def read_through(root: Path, stage: str, step: int, documents: int) -> list[list
 
 
 def heads(lines: list[str]) -> list[tuple[str, str, bool, int, float]]:
-    """Of every document: key, task, whether its prompt is dropped, learned tokens, percent of the loss."""
+    """Of every document: key, task, whether its prompt is dropped, supervised tokens, percent of the loss."""
     head = re.compile(
-        r"shapes (\S+), (\w+) \([\w-]+(, prompt dropped)?\), \d+ tokens, (\d+) learned, (.+)% of the loss of \2"
+        r"shapes (\S+), (\w+) \([\w-]+(, prompt dropped)?\), \d+ tokens, (\d+) supervised, (.+)% of the loss of \2"
     )
     found = [match.groups() for match in map(head.fullmatch, lines) if match]
     return [(key, task, bool(dropped), int(own), float(part)) for key, task, dropped, own, part in found]
@@ -64,23 +64,23 @@ def test_a_whole_step_reads_as_its_shards_say(tiny_root):
     assert len(shown) == len(generated) + len(answered) == 16
 
     expected, sizes, length = [], {"generation": 0, "understanding": 0}, lambda text: len(tokenizer.encode(text))
-    learned = {key: length(pads[key]["conversations"][1]["text"]) + 1 for key in answered}
-    words = sum(learned.values())
+    supervised = {key: length(pads[key]["conversations"][1]["text"]) + 1 for key in answered}
+    words = sum(supervised.values())
     for key, task, is_dropped, *_ in shown:
         if is_dropped:
             body = "<|im_start|>USER: <|video_pad|>. ASSISTANT: [[[image 36x4 codes]]]"
             tokens = 1 + length("USER: ") + 1 + length(". ASSISTANT: ") + 38
-            head = f"(generate, prompt dropped), {tokens} tokens, 36 learned, {1 / len(generated):.1%}"
+            head = f"(generate, prompt dropped), {tokens} tokens, 36 supervised, {1 / len(generated):.1%}"
         elif task == "generation":
             caption = crops[key]["caption"]
             body = f"<|im_start|>USER: {caption} ASSISTANT: [[[image 36x4 codes]]]"
             tokens = 1 + length(f"USER: {caption} ASSISTANT: ") + 38
-            head = f"(generate), {tokens} tokens, 36 learned, {1 / len(generated):.1%}"
+            head = f"(generate), {tokens} tokens, 36 supervised, {1 / len(generated):.1%}"
         else:
             asked, said = (turn["text"] for turn in pads[key]["conversations"][:2])
             body = rf"[image 36x4 codes]\n{asked}[[{said}<|im_end|>]]"
             tokens = 38 + length("\n" + asked + said) + 1
-            head = f"(answer-plain), {tokens} tokens, {learned[key]} learned, {learned[key] / words:.1%}"
+            head = f"(answer-plain), {tokens} tokens, {supervised[key]} supervised, {supervised[key] / words:.1%}"
         sizes[task] += tokens
         expected += ["", f"shapes {key}, {task} {head} of the loss of {task}", body]
     assert sum("prompt dropped" in line for line in expected) == 1
@@ -89,8 +89,9 @@ def test_a_whole_step_reads_as_its_shards_say(tiny_root):
     assert lines == [
         f"unifork, stage s2-pretrain, track joint, step {STEP} of 25: batch 1 of 1 of worker 1 of 1",
         f"1 x {size} tokens, {sum(sizes.values()) / size:.1%} filled",
-        f"understanding: {16 - count} documents, {words} of the step's {words} learned text tokens, 100.0% of its loss",
-        f"generation: {count} documents, {36 * count} of the step's {36 * count} learned image positions, "
+        f"understanding: {16 - count} documents, {words} of the step's {words} supervised text tokens, "
+        f"100.0% of its loss",
+        f"generation: {count} documents, {36 * count} of the step's {36 * count} supervised image positions, "
         f"100.0% of its loss",
         f"1 x shared: shared {size} tokens, padding included",
         f"1 x task: {grouped}",
@@ -121,7 +122,7 @@ def test_every_track_has_its_own_batch(tiny_root):
     assert [lines[-1] for lines in found] == ["... and 16 more documents in this batch"] * 2
 
 
-def test_of_a_picture_learned_in_part_the_learned_positions_count(tiny_root, tmp_path):
+def test_of_a_image_supervised_in_part_the_supervised_positions_count(tiny_root, tmp_path):
     root = copy_of(tiny_root, tmp_path)
     plain = yaml.safe_load((root / "params.yaml").read_text())
     plain["stages"]["s2-pretrain"]["tracks"]["joint"]["supervised_positions"] = 10
@@ -130,8 +131,8 @@ def test_of_a_picture_learned_in_part_the_learned_positions_count(tiny_root, tmp
     [lines] = read_through(root, "s2-pretrain", STEP, 100)
     drawn = [(own, part) for _, task, _, own, part in heads(lines) if task == "generation"]
     assert set(drawn) == {(10, round(100 / len(drawn), 1))}
-    assert sum(line.endswith("[[[image 36x4 codes, the first 10 learned]]]") for line in lines) == len(drawn)
-    assert f"{10 * len(drawn)} of the step's {10 * len(drawn)} learned image positions" in lines[3]
+    assert sum(line.endswith("[[[image 36x4 codes, the first 10 supervised]]]") for line in lines) == len(drawn)
+    assert f"{10 * len(drawn)} of the step's {10 * len(drawn)} supervised image positions" in lines[3]
 
 
 EVIL = "[bold red]x[/bold red] <b>y</b> <|im_end|> ]] \\ \x1b[31m\r\x07 :smile: \u202e [image 36x4 codes]"
@@ -150,21 +151,21 @@ def test_no_text_looks_like_a_mark_or_commands_the_terminal(tiny_root, monkeypat
     assert f"\nquarantined: 3 x {SHOWN}\n\nshapes {SHOWN}, understanding (answer-plain), " in plain
     lines = plain.splitlines()
     bodies = {line for before, line in pairwise(lines) if before.startswith("shapes ")}
-    learned_image, learned_text = "[[[image 36x4 codes]]]", f"[[{SHOWN}<|im_end|>]]"
+    supervised_image, supervised_text = "[[[image 36x4 codes]]]", f"[[{SHOWN}<|im_end|>]]"
     assert bodies == {
-        f"[image 36x4 codes]{SHOWN}{learned_text}",
-        f"<|im_start|>{SHOWN}{learned_image}",
-        f"<|im_start|>{SHOWN}<|video_pad|>{SHOWN}{learned_image}",
+        f"[image 36x4 codes]{SHOWN}{supervised_text}",
+        f"<|im_start|>{SHOWN}{supervised_image}",
+        f"<|im_start|>{SHOWN}<|video_pad|>{SHOWN}{supervised_image}",
     }
 
     out = io.StringIO()
     Console(file=out, force_terminal=True, color_system="truecolor", soft_wrap=True).print(bare)
-    coloured = out.getvalue()
-    assert f"{SHOWN}\x1b[1;32m{SHOWN}\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in coloured
-    assert f"\x1b[35m[image 36x4 codes]\x1b[0m{SHOWN}\x1b[1;32m" in coloured
-    assert f"\x1b[36m<|im_start|>\x1b[0m{SHOWN}\x1b[1;32m[image 36x4 codes]\x1b[0m" in coloured
-    without = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
-    unmarked = plain.replace(learned_image, "[image 36x4 codes]").replace(learned_text, f"{SHOWN}<|im_end|>")
+    colored = out.getvalue()
+    assert f"{SHOWN}\x1b[1;32m{SHOWN}\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in colored
+    assert f"\x1b[35m[image 36x4 codes]\x1b[0m{SHOWN}\x1b[1;32m" in colored
+    assert f"\x1b[36m<|im_start|>\x1b[0m{SHOWN}\x1b[1;32m[image 36x4 codes]\x1b[0m" in colored
+    without = re.sub(r"\x1b\[[0-9;]*m", "", colored)
+    unmarked = plain.replace(supervised_image, "[image 36x4 codes]").replace(supervised_text, f"{SHOWN}<|im_end|>")
     assert without.rstrip("\n") == unmarked.rstrip("\n")
 
 

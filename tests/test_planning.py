@@ -131,7 +131,7 @@ def test_disk_is_codes_and_checkpoints():
     assert planning.checkpoint_bytes(MODEL, tracks) == 4 * (total + 16384 * 1024) + 8 * total
 
 
-def test_hours_need_a_known_chip_and_a_utilisation():
+def test_hours_need_a_known_chip_and_a_utilization():
     assert planning.gpu_hours(312e12 * 3600, "a100", 0.5) == pytest.approx(2.0)
     assert planning.gpu_hours(1e18, "a100", None) is None
     with pytest.raises(ConfigError, match=r"--chip: unknown chip 'h10'.*Did you mean 'h100'"):

@@ -119,7 +119,7 @@ def loader(root: Path, positions: int | None) -> TrackLoader:
     )  # fmt: skip
 
 
-def test_only_the_first_positions_of_a_picture_are_learned(tiny_root):
+def test_only_the_first_positions_of_a_image_are_supervised(tiny_root):
     whole, part = loader(tiny_root, None), loader(tiny_root, 10)
     plan, short = whole.plan(3, 1), part.plan(3, 1)
     assert (plan.keys, plan.text_targets) == (short.keys, short.text_targets)
@@ -129,12 +129,12 @@ def test_only_the_first_positions_of_a_picture_are_learned(tiny_root):
         for name in ("image_source_M", "image_target_MD"):
             wanted = getattr(every, name).unflatten(0, (-1, 36))[:, :10].flatten(0, 1)
             assert getattr(first, name).equal(wanted)
-    with pytest.raises(ConfigError, match="supervised_positions is 37; a picture has 36 positions"):
+    with pytest.raises(ConfigError, match="supervised_positions is 37; an image has 36 positions"):
         loader(tiny_root, 37)
 
 
 def test_a_negative_prompt_takes_the_place_of_the_dropped_one(tiny_root, monkeypatch):
-    speaker = inference.Speaker.load(tiny_root / "models/unifork-init")
+    engine = inference.Engine.load(tiny_root / "models/unifork-init")
     seen = []
 
     def generate(model, prompts, unconditional, sampling, **_):
@@ -144,7 +144,7 @@ def test_a_negative_prompt_takes_the_place_of_the_dropped_one(tiny_root, monkeyp
     monkeypatch.setattr(inference, "generate_images", generate)
     for negative in (None, "blurry, dark."):
         with pytest.raises(InterruptedError):
-            speaker.paint(["a cat"], Sampling(negative_prompt=negative))
-    dropped, start = (speaker.tokenizer.id_of(name) for name in (DROPPED_PROMPT, TURN_START))
+            engine.generate_images(["a cat"], Sampling(negative_prompt=negative))
+    dropped, start = (engine.tokenizer.id_of(name) for name in (DROPPED_PROMPT, TURN_START))
     assert [(ids[0], dropped in ids) for ids in seen] == [(start, True), (start, False)]
-    assert "USER: blurry, dark. ASSISTANT:" in speaker.tokenizer.decode(seen[1])
+    assert "USER: blurry, dark. ASSISTANT:" in engine.tokenizer.decode(seen[1])

@@ -17,7 +17,7 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.warm_start import create_model
-from unifork.sources import Materialise, download_job
+from unifork.sources import Materialize, download_job
 
 REPOSITORY = Path(__file__).parent.parent
 ROWS, SHARD_ROWS = 96, 32
@@ -74,9 +74,9 @@ def build(root: Path, changes: dict | None = None) -> Path:
     card = load_card("shapes", root / "datasets")
     raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
     use = experiment.datasets["shapes"]
-    run_here([download_job(card, use.rows, use.shard_rows, 0, raw)], Materialise(card))
+    run_here([download_job(card, use.rows, use.shard_rows, 0, raw)], Materialize(card))
     run_here([filter_job(card, raw, filtered)], Filter(card))
-    pictures = fresh_tokenizer(experiment, root / "tokenizers/image")
+    images = fresh_tokenizer(experiment, root / "tokenizers/image")
     text = train_text_tokenizer(
         texts_of(filtered, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
     )
@@ -84,21 +84,19 @@ def build(root: Path, changes: dict | None = None) -> Path:
     codes = root / "data/codes/shapes"
     jobs = [encode_job(card, task, filtered, codes / use.view, tokenizer) for task, use in card.tasks.items()]
     run_here(jobs, Encode(card, tokenizer, "cpu"))
-    write_model(experiment, pictures, text, root / "models/unifork-init", root)
+    write_model(experiment, images, text, root / "models/unifork-init", root)
     return root
 
 
-def write_model(
-    experiment: Experiment, pictures: ImageTokenizer, text: TextTokenizer, folder: Path, root: Path
-) -> None:
+def write_model(experiment: Experiment, images: ImageTokenizer, text: TextTokenizer, folder: Path, root: Path) -> None:
     """Step 0 of the variant `unifork`."""
-    shape = pictures.architecture
+    shape = images.architecture
     model = create_model(
         experiment.variants["unifork"],
-        pictures.quantizer.codebook,
+        images.quantizer.codebook,
         shape.depth,
         shape.grid,
-        pictures.encoder_id,
+        images.encoder_id,
         text.vocab_size,
     )
     model.save_pretrained(folder)

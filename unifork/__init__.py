@@ -1,4 +1,4 @@
-"""UniFork: training unified image understanding and generation models, from pictures to scores."""
+"""UniFork: training unified image understanding and generation models, from images to scores."""
 
 import os
 

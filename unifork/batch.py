@@ -29,7 +29,7 @@ class Document:
     """One sample as the model reads it.
 
     kinds_T: kind of each token. text_ids_T: vocabulary ids, 0 where the token is not text.
-    learned_T: True where the token is a text token that the model is taught to predict.
+    loss_mask_T: True where the token is a text token that the model is taught to predict.
     codes_ND: the codes of the image tokens, in order of appearance; in a document of the task
     `generation` the first `supervised_positions` (None: all) are targets, in one of `understanding` none.
     """
@@ -38,7 +38,7 @@ class Document:
     task: Task
     kinds_T: np.ndarray
     text_ids_T: np.ndarray
-    learned_T: np.ndarray
+    loss_mask_T: np.ndarray
     codes_ND: np.ndarray
     supervised_positions: int | None = None
 
@@ -96,7 +96,7 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
     which is an error of the caller: packing decides beforehand what goes where.
     """
     runs: list[tuple[int, int, int, int, int]] = []
-    """Tokens, number in the row, task, pictures' positions, supervised ones; padding is a run of its own."""
+    """Tokens, number in the row, task, images' positions, supervised ones; padding is a run of its own."""
     parts: list[Document] = []
     for b, row in enumerate(rows):
         free, task = row_tokens, 0
@@ -118,11 +118,11 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
     positions_X = np.arange(len(rows) * row_tokens) - np.repeat(starts_R, lengths_R)
     positions_X[documents_X == NO_DOCUMENT] = 0
     kinds_X, text_ids_X = _joined([one.kinds_T for one in parts]), _joined([one.text_ids_T for one in parts])
-    learned_S = np.flatnonzero(_joined([one.learned_T for one in parts], bool))
+    supervised_S = np.flatnonzero(_joined([one.loss_mask_T for one in parts], bool))
     codes_ND = _joined([one.codes_ND for one in parts if len(one.codes_ND)]).reshape(-1, depth)
     image_index_N = np.flatnonzero(kinds_X == IMAGE)
     place_N = np.arange(len(image_index_N)) - np.repeat(np.cumsum(images_R) - images_R, images_R)
-    learned_N = place_N < np.repeat(supervised_R, images_R)
+    supervised_N = place_N < np.repeat(supervised_R, images_R)
     in_image_R = np.add.reduceat(kinds_X != TEXT, starts_R, dtype=np.int64) if runs else starts_R
     shape = (len(rows), row_tokens)
     return Batch(
@@ -133,10 +133,10 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
         tasks_BT=torch.from_numpy(tasks_X.reshape(shape)),
         image_index_N=torch.from_numpy(image_index_N),
         codes_ND=torch.from_numpy(codes_ND),
-        text_source_S=torch.from_numpy(learned_S - 1),
-        text_target_S=torch.from_numpy(text_ids_X[learned_S]),
-        image_source_M=torch.from_numpy(image_index_N[learned_N] - 1),
-        image_target_MD=torch.from_numpy(codes_ND[learned_N]),
+        text_source_S=torch.from_numpy(supervised_S - 1),
+        text_target_S=torch.from_numpy(text_ids_X[supervised_S]),
+        image_source_M=torch.from_numpy(image_index_N[supervised_N] - 1),
+        image_target_MD=torch.from_numpy(codes_ND[supervised_N]),
         task_counts=tuple(int(lengths_R[tasks_R == task].sum()) for task in range(len(TASKS))),
         modality_counts=(int((lengths_R - in_image_R).sum()), int(in_image_R.sum())),
         document_counts=tuple(zip((lengths_R - in_image_R).tolist(), in_image_R.tolist(), strict=True)),

@@ -65,11 +65,11 @@ def generate(
 ) -> None:
     """Draw images for a prompt, as the model's last stage draws its samples: OUT/0000.png, 0001.png, ..."""
     from unifork.config import Sampling, parse
-    from unifork.inference import Speaker, stage_sampling
+    from unifork.inference import Engine, stage_sampling
 
     chosen = {"seed": seed} if cfg is None else {"seed": seed, "guidance": cfg}
     sampling = parse(Sampling, {**stage_sampling(model).model_dump(), **chosen}, "--cfg, --seed")
-    codes = Speaker.load(model).paint([prompt] * n, sampling, template)
+    codes = Engine.load(model).generate_images([prompt] * n, sampling, template)
     out.mkdir(parents=True, exist_ok=True)
     images = tokenizer.code_encoder(model / MODEL_IMAGE_TOKENIZER, "crop").decode_codes(codes)
     for number, image in enumerate(images):
@@ -86,11 +86,11 @@ def describe(
     template: Annotated[str, typer.Option(help="prompt template of the model's last stage")] = "answer",
 ) -> None:
     """Answer a question about an image."""
-    from unifork.inference import Speaker
+    from unifork.inference import Engine
 
     tokenizer.check_files([image])
-    codes = tokenizer.code_encoder(model / MODEL_IMAGE_TOKENIZER, "pad").encode_pictures([image])
-    [answer] = Speaker.load(model).answer(codes, [question], template)
+    codes = tokenizer.code_encoder(model / MODEL_IMAGE_TOKENIZER, "pad").encode_images([image])
+    [answer] = Engine.load(model).answer_questions(codes, [question], template)
     print(answer or "(the answer is empty)")
 
 

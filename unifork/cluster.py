@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from unifork.config import Cluster, HopResources, cluster_file, in_job
+from unifork.config import Cluster, JobResources, cluster_file, in_job
 from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError
 from unifork.layout import Layout
 from unifork.shards.job import ShardJob
@@ -59,7 +59,7 @@ def set_ray_environment() -> None:
 def local_ray(cluster: Cluster, *, needed: bool = True) -> Iterator[None]:
     """A running Ray inside the block: the job's cluster in a submitted job, otherwise one of its own.
 
-    An already initialised Ray is used and left running. With `needed=False` nothing is started, so that a
+    An already initialized Ray is used and left running. With `needed=False` nothing is started, so that a
     program can say `needed=resources.workers > 0`.
     """
     if not needed:
@@ -120,7 +120,7 @@ def run_jobs(
     Raises DataError where shards could not be made.
     """
     cluster = cluster or Cluster(name="here")
-    resources = cluster.hops.get(step, HopResources())
+    resources = cluster.jobs.get(step, JobResources())
     job_of: dict[str, ShardJob] = {}
     tasks: list[ShardTask] = []
     for job in jobs:
@@ -145,7 +145,7 @@ def map_shards(
     tasks: Sequence[ShardTask],
     worker_class: Callable[..., Worker],
     worker_args: tuple[object, ...],
-    resources: HopResources,
+    resources: JobResources,
 ) -> Results:
     """Run `worker_class(*worker_args)(task)` once per task; the results as they come, in any order.
 
@@ -179,7 +179,7 @@ def _map_on_ray(
     tasks: Sequence[ShardTask],
     worker_class: Callable[..., Worker],
     worker_args: tuple[object, ...],
-    resources: HopResources,
+    resources: JobResources,
 ) -> Results:
     import ray
     import ray.data

@@ -16,7 +16,7 @@ class ConfigError(UniForkError):
 
 
 class DataError(UniForkError):
-    """A shard, manifest or picture that is missing, damaged or of another kind than promised."""
+    """A shard, manifest or image that is missing, damaged or of another kind than promised."""
 
 
 class MachineError(DataError):

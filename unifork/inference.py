@@ -2,7 +2,7 @@
 
 Pixels are not known here; evaluation and the command line put the image tokenizer around it.
 
-Shape suffixes: B pictures, N image positions, D code depth.
+Shape suffixes: B images, N image positions, D code depth.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 
 from unifork.config import Sampling, parse
 from unifork.documents.mixture import Skeleton, skeleton
-from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Template, question, template_named, written
+from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Template, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.layout import MODEL_TEXT_TOKENIZER
@@ -34,27 +34,27 @@ def stage_sampling(model: Path) -> Sampling:
 
 
 @dataclass(frozen=True, eq=False)
-class Speaker:
-    """A model that can be asked for pictures and for answers."""
+class Engine:
+    """A model that can be asked for images and for answers."""
 
     model: UniForkModel
     tokenizer: TextTokenizer
     batch: int = 64
-    """Pictures or questions processed together."""
+    """Images or questions processed together."""
 
     @classmethod
-    def load(cls, directory: Path) -> "Speaker":
+    def load(cls, directory: Path) -> "Engine":
         """A model directory with its text tokenizer. Raises CheckpointError or DataError."""
         return cls(load_model(directory), TextTokenizer(directory / MODEL_TEXT_TOKENIZER))
 
-    def paint(
+    def generate_images(
         self,
         prompts: Sequence[str],
         sampling: Sampling,
         template: str = "generate",
         progress: Callable[[int], None] = lambda _: None,
     ) -> np.ndarray:
-        """Codes (B, N, D) of one picture per prompt; picture i depends on prompt i, i and the seed alone.
+        """Codes (B, N, D) of one image per prompt; image i depends on prompt i, i and the seed alone.
 
         Raises ConfigError for a template of another task, and for a prompt that the model has no positions for.
         """
@@ -70,10 +70,10 @@ class Speaker:
             progress(numbers[-1] + 1)
         return np.concatenate(made)
 
-    def answer(
+    def answer_questions(
         self, codes: np.ndarray, questions: Sequence[str], template: str = "answer", max_new_tokens: int = 32
     ) -> list[str]:
-        """The likeliest answer to each question about its picture. Raises ConfigError as `paint` does.
+        """The likeliest answer to each question about its image. Raises ConfigError as `generate` does.
 
         codes: (B, N, D), or (B, N * D) as an encoder gives them.
         """
@@ -94,10 +94,10 @@ class Speaker:
         return answers
 
     def _until_image(self, form: Template, prompt: str | None) -> list[int]:
-        """Token ids up to the picture; of the dropped prompt for None."""
+        """Token ids up to the image; of the dropped prompt for None."""
         with _naming("prompt", prompt or ""):
             pieces = UNCONDITIONAL if prompt is None else written(form, prompt)
-            ids: list[int] = self.tokenizer.encode_pieces(pieces[: pieces.index(PICTURE)])[0].tolist()
+            ids: list[int] = self.tokenizer.encode_pieces(pieces[: pieces.index(IMAGE_PIECE)])[0].tolist()
             self._check_room(len(ids) + self.model.config.positions)
         return ids
 

@@ -2,8 +2,8 @@
 
 In: an experiment's folder with its codes and tokenizers; no model is needed. Out: the text of one packed batch of
 each track. The batch is the first one of the first worker, made by the loader that training uses. `[[ ]]` stands around
-learned tokens, `[image ...]` for an image and `<|...|>` for a control token. The same letters in what people wrote are
-escaped, and so is everything that does not print: no text can look like a mark, or command the terminal.
+supervised tokens, `[image ...]` for an image and `<|...|>` for a control token. The same letters in what people wrote
+are escaped, and so is everything that does not print: no text can look like a mark, or command the terminal.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ SUPERVISED = "bold green"
 def inspect(root: Path, variant: str, stage: str, step: int, documents: int, marks: bool) -> Iterator[Text]:
     """One batch of each track of a stage, at a step of that track, as people read it.
 
-    documents: how many are shown; marks: put `[[ ]]` around learned tokens, for who sees no colours.
+    documents: how many are shown; marks: put `[[ ]]` around supervised tokens, for who sees no colors.
     Raises ConfigError for a name or step that the experiment does not have, and DataError for what
     is not there yet, with the command that makes it.
     """
@@ -98,7 +98,7 @@ def _some_of_each_task(made: dict[int, Document], limit: int) -> list[int]:
 def _targets(document: Document) -> int:
     """Supervised text tokens, or image positions of a document of generation."""
     is_generated = document.task == "generation"
-    return len(document.codes_ND[: document.supervised_positions]) if is_generated else int(document.learned_T.sum())
+    return len(document.codes_ND[: document.supervised_positions]) if is_generated else int(document.loss_mask_T.sum())
 
 
 def _step_targets(plan: StepPlan, task: Task) -> int:
@@ -106,17 +106,17 @@ def _step_targets(plan: StepPlan, task: Task) -> int:
 
 
 def _document(document: Document, template: str, plan: StepPlan, tokenizer: TextTokenizer, marks: bool) -> Text:
-    """What a document is, and its tokens: those of one kind that are all learned, or none, in one style."""
+    """What a document is, and its tokens: those of one kind that are all supervised, or none, in one style."""
 
     def kind_of(token: int) -> tuple[bool, str]:
         if document.kinds_T[token] != TEXT:
             return document.task == "generation", "image"
         named = tokenizer.control_token(int(document.text_ids_T[token]))
-        return bool(document.learned_T[token]), "control" if named else "text"
+        return bool(document.loss_mask_T[token]), "control" if named else "text"
 
     targets = _targets(document)
     share = f"{targets / _step_targets(plan, document.task):.1%} of the loss of {document.task}"
-    text = Text(f", {document.task} ({template}), {len(document)} tokens, {targets} learned, {share}\n")
+    text = Text(f", {document.task} ({template}), {len(document)} tokens, {targets} supervised, {share}\n")
     open_mark, close_mark = ("[[", "]]") if marks else ("", "")
     for supervised, tokens in groupby(range(len(document)), key=lambda token: kind_of(token)[0]):
         text.append(open_mark * supervised)
@@ -124,7 +124,7 @@ def _document(document: Document, template: str, plan: StepPlan, tokenizer: Text
             ids = document.text_ids_T[list(run)].tolist()
             if kind == "image":
                 positions, depth = document.codes_ND.shape
-                part = f", the first {targets} learned" if supervised and targets < positions else ""
+                part = f", the first {targets} supervised" if supervised and targets < positions else ""
                 said = f"[image {positions}x{depth} codes{part}]"
             elif kind == "control":
                 said = "".join(tokenizer.control_token(one) or "" for one in ids)
@@ -143,7 +143,7 @@ def _contents(batch: Batch, documents: list[Document], plan: StepPlan) -> Iterat
         whole = _step_targets(plan, task)
         part = f"{sum(targets) / whole:.1%}" if whole else "nothing"
         unit = "image positions" if task == "generation" else "text tokens"
-        counted = f"{sum(targets)} of the step's {whole} learned {unit}"
+        counted = f"{sum(targets)} of the step's {whole} supervised {unit}"
         yield f"{task}: {len(targets)} documents, {counted}, {part} of its loss"
 
 

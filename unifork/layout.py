@@ -61,7 +61,7 @@ class Layout:
     codes = Place("data/codes")
     """Codes of all data sets, a folder each with one folder for each view."""
     prepared = Place("data/prepared")
-    """Tokenised documents."""
+    """Tokenized documents."""
     fetched = Place("data/fetched")
     """Copies of shards that lie in a store; may be deleted at any time."""
     published = Places("data/published")

@@ -2,14 +2,14 @@
 
 In: an experiment with its cards. Out: plain numbers. Models are built on the meta device, so a count
 is of the model that would be trained. What cannot be counted before there is data is an assumption
-(`Assumptions`); GPU hours exist only for a chip of `PEAK_TFLOPS` at an utilisation that is given.
+(`Assumptions`); GPU hours exist only for a chip of `PEAK_TFLOPS` at an utilization that is given.
 
 FLOPs are counted by torch while the model's own code runs on one average document of each mixture
 entry, forward and backward, with the parameters of the track trained and all others frozen: every
 matrix product at two FLOPs per multiplication, the vocabulary at supervised text tokens alone, the
 image head with all its depths at supervised positions. Of attention the causal half of the square
 counts. Embeddings, norms and whatever is element by element are not counted; padding and recomputed
-activations are not either, they lower the utilisation.
+activations are not either, they lower the utilization.
 """
 
 import re
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document, pack
 from unifork.config import Card, Experiment, ImageTokenizerConfig, MixtureEntry, Track, Variant
-from unifork.config.base import Fraction01, Plain
+from unifork.config.base import Fraction01, StrictModel
 from unifork.documents.prompts import SYSTEM, template_named
 from unifork.errors import ConfigError, unknown
 from unifork.models.configuration import UniForkConfig
@@ -48,7 +48,7 @@ FLOAT32_BYTES, ADAM_BYTES = 4, 8
 """Of a weight, and of AdamW's two moments for a trained one."""
 
 
-class Assumptions(Plain):
+class Assumptions(StrictModel):
     """What is not known before the data is there."""
 
     caption_tokens: PositiveInt = 40
@@ -166,9 +166,9 @@ def _document(task: Task, length: Length, depth: int) -> Document:
     positions = length.image - BORDER_TOKENS
     image, text = [BEGIN_IMAGE, *[IMAGE] * positions, END_IMAGE], [TEXT] * length.text
     kinds_T = np.array(text + image if task == "generation" else image + text)
-    learned_T = np.arange(len(kinds_T)) >= len(kinds_T) - length.supervised_text
+    loss_mask_T = np.arange(len(kinds_T)) >= len(kinds_T) - length.supervised_text
     codes_ND = np.zeros((positions, depth), np.int64)
-    return Document("", task, kinds_T, np.zeros_like(kinds_T), learned_T, codes_ND, length.supervised_positions)
+    return Document("", task, kinds_T, np.zeros_like(kinds_T), loss_mask_T, codes_ND, length.supervised_positions)
 
 
 def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:

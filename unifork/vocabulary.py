@@ -20,7 +20,7 @@ View = Literal["crop", "pad"]
 VIEWS: tuple[View, ...] = get_args(View)
 
 VIEW_OF_TASK: dict[Task, View] = {"understanding": "pad", "generation": "crop"}
-"""Generation reads centre crops, understanding reads padded pictures (official code, data_utils)."""
+"""Generation reads center crops, understanding reads padded images (official code, data_utils)."""
 
 Modality = Literal["text", "image"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)

@@ -3,7 +3,7 @@
 In: a fixture folder with an official checkpoint (`unifork/`, `vision_tower/`, `tokenizer/`) and the
 tensors of 02_head, 03_llm, 03_grads and 05_generate. Out: one comparison for every tensor of these
 that is computed. What the originals were given is given here too and not compared: token ids of the
-training batch, pictures, backbone vectors, logits to sample from. Sizes and settings come from the folder.
+training batch, images, backbone vectors, logits to sample from. Sizes and settings come from the folder.
 
 The original pads rows, and its padding reads the row's tokens; padding here reads nothing. What it
 computes at padding is therefore taken from the dense model a branch is (`dense_branch`).
@@ -53,7 +53,7 @@ LOW_PRECISION_PIXELS = 0.1 * 127.5
 """Of 255: twice what the README expects between bfloat16 kernels."""
 
 IGNORED, IMAGE_STARTS = -100, -1
-"""Labels of the original: nothing is learned; the head begins to predict after this token."""
+"""Labels of the original: nothing is supervised; the head begins to predict after this token."""
 
 
 def comparisons(folder: Path) -> Iterator[Comparison]:
@@ -75,7 +75,7 @@ class Original:
     model: UniForkModel
     tokenizer: ImageTokenizer
     supervised: int
-    """Positions of a picture that carry loss."""
+    """Positions of an image that carry loss."""
 
     @classmethod
     def read(cls, folder: Path) -> "Original":
@@ -132,8 +132,8 @@ def _forward(original: Original) -> Iterator[Comparison]:
     yield from given.compare(
         {"gen.image_codes": codes_BND["gen"], "batch.labels": _unexpanded_labels(documents, given)}
     )
-    quantised_BNC = original.tokenizer.quantizer.lookup(codes_BND["gen"])
-    yield from given.compare({"gen.image_features_z_q": quantised_BNC}, NUMBERS)
+    quantized_BNC = original.tokenizer.quantizer.lookup(codes_BND["gen"])
+    yield from given.compare({"gen.image_features_z_q": quantized_BNC}, NUMBERS)
 
     losses = _losses(model, _packed(original, documents))
     both = losses["und"] + losses["gen"]
@@ -203,20 +203,20 @@ def _decoding(original: Original) -> Iterator[Comparison]:
         likeliest = Sampling(guidance=notes["cfg"], top_k=1)
         codes_BND = generate_images(model, prompts[:half], prompts[half], likeliest)
     guided = torch.stack([guide(logits_R1K[:, 0], notes["cfg"]) for _, logits_R1K in depths])
-    quantised_BNC = original.tokenizer.quantizer.lookup(codes_BND)
+    quantized_BNC = original.tokenizer.quantizer.lookup(codes_BND)
     yield from given.compare({"codes": codes_BND})
     numbers = {
         "prompt_embeds_with_boi": embedded,
         "hidden_per_step": torch.stack([hidden_RH for hidden_RH, _ in steps], 1),
         "guided_logits": guided.view(-1, D, *guided.shape[1:]),
-        "image_embeds": quantised_BNC,
+        "image_embeds": quantized_BNC,
         "image_fp32_raw": original.tokenizer.decode(codes_BND),
     }
     low = copy.deepcopy(original.tokenizer).to(torch.bfloat16)
-    pixels = ((low.draw(quantised_BNC).float() + 1) * 127.5).clamp(0, 255)
+    pixels = ((low.draw(quantized_BNC).float() + 1) * 127.5).clamp(0, 255)
     yield from given.compare({"image_bf16_0_255": pixels}, LOW_PRECISION_PIXELS)
 
-    asked = Reference(original.folder, LLM)["batch.images_und"][:1]  # the prompt is about the batch's first picture
+    asked = Reference(original.folder, LLM)["batch.images_und"][:1]  # the prompt is about the batch's first image
     ids_T = given["text.prompt_ids"][0].numpy()
     prompt = _expanded("understanding", ids_T, np.zeros(len(ids_T), bool), original.tokenizer.encode(asked)[0].numpy())
     with _recorded(model.lm_head) as words:
@@ -226,7 +226,7 @@ def _decoding(original: Original) -> Iterator[Comparison]:
 
 
 def _documents(original: Original, given: Reference, codes_BND: dict[str, Tensor]) -> list[Document]:
-    """The samples of the training batch, in its order; pictures are counted per task, as the original does."""
+    """The samples of the training batch, in its order; images are counted per task, as the original does."""
     spelling = _spelling(original.folder / "tokenizer")
     documents, counted = [], {"gen": 0, "und": 0}
     for ids_T, real_T, is_gen in zip(
@@ -235,8 +235,8 @@ def _documents(original: Original, given: Reference, codes_BND: dict[str, Tensor
         kind = "gen" if is_gen else "und"
         task: Task = "generation" if is_gen else "understanding"
         ids = ids_T[real_T].numpy()
-        learned = np.zeros(len(ids), bool) if is_gen else _answers([spelling.get(one, "") for one in ids.tolist()])
-        documents.append(_expanded(task, ids, learned, codes_BND[kind][counted[kind]].numpy()))
+        supervised = np.zeros(len(ids), bool) if is_gen else _answers([spelling.get(one, "") for one in ids.tolist()])
+        documents.append(_expanded(task, ids, supervised, codes_BND[kind][counted[kind]].numpy()))
         counted[kind] += 1
     return documents
 
@@ -251,20 +251,20 @@ def _spelling(folder: Path) -> dict[int, str]:
 def _answers(tokens: Sequence[str]) -> np.ndarray:
     """Which tokens the conversation format teaches: every answer with its leading space, and the end of its turn."""
     text, starts = "".join(tokens), np.cumsum([0, *map(len, tokens)])[:-1]
-    learned = np.zeros(len(tokens), bool)
+    supervised = np.zeros(len(tokens), bool)
     for answer in re.finditer(rf"(?<=ĠASSISTANT:).*?{re.escape(TURN_END)}", text):
-        learned |= (starts >= answer.start()) & (starts < answer.end())
-    return learned
+        supervised |= (starts >= answer.start()) & (starts < answer.end())
+    return supervised
 
 
-def _expanded(task: Task, ids_T: np.ndarray, learned_T: np.ndarray, codes_ND: np.ndarray) -> Document:
-    """A document from ids in which a negative one marks the picture."""
+def _expanded(task: Task, ids_T: np.ndarray, loss_mask_T: np.ndarray, codes_ND: np.ndarray) -> Document:
+    """A document from ids in which a negative one marks the image."""
     block = np.array([BEGIN_IMAGE, *[IMAGE] * len(codes_ND), END_IMAGE])
     times = np.where(ids_T < 0, len(block), 1)
     kinds = np.concatenate([block if one < 0 else np.array([TEXT]) for one in ids_T])
     codes = codes_ND if (ids_T < 0).any() else codes_ND[:0]
     made = _document(task, kinds, np.maximum(ids_T, 0).repeat(times), codes)
-    return replace(made, learned_T=learned_T.repeat(times))
+    return replace(made, loss_mask_T=loss_mask_T.repeat(times))
 
 
 def _document(task: Task, kinds_T: np.ndarray, ids_T: np.ndarray, codes_ND: np.ndarray) -> Document:
@@ -272,7 +272,7 @@ def _document(task: Task, kinds_T: np.ndarray, ids_T: np.ndarray, codes_ND: np.n
 
 
 def _packed(original: Original, documents: list[Document]) -> Batch:
-    """One document a row; of each picture to be generated the positions that the original supervises."""
+    """One document a row; of each image to be generated the positions that the original supervises."""
     rows = [[replace(document, supervised_positions=original.supervised)] for document in documents]
     return pack(rows, max(map(len, documents)), original.model.config.depth)
 
@@ -299,12 +299,12 @@ def _hidden(
 
 
 def _unexpanded_labels(documents: Sequence[Document], given: Reference) -> Tensor:
-    """Labels of the collator, where a picture is one marker: that of a picture to be generated is its own label."""
+    """Labels of the collator, where an image is one marker: that of an image to be generated is its own label."""
     labels_BT = torch.full_like(given["batch.labels"], IGNORED)
     for row, document in enumerate(documents):
         marker = document.kinds_T == BEGIN_IMAGE
         kept = (document.kinds_T == TEXT) | marker
-        label = np.where(document.learned_T, document.text_ids_T, IGNORED)
+        label = np.where(document.loss_mask_T, document.text_ids_T, IGNORED)
         if document.task == "generation":
             label = np.where(marker, int(given["batch.input_ids"].min()), label)
         labels_BT[row, : kept.sum()] = torch.from_numpy(label[kept])

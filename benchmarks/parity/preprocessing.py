@@ -1,4 +1,4 @@
-"""Pictures as the official code sees them: bytes, values of bytes, sums of whole tensors.
+"""Images as the official code sees them: bytes, values of bytes, sums of whole tensors.
 
 Shape suffixes: S side in pixels, C channels (RGB).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.parity.comparison import Comparison
 from unifork.errors import DataError
 from unifork.image_tokenizer.model import to_tensor
-from unifork.image_tokenizer.views import PAD_COLOUR, SMALLEST_SIDE, crop_view, pad_first_view, pad_view
+from unifork.image_tokenizer.views import PAD_COLOR, SMALLEST_SIDE, crop_view, pad_first_view, pad_view
 
 ITEM = "04_preprocess"
 NUMBERS = "04_preprocess.json"
@@ -33,7 +33,7 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     """
     notes = json.loads((folder / f"{ITEM}.json").read_text())["notes"]
     expected = np.load(folder / f"{ITEM}.npz")
-    yield _number("background_color", notes["background_color"], PAD_COLOUR)
+    yield _number("background_color", notes["background_color"], PAD_COLOR)
     yield _number("min_size", notes["min_size"], SMALLEST_SIDE)
     computed = {"lut": to_tensor(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)).reshape(-1)}
     for image, facts in notes["images"].items():

@@ -1,7 +1,7 @@
 """`06_text.json`: token ids, labels and supervised positions of every stage's template.
 
 In: a fixture folder with its tokenizer. Out: what the original's templates and masks gave, beside
-what the templates of `unifork.documents.prompts` give for the same caption or dialogue. A picture is one
+what the templates of `unifork.documents.prompts` give for the same caption or dialogue. An image is one
 token in both: the original's marker.
 
 Shape suffixes: T tokens of a sample.
@@ -26,8 +26,8 @@ from unifork.vocabulary import TURN_END
 
 ITEM = "06_text"
 IGNORED = -100
-PICTURE_ID = -200
-"""The original's marker for a picture, in ids and, where the picture is learned, in labels."""
+IMAGE_ID = -200
+"""The original's marker for an image, in ids and, where the image is supervised, in labels."""
 
 SAMPLES: dict[str, str] = {
     "stage1_imagenet_gen": "generate-class",
@@ -69,21 +69,21 @@ def _computed(name: str, case: dict[str, Any], tokenizer: TextTokenizer) -> dict
     if template.text:
         return _labelled(written(template, case.get("caption", case.get("text"))), template, tokenizer)
     turns = case["conversation"] if "conversation" in case else _conversation_of(case["input_ids"], tokenizer)
-    pictures = sum(IMAGE_MARK in text for _, text in turns)
+    images = sum(IMAGE_MARK in text for _, text in turns)
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    return _labelled(written(template, turns_of(row), pictures), template, tokenizer)
+    return _labelled(written(template, turns_of(row), images), template, tokenizer)
 
 
 def _labelled(pieces: Sequence[Piece], template: Template, tokenizer: TextTokenizer) -> dict[str, list[int]]:
     made = skeleton(pieces, tokenizer, 1, template.border)
     ids, labels = [], []
-    for kind, number, learned in zip(made.kinds_T, made.text_ids_T.tolist(), made.learned_T, strict=True):
+    for kind, number, supervised in zip(made.kinds_T, made.text_ids_T.tolist(), made.loss_mask_T, strict=True):
         if kind == IMAGE:
-            ids.append(PICTURE_ID)
-            labels.append(PICTURE_ID if template.task == "generation" else IGNORED)
+            ids.append(IMAGE_ID)
+            labels.append(IMAGE_ID if template.task == "generation" else IGNORED)
         elif kind not in (BEGIN_IMAGE, END_IMAGE):
             ids.append(number)
-            labels.append(number if learned else IGNORED)
+            labels.append(number if supervised else IGNORED)
     positions = [place for place, label in enumerate(labels) if label != IGNORED]
     return {"input_ids": ids, "labels": labels, "supervised_positions": positions}
 
@@ -91,7 +91,7 @@ def _labelled(pieces: Sequence[Piece], template: Template, tokenizer: TextTokeni
 def _conversation_of(ids: list[int], tokenizer: TextTokenizer) -> list[tuple[str, str]]:
     """The one exchange that ids of a stage 3 sample were made from, where the case does not give it."""
     text = ""
-    for name, run in groupby(ids, key=lambda i: IMAGE_MARK if i == PICTURE_ID else tokenizer.control_token(i)):
+    for name, run in groupby(ids, key=lambda i: IMAGE_MARK if i == IMAGE_ID else tokenizer.control_token(i)):
         numbers = list(run)
         text += name * len(numbers) if name else tokenizer.decode(numbers)
     user, _, assistant = _between(text, "USER: ", TURN_END).rpartition(" ASSISTANT: ")

@@ -17,13 +17,13 @@ FILES = sorted((ROOT / "clusters").glob("*.yaml"))
 def test_loads(path: Path) -> None:
     cluster = load(Cluster, path)
     assert cluster.name == path.stem
-    assert {"download", "filter", "encode"} <= set(cluster.hops) <= {"download", "filter", "image_tokenizer", "encode"}
+    assert {"download", "filter", "encode"} <= set(cluster.jobs) <= {"download", "filter", "image_tokenizer", "encode"}
 
 
 def test_the_local_one_starts_on_two_cores() -> None:
     cluster = load(Cluster, ROOT / "clusters" / "local.yaml")
     assert cluster.address is None
-    for resources in [*cluster.hops.values(), cluster.train, *cluster.train_stages.values()]:
+    for resources in [*cluster.jobs.values(), cluster.train, *cluster.train_stages.values()]:
         assert resources.workers * resources.cpus <= 2
         assert resources.gpus == 0
 
@@ -43,13 +43,13 @@ def test_ray_is_not_imported_before_it_is_needed() -> None:
     program = """
 import sys
 from unifork.cluster import map_shards, local_ray
-from unifork.config import HopResources, load_cluster
+from unifork.config import JobResources, load_cluster
 from unifork.shards.task import ShardResult, ShardTask
 class Same:
     def __call__(self, task):
         return ShardResult(task.output, problem="none")
 with local_ray(load_cluster(), needed=False):
-    (result,) = map_shards([ShardTask(output="shard")], Same, (), HopResources())
+    (result,) = map_shards([ShardTask(output="shard")], Same, (), JobResources())
     print(result.output, "ray" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -59,7 +59,7 @@ def main():
             OUTPUTS[0].write_text(f"{load_cluster().name} {in_job()}")
         case "work":
             cluster = load_cluster()
-            encode = cluster.hops["encode"]
+            encode = cluster.jobs["encode"]
             with local_ray(cluster, needed=encode.workers > 0):
                 tasks = [ShardTask(piece=Slice(n, n + 1), output=str(n)) for n in range(4)]
                 results = sorted(map_shards(tasks, Square, (), encode), key=lambda result: result.output)

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pytest
 
 from unifork.cluster import map_shards, run_jobs
-from unifork.config import Cluster, HopResources
+from unifork.config import Cluster, JobResources
 from unifork.errors import ConfigError, DataError, MachineError
 from unifork.shards.job import ShardJob, write_shard
 from unifork.shards.manifest import Shard
 from unifork.shards.task import ShardResult, ShardTask, Slice
 
-HERE = HopResources(workers=0)
-ACTORS = HopResources(workers=2, cpus=0.5)
+HERE = JobResources(workers=0)
+ACTORS = JobResources(workers=2, cpus=0.5)
 
 
 class Doubler:
@@ -119,27 +119,27 @@ def ray(ray_session: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture(params=[HERE, ACTORS], ids=["here", "actors"])
-def resources(request: pytest.FixtureRequest) -> HopResources:
+def resources(request: pytest.FixtureRequest) -> JobResources:
     """Both ways to work."""
     if request.param.workers:
         request.getfixturevalue("ray")
     return request.param
 
 
-def test_every_task_has_one_result(resources: HopResources) -> None:
+def test_every_task_has_one_result(resources: JobResources) -> None:
     assert answers(asked(*[""] * 7), Doubler, (2,), resources) == ["2", "4", "6", "8", "10", "12", "14"]
 
 
-def test_nothing_to_do(resources: HopResources) -> None:
+def test_nothing_to_do(resources: JobResources) -> None:
     assert answers([], Doubler, (2,), resources) == []
 
 
-def test_a_fault_of_one_shard_costs_that_shard(resources: HopResources) -> None:
+def test_a_fault_of_one_shard_costs_that_shard(resources: JobResources) -> None:
     found = answers(asked("", "reject", "break", ""), Doubler, (2,), resources)
     assert found == ["2", "(shard 2: not a Parquet file)", "(ZeroDivisionError: internal mistake)", "8"]
 
 
-def test_error_of_making_the_worker_arrives_as_itself(resources: HopResources) -> None:
+def test_error_of_making_the_worker_arrives_as_itself(resources: JobResources) -> None:
     with pytest.raises(DataError, match=r"^tokenizer: codebook is missing$"):
         answers(asked(""), Refuser, (), resources)
 
@@ -152,12 +152,12 @@ def test_what_every_shard_would_meet_ends_the_job_at_once(ray: None) -> None:
 
 
 def test_a_worker_that_wants_two_tasks_gets_them(ray: None) -> None:
-    assert len(set(answers(asked(*[""] * 4), Meeting, (), HopResources(workers=1, cpus=0.5)))) == 1
+    assert len(set(answers(asked(*[""] * 4), Meeting, (), JobResources(workers=1, cpus=0.5)))) == 1
 
 
 def test_results_stream(ray: None) -> None:
     times = []
-    for _ in map_shards(asked("sleep 0", "sleep 0.8", "sleep 1.6"), Doubler, (2,), HopResources(workers=1, cpus=0.5)):
+    for _ in map_shards(asked("sleep 0", "sleep 0.8", "sleep 1.6"), Doubler, (2,), JobResources(workers=1, cpus=0.5)):
         times.append(time.monotonic())
     assert times[1] - times[0] > 0.5
     assert times[2] - times[1] > 1
@@ -177,7 +177,7 @@ def test_workers_get_the_gpus_threads_and_folder_asked_for(
     ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    two = HopResources(workers=2, cpus=1, gpus=1)
+    two = JobResources(workers=2, cpus=1, gpus=1)
     with_gpus = [json.loads(answer) for answer in answers(asked(*[""] * 4), Reporter, (), two)]
     assert {(result["visible"], *result["gpus"]) for result in with_gpus} == {("0", 0), ("1", 1)}
     assert len({result["process"] for result in with_gpus}) == 2
@@ -187,7 +187,7 @@ def test_workers_get_the_gpus_threads_and_folder_asked_for(
 
 def test_more_than_there_is_fails_instead_of_waiting(ray: None) -> None:
     with pytest.raises(ConfigError, match="3 workers with 1 GPU each asked for, but this machine's Ray has 2 GPU"):
-        answers(asked(*[""] * 4), Reporter, (), HopResources(workers=3, cpus=0.1, gpus=1))
+        answers(asked(*[""] * 4), Reporter, (), JobResources(workers=3, cpus=0.1, gpus=1))
 
 
 # ----------------------------------------------------------------------------------- jobs over shards
@@ -212,7 +212,7 @@ class Writer:
 def test_a_job_finishes_what_it_can_and_names_the_rest(
     ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster = Cluster(name="tests", hops={"write": ACTORS})
+    cluster = Cluster(name="tests", jobs={"write": ACTORS})
     with pytest.raises(
         DataError, match=r"2 of 5 shards could not be made: part-00001.parquet: KeyError: 'row 7'; part-"
     ):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 CHANGES = {
     "datasets": {"shapes": {"rows": 64, "shard_rows": 32}},
-    "image_tokenizer": {"training": {"steps": 12, "quantise_from_step": 6, "held_out_images": 8}},
+    "image_tokenizer": {"training": {"steps": 12, "quantize_from_step": 6, "held_out_images": 8}},
     "benchmarks": {"shapes-generation": {"samples": 1}, "shapes-understanding": {"samples": 2}},
 }
 

@@ -16,7 +16,7 @@ from unifork import cli
 from unifork.config import Sampling
 from unifork.config.base import read_yaml
 from unifork.errors import ConfigError
-from unifork.inference import Speaker
+from unifork.inference import Engine
 
 ASK = ("--question", "Is there a red circle in the image?")
 LONG = "red " * 600
@@ -74,7 +74,7 @@ def test_a_template_of_the_other_task_is_refused(model, image, tmp_path, capsys,
 
 def test_an_empty_answer_is_said_to_be_empty(model, image, capsys, monkeypatch):
     for answer, printed in (("", "(the answer is empty)\n"), ("two", "two\n")):
-        monkeypatch.setattr(Speaker, "answer", lambda *_, answer=answer: [answer])
+        monkeypatch.setattr(Engine, "answer", lambda *_, answer=answer: [answer])
         assert said(capsys, monkeypatch, "describe", "--model", model, "--image", image, *ASK) == (0, printed, "")
 
 
@@ -90,16 +90,16 @@ def test_what_the_model_has_no_positions_for_is_refused(model, image, tmp_path, 
 
 
 def test_many_prompts_and_questions_are_checked_too(model):
-    speaker = Speaker.load(model)
-    codes = np.zeros((2, speaker.model.config.positions, speaker.model.config.depth), np.uint16)
+    engine = Engine.load(model)
+    codes = np.zeros((2, engine.model.config.positions, engine.model.config.depth), np.uint16)
     with pytest.raises(ConfigError, match=r"question 'red red .*tokens with its image; .*512"):
-        speaker.answer(codes, ["red?", LONG])
+        engine.answer_questions(codes, ["red?", LONG])
     with pytest.raises(ConfigError, match=r"prompt 'red red .*tokens with its image; .*512"):
-        speaker.paint(["red", LONG], Sampling())
+        engine.generate_images(["red", LONG], Sampling())
     with pytest.raises(ConfigError, match=r"prompt 'red red .*512"):
-        speaker.paint(["red"], Sampling(negative_prompt=LONG))
+        engine.generate_images(["red"], Sampling(negative_prompt=LONG))
     with pytest.raises(ConfigError, match="prompt '': no text"):
-        speaker.paint(["red", ""], Sampling())
+        engine.generate_images(["red", ""], Sampling())
 
 
 def test_a_python_without_the_dependencies_is_told_to_activate_the_environment():

@@ -36,8 +36,8 @@ def imported(tmp_path_factory):
 
 
 def test_an_import_holds_model_and_tokenizers_with_their_ids(imported):
-    config, pictures = load_model(imported).config, ImageTokenizer.load(imported / "image_tokenizer")
-    assert (config.codebook_id, config.encoder_id) == (pictures.codebook_id, pictures.encoder_id)
+    config, images = load_model(imported).config, ImageTokenizer.load(imported / "image_tokenizer")
+    assert (config.codebook_id, config.encoder_id) == (images.codebook_id, images.encoder_id)
     assert not config.head_config().folded
     vocabulary = json.loads((OFFICIAL / "tokenizer" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert vocabulary[str(config.special_tokens["<|im_end|>"])]["content"] == "<|im_end|>"

@@ -38,7 +38,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("view", VARIANTS)
-def test_pictures_to_codes_and_back(directory, tmp_path, view):
+def test_images_to_codes_and_back(directory, tmp_path, view):
     images = [OFFICIAL / "images" / f"img{n}.png" for n in (0, 4, 6)]
     codes, again = tmp_path / "codes.npz", tmp_path / "again.npz"
     for file in (codes, again):
@@ -54,15 +54,15 @@ def test_pictures_to_codes_and_back(directory, tmp_path, view):
 
 
 def test_what_cannot_be_encoded_or_decoded(directory, tmp_path):
-    picture, codes = OFFICIAL / "images" / "img2.png", tmp_path / "codes.npz"
+    image, codes = OFFICIAL / "images" / "img2.png", tmp_path / "codes.npz"
     encode, decode = ("tokenizer", "encode", "--tokenizer", directory), ("tokenizer", "decode", "--tokenizer")
     with pytest.raises(DataError, match=r"missing\.png: no such file"):
         unifork(*encode, tmp_path / "missing.png", "--out", codes)
     with pytest.raises(ConfigError, match="unknown view 'corp'"):
-        unifork(*encode, picture, "--view", "corp", "--out", codes)
+        unifork(*encode, image, "--view", "corp", "--out", codes)
     with pytest.raises(DataError, match="no file of `unifork tokenizer encode`"):
-        unifork(*decode, directory, picture, "--out", tmp_path)
-    unifork(*encode, picture, "--out", codes)
+        unifork(*decode, directory, image, "--out", tmp_path)
+    unifork(*encode, image, "--out", codes)
     other = tmp_path / "other"
     unifork("tokenizer", "import", OFFICIAL / "unifork", "--out", other)
     with pytest.raises(IdentityError, match="codes of the codebook"):
@@ -71,7 +71,7 @@ def test_what_cannot_be_encoded_or_decoded(directory, tmp_path):
 
 @pytest.fixture
 def root(tiny_root, tmp_path) -> Path:
-    """An experiment with filtered pictures whose tokenizer is imported."""
+    """An experiment with filtered images whose tokenizer is imported."""
     for name in ("datasets", "experiments", "clusters", "data"):
         shutil.copytree(tiny_root / name, tmp_path / name)
     text = yaml.safe_dump({"extends": "tiny", "image_tokenizer": IMPORT})

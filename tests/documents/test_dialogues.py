@@ -1,4 +1,4 @@
-"""Dialogues of LLaVA and InternVL rows: what exactly is learned of each, or why it is refused."""
+"""Dialogues of LLaVA and InternVL rows: what exactly is supervised of each, or why it is refused."""
 
 import pytest
 
@@ -20,10 +20,10 @@ def tokenizer(qwen_directory) -> TextTokenizer:
 
 
 def read(row, template, tokenizer):
-    """(the whole sample, what is learned of it), the picture as <image>."""
+    """(the whole sample, what is supervised of it), the image as <image>."""
     form = TEMPLATES[template]
-    pictures = len([image for image in [row.get("image")] if image])
-    made = skeleton(written(form, turns_of(row), pictures), tokenizer, 1, form.border)
+    images = len([image for image in [row.get("image")] if image])
+    made = skeleton(written(form, turns_of(row), images), tokenizer, 1, form.border)
 
     def text(keep):
         parts = []
@@ -34,7 +34,7 @@ def read(row, template, tokenizer):
                 parts.append(tokenizer.control_token(int(number)) or tokenizer.decode([int(number)]))
         return "".join(parts)
 
-    return text([True] * len(made.kinds_T)), text(made.learned_T)
+    return text([True] * len(made.kinds_T)), text(made.loss_mask_T)
 
 
 def row(*turns, image="a.jpg"):
@@ -42,7 +42,7 @@ def row(*turns, image="a.jpg"):
 
 
 @pytest.mark.parametrize(
-    ("template", "given", "whole", "learned"),
+    ("template", "given", "whole", "supervised"),
     [
         # one turn, several turns
         ("answer", row(SEEN, A), f"{S} USER: <image>\nIs it red? ASSISTANT: No.{END}", f" No.{END}"),
@@ -52,7 +52,7 @@ def row(*turns, image="a.jpg"):
             f"{S} USER: <image>\nIs it red? ASSISTANT: No.{END}USER: Why? ASSISTANT: Look.\nIt is blue.{END}",
             f" No.{END} Look.\nIt is blue.{END}",
         ),
-        # the picture stands at the start of the turn that has its marker
+        # the image stands at the start of the turn that has its marker
         (
             "answer",
             row(("human", "Is it red?\n<image>"), A),
@@ -72,7 +72,7 @@ def row(*turns, image="a.jpg"):
             f" Hi.{END} No.{END}",
         ),
         ("answer", row(("human", "<image>"), A), f"{S} USER: <image> ASSISTANT: No.{END}", f" No.{END}"),
-        # no marker, one picture: in front of the first question
+        # no marker, one image: in front of the first question
         ("answer", row(Q, A), f"{S} USER: <image>\nIs it red? ASSISTANT: No.{END}", f" No.{END}"),
         ("answer", row(Q, A, image=["a.jpg"]), f"{S} USER: <image>\nIs it red? ASSISTANT: No.{END}", f" No.{END}"),
         # text alone: image absent, empty string or empty list
@@ -90,7 +90,7 @@ def row(*turns, image="a.jpg"):
         # pretraining: the first exchange alone, or all
         ("answer-plain", row(SEEN, A, Q, A), f"<image>\nIs it red?No.{END}", f"No.{END}"),
         ("answers-plain", row(SEEN, A, Q, A), f"<image>\nIs it red?No.{END}Is it red?No.{END}", f"No.{END}No.{END}"),
-        # role words and control tokens inside a text are text: learned or not with the turn they are in
+        # role words and control tokens inside a text are text: supervised or not with the turn they are in
         (
             "answer",
             row(("human", "Say USER: a ASSISTANT: b<|im_end|>"), ("gpt", "USER: a ASSISTANT: b<|im_end|>"), Q, A),
@@ -117,8 +117,8 @@ def row(*turns, image="a.jpg"):
         ],
     ],
 )  # fmt: skip
-def test_what_is_learned(tokenizer, template, given, whole, learned):
-    assert read(given, template, tokenizer) == (whole, learned)
+def test_what_is_supervised(tokenizer, template, given, whole, supervised):
+    assert read(given, template, tokenizer) == (whole, supervised)
 
 
 @pytest.mark.parametrize(
@@ -137,16 +137,16 @@ def test_what_is_learned(tokenizer, template, given, whole, learned):
         ("answer", row(SEEN, ("gpt", None)), "answer 1 is empty"),
         ("answer", row(SEEN, A, ("human", " "), A), "question 2 is empty"),
         ("answer", row(("human", ""), A, image=None), "question 1 is empty"),
-        ("answer", row(SEEN, A, SEEN, A), "image markers: 2, pictures: 1"),
-        ("answer", row(("human", "<image> and <image>?"), A), "image markers: 2, pictures: 1"),
-        ("answer", row(SEEN, A, image=None), "image markers: 1, pictures: 0"),
+        ("answer", row(SEEN, A, SEEN, A), "image markers: 2, images: 1"),
+        ("answer", row(("human", "<image> and <image>?"), A), "image markers: 2, images: 1"),
+        ("answer", row(SEEN, A, image=None), "image markers: 1, images: 0"),
         ("answer", row(SEEN, ("gpt", "See <image>.")), "an image marker inside an answer"),
         ("answer", row(Q, ("gpt", "<image>")), "an image marker inside an answer"),
         ("answer", row(("system", "<image>"), Q, A), "an image marker inside the system turn"),
-        ("answer", row(SEEN, A, image=["a.jpg", "b.jpg"]), "2 pictures, a row holds one"),
+        ("answer", row(SEEN, A, image=["a.jpg", "b.jpg"]), "2 images, a row holds one"),
         ("answer", {"image": "a.jpg"}, "conversations is not a list of turns"),
         ("answer", {"image": "a.jpg", "conversations": ["x"]}, "conversations is not a list of turns"),
-        ("answer-plain", row(Q, A, SEEN, A), "the picture belongs to a later question, the template writes only the"),
+        ("answer-plain", row(Q, A, SEEN, A), "the image belongs to a later question, the template writes only the"),
         ("answer-plain", row(("system", "Be short."), SEEN, A), "a system turn, the template has no place for it"),
     ],
 )
@@ -156,9 +156,9 @@ def test_what_is_refused(tokenizer, template, given, reason):
     assert str(caught.value).startswith(reason)
 
 
-def test_several_pictures_of_a_shard_are_refused():
+def test_several_images_of_a_shard_are_refused():
     turns = [{"role": "user", "text": "Which?"}, {"role": "assistant", "text": "The left."}]
-    with pytest.raises(Unusable, match="2 pictures, a document holds one"):
-        written(TEMPLATES["answer"], turns, pictures=2)
-    with pytest.raises(Unusable, match="pictures: 0, a caption belongs to one"):
-        written(TEMPLATES["generate"], "a cat", pictures=0)
+    with pytest.raises(Unusable, match="2 images, a document holds one"):
+        written(TEMPLATES["answer"], turns, images=2)
+    with pytest.raises(Unusable, match="images: 0, a caption belongs to one"):
+        written(TEMPLATES["generate"], "a cat", images=0)

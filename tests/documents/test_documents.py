@@ -12,7 +12,7 @@ from tiny import ROWS, copy_of
 from unifork.batch import IMAGE, pack
 from unifork.config import Experiment, MixtureEntry, load
 from unifork.documents.loader import TrackLoader
-from unifork.documents.mixture import CodesIdentity, Part, Quarantine
+from unifork.documents.mixture import CodesIdentity, MixturePart, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, IdentityError
 from unifork.layout import Layout
@@ -29,7 +29,9 @@ def identity_of(root: Path) -> CodesIdentity:
 
 def part(root, entry, context=400, identity=None, quarantine=None):
     tokenizer = TextTokenizer(root / "tokenizers/text")
-    return Part(entry, Layout(root), tokenizer, identity or identity_of(root), context, quarantine or Quarantine())
+    return MixturePart(
+        entry, Layout(root), tokenizer, identity or identity_of(root), context, quarantine or Quarantine()
+    )
 
 
 def test_documents_carry_the_codes_of_their_own_row(tiny_root):
@@ -62,8 +64,8 @@ def test_documents_that_are_too_long_are_quarantined_with_key_and_reason(tiny_ro
     assert sum(made.group_sizes) == len(made)
 
 
-def test_rows_without_a_picture_are_dialogues_of_text_alone(tiny_root, tmp_path):
-    """Null codes mean no picture; what cannot be written then is quarantined with its key."""
+def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
+    """Null codes mean no image; what cannot be written then is quarantined with its key."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -88,7 +90,7 @@ def test_rows_without_a_picture_are_dialogues_of_text_alone(tiny_root, tmp_path)
     quarantine = Quarantine()
     made = part(root, ANSWER, quarantine=quarantine)
     assert list(quarantine.rows()) == [
-        ("shapes", rows[3]["key"], "image markers: 1, pictures: 0"),
+        ("shapes", rows[3]["key"], "image markers: 1, images: 0"),
         ("shapes", rows[5]["key"], "an image marker inside an answer"),
         ("shapes", rows[6]["key"], "roles are ['assistant'], not user and assistant in turn"),
     ]
@@ -98,7 +100,7 @@ def test_rows_without_a_picture_are_dialogues_of_text_alone(tiny_root, tmp_path)
     assert [(one.kinds_T == IMAGE).sum() for one in documents] == [36, 0, 36, 36]
     assert [one.codes_ND.shape for one in documents] == [(36, 4), (0, 4), (36, 4), (36, 4)]
     assert (documents[2].codes_ND == np.frombuffer(rows[2]["codes"], "<u2").reshape(36, 4)).all()
-    assert documents[1].learned_T.any()
+    assert documents[1].loss_mask_T.any()
     assert len(pack([documents], 2048, 4).image_index_N) == 3 * 36
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from unifork.documents import mixture as documents
-from unifork.documents.index import COLUMNS, META, QUARANTINE, Words, prepared
+from unifork.documents.index import COLUMNS, META, QUARANTINE, TokenizedDocument, prepared
 from unifork.errors import DataError
 
 DOCUMENTS = [
-    Words(f"key-é-{n}", np.arange(n + 1), np.arange(n + 1) % 2 == 0, picture_at=n % 3, row=2 * n) for n in range(7)
+    TokenizedDocument(f"key-é-{n}", np.arange(n + 1), np.arange(n + 1) % 2 == 0, image_at=n % 3, row=2 * n)
+    for n in range(7)
 ]
 
 
@@ -32,9 +33,9 @@ def assert_right(index):
     for number, document in enumerate(DOCUMENTS):
         assert index.key(number) == document.key
         assert (index.text_ids_S[index.text(number)] == document.ids_T).all()
-        assert (index.learned_S[index.text(number)] == document.learned_T).all()
-        assert index.picture_at_R[number] == document.picture_at
-        assert index.learned_count_R[number] == document.learned_T.sum()
+        assert (index.loss_mask_S[index.text(number)] == document.loss_mask_T).all()
+        assert index.image_at_R[number] == document.image_at
+        assert index.supervised_count_R[number] == document.loss_mask_T.sum()
     assert index.where_R3[4].tolist() == [1, 0, 8]
 
 

@@ -13,10 +13,10 @@ from unifork.errors import ConfigError
 def test_every_prefix_is_within_one_document_of_the_weights(weights):
     slots = schedule(weights)
     shares = np.array(weights) / sum(weights)
-    dealt = np.zeros(len(weights))
+    assigned = np.zeros(len(weights))
     for number in range(3 * len(slots)):
-        dealt[slots[number % len(slots)]] += 1
-        assert (abs(dealt - shares * (number + 1)) < 1 + 1e-3 * (number + 1)).all()
+        assigned[slots[number % len(slots)]] += 1
+        assert (abs(assigned - shares * (number + 1)) < 1 + 1e-3 * (number + 1)).all()
     exact = np.bincount(slots, minlength=len(weights)) / len(slots)
     assert abs(exact - shares).max() < 1e-3
 

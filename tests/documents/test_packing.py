@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from unifork.documents.order import deal, pack_step
+from unifork.documents.order import assign_rows_to_workers, pack_step
 from unifork.errors import ConfigError
 from unifork.vocabulary import TASKS
 
 
 def mix(seed, count):
-    """Lengths as in the paper's mix, half of each task: pictures of 576 + 2 tokens with captions of
+    """Lengths as in the paper's mix, half of each task: images of 576 + 2 tokens with captions of
     15 to 90 tokens, or with questions and answers of 40 to 500."""
     rng = np.random.default_rng(seed)
     tasks = [TASKS[int(n)] for n in rng.integers(0, 2, count)]
@@ -53,10 +53,10 @@ def test_tasks_are_neighbours_and_at_most_one_row_is_mixed():
 def test_every_worker_gets_as_many_microbatches_and_nothing_is_lost():
     for workers, per_microbatch in [(1, 1), (2, 1), (4, 2), (3, 4), (16, 1)]:
         rows = pack_step([5] * 11, ["generation"] * 11, 6, workers * per_microbatch).rows
-        dealt = deal(rows, workers, per_microbatch)
-        assert len({len(one) for one in dealt}) == 1
-        assert all(len(microbatch) == per_microbatch for one in dealt for microbatch in one)
-        assert sorted(n for one in dealt for microbatch in one for row in microbatch for n in row) == list(range(11))
+        assigned = assign_rows_to_workers(rows, workers, per_microbatch)
+        assert len({len(one) for one in assigned}) == 1
+        assert all(len(microbatch) == per_microbatch for one in assigned for microbatch in one)
+        assert sorted(n for one in assigned for microbatch in one for row in microbatch for n in row) == list(range(11))
 
 
 def test_a_document_longer_than_a_row_is_an_error_that_names_both():

@@ -1,10 +1,10 @@
-"""Templates: what a sample reads like, what is learned, and what is refused."""
+"""Templates: what a sample reads like, what is supervised, and what is refused."""
 
 import pytest
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT
 from unifork.documents.mixture import skeleton
-from unifork.documents.prompts import PICTURE, TEMPLATES, UNCONDITIONAL, laid_out, question, written
+from unifork.documents.prompts import IMAGE_PIECE, TEMPLATES, UNCONDITIONAL, laid_out, question, written
 from unifork.documents.text_tokenizer import TextTokenizer, train_text_tokenizer
 from unifork.shards.schema import Unusable
 from unifork.vocabulary import DROPPED_PROMPT, SPECIAL_TOKENS, TURN_END
@@ -23,37 +23,37 @@ def tokenizer(tmp_path_factory) -> TextTokenizer:
     return train_text_tokenizer(texts, 420, tmp_path_factory.mktemp("text"))
 
 
-def learned_text(tokenizer, pieces):
+def supervised_text(tokenizer, pieces):
     made = skeleton(pieces, tokenizer, 4)
-    ids = made.text_ids_T[made.learned_T]
+    ids = made.text_ids_T[made.loss_mask_T]
     return tokenizer._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def test_a_caption_to_draw_has_no_learned_text(tokenizer):
+def test_a_caption_to_draw_has_no_supervised_text(tokenizer):
     made = skeleton(written(TEMPLATES["generate"], "a red circle"), tokenizer, 9)
-    assert not made.learned_T.any()
+    assert not made.loss_mask_T.any()
     assert made.kinds_T[-11:].tolist() == [BEGIN_IMAGE, *[IMAGE] * 9, END_IMAGE]
     assert (made.kinds_T[:-11] == TEXT).all()
 
 
-def test_answers_and_their_ends_are_learned_and_nothing_else(tokenizer):
-    assert learned_text(tokenizer, written(TEMPLATES["answer"], DIALOGUE)) == f" two{TURN_END} yes{TURN_END}"
-    assert learned_text(tokenizer, written(TEMPLATES["answer-plain"], DIALOGUE)) == f"two{TURN_END}"
-    assert learned_text(tokenizer, written(TEMPLATES["caption-plain"], "two circles")) == f"two circles{TURN_END}"
+def test_answers_and_their_ends_are_supervised_and_nothing_else(tokenizer):
+    assert supervised_text(tokenizer, written(TEMPLATES["answer"], DIALOGUE)) == f" two{TURN_END} yes{TURN_END}"
+    assert supervised_text(tokenizer, written(TEMPLATES["answer-plain"], DIALOGUE)) == f"two{TURN_END}"
+    assert supervised_text(tokenizer, written(TEMPLATES["caption-plain"], "two circles")) == f"two circles{TURN_END}"
 
 
-def test_the_picture_stands_once_in_front_of_the_first_question():
+def test_the_image_stands_once_in_front_of_the_first_question():
     pieces = written(TEMPLATES["answer"], DIALOGUE)
-    assert pieces.count(PICTURE) == 1
-    assert [piece.text for piece in pieces[pieces.index(PICTURE) :]][1:3] == ["\n", "How many circles are there?"]
+    assert pieces.count(IMAGE_PIECE) == 1
+    assert [piece.text for piece in pieces[pieces.index(IMAGE_PIECE) :]][1:3] == ["\n", "How many circles are there?"]
 
 
-def test_a_question_is_what_training_shows_before_the_learned_part(tokenizer):
+def test_a_question_is_what_training_shows_before_the_supervised_part(tokenizer):
     for name in ("answer", "answer-plain", "caption"):
         form = TEMPLATES[name]
         shown = skeleton(written(form, "two" if form.text else DIALOGUE[:2]), tokenizer, 4)
         asked = skeleton(question(form, DIALOGUE[0]["text"]), tokenizer, 4)
-        given = int(shown.learned_T.argmax())
+        given = int(shown.loss_mask_T.argmax())
         assert shown.text_ids_T[:given].tolist() == asked.text_ids_T.tolist()
         assert shown.kinds_T[:given].tolist() == asked.kinds_T.tolist()
 
@@ -82,11 +82,11 @@ def test_special_tokens_are_found_by_name_and_have_one_id(tokenizer):
     assert skeleton(UNCONDITIONAL, tokenizer, 4).text_ids_T.tolist().count(tokenizer.id_of(DROPPED_PROMPT)) == 1
 
 
-def test_every_template_can_be_tokenised(tokenizer):
+def test_every_template_can_be_tokenized(tokenizer):
     for template in TEMPLATES.values():
         made = skeleton(written(template, "a caption" if template.text else DIALOGUE), tokenizer, 4, template.border)
         assert (made.kinds_T == IMAGE).sum() == 4
-        assert made.learned_T.any() == (template.task == "understanding")
+        assert made.loss_mask_T.any() == (template.task == "understanding")
 
 
 FOREIGN = "{assistant} {caption} [[x]] <|im_end|><|im_start|>USER: <|video_pad|><|vision_pad|></tool_call>"
@@ -102,20 +102,20 @@ def test_whatever_people_write_stays_text(tokenizer):
         ids = skeleton(pieces, tokenizer, 1).text_ids_T.tolist()
         assert [name for number in ids if (name := tokenizer.control_token(number))] == own
         assert FOREIGN in tokenizer.decode(ids)
-    assert learned_text(tokenizer, written(TEMPLATES["answer"], turns)) == f" {FOREIGN}.{TURN_END}"
+    assert supervised_text(tokenizer, written(TEMPLATES["answer"], turns)) == f" {FOREIGN}.{TURN_END}"
 
 
 def test_a_token_across_the_border_of_an_answer(tmp_path):
-    """Ours learns tokens of learned letters alone; the official way counts tokens and is one off here."""
+    """Ours learns tokens of supervised letters alone; the official way counts tokens and is one off here."""
     made = train_text_tokenizer([*["bc"] * 99, *["abcd"] * 50], 290, tmp_path)
     turns = [{"role": "user", "text": "ab"}, {"role": "assistant", "text": "cd x"}]
     assert [len(made.encode(text)) for text in ("ab", "abcd", " x")] == [2, 1, 2]
-    learned = {}
+    supervised = {}
     for name in ("answer-plain", "official-answer-plain"):
         template = TEMPLATES[name]
         one = skeleton(written(template, turns), made, 1, template.border)
-        learned[name] = made._tokenizer.decode(one.text_ids_T[one.learned_T].tolist(), skip_special_tokens=False)
-    assert learned == {"answer-plain": f" x{TURN_END}", "official-answer-plain": f"x{TURN_END}"}
+        supervised[name] = made._tokenizer.decode(one.text_ids_T[one.loss_mask_T].tolist(), skip_special_tokens=False)
+    assert supervised == {"answer-plain": f" x{TURN_END}", "official-answer-plain": f"x{TURN_END}"}
 
 
 def test_transformers_opens_the_directory_too(tmp_path, tokenizer):

@@ -7,7 +7,7 @@ import pytest
 
 from unifork.evaluation.generation.geneval import Clause, Found, judge, relations
 from unifork.evaluation.statistics import Score, binary, mean, proportion
-from unifork.evaluation.understanding.answers import normalised, pope_yes, strict_yes
+from unifork.evaluation.understanding.answers import normalized, pope_yes, strict_yes
 
 VECTORS = json.loads((Path(__file__).parents[1] / "fixtures" / "score_vectors.json").read_text())
 
@@ -37,8 +37,8 @@ def test_the_strict_reading_takes_the_bare_word_only(answer, meaning):
     assert strict_yes(answer) is meaning
 
 
-def test_normalised_answers():
-    assert normalised("  Left \n of.") == "left of"
+def test_normalized_answers():
+    assert normalized("  Left \n of.") == "left of"
 
 
 def clause(plain):
@@ -61,7 +61,7 @@ def test_genevals_verdicts(case):
     assert len(verdict.faults) == len(case["official_reason"].splitlines())
 
 
-def test_genevals_overall_is_the_mean_of_the_kinds_not_of_the_pictures():
+def test_genevals_overall_is_the_mean_of_the_kinds_not_of_the_images():
     rows = VECTORS["geneval_summary"]["rows"]
     kinds = dict.fromkeys(row["tag"] for row in rows)
     right = [[row["correct"] for row in rows if row["tag"] == kind] for kind in kinds]
@@ -78,7 +78,7 @@ def test_neighbours_on_the_lattice_stand_in_the_relation_people_see():
     assert relations(target, target) == set()
 
 
-def test_colours_are_looked_for_among_the_surest_objects_only():
+def test_colors_are_looked_for_among_the_surest_objects_only():
     red, blue = Found("circle", "red", (1, 1, 15, 15)), Found("circle", "blue", (17, 1, 31, 15))
     assert judge([Clause("circle", 1, "red")], [], [red, blue]).correct
     assert not judge([Clause("circle", 1, "red")], [], [blue, red]).correct

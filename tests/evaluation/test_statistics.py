@@ -1,4 +1,4 @@
-"""Scores are ratios of sums with linearised errors; plain proportions are the textbook case."""
+"""Scores are ratios of sums with linearized errors; plain proportions are the textbook case."""
 
 import json
 from dataclasses import asdict

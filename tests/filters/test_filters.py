@@ -1,4 +1,4 @@
-"""Rules keep or drop with a reason; lists of URLs have many spellings; twins and withdrawn rows go, always the same."""
+"""Rules keep or drop with a reason; lists of URLs have many spellings; duplicates and withdrawn rows go."""
 
 import io
 import random
@@ -12,7 +12,7 @@ import yaml
 from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, put, tarred
 from PIL import Image, ImageEnhance
 
-from unifork.config import Plain, load_card
+from unifork.config import StrictModel, load_card
 from unifork.errors import ConfigError, DataError
 from unifork.filters import duplicates as dedup
 from unifork.filters.rules import judge, rule, rules_of
@@ -88,7 +88,7 @@ def test_a_score_that_the_card_does_not_keep_would_drop_every_row():
         rules_of(card)
 
 
-class Letter(Plain):
+class Letter(StrictModel):
     letter: str
 
 
@@ -133,7 +133,7 @@ NAN = float("nan")
             {"url": "u", "caption": "t", "width": 5, "height": 6, "similarity": 0.25, "aesthetic": 4.5,
              "pwatermark": 0.4, "punsafe": 0.01, "phash": "eb93dde1", "id": "841814333321"},
         ),
-        (  # what img2dataset wrote: width is that of the stored picture
+        (  # what img2dataset wrote: width is that of the stored image
             {"url": "u", "caption": "c", "width": 256, "height": 256, "original_width": 900, "original_height": None},
             {"url": "u", "caption": "c", "width": 900, "height": 256},
         ),
@@ -175,25 +175,25 @@ def test_url_lists_of_laion_and_unsplash(tmp_path, monkeypatch):
     ] * 3  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- twins
+# ------------------------------------------------------------------------------------------- duplicates
 
 
 def variants(name):
     """The same bytes, a JPEG of it, a darker and a smaller one."""
     whole = Image.open(io.BytesIO(PNG[name])).convert("RGB").resize((64, 64))
     out = {}
-    for kind, picture in (
+    for kind, image in (
         ("png", whole),
         ("darker", ImageEnhance.Brightness(whole).enhance(0.8)),
         ("smaller", whole.resize((48, 48))),
     ):
         data = io.BytesIO()
-        picture.save(data, "PNG")
+        image.save(data, "PNG")
         out[kind] = data.getvalue()
     return out
 
 
-def test_the_difference_hash_stays_when_a_picture_is_changed_a_little():
+def test_the_difference_hash_stays_when_a_image_is_changed_a_little():
     values = {}
     for name in ("img1", "img3"):
         hashes = [dedup.dhash(data) for data in variants(name).values()]
@@ -205,13 +205,13 @@ def test_the_difference_hash_stays_when_a_picture_is_changed_a_little():
     assert dedup.dhash(flat.getvalue()) is None
 
 
-def shards(folder, pictures, count):
+def shards(folder, images, count):
     """Image-text shards of (name, bytes, caption) in `count` tars."""
-    step = -(-len(pictures) // count)
+    step = -(-len(images) // count)
     for number in range(count):
         members = [
             member
-            for name, data, text in pictures[number * step : (number + 1) * step]
+            for name, data, text in images[number * step : (number + 1) * step]
             for member in ((f"{name}.png", data), (f"{name}.txt", text.encode()))
         ]
         put(folder / f"{number}.tar", tarred(members))
@@ -228,12 +228,12 @@ def sign(card, raw, folder, shuffle=None):
     return folder
 
 
-def twin_card(name, files, *rules):
+def duplicate_card(name, files, *rules):
     return card_of("pairs", {"files": str(files)}, ["caption"], name=name, filters=list(rules))
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 10**6])
-def test_twins_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, rows_at_once):
+def test_duplicates_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, rows_at_once):
     monkeypatch.setattr(dedup, "BUCKET_ROWS", rows_at_once)
     one, three, other = variants("img1"), variants("img3"), variants("img4")
     own = [
@@ -242,13 +242,13 @@ def test_twins_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, row
         ("f", other["smaller"], "in the other set"), ("g", other["png"], "also"),
     ]  # fmt: skip
     theirs = shards(tmp_path / "first", [("x", other["png"], "the other set")], 1)
-    first = twin_card("first", theirs)
+    first = duplicate_card("first", theirs)
     download(first, tmp_path / "raw-first")
     signed = {"first": sign(first, tmp_path / "raw-first", tmp_path / "signed-first")}
     found = []
     for count, shuffle in ((1, 0), (2, 1), (7, 2)):
         rule = {"rule": "duplicates", "options": {"by": ["sha256", "phash"], "distance": 4, "against": ["first"]}}
-        card = twin_card("second", shards(tmp_path / f"second-{count}", own, count), rule)
+        card = duplicate_card("second", shards(tmp_path / f"second-{count}", own, count), rule)
         raw = tmp_path / f"raw-{count}"
         download(card, raw, shard_rows=3)
         mine = sign(card, raw, tmp_path / f"signed-{count}", shuffle)
@@ -272,8 +272,8 @@ def test_the_filter_program_signs_decides_and_drops(tmp_path, monkeypatch):
     shutil.copytree(REPOSITORY / "clusters", "clusters")
     one, three = variants("img1"), variants("img3")
     cards = {
-        "left": twin_card("left", shards(tmp_path / "left", [("x", one["png"], "theirs")], 1)),
-        "right": twin_card(
+        "left": duplicate_card("left", shards(tmp_path / "left", [("x", one["png"], "theirs")], 1)),
+        "right": duplicate_card(
             "right", shards(tmp_path / "right", [("a", three["png"], "own"), ("b", one["png"], "shared")], 2),
             {"rule": "duplicates", "options": {"against": ["left"]}},
         ),
@@ -289,7 +289,7 @@ def test_the_filter_program_signs_decides_and_drops(tmp_path, monkeypatch):
 
 def test_two_sets_cannot_both_leave_it_to_the_other(tmp_path):
     left, right = (
-        twin_card(name, tmp_path, {"rule": "duplicates", "options": {"against": [against]}})
+        duplicate_card(name, tmp_path, {"rule": "duplicates", "options": {"against": [against]}})
         for name, against in (("left", "right"), ("right", "left"))
     )
     with pytest.raises(ConfigError, match="each is `against` the other"):
@@ -303,7 +303,7 @@ def test_near_duplicates_of_a_benchmark_go(tmp_path):
     put(tmp_path / "bench/q.png", one["png"])
     rule = {"rule": "near_benchmark", "options": {"files": str(tmp_path / "bench"), "distance": 4}}
     own = [("a", three["png"], "x"), ("b", one["darker"], "y"), ("c", one["smaller"], "z")]
-    card = twin_card("own", shards(tmp_path / "own", own, 2), rule)
+    card = duplicate_card("own", shards(tmp_path / "own", own, 2), rule)
     download(card, tmp_path / "raw")
     target = tmp_path / "filtered"
     drops = dedup.decide(card, sign(card, tmp_path / "raw", tmp_path / "signed"), {}, target)
@@ -311,7 +311,7 @@ def test_near_duplicates_of_a_benchmark_go(tmp_path):
     assert [key.rpartition("/")[2] for key in made.rows] == ["a"]
     assert made.manifest.dropped == {"near_benchmark": 2}
     assert all("q.png" in detail for detail in made.details.values())
-    put(tmp_path / "filtered/twins/part-00000.parquet", b"changed")
+    put(tmp_path / "filtered/duplicates/part-00000.parquet", b"changed")
     from unifork.filters.worker import duplicates_of
 
     with pytest.raises(DataError, match="changed since it was decided"):
@@ -334,7 +334,7 @@ def test_bands_find_what_comparing_all_pairs_finds():
     for band in range(4):
         part = (values >> np.uint64(16 * band)) & np.uint64(0xFFFF)
         for group in dedup.groups(values, numbers, part):
-            found |= {row for row, _ in dedup.twins(*group, 3)}
+            found |= {row for row, _ in dedup.nearest_duplicates(*group, 3)}
     assert found == expected
     assert len(found) >= 35
 
@@ -343,11 +343,11 @@ def test_bands_find_what_comparing_all_pairs_finds():
 
 
 def test_a_takedown_list_acts_in_the_filter_and_on_finished_shards(tmp_path):
-    pictures = [(f"p{n}", jpeg(f"img{n}"), "x") for n in range(6)]
+    images = [(f"p{n}", jpeg(f"img{n}"), "x") for n in range(6)]
     listed = tmp_path / "takedown.txt"
     put(listed, b"# nobody yet\n")
     rule = {"rule": "takedown", "options": {"file": str(listed)}}
-    card = twin_card("own", shards(tmp_path / "own", pictures, 3), rule)
+    card = duplicate_card("own", shards(tmp_path / "own", images, 3), rule)
     raw = download(card, tmp_path / "raw")
     before = filtered(card, tmp_path / "raw", tmp_path / "filtered")
     assert len(before.rows) == 6
@@ -370,7 +370,7 @@ def test_a_takedown_list_acts_in_the_filter_and_on_finished_shards(tmp_path):
         assert {path.suffix for path in (tmp_path / folder).iterdir()} <= {".parquet", ".json", ""}
     assert (tmp_path / "filtered/part-00000.parquet").stat().st_mtime_ns == untouched.st_mtime_ns
     download_again = download(card, tmp_path / "raw")
-    assert len(download_again.rows) == 4, "a hop that runs again keeps what was taken down away"
+    assert len(download_again.rows) == 4, "a stage that runs again keeps what was taken down away"
 
 
 def test_codes_without_a_withdrawn_row_are_still_codes(tiny_root, tmp_path):
@@ -379,9 +379,9 @@ def test_codes_without_a_withdrawn_row_are_still_codes(tiny_root, tmp_path):
     shard = read_manifest(folder).shards[1]
     before = pq.read_table(folder / shard.path)
     gone = before["key"].to_pylist()[3]
-    after_hop = takedown(folder, [gone, "no such key"])
+    after_takedown = takedown(folder, [gone, "no such key"])
     after = pq.read_table(folder / shard.path)
-    assert after_hop.rows == read_manifest(tiny_root / "data/codes/shapes/crop").rows - 1
+    assert after_takedown.rows == read_manifest(tiny_root / "data/codes/shapes/crop").rows - 1
     assert after.schema.equals(before.schema, check_metadata=True)
     assert after.to_pylist() == [row for row in before.to_pylist() if row["key"] != gone]
 

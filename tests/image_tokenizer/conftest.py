@@ -35,7 +35,7 @@ def config() -> ImageTokenizerConfig:
         training=TokenizerTraining(
             datasets=("shapes",),
             steps=60,
-            quantise_from_step=20,
+            quantize_from_step=20,
             batch_images=16,
             learning_rate=3e-3,
             warmup_steps=5,
@@ -65,11 +65,11 @@ def directory(tokenizer, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def blocks() -> np.ndarray:
-    """96 pictures of flat rectangles on a light ground."""
+    """96 images of flat rectangles on a light ground."""
     rng = np.random.default_rng(0)
-    pictures = np.full((96, SIZE, SIZE, 3), 240, dtype=np.uint8)
-    for picture in pictures:
+    images = np.full((96, SIZE, SIZE, 3), 240, dtype=np.uint8)
+    for image in images:
         for _ in range(2):
             left, top = rng.integers(0, SIZE - 12, 2)
-            picture[top : top + 12, left : left + 12] = rng.choice([[220, 30, 30], [20, 90, 220], [30, 30, 30]])
-    return pictures
+            image[top : top + 12, left : left + 12] = rng.choice([[220, 30, 30], [20, 90, 220], [30, 30, 30]])
+    return images

@@ -1,4 +1,4 @@
-"""Pictures to codes: fixed batches, both views, unreadable pictures, and that Ray is not needed."""
+"""Images to codes: fixed batches, both views, unreadable images, and that Ray is not needed."""
 
 import io
 import time
@@ -15,8 +15,8 @@ from unifork.image_tokenizer.code_encoder import BATCHES_AHEAD, CodeEncoder
 from unifork.image_tokenizer.model import ImageTokenizer
 
 
-def pictures(count=7):
-    """Wide pictures, because square ones look the same in both views."""
+def images(count=7):
+    """Wide images, because square ones look the same in both views."""
     rng = np.random.default_rng(2)
     return [Image.fromarray(rng.integers(0, 256, (40, 70, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -26,7 +26,7 @@ ARRANGEMENTS = {
     "backwards": [[6, 5, 4, 3, 2, 1, 0]],
     "other places": [[3, 0, 6], [5, 1, 4, 2]],
     "other neighbours": [[0, 6], [1, 5], [2, 4], [3]],
-    "twins": [[0, 0, 1, 1, 2, 2], [3, 4, 5, 6, 3, 4, 5, 6]],
+    "duplicates": [[0, 0, 1, 1, 2, 2], [3, 4, 5, 6, 3, 4, 5, 6]],
 }
 
 
@@ -35,23 +35,23 @@ ARRANGEMENTS = {
 def test_codes_do_not_depend_on_their_batch(directory, view, threads):
     """On a CPU, in float32. That the shape of the batch stays the same is part of `encoding`."""
     encoder = CodeEncoder(directory, view, None, batch_images=4, threads=threads)
-    codes = encoder.encode_pictures(pictures())
+    codes = encoder.encode_images(images())
     assert codes.shape == (7, 16 * 3)
     assert codes.dtype == np.dtype("<u2")
     assert len(np.unique(codes, axis=0)) == 7
     for name, calls in ARRANGEMENTS.items():
         for numbers in calls:
-            again = encoder.encode_pictures([pictures()[number] for number in numbers])
+            again = encoder.encode_images([images()[number] for number in numbers])
             assert (again == codes[numbers]).all(), name
-    assert encoder.encode_pictures([]).shape == (0, 48)
+    assert encoder.encode_images([]).shape == (0, 48)
 
 
 def test_two_shards_at_once_share_an_encoder(directory):
     crop = CodeEncoder(directory, "crop", None, batch_images=2, threads=2)
     pad = crop.seeing("pad")
-    alone = crop.encode_pictures(pictures(20)), pad.encode_pictures(pictures(20))
+    alone = crop.encode_images(images(20)), pad.encode_images(images(20))
     with ThreadPoolExecutor(2) as callers:
-        together = list(callers.map(lambda one: one.encode_pictures(pictures(20)), [crop, pad]))
+        together = list(callers.map(lambda one: one.encode_images(images(20)), [crop, pad]))
     assert all((a == b).all() for a, b in zip(alone, together, strict=True))
     assert (alone[0] != alone[1]).any()
 
@@ -68,7 +68,7 @@ def test_views_are_made_ahead_but_not_far(directory, monkeypatch):
 
     monkeypatch.setattr(CodeEncoder, "_view", lambda self, *a: (made.append(0), look(self, *a))[1])
     monkeypatch.setattr(ImageTokenizer, "encode", slow)
-    encoder.encode_pictures(pictures(20))
+    encoder.encode_images(images(20))
     assert len(ahead) == 10
     assert 2 < max(ahead) <= 2 * (1 + BATCHES_AHEAD)
 
@@ -79,32 +79,32 @@ def test_every_batch_has_the_same_shape(directory, monkeypatch):
     monkeypatch.setattr(ImageTokenizer, "encode", lambda self, x: (shapes.append(tuple(x.shape)), encode(self, x))[1])
     encoder = CodeEncoder(directory, "pad", None, batch_images=4)
     shapes.clear()
-    encoder.encode_pictures(pictures(6))
+    encoder.encode_images(images(6))
     assert shapes == [(4, 3, 32, 32)] * 2
 
 
 def test_views_give_different_codes(directory):
-    crop, pad = (CodeEncoder(directory, view, None, 4).encode_pictures(pictures()) for view in ("crop", "pad"))
+    crop, pad = (CodeEncoder(directory, view, None, 4).encode_images(images()) for view in ("crop", "pad"))
     assert (crop != pad).mean() > 0.2
 
 
 def test_bytes_are_read_like_images(directory):
     file = io.BytesIO()
-    pictures()[0].save(file, "PNG")
+    images()[0].save(file, "PNG")
     encoder = CodeEncoder(directory, "pad", (255, 255, 255), 2)
-    assert (encoder.encode_pictures([file.getvalue()]) == encoder.encode_pictures(pictures(1))).all()
-    with pytest.raises(DataError, match="picture 1 cannot be read"):
-        encoder.encode_pictures([file.getvalue(), file.getvalue()[:300]])
-    with pytest.raises(DataError, match="picture 0 cannot be read"):
-        encoder.encode_pictures([b"no picture"])
-    with pytest.raises(DataError, match="picture 6 cannot be read"):
-        encoder.encode_pictures([*pictures(6), b"no picture", *pictures(), b"neither"])
-    assert (encoder.encode_pictures(pictures()[:1]) == encoder.encode_pictures([file.getvalue()])).all()
+    assert (encoder.encode_images([file.getvalue()]) == encoder.encode_images(images(1))).all()
+    with pytest.raises(DataError, match="image 1 cannot be read"):
+        encoder.encode_images([file.getvalue(), file.getvalue()[:300]])
+    with pytest.raises(DataError, match="image 0 cannot be read"):
+        encoder.encode_images([b"no image"])
+    with pytest.raises(DataError, match="image 6 cannot be read"):
+        encoder.encode_images([*images(6), b"no image", *images(), b"neither"])
+    assert (encoder.encode_images(images()[:1]) == encoder.encode_images([file.getvalue()])).all()
 
 
 def test_decoding(directory):
     encoder = CodeEncoder(directory, "crop", None, batch_images=4)
-    codes = encoder.encode_pictures(pictures(5))
+    codes = encoder.encode_images(images(5))
     decoded = encoder.decode_codes(codes)
     assert len(decoded) == 5
     assert decoded[0].size == (32, 32)
@@ -131,7 +131,7 @@ def test_low_precision_keeps_the_codebook(directory, monkeypatch):
     assert encoder.tokenizer.quantizer.codebook.dtype == torch.float32
     assert encoder.tokenizer.codebook_id == ImageTokenizer.load(directory).codebook_id
     assert encoder.encoding["dtype"] == "bfloat16"
-    assert encoder.decode_codes(encoder.encode_pictures(pictures(3)))[0].size == (32, 32)
+    assert encoder.decode_codes(encoder.encode_images(images(3)))[0].size == (32, 32)
 
 
 def test_wrong_arguments(directory):

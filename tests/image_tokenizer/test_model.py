@@ -31,7 +31,7 @@ def test_round_trip_shapes(tokenizer):
     assert not drawn.requires_grad
 
 
-def test_larger_and_smaller_pictures(tokenizer):
+def test_larger_and_smaller_images(tokenizer):
     assert tokenizer.encode(pixels(1, 48)).shape == (1, 36, 3)
     assert tokenizer.decode(tokenizer.encode(pixels(1, 16))).shape == (1, 3, 16, 16)
 
@@ -60,14 +60,14 @@ def test_codes_are_nearest_rows_of_what_is_left(tokenizer):
 
 def test_positions_are_in_raster_order(tokenizer):
     """The top right patch is position 3, both when encoding and when drawing."""
-    picture, changed = pixels(1), pixels(1)
+    image, changed = pixels(1), pixels(1)
     changed[..., :8, 24:] *= -1
-    moved = (tokenizer.encoder(picture) - tokenizer.encoder(changed)).norm(dim=-1)[0]
+    moved = (tokenizer.encoder(image) - tokenizer.encoder(changed)).norm(dim=-1)[0]
     assert int(moved.argmax()) == 3
-    quantised = tokenizer.quantizer.lookup(tokenizer.encode(picture))
-    other = quantised.clone()
+    quantized = tokenizer.quantizer.lookup(tokenizer.encode(image))
+    other = quantized.clone()
     other[0, 3] *= -5
-    difference = (tokenizer.draw(quantised) - tokenizer.draw(other)).abs().mean(dim=(0, 1))
+    difference = (tokenizer.draw(quantized) - tokenizer.draw(other)).abs().mean(dim=(0, 1))
     assert int(difference.reshape(4, 8, 4, 8).mean(dim=(1, 3)).argmax()) == 3
 
 
@@ -148,8 +148,8 @@ def test_canaries_are_bounded_elsewhere(directory, caplog):
         ImageTokenizer.load(directory)
 
 
-def test_canary_pictures_differ():
-    drawn = canaries.pictures(32)
+def test_canary_images_differ():
+    drawn = canaries.images(32)
     assert drawn.shape == (canaries.COUNT, 32, 32, 3)
     assert len(np.unique(drawn.reshape(canaries.COUNT, -1), axis=0)) == canaries.COUNT
 

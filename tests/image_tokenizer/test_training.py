@@ -20,20 +20,20 @@ def generator():
 
 
 def two_level_cloud():
-    """Four far centres, each with three near ones around it."""
+    """Four far centers, each with three near ones around it."""
     coarse = 10 * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     fine = torch.tensor([[1.0, 1], [-1, 1], [0, -1]])
     return (coarse[:, None] + fine).reshape(-1, 2).repeat(20, 1)
 
 
-def test_kmeans_finds_separate_centres():
-    centres = kmeans(two_level_cloud(), 12, generator())
-    assert (torch.cdist(two_level_cloud(), centres).min(1).values < 1e-4).all()
+def test_kmeans_finds_separate_centers():
+    centers = kmeans(two_level_cloud(), 12, generator())
+    assert (torch.cdist(two_level_cloud(), centers).min(1).values < 1e-4).all()
 
 
 def test_residual_kmeans_shares_rows_over_depths():
     cloud = two_level_cloud()
-    table = residual_kmeans(cloud, 7, 2, generator())  # 4 rows for the far centres, 3 for what is left
+    table = residual_kmeans(cloud, 7, 2, generator())  # 4 rows for the far centers, 3 for what is left
     codes, residuals = residual_codes(cloud, table, 2)
     assert table.shape == (7, 2)
     assert (residuals[:, -1] - table[codes[:, -1]]).abs().max() < 1e-4, "7 rows at depth 2 describe 12 points exactly"
@@ -77,7 +77,7 @@ def test_training_reduces_the_error(trained, blocks):
     directory, report, lines = trained
     flat = np.broadcast_to(blocks[80:].mean(axis=(0, 1, 2)).astype(np.uint8), blocks[80:].shape)
     assert report["mean_absolute_levels"] < 0.8 * reconstruction_error(blocks[80:], flat)["mean_absolute_levels"]
-    assert report["codes"]["rows_used"] > 10
+    assert report["codes"]["codebook_usage"] > 10
     assert len(report["codes"]["depths"]) == 3
     assert re.search(r"step 60/60 loss \d\.\d{4} \(codes\)", lines[-1])
     assert measure(ImageTokenizer.load(directory), {"held": blocks[80:]})["psnr_db"] == report["psnr_db"]
@@ -98,7 +98,7 @@ def test_batches_take_fixed_parts_in_passes():
     batches = Batches(groups, 4, seed=0, shares={})
     steps = np.stack([batches.take(step) for step in range(10)])
     assert ((steps < 100).sum(1) == 2).all()
-    assert sorted(steps[:5, :2].ravel()) == list(range(10)), "one pass sees every picture once"
+    assert sorted(steps[:5, :2].ravel()) == list(range(10)), "one pass sees every image once"
     assert sorted(steps[2:4, 2:].ravel()) == [100, 101, 102, 103]
     assert (batches.take(7) == steps[7]).all(), "a step is a function of its number"
     weighted = Batches(groups, 4, seed=0, shares={"b": 3}).take(0)
@@ -107,7 +107,7 @@ def test_batches_take_fixed_parts_in_passes():
         Batches(groups, 4, seed=0, shares={"c": 1})
 
 
-def test_pictures_that_repeat_are_learned_once(blocks):
+def test_images_that_repeat_are_supervised_once(blocks):
     groups = without_repeats({"crop": blocks[:4], "pad": blocks[2:6], "same": blocks[:3]})
     assert {name: len(group) for name, group in groups.items()} == {"crop": 4, "pad": 2}
     assert (groups["pad"] == blocks[4:6]).all()
@@ -116,18 +116,18 @@ def test_pictures_that_repeat_are_learned_once(blocks):
 def test_codes_of_a_patch_depend_on_the_patch_alone(trained, blocks):
     """`local`, the default: the same patch has the same codes at every place and beside any other."""
     tokenizer = ImageTokenizer.load(trained[0])
-    picture = to_tensor(blocks[:1])
-    codes = tokenizer.encode(picture).reshape(4, 4, 3)
-    moved = tokenizer.encode(picture.roll((8, 16), dims=(2, 3))).reshape(4, 4, 3)
+    image = to_tensor(blocks[:1])
+    codes = tokenizer.encode(image).reshape(4, 4, 3)
+    moved = tokenizer.encode(image.roll((8, 16), dims=(2, 3))).reshape(4, 4, 3)
     assert (moved == codes.roll((1, 2), dims=(0, 1))).all()
     assert codes.reshape(16, 3).unique(dim=0).shape[0] > 1
 
 
 def test_wrong_input(config, blocks, tmp_path):
-    with pytest.raises(DataError, match=r"pictures are of shapes \{'x': \(96, 32, 16, 3\)\}"):
+    with pytest.raises(DataError, match=r"images are of shapes \{'x': \(96, 32, 16, 3\)\}"):
         train_tokenizer(config, {"x": blocks[:, :, :16]}, {"held": blocks}, tmp_path / "t")
-    late = config.model_copy(update={"training": config.training.model_copy(update={"quantise_from_step": 60})})
-    with pytest.raises(ConfigError, match="quantise_from_step 60 must be below steps 60"):
+    late = config.model_copy(update={"training": config.training.model_copy(update={"quantize_from_step": 60})})
+    with pytest.raises(ConfigError, match="quantize_from_step 60 must be below steps 60"):
         train_tokenizer(late, {"x": blocks}, {"held": blocks}, tmp_path / "t")
 
 
@@ -136,8 +136,8 @@ def test_code_use_counts_bits():
     use = code_use(codes)
     assert math.isclose(use["bits_per_position"], 2)
     assert [round(depth["perplexity"], 6) for depth in use["depths"]] == [2, 2]
-    assert [depth["rows_used"] for depth in use["depths"]] == [2, 2]
-    assert use["rows_used"] == 4
+    assert [depth["codebook_usage"] for depth in use["depths"]] == [2, 2]
+    assert use["codebook_usage"] == 4
 
 
 def test_identities_know_names_shapes_and_numbers():

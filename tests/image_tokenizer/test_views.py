@@ -1,4 +1,4 @@
-"""Views: byte-equal to the official preprocessing, transparent and odd pictures included."""
+"""Views: byte-equal to the official preprocessing, transparent and odd images included."""
 
 import hashlib
 import io
@@ -47,12 +47,12 @@ def test_crop_cuts_and_pad_keeps():
     crop, pad = views.crop_view(wide(), 24, None), views.pad_view(wide(), 24, None)
     assert crop.shape == pad.shape == (24, 24, 3)
     assert not crop[12, 6:18].any(), "the middle third alone is in the crop"
-    assert (pad[[0, -1]] == 127).all(), "grey above and below"
+    assert (pad[[0, -1]] == 127).all(), "gray above and below"
     assert pad[12, 1, 0] == 255
     assert pad[12, -2, 2] == 255
 
 
-def test_very_thin_pictures():
+def test_very_thin_images():
     pad = views.pad_view(Image.new("RGB", (3, 3000), (9, 9, 9)), 48, None)
     assert (pad == 9).all(axis=2).any(axis=0).sum() == views.SMALLEST_SIDE
     with pytest.raises(DataError, match="too thin"):
@@ -60,7 +60,7 @@ def test_very_thin_pictures():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1"])
-def test_opaque_pictures_do_not_depend_on_the_matte(mode):
+def test_opaque_images_do_not_depend_on_the_matte(mode):
     image = wide().convert(mode)
     seen = [views.crop_view(image, 24, matte).tobytes() for matte in (None, (255, 255, 255), (0, 200, 0))]
     assert len(set(seen)) == 1
@@ -80,12 +80,12 @@ def half_transparent(mode: str) -> Image.Image:
 def test_transparent_pixels_show_the_matte(mode):
     matted = views.pad_view(half_transparent(mode), 60, (0, 255, 0))
     assert (matted[22] == (0, 255, 0)).all()
-    assert (matted[37] < 40).all(), "the opaque half keeps its colour"
+    assert (matted[37] < 40).all(), "the opaque half keeps its color"
     assert not (views.pad_view(half_transparent(mode), 60, None)[22] == (0, 255, 0)).all()
 
 
 def stored(image: Image.Image, kind: str, **options) -> Image.Image:
-    """A picture as it comes from a file."""
+    """An image as it comes from a file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return Image.open(file)
@@ -108,31 +108,31 @@ def inked() -> Image.Image:
 
 def see_through() -> Image.Image:
     """A palette with one transparent entry."""
-    picture = Image.new("P", (16, 16), 1)
-    picture.putpalette([9, 8, 7, 200, 100, 50])
-    picture.paste(0, (0, 0, 16, 8))
-    return stored(picture, "PNG", transparency=0)
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([9, 8, 7, 200, 100, 50])
+    image.paste(0, (0, 0, 16, 8))
+    return stored(image, "PNG", transparency=0)
 
 
-GREY = np.linspace(0, 255, 256, dtype=np.uint8).reshape(16, 16)
+GRAY = np.linspace(0, 255, 256, dtype=np.uint8).reshape(16, 16)
 INKS = np.repeat(
     [[[0, 255, 255], [127, 255, 255]], [[255, 0, 255], [255, 127, 255]], [[255, 255, 0], [255, 255, 127]],
      [[0, 0, 0], [127, 127, 127]]], 4, axis=0,
 ).repeat(8, axis=1)  # fmt: skip
 HALVES = np.repeat([[[9, 8, 7]], [[200, 100, 50]]], 8, axis=0).repeat(16, axis=1)
 KINDS = {
-    "grey": (lambda: Image.fromarray(GREY), np.stack([GREY] * 3, -1)),
+    "gray": (lambda: Image.fromarray(GRAY), np.stack([GRAY] * 3, -1)),
     "palette": (see_through, HALVES),
     "CMYK": (inked, INKS),
-    "alpha": (lambda: Image.fromarray(np.dstack([HALVES, GREY]).astype(np.uint8)), HALVES),
+    "alpha": (lambda: Image.fromarray(np.dstack([HALVES, GRAY]).astype(np.uint8)), HALVES),
     "EXIF": (lambda: rotated().crop((0, 0, 16, 16)), np.asarray(wide().crop((0, 0, 16, 16)))),
 }
-"""Pictures of 16 x 16 pixels, and the colours that all views must show: the official code's, alpha dropped."""
+"""Images of 16 x 16 pixels, and the colors that all views must show: the official code's, alpha dropped."""
 
 
 @pytest.mark.parametrize("variant", views.VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_pictures(kind, variant):
+def test_kinds_of_images(kind, variant):
     make, expected = KINDS[kind]
     assert (views.VARIANTS[variant](make(), 16, None) == expected).all()
 

@@ -83,17 +83,17 @@ def warm_model(plan: str, family: str) -> UniForkModel:
 
 
 def understanding(seed: int, before: int = 2, answer: int = 4) -> Document:
-    """Text, a picture, text of which the last tokens are learned."""
+    """Text, an image, text of which the last tokens are supervised."""
     rng = np.random.default_rng(seed)
     P = GRID * GRID
     kinds = np.array([TEXT] * before + [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE] + [TEXT] * (answer + 2))
     ids = np.where(kinds == TEXT, rng.integers(0, VOCAB, len(kinds)), 0)
-    learned = np.arange(len(kinds)) >= len(kinds) - answer
-    return Document(f"und{seed}", "understanding", kinds, ids, learned, rng.integers(0, CODES, (P, DEPTH)))
+    supervised = np.arange(len(kinds)) >= len(kinds) - answer
+    return Document(f"und{seed}", "understanding", kinds, ids, supervised, rng.integers(0, CODES, (P, DEPTH)))
 
 
 def generation(seed: int, prompt: int = 5) -> Document:
-    """A prompt and a picture that is learned."""
+    """A prompt and an image that is supervised."""
     rng = np.random.default_rng(1000 + seed)
     P = GRID * GRID
     kinds = np.array([TEXT] * prompt + [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE])

@@ -41,7 +41,7 @@ def test_warm_started_plans_equal_the_dense_model(plan, family):
 
 @pytest.mark.parametrize("family", BACKBONES)
 @pytest.mark.parametrize("plan", JOINT)
-def test_all_branches_equal_the_dense_model_on_a_picture(plan, family):
+def test_all_branches_equal_the_dense_model_on_a_image(plan, family):
     """Both tasks and modalities, without and with padding; the dense model reads the same embeddings.
 
     Products over fewer rows, those of one modality or with padding, are rounded in another order.
@@ -136,7 +136,7 @@ def test_losses_are_plain_cross_entropy():
         losses = model(batch)
         hidden = model.hidden(batch)
         log_words = model.text_logits(hidden[0]).log_softmax(-1)
-        text = -sum(log_words[t - 1, document.text_ids_T[t]] for t in document.learned_T.nonzero()[0])
+        text = -sum(log_words[t - 1, document.text_ids_T[t]] for t in document.loss_mask_T.nonzero()[0])
         drawn = generation(1)
         start = int((drawn.kinds_T == 1).argmax())
         codes = torch.from_numpy(drawn.codes_ND)

@@ -164,7 +164,7 @@ def test_transformers_cuts_a_document_where_its_positions_jump_and_ours_does_not
 
 
 def awkward_batch():
-    """Neither padding nor pictures in the first row, nothing but padding in the last."""
+    """Neither padding nor images in the first row, nothing but padding in the last."""
     return rows([text_only(1, 20)], [generation(2, 3), text_only(1), understanding(2, 0)], [], tokens=64)
 
 

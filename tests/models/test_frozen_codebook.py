@@ -1,4 +1,4 @@
-"""Training cannot move a codebook. (The official quantiser's drifts: it learns whenever it is in training mode.)"""
+"""Training cannot move a codebook. (The official quantizer's drifts: it learns whenever it is in training mode.)"""
 
 from pathlib import Path
 

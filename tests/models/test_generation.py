@@ -27,7 +27,7 @@ UNCONDITIONAL = [8, 9, 7, 9]
 
 def prompt_of(document: Document, length: int) -> Document:
     codes = document.codes_ND[: int((document.kinds_T[:length] == IMAGE).sum())]
-    cut = (document.kinds_T[:length], document.text_ids_T[:length], document.learned_T[:length])
+    cut = (document.kinds_T[:length], document.text_ids_T[:length], document.loss_mask_T[:length])
     return Document(document.key, document.task, *cut, codes)
 
 
@@ -37,15 +37,15 @@ def prompt_of(document: Document, length: int) -> Document:
 def test_cached_decoding_equals_the_full_pass(plan, attention, family):
     model = noisy_model(plan, family)
     model.set_attn_implementation(attention)
-    pictures = [generation(1, 5), generation(2, 3)]
+    images = [generation(1, 5), generation(2, 3)]
     prefix = [6, 4]
-    full = [model.hidden(rows([document]))[0] for document in pictures]
-    prompts = [prompt_of(d, n) for d, n in zip(pictures, prefix, strict=True)]
+    full = [model.hidden(rows([document]))[0] for document in images]
+    prompts = [prompt_of(d, n) for d, n in zip(images, prefix, strict=True)]
     hidden, context = model.prefill(pack([[d] for d in prompts], 6, DEPTH))
     for position in range(P):
         for row in range(2):
             assert (hidden[row] - full[row][prefix[row] - 1 + position]).abs().max() < 1e-5
-        codes = torch.from_numpy(np.stack([document.codes_ND[position] for document in pictures]))
+        codes = torch.from_numpy(np.stack([document.codes_ND[position] for document in images]))
         hidden = model.step(model.embed_codes(codes), 1, context)
 
 
@@ -61,7 +61,7 @@ def read_again(model, ids: list[int], codes: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("plan", PLANS[:4])
 @torch.no_grad()
-def test_greedy_pictures_equal_the_uncached_reference(plan, guidance):
+def test_greedy_images_equal_the_uncached_reference(plan, guidance):
     model = noisy_model(plan)
     found = generate_images(model, PROMPTS, UNCONDITIONAL, Sampling(guidance=guidance, top_k=1))
     assert found.shape == (3, P, DEPTH)
@@ -79,7 +79,7 @@ def test_greedy_pictures_equal_the_uncached_reference(plan, guidance):
         assert found[number].tolist() == codes
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_a_image_does_not_depend_on_its_batch():
     model = noisy_model(PLANS[1])
     sampling = Sampling(top_k=15, seed=3)
     together = generate_images(model, PROMPTS, UNCONDITIONAL, sampling)

@@ -18,7 +18,7 @@ DOCUMENTS = [[understanding(1), understanding(2)], [generation(1), generation(2)
 
 def backward(model, batch: Batch, world_size: int) -> None:
     """The contract: world size * sum / global count, because sharding averages over ranks."""
-    words = sum(int(document.learned_T.sum()) for document in DOCUMENTS[0])
+    words = sum(int(document.loss_mask_T.sum()) for document in DOCUMENTS[0])
     codes = sum(document.codes_ND.size for document in DOCUMENTS[1])
     losses = model(batch)
     (world_size * (losses.text_loss_sum / words + losses.image_loss_sum_D.sum() / codes)).backward()

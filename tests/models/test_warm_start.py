@@ -1,4 +1,4 @@
-"""Dense models as beginnings: every copy of every part is warm, and a branch learns while the other stands still."""
+"""Dense models as beginnings: every copy of every part is warm, and a branch learns while the other are frozen."""
 
 import copy
 
@@ -100,11 +100,11 @@ def test_vila_u_unifork_learns_to_understand_and_generates_as_before(vila_u):
     """The latter half is duplicated for understanding; training it alone changes no bit of generation."""
     source, model = started("shared", vila_u), started("unifork:2", vila_u)
     wanted = everything_generated(source)
-    picture = rows([generation(1)], tokens=len(generation(1)))
+    image = rows([generation(1)], tokens=len(generation(1)))
     with torch.no_grad():
         llama = AutoModelForCausalLM.from_pretrained(vila_u, dtype=torch.float32)
-        logits = llama(inputs_embeds=source.embed(picture)).logits
-        assert torch.equal(model.text_logits(model.hidden(picture)), logits)
+        logits = llama(inputs_embeds=source.embed(image)).logits
+        assert torch.equal(model.text_logits(model.hidden(image)), logits)
     assert all(torch.equal(found, want) for found, want in zip(everything_generated(model), wanted, strict=True))
     lesson = rows([understanding(1)], [understanding(2)])
     with torch.no_grad():
@@ -115,9 +115,9 @@ def test_vila_u_unifork_learns_to_understand_and_generates_as_before(vila_u):
     names = trainable_names([name for name, _ in model.named_parameters()], patterns, "stage")
     freeze_all_but(model, names)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    supervised = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0), learned.values()
+        OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0), supervised.values()
     )
     losses = []
     for _ in range(5):
@@ -128,7 +128,7 @@ def test_vila_u_unifork_learns_to_understand_and_generates_as_before(vila_u):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     after = model.eval().state_dict()
-    assert {name for name in after if not torch.equal(after[name], before[name])} == learned.keys() == set(names)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == supervised.keys() == set(names)
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"2", "3"}
     with torch.no_grad():
         assert not torch.equal(model.hidden(lesson), read)

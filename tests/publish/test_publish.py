@@ -79,7 +79,7 @@ def test_shards_show_integers_and_say_what_they_are(published):
     assert column.compression == "ZSTD"
     assert any("DICTIONARY" in name for name in column.encodings)
     meta, about = codes_meta(file.schema_arrow, ""), json.loads(file.schema_arrow.metadata[b"unifork.published"])
-    assert (about["dataset"], about["view"], about["licence"]) == ("shapes", "pad", "CC0-1.0")
+    assert (about["dataset"], about["view"], about["license"]) == ("shapes", "pad", "CC0-1.0")
     original = pq.read_table(published / "data/codes/shapes/pad/part-00001.parquet")
     codes_ND = codes_array(original["codes"], tuple(meta["shape"]))
     table = file.read()
@@ -110,7 +110,7 @@ def test_checksums_are_those_of_the_files(published):
     assert {*checksums(open_store(str(published / "out"))), CHECKSUMS} == set(bytes_of(published / "out"))
 
 
-def test_a_stranger_loads_it_and_sees_pictures(root, monkeypatch, caplog):
+def test_a_stranger_loads_it_and_sees_images(root, monkeypatch, caplog):
     """The ten lines of the page, run as they stand there, in the folder of the page."""
     monkeypatch.setenv("HF_HOME", str(root / "hf"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "hf")
@@ -163,8 +163,8 @@ def test_publishing_again_changes_no_byte(root):
 
 
 def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
-    pictures = Path("data/filtered/shapes")
-    shards = [pq.read_table(pictures / shard.path) for shard in read_manifest(pictures).shards]
+    images = Path("data/filtered/shapes")
+    shards = [pq.read_table(images / shard.path) for shard in read_manifest(images).shards]
     gone = [shards[0]["key"][2].as_py(), shards[2]["key"][5].as_py()]
     digest = shards[2]["sha256"][5].as_py().upper()
     Path("takedown.txt").write_text(f"# asked for by mail\nkey shapes/{gone[0]}\n\nsha256 {digest}\n")
@@ -181,7 +181,7 @@ def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
     assert not any(key.encode() in data for key in gone for data in after.values())
     command("fetch", "out", "less")
     assert read_manifest(Path("data/codes/less/crop")).dropped["takedown"] == 2
-    shutil.rmtree(pictures)
+    shutil.rmtree(images)
     with pytest.raises(
         DataError, match=r"filtered/shapes: not there, but 1 entries of the takedown list are no keys, first .sha256"
     ):
@@ -199,13 +199,13 @@ def test_urls_and_hosts_are_found_in_the_image_text_shards(tmp_path):
         "g": None,
     }
     table = pa.table({"key": list(rows), "url": list(rows.values()), "sha256": pa.nulls(len(rows), pa.string())})
-    for folder in ("pictures", "codes"):
+    for folder in ("images", "codes"):
         task = ShardTask().placed(None, tmp_path / folder / "part-00000.parquet", None, "")
         shard = write_shard(task, table, {}).shard
         write_manifest(tmp_path / folder, Manifest(kind="x", dataset="set", columns={}, shards=(shard,)))
     (tmp_path / "list").write_text("host EXAMPLE.org\nurl https://other.net/two.png\nkey set/g\nkey another/d\n")
     entries = listing(str(tmp_path / "list"))
-    found = withdrawn_keys(entries, "set", tmp_path / "codes", tmp_path / "pictures")
+    found = withdrawn_keys(entries, "set", tmp_path / "codes", tmp_path / "images")
     assert found == {"part-00000.parquet": ["a", "b", "e", "g"]}
     (tmp_path / "list").write_text("key set/g\nsomething\n")
     with pytest.raises(ConfigError, match=r"list:2: 'something' is no entry; url \| host"):

@@ -137,15 +137,15 @@ def test_one_more_archive_costs_one_shard(origin, dvc, tmp_path, capfd):
     card = yaml.safe_load((root / "datasets/blip3o_60k.yaml").read_text())
     card |= {"name": "archived", "source": {"kind": "pairs", "options": {"files": "archives/archived/*.tar"}}}
     (root / "datasets/archived.yaml").write_text(yaml.safe_dump(card))
-    pictures = sorted((REPOSITORY / "tests/fixtures/official_tiny/images").glob("img*.png"))
+    images = sorted((REPOSITORY / "tests/fixtures/official_tiny/images").glob("img*.png"))
 
     def archive(number: int) -> None:
         place = root / "archives/archived"
         place.mkdir(parents=True, exist_ok=True)
         with tarfile.open(place / f"{number:03d}.tar", "w") as tar:
-            for picture in pictures[2 * number : 2 * number + 2]:
-                tar.add(picture, picture.name)
-                tar.addfile(tarfile.TarInfo(picture.with_suffix(".txt").name))
+            for image in images[2 * number : 2 * number + 2]:
+                tar.add(image, image.name)
+                tar.addfile(tarfile.TarInfo(image.with_suffix(".txt").name))
 
     archive(0)
     archive(1)

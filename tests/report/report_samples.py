@@ -1,4 +1,4 @@
-"""A small finished experiment on disk, made by hand: no training, no tokenizer, pictures of the world `shapes`."""
+"""A small finished experiment on disk, made by hand: no training, no tokenizer, images of the world `shapes`."""
 
 import io
 import json
@@ -25,7 +25,7 @@ CARD = {
     "name": "world",
     "title": "A small world",
     "homepage": "https://example.org/world",
-    "licence": "CC-BY-4.0",
+    "license": "CC-BY-4.0",
     "attribution": f"made by {NASTY}",
     "redistribute_codes": False,
     "source": {"kind": "unifork.shapes.source:SOURCE"},
@@ -70,7 +70,7 @@ def experiment(variants=("fork",)) -> Experiment:
         "attention_levels": [],
         "norm_groups": 1,
     }
-    training = {"datasets": ["world"], "steps": 2, "quantise_from_step": 1, "batch_images": 2, "learning_rate": 0.1}
+    training = {"datasets": ["world"], "steps": 2, "quantize_from_step": 1, "batch_images": 2, "learning_rate": 0.1}
     training |= {"warmup_steps": 0, "commitment": 0.1, "ema_decay": 0.9, "held_out_images": 2}
     head = {"layers": 1, "heads": 1, "head_dim": 4}
     return parse(
@@ -129,7 +129,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_data(where: Layout) -> None:
-    """Four pictures, after three were dropped, one of them unreadable; codes of the crop view only."""
+    """Four images, after three were dropped, one of them unreadable; codes of the crop view only."""
     schema = image_text_schema(load_card("world", where.cards))
     columns = {name: [None] * 4 for name in schema.names} | {
         "key": [f"row-{number}" for number in range(4)],
@@ -156,8 +156,8 @@ def write_data(where: Layout) -> None:
 
 
 def write_tokenizer(where: Layout) -> None:
-    one = {"rows_used": 12, "perplexity": 7.25}
-    use = {"rows_used": 13, "bits_per_position": 4.5, "depths": [one] * DEPTH}
+    one = {"codebook_usage": 12, "perplexity": 7.25}
+    use = {"codebook_usage": 13, "bits_per_position": 4.5, "depths": [one] * DEPTH}
     group = {"mean_absolute_levels": 3.5, "psnr_db": 27.25, "codes": use}
     write_json(where.image_tokenizer / "report.json", {**group, "images": 8, "groups": {"world/crop": group}})
     write_json(where.image_tokenizer / "config.json", {})
@@ -222,7 +222,7 @@ def write_all(root: Path, plan: Experiment, variant: str = "fork") -> Layout:
         {"prompt": NASTY, "kind": "colors", "split": "held_out", "objects": [], "correct": False, "faults": ["no <i>"]},
     ]
     write_scores(where, f"{variant}-shapes-generation", ("overall", "single_object", "colors"), drawn, codes=True)
-    asked = {"picture": "seen-00000000", "kind": "yes_no", "split": "seen", "question": "Is there a cross?"}
+    asked = {"image": "seen-00000000", "kind": "yes_no", "split": "seen", "question": "Is there a cross?"}
     answered = [
         {**asked, "expected": "yes", "answer": "yes", "correct": True},
         {**asked, "expected": "no", "answer": NASTY, "correct": False},
@@ -232,14 +232,14 @@ def write_all(root: Path, plan: Experiment, variant: str = "fork") -> Layout:
 
 
 class FakeCodec:
-    """Pictures whose colour is the mean of their codes; reconstructions that lose nothing."""
+    """Images whose color is the mean of their codes; reconstructions that lose nothing."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def decode(self, codes_BND):
-        grey_B = codes_BND.mean(axis=(1, 2)).astype(np.uint8) * 9
-        return np.broadcast_to(grey_B[:, None, None, None], (len(codes_BND), 48, 48, 3)).copy()
+        gray_B = codes_BND.mean(axis=(1, 2)).astype(np.uint8) * 9
+        return np.broadcast_to(gray_B[:, None, None, None], (len(codes_BND), 48, 48, 3)).copy()
 
     def reconstruct(self, pixels_BSSC):
         return pixels_BSSC

@@ -108,7 +108,7 @@ def test_it_shows_samples_with_verdicts(whole):
     text = words(whole[0])
     assert "a cross ✓ correct" in text
     assert f"{NASTY} ✗ no <i>" in text
-    assert "the picture seen-00000000" in [image["alt"] for image in Page(whole[0]).images]
+    assert "the image seen-00000000" in [image["alt"] for image in Page(whole[0]).images]
 
 
 def test_it_needs_no_network_and_no_other_file(whole):
@@ -134,7 +134,7 @@ def test_every_text_is_escaped(whole):
     assert NASTY in Page(whole[0]).text
 
 
-def test_every_picture_has_a_text(whole):
+def test_every_image_has_a_text(whole):
     assert all(image["alt"] for image in Page(whole[0]).images)
 
 
@@ -231,7 +231,7 @@ def test_a_benchmark_that_a_report_does_not_know_has_no_samples(tmp_path):
     assert "What it drew" not in text
 
 
-def test_fewer_pictures_than_prompts_are_refused(tmp_path):
+def test_fewer_images_than_prompts_are_refused(tmp_path):
     plan = experiment()
     where = write_all(tmp_path, plan)
     samples = where.scores("fork-shapes-generation") / "outputs/samples.jsonl"

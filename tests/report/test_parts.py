@@ -1,4 +1,4 @@
-"""The pieces of a page: parts of a model, pictures as data, plots, surroundings, and the real tokenizer's codec."""
+"""The pieces of a page: parts of a model, images as data, plots, surroundings, and the real tokenizer's codec."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.report.build import count, duration
 from unifork.report.codec import load_codec
 from unifork.report.gather import part_of
-from unifork.report.pictures import LARGEST, picture
+from unifork.report.images import LARGEST, image
 from unifork.report.plots import MOST_POINTS, training_plots
 from unifork.report.surroundings import revision, surroundings
 
@@ -38,18 +38,18 @@ def test_parts_of_a_model(tensor, part):
     assert part_of(tensor) == part
 
 
-def test_small_pictures_are_exact_and_large_ones_small():
+def test_small_images_are_exact_and_large_ones_small():
     pixels = np.random.default_rng(0).integers(0, 256, (48, 30, 3), dtype=np.uint8)
-    small = picture(Image.fromarray(pixels))
+    small = image(Image.fromarray(pixels))
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(small.src.partition(",")[2])))) == pixels).all()
-    large = picture(Image.new("CMYK", (4000, 1000)))
+    large = image(Image.new("CMYK", (4000, 1000)))
     assert (large.width, large.height) == (LARGEST, LARGEST // 4)
     assert large.src.startswith("data:image/jpeg")
     assert len(large.src) < 5000
 
 
 def test_transparency_survives():
-    clear = picture(Image.new("RGBA", (8, 8), (0, 0, 0, 0)))
+    clear = image(Image.new("RGBA", (8, 8), (0, 0, 0, 0)))
     assert Image.open(io.BytesIO(base64.b64decode(clear.src.partition(",")[2]))).getpixel((0, 0))[3] == 0
 
 

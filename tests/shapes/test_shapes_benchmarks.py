@@ -17,11 +17,11 @@ from unifork.shapes.world import ASKED_SPLITS, KINDS, SINGLE_KINDS, Draws, crop_
 
 GENERATION = Benchmark(kind="unifork.shapes.generation:BENCHMARK", samples=40)
 UNDERSTANDING = Benchmark(kind="unifork.shapes.understanding:BENCHMARK", samples=40)
-PERFECT = Model(shapes_oracle.paint, shapes_oracle.answer)
+PERFECT = Model(shapes_oracle.generate_images, shapes_oracle.answer)
 
 
-def random_pictures(items):
-    """Crops of pictures of the same split, other than those that chance is measured with."""
+def random_images(items):
+    """Crops of images of the same split, other than those that chance is measured with."""
     scenes = [scene(99, number, item.split) for number, item in enumerate(items)]
     return [Image.fromarray(crop_view(draw(this), 48, None)) for this in scenes]
 
@@ -57,9 +57,9 @@ def test_a_perfect_model_scores_one(config):
     json.dumps([records, [asdict(score) for score in scores]])
 
 
-def test_pictures_painted_without_reading_the_prompt_score_chance():
+def test_images_generated_without_reading_the_prompt_score_chance():
     items = generation.prepare(GENERATION, 0)
-    scores = generation.score(items, random_pictures(items))
+    scores = generation.score(items, random_images(items))
     for split in ("seen", "held_out"):
         names = by_name(scores, split)
         for kind in KINDS:
@@ -75,8 +75,8 @@ def test_answers_to_other_questions_score_chance():
         assert_near_chance(score)
 
 
-def test_a_constant_yes_earns_half_and_a_constant_picture_no_composition():
-    yes = Model(shapes_oracle.paint, lambda pictures, questions: ["yes"] * len(questions))
+def test_a_constant_yes_earns_half_and_a_constant_image_no_composition():
+    yes = Model(shapes_oracle.generate_images, lambda images, questions: ["yes"] * len(questions))
     names = by_name(evaluate(UNDERSTANDING, 0, yes, "test")[1], "seen")
     assert [names[f"yes_no_{name}"].value for name in ("accuracy", "recall", "yes_ratio")] == [0.5, 1.0, 1.0]
     assert names["color_exact"].value == names["caption_exact"].value == 0.0
@@ -91,7 +91,7 @@ def test_an_empty_answer_is_yes_for_pope_and_nothing_for_the_strict_reading():
     assert names["yes_no_strict_accuracy"].value == 0.0
 
 
-def test_items_are_balanced_new_pictures_and_about_what_their_split_says():
+def test_items_are_balanced_new_images_and_about_what_their_split_says():
     items = understanding.prepare(UNDERSTANDING, 0)
     assert len(items) == 2 * 5 * 40
     for split in ("seen", "held_out"):
@@ -101,21 +101,21 @@ def test_items_are_balanced_new_pictures_and_about_what_their_split_says():
     assert items == understanding.prepare(UNDERSTANDING, 0) != understanding.prepare(UNDERSTANDING, 1)
 
 
-def test_understanding_from_crops_of_wide_pictures_fails_and_from_pads_does_not():
+def test_understanding_from_crops_of_wide_images_fails_and_from_pads_does_not():
     """What swapping the two views costs: outside the crop are objects the questions speak of."""
     items = [item for item in understanding.prepare(UNDERSTANDING, 0) if item.scene.width != item.scene.height]
 
     def right(view):
-        pictures = [Image.fromarray(view(draw(item.scene), 48, None)) for item in items]
-        answers = shapes_oracle.answer(pictures, [item.question for item in items])
+        images = [Image.fromarray(view(draw(item.scene), 48, None)) for item in items]
+        answers = shapes_oracle.answer(images, [item.question for item in items])
         return np.mean([answer == item.answer for answer, item in zip(answers, items, strict=True)])
 
     assert right(pad_view) == 1.0
     assert right(crop_view) < 0.7
 
 
-def test_captions_of_crops_are_wrong_on_many_whole_pictures():
-    """Generation must learn from crops: a wide picture shows more than its caption tells."""
+def test_captions_of_crops_are_wrong_on_many_whole_images():
+    """Generation must learn from crops: a wide image shows more than its caption tells."""
     wide = [this for this in (scene(0, index, "train") for index in range(600)) if this.width != this.height]
     single = [this for this in wide if this.kind not in SINGLE_KINDS]
     shapes = [{thing.shape for thing in this.objects} != {t.shape for t in crop_objects(this)} for this in single]
@@ -124,7 +124,7 @@ def test_captions_of_crops_are_wrong_on_many_whole_pictures():
 
 
 def test_outputs_must_be_complete():
-    lazy = Model(lambda texts: [], lambda pictures, questions: ["yes"])
+    lazy = Model(lambda texts: [], lambda images, questions: ["yes"])
     with pytest.raises(DataError, match="x: 0 outputs for 480 items"):
         evaluate(GENERATION, 0, lazy, "x")
     with pytest.raises(DataError, match="x: 1 outputs for 400 items"):
@@ -139,10 +139,10 @@ def test_pages_are_told_of_scores_that_are_there(config):
     assert {*program.first_scores, *program.headlines} <= {score.name for score in scores}
 
 
-def test_the_picture_of_a_record_is_the_one_that_was_asked_about():
+def test_the_image_of_a_record_is_the_one_that_was_asked_about():
     (records, _), items = evaluate(UNDERSTANDING, 3, PERFECT, "test"), understanding.prepare(UNDERSTANDING, 3)
     for record, item in list(zip(records, items, strict=True))[::25]:
-        assert understanding.BENCHMARK.image(record["picture"], 3) == draw(item.scene)
+        assert understanding.BENCHMARK.image(record["image"], 3) == draw(item.scene)
     assert understanding.BENCHMARK.image("train-of-thought", 3) is None
 
 

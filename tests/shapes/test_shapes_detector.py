@@ -1,4 +1,4 @@
-"""The detector reads the world's own pictures exactly, and blurred or noisy ones nearly always."""
+"""The detector reads the world's own images exactly, and blurred or noisy ones nearly always."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def padded_objects(this):
     return [Object(thing.shape, thing.color, box) for thing, box in zip(this.objects, boxes, strict=True)]
 
 
-def test_whole_pictures_are_read_exactly():
+def test_whole_images_are_read_exactly():
     assert all(sorted(detect(draw(this))) == sorted(this.objects) for this in SCENES)
 
 
@@ -32,7 +32,7 @@ def test_crops_are_read_exactly():
     assert all(sorted(detect(crop(this))) == sorted(crop_objects(this)) for this in SCENES)
 
 
-def test_padded_pictures_are_read_through_their_grey_bars():
+def test_padded_images_are_read_through_their_gray_bars():
     wide = [this for this in SCENES if this.width != this.height]
     read = [detect(Image.fromarray(pad_view(draw(this), 48, None))) for this in wide]
     right = [same_objects(objects, padded_objects(this), 1.5) for objects, this in zip(read, wide, strict=True)]
@@ -50,10 +50,10 @@ def test_mild_blur_and_noise_change_nothing(blur, noise):
     assert np.mean(right) >= 0.98
 
 
-def test_half_objects_two_coloured_objects_and_specks_are_not_objects():
+def test_half_objects_two_colored_objects_and_specks_are_not_objects():
     pixels = np.full((48, 48, 3), 250, dtype=np.uint8)
     pixels[1:15, 1:8] = COLORS["red"]  # half a square
-    pixels[17:31, 17:24] = COLORS["red"]  # a square of two colours
+    pixels[17:31, 17:24] = COLORS["red"]  # a square of two colors
     pixels[17:31, 24:31] = COLORS["blue"]
     pixels[40:44, 40:44] = COLORS["black"]
     assert detect(Image.fromarray(pixels)) == []
@@ -66,7 +66,7 @@ def test_neighbours_that_grew_together_are_taken_apart():
 
 
 @pytest.mark.parametrize("color", [0, 127, 128, 255])
-def test_plain_pictures_hold_nothing(color):
+def test_plain_images_hold_nothing(color):
     assert detect(Image.new("L", (48, 48), color)) == []
 
 

@@ -1,4 +1,4 @@
-"""Captions, questions, prompts and rows say what the pictures show, and no more."""
+"""Captions, questions, prompts and rows say what the images show, and no more."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ def world_rows(seed, start, stop, **options):
 
 
 def told(caption):
-    """What a caption names, as counts of (colour or None, shape)."""
+    """What a caption names, as counts of (color or None, shape)."""
     found = Counter()
     for number, color, shape in re.findall(
         rf"(a|two|three|four) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})", caption
@@ -47,7 +47,7 @@ def test_captions_of_the_crop_tell_exactly_what_the_crop_shows():
         assert caption.total() < len(this.objects) or this.width == this.height
 
 
-def test_captions_of_the_whole_picture_tell_all_of_it():
+def test_captions_of_the_whole_image_tell_all_of_it():
     assert all(told(full_caption(this)) == shown(this.objects) for this in SCENES)
 
 
@@ -59,7 +59,7 @@ def test_wordings_are_few_and_like_genevals():
     assert all(" and " in text for text in of["two_object"] | of["color_attr"])
 
 
-def test_only_pictures_of_one_object_have_a_class():
+def test_only_images_of_one_object_have_a_class():
     for this in SCENES:
         assert (class_name(this) is None) == (len(this.objects) > 1)
     assert {class_name(this) for this in SCENES if this.kind == "single_object"} == {*SHAPES, None}
@@ -100,7 +100,7 @@ def test_many_negatives_are_made_of_parts_that_are_there():
     assert hard / asked > 0.2
 
 
-def test_training_never_names_a_held_out_coloured_shape():
+def test_training_never_names_a_held_out_colored_shape():
     for this in SCENES:
         text = " ".join([crop_caption(this), full_caption(this), *(turn["text"] for turn in conversations(this))])
         assert not any(f"{color} {shape}" in text for color, shape in HELD_OUT_COLORS)

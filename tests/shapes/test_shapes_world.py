@@ -45,7 +45,7 @@ def test_training_never_shows_a_held_out_composition_and_held_out_scenes_always_
     assert all(is_held_out(scene(0, index, "held_out", kind)) for kind in KINDS for index in range(50))
 
 
-def test_about_a_third_of_the_pictures_are_wide_or_tall_with_objects_outside_the_crop():
+def test_about_a_third_of_the_images_are_wide_or_tall_with_objects_outside_the_crop():
     wide = [this for this in TRAIN if this.width != this.height]
     assert 0.28 < len(wide) / len(TRAIN) < 0.39
     assert {(this.width, this.height) for this in wide} == {(96, 48), (48, 96)}
@@ -53,7 +53,7 @@ def test_about_a_third_of_the_pictures_are_wide_or_tall_with_objects_outside_the
     assert all(len(crop_objects(this)) == len(this.objects) for this in TRAIN if this.width == this.height)
 
 
-def test_pictures_hold_one_to_four_objects_each_filling_its_own_cell_of_the_crop():
+def test_images_hold_one_to_four_objects_each_filling_its_own_cell_of_the_crop():
     for this in TRAIN:
         assert 1 <= len(this.objects) <= 4
         assert len(set(this.objects)) == len({thing.box for thing in this.objects}) == len(this.objects)
@@ -99,11 +99,11 @@ def test_every_kind_shows_what_its_name_says():
                 assert len(colors) == 2
 
 
-def test_a_picture_has_flat_colours_only():
-    picture = draw(TRAIN[0])
-    assert (picture.mode, picture.size) == ("RGB", (48, 48))
-    assert len(picture.getcolors()) == 2
-    assert (int(mask("circle", SIZE).sum()), COLORS["red"]) in picture.getcolors()
+def test_a_image_has_flat_colors_only():
+    image = draw(TRAIN[0])
+    assert (image.mode, image.size) == ("RGB", (48, 48))
+    assert len(image.getcolors()) == 2
+    assert (int(mask("circle", SIZE).sum()), COLORS["red"]) in image.getcolors()
 
 
 def test_shapes_differ_in_many_pixels():

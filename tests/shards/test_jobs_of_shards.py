@@ -19,7 +19,7 @@ from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.shards.job import QUARANTINE
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, fault, read_manifest
 from unifork.shards.schema import codes_meta
-from unifork.sources import Materialise, download_job
+from unifork.sources import Materialize, download_job
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def card():
 
 def download(card, folder, rows=40, shard_rows=16):
     made = []
-    worker = Materialise(card)
+    worker = Materialize(card)
 
     def counting(task):
         made.append(task.output)
         return worker(task)
 
-    hop = download_job(card, rows, shard_rows, 0, folder)
-    (manifest,) = run_here([hop], counting)
+    job = download_job(card, rows, shard_rows, 0, folder)
+    (manifest,) = run_here([job], counting)
     return manifest, made
 
 
-def test_a_hop_lists_its_shards_and_its_rows_are_sorted_by_key(card, tmp_path):
+def test_a_job_lists_its_shards_and_its_rows_are_sorted_by_key(card, tmp_path):
     manifest, _ = download(card, tmp_path / "raw")
     assert [shard.rows for shard in manifest.shards] == [16, 16, 8]
     keys = [k for s in manifest.shards for k in pq.read_table(tmp_path / "raw" / s.path)["key"].to_pylist()]
@@ -74,18 +74,18 @@ def test_only_the_damaged_shard_is_made_again(card, tmp_path, damage):
     assert bytes_of(tmp_path / "raw") == before
 
 
-def test_a_killed_hop_keeps_its_finished_shards_and_ends_with_the_same_bytes(card, tmp_path):
+def test_a_killed_job_keeps_its_finished_shards_and_ends_with_the_same_bytes(card, tmp_path):
     download(card, tmp_path / "whole")
-    worker = Materialise(card)
+    worker = Materialize(card)
 
     def dies_on_the_second(task):
         if task.output.endswith("part-00001.parquet"):
             raise KeyboardInterrupt
         return worker(task)
 
-    hop = download_job(card, 40, 16, 0, tmp_path / "raw")
+    job = download_job(card, 40, 16, 0, tmp_path / "raw")
     with pytest.raises(KeyboardInterrupt):
-        run_here([hop], dies_on_the_second)
+        run_here([job], dies_on_the_second)
     assert not (tmp_path / "raw" / MANIFEST).exists()
     with pytest.raises(DataError, match="has not finished"):
         read_manifest(tmp_path / "raw")
@@ -122,8 +122,8 @@ def test_the_filter_counts_and_quarantines_and_loses_nothing_else(card, tmp_path
     manifest["shards"][0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
     (tmp_path / "raw" / MANIFEST).write_text(json.dumps(manifest))
 
-    hop = filter_job(card, tmp_path / "raw", tmp_path / "filtered")
-    (kept,) = run_here([hop], Filter(card))
+    job = filter_job(card, tmp_path / "raw", tmp_path / "filtered")
+    (kept,) = run_here([job], Filter(card))
     assert kept.dropped == {"unreadable": 2, "min_side": 1, "no_text": 1}
     assert kept.rows == 36
     rejected = pq.read_table(tmp_path / "filtered" / QUARANTINE / "part-00000.parquet").to_pylist()
@@ -138,19 +138,19 @@ def test_a_consumer_refuses_a_shard_that_is_not_what_the_manifest_says(card, tin
     shutil.copytree(tiny_root / "data/filtered/shapes", folder)
     (folder / "part-00001.parquet").write_bytes(b"PAR1")
     tokenizer = tiny_root / "tokenizers/image"
-    hop = encode_job(card, "generation", folder, tmp_path / "codes", tokenizer)
+    job = encode_job(card, "generation", folder, tmp_path / "codes", tokenizer)
     with pytest.raises(DataError, match=r"part-00001.*4 bytes instead of"):
-        run_here([hop], Encode(card, tokenizer, "cpu"))
+        run_here([job], Encode(card, tokenizer, "cpu"))
 
 
 def test_the_plan_of_encoding_loads_no_network(card, tiny_root, tmp_path):
     """Only config.json is needed; without torch the program starts in half a second."""
     (tmp_path / "tokenizer").mkdir()
     shutil.copy(tiny_root / "tokenizers/image/config.json", tmp_path / "tokenizer")
-    hop = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
+    job = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
     made = read_manifest(tiny_root / "data/codes/shapes/crop")
-    assert [hop.inputs(task) for task in hop.tasks] == [shard.inputs for shard in made.shards]
-    assert (hop.lineage, hop.columns) == (made.lineage, made.columns)
+    assert [job.inputs(task) for task in job.tasks] == [shard.inputs for shard in made.shards]
+    assert (job.lineage, job.columns) == (made.lineage, made.columns)
     program = "import sys, pipelines.encode; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"False False\n"
 
@@ -167,10 +167,10 @@ def test_a_tokenizer_that_encodes_otherwise_makes_no_shard(card, tiny_root, tmp_
         config = (tokenizer / "config.json").read_text()
         identity = read_manifest(tiny_root / "data/codes/shapes/crop").lineage["encoder_id"]
         (tokenizer / "config.json").write_text(config.replace(identity, "0" * 16))
-    hop = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path / "codes", tokenizer)
+    job = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path / "codes", tokenizer)
 
     with pytest.raises(IdentityError, match="canaries' codes differ" if fault == "canaries" else "promises 0000"):
-        run_jobs([hop], Encode, card, tokenizer, "cpu")
+        run_jobs([job], Encode, card, tokenizer, "cpu")
     assert not list((tmp_path / "codes").iterdir())
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_source_or_rule_names_the_known_ones(card, tmp_path):
         download(card, tmp_path / "raw", rows=None)
 
 
-def test_the_two_views_of_a_wide_picture_have_different_codes(tiny_root):
+def test_the_two_views_of_a_wide_image_have_different_codes(tiny_root):
     """What a swap of the views would do to the scores is shown in tests/evaluation."""
     raw = tiny_root / "data/filtered/shapes"
     sides = [

@@ -1,4 +1,4 @@
-"""SIGKILL at every named point of every hop, and at random moments of a shard: the end is always the same bytes."""
+"""SIGKILL at every named point of every job, and at random moments of a shard: the end is always the same bytes."""
 
 import json
 import random
@@ -15,11 +15,11 @@ from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, run_here, star
 from unifork.config import load_card, parse
 from unifork.filters.worker import Filter, filter_job
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, Shard, read_manifest
-from unifork.sources import Materialise, download_job
+from unifork.sources import Materialize, download_job
 
 pytestmark = pytest.mark.slow
 
-HOPS = {
+STAGES = {
     "download": (("pipelines.download", "shapes"), "data/raw/shapes"),
     "filter": (("pipelines.filter", "shapes"), "data/filtered/shapes"),
     "encode": (("pipelines.encode", "shapes"), "data/codes/shapes"),
@@ -32,31 +32,31 @@ SLOW = {("encode", point) for point in POINTS} - {
 }
 """Every start of these loads a network."""
 CASES = [
-    pytest.param(hop, point, marks=pytest.mark.soak if (hop, point) in SLOW else ())
-    for hop in HOPS
+    pytest.param(job, point, marks=pytest.mark.soak if (job, point) in SLOW else ())
+    for job in STAGES
     for point in POINTS
-    if hop == "publish" or point not in OF_PUBLISHING
+    if job == "publish" or point not in OF_PUBLISHING
 ]
 WHOLE = ("before the manifest", "after the manifest", "among the records", *OF_PUBLISHING)
 FINISHED = {"after the record": 2} | dict.fromkeys(WHOLE, 3)
-"""Shards of 3 in the first folder of a hop that the next run keeps, by where the last was killed; elsewhere 1."""
+"""Shards of 3 in the first folder of a stage that the next run keeps, by where the last was killed; elsewhere 1."""
 KILLS = 50
-"""Of a shard of each of two hops."""
+"""Of a shard of each of two stages."""
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_root, tmp_path_factory) -> Path:
-    """A root with the output of every hop, of programs that nobody disturbed."""
+    """A root with the output of every job, of programs that nobody disturbed."""
     root = copy_of(tiny_root, tmp_path_factory.mktemp("whole"))
-    for words, output in HOPS.values():
+    for words, output in STAGES.values():
         shutil.rmtree(root / output, ignore_errors=True)
         run(root, words)
     return root
 
 
-@pytest.mark.parametrize(("hop", "point"), CASES)
-def test_a_hop_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_bytes(whole, tmp_path, hop, point):
-    words, output = HOPS[hop]
+@pytest.mark.parametrize(("stage", "point"), CASES)
+def test_a_job_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_bytes(whole, tmp_path, job, point):
+    words, output = STAGES[job]
     root = copy_of(whole, tmp_path / "root")
     shutil.rmtree(root / output)
     run(root, words, point)
@@ -69,11 +69,11 @@ def test_a_hop_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_b
 @pytest.mark.parametrize("name", ["raw", "filtered"])
 def test_a_shard_killed_at_random_is_whole_or_not_there(whole, tmp_path, name):
     card, expected = load_card("shapes"), whole / f"data/{name}/shapes"
-    hop, worker = {
-        "raw": (download_job(card, ROWS, SHARD_ROWS, 0, tmp_path), Materialise),
+    job, worker = {
+        "raw": (download_job(card, ROWS, SHARD_ROWS, 0, tmp_path), Materialize),
         "filtered": (filter_job(card, whole / "data/raw/shapes", tmp_path), Filter),
     }[name]
-    task = hop.missing()[0]
+    task = job.missing()[0]
     path = Path(task.output)
     record = path.with_name(path.name + RECORD_SUFFIX)
     for _ in range(2):  # the first imports
@@ -91,7 +91,7 @@ def test_a_shard_killed_at_random_is_whole_or_not_there(whole, tmp_path, name):
         if record.exists():
             assert path.exists()
             assert parse(Shard, json.loads(record.read_text()), "record") == read_manifest(expected).shards[0]
-    run_here([hop], worker(card))
+    run_here([job], worker(card))
     assert bytes_of(tmp_path) == bytes_of(expected)
 
 
@@ -106,7 +106,7 @@ def many(tmp_path) -> tuple[Path, dict[str, bytes]]:
     for folder in (alone, root):
         write_experiment(folder, {"datasets": {"shapes": rows}})
     (root / "actors.yaml").write_text("name: actors\ncpus: 2\nhops: {download: {workers: 2, cpus: 0.5}}\n")
-    run(alone, HOPS["download"][0])
+    run(alone, STAGES["download"][0])
     return root, bytes_of(alone / "data")
 
 
@@ -124,7 +124,7 @@ def test_an_actor_that_dies_is_replaced_and_the_end_is_the_same_bytes(many, tmp_
     root, expected = many
     mark = tmp_path / "mark"
     (tmp_path / "sitecustomize.py").write_text(DIES.format(tests=str(REPOSITORY / "tests"), mark=str(mark)))
-    program = start(root, *HOPS["download"][0], cluster="actors.yaml", path=tmp_path)
+    program = start(root, *STAGES["download"][0], cluster="actors.yaml", path=tmp_path)
     said = program.communicate(timeout=120)
     assert program.returncode == 0, said
     assert mark.exists()
@@ -134,7 +134,7 @@ def test_an_actor_that_dies_is_replaced_and_the_end_is_the_same_bytes(many, tmp_
 @pytest.mark.cluster
 def test_a_killed_driver_takes_its_actors_along_and_the_end_is_the_same_bytes(many):
     root, expected = many
-    program = start(root, *HOPS["download"][0], cluster="actors.yaml")
+    program = start(root, *STAGES["download"][0], cluster="actors.yaml")
     while not list(root.glob(f"data/raw/shapes/*{RECORD_SUFFIX}")):
         assert program.poll() is None, program.communicate()
         time.sleep(0.01)
@@ -144,5 +144,5 @@ def test_a_killed_driver_takes_its_actors_along_and_the_end_is_the_same_bytes(ma
     program.communicate()
     assert psutil.wait_procs(family, timeout=60)[1] == []
     assert not (root / "data/raw/shapes" / MANIFEST).exists()
-    assert "kept from before" in run(root, HOPS["download"][0])
+    assert "kept from before" in run(root, STAGES["download"][0])
     assert bytes_of(root / "data") == expected

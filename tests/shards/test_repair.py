@@ -18,12 +18,12 @@ from unifork.filters.worker import Filter, filter_job
 from unifork.processes import exclusive
 from unifork.shards import manifest as manifests
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
-from unifork.sources import Materialise, download_job
+from unifork.sources import Materialize, download_job
 
 CARD = load_card("shapes")
 
 
-def hops(root: Path) -> list[str]:
+def stages(root: Path) -> list[str]:
     """Download and filter; the shards that had to be made."""
     made = []
 
@@ -31,7 +31,7 @@ def hops(root: Path) -> list[str]:
         return lambda task: made.append("/".join(task.output.split("/")[-3:])) or worker(task)
 
     raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
-    run_here([download_job(CARD, 12, 4, 0, raw)], noted(Materialise(CARD)))
+    run_here([download_job(CARD, 12, 4, 0, raw)], noted(Materialize(CARD)))
     run_here([filter_job(CARD, raw, filtered)], noted(Filter(CARD)))
     return made
 
@@ -39,7 +39,7 @@ def hops(root: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("whole")
-    assert len(hops(root)) == 6
+    assert len(stages(root)) == 6
     return root
 
 
@@ -79,13 +79,13 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("hop", ["raw", "filtered"])
+@pytest.mark.parametrize("stage", ["raw", "filtered"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_wrong_is_found_removed_and_made_again(root, damage, hop):
+def test_what_is_wrong_is_found_removed_and_made_again(root, damage, stage):
     do, name, problem = DAMAGES[damage]
-    before, folder = bytes_of(root), f"data/{hop}/shapes"
+    before, folder = bytes_of(root), f"data/{stage}/shapes"
     do(root / folder / name)
-    stage = {"raw": "download", "filtered": "filter"}[hop]
+    stage = {"raw": "download", "filtered": "filter"}[stage]
     said = verify("data")
     assert f"{folder}/{name}: " in said
     assert problem in said
@@ -93,9 +93,9 @@ def test_what_is_wrong_is_found_removed_and_made_again(root, damage, hop):
     assert f"error: data: 1 faults, named above. `unifork verify --repair data` removes the files, {repro}" in said
     assert f"now run {repro}" in verify("--repair", "data")
     assert not (root / folder / name).exists()
-    made = hops(root)
+    made = stages(root)
     if name == "part-00001.parquet":
-        assert made == [f"{hop}/shapes/{name}"]
+        assert made == [f"{stage}/shapes/{name}"]
     elif name != MANIFEST:
         assert made == []
     assert bytes_of(root) == before
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_found_removed_and_made_again(root, damage, hop):
 def test_a_damaged_shard_is_mended_without_repair_too(root):
     before = bytes_of(root)
     damaged(root / "data/filtered/shapes/part-00002.parquet")
-    assert hops(root) == ["filtered/shapes/part-00002.parquet"]
+    assert stages(root) == ["filtered/shapes/part-00002.parquet"]
     assert bytes_of(root) == before
 
 
@@ -115,12 +115,12 @@ def test_a_vanished_input_shard_names_the_folder_to_make_again(root):
     (root / "data/filtered/shapes/part-00001.parquet").unlink()
     raw, filtered = Path("data/raw/shapes"), Path("data/filtered/shapes")
     with pytest.raises(
-        DataError, match=r"data/raw/shapes/part-00001\.parquet: missing\. Run the hop that writes .*raw"
+        DataError, match=r"data/raw/shapes/part-00001\.parquet: missing\. Run the stage that writes .*raw"
     ):
         run_here([filter_job(CARD, raw, filtered)], Filter(CARD))
     assert "`dvc repro filter@shapes && dvc repro download@shapes`" in verify("data")
     verify("--repair", "data")
-    assert hops(root) == ["raw/shapes/part-00001.parquet", "filtered/shapes/part-00001.parquet"]
+    assert stages(root) == ["raw/shapes/part-00001.parquet", "filtered/shapes/part-00001.parquet"]
     assert bytes_of(root) == before
 
 
@@ -141,9 +141,9 @@ def test_a_disk_that_takes_nothing_is_one_line(root, monkeypatch, number):
         with pytest.raises(
             DataError, match=rf"data/raw/shapes/.*: cannot be written: {os.strerror(number)}\. Make room"
         ):
-            hops(root)
+            stages(root)
     assert not list(root.rglob("*.tmp-*"))
-    hops(root)
+    stages(root)
     assert bytes_of(root) == before
 
 
@@ -188,7 +188,7 @@ def test_a_full_disk_stops_the_program_with_one_line_and_room_lets_it_go_on(whol
     assert code == 2
     assert f"{largest[1]}: cannot be written: File too large. Make room" in line
     assert not list(experiment.rglob("*.tmp-*"))
-    hops(experiment)
+    stages(experiment)
     assert bytes_of(experiment / "data") == bytes_of(whole / "data")
 
 
@@ -204,14 +204,14 @@ def test_a_folder_that_takes_nothing_stops_the_program_with_one_line(experiment)
 
 def test_the_programs_name_what_is_wrong_with_their_input_and_mend_their_output(whole, experiment):
     shutil.copytree(whole / "data", experiment / "data")
-    raw, filtered = (experiment / f"data/{hop}/shapes/part-00001.parquet" for hop in ("raw", "filtered"))
+    raw, filtered = (experiment / f"data/{stage}/shapes/part-00001.parquet" for stage in ("raw", "filtered"))
     for spoil, problem in ((Path.unlink, "missing"), (damaged, "sha256")):
         spoil(raw)
         filtered.unlink()
         code, line = program(experiment, "pipelines.filter", "shapes")
         assert code == 2
         assert f"data/raw/shapes/part-00001.parquet: {problem}" in line
-        assert "Run the hop that writes" in line
-        for hop in ("download", "filter"):
-            assert "3/3 shards (2 kept from before), 4/4 rows" in program(experiment, f"pipelines.{hop}", "shapes")[1]
+        assert "Run the stage that writes" in line
+        for stage in ("download", "filter"):
+            assert "3/3 shards (2 kept from before), 4/4 rows" in program(experiment, f"pipelines.{stage}", "shapes")[1]
         assert bytes_of(experiment / "data") == bytes_of(whole / "data")

@@ -27,11 +27,11 @@ from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
 from unifork.publish.publication import build
-from unifork.report.pictures import rejected_rows
+from unifork.report.images import rejected_rows
 from unifork.shards.job import QUARANTINE, RECORD_SUFFIX, quarantine_of, read_table
 from unifork.shards.manifest import FETCHED, MANIFEST, manifest_sha256, read_manifest
-from unifork.sources import Materialise, download_job
-from unifork.training.loop import Run
+from unifork.sources import Materialize, download_job
+from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
 CARD = load_card("shapes", REPOSITORY / "datasets")
@@ -39,18 +39,18 @@ FOLDERS = ("raw/shapes", "filtered/shapes", "codes/shapes/crop", "codes/shapes/p
 SHARDS = ROWS // SHARD_ROWS
 
 
-def hops(root: Path, store: str | None) -> list[str]:
+def stages(root: Path, store: str | None) -> list[str]:
     """Download, filter and encode as `tiny.build` does, the shards in a store; those that had to be made."""
     made = []
 
     def run(*some, worker):
-        placed = [replace(hop, store=store and f"{store}/{hop.folder.relative_to(root / 'data')}") for hop in some]
+        placed = [replace(job, store=store and f"{store}/{job.folder.relative_to(root / 'data')}") for job in some]
         noted = lambda task: made.append(str(Path(task.output).relative_to(root / "data"))) or worker(task)  # noqa: E731
         run_here(placed, noted)
 
     raw, filtered, codes = (root / "data" / name / "shapes" for name in ("raw", "filtered", "codes"))
     tokenizer = root / "tokenizers/image"
-    run(download_job(CARD, ROWS, SHARD_ROWS, 0, raw), worker=Materialise(CARD))
+    run(download_job(CARD, ROWS, SHARD_ROWS, 0, raw), worker=Materialize(CARD))
     run(filter_job(CARD, raw, filtered), worker=Filter(CARD))
     views = [encode_job(CARD, task, filtered, codes / use.view, tokenizer) for task, use in CARD.tasks.items()]
     run(*views, worker=Encode(CARD, tokenizer, "cpu"))
@@ -85,7 +85,7 @@ def root(tiny_root, tmp_path, monkeypatch) -> Path:
 
 
 def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(tiny_root, root, store):
-    assert len(hops(root, store)) == 4 * SHARDS
+    assert len(stages(root, store)) == 4 * SHARDS
     local = files(tiny_root / "data")
     assert objects(store) == {
         name: data for name, data in local.items() if name.startswith(FOLDERS) and name.endswith(".parquet")
@@ -98,11 +98,11 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
         assert away.content() == read_manifest(here_).content() == json.loads((here_ / MANIFEST).read_text())
         assert manifest_sha256(there) == manifest_sha256(here_)
     before = files(root / "data")
-    assert hops(root, store) == []
-    assert hops(root, None) == []  # a finished shard stays where it is
+    assert stages(root, store) == []
+    assert stages(root, None) == []  # a finished shard stays where it is
     assert files(root / "data") == before
     disk, away = copy_of(tiny_root, root / "disk"), objects(store)
-    assert hops(disk, store) == []  # what lies on a disk stays there, too, and what others have in the store
+    assert stages(disk, store) == []  # what lies on a disk stays there, too, and what others have in the store
     assert (files(disk / "data"), objects(store)) == (local, away)
 
     filtered = root / "data/filtered/shapes"
@@ -121,7 +121,7 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
     for place in (root, disk):
         plan = experiment.model_copy(update=change)
         job = StageJob(key=key, experiment=plan, resources=TrainResources(threads=1, row_tokens=384), root=str(place))
-        train_stage(job, Run())
+        train_stage(job, WorkerContext())
         trained.append((place / "models" / key / "model.safetensors").read_bytes())
     assert trained[0] == trained[1]
     copies = files(root / "data" / FETCHED)
@@ -137,7 +137,7 @@ DAMAGES = {
 
 
 def test_a_damaged_object_is_named_and_made_again_alone(root, store):
-    hops(root, store)
+    stages(root, store)
     before, away = files(root / "data"), objects(store)
     victim, raw = "raw/shapes/part-00001.parquet", root / "data/raw/shapes"
     verify = lambda *words: CliRunner().invoke(app, ["verify", *words, "data"])  # noqa: E731
@@ -147,17 +147,17 @@ def test_a_damaged_object_is_named_and_made_again_alone(root, store):
             read_table(raw, read_manifest(raw).shards[1])
         assert re.search(rf"data/{victim}: .*{problem}", verify().output)
         if problem == "sha256":
-            assert hops(root, store) == []  # a run looks at sizes only
+            assert stages(root, store) == []  # a run looks at sizes only
         else:
             assert "now run `dvc repro download@shapes`" in verify("--repair").output
             assert victim not in objects(store)
             with pytest.raises(DataError, match="has not finished"):  # which DVC notices, too
                 read_manifest(raw)
-            assert hops(root, store) == [victim]
+            assert stages(root, store) == [victim]
             assert objects(store) == away
             assert files(root / "data") == before
     verify("--repair")
-    assert hops(root, store) == [victim]
+    assert stages(root, store) == [victim]
     assert verify().exit_code == 0
 
 
@@ -208,8 +208,8 @@ def test_a_program_killed_between_object_and_record_makes_only_the_rest(store, t
 def test_an_old_record_is_gone_before_its_object_is_replaced(store, tmp_path):
     """Otherwise a run killed in between leaves a record that another object of the same size would pass for."""
     folder, place = tmp_path / "data/raw/shapes", f"{store}/raw/shapes"
-    hop = replace(download_job(CARD, 8, 4, 0, folder), store=place)
-    (manifest,) = run_here([hop], Materialise(CARD))
+    job = replace(download_job(CARD, 8, 4, 0, folder), store=place)
+    (manifest,) = run_here([job], Materialize(CARD))
     whole = objects(place)
     (folder / MANIFEST).unlink()
     for shard in manifest.shards:
@@ -221,8 +221,8 @@ def test_an_old_record_is_gone_before_its_object_is_replaced(store, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_here([hop], dies)
-    assert run_here([hop], Materialise(CARD)) == [manifest]
+        run_here([job], dies)
+    assert run_here([job], Materialize(CARD)) == [manifest]
     assert objects(place) == whole
 
 
@@ -230,12 +230,12 @@ def test_a_smaller_plan_and_a_takedown_leave_nothing_behind(store, tmp_path):
     folder, place = tmp_path / "data/raw/shapes", f"{store}/raw/shapes"
     filtered, kept = tmp_path / "data/filtered/shapes", f"{store}/filtered/shapes"
     plan = lambda rows: replace(download_job(CARD, rows, 500, 0, folder), store=place)  # noqa: E731
-    run_here([plan(1500)], Materialise(CARD))
+    run_here([plan(1500)], Materialize(CARD))
     put(place, "notes.txt", b"of somebody else")
-    (raw,) = run_here([plan(1000)], Materialise(CARD))
+    (raw,) = run_here([plan(1000)], Materialize(CARD))
     assert sorted(objects(place)) == ["notes.txt", "part-00000.parquet", "part-00001.parquet"]
-    hop = replace(filter_job(CARD, folder, filtered), store=kept)
-    (manifest,) = run_here([hop], Filter(CARD))  # one row in 997 is cut off on purpose
+    job = replace(filter_job(CARD, folder, filtered), store=kept)
+    (manifest,) = run_here([job], Filter(CARD))  # one row in 997 is cut off on purpose
     assert manifest.dropped == {"unreadable": 1}
     assert [name for name in objects(kept) if QUARANTINE in name] == [f"{QUARANTINE}/part-00001.parquet"]
     (rejected,) = rejected_rows(filtered, manifest)
@@ -251,13 +251,13 @@ def test_a_smaller_plan_and_a_takedown_leave_nothing_behind(store, tmp_path):
     assert first[3] not in read_table(filtered, less.shards[0])["key"].to_pylist()
     assert pq.read_table(quarantine_of(filtered, less.shards[1])).num_rows == 0
     assert sorted(objects(kept)) == ["part-00000.parquet", "part-00001.parquet", f"{QUARANTINE}/part-00001.parquet"]
-    assert run_here([hop], None) == [less]
+    assert run_here([job], None) == [less]
 
 
 def test_what_is_wrong_with_a_store_is_one_line(bucket, tmp_path, monkeypatch):
     def download(store: str):
-        hop = replace(download_job(CARD, 4, 4, 0, tmp_path / "raw"), store=store)
-        run_here([hop], lambda task: pytest.fail("a shard was made for a store that cannot take it"))
+        job = replace(download_job(CARD, 4, 4, 0, tmp_path / "raw"), store=store)
+        run_here([job], lambda task: pytest.fail("a shard was made for a store that cannot take it"))
 
     with pytest.raises(DataError, match=r"^s3://not-there/raw: FileNotFoundError: .*bucket does not exist[^\n]*$"):
         download("s3://not-there/raw")

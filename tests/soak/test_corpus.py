@@ -1,6 +1,6 @@
 """A whole corpus from a web that answers in every good and bad way: nothing lost, nothing changed, nobody else asked.
 
-8,818 good pictures (emoji twice with their file names as captions, drawn scenes with sentences) stand between
+8,818 good images (emoji twice with their file names as captions, drawn scenes with sentences) stand between
 32 kinds of answers and 13 kinds of URLs, 30 times each, in tables of LAION's and COYO's shape. `-s` shows the numbers.
 """
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from loopback import ROBOTS, Web, elsewhere, pages, picture
+from loopback import ROBOTS, Web, elsewhere, image, pages
 from tiny import REPOSITORY
 
 from unifork.shapes.source import ShapesOptions
@@ -95,14 +95,14 @@ def write_root(root: Path, rows: dict[str, list[tuple[str, str, str]]]) -> None:
         pq.write_table(pa.table(columns), root / f"lists/{name}.parquet")
     card = {
         "name": "corpus",
-        **dict.fromkeys(("title", "homepage", "licence", "attribution"), "-"),
+        **dict.fromkeys(("title", "homepage", "license", "attribution"), "-"),
         "redistribute_codes": False,
         "source": {"kind": "url_list", "options": {"files": "lists", "fetch": FETCH}},
         "tasks": {"generation": {"view": "crop", "texts": ["caption"]}},
     }
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     params["datasets"]["corpus"] = {"rows": None, "shard_rows": SHARD_ROWS}
-    cluster = {"name": "corpus", "hops": {"download": {"workers": 2, "cpus": 0.5}}, "web": {"connections_per_host": 32}}
+    cluster = {"name": "corpus", "jobs": {"download": {"workers": 2, "cpus": 0.5}}, "web": {"connections_per_host": 32}}
     (root / "datasets").mkdir()
     for file, plain in (("datasets/corpus.yaml", card), ("params.yaml", params), ("cluster.yaml", cluster)):
         (root / file).write_text(yaml.safe_dump(plain))
@@ -127,10 +127,10 @@ def download(root: Path) -> tuple[float, Counter, str]:
     return seconds, memory, said.splitlines()[-1]
 
 
-def test_every_row_is_accounted_for_and_every_good_picture_arrives_as_it_is(tmp_path):
+def test_every_row_is_accounted_for_and_every_good_image_arrives_as_it_is(tmp_path):
     web, forbidden = Web("127.0.0.1"), Web("127.0.0.2")
     web.pages["/robots.txt"] = ROBOTS
-    forbidden.pages["/good.png"] = picture("PNG")
+    forbidden.pages["/good.png"] = image("PNG")
     rows = corpus(web, forbidden)
     write_root(tmp_path, rows)
     seconds, memory, last = download(tmp_path)

@@ -13,7 +13,7 @@ from unifork.cluster import set_ray_environment
 from unifork.config import Experiment, TrainResources, load
 from unifork.processes import lock_path
 from unifork.training.history import read
-from unifork.training.loop import Run
+from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
 KEY, STEPS, DIES_AFTER = "unifork-s1-captions", 60, 10
@@ -48,7 +48,7 @@ def prepared(tmp_path_factory):
     """A root, and the history of the same stage on one worker without interruption."""
     root = build(tmp_path_factory.mktemp("lost"), CHANGES)
     alone = copy_of(root, tmp_path_factory.mktemp("alone") / "root")
-    train_stage(job(alone, 0), Run())
+    train_stage(job(alone, 0), WorkerContext())
     return root, read(job(alone, 0).run_folder)
 
 

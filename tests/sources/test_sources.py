@@ -17,7 +17,7 @@ from unifork.config import load_card
 from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer.views import crop_view
 from unifork.shards.task import Slice
-from unifork.sources import Fault, Source, SourceOptions, listed, plan, rows_of, source_of
+from unifork.sources import RowError, Source, SourceOptions, listed, plan, rows_of, source_of
 from unifork.sources.imagenet import sentences
 
 DATASETS = Path(__file__).parent.parent.parent / "datasets"
@@ -38,7 +38,7 @@ def at(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- ImageNet
 
 CMYK = jpeg("img1", "CMYK")
-PICTURES = {
+IMAGES = {
     "n01440764": [("n01440764_18.JPEG", jpeg("img0")), ("n01440764_2.JPEG", CMYK), ("n01440764_9.JPEG", PNG["img2"])],
     "n01443537": [("n01443537_1.JPEG", jpeg("img3"))],
     "n01484850": [("n01484850_7.JPEG", jpeg("img4")), ("n01484850_8.JPEG", b"\xff\xd8 broken")],
@@ -46,18 +46,18 @@ PICTURES = {
 
 
 def official_tar(folder):
-    inner = [(f"{synset}.tar", tarred(PICTURES[synset])) for synset in reversed(SYNSETS)]
+    inner = [(f"{synset}.tar", tarred(IMAGES[synset])) for synset in reversed(SYNSETS)]
     return put(folder / "ILSVRC2012_img_train.tar", tarred(inner))
 
 
 def unpacked_tars(folder):
-    for synset, members in PICTURES.items():
+    for synset, members in IMAGES.items():
         put(folder / "tars" / f"{synset}.tar", tarred(members))
     return folder / "tars"
 
 
 def class_folders(folder):
-    for synset, members in PICTURES.items():
+    for synset, members in IMAGES.items():
         for name, data in members:
             put(folder / "train" / synset / name, data)
     return folder / "train"
@@ -67,7 +67,7 @@ def hub_parquet(folder):
     rows = [
         {"image": {"bytes": data, "path": name}, "label": label}
         for label, synset in enumerate(SYNSETS)
-        for name, data in PICTURES[synset]
+        for name, data in IMAGES[synset]
     ]
     (folder / "hub").mkdir()
     for number, part in enumerate((rows[:4], rows[4:])):
@@ -82,13 +82,13 @@ def imagenet(path, **more):
 
 
 @pytest.mark.parametrize("layout", [official_tar, unpacked_tars, class_folders, hub_parquet])
-def test_imagenet_in_all_its_forms_has_the_same_pictures_and_names(at, layout):
+def test_imagenet_in_all_its_forms_has_the_same_images_and_names(at, layout):
     put(at / "prompts.yaml", PROMPTS)
     card = imagenet(layout(at))
     made = download(card, at / "raw")
     assert made.rejects == []
     names = ["tench", "potter's wheel", "kite (bird of prey)"]
-    expected = {data: names[SYNSETS.index(synset)] for synset, members in PICTURES.items() for _, data in members}
+    expected = {data: names[SYNSETS.index(synset)] for synset, members in IMAGES.items() for _, data in members}
     assert {row["image"]: row["class_name"] for row in made.rows.values()} == expected
     for row in made.rows.values():
         assert row["class_prompt"] in {
@@ -102,7 +102,7 @@ def test_imagenet_in_all_its_forms_has_the_same_pictures_and_names(at, layout):
     assert crop_view(Image.open(io.BytesIO(cmyk["image"])), 16, None).shape == (16, 16, 3)
 
 
-def test_the_sentence_of_a_picture_depends_on_its_key_and_the_seed_alone(at):
+def test_the_sentence_of_a_image_depends_on_its_key_and_the_seed_alone(at):
     put(at / "prompts.yaml", PROMPTS)
     card = imagenet(official_tar(at))
     texts = {}
@@ -115,8 +115,8 @@ def test_the_sentence_of_a_picture_depends_on_its_key_and_the_seed_alone(at):
 
 def test_imagenet_with_damage_loses_only_what_is_damaged(at):
     put(at / "prompts.yaml", PROMPTS)
-    whole = tarred([*PICTURES["n01440764"], PICTURES["n01440764"][0]])
-    cut_off = tarred(PICTURES["n01484850"])
+    whole = tarred([*IMAGES["n01440764"], IMAGES["n01440764"][0]])
+    cut_off = tarred(IMAGES["n01484850"])
     inner = [("n01440764.tar", whole), ("n01443537.tar", b"not a tar"), ("n01484850.tar", cut_off[:-10600])]
     put(at / "train.tar", tarred(inner))
     made = download(imagenet(at / "train.tar"), at / "raw")
@@ -142,7 +142,7 @@ def test_the_hubs_test_split_has_no_labels(at):
     rows = [{"image": {"bytes": PNG["img0"], "path": "x"}, "label": -1}, {"image": None, "label": 1}]
     pq.write_table(pa.Table.from_pylist(rows), at / "hub/test-00000-of-00001.parquet")
     made = download(imagenet(at / "hub"), at / "raw")
-    assert [reason for _, reason in made.rejects] == ["no_label", "missing_picture"]
+    assert [reason for _, reason in made.rejects] == ["no_label", "missing_image"]
 
 
 # ------------------------------------------------------------------------------- pairs of one name
@@ -151,7 +151,7 @@ def test_the_hubs_test_split_has_no_labels(at):
 def test_webdataset_tars_keep_every_sample_whatever_the_order_of_members(at):
     put(at / "wds/dalle3/shards-00001.tar", tarred([
         ("./b.txt", b"second, text first"), ("a.jpg", jpeg("img0")), ("b.jpg", PNG["img1"]), ("a.txt", b" a cat \n"),
-        ("._a.jpg", b"left by macOS"), ("c.jpg", jpeg("img2")), ("d.txt", b"no picture"), ("a.txt", b"again"),
+        ("._a.jpg", b"left by macOS"), ("c.jpg", jpeg("img2")), ("d.txt", b"no image"), ("a.txt", b"again"),
         ("e.JPG", jpeg("img3")), ("e.txt", b""), ("f.jpg", jpeg("img4")), ("f.txt", b"\xff\xfe"), ("a.json", b"{}"),
     ]))  # fmt: skip
     put(at / "wds/geneval_train/shards-00001.tar", tarred([("a.jpg", jpeg("img5")), ("a.txt", b"two dogs")]))
@@ -164,18 +164,18 @@ def test_webdataset_tars_keep_every_sample_whatever_the_order_of_members(at):
     }  # fmt: skip
     assert made.rejects == [
         (f"{place}/a", "duplicate_key"), (f"{place}/c", "missing_caption"),
-        (f"{place}/d", "missing_picture"), (f"{place}/f", "broken_text"),
+        (f"{place}/d", "missing_image"), (f"{place}/f", "broken_text"),
     ]  # fmt: skip
     assert made.rows[f"{place}/b"]["image"] == PNG["img1"], "a PNG that is called jpg stays as it is"
     assert filtered(card, at / "raw", at / "filtered").manifest.dropped == {"no_text": 1}
 
 
 @pytest.mark.parametrize("captions", ["folder", "tar.gz"])
-@pytest.mark.parametrize("pictures", ["tar", "folder"])
-def test_sa1b_joins_captions_that_lie_apart_by_name(at, captions, pictures):
+@pytest.mark.parametrize("images", ["tar", "folder"])
+def test_sa1b_joins_captions_that_lie_apart_by_name(at, captions, images):
     members = [(f"sa_{n}.jpg", jpeg(f"img{n}")) for n in range(5)] + [("sa_0.json", b'{"annotations": []}')]
     texts = [(f"captions/sa_{n}.txt", f"The image features {n}.".encode()) for n in (0, 1, 3, 4, 77)]
-    if pictures == "tar":
+    if images == "tar":
         put(at / "sa/sa_000000.tar", tarred(members[:3] + members[-1:]))
         put(at / "sa/sa_000001.tar", tarred(members[3:5]))
     else:
@@ -209,7 +209,7 @@ def test_a_tar_that_breaks_off_keeps_what_came_before(at):
         assert "broken_archive" in {reason for _, reason in made.rejects}
 
 
-# --------------------------------------------------------------------------------- lists of pictures
+# --------------------------------------------------------------------------------- lists of images
 
 JOURNEY = {"lists": "train_anno_realease_repath.jsonl.tgz", "images": "imgs", "image": "img_path",
            "texts": {"caption": "Task2.Caption"}, "keep": {"img_path": "img_path"}}  # fmt: skip
@@ -250,9 +250,9 @@ def test_journeydb(at, shape):
         f"{place}5": ("E.", jpeg("img3"), "./000/e.jpg"),
     }
     assert made.rejects == [
-        (f"{place}2", "broken_line"), (f"{place}3", "missing_caption"), (f"{place}4", "missing_picture"),
-        (f"{place}6", "path_outside"), (f"{place}7", "broken_line"), (f"{place}8", "no_picture"),
-        (f"{place}9", "missing_picture"),
+        (f"{place}2", "broken_line"), (f"{place}3", "missing_caption"), (f"{place}4", "missing_image"),
+        (f"{place}6", "path_outside"), (f"{place}7", "broken_line"), (f"{place}8", "no_image"),
+        (f"{place}9", "missing_image"),
     ]  # fmt: skip
 
 
@@ -271,7 +271,7 @@ LLAVA = [
 ]  # fmt: skip
 
 
-def llava_pictures(folder):
+def llava_images(folder):
     put(folder / "coco/train2017/1.jpg", jpeg("img0"))
     put(folder / "vg/2.jpg", jpeg("img1"))
 
@@ -279,7 +279,7 @@ def llava_pictures(folder):
 @pytest.mark.parametrize(("indent", "mark"), [(None, b""), (2, BOM_UTF8)])
 def test_llavas_array(at, indent, mark):
     put(at / "llava.json", mark + json.dumps(LLAVA, indent=indent, ensure_ascii=False).encode())
-    llava_pictures(at / "images")
+    llava_images(at / "images")
     options = {"lists": "llava.json", "images": "images", "texts": {"conversations": "conversations"}}
     made = download(card_of("listed", options, ["conversations"]), at / "raw")
     assert sorted(made.rows) == [f"llava/{number:09d}" for number in (0, 2, 5)]
@@ -289,7 +289,7 @@ def test_llavas_array(at, indent, mark):
     ]
     assert [turn["role"] for turn in made.rows["llava/000000005"]["conversations"]] == ["system", "user", "assistant"]
     assert [reason for _, reason in made.rejects] == [
-        "no_picture", "several_pictures", "broken_dialogue", "missing_caption",
+        "no_image", "several_images", "broken_dialogue", "missing_caption",
     ]  # fmt: skip
     for broken in (json.dumps(LLAVA).encode()[:-30], b'[{"image": "\xff"}]', b"[1 2]"):
         put(at / "llava.json", broken)
@@ -309,7 +309,7 @@ def test_an_array_is_read_piece_by_piece(at):
 
 
 def test_internvls_meta_file(at):
-    llava_pictures(at / "data/images")
+    llava_images(at / "data/images")
     put(at / "data/a.jsonl", jsonl([LLAVA[0], b"{broken", LLAVA[2], LLAVA[5]]))
     put(at / "data/b.jsonl", jsonl([LLAVA[0], LLAVA[1]]))
     meta = {
@@ -319,8 +319,8 @@ def test_internvls_meta_file(at):
     put(at / "data/meta.json", json.dumps(meta).encode())
     made = download(card_of("listed_meta", {"meta": "data/meta.json", "root": "data"}, ["conversations"]), at / "raw")
     assert sorted(made.rows) == ["half/000000000", "half/000000002", "twice/000000000", "twice~1/000000000"]
-    assert made.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "no_picture"),
-                            ("twice~1/000000001", "no_picture")]  # fmt: skip
+    assert made.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "no_image"),
+                            ("twice~1/000000001", "no_image")]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- all kinds
@@ -328,11 +328,11 @@ def test_internvls_meta_file(at):
 
 def test_a_new_set_with_a_known_kind_is_one_file(at):
     card = yaml.safe_load((DATASETS / "llava.yaml").read_text())
-    card |= {"name": "mine", "source": {"kind": "pairs", "options": {"files": "$PICTURES/*.tar"}},
+    card |= {"name": "mine", "source": {"kind": "pairs", "options": {"files": "$IMAGES/*.tar"}},
              "tasks": {"generation": {"view": "crop", "texts": ["caption"]}}}  # fmt: skip
     shutil.copytree(DATASETS, at / "datasets")
     (at / "datasets/mine.yaml").write_text(yaml.safe_dump(card))
-    with pytest.raises(ConfigError, match=r"card mine: .*the environment variable PICTURES is not set"):
+    with pytest.raises(ConfigError, match=r"card mine: .*the environment variable IMAGES is not set"):
         download(load_card("mine"), at / "raw")
 
 
@@ -343,17 +343,17 @@ def test_rows_limits_what_is_read_and_a_file_at_the_end_adds_its_shard_alone(at)
     assert len(download(card, at / "two", rows=2).manifest.shards) == 2
     before = download(card, at / "raw").manifest
     put(at / "wds/3.tar", tarred([("a.jpg", jpeg("img3")), ("a.txt", b"x")]))
-    hop = download(card, at / "raw").manifest
-    assert [s.inputs for s in hop.shards[:3]] == [s.inputs for s in before.shards]
-    assert len(hop.shards) == 4
+    job = download(card, at / "raw").manifest
+    assert [s.inputs for s in job.shards[:3]] == [s.inputs for s in before.shards]
+    assert len(job.shards) == 4
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY"])
 def test_what_variables_hold_reaches_no_file_and_no_message(at, monkeypatch, capsys, name):
     put(at / "private-7731/wds/a.tar", tarred([("a.jpg", jpeg("img0")), ("a.txt", b"x")]))
-    monkeypatch.setenv("PICTURES", "private-7731")
+    monkeypatch.setenv("IMAGES", "private-7731")
     monkeypatch.setenv(name, "private-7731")
-    download(card_of("pairs", {"files": "${PICTURES}/wds", "access": "ask"}, ["caption"]), at / "raw")
+    download(card_of("pairs", {"files": "${IMAGES}/wds", "access": "ask"}, ["caption"]), at / "raw")
     with pytest.raises(ConfigError, match=f"must not hold .{name}") as refused:
         download(card_of("pairs", {"files": f"${name}/wds"}, ["caption"]), at / "raw2")
     told = [path.read_bytes() for path in (at / "raw").rglob("*") if path.is_file()]
@@ -419,7 +419,7 @@ NUMBERS = Source(
     Numbers,
     lambda options, shard_rows: iter([Slice(options.first, options.first + shard_rows)]),
     lambda options, piece, seed: (
-        Fault(str(number), "no_image", "a number") for number in range(piece.start, piece.stop)
+        RowError(str(number), "no_image", "a number") for number in range(piece.start, piece.stop)
     ),
 )
 

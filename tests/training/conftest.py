@@ -5,7 +5,7 @@ from stage_runs import job_named, weights
 from tiny import copy_of
 
 from unifork.training.history import read
-from unifork.training.loop import Run
+from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
 
 
@@ -20,6 +20,6 @@ def unbroken(tiny_root, tmp_path_factory):
     done = {}
     for key in ("unifork-s2-pretrain", "unifork-s3", "edge"):
         one = job_named(copy_of(tiny_root, tmp_path_factory.mktemp("unbroken") / "root"), key)
-        train_stage(one, Run())
+        train_stage(one, WorkerContext())
         done[key] = weights(one), read(one.run_folder)
     return done

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from unifork.config import Experiment, TrainResources, load
 from unifork.training import checkpoint
 from unifork.training.history import History
-from unifork.training.loop import Run
+from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
 RESOURCES = TrainResources(threads=1, row_tokens=384)
@@ -80,7 +80,7 @@ def train_and_die(plain, where, when, rank=0, workers=1):
         return result
 
     setattr(owner, name, dying)  # in this process alone, which ends here
-    train_stage(StageJob.model_validate(plain), Run(rank=rank, workers=workers))
+    train_stage(StageJob.model_validate(plain), WorkerContext(rank=rank, workers=workers))
 
 
 def killed(one, where, when):
@@ -93,5 +93,5 @@ def killed(one, where, when):
 
 
 def worker(rank, world, plain):
-    train_stage(StageJob.model_validate(plain), Run(rank=rank, workers=world))
+    train_stage(StageJob.model_validate(plain), WorkerContext(rank=rank, workers=world))
     return rank

@@ -14,9 +14,9 @@ from distributed_testing import run_distributed
 
 from unifork.batch import pack
 from unifork.config import OptimizerConfig
-from unifork.documents.order import deal
+from unifork.documents.order import assign_rows_to_workers
 from unifork.models import losses
-from unifork.training.loop import Run, TrackRun
+from unifork.training.loop import TrackRun, WorkerContext
 from unifork.training.optimizer import make_optimizer
 from unifork.training.strategies import strategy
 
@@ -41,7 +41,7 @@ class Loader:
         self.rows = rows
 
     def batches(self, plan, rank):
-        for microbatch in deal(self.rows, plan.workers, 1)[rank]:
+        for microbatch in assign_rows_to_workers(self.rows, plan.workers, 1)[rank]:
             yield pack([[DOCUMENTS[number] for number in row] for row in microbatch], 48, DEPTH)
 
 
@@ -66,11 +66,11 @@ def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision=
     sharing.turn("all")
     plan = SimpleNamespace(
         workers=workers,
-        text_targets=sum(int(one.learned_T.sum()) for one in DOCUMENTS),
+        text_targets=sum(int(one.loss_mask_T.sum()) for one in DOCUMENTS),
         image_targets=sum(len(one.codes_ND) for one in DOCUMENTS if one.task == "generation"),
     )
     track = SimpleNamespace(loader=Loader(rows), track=SimpleNamespace(precision=precision))
-    sums_1D = TrackRun._accumulate(track, wrapped, plan, Run(rank, workers))
+    sums_1D = TrackRun._accumulate(track, wrapped, plan, WorkerContext(rank, workers))
     return sums_1D, whole_gradients(model, name, sharing)
 
 
@@ -146,7 +146,7 @@ def test_a_wrong_rule_is_found(reference):
     model = noisy_model(PLAN).double().train()
     for row in PACKED:
         out = model(pack([[DOCUMENTS[n] for n in row]], 48, DEPTH))
-        words = sum(int(DOCUMENTS[n].learned_T.sum()) for n in row)
+        words = sum(int(DOCUMENTS[n].loss_mask_T.sum()) for n in row)
         codes = sum(DOCUMENTS[n].codes_ND.size for n in row if DOCUMENTS[n].task == "generation")
         (out.text_loss_sum / max(words, 1) / 8 + out.image_loss_sum_D.sum() / max(codes, 1) / 8).backward()
     difference, _ = largest_difference(gradients(model), reference[torch.float64][1])

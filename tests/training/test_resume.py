@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from unifork.errors import CheckpointError
 from unifork.training import checkpoint, stage
 from unifork.training.history import History, read
-from unifork.training.loop import Run
+from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights_and_history(root, u
     one = job_named(root, key)
     for reached in when if isinstance(when, tuple) else (when, when):
         killed(one, where, reached)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     expected, history = unbroken[key]
     assert_equal(weights(one), expected)
     assert read(one.run_folder) == history
@@ -51,7 +51,7 @@ def test_another_configuration_never_continues_old_weights(root, unbroken):
     one = job(root)
     killed(one, "after the update", 7)
     changed = job(root, seed=7)
-    train_stage(changed, Run())
+    train_stage(changed, WorkerContext())
     aside = one.run_folder.with_name(one.run_folder.name + ".old-1")
     assert (aside / "latest").exists()
     assert len(read(changed.run_folder)) == 8
@@ -74,7 +74,7 @@ def test_what_changes_only_the_speed_does_not_start_afresh(root):
             sample_prompts=("a circle",),
             resources=RESOURCES.model_copy(update={"row_tokens": 512}),
         ),
-        Run(),
+        WorkerContext(),
     )
     assert "continuing from step 3 of 8" in (one.run_folder / "log.txt").read_text()
 
@@ -102,27 +102,27 @@ def test_another_version_of_the_code_never_continues_old_weights(root, monkeypat
 
 def test_a_finished_run_is_not_trained_again_by_the_same_version_but_is_by_another(root, monkeypatch):
     one = job(root)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     first = weights(one)
     shutil.rmtree(one.model_folder)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     assert_equal(weights(one), first)
     assert "continuing from step 8 of 8" in (one.run_folder / "log.txt").read_text()
     monkeypatch.setattr(stage, "TRAIN_VERSION", 2)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     assert one.run_folder.with_name(one.run_folder.name + ".old-1").exists()
     assert_equal(weights(one), first)
 
 
 def test_a_damaged_checkpoint_is_an_error_and_nothing_is_loaded(root):
     one = job(root)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     shutil.rmtree(one.model_folder)
     newest = one.run_folder / (one.run_folder / "latest").read_text()
     file = newest / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp.*bytes instead of"):
-        train_stage(one, Run())
+        train_stage(one, WorkerContext())
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_latest_waits_for_the_disk(root, monkeypatch, unbroken):
@@ -143,7 +143,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_latest_waits_for_the
     monkeypatch.setattr(checkpoint, "fsync_tree", slow)
     monkeypatch.setattr(History, "add", watched)
     one = job(root)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     assert latest[:5] == [False] * 5
     assert latest[-1]  # the second checkpoint waits for the first
     assert_equal(weights(one), unbroken["unifork-s2-pretrain"][0])
@@ -156,14 +156,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(root, monkeypatch):
     monkeypatch.setattr(checkpoint, "fsync_tree", full)
     one = job(root)
     with pytest.raises(OSError, match="No space left"):
-        train_stage(one, Run())
+        train_stage(one, WorkerContext())
     assert not (one.run_folder / "latest").exists()
     assert not one.model_folder.exists()
 
 
 def test_a_checkpoint_lists_and_exports_every_tensor(root):
     one = job(root, "unifork-s3", steps=2)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     path, plain = checkpoint.latest(one.run_folder)
     whole = checkpoint.all_tensors(checkpoint.whole_model(path, one.start))
     assert {name: (list(t.shape), str(t.dtype)) for name, t in whole.items()} == {
@@ -183,7 +183,7 @@ def test_training_goes_on_with_two_workers_and_then_with_one(root, unbroken, str
     two = job(root, checkpoint_every=2, resources=RESOURCES.model_copy(update={"workers": 2, "strategy": strategy}))
     with pytest.raises(ProcessExitedException):
         run_distributed(_dying_worker, 2, two.model_dump(mode="json"))
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     log = (one.run_folder / "log.txt").read_text()
     assert "continuing from step 2 of 8" in log
     assert "continuing from step 4 of 8" in log

@@ -18,13 +18,13 @@ from unifork.errors import ConfigError, UniForkError
 from unifork.models import losses
 from unifork.training import checkpoint, loop
 from unifork.training.history import read
-from unifork.training.loop import Run
+from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
 
 
 def test_the_exported_history_has_every_step_once(unbroken, root):
     one = job(root)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     with open(one.model_folder / "training" / "history.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert [int(row["step"]) for row in rows] == list(range(8))
@@ -49,7 +49,7 @@ def test_stage_three_branches_do_not_touch_each_other(root, unbroken):
     stage = one.experiment.stages["s3"]
     alone = stage.model_copy(update={"tracks": {"generation": stage.tracks["generation"]}})
     one = one.model_copy(update={"experiment": one.experiment.model_copy(update={"stages": {"s3": alone}})})
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     both, _ = unbroken["unifork-s3"]
     start = load_file(root / "models/unifork-init/model.safetensors")
     for name, tensor in weights(one).items():
@@ -60,13 +60,13 @@ def test_stage_three_branches_do_not_touch_each_other(root, unbroken):
 @pytest.mark.parametrize("interleave", ["sequential", "concurrent"])
 def test_how_tracks_take_turns_does_not_change_the_weights(root, unbroken, interleave):
     one = job(root, "unifork-s3", interleave=interleave)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     assert_equal(weights(one), unbroken["unifork-s3"][0])
 
 
 def test_a_summary_says_what_was_trained_and_seen(root, unbroken):
     one = job(root, "unifork-s3")
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     summary = json.loads((one.model_folder / "training" / "summary.json").read_text())
     assert set(summary["tensors"]) == set(checkpoint.all_tensors(torch.nn.Module())) | set(weights(one))
     assert summary["tensors"]["codebook"]["trained"] is False
@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_documents_keys(root, m
     one = job(root, checkpoint_every=checkpoint_every)
     monkeypatch.setattr(loop.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(UniForkError, match=r"step 0.*8 documents are in .*stopped\.json.*shapes-0000"):
-        train_stage(one, Run())
+        train_stage(one, WorkerContext())
     stopped = json.loads((one.run_folder / "stopped.json").read_text())
     assert len(stopped["documents"]) == 8
     assert stopped["metrics"]["step"] == 0
@@ -145,7 +145,7 @@ def test_a_step_never_waits_for_the_device(root, monkeypatch, chunk):
     waits = []
     monkeypatch.setattr(loop.TrackRun, "step", watched)
     monkeypatch.setattr(loop.Done, "metrics", reading)
-    train_stage(job(root, steps=4), Run())
+    train_stage(job(root, steps=4), WorkerContext())
     assert waits == ["tolist"] * 4
     order = [("queued", 0), ("queued", 1), ("read", 0), ("queued", 2), ("read", 1), ("read", 2), ("queued", 3)]
     assert events == [*order, ("read", 3)]
@@ -164,9 +164,9 @@ def test_losses_are_compared_with_what_is_expected(root, band, said):
     one = job(root, steps=1, loss_band=LossBand(**band))
     if "stop" in band:
         with pytest.raises(UniForkError, match=said):
-            train_stage(one, Run())
+            train_stage(one, WorkerContext())
         return
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     log = (one.run_folder / "log.txt").read_text()
     assert re.search(said, log) if said else "warning" not in log
 
@@ -177,7 +177,7 @@ def test_rows_change_nothing_but_the_speed(root, unbroken):
         resources = RESOURCES.model_copy(update={"row_tokens": row_tokens, "rows_per_microbatch": rows})
         one = job(root, resources=resources, steps=2)
         shutil.rmtree(one.run_folder, ignore_errors=True)
-        train_stage(one, Run())
+        train_stage(one, WorkerContext())
         history[row_tokens] = read(one.run_folder)
     for other in (512, 1024):
         for ours, theirs in zip(history[other], history[384], strict=True):
@@ -189,11 +189,11 @@ def test_rows_change_nothing_but_the_speed(root, unbroken):
 def test_recomputing_activations_changes_no_bit(root, unbroken):
     kinds = {"activation_checkpointing": ("shared", "task", "head")}
     one = job(root, resources=RESOURCES.model_copy(update=kinds))
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     assert_equal(weights(one), unbroken["unifork-s2-pretrain"][0])
     unknown = job(root, resources=RESOURCES.model_copy(update={"activation_checkpointing": ("tsk",)}))
     with pytest.raises(ConfigError, match=r"unknown kind of layer 'tsk'.*Did you mean 'task'"):
-        train_stage(unknown, Run())
+        train_stage(unknown, WorkerContext())
 
 
 def test_the_trunk_of_stage_three_has_no_graph(root, monkeypatch):
@@ -209,7 +209,7 @@ def test_the_trunk_of_stage_three_has_no_graph(root, monkeypatch):
 
     original = loop.TrackRun.step
     monkeypatch.setattr(loop.TrackRun, "step", watching)
-    train_stage(job(root, "unifork-s3", steps=1), Run())
+    train_stage(job(root, "unifork-s3", steps=1), WorkerContext())
     assert len(graphs) == 2
     for shared, branched in (graph[:2] for graph in graphs):
         assert shared is None
@@ -225,7 +225,7 @@ def test_norms_of_the_parts_make_up_the_whole_and_tensorboard_has_them(root, unb
             row["gradient_norm"] ** 2, rel=1e-5
         )
     one = job(root, steps=1)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     (events,) = (one.run_folder / "tensorboard").iterdir()
     assert b"joint/gradient_norm_trunk" in events.read_bytes()
 

@@ -17,7 +17,7 @@ from unifork.config import OptimizerConfig
 from unifork.errors import ConfigError
 from unifork.training import checkpoint, launch, zero
 from unifork.training.history import read
-from unifork.training.loop import Run, TrackRun
+from unifork.training.loop import TrackRun, WorkerContext
 from unifork.training.optimizer import freeze_all_but, make_optimizer
 from unifork.training.stage import StageJob, train_stage
 from unifork.training.strategies import strategy
@@ -67,20 +67,20 @@ def steps(rank, workers, name):
     sharing.start(pairs)
     plan = SimpleNamespace(
         workers=workers,
-        text_targets=sum(int(one.learned_T.sum()) for one in UNDERSTANDING),
+        text_targets=sum(int(one.loss_mask_T.sum()) for one in UNDERSTANDING),
         image_targets=sum(len(one.codes_ND) for one in GENERATION),
     )
     norms = []
     for track in ("one", "other", "one"):
         run = SimpleNamespace(loader=Loader(), track=SimpleNamespace(precision="float32"))
         sharing.turn(track)
-        TrackRun._accumulate(run, wrapped, plan, Run(rank, workers))
+        TrackRun._accumulate(run, wrapped, plan, WorkerContext(rank, workers))
         norms.append(float(sharing.update({"all": list(pairs[track][1].values())}, CLIP)["gradient_norm"]))
         model.zero_grad()
     if workers > 1:  # a gradient that is not finite changes nothing
         plan.text_targets = float("nan")
         sharing.turn("other")
-        TrackRun._accumulate(run, wrapped, plan, Run(rank, workers))
+        TrackRun._accumulate(run, wrapped, plan, WorkerContext(rank, workers))
         norms.append(float(sharing.update({}, CLIP)["gradient_norm"]))
     return norms, {n: t.detach().clone() for n, t in sharing.weights(checkpoint.all_tensors(model)).items()}
 
@@ -97,7 +97,7 @@ def train(plain, rank=0, workers=1, until=None):
             raise Interrupted
 
     try:
-        train_stage(StageJob.model_validate(plain), Run(rank=rank, workers=workers, report=report))
+        train_stage(StageJob.model_validate(plain), WorkerContext(rank=rank, workers=workers, report=report))
     except Interrupted:
         return
 
@@ -187,7 +187,7 @@ def test_inside_ray_train_with_bfloat16_products(ray_session, tiny_root, tmp_pat
     shared = read(one.run_folder)
     exported = weights(one)
     shutil.rmtree(one.run_folder)
-    train_stage(one, Run())
+    train_stage(one, WorkerContext())
     for ours, theirs in zip(shared, read(one.run_folder), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=2e-2)

@@ -12,7 +12,7 @@ def inspect(
     variant: Annotated[str, typer.Option(help="variant of the experiment")] = "unifork",
     documents: Annotated[int, typer.Option(min=0, help="documents to show")] = 4,
 ) -> None:
-    """Print a packed batch as people read it: documents, learned tokens, shares of the loss, routes."""
+    """Print a packed batch as people read it: documents, supervised tokens, shares of the loss, routes."""
     from rich.console import Console
 
     from unifork import inspection

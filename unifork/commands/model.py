@@ -51,12 +51,12 @@ def import_(
     folded = _form(head)
     folder = local_folder(source, files=("*.json", "*.txt", "*.safetensors", *(f"*{end}" for end in PICKLED)))
     plain = read_json(folder / "config.json")
-    pictures = read_official(folder, image_size, vision_tower, allow_pickle)
+    images = read_official(folder, image_size, vision_tower, allow_pickle)
     tower, prefix = tower_of(folder, vision_tower)
     tower_plain = read_json(tower / "config.json")
     siglip = read_json(siglip_of(tower, tower_plain["rqvaesiglip"]["pretrained_model"]))
-    codebook, grid = pictures.quantizer.codebook, pictures.architecture.grid
-    config = conversion.official_config(plain, tower_plain, codebook, grid, pictures.encoder_id, str(folder))
+    codebook, grid = images.quantizer.codebook, images.architecture.grid
+    config = conversion.official_config(plain, tower_plain, codebook, grid, images.encoder_id, str(folder))
     usual = (folder, folder / "tokenizer", folder.parent / "tokenizer")
     text = text_tokenizer or next((path for path in usual if any((path / file).is_file() for file in TEXT_FILES)), None)
     if text:
@@ -64,11 +64,11 @@ def import_(
     weights = StoredWeights(folder, allow_pickle)
     model = conversion.from_official(weights, config, codebook)
     read = weights.read([name for name in weights.file_of if name.startswith(conversion.TOKENIZER)])
-    kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, pictures, model.dtype)
+    kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, images, model.dtype)
     conversion.set_head_form(model, folded)
     with new_folder(out) as partial:
         model.save_pretrained(partial)
-        pictures.save(partial / MODEL_IMAGE_TOKENIZER)
+        images.save(partial / MODEL_IMAGE_TOKENIZER)
         beside = partial / MODEL_IMAGE_TOKENIZER / REMAINDER_FILE
         save_file(kept, beside, metadata={SIGLIP_FOLDER: json.dumps(siglip)})
         if text:
@@ -113,7 +113,7 @@ def export(
     print(f"{out}: {format} {branch}".rstrip())
 
 
-def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[no-untyped-def]
+def _write_official(loaded, images: Path, out: Path) -> None:  # type: ignore[no-untyped-def]
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -123,9 +123,9 @@ def _write_official(loaded, pictures: Path, out: Path) -> None:  # type: ignore[
     from unifork.shards.manifest import write_json
 
     conversion.set_head_form(loaded, folded=False)
-    tokenizer = ImageTokenizer.load(pictures)
+    tokenizer = ImageTokenizer.load(images)
     tower, files = tower_tensors(tokenizer, loaded.dtype), tower_configs(tokenizer, loaded.config)
-    if (path := pictures / REMAINDER_FILE).exists():
+    if (path := images / REMAINDER_FILE).exists():
         with safe_open(path, "pt") as kept:
             tower |= {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
             files[f"{SIGLIP_FOLDER}/config.json"] = json.loads(kept.metadata()[SIGLIP_FOLDER])

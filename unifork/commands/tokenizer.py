@@ -1,4 +1,4 @@
-"""`unifork tokenizer`: official tokenizers as ours, pictures to codes, codes to pictures."""
+"""`unifork tokenizer`: official tokenizers as ours, images to codes, codes to images."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="side of the pictures, 384 in the paper; default: the tower's own")
+    int | None, typer.Option(min=1, help="side of the images, 384 in the paper; default: the tower's own")
 ]
 VisionTower = Annotated[
     str | None, typer.Option(help="folder with the tower's configuration, if a UniFork checkpoint names none")
@@ -41,19 +41,19 @@ def import_(
     tokenizer.save(out)
     shape = tokenizer.architecture
     print(
-        f"{out}: pictures of {shape.image_size} pixels, {shape.grid} x {shape.grid} positions with {shape.depth} "
+        f"{out}: images of {shape.image_size} pixels, {shape.grid} x {shape.grid} positions with {shape.depth} "
         f"codes of {shape.codebook_size}; codebook_id {tokenizer.codebook_id}, encoder_id {tokenizer.encoder_id}"
     )
 
 
 @app.command()
 def encode(
-    images: Annotated[list[Path], typer.Argument(help="picture files")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
     tokenizer: TokenizerDirectory,
     out: Annotated[Path, typer.Option(help="file to write, .npz")],
     view: Annotated[str, typer.Option(help="crop (generation), pad (understanding) or pad-first")] = "crop",
 ) -> None:
-    """Write the codes of pictures: arrays `codes` (picture, row, column, depth), `names`, and what made them."""
+    """Write the codes of images: arrays `codes` (image, row, column, depth), `names`, and what made them."""
     import numpy as np
 
     from unifork.shards.manifest import write_atomically
@@ -61,7 +61,7 @@ def encode(
     check_files(images)
     coder = code_encoder(tokenizer, view)
     shape = coder.tokenizer.architecture
-    codes = coder.encode_pictures(images)
+    codes = coder.encode_images(images)
     facts: dict[str, Any] = {
         "codes": codes.reshape(len(codes), shape.grid, shape.grid, shape.depth),
         "names": [path.name for path in images],
@@ -82,9 +82,9 @@ def encode(
 def decode(
     codes: Annotated[Path, typer.Argument(help="file of `unifork tokenizer encode`")],
     tokenizer: TokenizerDirectory,
-    out: Annotated[Path, typer.Option(help="folder for the pictures")],
+    out: Annotated[Path, typer.Option(help="folder for the images")],
 ) -> None:
-    """Draw the pictures that codes stand for: OUT/0000-NAME.png, ..."""
+    """Draw the images that codes stand for: OUT/0000-NAME.png, ..."""
     coder = code_encoder(tokenizer, "crop")
     stored = _read(codes)
     if str(stored["codebook_id"]) != coder.tokenizer.codebook_id:

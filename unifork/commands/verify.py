@@ -12,12 +12,12 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="folder with a manifest.json, or one with such folders below")],
     repair: Repair = False,
 ) -> None:
-    """Check every shard of finished hops against their manifests."""
+    """Check every shard of finished stages against their manifests."""
     from unifork.errors import DataError
     from unifork.shards import repair as repairs
     from unifork.shards.manifest import read_manifest
 
-    folders = repairs.hop_folders(folder)
+    folders = repairs.job_folders(folder)
     if not folders:
         read_manifest(folder)
     wrong = []

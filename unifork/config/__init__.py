@@ -5,7 +5,7 @@ by `unifork use NAME` from `experiments/`) what the experiment is, `clusters/*.y
 No key lives in two of them. Everything is frozen, unknown keys are errors.
 """
 
-from unifork.config.base import Plain, fingerprint, load, parse, read_yaml
+from unifork.config.base import StrictModel, fingerprint, load, parse, read_yaml
 from unifork.config.card import (
     Card,
     FilterRule,
@@ -18,7 +18,7 @@ from unifork.config.cluster import (
     IN_JOB,
     ROOT,
     Cluster,
-    HopResources,
+    JobResources,
     TrainResources,
     WebAccess,
     cluster_file,
@@ -38,9 +38,9 @@ from unifork.config.experiment import (
     LossBand,
     MixtureEntry,
     OptimizerConfig,
-    Run,
     Sampling,
     Stage,
+    StageRun,
     TextTokenizerConfig,
     TextTokenizerImport,
     TokenizerTraining,

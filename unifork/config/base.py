@@ -12,10 +12,12 @@ from pydantic_core import PydanticCustomError
 from unifork.errors import ConfigError, unknown
 
 UNKNOWN_KEY = "unknown_key"
+RENAMED = {"hops": "jobs", "licence": "license", "quantise_from_step": "quantize_from_step"}
+"""Keys that had another name before."""
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class Plain(BaseModel):
+class StrictModel(BaseModel):
     """Base of every configuration: plain data, frozen, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -29,8 +31,9 @@ class Plain(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         for key in values:
             if key not in known:
-                told = unknown("key", str(key), known)
-                raise PydanticCustomError(UNKNOWN_KEY, "{told}", {"told": str(told)})
+                now = RENAMED.get(str(key))
+                problem = f"the key {key!r} is called {now!r} now" if now in known else unknown("key", str(key), known)
+                raise PydanticCustomError(UNKNOWN_KEY, "{problem}", {"problem": str(problem)})
         return values
 
     def fingerprint(self) -> str:
@@ -44,7 +47,7 @@ def fingerprint(plain: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-Config = TypeVar("Config", bound=Plain)
+Config = TypeVar("Config", bound=StrictModel)
 
 
 def read_yaml(path: Path | str) -> Any:
@@ -66,7 +69,7 @@ def load(model: type[Config], path: Path | str) -> Config:
 
 
 def parse(model: type[Config], plain: Any, place: str, inside: str = "") -> Config:
-    """Plain data as a typed configuration. Raises ConfigError naming place, key, value and rule.
+    """StrictModel data as a typed configuration. Raises ConfigError naming place, key, value and rule.
 
     inside: the key of the place that holds the data, such as `source.options`, without it the data is the whole.
     """

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from unifork.config.base import Plain, load
+from unifork.config.base import StrictModel, load
 from unifork.errors import ConfigError, unknown
 from unifork.vocabulary import Task, View
 
 
-class Source(Plain):
-    """Where the pictures come from: a kind of source, and what it is told."""
+class Source(StrictModel):
+    """Where the images come from: a kind of source, and what it is told."""
 
     kind: str
     """Name of the source, a key of `unifork.sources.SOURCES`, or `MODULE:OBJECT` of your own code."""
@@ -17,16 +17,16 @@ class Source(Plain):
     """What this kind of source needs to know; checked by the source itself."""
 
 
-class TaskUse(Plain):
+class TaskUse(StrictModel):
     """How one task reads a data set."""
 
     view: View
-    """Which view of a picture becomes codes; generation reads crops, understanding pads."""
+    """Which view of an image becomes codes; generation reads crops, understanding pads."""
     texts: tuple[str, ...]
     """Text columns that a mixture may choose from for this task."""
 
 
-class FilterRule(Plain):
+class FilterRule(StrictModel):
     """One rule of `unifork.filters.rules`, applied in the order of the card."""
 
     rule: str
@@ -35,7 +35,7 @@ class FilterRule(Plain):
     """The rule's thresholds; checked by the rule itself."""
 
 
-class Card(Plain):
+class Card(StrictModel):
     """One data set: what it is, where it comes from, who may use it and how it is read."""
 
     name: str
@@ -44,15 +44,15 @@ class Card(Plain):
     """One line for people."""
     homepage: str
     """Where the data set is described by its makers."""
-    licence: str
-    """SPDX identifier of the pictures' licence, or a short name where none exists."""
+    license: str
+    """SPDX identifier of the images' license, or a short name where none exists."""
     attribution: str
-    """Whom to credit, as the licence asks."""
+    """Whom to credit, as the license asks."""
     redistribute_codes: bool
-    """Whether codes, which can be decoded to pictures, may be published."""
+    """Whether codes, which can be decoded to images, may be published."""
     source: Source
     matte: tuple[int, int, int] = (255, 255, 255)
-    """RGB colour (0 to 255) put behind transparent pictures."""
+    """RGB color (0 to 255) put behind transparent images."""
     columns: tuple[str, ...] = ()
     """Source columns kept beside the fixed ones."""
     tasks: dict[Task, TaskUse]

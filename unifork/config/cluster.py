@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from unifork.config.base import Plain, load
+from unifork.config.base import StrictModel, load
 
 CLUSTER = "UNIFORK_CLUSTER"
 """Environment: path of the cluster file."""
@@ -15,18 +15,18 @@ ROOT = "UNIFORK_ROOT"
 """Environment: the folder that holds the data, on storage that the cluster shares; programs work in it."""
 
 
-class HopResources(Plain):
-    """Workers of one data hop."""
+class JobResources(StrictModel):
+    """Workers of one data stage."""
 
     workers: NonNegativeInt = 0
     """Actors of the Ray Data job; 0 works in the stage's own process, for small data."""
     cpus: PositiveFloat = 1.0
-    """CPUs each actor asks for; in `encode` as many threads, at least one, decode pictures."""
+    """CPUs each actor asks for; in `encode` as many threads, at least one, decode images."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs each actor asks for."""
 
 
-class WebAccess(Plain):
+class WebAccess(StrictModel):
     """How the download stage reaches the web; what it may fetch is part of the card."""
 
     threads: PositiveInt = 32
@@ -38,7 +38,7 @@ class WebAccess(Plain):
     named in the environment are never used."""
 
 
-class TrainResources(Plain):
+class TrainResources(StrictModel):
     """Workers of a training stage."""
 
     workers: NonNegativeInt = 0
@@ -62,7 +62,7 @@ class TrainResources(Plain):
     """How often a failed worker group is started again from the last checkpoint."""
 
 
-class Cluster(Plain):
+class Cluster(StrictModel):
     """Where things run. Never a parameter of DVC: results do not depend on it."""
 
     name: str
@@ -73,7 +73,7 @@ class Cluster(Plain):
     gpus: NonNegativeInt | None = None
     """GPUs given to the local Ray; None takes what the machine has."""
     object_store_mb: PositiveInt = 200
-    """Object store of the local Ray in MiB; jobs pass paths, not pictures."""
+    """Object store of the local Ray in MiB; jobs pass paths, not images."""
     runtime_env: dict[str, Any] = {}
     """Ray runtime environment of submitted jobs; `py_modules` are sent beside the project's own packages."""
     root: str | None = None
@@ -84,7 +84,7 @@ class Cluster(Plain):
     """`s3://bucket/path` or any other address of fsspec where new shards go, as `<store>/raw/<set>/part-00000.parquet`;
     the folders here keep the manifests, which name them. One experiment, one store. Credentials come from the
     environment of every node. None keeps shards beside their manifests."""
-    hops: dict[str, HopResources] = {}
+    jobs: dict[str, JobResources] = {}
     """Resources of `download`, `filter` and `encode`; the CPUs of `image_tokenizer` are the threads of its training."""
     web: WebAccess = WebAccess()
     train: TrainResources = TrainResources()

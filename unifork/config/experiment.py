@@ -4,23 +4,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
-from unifork.config.base import Fraction01, Plain, load
+from unifork.config.base import Fraction01, StrictModel, load
 from unifork.errors import unknown
 from unifork.vocabulary import Task
 
 
-class Followed(Plain):
+class Followed(StrictModel):
     """Paths that DVC follows for a data set beside its card. The card again, where that names no files."""
 
     source: str
     """What rows are made from; for `download`."""
     lists: str
-    """Takedown lists and benchmark pictures of filter rules."""
+    """Takedown lists and benchmark images of filter rules."""
     others: str
     """The other sets that it is compared with."""
 
 
-class DatasetUse(Plain):
+class DatasetUse(StrictModel):
     """How much of a data set an experiment takes."""
 
     rows: PositiveInt | None = None
@@ -31,20 +31,20 @@ class DatasetUse(Plain):
     """Written by `unifork use`."""
 
 
-class EncoderConfig(Plain):
+class EncoderConfig(StrictModel):
     """The SigLIP vision encoder; one layer more is listed than runs, as in VILA-U."""
 
     hidden_size: PositiveInt
     """Width C, also the width of a code vector."""
     layers: PositiveInt
-    """Layers of the encoder; the output of the second to last is quantised, the last never runs."""
+    """Layers of the encoder; the output of the second to last is quantized, the last never runs."""
     heads: PositiveInt
     """Attention heads."""
     intermediate_size: PositiveInt
     """Width of the MLP."""
 
 
-class DecoderConfig(Plain):
+class DecoderConfig(StrictModel):
     """The convolutional decoder of VQGAN."""
 
     z_channels: PositiveInt
@@ -61,19 +61,19 @@ class DecoderConfig(Plain):
     """Groups of the group norms (32 upstream)."""
 
 
-class TokenizerTraining(Plain):
+class TokenizerTraining(StrictModel):
     """How the demo's small tokenizer is trained; large ones are imported."""
 
     datasets: tuple[str, ...]
-    """Data sets whose filtered pictures it learns from, in the views they serve."""
+    """Data sets whose filtered images it learns from, in the views they serve."""
     shares: dict[str, PositiveFloat] = {}
     """Weight in every batch of a data set's view, by `<data set>/<view>`; those not named weigh 1."""
     steps: PositiveInt
     """Optimizer steps."""
-    quantise_from_step: NonNegativeInt
-    """Step at which the codebook is initialised by residual k-means and quantisation begins."""
+    quantize_from_step: NonNegativeInt
+    """Step at which the codebook is initialized by residual k-means and quantization begins."""
     batch_images: PositiveInt
-    """Pictures per step."""
+    """Images per step."""
     learning_rate: PositiveFloat
     """Peak learning rate of AdamW; decays to zero along a cosine."""
     warmup_steps: NonNegativeInt
@@ -85,11 +85,11 @@ class TokenizerTraining(Plain):
     local: bool = True
     """Whether the encoder's attention and positions stay at zero: codes of a patch then depend on it alone."""
     held_out_images: PositiveInt
-    """Pictures kept out of training and used for the reported errors."""
+    """Images kept out of training and used for the reported errors."""
 
 
-class ImageTokenizerConfig(Plain):
-    """The residual-quantised autoencoder that turns pictures into codes."""
+class ImageTokenizerConfig(StrictModel):
+    """The residual-quantized autoencoder that turns images into codes."""
 
     image_size: PositiveInt
     """Side of both views in pixels."""
@@ -103,15 +103,15 @@ class ImageTokenizerConfig(Plain):
     decoder: DecoderConfig
     training: TokenizerTraining
     seed: NonNegativeInt
-    """Seed of initialisation and of the order of pictures."""
+    """Seed of initialization and of the order of images."""
 
     @property
     def grid(self) -> int:
-        """Positions along one side of the picture."""
+        """Positions along one side of the image."""
         return self.image_size // self.patch_size
 
 
-class ImportedTokenizer(Plain):
+class ImportedTokenizer(StrictModel):
     """An official tokenizer, which brings its architecture along."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -137,7 +137,7 @@ AnyTokenizer = Annotated[
 ]
 
 
-class TextTokenizerConfig(Plain):
+class TextTokenizerConfig(StrictModel):
     """The small byte-level BPE of the demo; large models bring their own."""
 
     vocab_size: PositiveInt
@@ -146,7 +146,7 @@ class TextTokenizerConfig(Plain):
     """Data sets whose texts it is trained on."""
 
 
-class TextTokenizerImport(Plain):
+class TextTokenizerImport(StrictModel):
     """The text tokenizer of a language model, instead of a trained one."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -161,7 +161,7 @@ AnyTextTokenizer = Annotated[
 ]
 
 
-class HeadConfig(Plain):
+class HeadConfig(StrictModel):
     """The residual depth transformer that predicts the codes of a position one by one."""
 
     layers: PositiveInt
@@ -176,7 +176,7 @@ class HeadConfig(Plain):
     """False: with the linear maps in front of and behind attention that the published head has besides."""
 
 
-class Variant(Plain):
+class Variant(StrictModel):
     """One architecture, and the stages it goes through."""
 
     plan: str
@@ -191,10 +191,10 @@ class Variant(Plain):
     stages: tuple[str, ...]
     """Names of the stages, in order."""
     seed: NonNegativeInt = 0
-    """Seed of the initialisation."""
+    """Seed of the initialization."""
 
 
-class MixtureEntry(Plain):
+class MixtureEntry(StrictModel):
     """One part of a mixture."""
 
     dataset: str
@@ -206,10 +206,10 @@ class MixtureEntry(Plain):
     template: str
     """Prompt template, a key of `unifork.documents.prompts.TEMPLATES`."""
     weight: PositiveFloat
-    """Share of the documents; weights are normalised over the mixture."""
+    """Share of the documents; weights are normalized over the mixture."""
 
 
-class OptimizerConfig(Plain):
+class OptimizerConfig(StrictModel):
     """AdamW and its schedule."""
 
     learning_rate: PositiveFloat
@@ -226,7 +226,7 @@ class OptimizerConfig(Plain):
     """Largest norm of the gradient over all trained tensors."""
 
 
-class Track(Plain):
+class Track(StrictModel):
     """One sequence of optimizer steps over one mixture."""
 
     mixture: tuple[MixtureEntry, ...]
@@ -240,12 +240,12 @@ class Track(Plain):
     prompt_drop: Fraction01 = 0.0
     """Share of generation documents whose prompt is replaced by the dropped-prompt token."""
     supervised_positions: PositiveInt | None = None
-    """Positions of a generated picture that are learned, the first in reading order; None learns all."""
+    """Positions of a generated image that are supervised, the first in reading order; None learns all."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number type of the products (autocast); weights, gradients, optimizer and losses are float32 in both."""
 
 
-class Sampling(Plain):
+class Sampling(StrictModel):
     """How codes are drawn."""
 
     guidance: PositiveFloat = 4.0
@@ -262,18 +262,18 @@ class Sampling(Plain):
     """Seed of the draws."""
 
 
-class LossBand(Plain):
+class LossBand(StrictModel):
     """Bounds of the losses. Guessing evenly costs ln V nats per word and ln K per code."""
 
     first_text: PositiveFloat | None = None
-    """Text loss in nats expected of the first step, such as a warm-started model's; None: at most guessing evenly."""
+    """Text loss in nats expected of the first step, as of a warm-started model; None: at most a uniform prediction."""
     warn: PositiveFloat = 0.15
     """Relative distance of a first step's loss from the expected one that is reported."""
     stop: PositiveFloat = 2.0
-    """Multiple of guessing evenly above which any step's loss stops the run."""
+    """Multiple of a uniform prediction above which any step's loss stops the run."""
 
 
-class Stage(Plain):
+class Stage(StrictModel):
     """One training run: its tracks and how they take turns."""
 
     tracks: dict[str, Track]
@@ -287,16 +287,16 @@ class Stage(Plain):
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept on disk; the newest always is."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts whose pictures show the progress of generation after the stage."""
+    """Prompts whose images show the progress of generation after the stage."""
     sampling: Sampling = Sampling()
-    """How those pictures are drawn."""
+    """How those images are drawn."""
     loss_band: LossBand = LossBand()
     """When a loss is reported and when it stops the run."""
     seed: NonNegativeInt = 0
     """Seed of order, prompt dropping and sampling."""
 
 
-class Benchmark(Plain):
+class Benchmark(StrictModel):
     """One evaluation."""
 
     kind: str
@@ -304,10 +304,10 @@ class Benchmark(Plain):
     samples: PositiveInt
     """Prompts or questions per score and split."""
     sampling: Sampling = Sampling()
-    """Used by benchmarks that generate pictures; text is decoded greedily."""
+    """Used by benchmarks that generate images; text is decoded greedily."""
 
 
-class Run(Plain):
+class StageRun(StrictModel):
     """One entry of `dvc.yaml`'s train stage, written by `unifork use`; derived, never edited."""
 
     variant: str
@@ -318,7 +318,7 @@ class Run(Plain):
     """The deepest folder that holds all codes it reads."""
 
 
-class Experiment(Plain):
+class Experiment(StrictModel):
     """Everything an experiment is, and nothing about where it runs."""
 
     name: str
@@ -332,7 +332,7 @@ class Experiment(Plain):
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
-    runs: dict[str, Run] = {}
+    runs: dict[str, StageRun] = {}
     """Written by `unifork use`: every stage of every variant, with its inputs."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""

@@ -1,1 +1,1 @@
-"""From rows with codes to packed batches: prompts, tokenised documents, their order, packing and loading."""
+"""From rows with codes to packed batches: prompts, tokenized documents, their order, packing and loading."""

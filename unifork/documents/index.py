@@ -2,7 +2,7 @@
 
 In: documents in file order, one row group after another. Out: a folder of flat little-endian arrays
 (`COLUMNS`), the rows that cannot be used (`quarantine.jsonl`) and, last, `index.json` with the size
-and hash of every file. Only the words of a document are kept: where its picture stands follows from
+and hash of every file. Only the words of a document are kept: where its image stands follows from
 one number, and codes stay in their shards. Memory does not grow with the number of documents, since
 the system loads and drops pages of the arrays as it needs to.
 
@@ -26,10 +26,10 @@ from unifork.shards.manifest import file_sha256, fsync_folder, fsync_tree, write
 
 COLUMNS = {
     "text_ids_S": "<i4",
-    "learned_S": "|b1",
+    "loss_mask_S": "|b1",
     "text_ends_R": "<i8",  # where a document's text tokens end; they begin where the last ones end
-    "picture_at_R": "<i4",  # text tokens before the picture, or NO_PICTURE
-    "learned_count_R": "<i4",
+    "image_at_R": "<i4",  # text tokens before the image, or NO_IMAGE
+    "supervised_count_R": "<i4",
     "where_R3": "<i4",  # shard, row group of the shard, row of the group
     "key_bytes": "|u1",
     "key_ends_R": "<i8",
@@ -37,21 +37,21 @@ COLUMNS = {
 }
 QUARANTINE = "quarantine.jsonl"
 """One JSON list `[key, reason]` a line."""
-NO_PICTURE = -1
-"""`picture_at` of a document of text alone."""
+NO_IMAGE = -1
+"""`image_at` of a document of text alone."""
 META = "index.json"
 FORMAT = 1
 WAIT_SECONDS = 24 * 3600.0
 """How long a worker waits for another one that prepares the same documents."""
 
 
-class Words(NamedTuple):
-    """The text tokens of one document, and how many of them stand before its picture."""
+class TokenizedDocument(NamedTuple):
+    """The text tokens of one document, and how many of them stand before its image."""
 
     key: str
     ids_T: np.ndarray
-    learned_T: np.ndarray
-    picture_at: int
+    loss_mask_T: np.ndarray
+    image_at: int
     row: int
     """Row of its row group."""
 
@@ -71,7 +71,7 @@ class Writer:
         self.quarantined[reason] += 1
         self._quarantine.write(json.dumps([key, reason], ensure_ascii=False) + "\n")
 
-    def add(self, shard: int, group: int, documents: Sequence[Words]) -> None:
+    def add(self, shard: int, group: int, documents: Sequence[TokenizedDocument]) -> None:
         """Append the usable documents of one row group."""
         if not documents:
             return
@@ -80,10 +80,10 @@ class Writer:
         key_ends_R = self.key_end + np.cumsum([len(key) for key in keys])
         self.append(
             text_ids_S=np.concatenate([document.ids_T for document in documents]),
-            learned_S=np.concatenate([document.learned_T for document in documents]),
+            loss_mask_S=np.concatenate([document.loss_mask_T for document in documents]),
             text_ends_R=text_ends_R,
-            picture_at_R=np.array([document.picture_at for document in documents]),
-            learned_count_R=np.array([document.learned_T.sum() for document in documents]),
+            image_at_R=np.array([document.image_at for document in documents]),
+            supervised_count_R=np.array([document.loss_mask_T.sum() for document in documents]),
             where_R3=np.array([(shard, group, document.row) for document in documents]),
             key_bytes=np.frombuffer(b"".join(keys), np.uint8),
             key_ends_R=key_ends_R,
@@ -121,10 +121,10 @@ class Index:
         self.quarantined: dict[str, int] = meta["quarantined"]
         (
             self.text_ids_S,
-            self.learned_S,
+            self.loss_mask_S,
             self.text_ends_R,
-            self.picture_at_R,
-            self.learned_count_R,
+            self.image_at_R,
+            self.supervised_count_R,
             where,
             self.key_bytes,
             self.key_ends_R,

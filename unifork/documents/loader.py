@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from unifork.batch import Batch, Document, pack
 from unifork.config import Track
-from unifork.documents.mixture import CodesIdentity, Part, Quarantine, Skeleton, unconditional
-from unifork.documents.order import MixtureOrder, SetOrder, Slot, deal, pack_step
+from unifork.documents.mixture import CodesIdentity, MixturePart, Quarantine, Skeleton, unconditional
+from unifork.documents.order import MixtureOrder, SetOrder, Slot, assign_rows_to_workers, pack_step
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.layout import Layout
@@ -55,7 +55,7 @@ class TrackLoader:
     ) -> None:
         self.name, self.track, self.seed, self.identity = name, track, seed, identity
         self.row_tokens, self.rows_per_microbatch = row_tokens, rows_per_microbatch
-        self.parts = [Part(entry, layout, tokenizer, identity, context, quarantine) for entry in track.mixture]
+        self.parts = [MixturePart(entry, layout, tokenizer, identity, context, quarantine) for entry in track.mixture]
         self.order = MixtureOrder(
             [entry.weight for entry in track.mixture],
             [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)],
@@ -66,7 +66,7 @@ class TrackLoader:
         if self.supervised_positions > identity.positions:
             raise ConfigError(
                 f"track {name}: supervised_positions is {self.supervised_positions}; "
-                f"a picture has {identity.positions} positions"
+                f"an image has {identity.positions} positions"
             )
 
     def plan(self, step: int, workers: int) -> StepPlan:
@@ -80,16 +80,16 @@ class TrackLoader:
         ]
         tasks = [part.task for part in parts]
         packing = pack_step(lengths, tasks, self.row_tokens, workers * self.rows_per_microbatch)
-        text = sum(part.learned(slot.document) for part, slot in zip(parts, slots, strict=True))
-        pictures = sum(part.task == "generation" for part in parts)
+        text = sum(part.supervised(slot.document) for part, slot in zip(parts, slots, strict=True))
+        images = sum(part.task == "generation" for part in parts)
         return StepPlan(
             slots=slots,
             dropped=dropped,
             keys=[part.key(slot.document) for part, slot in zip(parts, slots, strict=True)],
             lengths=lengths,
-            microbatches=deal(packing.rows, workers, self.rows_per_microbatch),
+            microbatches=assign_rows_to_workers(packing.rows, workers, self.rows_per_microbatch),
             text_targets=text,
-            image_targets=pictures * self.supervised_positions,
+            image_targets=images * self.supervised_positions,
             row_tokens=packing.row_tokens,
             fill=packing.fill,
         )

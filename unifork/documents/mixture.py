@@ -1,6 +1,6 @@
 """Code shards + template + text tokenizer -> documents that were all checked before step 0.
 
-A part of a mixture is prepared once: each row is written, tokenised and checked, and the result is
+A part of a mixture is prepared once: each row is written, tokenized and checked, and the result is
 kept as an index (`data/prepared`) under the hash of everything it depends on. Rows that cannot be
 used (no text for this template, nothing to learn, too long) are quarantined with key and reason and
 are not part of the order. Codes are read on demand, one row group at a time.
@@ -22,8 +22,8 @@ import tokenizers
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document
 from unifork.config import MixtureEntry, fingerprint
-from unifork.documents.index import NO_PICTURE, QUARANTINE, Index, Words, Writer, prepared
-from unifork.documents.prompts import PICTURE, UNCONDITIONAL, Border, Piece, Template, template_for, written
+from unifork.documents.index import NO_IMAGE, QUARANTINE, Index, TokenizedDocument, Writer, prepared
+from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Border, Piece, Template, template_for, written
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import DataError, IdentityError, unknown
 from unifork.layout import Layout
@@ -33,8 +33,8 @@ from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION, Task
 
 DOCUMENTS_VERSION = 1
 """Raise when the same row would become another document."""
-PICTURES = "(pictures)"
-"""Column added to rows that are read: how many pictures a row has, 0 where its codes are null."""
+IMAGES = "(images)"
+"""Column added to rows that are read: how many images a row has, 0 where its codes are null."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,29 @@ class Skeleton:
 
     kinds_T: np.ndarray
     text_ids_T: np.ndarray
-    learned_T: np.ndarray
+    loss_mask_T: np.ndarray
 
     def with_codes(self, key: str, task: Task, codes_ND: np.ndarray, supervised: int | None = None) -> Document:
-        """The document itself; `supervised` positions of its picture are targets, None: all."""
-        return Document(key, task, self.kinds_T, self.text_ids_T, self.learned_T, codes_ND, supervised)
+        """The document itself; `supervised` positions of its image are targets, None: all."""
+        return Document(key, task, self.kinds_T, self.text_ids_T, self.loss_mask_T, codes_ND, supervised)
 
 
 def skeleton(pieces: Sequence[Piece], tokenizer: TextTokenizer, positions: int, border: Border = "letters") -> Skeleton:
-    """Tokenise a written sample; a picture becomes begin, `positions` image tokens and end."""
-    kinds, ids, learned = [], [], []
+    """Tokenize a written sample; an image becomes begin, `positions` image tokens and end."""
+    kinds, ids, supervised = [], [], []
     block = np.array([BEGIN_IMAGE] + [IMAGE] * positions + [END_IMAGE], np.int64)
-    for is_picture, stretch in groupby(pieces, key=lambda piece: piece == PICTURE):
+    for is_image, stretch in groupby(pieces, key=lambda piece: piece == IMAGE_PIECE):
         run = list(stretch)
-        if is_picture:
+        if is_image:
             kinds += [block] * len(run)
             ids += [np.zeros(len(block), np.int64)] * len(run)
-            learned += [np.zeros(len(block), bool)] * len(run)
+            supervised += [np.zeros(len(block), bool)] * len(run)
         else:
-            text_ids, text_learned = tokenizer.encode_pieces(run, border)
+            text_ids, text_supervised = tokenizer.encode_pieces(run, border)
             kinds.append(np.full(len(text_ids), TEXT, np.int64))
             ids.append(text_ids)
-            learned.append(text_learned)
-    return Skeleton(np.concatenate(kinds), np.concatenate(ids), np.concatenate(learned))
+            supervised.append(text_supervised)
+    return Skeleton(np.concatenate(kinds), np.concatenate(ids), np.concatenate(supervised))
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Quarantine:
                     yield dataset, key, reason
 
 
-class Part:
+class MixturePart:
     """One prepared part of a mixture: documents 0 to len-1, in file order."""
 
     def __init__(
@@ -153,31 +153,31 @@ class Part:
     def length(self, index: int) -> int:
         """Tokens of a document."""
         text = self.index.text(index)
-        seen = self.index.picture_at_R[index] != NO_PICTURE
+        seen = self.index.image_at_R[index] != NO_IMAGE
         return int(text.stop - text.start) + (self.identity.positions + 2 if seen else 0)
 
-    def learned(self, index: int) -> int:
-        """Text tokens of a document that are learned."""
-        return int(self.index.learned_count_R[index])
+    def supervised(self, index: int) -> int:
+        """Text tokens of a document that are supervised."""
+        return int(self.index.supervised_count_R[index])
 
     def document(self, index: int, supervised: int | None = None) -> Document:
-        """A document with its codes; `supervised` positions of its picture are targets, None: all."""
+        """A document with its codes; `supervised` positions of its image are targets, None: all."""
         text = self.index.text(index)
-        at, image = int(self.index.picture_at_R[index]), self.identity.positions + 2
-        if at == NO_PICTURE:
-            ids_T, learned_T = self.index.text_ids_S[text].astype(np.int64), np.array(self.index.learned_S[text])
-            alone = Skeleton(np.full(len(ids_T), TEXT, np.int64), ids_T, learned_T)
+        at, image = int(self.index.image_at_R[index]), self.identity.positions + 2
+        if at == NO_IMAGE:
+            ids_T, loss_mask_T = self.index.text_ids_S[text].astype(np.int64), np.array(self.index.loss_mask_S[text])
+            alone = Skeleton(np.full(len(ids_T), TEXT, np.int64), ids_T, loss_mask_T)
             return alone.with_codes(self.key(index), self.task, np.zeros((0, self.identity.depth), np.int64))
         T = text.stop - text.start + image
-        kinds_T, text_ids_T, learned_T = np.full(T, TEXT, np.int8), np.zeros(T, np.int32), np.zeros(T, bool)
+        kinds_T, text_ids_T, loss_mask_T = np.full(T, TEXT, np.int8), np.zeros(T, np.int32), np.zeros(T, bool)
         kinds_T[at], kinds_T[at + 1 : at + image - 1], kinds_T[at + image - 1] = BEGIN_IMAGE, IMAGE, END_IMAGE
-        for target_T, source in ((text_ids_T, self.index.text_ids_S), (learned_T, self.index.learned_S)):
+        for target_T, source in ((text_ids_T, self.index.text_ids_S), (loss_mask_T, self.index.loss_mask_S)):
             target_T[:at], target_T[at + image :] = source[text][:at], source[text][at:]
-        made = Skeleton(kinds_T, text_ids_T, learned_T)
+        made = Skeleton(kinds_T, text_ids_T, loss_mask_T)
         return made.with_codes(self.key(index), self.task, self.codes(index), supervised)
 
     def codes(self, index: int) -> np.ndarray:
-        """The codes of a document's picture, uint16, shape (N, D)."""
+        """The codes of a document's image, uint16, shape (N, D)."""
         shard, group, row = self.index.where_R3[index].tolist()
         return np.asarray(self._group(shard, group)[row])
 
@@ -186,15 +186,15 @@ class Part:
             usable = []
             for number, row in enumerate(rows):
                 try:
-                    pieces = written(template, row[self.entry.text], row[PICTURES])
+                    pieces = written(template, row[self.entry.text], row[IMAGES])
                     made = skeleton(pieces, tokenizer, self.identity.positions, template.border)
                     _check(made, self.task, context)
                 except Unusable as reason:
                     writer.quarantine(row["key"], str(reason))
                     continue
                 text = made.kinds_T == TEXT
-                at = NO_PICTURE if text.all() else int(np.argmin(text))
-                usable.append(Words(row["key"], made.text_ids_T[text], made.learned_T[text], at, number))
+                at = NO_IMAGE if text.all() else int(np.argmin(text))
+                usable.append(TokenizedDocument(row["key"], made.text_ids_T[text], made.loss_mask_T[text], at, number))
             writer.add(shard, group, usable)
         if not writer.rows:
             raise DataError(
@@ -211,8 +211,8 @@ class Part:
             self._check_identity(codes_meta(file.schema_arrow, str(path)), str(path))
             for group in range(file.num_row_groups):
                 rows = file.read_row_group(group, columns=["key", text]).to_pylist()
-                for row, pictures in zip(rows, _pictures(file, group), strict=True):
-                    row[PICTURES] = pictures
+                for row, images in zip(rows, _images(file, group), strict=True):
+                    row[IMAGES] = images
                 yield (number, group), rows
 
     def _check_identity(self, meta: dict[str, Any], place: str) -> None:
@@ -237,8 +237,8 @@ class Part:
         return codes_array(file.read_row_group(group, columns=["codes"]).column("codes"), shape)
 
 
-def _pictures(file: pq.ParquetFile, group: int) -> list[int]:
-    """Pictures of each row of a row group. The codes are read only where some are missing."""
+def _images(file: pq.ParquetFile, group: int) -> list[int]:
+    """Images of each row of a row group. The codes are read only where some are missing."""
     columns = file.metadata.row_group(group)
     codes = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "codes")
     if codes.statistics is not None and codes.statistics.null_count == 0:
@@ -255,9 +255,9 @@ def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:
 def _check(made: Skeleton, task: Task, context: int) -> None:
     if len(made.kinds_T) > context:
         raise Unusable(f"longer than the context of {context} tokens")
-    if task == "understanding" and not made.learned_T.any():
+    if task == "understanding" and not made.loss_mask_T.any():
         raise Unusable("nothing to learn")
     if task == "generation" and not (made.kinds_T == IMAGE).any():
-        raise Unusable("no picture to generate")
-    if made.learned_T[0]:
-        raise Unusable("the first token cannot be learned: nothing stands before it")
+        raise Unusable("no image to generate")
+    if made.loss_mask_T[0]:
+        raise Unusable("the first token cannot be supervised: nothing stands before it")

@@ -2,7 +2,7 @@
 
 The documents are a pure function of (seed, mixture, step), with O(1) seek.
 
-Slots are dealt to the data sets by a fixed schedule that keeps every prefix within one document of
+Slots are assigned to the data sets by a fixed schedule that keeps every prefix within one document of
 the exact weights. The n-th slot of a set maps to (pass, index): each pass has its own permutation,
 keyed by (seed, set, pass), of row groups first and then of documents inside windows of row groups,
 so memory is flat and reads are local. Nothing there knows workers, packing or history.
@@ -91,14 +91,14 @@ def schedule(weights: list[float]) -> np.ndarray:
         raise ConfigError(
             f"mixture weights {weights}: a share below 1/1000 cannot be scheduled; raise it or leave it out"
         )
-    dealt = np.zeros(len(counts), np.int64)
+    assigned = np.zeros(len(counts), np.int64)
     slots = np.empty(period, np.int64)
     for slot in range(period):
-        behind = counts * (slot + 1) - dealt * period
+        behind = counts * (slot + 1) - assigned * period
         # among those that are behind, the one whose next deadline is the earliest
-        deadline = np.where(behind > 0, (dealt + 1) / counts, np.inf)
+        deadline = np.where(behind > 0, (assigned + 1) / counts, np.inf)
         slots[slot] = int(np.argmin(deadline))
-        dealt[slots[slot]] += 1
+        assigned[slots[slot]] += 1
     return slots
 
 
@@ -194,7 +194,9 @@ def _first_fit(by_task: list[list[int]], lengths: list[int], row_tokens: int) ->
     return rows
 
 
-def deal(rows: list[list[int]], workers: int, rows_per_microbatch: int) -> list[list[list[list[int]]]]:
+def assign_rows_to_workers(
+    rows: list[list[int]], workers: int, rows_per_microbatch: int
+) -> list[list[list[list[int]]]]:
     """[worker][microbatch][row] -> document numbers.
 
     Every worker gets the same number of microbatches of the same number of rows. Raises ValueError

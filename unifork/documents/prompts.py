@@ -1,6 +1,6 @@
-"""Prompt templates as data: what a sample of each stage reads like, and which part is learned.
+"""Prompt templates as data: what a sample of each stage reads like, and which part is supervised.
 
-A template is a text with three kinds of mark: `<image>` stands for the picture, `{name}` for a
+A template is a text with three kinds of mark: `<image>` stands for the image, `{name}` for a
 field, and what is between `[[` and `]]` is what an understanding model is taught to write. Marks
 count in templates only: whatever a caption or a dialogue says is text, special tokens included.
 
@@ -8,7 +8,7 @@ The formats are those of the official code (its stages 1.0 to 5.0). Where ours l
 the official way stands beside it under a name that begins with `official-`.
 
 A dialogue becomes a system text and exchanges that are safe to train on, or the reason why not: nothing is guessed and
-nothing is cut, because a wrong mask is learned silently. The image stands in front of the question whose turn has the
+nothing is cut: a wrong mask is trained on silently. The image stands in front of the question whose turn has the
 marker `<image>`, wherever in the turn the marker is (official code, data_utils); in front of the first question where
 no turn has one.
 """
@@ -30,9 +30,9 @@ SYSTEM = (
 )
 
 Border = Literal["letters", "count"]
-"""Which token is the first that is learned, where a token can cross the border between given and learned.
+"""Which token is the first that is supervised, where a token can cross the border between given and supervised.
 
-`letters`: the first that holds learned letters alone. `count`: the one after as many tokens as the
+`letters`: the first that holds supervised letters alone. `count`: the one after as many tokens as the
 given text has by itself, whatever it holds (official code): it can be one too early or too late.
 """
 
@@ -47,12 +47,12 @@ class Template:
     opening: str = ""
     """For dialogues: what stands before the first exchange; `{system}` is the dialogue's own text or SYSTEM."""
     turn: str = ""
-    """For dialogues: one exchange with `{user}` and `{assistant}`; the picture stands in one of them."""
+    """For dialogues: one exchange with `{user}` and `{assistant}`; the image stands in one of them."""
     first_turn_only: bool = False
     """Whether later exchanges are left out."""
     border: Border = "letters"
     once: str = ""
-    """A text that must stand once in every exchange, or nothing of the sample is learned (official code)."""
+    """A text that must stand once in every exchange, or nothing of the sample is supervised (official code)."""
 
 
 INSTRUCTION = "Provide a one-sentence caption for the image."
@@ -106,32 +106,32 @@ def template_for(entry: MixtureEntry, place: str) -> Template:
 class Piece:
     """A stretch of a written sample.
 
-    text: None where the picture stands. learned: a model is taught to write it. control: special
+    text: None where the image stands. supervised: a model is taught to write it. control: special
     tokens in it are control tokens; true of a template's own words, never of a field's.
     """
 
     text: str | None
-    learned: bool = False
+    supervised: bool = False
     control: bool = False
 
 
-PICTURE = Piece(None)
+IMAGE_PIECE = Piece(None)
 
 _MARKS = re.compile(r"(<image>|\[\[|\]\]|\{\w+\})")
 
 
 def laid_out(form: str, fields: Mapping[str, str]) -> list[Piece]:
     """A template's text as pieces, with its fields filled in."""
-    pieces, learned = [], False
+    pieces, supervised = [], False
     for number, part in enumerate(_MARKS.split(form)):
         if part == IMAGE_MARK:
-            pieces.append(PICTURE)
+            pieces.append(IMAGE_PIECE)
         elif part in ("[[", "]]"):
-            learned = part == "[["
+            supervised = part == "[["
         elif number % 2:
-            pieces.append(Piece(fields[part[1:-1]], learned))
+            pieces.append(Piece(fields[part[1:-1]], supervised))
         elif part:
-            pieces.append(Piece(part, learned, control=True))
+            pieces.append(Piece(part, supervised, control=True))
     return pieces
 
 
@@ -141,11 +141,11 @@ UNCONDITIONAL = laid_out(f"{TURN_START}USER: {DROPPED_PROMPT}. ASSISTANT: {IMAGE
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question with its answer; `picture` says whether the picture stands in front of the question."""
+    """One question with its answer; `image` says whether the image stands in front of the question."""
 
     question: str
     answer: str
-    picture: bool
+    image: bool
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class Dialogue:
     exchanges: list[Exchange]
 
 
-def dialogue(turns: Sequence[Mapping[str, str | None]], pictures: int) -> Dialogue:
-    """Read turns `{role, text}` that belong to `pictures` pictures (0 or 1).
+def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue:
+    """Read turns `{role, text}` that belong to `images` images (0 or 1).
 
     Raises Unusable with the reason when they cannot be read in exactly one way.
     """
@@ -172,7 +172,7 @@ def dialogue(turns: Sequence[Mapping[str, str | None]], pictures: int) -> Dialog
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise Unusable(f"roles are {roles[:6]}, not user and assistant in turn")
     questions, answers = texts[::2], texts[1::2]
-    place = _place_of_picture(system or "", questions, answers, pictures)
+    place = _place_of_image(system or "", questions, answers, images)
     exchanges = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         asked = question.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in question else question
@@ -184,22 +184,22 @@ def dialogue(turns: Sequence[Mapping[str, str | None]], pictures: int) -> Dialog
     return Dialogue(system if system and system.strip() else None, exchanges)
 
 
-def _place_of_picture(system: str, questions: list[str], answers: list[str], pictures: int) -> int | None:
-    """The number of the question that the picture stands in front of."""
-    if pictures > 1:
-        raise Unusable(f"{pictures} pictures, a document holds one")
+def _place_of_image(system: str, questions: list[str], answers: list[str], images: int) -> int | None:
+    """The number of the question that the image stands in front of."""
+    if images > 1:
+        raise Unusable(f"{images} images, a document holds one")
     if IMAGE_MARK in system:
         raise Unusable("an image marker inside the system turn")
     if any(IMAGE_MARK in answer for answer in answers):
         raise Unusable("an image marker inside an answer")
     marks = [number for number, question in enumerate(questions) for _ in range(question.count(IMAGE_MARK))]
-    if len(marks) > pictures:
-        raise Unusable(f"image markers: {len(marks)}, pictures: {pictures}")
-    return marks[0] if marks else 0 if pictures else None
+    if len(marks) > images:
+        raise Unusable(f"image markers: {len(marks)}, images: {images}")
+    return marks[0] if marks else 0 if images else None
 
 
-def written(template: Template, value: Any, pictures: int = 1) -> list[Piece]:
-    """One row as pieces. value: a caption, or a list of turns `{role, text}`; pictures: how many the row has.
+def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
+    """One row as pieces. value: a caption, or a list of turns `{role, text}`; images: how many the row has.
 
     Raises Unusable with the reason when the value does not fit the template.
     """
@@ -208,33 +208,33 @@ def written(template: Template, value: Any, pictures: int = 1) -> list[Piece]:
     if template.text:
         if not isinstance(value, str):
             raise Unusable(f"a caption is expected, {CONVERSATIONS} were given")
-        if pictures != 1:
-            raise Unusable(f"pictures: {pictures}, a caption belongs to one")
+        if images != 1:
+            raise Unusable(f"images: {images}, a caption belongs to one")
         return laid_out(template.text, {"caption": _without_mark(value)})
     if isinstance(value, str):
         raise Unusable(f"{CONVERSATIONS} are expected, a caption was given")
-    spoken = dialogue(value, pictures)
+    spoken = dialogue(value, images)
     if spoken.system and "{system}" not in template.opening:
         raise Unusable("a system turn, the template has no place for it")
     exchanges = spoken.exchanges[:1] if template.first_turn_only else spoken.exchanges
-    if pictures and not any(exchange.picture for exchange in exchanges):
-        raise Unusable("the picture belongs to a later question, the template writes only the first")
+    if images and not any(exchange.image for exchange in exchanges):
+        raise Unusable("the image belongs to a later question, the template writes only the first")
     parts = [_exchange(template, exchange) for exchange in exchanges]
     parts[0] = laid_out(template.opening, {"system": spoken.system or SYSTEM}) + parts[0]
-    learnable = not template.once or all(_read(part).count(template.once) == 1 for part in parts)
-    return [piece if learnable else replace(piece, learned=False) for part in parts for piece in part]
+    supervisable = not template.once or all(_read(part).count(template.once) == 1 for part in parts)
+    return [piece if supervisable else replace(piece, supervised=False) for part in parts for piece in part]
 
 
 def question(template: Template, user: str) -> list[Piece]:
-    """What a model is given to answer about a picture: the sample up to the learned part."""
+    """What a model is given to answer about an image: the sample up to the supervised part."""
     form = template.opening + template.turn if template.turn else template.text
     fields = {"system": SYSTEM, "user": _without_mark(user), "assistant": "", "caption": ""}
-    return list(takewhile(lambda piece: not piece.learned, laid_out(form, fields)))
+    return list(takewhile(lambda piece: not piece.supervised, laid_out(form, fields)))
 
 
 def _exchange(template: Template, exchange: Exchange) -> list[Piece]:
     form = template.turn
-    if not exchange.picture:
+    if not exchange.image:
         form = form.replace(f"{IMAGE_MARK}\n", "")
     elif not exchange.question:
         form = form.replace(f"{IMAGE_MARK}\n", IMAGE_MARK)

@@ -26,7 +26,7 @@ from unifork.vocabulary import DROPPED_PROMPT, PAD, SPECIAL_TOKENS, TURN_END, TU
 
 TEXT_TOKENIZER_VERSION = 1
 """Raise when the same texts, or the same imported files, would give another tokenizer."""
-WORDS = (
+SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Qwen2.5's rule for splitting text before BPE (its tokenizer.json)."""
@@ -94,42 +94,44 @@ class TextTokenizer:
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_pieces(self, pieces: Sequence[Piece], border: Border = "letters") -> tuple[np.ndarray, np.ndarray]:
-        """Ids (T) of pieces of text that follow each other, and which of these tokens are learned (T).
+        """Ids (T) of pieces of text that follow each other, and which of these tokens are supervised (T).
 
-        The pieces are tokenised as one text, in which only control tokens are borders.
+        The pieces are tokenized as one text, in which only control tokens are borders.
         """
         ids: list[int] = []
-        learned: list[bool] = []
+        supervised: list[bool] = []
         units = [unit for piece in pieces for unit in self._units(piece)]
         for is_control, stretch in groupby(units, key=lambda unit: unit[2]):
             run = list(stretch)
             if is_control:
                 ids += [self.id_of(text) for text, _, _ in run]
-                learned += [taught for _, taught, _ in run]
+                supervised += [taught for _, taught, _ in run]
             else:
                 taught_L = np.repeat([taught for _, taught, _ in run], [len(text) for text, _, _ in run])
                 text = "".join(text for text, _, _ in run)
                 encoding = self._plain.encode(text, add_special_tokens=False)
                 ids += encoding.ids
                 if not taught_L.any():
-                    learned += [False] * len(encoding.ids)
+                    supervised += [False] * len(encoding.ids)
                 elif border == "letters":
-                    learned += [bool(taught_L[start:stop].all()) and stop > start for start, stop in encoding.offsets]
+                    supervised += [
+                        bool(taught_L[start:stop].all()) and stop > start for start, stop in encoding.offsets
+                    ]
                 else:
                     given = len(self.encode(text[: int(taught_L.argmax())]))
-                    learned += [number >= given for number in range(len(encoding.ids))]
-        return np.array(ids, np.int64), np.array(learned, bool)
+                    supervised += [number >= given for number in range(len(encoding.ids))]
+        return np.array(ids, np.int64), np.array(supervised, bool)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _units(self, piece: Piece) -> Iterator[tuple[str, bool, bool]]:
-        """(text, learned, whether it is a control token) of the stretches of a piece."""
+        """(text, supervised, whether it is a control token) of the stretches of a piece."""
         parts = self._control.split(piece.text or "") if piece.control else [piece.text or ""]
         for number, text in enumerate(parts):
             if text:
-                yield text, piece.learned, number % 2 == 1
+                yield text, piece.supervised, number % 2 == 1
 
 
 def _opened(directory: Path) -> Tokenizer:
@@ -169,7 +171,7 @@ def _opened(directory: Path) -> Tokenizer:
 def _splitting() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

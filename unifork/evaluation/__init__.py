@@ -1,1 +1,1 @@
-"""From a model's pictures and answers to scores with error bars and chance levels; no Ray."""
+"""From a model's images and answers to scores with error bars and chance levels; no Ray."""

@@ -25,7 +25,7 @@ EVALUATE_VERSION = 1
 class Model:
     """What a benchmark asks of a model."""
 
-    paint: Callable[[list[str]], list[Image.Image]]
+    generate_images: Callable[[list[str]], list[Image.Image]]
     """Texts in, one image for each of them out."""
     answer: Callable[[list[Image.Image], list[str]], list[str]]
     """Images and one question about each in, one answer for each out."""

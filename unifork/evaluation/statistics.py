@@ -1,7 +1,7 @@
 """Scores and their errors: per-sample outcomes go in, values with a standard error come out.
 
 Every score of the project is a ratio of two sums over samples: right answers over questions, true
-positives over predicted ones. One formula therefore gives all errors, the linearised one for ratios;
+positives over predicted ones. One formula therefore gives all errors, the linearized one for ratios;
 for a plain proportion p of n samples it equals sqrt(p (1 - p) / n). It is 0 where every sample agrees,
 which says that no sample disagreed, not that the score is certain.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, Run, fingerprint, load_card, parse, read_yaml
+from unifork.config import Card, Experiment, StageRun, fingerprint, load_card, parse, read_yaml
 from unifork.errors import ConfigError, unknown
 from unifork.experiments import checks
 from unifork.experiments.followed import followed
@@ -128,13 +128,13 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
         name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
         for name, use in experiment.datasets.items()
     }
-    runs: dict[str, Run] = {}
+    runs: dict[str, StageRun] = {}
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
         for stage in variant.stages:
             sets = {e.dataset for track in experiment.stages[stage].tracks.values() for e in track.mixture}
             codes = f"data/codes/{sets.pop()}" if len(sets) == 1 else "data/codes"
-            runs[f"{name}-{stage}"] = Run(variant=name, stage=stage, after=before, codes=codes)
+            runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes)
             before = f"models/{name}-{stage}"
     evaluations = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}

@@ -1,13 +1,13 @@
 """Duplicates across shards and sets, in two passes: signatures of every shard, then one decision about all.
 
-Pass 1 is a job over shards: for each row that the card's other rules keep, 64 bits of the picture's SHA-256, of its
+Pass 1 is a job over shards: for each row that the card's other rules keep, 64 bits of the image's SHA-256, of its
 URL and text, and a difference hash of what it shows. Pass 2 reads signatures only and says which rows have an earlier
-twin: earlier is the order (sets as named, the set itself last; then shards and rows as planned), so neither the
+duplicate: earlier is the order (sets as named, the set itself last; then shards and rows as planned), so neither the
 number of workers nor which shard was done first changes anything. The filter then drops what the lists say.
 
 Memory of pass 2: about 90 bytes (measured) for each of at most BUCKET_ROWS rows at a time, since signatures are
 visited in buckets, each of which reads all signature shards once; and the list of duplicates itself. That any two
-different pictures agree in 64 bits of SHA-256 is to be expected in one of 3,700 sets of 10^8 rows.
+different images agree in 64 bits of SHA-256 is to be expected in one of 3,700 sets of 10^8 rows.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from PIL import Image
 
 from unifork.config import Card, parse
 from unifork.errors import ConfigError
-from unifork.filters.rules import TWIN_RULES, BenchmarkOptions, DuplicateOptions, Kind, judge
+from unifork.filters.rules import DUPLICATE_RULES, BenchmarkOptions, DuplicateOptions, Kind, judge
 from unifork.filters.worker import DROPS, filter_fingerprint
 from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
 from unifork.shards.manifest import Shard, file_sha256, keep_only, read_manifest, write_atomically
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.sources import Fault, located
-from unifork.sources.archives import is_picture, opened
+from unifork.sources import RowError, located
+from unifork.sources.archives import is_image, opened
 
 SIGNATURES_VERSION = 1
 BUCKET_ROWS = 4_000_000
@@ -44,19 +44,19 @@ DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.stri
 
 
 def dhash(data: bytes) -> int | None:
-    """64 bits, one for each step to the right in a 9x8 grey picture that gets brighter; None for a flat picture.
+    """64 bits, one for each step to the right in a 9x8 gray image that gets brighter; None for a flat image.
 
-    The difference hash: it stays when a picture is resized, recompressed or made darker as a whole.
+    The difference hash: it stays when an image is resized, recompressed or made darker as a whole.
     """
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.draft("L", (32, 32))
-        if picture.has_transparency_data:
-            whole = picture.convert("RGBA")
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("L", (32, 32))
+        if image.has_transparency_data:
+            whole = image.convert("RGBA")
             flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
         else:
-            flat = picture.convert("RGB")
-        grey = np.asarray(flat.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
-    bits = np.packbits(grey[:, 1:] > grey[:, :-1])
+            flat = image.convert("RGB")
+        gray = np.asarray(flat.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
+    bits = np.packbits(gray[:, 1:] > gray[:, :-1])
     value = int.from_bytes(bits.tobytes(), "big")
     return value if 4 <= value.bit_count() <= 60 else None  # plain grounds all look alike
 
@@ -87,12 +87,12 @@ class Sign:
 
 def alone(card: Card) -> Card:
     """A card without the rules that look at other rows."""
-    return card.model_copy(update={"filters": tuple(rule for rule in card.filters if rule.rule not in TWIN_RULES)})
+    return card.model_copy(update={"filters": tuple(rule for rule in card.filters if rule.rule not in DUPLICATE_RULES)})
 
 
 def looks_around(card: Card) -> bool:
     """Whether some rule of a card needs the two passes."""
-    return any(rule.rule in TWIN_RULES for rule in card.filters)
+    return any(rule.rule in DUPLICATE_RULES for rule in card.filters)
 
 
 def sign_job(card: Card, source: Path, folder: Path) -> ShardJob:
@@ -106,11 +106,11 @@ def sign_job(card: Card, source: Path, folder: Path) -> ShardJob:
 # ----------------------------------------------------------------------------------------- decision
 
 Found = dict[int, tuple[str, int]]
-"""Row -> (rule, earlier twin). Rows are numbered through all sets; benchmark pictures have negative numbers."""
+"""Row -> (rule, earlier duplicate). Rows are numbered through all sets; benchmark images have negative numbers."""
 
 
-def twins(values: np.ndarray, numbers: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
-    """(number, smallest number of an earlier twin) among uint64 signatures of which a band agrees.
+def nearest_duplicates(values: np.ndarray, numbers: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
+    """(number, smallest number of an earlier duplicate) among uint64 signatures of which a band agrees.
 
     Signatures at most `distance` bits apart agree in one of distance + 1 bands (pigeonhole).
     """
@@ -154,7 +154,7 @@ class Signatures:
     def find(
         self, kind: Kind, distance: int, rule: str, found: Found, extra: np.ndarray | None = None, first: int = 0
     ) -> None:
-        """Add rows from number `first` that have an earlier twin, among benchmark signatures (`extra`) if given."""
+        """Add rows from number `first` that have an earlier duplicate, among benchmark signatures (`extra`) if any."""
         bands = distance + 1
         width = 64 // bands
         buckets = max(1, -(-int(self.starts[-1]) // BUCKET_ROWS))
@@ -170,9 +170,13 @@ class Signatures:
                 band = (values >> shift) & mask
                 pieces = [(values, numbers)] if distance == 0 else groups(values, numbers, band)
                 for group in pieces:
-                    for row, twin in twins(*group, distance):
-                        if row >= first and (extra is None or twin < 0) and twin < found.get(row, ("", row))[1]:
-                            found[row] = (rule, twin)
+                    for row, duplicate in nearest_duplicates(*group, distance):
+                        if (
+                            row >= first
+                            and (extra is None or duplicate < 0)
+                            and duplicate < found.get(row, ("", row))[1]
+                        ):
+                            found[row] = (rule, duplicate)
 
     def keys(self, numbers: Iterable[int]) -> dict[int, str]:
         """Key of each of some rows."""
@@ -187,7 +191,7 @@ class Signatures:
 
 
 def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path) -> dict[int, str]:
-    """Pass 2: write for each shard the rows that have an earlier twin; shard number -> SHA-256 of its list.
+    """Pass 2: write for each shard the rows that have an earlier duplicate; shard number -> SHA-256 of its list.
 
     signatures: those of the set itself; others: those of the sets it is compared with, by name;
     filtered: folder of the filtered shards, which holds the lists. Raises ConfigError, DataError.
@@ -202,16 +206,16 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
             first = int(all_sets.starts[-1]) - sum(shard.rows for shard in own_shards)
             for kind in rule.by:
                 all_sets.find(kind, rule.distance if kind == "phash" else 0, f"same {kind}", found, first=first)
-            names = all_sets.keys([*found, *(twin for _, twin in found.values())])
-            told = {row: f"{how} as {names[twin]}" for row, (how, twin) in found.items()}
+            names = all_sets.keys([*found, *(duplicate for _, duplicate in found.values())])
+            told = {row: f"{how} as {names[duplicate]}" for row, (how, duplicate) in found.items()}
         elif entry.rule == "near_benchmark":
             options = parse(BenchmarkOptions, entry.options, f"{card.name}: filter near_benchmark")
-            pictures = benchmark(options.files)
+            images = benchmark(options.files)
             all_sets, first = Signatures([signatures]), 0
-            extra = np.array([value for _, value in pictures], np.uint64)
+            extra = np.array([value for _, value in images], np.uint64)
             all_sets.find("phash", options.distance, "near", found, extra)
             names = all_sets.keys(found)
-            told = {row: f"looks like {pictures[twin][0]}" for row, (_, twin) in found.items()}
+            told = {row: f"looks like {images[duplicate][0]}" for row, (_, duplicate) in found.items()}
         else:
             continue
         for row, of in told.items():
@@ -220,12 +224,12 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
 
 
 def benchmark(files: str) -> list[tuple[str, int]]:
-    """(name, difference hash) of the pictures of a folder or tar. Raises ConfigError when there are none."""
+    """(name, difference hash) of the images of a folder or tar. Raises ConfigError when there are none."""
     with opened(located(files)) as found:
-        named = (file for file in found if not isinstance(file, Fault) and is_picture(file[0]))
+        named = (file for file in found if not isinstance(file, RowError) and is_image(file[0]))
         hashed = [(name, dhash(read())) for name, read in named]
     if not hashed:
-        raise ConfigError(f"{files!r}: no pictures in it")
+        raise ConfigError(f"{files!r}: no images in it")
     return [(name, value) for name, value in hashed if value is not None]
 
 

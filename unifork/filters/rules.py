@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from unifork.config import Card, Plain, parse
+from unifork.config import Card, StrictModel, parse
 from unifork.config.base import Fraction01
 from unifork.errors import unknown
 from unifork.filters.takedown import listing
@@ -25,17 +25,17 @@ from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, text_columns
 from unifork.sources import source_of
 
 Row = dict[str, Any]
-Options = TypeVar("Options", bound=Plain)
+Options = TypeVar("Options", bound=StrictModel)
 Kind = Literal["sha256", "pair", "phash"]
 """What two rows may have in common: the bytes of their image, URL and text, or what the image shows."""
 Distance = Annotated[int, Field(ge=0, le=7)]
 """Bits of 64 in which two difference hashes may differ."""
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; the header is read first, so a bomb costs nothing."""
-DATASET, TWINS = "dataset", "twins"
-"""What `judge` and the filter lay beside a row's columns: its set, and rule -> earlier twin."""
+DATASET, DUPLICATES = "dataset", "duplicates"
+"""What `judge` and the filter lay beside a row's columns: its set, and rule -> earlier duplicate."""
 TAKEDOWN = "takedown"
-TWIN_RULES = ("duplicates", "near_benchmark")
+DUPLICATE_RULES = ("duplicates", "near_benchmark")
 """Rules that look at other rows."""
 SCORES = ("similarity", "aesthetic", "pwatermark", "punsafe")
 """Columns of `sources.url_lists` that have a rule of their own name."""
@@ -69,14 +69,14 @@ RULES: Registry[Rule[Any]] = Registry(
         name: f"{__name__}:{name}"
         for name in (
             "min_side", "max_aspect", "max_bytes", "max_pixels", "text_length", "no_chinese", "latin_letters", "score",
-            TAKEDOWN, *SCORES, *TWIN_RULES,
+            TAKEDOWN, *SCORES, *DUPLICATE_RULES,
         )
     },
 )  # fmt: skip
 
 
 @lru_cache(maxsize=16)
-def rules_of(card: Card) -> tuple[tuple[Rule[Any], Plain], ...]:
+def rules_of(card: Card) -> tuple[tuple[Rule[Any], StrictModel], ...]:
     """The rules of a card with their options, in order; no file is touched. Raises ConfigError naming the key."""
     found = []
     place, columns = f"card {card.name}", {*FIXED_COLUMNS, *text_columns(card), *card.columns}
@@ -122,10 +122,10 @@ def unreadable(row: Row) -> str | None:
     if not data:
         return "empty"
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                return f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}"
-            picture.load()
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}"
+            image.load()
     except Exception as error:  # any decoder may raise anything on hostile bytes
         return f"{type(error).__name__}: {error}"
     return None
@@ -134,19 +134,19 @@ def unreadable(row: Row) -> str | None:
 # ----------------------------------------------------------------------------------------- images
 
 
-class Side(Plain):
+class Side(StrictModel):
     """Options of `min_side`."""
 
     pixels: PositiveInt
 
 
-class Aspect(Plain):
+class Aspect(StrictModel):
     """Options of `max_aspect`."""
 
     ratio: Annotated[float, Field(ge=1.0)]
 
 
-class Most(Plain):
+class Most(StrictModel):
     """Options of `max_bytes` and `max_pixels`."""
 
     most: PositiveInt
@@ -180,7 +180,7 @@ def max_pixels(row: Row, options: Most) -> bool:
 # ------------------------------------------------------------------------------- texts and scores
 
 
-class Text(Plain):
+class Text(StrictModel):
     """Options of `no_chinese`."""
 
     column: str
@@ -199,7 +199,7 @@ class Share(Text):
     least: Fraction01
 
 
-class Score(Plain):
+class Score(StrictModel):
     """Options of `similarity`, `aesthetic`, `pwatermark` and `punsafe`."""
 
     least: float = -math.inf
@@ -257,14 +257,14 @@ similarity, aesthetic, pwatermark, punsafe = map(_score_named, SCORES)
 # ------------------------------------------------------------------------- lists and other rows
 
 
-class TakedownOptions(Plain):
+class TakedownOptions(StrictModel):
     """Options of `takedown`."""
 
     file: str
     """The list; its content is part of what decides the rows."""
 
 
-class DuplicateOptions(Plain):
+class DuplicateOptions(StrictModel):
     """Options of `duplicates`."""
 
     by: tuple[Kind, ...] = ("sha256", "pair")
@@ -275,7 +275,7 @@ class DuplicateOptions(Plain):
     """Sets that keep what they share with this one."""
 
 
-class BenchmarkOptions(Plain):
+class BenchmarkOptions(StrictModel):
     """Options of `near_benchmark`."""
 
     files: str
@@ -292,10 +292,10 @@ def takedown(row: Row, options: TakedownOptions) -> bool:
 @rule(DuplicateOptions)
 def duplicates(row: Row, _options: DuplicateOptions) -> bool:
     """Keep rows that are no duplicate of an earlier one (`unifork.filters.duplicates` finds them)."""
-    return "duplicates" not in row.get(TWINS, {})
+    return "duplicates" not in row.get(DUPLICATES, {})
 
 
 @rule(BenchmarkOptions, "files")
 def near_benchmark(row: Row, _options: BenchmarkOptions) -> bool:
     """Keep rows that look like no image of a benchmark (`unifork.filters.duplicates` finds them)."""
-    return "near_benchmark" not in row.get(TWINS, {})
+    return "near_benchmark" not in row.get(DUPLICATES, {})

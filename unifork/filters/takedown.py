@@ -1,7 +1,7 @@
 """Lists of what must not be used: applied by the filter, and again to shards that are already finished.
 
 A list is a text file, one entry per line: `url ADDRESS`, `host NAME` (and every host below it), `sha256 HEX`
-(of the picture as received), `key SET/KEY`. `#` begins a comment. It is held in memory as a set of strings.
+(of the image as received), `key SET/KEY`. `#` begins a comment. It is held in memory as a set of strings.
 """
 
 from collections.abc import Iterable
@@ -99,12 +99,12 @@ def withdrawn(folder: Path, entries: Listing) -> dict[str, str]:
 
 
 def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
-    """Remove rows from finished shards (pictures or codes) by key and write the manifest anew.
+    """Remove rows from finished shards (images or codes) by key and write the manifest anew.
 
     Only shards that hold such a row are written, each atomically with its record, so a killed run is
     finished by running it again; in between the manifest names the old hashes and readers stop. Stage by
     stage: what `withdrawn` finds in `data/raw/<set>` goes from raw, filtered and every folder of codes. Fingerprints
-    stay, so that a hop that runs again keeps the shards as they are; the hops that follow make those shards anew.
+    stay, so that a stage that runs again keeps the shards as they are; the stages that follow make those shards anew.
     """
     manifest, gone = read_manifest(folder), pa.array(sorted(set(keys)), pa.string())
     known = recorded_shards(folder, manifest.stores)
@@ -130,7 +130,7 @@ def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
 
 
 def _scrub(folder: Path, shard: Shard, gone: pa.Array) -> None:
-    """Remove the rows from the quarantine as well: it holds pictures."""
+    """Remove the rows from the quarantine as well: it holds images."""
     source = quarantine_of(folder, shard)
     if source is None:
         return

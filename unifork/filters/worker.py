@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from unifork.config import Card
 from unifork.errors import ConfigError, DataError
-from unifork.filters.rules import TAKEDOWN, TWIN_RULES, TWINS, judge, rules_of
+from unifork.filters.rules import DUPLICATE_RULES, DUPLICATES, TAKEDOWN, judge, rules_of
 from unifork.filters.takedown import list_hashes
 from unifork.shards.job import ShardJob, input_rows, quarantined, table_of, write_shard
 from unifork.shards.manifest import file_sha256, read_manifest
@@ -21,7 +21,7 @@ from unifork.shards.task import ShardResult, ShardTask
 FILTER_VERSION = 1
 """Raise when the same rows would be judged otherwise."""
 
-DROPS = "twins"
+DROPS = "duplicates"
 """Folder beside the filtered shards: the rows of each that have an earlier duplicate, by the name of the shard."""
 
 
@@ -35,7 +35,7 @@ class Filter:
         kept, rejected = [], []
         duplicates = duplicates_of(task)
         for row in input_rows(task):
-            verdict = judge({**row, TWINS: duplicates[row["key"]]} if row["key"] in duplicates else row, self.card)
+            verdict = judge({**row, DUPLICATES: duplicates[row["key"]]} if row["key"] in duplicates else row, self.card)
             if verdict is None:
                 kept.append(row)
             else:
@@ -74,7 +74,7 @@ def filter_job(card: Card, source: Path, folder: Path, duplicates: dict[int, str
     duplicates: what `duplicates.decide` said, shard number -> hash of its list in `folder`. Raises ConfigError when a
     rule of the card needs it.
     """
-    needing = [rule.rule for rule in card.filters if rule.rule in TWIN_RULES]
+    needing = [rule.rule for rule in card.filters if rule.rule in DUPLICATE_RULES]
     if needing and duplicates is None:
         raise ConfigError(
             f"card {card.name}: the rule {needing[0]} looks at other rows; run python -m pipelines.filter"

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import PositiveInt
 
-from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, ImportedTokenizer, Plain, parse
+from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, ImportedTokenizer, StrictModel, parse
 from unifork.errors import ConfigError
 from unifork.image_tokenizer.views import SMALLEST_SIDE
 from unifork.weights import read_json
@@ -20,7 +20,7 @@ LARGEST_CODEBOOK = 2**16
 """Codes are stored as 16-bit integers."""
 
 
-class Architecture(Plain):
+class Architecture(StrictModel):
     """What must be known to build a tokenizer, however it was made (trained here or imported)."""
 
     image_size: PositiveInt
@@ -28,7 +28,7 @@ class Architecture(Plain):
     patch_size: PositiveInt
     """Side of a patch in pixels."""
     position_grid: PositiveInt
-    """Side of the encoder's table of positions; 16 upstream, where pictures have 24 x 24 patches."""
+    """Side of the encoder's table of positions; 16 upstream, where images have 24 x 24 patches."""
     encoder: EncoderConfig
     depth: PositiveInt
     """Codes per position, D."""
@@ -44,7 +44,7 @@ class Architecture(Plain):
 
     @property
     def grid(self) -> int:
-        """Positions along one side of the picture."""
+        """Positions along one side of the image."""
         return self.image_size // self.patch_size
 
     def check(self, place: str) -> None:
@@ -70,7 +70,7 @@ class Architecture(Plain):
                 raise ConfigError(f"{place}: {fault}")
 
 
-class Description(Plain):
+class Description(StrictModel):
     """`config.json` of a tokenizer directory."""
 
     architecture: Architecture

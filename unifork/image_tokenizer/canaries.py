@@ -36,7 +36,7 @@ Encode = Callable[[np.ndarray], Tensor]
 logger = logging.getLogger(__name__)
 
 
-def pictures(size: int) -> np.ndarray:
+def images(size: int) -> np.ndarray:
     """The canaries at side `size`: gradients, rings, stripes, flat shapes and smooth noise, (B, S, S, C) bytes."""
     y_SS, x_SS = np.mgrid[0:size, 0:size] / size
     drawn = []
@@ -59,7 +59,7 @@ def pictures(size: int) -> np.ndarray:
 
 def write(directory: Path, size: int, encode: Encode, here: Mapping[str, Any]) -> None:
     """Encode the canaries and store them with their codes; `here`: see `check`."""
-    pixels_BSSC = pictures(size)
+    pixels_BSSC = images(size)
     save_file({"pixels": torch.from_numpy(pixels_BSSC), "codes": encode(pixels_BSSC)}, directory / TENSORS_FILE)
     write_json(directory / FACTS_FILE, {**here, "batch_shape": list(pixels_BSSC.shape)})
 

@@ -1,11 +1,11 @@
-"""Pictures to codes and back, as a plain class that holds the heavy state once per worker.
+"""Images to codes and back, as a plain class that holds the heavy state once per worker.
 
 In: Pillow images, encoded bytes or files. Out: uint16 codes (n, N * D), position by position, and back to
 images. Every call of the encoder sees a batch of the same shape, the last one filled up: in low
-precision (and in rare last bits always) the codes of a picture depend on the shape of its batch.
+precision (and in rare last bits always) the codes of an image depend on the shape of its batch.
 What else they depend on is in `encoding`, which goes into the manifest of every shard.
 
-Shape suffixes: B pictures of a batch, S side in pixels, C channels (RGB), N positions, D code depth.
+Shape suffixes: B images of a batch, S side in pixels, C channels (RGB), N positions, D code depth.
 """
 
 import copy
@@ -43,9 +43,9 @@ BATCHES_AHEAD = 2
 class CodeEncoder:
     """A loaded tokenizer with one view, one matte and one batch shape.
 
-    directory: tokenizer directory; its canaries are re-encoded here. matte: colour behind transparent
-    pixels, None drops the alpha channel as the official code does. batch_images: pictures per call.
-    threads: they decode pictures and make views while the network encodes earlier ones. Several threads may
+    directory: tokenizer directory; its canaries are re-encoded here. matte: color behind transparent
+    pixels, None drops the alpha channel as the official code does. batch_images: images per call.
+    threads: they decode images and make views while the network encodes earlier ones. Several threads may
     call one encoder; its network does one batch at a time.
     """
 
@@ -75,32 +75,32 @@ class CodeEncoder:
 
     @property
     def encoding(self) -> dict[str, Any]:
-        """Plain data: everything beside the tokenizer's identities that a code depends on."""
+        """StrictModel data: everything beside the tokenizer's identities that a code depends on."""
         size = self.tokenizer.architecture.image_size
         here = self.tokenizer.environment
         return {**declared(self.view, self.matte, self.batch_images, size, here["dtype"]), **here}
 
-    def encode_pictures(self, pictures: Sequence[ImageInput]) -> np.ndarray:
-        """Codes (n, N * D), uint16, of pictures in order. Raises DataError naming an unreadable picture or its file."""
+    def encode_images(self, images: Sequence[ImageInput]) -> np.ndarray:
+        """Codes (n, N * D), uint16, of images in order. Raises DataError naming an unreadable image or its file."""
         architecture = self.tokenizer.architecture
         width = architecture.grid**2 * architecture.depth
-        codes = np.zeros((len(pictures), width), dtype=CODE_DTYPE)
+        codes = np.zeros((len(images), width), dtype=CODE_DTYPE)
         done = 0
-        for batch_BCSS in self._batches(pictures):
+        for batch_BCSS in self._batches(images):
             with self._network:
                 codes_BND = self.tokenizer.encode(batch_BCSS).cpu().numpy()
-            count = min(self.batch_images, len(pictures) - done)
+            count = min(self.batch_images, len(images) - done)
             codes[done : done + count] = codes_BND[:count].reshape(count, width)
             done += count
         return codes
 
     def decode_codes(self, codes: np.ndarray) -> list[Image.Image]:
-        """The pictures that codes (n, N * D) or (n, N, D) stand for. Raises DataError where they do not fit."""
+        """The images that codes (n, N * D) or (n, N, D) stand for. Raises DataError where they do not fit."""
         architecture = self.tokenizer.architecture
         positions, depth = architecture.grid**2, architecture.depth
         if codes.ndim not in (2, 3) or codes[0:1].size not in (0, positions * depth):
             raise DataError(
-                f"codes of shape {codes.shape}: allowed are {positions} positions with {depth} codes per picture"
+                f"codes of shape {codes.shape}: allowed are {positions} positions with {depth} codes per image"
             )
         codes_nND = codes.reshape(len(codes), positions, depth).astype(np.int64)
         decoded: list[Image.Image] = []
@@ -109,14 +109,14 @@ class CodeEncoder:
             decoded += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
         return decoded
 
-    def _batches(self, pictures: Sequence[ImageInput]) -> Iterator[Tensor]:
+    def _batches(self, images: Sequence[ImageInput]) -> Iterator[Tensor]:
         """Batches (B, C, S, S) in order, the last filled up with black; made in the threads, not far ahead."""
         size, batch = self.tokenizer.architecture.image_size, self.batch_images
         ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
         try:
-            for start in range(0, len(pictures) + BATCHES_AHEAD * batch, batch):
+            for start in range(0, len(images) + BATCHES_AHEAD * batch, batch):
                 batch_BCSS = torch.full((batch, 3, size, size), -1.0)
-                part = enumerate(pictures[start : start + batch])
+                part = enumerate(images[start : start + batch])
                 filling = [self._pool.submit(self._fill, batch_BCSS[row], one, start + row) for row, one in part]
                 ahead.append((batch_BCSS, filling))
                 if len(ahead) > BATCHES_AHEAD:
@@ -124,7 +124,7 @@ class CodeEncoder:
                         filled.result()
                     yield ahead.popleft()[0]
         finally:
-            for _, filling in ahead:  # left over behind a picture that cannot be read
+            for _, filling in ahead:  # left over behind an image that cannot be read
                 for future in filling:
                     future.cancel()
 
@@ -132,9 +132,9 @@ class CodeEncoder:
         row_CSS.copy_(to_tensor(self._view(source, index)[None])[0])
 
     def _view(self, source: ImageInput, index: int) -> np.ndarray:
-        """The view of one picture, which may be encoded bytes or a file."""
+        """The view of one image, which may be encoded bytes or a file."""
         size = self.tokenizer.architecture.image_size
-        name = str(source) if isinstance(source, Path) else f"picture {index}"
+        name = str(source) if isinstance(source, Path) else f"image {index}"
         try:
             data = source.read_bytes() if isinstance(source, Path) else source
             image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data

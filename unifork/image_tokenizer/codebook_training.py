@@ -1,6 +1,6 @@
 """How a codebook learns: residual k-means to start, moving averages to follow the encoder.
 
-In: encoder features. Out: the rows of a `ResidualQuantizer`. Kept apart from the quantiser, so that
+In: encoder features. Out: the rows of a `ResidualQuantizer`. Kept apart from the quantizer, so that
 no mode of any module can change a codebook; only who makes a `CodebookAverages` can.
 
 Shape suffixes: M vectors, K codebook rows, C channels, D depth, R replaced rows.
@@ -21,7 +21,7 @@ DEAD_SHARE = 0.02
 def residual_kmeans(features_MC: Tensor, codebook_size: int, depth: int, generator: torch.Generator) -> Tensor:
     """A first codebook (K, C): the rows shared out over the depths, each share fitted to what is left.
 
-    Share d is the result of k-means on the residuals after quantising with all rows found before,
+    Share d is the result of k-means on the residuals after quantizing with all rows found before,
     d times. The rows serve all depths afterwards, but start with a place of their own. Raises
     DataError when there are fewer features than rows.
     """
@@ -39,18 +39,18 @@ def residual_kmeans(features_MC: Tensor, codebook_size: int, depth: int, generat
 
 @torch.no_grad()
 def kmeans(vectors_MC: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """Centres (rows, C) by Lloyd's rounds; empty centres move to the vectors that lie farthest off."""
+    """Centers (rows, C) by Lloyd's rounds; empty centers move to the vectors that lie farthest off."""
     first = torch.randperm(vectors_MC.shape[0], generator=generator)[:rows]
-    centres_KC = vectors_MC[first].clone()
+    centers_KC = vectors_MC[first].clone()
     for _ in range(KMEANS_ROUNDS):
-        nearest_M = nearest_rows(vectors_MC, centres_KC)
+        nearest_M = nearest_rows(vectors_MC, centers_KC)
         counts_K, sums_KC = count_and_sum(nearest_M, vectors_MC, rows)
-        centres_KC = torch.where(counts_K[:, None] > 0, sums_KC / counts_K.clamp(min=1)[:, None], centres_KC)
+        centers_KC = torch.where(counts_K[:, None] > 0, sums_KC / counts_K.clamp(min=1)[:, None], centers_KC)
         empty = (counts_K == 0).nonzero()[:, 0]
         if empty.numel():
-            error_M = (vectors_MC - centres_KC[nearest_M]).square().sum(1)
-            centres_KC[empty] = vectors_MC[_draw(error_M, empty.numel(), generator)]
-    return centres_KC
+            error_M = (vectors_MC - centers_KC[nearest_M]).square().sum(1)
+            centers_KC[empty] = vectors_MC[_draw(error_M, empty.numel(), generator)]
+    return centers_KC
 
 
 @torch.no_grad()

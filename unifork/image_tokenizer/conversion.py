@@ -4,7 +4,7 @@ In: a folder, or its name on the Hub. Out: an `ImageTokenizer` with the same num
 the tower is either renamed (`NAMES`, `CODEBOOKS`) or known to play no part (`UNUSED`); any other name is
 an error, and so is a missing tensor or another shape: a tower that was understood half is not loaded.
 
-The tower inside a UniFork checkpoint is its own: the official quantiser goes on learning while the
+The tower inside a UniFork checkpoint is its own: the official quantizer goes on learning while the
 language model is trained, so its codebook may differ from the one of the folder it began with. The
 SigLIP configuration is named by `pretrained_model` and read from a folder of that name beside the
 tower's configuration; only where there is none the Hub is asked.
@@ -29,7 +29,7 @@ from jinja2 import StrictUndefined, Template
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from unifork.config import Plain, parse
+from unifork.config import StrictModel, parse
 from unifork.errors import CheckpointError, ConfigError
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
@@ -56,7 +56,7 @@ UNUSED = (
     r"rqvaesiglip\.siglip_model\.vision_model\.embeddings\.position_ids",  # 0, 1, 2, ..., of old transformers
     r"rqvaesiglip\.quantizer\.codebooks\.\d+\.(cluster_size_ema|embed_ema)",  # state of its training
 )
-"""Official names that take no part in codes or pictures; the encoder's last layer is one more."""
+"""Official names that take no part in codes or images; the encoder's last layer is one more."""
 
 REMAINDER_FILE = "official_remainder.safetensors"
 """In a tokenizer directory: tensors of the tower it was imported from that the tokenizer does not give."""
@@ -66,7 +66,7 @@ SIGLIP_FOLDER = "siglip_config"
 """Folder of the SigLIP configuration beside the tower's, as it is written."""
 
 
-class _Official(Plain):
+class _Official(StrictModel):
     """Keys that are read of a configuration with many more."""
 
     model_config = ConfigDict(extra="ignore")
@@ -118,7 +118,7 @@ def read_official(
     vision_tower: Path | str | None = None,
     allow_pickle: bool = False,
 ) -> ImageTokenizer:
-    """The tokenizer of an official folder, for pictures of `image_size` (the tower's own if None).
+    """The tokenizer of an official folder, for images of `image_size` (the tower's own if None).
 
     source: a `vision_tower` folder or a UniFork checkpoint. vision_tower: for the latter, the folder
     with the tower's configuration, where the checkpoint's own `mm_vision_tower` names none. Raises

@@ -5,7 +5,7 @@ the side. Structure and names are those of VQGAN as VILA-U uses it (official key
 `decoder.up.LEVEL.block.N.conv1.weight`), level 0 is the full resolution and runs last. The decoder
 takes no part in `encoder_id`: two decoders may draw the same codes differently.
 
-Shape suffixes: B pictures, Z channels of the map, C channels, H height, W width, P positions.
+Shape suffixes: B images, Z channels of the map, C channels, H height, W width, P positions.
 """
 
 from collections import OrderedDict

@@ -1,6 +1,6 @@
 """The worker of the encode stage: image-text shard in, shard of codes of one view out.
 
-Decoding, views and the network run in one worker, so that no picture travels between processes. A worker
+Decoding, views and the network run in one worker, so that no image travels between processes. A worker
 has two shards at hand: while one is read or written the network encodes the other.
 """
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from unifork.image_tokenizer.model import ImageTokenizer
 
 ENCODE_VERSION = 1
-"""Raise when the same pictures would give other codes or rows."""
+"""Raise when the same images would give other codes or rows."""
 
 BATCH_IMAGES = 64
-"""Pictures per call of the network; in low precision part of what decides the codes."""
+"""Images per call of the network; in low precision part of what decides the codes."""
 DTYPE = "float32"
 """Of the network."""
 
@@ -43,7 +43,7 @@ class View:
 class Encode:
     """Image-text shard -> shard of codes of the view of the task's `use`. All views share the network.
 
-    device: of the network. threads: they decode pictures. Raises IdentityError for a tokenizer that does not
+    device: of the network. threads: they decode images. Raises IdentityError for a tokenizer that does not
     encode its canaries as it did.
     """
 
@@ -63,7 +63,7 @@ class Encode:
         rows, texts = input_rows(task), view.use.texts
         # a row without any text for this task has nothing to say here; it is counted, not lost
         kept = [row for row in rows if any(row[name] for name in texts)]
-        codes = view.encoder.encode_pictures([row["image"] for row in kept])
+        codes = view.encoder.encode_images([row["image"] for row in kept])
         out = [
             {"key": row["key"], **{name: row[name] for name in texts}, "codes": code.tobytes()}
             for row, code in zip(kept, codes, strict=True)

@@ -1,12 +1,12 @@
 """The SigLIP vision encoder: pixels in, one feature vector per patch out.
 
 In: pixels from -1 to 1, (B, 3, H, W). Out: features (B, N, C), patches in raster order: the output
-of the second to last layer, without a norm. This is what VILA-U and UniFork quantise
+of the second to last layer, without a norm. This is what VILA-U and UniFork quantize
 (rqvaesiglip/modeling: the loop over layers stops after index n - 2), so the last layer of the
 configuration is never built. Layers, patch convolution and names are transformers' SigLIP, which
 makes loading official weights a renaming.
 
-Shape suffixes: B pictures, H height, W width, N positions, C channels, G patches along a side.
+Shape suffixes: B images, H height, W width, N positions, C channels, G patches along a side.
 """
 
 from typing import cast
@@ -23,7 +23,7 @@ from unifork.errors import DataError
 class VisionEncoder(nn.Module):
     """Patch embedding, a table of positions, and all layers but the last of a SigLIP encoder.
 
-    position_grid: patches along a side of the position table, at other picture sizes it is resized.
+    position_grid: patches along a side of the position table, at other image sizes it is resized.
     """
 
     def __init__(self, config: EncoderConfig, patch_size: int, position_grid: int) -> None:
@@ -43,7 +43,7 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(SiglipEncoderLayer(siglip) for _ in range(config.layers - 1))
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """The features that are quantised, (B, N, C)."""
+        """The features that are quantized, (B, N, C)."""
         features_BNC = self.embed(pixels_BCHW)
         for layer in self.layers:
             features_BNC = layer(features_BNC, attention_mask=None)
@@ -75,8 +75,8 @@ def positions_for(table_RC: Tensor, count: int) -> Tensor:
 
     As the official code does it (siglip/modeling_siglip.py): as it is when the counts agree; more
     patches than rows: resized as a square, bicubic, align_corners false, no antialiasing; fewer:
-    the first rows of the flat table, which mixes up rows of the picture but is what the weights of
-    a smaller picture would have seen there.
+    the first rows of the flat table, which mixes up rows of the image but is what the weights of
+    a smaller image would have seen there.
     """
     rows = table_RC.shape[0]
     if count <= rows:

@@ -7,11 +7,11 @@ identities), `model.safetensors` and the canaries. Loading checks all of it and 
 The tokenizer is always in evaluation mode and its parameters ask for no gradient: whoever trains
 one says so through `unifork.image_tokenizer.training`.
 
-The residual quantiser: a feature vector becomes D row numbers of one shared codebook.
+The residual quantizer: a feature vector becomes D row numbers of one shared codebook.
 
 In: features (..., C). Out: codes (..., D), each the nearest row to what the rows before it left
 over; back again: the sum of the rows. Nothing here learns: the codebook is a frozen table, and
-`codebook_training` is the only code that writes to it. (The official quantiser updates its moving
+`codebook_training` is the only code that writes to it. (The official quantizer updates its moving
 averages whenever the module is in training mode, so its codebook drifts while the language model
 is trained.)
 
@@ -54,7 +54,7 @@ class ResidualQuantizer(nn.Module):
         self.depth = depth
         self.register_buffer("codebook", torch.zeros(codebook_size, width))
 
-    def quantise(self, features: Tensor) -> Tensor:
+    def quantize(self, features: Tensor) -> Tensor:
         """Codes (..., D), int64, of features (..., C)."""
         codes_MD, _ = residual_codes(features.reshape(-1, features.shape[-1]), self.codebook, self.depth)
         return codes_MD.view(*features.shape[:-1], self.depth)
@@ -126,7 +126,7 @@ def to_bytes(pixels_BCSS: Tensor) -> np.ndarray:
 
 
 class ImageTokenizer(nn.Module):
-    """SigLIP encoder, residual quantiser and convolutional decoder, frozen."""
+    """SigLIP encoder, residual quantizer and convolutional decoder, frozen."""
 
     def __init__(self, architecture: Architecture, place: str = "image tokenizer") -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class ImageTokenizer(nn.Module):
     def encode(self, pixels_BCSS: Tensor) -> Tensor:
         """Codes (B, N, D), int64. The batch shape may change last bits; see `code_encoder`."""
         weight = self.post_quant_conv.weight
-        return self.quantizer.quantise(self.encoder(pixels_BCSS.to(weight.device, weight.dtype)))
+        return self.quantizer.quantize(self.encoder(pixels_BCSS.to(weight.device, weight.dtype)))
 
     def encode_bytes(self, pixels_BSSC: np.ndarray) -> Tensor:
         """Codes (B, N, D), on the CPU, of the bytes of views."""
@@ -160,11 +160,11 @@ class ImageTokenizer(nn.Module):
         """Pixels (B, 3, S, S), about -1 to 1, not clipped."""
         return self.draw(self.quantizer.lookup(codes_BND.to(self.post_quant_conv.weight.device)))
 
-    def draw(self, quantised_BNC: Tensor) -> Tensor:
+    def draw(self, quantized_BNC: Tensor) -> Tensor:
         """Pixels of summed code rows; with gradients, for training."""
-        batch, positions, width = quantised_BNC.shape
+        batch, positions, width = quantized_BNC.shape
         side = int(positions**0.5)
-        map_BCGG = quantised_BNC.transpose(1, 2).reshape(batch, width, side, side)
+        map_BCGG = quantized_BNC.transpose(1, 2).reshape(batch, width, side, side)
         return cast(Tensor, self.decoder(self.post_quant_conv(map_BCGG.to(self.post_quant_conv.weight.dtype))))
 
     @property

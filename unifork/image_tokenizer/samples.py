@@ -1,4 +1,4 @@
-"""Filtered shards as the image tokenizer learns from them: pictures of one view."""
+"""Filtered shards as the image tokenizer learns from them: images of one view."""
 
 import io
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ from unifork.shards.job import read_table
 from unifork.shards.manifest import read_manifest
 from unifork.vocabulary import View
 
-MAX_PICTURES = 20_000
-"""Pictures of one view held in memory; a small tokenizer sees no more in its training."""
+MAX_IMAGES = 20_000
+"""Images of one view held in memory; a small tokenizer sees no more in its training."""
 
 
 def sample_sets(datasets: Iterable[str], layout: Layout, size: int, seed: int, most: int) -> dict[str, np.ndarray]:
@@ -27,20 +27,20 @@ def sample_sets(datasets: Iterable[str], layout: Layout, size: int, seed: int, m
         card = load_card(name, layout.cards)
         for use in card.tasks.values():
             views[f"{name}/{use.view}"] = sample_views(layout.filtered(name), card, use.view, size, seed, most)
-    return without_repeats(views)  # square pictures look the same in both views
+    return without_repeats(views)  # square images look the same in both views
 
 
-def sample_views(folder: Path, card: Card, view: View, size: int, seed: int, most: int = MAX_PICTURES) -> np.ndarray:
-    """One view of a set's pictures in a seeded order, uint8 (n, S, S, 3), n at most `most`."""
+def sample_views(folder: Path, card: Card, view: View, size: int, seed: int, most: int = MAX_IMAGES) -> np.ndarray:
+    """One view of a set's images in a seeded order, uint8 (n, S, S, 3), n at most `most`."""
     manifest = read_manifest(folder)
     chosen = set(keyed(seed, card.name).permutation(manifest.rows)[:most].tolist())
-    pictures, first = [], 0
+    images, first = [], 0
     for shard in manifest.shards:
         wanted = [number for number in range(shard.rows) if first + number in chosen]
         column = read_table(folder, shard, ["image"]).column("image") if wanted else []
         for number in wanted:
-            picture = Image.open(io.BytesIO(column[number].as_py()))
-            pictures.append(np.asarray(VIEWS[view](picture, size, card.matte), np.uint8))
+            image = Image.open(io.BytesIO(column[number].as_py()))
+            images.append(np.asarray(VIEWS[view](image, size, card.matte), np.uint8))
         first += shard.rows
-    order = keyed(seed, card.name, "order").permutation(len(pictures))
-    return np.stack(pictures)[order]
+    order = keyed(seed, card.name, "order").permutation(len(images))
+    return np.stack(images)[order]

@@ -1,16 +1,16 @@
 """Training a small image tokenizer; large ones are imported.
 
-In: groups of pictures (one per data set and view), uint8 (n, S, S, 3), and as many held-out ones.
-Out: a tokenizer directory and a report. In order: an autoencoder without quantisation; residual
+In: groups of images (one per data set and view), uint8 (n, S, S, 3), and as many held-out ones.
+Out: a tokenizer directory and a report. In order: an autoencoder without quantization; residual
 k-means on its features for a first codebook; moving averages and straight-through gradients; at the
-end encoder and codebook stand still and the decoder alone learns to draw from the final codes.
+end encoder and codebook are frozen and the decoder alone learns to draw from the final codes.
 
-Every batch holds the same parts of all groups; a picture that an earlier group holds already is left
-out of the later ones, since square pictures are the same in both views. The same seed, pictures and
+Every batch holds the same parts of all groups; an image that an earlier group holds already is left
+out of the later ones, since square images are the same in both views. The same seed, images and
 number of threads give the same bytes. There is no resuming: this takes minutes, and the directory
 appears whole or not at all.
 
-Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth, M vectors,
+Shape suffixes: B images, S side in pixels, C channels (RGB), N positions, D code depth, M vectors,
 K codebook rows.
 """
 
@@ -51,28 +51,28 @@ Groups = Mapping[str, np.ndarray]
 
 def train_tokenizer(
     config: ImageTokenizerConfig,
-    pictures: Groups,
+    images: Groups,
     held_out: Groups,
     directory: Path | str,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train, write the tokenizer directory, and return the report (see `measure`).
 
-    progress: takes a line every few seconds. Raises DataError for pictures of another size than the configuration's.
+    progress: takes a line every few seconds. Raises DataError for images of another size than the configuration's.
     """
     side = config.image_size
-    for where, groups in (("pictures", pictures), ("held_out", held_out)):
+    for where, groups in (("images", images), ("held_out", held_out)):
         shapes = {name: array.shape for name, array in groups.items()}
         if not shapes or any(shape[1:] != (side, side, 3) or not shape[0] for shape in shapes.values()):
             raise DataError(
                 f"train_tokenizer: {where} are of shapes {shapes}; allowed is (at least 1, {side}, {side}, 3) for each"
             )
-    if config.training.quantise_from_step >= config.training.steps:
+    if config.training.quantize_from_step >= config.training.steps:
         raise ConfigError(
-            f"image_tokenizer.training.quantise_from_step {config.training.quantise_from_step} must be "
+            f"image_tokenizer.training.quantize_from_step {config.training.quantize_from_step} must be "
             f"below steps {config.training.steps}"
         )
-    trainer = TokenizerTrainer(config, without_repeats(pictures))
+    trainer = TokenizerTrainer(config, without_repeats(images))
     steps = config.training.steps
     started = reported = time.monotonic()
     for step in range(1, steps + 1):
@@ -105,7 +105,7 @@ def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
 
 
 def encode_all(tokenizer: ImageTokenizer, pixels_BSSC: np.ndarray) -> np.ndarray:
-    """Codes (B, N, D) of pictures of the right size."""
+    """Codes (B, N, D) of images of the right size."""
     return np.concatenate([tokenizer.encode_bytes(part_BSSC).numpy() for part_BSSC in _parts(pixels_BSSC)])
 
 
@@ -117,9 +117,9 @@ def decode_all(tokenizer: ImageTokenizer, codes_BND: np.ndarray) -> np.ndarray:
 class TokenizerTrainer:
     """A tokenizer, its optimizer and its codebook's averages; `step` is one optimizer step."""
 
-    def __init__(self, config: ImageTokenizerConfig, pictures: Groups) -> None:
+    def __init__(self, config: ImageTokenizerConfig, images: Groups) -> None:
         self.training = config.training
-        self.batches = Batches(pictures, config.training.batch_images, config.seed, config.training.shares)
+        self.batches = Batches(images, config.training.batch_images, config.seed, config.training.shares)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.tokenizer = ImageTokenizer(Architecture.of(config), "image_tokenizer")
@@ -137,14 +137,14 @@ class TokenizerTrainer:
         decoder_alone = share >= DECODER_ALONE_FROM and self.averages is not None
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * _schedule(step, self.training.warmup_steps, self.training.steps)
-        if step == self.training.quantise_from_step:
+        if step == self.training.quantize_from_step:
             self._start_codebook(step)
         pixels_BCSS = to_tensor(self.batches.take(step))
         with torch.set_grad_enabled(not decoder_alone):
             features_BNC = self.tokenizer.encoder(pixels_BCSS)
         commitment = torch.zeros(())
         if self.averages is not None:
-            features_BNC, commitment = self._quantise(features_BNC, share, learn=not decoder_alone)
+            features_BNC, commitment = self._quantize(features_BNC, share, learn=not decoder_alone)
         drawn_BCSS = self.tokenizer.draw(features_BNC)
         loss = reconstruction_loss(drawn_BCSS, pixels_BCSS) + self.training.commitment * commitment
         self.optimizer.zero_grad(set_to_none=True)
@@ -154,7 +154,7 @@ class TokenizerTrainer:
         return float(loss.detach())
 
     def _start_codebook(self, step: int) -> None:
-        """Residual k-means on the features of the pictures that come next."""
+        """Residual k-means on the features of the images that come next."""
         config = self.tokenizer.architecture
         vectors_per_batch = self.training.batch_images * config.grid**2
         batches = math.ceil(config.codebook_size * KMEANS_VECTORS_PER_ROW / vectors_per_batch)
@@ -163,33 +163,33 @@ class TokenizerTrainer:
         features_MC = torch.cat(features).flatten(0, 1)
         self.averages = CodebookAverages(self.tokenizer.quantizer, features_MC, self.training.ema_decay, self.generator)
 
-    def _quantise(self, features_BNC: Tensor, share: float, *, learn: bool) -> tuple[Tensor, Tensor]:
-        """Quantised features with straight-through gradients, and the commitment loss."""
+    def _quantize(self, features_BNC: Tensor, share: float, *, learn: bool) -> tuple[Tensor, Tensor]:
+        """Quantized features with straight-through gradients, and the commitment loss."""
         quantizer = self.tokenizer.quantizer
         flat_MC = features_BNC.flatten(0, 1)
         codes_MD, residuals_MDC = residual_codes(flat_MC.detach(), quantizer.codebook, quantizer.depth)
         partial_MDC = quantizer.codebook[codes_MD].cumsum(1)
         commitment = commitment_loss(flat_MC, partial_MDC)
-        quantised_MC = flat_MC + (partial_MDC[:, -1] - flat_MC).detach()
+        quantized_MC = flat_MC + (partial_MDC[:, -1] - flat_MC).detach()
         if learn and self.averages is not None:
             self.averages.update(codes_MD, residuals_MDC, refill=share < REFILL_UNTIL)
-        return quantised_MC.view_as(features_BNC), commitment
+        return quantized_MC.view_as(features_BNC), commitment
 
 
 class Batches:
-    """Which pictures a step sees: a fixed part of every group, each group in its own shuffled passes."""
+    """Which images a step sees: a fixed part of every group, each group in its own shuffled passes."""
 
     def __init__(self, groups: Groups, batch_images: int, seed: int, shares: Mapping[str, float]) -> None:
         """shares: weights of groups, 1 where none is given. Raises ConfigError for a group that is not there."""
         for name in shares.keys() - groups.keys():
-            raise unknown("group of pictures", name, groups, "image_tokenizer.training.shares")
+            raise unknown("group of images", name, groups, "image_tokenizer.training.shares")
         self.groups = list(groups.values())
         self.seed = seed
         ends = np.cumsum([0.0, *(shares.get(name, 1.0) for name in groups)])
         self.counts = np.diff(np.rint(ends / ends[-1] * batch_images).astype(int))
 
     def take(self, step: int) -> np.ndarray:
-        """The pictures of a step, (B, S, S, C) bytes: a function of seed and step."""
+        """The images of a step, (B, S, S, C) bytes: a function of seed and step."""
         parts = []
         for index, (group, count) in enumerate(zip(self.groups, self.counts, strict=True)):
             places = [divmod(position, len(group)) for position in range(step * count, (step + 1) * count)]
@@ -202,11 +202,11 @@ class Batches:
 
 
 def without_repeats(groups: Groups) -> dict[str, np.ndarray]:
-    """The groups without pictures that occurred before, byte for byte; a group left empty is dropped."""
+    """The groups without images that occurred before, byte for byte; a group left empty is dropped."""
     first: dict[bytes, tuple[str, int]] = {}
     for name, pixels_BSSC in groups.items():
-        for index, picture_SSC in enumerate(pixels_BSSC):
-            first.setdefault(hashlib.sha256(picture_SSC.tobytes()).digest(), (name, index))
+        for index, image_SSC in enumerate(pixels_BSSC):
+            first.setdefault(hashlib.sha256(image_SSC.tobytes()).digest(), (name, index))
     kept = {name: [index for owner, index in first.values() if owner == name] for name in groups}
     return {name: groups[name][indices] for name, indices in kept.items() if indices}
 

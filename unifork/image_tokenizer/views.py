@@ -1,6 +1,6 @@
-"""What a task sees of a picture: a square of bytes.
+"""What a task sees of an image: a square of bytes.
 
-In: a Pillow image in any mode, the side S in pixels, and a matte (the colour put behind transparent
+In: a Pillow image in any mode, the side S in pixels, and a matte (the color put behind transparent
 pixels; None drops the alpha channel as the official code does). Out: uint8 pixels of shape (S, S, 3).
 
 Bytes equal the official preprocessing's (tliby/UniFork: Pillow's bicubic filter, sizes truncated
@@ -25,21 +25,21 @@ Look = Callable[[Image.Image, int, RGB | None], np.ndarray]
 
 PREPROCESSING_VERSION = "official-bicubic-1"
 
-PAD_COLOUR: RGB = (127, 127, 127)
+PAD_COLOR: RGB = (127, 127, 127)
 """The official background: int(0.5 * 255)."""
 
 SMALLEST_SIDE = 14
-"""The official `min_size`: a very thin picture is widened to this many pixels."""
+"""The official `min_size`: a very thin image is widened to this many pixels."""
 
 LARGEST_RESIZED_PIXELS = 89_478_485
-"""Pillow's own limit for one picture; a crop of a hair-thin picture would be resized beyond it."""
+"""Pillow's own limit for one image; a crop of a hair-thin image would be resized beyond it."""
 
 
 def to_rgb(image: Image.Image, matte: RGB | None) -> Image.Image:
     """Any Pillow image as RGB.
 
     Transparent pixels are laid over `matte`; None drops the alpha channel, which shows whatever
-    colour hides below it. A picture without a transparent pixel comes out the same for any matte.
+    color hides below it. An image without a transparent pixel comes out the same for any matte.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -48,14 +48,14 @@ def to_rgb(image: Image.Image, matte: RGB | None) -> Image.Image:
             return image.convert("RGB")
         pixels = image.convert("RGBA")
     except (ValueError, OSError) as error:
-        raise DataError(f"a picture of mode {image.mode!r} and size {image.size} cannot become RGB: {error}") from None
+        raise DataError(f"an image of mode {image.mode!r} and size {image.size} cannot become RGB: {error}") from None
     if matte is None or pixels.getchannel("A").getextrema()[0] == 255:
         return pixels.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", pixels.size, (*matte, 255)), pixels).convert("RGB")
 
 
 def crop_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
-    """The shorter side resized to `size`, the centre cut out: what generation learns to draw."""
+    """The shorter side resized to `size`, the center cut out: what generation learns to draw."""
     opaque = to_rgb(image, matte)
     scale = size / min(opaque.size)
     width, height = (max(int(side * scale), size) for side in opaque.size)
@@ -65,19 +65,19 @@ def crop_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
 
 
 def pad_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
-    """The longer side resized to `size`, the rest filled with grey: what understanding reads.
+    """The longer side resized to `size`, the rest filled with gray: what understanding reads.
 
     This is the official training variant: resize, then pad.
     """
     opaque = to_rgb(image, matte)
     longer = max(opaque.size)
     width, height = (max(int(side / longer * size), SMALLEST_SIDE) for side in opaque.size)
-    return np.asarray(_on_grey_square(_resize(opaque, width, height)))
+    return np.asarray(_on_gray_square(_resize(opaque, width, height)))
 
 
 def pad_first_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
     """The official inference variant, which pads to a square first and resizes after; other bytes."""
-    square = _on_grey_square(to_rgb(image, matte))
+    square = _on_gray_square(to_rgb(image, matte))
     return np.asarray(_resize(square, size, size))
 
 
@@ -85,11 +85,11 @@ VIEWS: dict[View, Look] = {"crop": crop_view, "pad": pad_view}
 """The views codes are made of; `unifork.vocabulary.VIEW_OF_TASK` says which task reads which."""
 
 VARIANTS: dict[str, Look] = {"crop": crop_view, "pad": pad_view, "pad-first": pad_first_view}
-"""All ways to see a picture; what is not in VIEWS serves evaluation alone, no data set may ask for it."""
+"""All ways to see an image; what is not in VIEWS serves evaluation alone, no data set may ask for it."""
 
 
 def declared(view: str, matte: RGB | None, batch_images: int, size: int, dtype: str) -> dict[str, Any]:
-    """Plain data: all that decides the codes of a picture beside the tokenizer and the machine."""
+    """StrictModel data: all that decides the codes of an image beside the tokenizer and the machine."""
     return {
         "view": view,
         "matte": None if matte is None else list(matte),
@@ -99,18 +99,18 @@ def declared(view: str, matte: RGB | None, batch_images: int, size: int, dtype: 
     }
 
 
-def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     if width * height > LARGEST_RESIZED_PIXELS:
         raise DataError(
-            f"a picture of size {picture.size} would be resized to {width}x{height}; "
+            f"an image of size {image.size} would be resized to {width}x{height}; "
             f"allowed are {LARGEST_RESIZED_PIXELS} pixels: it is too thin to be cropped"
         )
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _on_grey_square(picture: Image.Image) -> Image.Image:
-    """A picture in the middle of a grey square of its longer side."""
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+def _on_gray_square(image: Image.Image) -> Image.Image:
+    """An image in the middle of a gray square of its longer side."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), PAD_COLOR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

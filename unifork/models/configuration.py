@@ -40,7 +40,7 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     depth: int
     """Codes per position, D."""
     grid: int
-    """Positions along one side of a picture."""
+    """Positions along one side of an image."""
     codebook_id: str
     """`unifork.identity.codebook_identity` of the frozen codebook table."""
     encoder_id: str
@@ -57,7 +57,7 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     @property
     def positions(self) -> int:
-        """Positions of one picture."""
+        """Positions of one image."""
         return self.grid * self.grid
 
     def backbone_config(self) -> PreTrainedConfig:

@@ -1,6 +1,6 @@
 """The decoder: transformers' own modules, with a forward in which a token chooses its branch.
 
-In: hidden states of packed tokens and a `Reading` (routes, masks, rotary angles, cache). Out: hidden
+In: hidden states of packed tokens and a `AttentionContext` (routes, masks, rotary angles, cache). Out: hidden
 states. Attention projections, MLP, norms and rotary embedding are those of the dense family (Qwen2
 or Llama), so a joint plan is that dense model; nothing of its modelling file is repeated. Every part
 is a ModuleDict by branch name, so names carry the branch:
@@ -131,7 +131,7 @@ def family(model_type: str) -> Family:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class AttentionContext:
     """Everything a block needs to know about the tokens it is given."""
 
     routes: Routes
@@ -160,20 +160,20 @@ class Block(nn.Module):
         self.post_attention_layernorm = norms(mlp, config, parts)
         self.mlp = nn.ModuleDict({branch: parts.mlp(config) for branch in mlp})
 
-    def forward(self, x_XH: Tensor, reading: Reading) -> Tensor:
+    def forward(self, x_XH: Tensor, reading: AttentionContext) -> Tensor:
         """Hidden states after the layer; recomputed in the backward pass if so switched."""
         if self.activation_checkpointing and torch.is_grad_enabled() and reading.cache is None:
             # inside the module, so that hooks around it (sharding) run once; nothing here is random
             return cast(Tensor, checkpoint(self._layer, x_XH, reading, use_reentrant=False, preserve_rng_state=False))
         return self._layer(x_XH, reading)
 
-    def _layer(self, x_XH: Tensor, reading: Reading) -> Tensor:
+    def _layer(self, x_XH: Tensor, reading: AttentionContext) -> Tensor:
         x_XH = x_XH + self._attend(x_XH, reading)
         branches = {name: (self.post_attention_layernorm[name], mlp) for name, mlp in self.mlp.items()}
         route = reading.routes[self.kind.route_of("mlp")]
         return x_XH + routed(branches, route, lambda branch, part: branch[1](branch[0](part)), x_XH)
 
-    def _attend(self, x_XH: Tensor, reading: Reading) -> Tensor:
+    def _attend(self, x_XH: Tensor, reading: AttentionContext) -> Tensor:
         route = reading.routes[self.kind.route_of("attention")]
         attentions: dict[str, Any] = dict(self.self_attn.items())
         parts = zip(attentions.items(), route.split(x_XH), strict=True)

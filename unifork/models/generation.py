@@ -1,14 +1,14 @@
-"""Sampling: prompts in, codes of pictures or ids of answers out.
+"""Sampling: prompts in, codes of images or ids of answers out.
 
 Both read all prompts at once and then one token a row at a time, with a cache. Rows are padded on
 the right and padding is invisible (see `masks`), so a row's result does not depend on its
 neighbours. Guidance runs conditional and unconditional rows in one batch: guided logits are
 unconditional + scale * (conditional - unconditional), and both rows read the code that was drawn.
 
-Every draw is keyed by (seed, number of the image, position, depth), so a picture stays the same
+Every draw is keyed by (seed, number of the image, position, depth), so an image stays the same
 whatever batch it is drawn in.
 
-Shape suffixes: B images or prompts, R rows (2B with guidance), P positions of a picture, D depth,
+Shape suffixes: B images or prompts, R rows (2B with guidance), P positions of an image, D depth,
 H hidden size, K codebook rows.
 """
 
@@ -34,7 +34,7 @@ def generate_images(
     sampling: Sampling,
     image_numbers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Codes (B, P, D) of one picture per prompt (token ids up to, without, begin-of-image).
+    """Codes (B, P, D) of one image per prompt (token ids up to, without, begin-of-image).
 
     `image_numbers`, one per prompt, key the draws and are 0, 1, ... by default. A guidance of 1 leaves the
     unconditional rows out; a top_k of 1 takes the likeliest code.
@@ -47,7 +47,7 @@ def generate_images(
     uniform_BPD = torch.stack([draws(sampling.seed, number, P, D) for number in numbers]).to(model.device)
     rows = [*prompts, *([unconditional] * B if guided else [])]
     hidden_RH, context = model.prefill(_packed(model, [_image_prompt(ids, D) for ids in rows]))
-    pictures: list[Tensor] = []
+    images: list[Tensor] = []
     for position in range(P):
 
         def choose(logits_RK: Tensor, depth: int, position: int = position) -> Tensor:
@@ -56,10 +56,10 @@ def generate_images(
             return codes_B.repeat(2) if guided else codes_B
 
         codes_RD = model.image_head.unroll(hidden_RH, model.codebook, choose)
-        pictures.append(codes_RD[:B])
+        images.append(codes_RD[:B])
         if position < P - 1:
             hidden_RH = model.step(model.embed_codes(codes_RD), _IMAGE_TOKEN, context)
-    return torch.stack(pictures, 1)
+    return torch.stack(images, 1)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def draw(probabilities_BK: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def draws(seed: int, image_number: int, positions: int, depth: int) -> Tensor:
-    """The numbers from [0, 1) that decide one picture, (P, D) in float64.
+    """The numbers from [0, 1) that decide one image, (P, D) in float64.
 
     Philox with the whole key: torch's CPU generator keeps 32 bits of its seed.
     """

@@ -3,7 +3,7 @@
 In: hidden states, the classifier and the targets. Out: the loss of every row. At the real sizes
 (151,936 words, 16,384 codes at 4 depths) the logits of a packed row, their copy in float32 and
 their gradient are by far the largest tensors of a step. Here logits live a chunk at a time: the
-forward pass keeps only the logarithm of each row's normaliser, the backward pass computes the chunk
+forward pass keeps only the logarithm of each row's normalizer, the backward pass computes the chunk
 again. Computing gradients already in the forward pass (as torch's own `linear_cross_entropy` of
 2.13 does) saves that fourth product but allows a single scalar result; the losses here are weighted
 and reported by depth.
@@ -55,28 +55,28 @@ def _chunks(rows: int, classes: int) -> Iterator[slice]:
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_R: Tensor) -> Tensor:
-        normaliser_R = _wide(hidden_RH.new_empty(0)).new_empty(len(hidden_RH))
-        loss_R = torch.empty_like(normaliser_R)
+        normalizer_R = _wide(hidden_RH.new_empty(0)).new_empty(len(hidden_RH))
+        loss_R = torch.empty_like(normalizer_R)
         with torch.autocast(hidden_RH.device.type, enabled=False):
             for c in _chunks(len(hidden_RH), len(weight_VH)):
                 logits_cV = _wide(F.linear(hidden_RH[c], weight_VH, bias_V))
                 chosen_c = logits_cV.gather(1, target_R[c, None])[:, 0]
-                normaliser_R[c] = logits_cV.logsumexp(1)
-                loss_R[c] = normaliser_R[c] - chosen_c
-        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, target_R, normaliser_R)
+                normalizer_R[c] = logits_cV.logsumexp(1)
+                loss_R[c] = normalizer_R[c] - chosen_c
+        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, target_R, normalizer_R)
         return loss_R
 
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden_RH, weight_VH, bias_V, target_R, normaliser_R = ctx.saved_tensors
+        hidden_RH, weight_VH, bias_V, target_R, normalizer_R = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         hidden_grad_RH = torch.empty_like(hidden_RH) if wants_hidden else None
-        weight_grad_VH = torch.zeros_like(weight_VH, dtype=normaliser_R.dtype) if wants_weight else None
-        bias_grad_V = torch.zeros_like(bias_V, dtype=normaliser_R.dtype) if wants_bias else None
+        weight_grad_VH = torch.zeros_like(weight_VH, dtype=normalizer_R.dtype) if wants_weight else None
+        bias_grad_V = torch.zeros_like(bias_V, dtype=normalizer_R.dtype) if wants_bias else None
         with torch.autocast(hidden_RH.device.type, enabled=False):
             for c in _chunks(len(hidden_RH), len(weight_VH)):
                 slope_cV = _wide(F.linear(hidden_RH[c], weight_VH, bias_V))
-                slope_cV.sub_(normaliser_R[c, None]).exp_().mul_(grad_R[c, None])
+                slope_cV.sub_(normalizer_R[c, None]).exp_().mul_(grad_R[c, None])
                 slope_cV.scatter_add_(1, target_R[c, None], -grad_R[c, None])
                 if bias_grad_V is not None:
                     bias_grad_V += slope_cV.sum(0)

@@ -28,8 +28,8 @@ from unifork.errors import IdentityError, unknown
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, read_config
 from unifork.models.decoder import (
+    AttentionContext,
     Block,
-    Reading,
     Routes,
     batch_routes,
     family,
@@ -131,7 +131,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         routes = batch_routes(batch, self.routes_needed)
         T = batch.kinds_BT.shape[1]
         masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts)
-        return self._read(self.embed(batch), batch.positions_BT, routes, masks, cache)
+        return self._forward_layers(self.embed(batch), batch.positions_BT, routes, masks, cache)
 
     def prefill(self, batch: Batch) -> tuple[Tensor, Context]:
         """Read prompts, one document a row, all of one task. Returns the last token's hidden state (B, H)."""
@@ -153,7 +153,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         context.modalities_BS = torch.cat([context.modalities_BS, new_B1 + modality], 1)
         masks = self._masks(context.documents_BS, context.modalities_BS, 1)
         routes = step_routes(B, context.task, modality)
-        hidden_B1H = self._read(x_BH[:, None], context.lengths_B[:, None], routes, masks, context.cache)
+        hidden_B1H = self._forward_layers(x_BH[:, None], context.lengths_B[:, None], routes, masks, context.cache)
         context.lengths_B = context.lengths_B + 1
         return hidden_B1H[:, 0]
 
@@ -196,7 +196,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             for route in self.masks_needed
         }
 
-    def _read(
+    def _forward_layers(
         self,
         x_BTH: Tensor,
         positions_BT: Tensor,
@@ -205,7 +205,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         cache: DynamicCache | None,
     ) -> Tensor:
         cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions_BT)
-        reading = Reading(routes, masks, cos_BTE, sin_BTE, self.config._attn_implementation, cache)
+        reading = AttentionContext(routes, masks, cos_BTE, sin_BTE, self.config._attn_implementation, cache)
         x_XH = x_BTH.flatten(0, 1)
         for layer in self.layers:
             x_XH = layer(x_XH, reading)

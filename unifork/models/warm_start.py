@@ -97,7 +97,7 @@ def create_model(
     config = model_config(variant, K, C, depth, grid, vocab_size, identity, encoder_id, special_tokens)
     with torch.random.fork_rng(devices=[]):
         model = UniForkModel(config)
-    initialise(model, variant.seed)
+    initialize(model, variant.seed)
     if variant.warm_start is not None:
         warm_start(model, local_folder(variant.warm_start))
     model.codebook.copy_(codebook_KC)
@@ -105,7 +105,7 @@ def create_model(
 
 
 @torch.no_grad()
-def initialise(model: UniForkModel, seed: int) -> None:
+def initialize(model: UniForkModel, seed: int) -> None:
     """Draw every weight by (seed, name without the branch); copies of a part start equal."""
     std = model.config.backbone_config().initializer_range
     for name, parameter in model.named_parameters():

@@ -45,7 +45,7 @@ def size_category(rows: int) -> str:
 
 def readme(card: Card, views: Sequence[ViewFacts], stages: Mapping[str, Manifest | None]) -> str:
     """The page of the data set. stages: manifests of download and filter where they are at hand."""
-    name, rows = card.licence.lower(), max(view.manifest.rows for view in views)
+    name, rows = card.license.lower(), max(view.manifest.rows for view in views)
     example = max(views, key=lambda view: view.manifest.rows > 0)
     page = jinja2.Template(PAGE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     text: str = page.render(

@@ -29,14 +29,14 @@ CARD = "dataset.yaml"
 def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) -> list[ViewFacts]:
     """Make the publication of a data set in a folder; what is there and right is kept.
 
-    takedown: what names rows to leave out. Raises ConfigError where the licence forbids
+    takedown: what names rows to leave out. Raises ConfigError where the license forbids
     publishing, DataError where codes are missing or damaged.
     """
     card = load_card(dataset, layout.cards)
     if not card.redistribute_codes:
         raise ConfigError(
-            f"{card.name}: its card says redistribute_codes: false (licence: {card.licence}). Codes can be decoded "
-            f"to pictures, so publishing them is redistributing the pictures. What can be given away is the recipe: "
+            f"{card.name}: its card says redistribute_codes: false (license: {card.license}). Codes can be decoded "
+            f"to images, so publishing them is redistributing the images. What can be given away is the recipe: "
             f"the card, the parameters and the manifests, with which others make the same codes from their own copy. "
             f"See {card.homepage}"
         )

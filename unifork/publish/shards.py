@@ -1,7 +1,7 @@
 """Code shards as strangers read them, and back: one published shard per code shard.
 
 A published shard holds the same rows with `codes` as list<uint16>, which every Parquet reader shows
-as integers, and says in its schema metadata what they are. Both directions are hops: a killed run
+as integers, and says in its schema metadata what they are. Both directions are stages: a killed run
 goes on where it was, and equal input gives equal bytes.
 """
 
@@ -30,7 +30,7 @@ PUBLISHED = "published-codes"
 """Kind of the manifest of a published view."""
 
 PUBLISHED_META = b"unifork.published"
-"""Schema metadata: JSON with data set, licence and how the list of codes is laid out."""
+"""Schema metadata: JSON with data set, license and how the list of codes is laid out."""
 
 LAYOUT = "positions x depth codes per row, flattened: raster order of positions, depth last; numbers start at 0"
 
@@ -46,7 +46,7 @@ def publish_job(card: Card, task: Task, codes: Path, folder: Path, withdrawn: di
     origin = read_manifest(codes)
     if origin.kind != "codes" or not origin.shards:
         raise DataError(f"{codes}: {len(origin.shards)} shards of kind {origin.kind!r}; only 'codes' are published")
-    about = {name: getattr(card, name) for name in ("title", "homepage", "licence", "attribution")}
+    about = {name: getattr(card, name) for name in ("title", "homepage", "license", "attribution")}
     about |= {"dataset": card.name, "task": task, "view": card.tasks[task].view, "layout": LAYOUT}
     schema = read_table(codes, origin.shards[0]).schema
     about["shape"] = codes_meta(schema, str(codes))["shape"]

@@ -11,10 +11,10 @@ from unifork.shards.job import read_table
 from unifork.shards.manifest import MANIFEST, read_manifest
 
 
-def withdrawn_keys(entries: Listing | None, dataset: str, codes: Path, pictures: Path) -> dict[str, list[str]]:
+def withdrawn_keys(entries: Listing | None, dataset: str, codes: Path, images: Path) -> dict[str, list[str]]:
     """Keys to leave out, sorted, by file name of the code shard.
 
-    codes: folder of one view; pictures: the image-text shards its codes were made from.
+    codes: folder of one view; images: the image-text shards its codes were made from.
     Raises DataError when an entry is no key and the image-text shards are not there to look it up.
     """
     if entries is None:
@@ -22,13 +22,13 @@ def withdrawn_keys(entries: Listing | None, dataset: str, codes: Path, pictures:
     prefix = f"{dataset}/"
     keys = {value.removeprefix(prefix) for kind, value in entries.entries if kind == "key" and value.startswith(prefix)}
     others = [entry for entry in entries.entries if entry[0] != "key"]
-    if others and not (pictures / MANIFEST).exists():
+    if others and not (images / MANIFEST).exists():
         raise DataError(
-            f"{pictures}: not there, but {len(others)} entries of the takedown list are no keys, first "
+            f"{images}: not there, but {len(others)} entries of the takedown list are no keys, first "
             f"{' '.join(min(others))!r}, and are looked up there. Bring it back, or list keys only"
         )
     if others:
-        keys |= set(withdrawn(pictures, entries))
+        keys |= set(withdrawn(images, entries))
     if not keys:
         return {}
     shards = read_manifest(codes).shards

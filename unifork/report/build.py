@@ -1,4 +1,4 @@
-"""Facts, pictures and plots to one HTML page that needs nothing else: no network, no script, no further file.
+"""Facts, images and plots to one HTML page that needs nothing else: no network, no script, no further file.
 
 In: an experiment, its folders and a way to load image tokenizers. Out: the text of `index.html`. What
 has not run yet is said to be missing, so that a page can be made at any time; damaged files raise a UniForkError.
@@ -53,7 +53,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     )
 
 
-def loss_pictures(experiment: Experiment, layout: Layout) -> dict[str, bytes]:
+def loss_images(experiment: Experiment, layout: Layout) -> dict[str, bytes]:
     """For each variant that has been trained, its losses over all stages, as a PNG."""
     lines = {
         name: [

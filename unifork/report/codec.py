@@ -3,7 +3,7 @@
 In: a tokenizer directory. Out: a `Codec`. The way to load one is handed to the report, so that a page can be built,
 and tested, without a tokenizer.
 
-Shape suffixes: B pictures, S side in pixels, C channels (RGB), N positions, D code depth.
+Shape suffixes: B images, S side in pixels, C channels (RGB), N positions, D code depth.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from unifork.shards.manifest import file_sha256
 
 
 class Codec:
-    """What turns codes into pictures: a trained image tokenizer; its canaries are checked when it is loaded."""
+    """What turns codes into images: a trained image tokenizer; its canaries are checked when it is loaded."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -30,7 +30,7 @@ class Codec:
         architecture = self.tokenizer.architecture
         allowed = (architecture.grid**2, architecture.depth)
         if codes_BND.shape[1:] != allowed:
-            raise DataError(f"{self.directory}: codes of shape {codes_BND.shape}; allowed are (pictures, {allowed})")
+            raise DataError(f"{self.directory}: codes of shape {codes_BND.shape}; allowed are (images, {allowed})")
         if codes_BND.size and not 0 <= codes_BND.min() <= codes_BND.max() < architecture.codebook_size:
             raise DataError(
                 f"{self.directory}: codes from {codes_BND.min()} to {codes_BND.max()}; "

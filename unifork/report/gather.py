@@ -1,4 +1,4 @@
-"""Everything an experiment left on disk, as plain facts and pictures for the template.
+"""Everything an experiment left on disk, as plain facts and images for the template.
 
 In: the experiment, its folders and a way to load image tokenizers. Out: what the page shows of each data set and each
 variant. A stage that has not run leaves None or nothing; a damaged file raises a UniForkError.
@@ -15,7 +15,7 @@ from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
 from unifork.report.codec import LoadCodec
-from unifork.report.pictures import answered_samples, data_pictures, drawn_samples, shown_images, views_of
+from unifork.report.images import answered_samples, data_images, drawn_samples, shown_images, views_of
 from unifork.report.plots import score_plot, training_plots
 from unifork.report.reading import Found, read_codes, read_history, read_json, read_records, read_scores
 from unifork.shards.manifest import MANIFEST, read_manifest
@@ -33,17 +33,19 @@ def programs(experiment: Experiment) -> dict[str, Program]:
 
 
 def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
-    """One data set: its card, the manifests of all hops, and images of what the filter kept and dropped."""
+    """One data set: its card, the manifests of all stages, and images of what the filter kept and dropped."""
     card = load_card(name, layout.cards)
     folders = {"download": layout.raw(name), "filter": layout.filtered(name)}
     folders |= {f"encode, {view}": layout.codes / name / view for view in views_of(card)}
-    hops = {hop: read_manifest(folder) if (folder / MANIFEST).exists() else None for hop, folder in folders.items()}
+    stages = {
+        stage: read_manifest(folder) if (folder / MANIFEST).exists() else None for stage, folder in folders.items()
+    }
     shown = None
-    if hops["filter"]:
+    if stages["filter"]:
         tokenizer, size = layout.image_tokenizer, experiment.image_tokenizer.image_size
         codec = load_codec(tokenizer) if (tokenizer / CONFIG_FILE).exists() else None
-        shown = data_pictures(card, folders["filter"], hops["filter"], size, codec)
-    return {"name": name, "card": card, "hops": hops, "shown": shown}
+        shown = data_images(card, folders["filter"], stages["filter"], size, codec)
+    return {"name": name, "card": card, "jobs": stages, "shown": shown}
 
 
 def variant(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from unifork.evaluation.statistics import Score
 
 LOOK = Path(__file__).with_name("plots.mplstyle")
 INK = "#010203"
-"""The text colour of LOOK, which in an SVG becomes that of the reader's mode."""
+"""The text color of LOOK, which in an SVG becomes that of the reader's mode."""
 MODES = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
 CHANCE: dict[str, Any] = {"color": INK, "linestyle": (0, (1.5, 1)), "linewidth": 2}
 MOST_POINTS = 250
@@ -34,7 +34,7 @@ Curve = tuple[str, Sequence[tuple[float, float]]]
 
 
 class Plot(NamedTuple):
-    """A picture of numbers."""
+    """An image of numbers."""
 
     title: str
     src: str
@@ -140,7 +140,7 @@ def _over_steps(title: str, curves: Sequence[Curve]) -> Plot:
 
 
 def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Every curve in a colour of its own, with at most MOST_POINTS points: each the mean of neighbouring ones."""
+    """Every curve in a color of its own, with at most MOST_POINTS points: each the mean of neighbouring ones."""
     for number, (label, points) in enumerate(curves):
         if points:
             parts = np.array_split(np.array(points), min(len(points), MOST_POINTS))
@@ -150,7 +150,7 @@ def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as a data URI; its ink becomes the colour of the reader's mode."""
+    """The figure as a data URI; its ink becomes the color of the reader's mode."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = stream.getvalue().replace("<defs>", f"{MODES}<defs>", 1).replace(INK, "currentColor")

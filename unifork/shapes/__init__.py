@@ -1,1 +1,1 @@
-"""The procedural demo world: scenes, their pictures, their texts, their rows, and an exact reader of pictures."""
+"""The procedural demo world: scenes, their images, their texts, their rows, and an exact reader of images."""

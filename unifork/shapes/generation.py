@@ -1,8 +1,8 @@
-"""GenEval on the world `shapes`: prompts go out, pictures come back, six scores and their mean come out.
+"""GenEval on the world `shapes`: prompts go out, images come back, six scores and their mean come out.
 
-Pictures are read by the world's own detector and judged by GenEval's rules. Chance is measured, not
-assumed: it is the score of other pictures of the same split, drawn without looking at the prompt.
-(Training pictures would do for the seen split; on held-out prompts they score 0 by construction.)
+Images are read by the world's own detector and judged by GenEval's rules. Chance is measured, not
+assumed: it is the score of other images of the same split, drawn without looking at the prompt.
+(Training images would do for the seen split; on held-out prompts they score 0 by construction.)
 
 Seen and held-out compositions are scored apart. A prompt for a single object names no composition,
 so those of `held_out` are the seen ones; the score `composed`, the mean of the other five, is the one
@@ -22,8 +22,8 @@ from unifork.shapes.detector import detect
 from unifork.shapes.language import Prompt, prompts
 from unifork.shapes.world import ASKED_SPLITS, KINDS, Draws, Object, Split, crop_objects, scene
 
-CHANCE_PICTURES = 256
-"""Other pictures of its split that every prompt is held against."""
+CHANCE_IMAGES = 256
+"""Other images of its split that every prompt is held against."""
 CHANCE_START = 1_000_000
 """Number of the first of them, far from those of any data set."""
 
@@ -34,13 +34,13 @@ def prepare(config: Benchmark, seed: int) -> list[Prompt]:
 
 
 def run(items: Sequence[Prompt], model: Model) -> list[Image.Image]:
-    """The pictures a model paints for the prompts."""
-    return model.paint([prompt.text for prompt in items])
+    """The images a model generates for the prompts."""
+    return model.generate_images([prompt.text for prompt in items])
 
 
-def record(prompt: Prompt, picture: Image.Image) -> dict[str, Any]:
+def record(prompt: Prompt, image: Image.Image) -> dict[str, Any]:
     """What is worth keeping of one sample, as plain data."""
-    objects = detect(picture)
+    objects = detect(image)
     correct, faults = _verdict(prompt, objects)
     return {
         "prompt": prompt.text,
@@ -52,9 +52,9 @@ def record(prompt: Prompt, picture: Image.Image) -> dict[str, Any]:
     }
 
 
-def score(items: Sequence[Prompt], pictures: Sequence[Image.Image]) -> list[Score]:
+def score(items: Sequence[Prompt], images: Sequence[Image.Image]) -> list[Score]:
     """The six scores, `overall` and `composed`, for each split."""
-    verdicts = [_verdict(prompt, detect(picture)) for prompt, picture in zip(items, pictures, strict=True)]
+    verdicts = [_verdict(prompt, detect(image)) for prompt, image in zip(items, images, strict=True)]
     seed, chances = items[0].seed, _chances(items)
     scores = []
     for split in ASKED_SPLITS:
@@ -75,11 +75,11 @@ def _verdict(prompt: Prompt, objects: Iterable[Object]) -> Verdict:
 
 
 def _chances(items: Sequence[Prompt]) -> dict[Prompt, float]:
-    """For each prompt the share of other pictures of its split that would be right for it by accident."""
+    """For each prompt the share of other images of its split that would be right for it by accident."""
     seed = items[0].seed
-    pictures = {split: [_accident(seed, number, split) for number in range(CHANCE_PICTURES)] for split in ASKED_SPLITS}
+    images = {split: [_accident(seed, number, split) for number in range(CHANCE_IMAGES)] for split in ASKED_SPLITS}
     return {
-        prompt: proportion([_verdict(prompt, objects).correct for objects in pictures[prompt.split]]).value
+        prompt: proportion([_verdict(prompt, objects).correct for objects in images[prompt.split]]).value
         for prompt in set(items)
     }
 
@@ -98,8 +98,8 @@ BENCHMARK = Program(
     splits=ASKED_SPLITS,
     first_scores=("overall", "composed", *KINDS),
     headlines={
-        "overall": "Pictures from text, mean of the six kinds",
-        "single_object": "Pictures from text, single object",
+        "overall": "Images from text, mean of the six kinds",
+        "single_object": "Images from text, single object",
     },
     note="Held-out compositions never occur in training; a single object is no composition, so there both splits ask "
     "for the same.",

@@ -1,9 +1,9 @@
-"""Texts about scenes: captions of the crop and of the whole picture, class names, and prompts.
+"""Texts about scenes: captions of the crop and of the whole image, class names, and prompts.
 
 In: a scene of `world`, or the kind and split of prompts wanted. Out: short texts of few words, so
-that a byte-level BPE of a few hundred entries holds them all, and for prompts also what a picture
+that a byte-level BPE of a few hundred entries holds them all, and for prompts also what an image
 must show, in the clauses of GenEval's metadata. Generation learns from crops, so `crop_caption`
-speaks of the crop only; everything else speaks of the whole picture.
+speaks of the crop only; everything else speaks of the whole image.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from unifork.shapes.world import (
 PHOTO = "a photo of "
 """How every evaluation prompt and most captions of crops begin, as in GenEval."""
 NUMBERS = ("zero", "one", "two", "three", "four")
-"""Numbers as they are spoken; a picture never holds more than four objects."""
+"""Numbers as they are spoken; an image never holds more than four objects."""
 
 
 def noun(shape: str, color: str | None = None, count: int = 1) -> str:
@@ -44,7 +44,7 @@ def phrase(shape: str, color: str | None = None, count: int = 1) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to paint, and what the picture must and must not show for it."""
+    """A text to generate_images, and what the image must and must not show for it."""
 
     text: str
     kind: Kind
@@ -59,7 +59,7 @@ class Prompt:
 
 
 def crop_caption(scene: Scene) -> str:
-    """What the centre crop shows, in one of a few wordings; exact, but colours are often left unsaid as in GenEval."""
+    """What the center crop shows, in one of a few wordings; exact, but colors are often left unsaid as in GenEval."""
     draws = Draws("caption", scene.seed, scene.split, scene.index)
     start = draws.pick((PHOTO, PHOTO, PHOTO, ""))
     with_color = scene.kind in ("colors", "color_attr") or (scene.kind in ("counting", "position") and draws.below(2))
@@ -75,9 +75,9 @@ def crop_caption(scene: Scene) -> str:
 
 
 def full_caption(scene: Scene) -> str:
-    """Everything in the picture, equal objects counted together, in reading order: one text per picture.
+    """Everything in the image, equal objects counted together, in reading order: one text per image.
 
-    Exact match with it is a fair score, since a picture determines it.
+    Exact match with it is a fair score, since an image determines it.
     """
     in_order = sorted(scene.objects, key=lambda thing: (thing.box[1], thing.box[0]))
     groups = [(thing.shape, thing.color) for thing in in_order]
@@ -86,7 +86,7 @@ def full_caption(scene: Scene) -> str:
 
 
 def class_name(scene: Scene) -> str | None:
-    """The class of a picture with one object, with its colour in scenes about colour; None for other pictures."""
+    """The class of an image with one object, with its color in scenes about color; None for other images."""
     if len(scene.objects) != 1:
         return None
     (thing,) = scene.objects
@@ -100,7 +100,7 @@ def prompts(kind: Kind, split: Split, count: int, seed: int) -> list[Prompt]:
     """`count` evaluation prompts: every possible one once, in a seeded order, before any comes again.
 
     Those of `held_out` ask for a held-out composition, those of other splits for none. A single
-    object without a colour is no composition: its prompts are the same in all splits.
+    object without a color is no composition: its prompts are the same in all splits.
     """
     possible = _possible(kind, split, seed)
     draws = Draws("prompts", seed, split, kind)

@@ -1,4 +1,4 @@
-"""Questions about a whole picture with short answers, alone or as a dialogue.
+"""Questions about a whole image with short answers, alone or as a dialogue.
 
 In: a scene and a kind of question. Every question that a scene allows is listed with a mark that says
 whether it is about a held-out composition. Scenes of `held_out` are only asked the marked ones, other
@@ -44,9 +44,9 @@ class Candidate(NamedTuple):
 
 
 def conversations(scene: Scene) -> list[dict[str, str]]:
-    """Up to eight questions about the picture with very short answers, half of them yes/no (each by a fair coin).
+    """Up to eight questions about the image with very short answers, half of them yes/no (each by a fair coin).
 
-    Many, because they cost little beside the picture. In the split `train` no text names a held-out composition either.
+    Many, because they cost little beside the image. In the split `train` no text names a held-out composition either.
     """
     draws = Draws("conversation", scene.seed, scene.split, scene.index)
     asked: list[Question] = []
@@ -66,8 +66,8 @@ def pick_question(
 ) -> Question | None:
     """One question of a kind not asked yet, with the wanted answer if one is given; None when there is none.
 
-    Without a wanted answer, yes or no is decided by a fair coin. Half of the coloured shapes that
-    are asked for and not there are made of a colour and a shape that are, on different objects.
+    Without a wanted answer, yes or no is decided by a fair coin. Half of the colored shapes that
+    are asked for and not there are made of a color and a shape that are, on different objects.
     """
     if kind == "yes_no" and answer is None:
         answer = draws.pick(("yes", "no"))
@@ -78,7 +78,7 @@ def pick_question(
     if not groups:
         return None
     names = sorted(groups)
-    if "shape" in names and len(names) > 1:  # a quarter of the yes/no questions name no colour, whatever the answer
+    if "shape" in names and len(names) > 1:  # a quarter of the yes/no questions name no color, whatever the answer
         names = ["shape"] if draws.below(4) == 0 else [name for name in names if name != "shape"]
     return draws.pick(groups[draws.pick(names)])
 
@@ -110,7 +110,7 @@ def _count(scene: Scene) -> Iterator[Candidate]:
 
 
 def _named(scene: Scene) -> Iterator[tuple[str, str | None, int]]:
-    """How often every shape, and every coloured shape of which at least a part is there, is there."""
+    """How often every shape, and every colored shape of which at least a part is there, is there."""
     shapes = Counter(thing.shape for thing in scene.objects)
     colors = {thing.color for thing in scene.objects}
     pairs = Counter((thing.color, thing.shape) for thing in scene.objects)
@@ -121,7 +121,7 @@ def _named(scene: Scene) -> Iterator[tuple[str, str | None, int]]:
 
 
 def _color(scene: Scene) -> Iterator[Candidate]:
-    """For every shape that has one colour: which?"""
+    """For every shape that has one color: which?"""
     for shape, count in Counter(thing.shape for thing in scene.objects).items():
         color, *others = {thing.color for thing in scene.objects if thing.shape == shape}
         if not others:

@@ -1,8 +1,8 @@
-"""Questions about the world `shapes`: pictures and questions go out, answers come back, scores come out.
+"""Questions about the world `shapes`: images and questions go out, answers come back, scores come out.
 
 Yes/no questions are balanced exactly and have hard negatives; they are scored by POPE's own reading
-of an answer (`yes_no_*`) and by a strict one (`yes_no_strict_*`). Questions about colour, number and
-position and the caption of the whole picture are scored by exact match. Held-out questions are about
+of an answer (`yes_no_*`) and by a strict one (`yes_no_strict_*`). Questions about color, number and
+position and the caption of the whole image are scored by exact match. Held-out questions are about
 held-out compositions, none of which training names, not even to deny it.
 
 Chance is measured: it is what the right answers to other questions of the same kind and split score.
@@ -21,7 +21,7 @@ from unifork.config import Benchmark
 from unifork.documents.prompts import INSTRUCTION
 from unifork.evaluation.benchmarks import Model, Program
 from unifork.evaluation.statistics import Estimate, Score, binary, proportion
-from unifork.evaluation.understanding.answers import normalised, pope_yes, strict_yes
+from unifork.evaluation.understanding.answers import normalized, pope_yes, strict_yes
 from unifork.shapes.language import full_caption
 from unifork.shapes.questions import Question, pick_question
 from unifork.shapes.world import ASKED_SPLITS, Draws, Scene, Split, draw, scene
@@ -32,11 +32,11 @@ CHANCE_QUESTIONS = 500
 """Other questions of each kind and split, whose answers make the chance level."""
 CHANCE_START = 1_000_000
 """Number of the first scene they are about, far from those of any data set."""
-PICTURE_NAME = re.compile(r"(seen|held_out)-(\d{8})")
+IMAGE_NAME = re.compile(r"(seen|held_out)-(\d{8})")
 
 
 class Item(NamedTuple):
-    """One question about one picture."""
+    """One question about one image."""
 
     scene: Scene
     kind: Kind
@@ -50,14 +50,14 @@ def prepare(config: Benchmark, seed: int) -> list[Item]:
 
 
 def run(items: Sequence[Item], model: Model) -> list[str]:
-    """The answers a model gives to the items; it makes its own view of the pictures."""
+    """The answers a model gives to the items; it makes its own view of the images."""
     return model.answer([draw(item.scene) for item in items], [item.question for item in items])
 
 
 def record(item: Item, answer: str) -> dict[str, Any]:
     """What is worth keeping of one sample, as plain data."""
     return {
-        "picture": f"{item.scene.split}-{item.scene.index:08d}",
+        "image": f"{item.scene.split}-{item.scene.index:08d}",
         "kind": item.kind,
         "split": item.scene.split,
         "question": item.question,
@@ -67,9 +67,9 @@ def record(item: Item, answer: str) -> dict[str, Any]:
     }
 
 
-def picture(name: str, seed: int) -> Image.Image | None:
-    """The picture that a record names."""
-    found = PICTURE_NAME.fullmatch(name)
+def image(name: str, seed: int) -> Image.Image | None:
+    """The image that a record names."""
+    found = IMAGE_NAME.fullmatch(name)
     return draw(scene(seed, int(found[2]), "seen" if found[1] == "seen" else "held_out")) if found else None
 
 
@@ -114,7 +114,7 @@ def _coin(says_yes: float, is_yes: float) -> dict[str, float]:
 
 def _right(item: Item, answer: str) -> bool:
     """Whether an answer is right, read strictly."""
-    return normalised(answer) == item.answer
+    return normalized(answer) == item.answer
 
 
 def _items(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[Item]:
@@ -151,5 +151,5 @@ BENCHMARK = Program(
     splits=ASKED_SPLITS,
     first_scores=tuple(f"yes_no_{name}" for name in ("accuracy", "f1", "precision", "recall", "yes_ratio")),
     headlines={"yes_no_accuracy": "Yes/no questions, accuracy"},
-    image=picture,
+    image=image,
 )

@@ -1,11 +1,11 @@
-"""The world `shapes`: (seed, index, split) goes in, a scene comes out, and `draw` paints it.
+"""The world `shapes`: (seed, index, split) goes in, a scene comes out, and `draw` generates it.
 
-Flat-coloured shapes lie on a lattice of 16-pixel cells. A base picture is 48x48 pixels, 3x3 cells;
-about a third of the pictures are 96x48 or 48x96, whose centre crop is such a base picture and whose
-outer cells hold more objects, so that the two views of a picture show different things. Why so
+Flat-colored shapes lie on a lattice of 16-pixel cells. A base image is 48x48 pixels, 3x3 cells;
+about a third of the images are 96x48 or 48x96, whose center crop is such a base image and whose
+outer cells hold more objects, so that the two views of an image show different things. Why so
 regular: a small tokenizer with 8-pixel patches sees each object as exactly 2x2 patches in the crop,
-and as 2x2 quarter-filled patches in the padded view of a wide picture (which halves it), so that a
-small model trained for minutes can learn the world, while telling shape, colour, number and place
+and as 2x2 quarter-filled patches in the padded view of a wide image (which halves it), so that a
+small model trained for minutes can learn the world, while telling shape, color, number and place
 apart stays a real task.
 
 A scene is a pure function of its arguments: all draws come from Philox keyed by them. The kinds are
@@ -51,20 +51,20 @@ GROUNDS = ((250, 250, 250), (252, 246, 236), (238, 246, 252), (241, 250, 239))
 CELL = 16
 """Side of a lattice cell in pixels."""
 SIZE = 14
-"""Side of every object in pixels; the gap keeps neighbours of one colour apart."""
+"""Side of every object in pixels; the gap keeps neighbours of one color apart."""
 CROP = 48
-"""Short side of every picture, and side of its centre crop."""
+"""Short side of every image, and side of its center crop."""
 LONG = 96
-"""Long side of wide and tall pictures; the crop begins 24 pixels in, the outer cells lie at 8 and 72."""
+"""Long side of wide and tall images; the crop begins 24 pixels in, the outer cells lie at 8 and 72."""
 MOST = 4
-"""Most objects in a picture."""
+"""Most objects in an image."""
 
 HELD_OUT_COLORS = frozenset(
     {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square"), ("purple", "diamond")}
 )
 HELD_OUT_PAIRS = frozenset({frozenset({"circle", "cross"}), frozenset({"square", "triangle"})})
 HELD_OUT_COUNTS = frozenset({("cross", 2), ("square", 3), ("circle", 4)})
-"""Compositions that training never shows: a coloured shape, two shapes in one picture, a number of one shape."""
+"""Compositions that training never shows: a colored shape, two shapes in one image, a number of one shape."""
 
 Item = TypeVar("Item")
 
@@ -96,7 +96,7 @@ class Draws:
 
 
 class Object(NamedTuple):
-    """A shape of one colour; the box is (left, top, right, bottom) in pixels, right and bottom outside."""
+    """A shape of one color; the box is (left, top, right, bottom) in pixels, right and bottom outside."""
 
     shape: str
     color: str
@@ -105,7 +105,7 @@ class Object(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. The objects of the centre crop come first, in the order in which the kind means them."""
+    """What an image shows. The objects of the center crop come first, in the order in which the kind means them."""
 
     seed: int
     index: int
@@ -141,7 +141,7 @@ def scene(seed: int, index: int, split: Split, kind: Kind | None = None, *, alon
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, no antialiasing, so that it holds few distinct patches and reads back exactly."""
+    """The image of a scene: RGB, no antialiasing, so that it holds few distinct patches and reads back exactly."""
     pixels = np.empty((scene.height, scene.width, 3), dtype=np.uint8)
     pixels[:] = GROUNDS[scene.ground]
     for shape, color, (left, top, right, bottom) in scene.objects:
@@ -150,7 +150,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def crop_objects(scene: Scene) -> tuple[Object, ...]:
-    """The objects that the centre crop shows whole, in the crop's own pixels."""
+    """The objects that the center crop shows whole, in the crop's own pixels."""
     dx, dy = (scene.width - CROP) // 2, (scene.height - CROP) // 2
     moved = (Object(s, c, (x0 - dx, y0 - dy, x1 - dx, y1 - dy)) for s, c, (x0, y0, x1, y1) in scene.objects)
     return tuple(thing for thing in moved if min(thing.box) >= 0 and max(thing.box) <= CROP)
@@ -178,7 +178,7 @@ def mask(shape: str, size: int) -> np.ndarray:
 
 
 def held_out(things: Sequence[tuple[str, str | None, object]]) -> bool:
-    """Whether a set of objects, as (shape, colour, place), holds a held-out composition."""
+    """Whether a set of objects, as (shape, color, place), holds a held-out composition."""
     counts = Counter(shape for shape, _, _ in things)
     return (
         any((color, shape) in HELD_OUT_COLORS for shape, color, _ in things)
@@ -188,7 +188,7 @@ def held_out(things: Sequence[tuple[str, str | None, object]]) -> bool:
 
 
 def _inner(kind: Kind, draws: Draws) -> list[tuple[str, str, tuple[int, int]]]:
-    """The objects of the crop as (shape, colour, (column, row)), before anything is held out."""
+    """The objects of the crop as (shape, color, (column, row)), before anything is held out."""
     cells = [(i, j) for j in range(3) for i in range(3)]
     colors = tuple(COLORS)
     if kind in SINGLE_KINDS:
@@ -197,15 +197,15 @@ def _inner(kind: Kind, draws: Draws) -> list[tuple[str, str, tuple[int, int]]]:
         shape, color = draws.pick(SHAPES), draws.pick(colors)
         return [(shape, color, cell) for cell in draws.some(cells, 2 + draws.below(3))]
     shapes = draws.some(SHAPES, 2)
-    paints = draws.some(colors, 2) if kind == "color_attr" else [draws.pick(colors), draws.pick(colors)]
+    generates = draws.some(colors, 2) if kind == "color_attr" else [draws.pick(colors), draws.pick(colors)]
     places = draws.some(cells, 2)
     if kind == "position":  # one row or one column, so that exactly one relation holds
         places = draws.pick([[a, b] for a in cells for b in cells if a != b and (a[0] == b[0] or a[1] == b[1])])
-    return list(zip(shapes, paints, places, strict=True))
+    return list(zip(shapes, generates, places, strict=True))
 
 
 def _outer(most: int, draws: Draws) -> list[tuple[str, str, tuple[int, int]]]:
-    """One or two objects beside the crop of a wide picture, as (shape, colour, (left, top) of the cell)."""
+    """One or two objects beside the crop of a wide image, as (shape, color, (left, top) of the cell)."""
     cells = [(x, CELL * j) for x in (8, LONG - 8 - CELL) for j in range(3)]
     places = draws.some(cells, 1 + draws.below(min(2, most)))
     return [(draws.pick(SHAPES), draws.pick(tuple(COLORS)), place) for place in places]

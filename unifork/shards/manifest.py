@@ -1,7 +1,7 @@
 """Files that exist only when they are whole, and the manifest that says which ones there are.
 
 A shard appears by write-temp, fsync, rename; the manifest is written last, so its existence means
-that the hop is done. It lists shards with rows and hash, drops by reason, schema and lineage, and
+that the stage is done. It lists shards with rows and hash, drops by reason, schema and lineage, and
 nothing that changes from run to run. Consumers read the manifest and check every shard they open.
 A shard lies beside its manifest, or in a store (`uri`) as one object, which appears whole by itself.
 """
@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from unifork.config import Plain, parse
+from unifork.config import StrictModel, parse
 from unifork.errors import DataError, writing
 from unifork.shards.stores import Store, open_store
 
@@ -31,8 +31,8 @@ FETCHED = "fetched"
 """Folder below `data` with copies of shards that lie in a store. May be deleted at any time."""
 
 
-class Shard(Plain):
-    """One finished shard of a hop."""
+class Shard(StrictModel):
+    """One finished shard of a stage."""
 
     path: str
     """File name inside the folder of the manifest."""
@@ -56,8 +56,8 @@ class Shard(Plain):
         return None if self.uri is None else open_store(self.uri.removesuffix("/" + self.path))
 
 
-class Manifest(Plain):
-    """What a hop left behind."""
+class Manifest(StrictModel):
+    """What a stage left behind."""
 
     format: int = 1
     kind: str
@@ -76,7 +76,7 @@ class Manifest(Plain):
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows dropped by the hop, by reason, most frequent first."""
+        """Rows dropped by the stage, by reason, most frequent first."""
         total: Counter[str] = Counter()
         for shard in self.shards:
             total.update(shard.dropped)
@@ -132,13 +132,13 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_json(path: Path, plain: Any) -> None:
-    """Plain data as sorted, indented JSON, atomically; equal data gives equal bytes."""
+    """StrictModel data as sorted, indented JSON, atomically; equal data gives equal bytes."""
     text = json_text(plain)
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def json_text(plain: Any) -> str:
-    """Plain data as sorted, indented JSON."""
+    """StrictModel data as sorted, indented JSON."""
     return json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -166,19 +166,19 @@ def keep_only(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished hop. Raises DataError when the hop has not finished."""
+    """The manifest of a finished stage. Raises DataError when the stage has not finished."""
     path = folder / MANIFEST
     if not path.exists():
-        raise DataError(f"{folder}: no {MANIFEST}; the hop that writes this folder has not finished. Run it first.")
+        raise DataError(f"{folder}: no {MANIFEST}; the stage that writes this folder has not finished. Run it first.")
     try:
         plain = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: damaged: {error}. Delete it and run the hop again.") from None
+        raise DataError(f"{path}: damaged: {error}. Delete it and run the stage again.") from None
     return parse(Manifest, plain, str(path))
 
 
 def manifest_sha256(folder: Path) -> str:
-    """Hash of a finished hop's manifest, which names the hash of every shard, wherever it lies. Raises DataError."""
+    """Hash of a finished stage's manifest, which names the hash of every shard, wherever it lies. Raises DataError."""
     return hashlib.sha256(json_text(read_manifest(folder).content()).encode()).hexdigest()
 
 
@@ -204,7 +204,7 @@ def checked(folder: Path, shard: Shard) -> Path | BytesIO:
         problem = _differs(shard, size, lambda: hashlib.sha256(data or b"").hexdigest())
     if problem:
         raise DataError(
-            f"{shard.uri or folder / shard.path}: {problem}. Run the hop that writes {folder} again: it redoes only "
+            f"{shard.uri or folder / shard.path}: {problem}. Run the stage that writes {folder} again: it redoes only "
             f"this shard."
         )
     return folder / shard.path if data is None else BytesIO(data)

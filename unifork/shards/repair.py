@@ -1,7 +1,7 @@
-"""What is wrong in the folders of finished hops, and taking it away, so that a re-run makes only that again.
+"""What is wrong in the folders of finished stages, and taking it away, so that a re-run makes only that again.
 
 In: a folder, or one with such folders below it. Out: one line per fault. Nothing is repaired in place:
-a shard is what its hop makes of its input, so the hop makes it again.
+a shard is what its stage makes of its input, so the stage makes it again.
 """
 
 import json
@@ -17,7 +17,7 @@ from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, f
 
 
 @dataclass(frozen=True)
-class Fault:
+class Damage:
     """One file of a folder that is not as it should be."""
 
     folder: Path
@@ -30,20 +30,20 @@ class Fault:
         return f"{self.name}: {self.problem}"
 
 
-def hop_folders(folder: Path) -> list[Path]:
-    """The folders at or below one in which a hop has left anything, sorted."""
+def job_folders(folder: Path) -> list[Path]:
+    """The folders at or below one in which a stage has left anything, sorted."""
     marks = [*folder.rglob(MANIFEST), *folder.rglob("*" + RECORD_SUFFIX)]
     return sorted({mark.parent for mark in marks})
 
 
-def faults(folder: Path) -> list[Fault]:
-    """What is wrong in the folder of one hop: shards that are missing or damaged, records, files of killed runs."""
-    found = [Fault(folder, *one) for one in _wrong(folder)]
+def faults(folder: Path) -> list[Damage]:
+    """What is wrong in the folder of one job: shards that are missing or damaged, records, files of killed runs."""
+    found = [Damage(folder, *one) for one in _wrong(folder)]
     return sorted(found, key=lambda one: one.name)
 
 
-def repair(wrong: list[Fault]) -> None:
-    """Remove the files that are wrong; the next run of the hop makes what is missing then.
+def repair(wrong: list[Damage]) -> None:
+    """Remove the files that are wrong; the next run of the stage makes what is missing then.
 
     DVC sees no store, so a manifest that names a wrong object there becomes records of the right ones.
     """
@@ -73,7 +73,7 @@ def _wrong(folder: Path) -> Iterator[tuple[str, str] | tuple[str, str, Shard]]:
     shards: dict[str, Shard] = {}
     finished = (folder / MANIFEST).exists()
     if not finished:
-        yield MANIFEST, "missing: the hop has not finished"
+        yield MANIFEST, "missing: the stage has not finished"
     else:
         try:
             shards = {shard.path: shard for shard in read_manifest(folder).shards}

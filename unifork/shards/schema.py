@@ -1,6 +1,6 @@
 """The columns of the two kinds of shard, derived from the card.
 
-`image-text` rows hold the picture as received and its texts; `codes` rows hold the texts of one
+`image-text` rows hold the image as received and its texts; `codes` rows hold the texts of one
 view and the codes as one fixed-size binary (little-endian uint16, row by row of the grid, depth
 last), which reads ten times faster than a list column.
 """
@@ -99,11 +99,11 @@ def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """The turns `{role, text}` of a LLaVA or InternVL row (`image`, `conversations` of `{from, value}`).
 
     Roles are renamed where they are known and kept where not: `dialogue` judges them. Raises Unusable
-    when the row has more than one picture or no list of turns.
+    when the row has more than one image or no list of turns.
     """
-    images = pictures_of(row)
+    images = images_of(row)
     if len(images) > 1:
-        raise Unusable(f"{len(images)} pictures, a row holds one")
+        raise Unusable(f"{len(images)} images, a row holds one")
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable("conversations is not a list of turns")
@@ -114,7 +114,7 @@ def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def pictures_of(row: Mapping[str, Any]) -> list[str]:
-    """Paths of a row's pictures: `image` is a path, a list of paths, empty or absent."""
+def images_of(row: Mapping[str, Any]) -> list[str]:
+    """Paths of a row's images: `image` is a path, a list of paths, empty or absent."""
     images = row.get("image") or []
     return [images] if isinstance(images, str) else list(images)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import Field
 
-from unifork.config import Card, Plain, parse
+from unifork.config import Card, StrictModel, parse
 from unifork.errors import ConfigError, DataError
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, quarantined, table_of, write_shard
@@ -33,7 +33,7 @@ DOWNLOAD_VERSION = 1
 Row = dict[str, Any]
 
 
-class SourceOptions(Plain):
+class SourceOptions(StrictModel):
     """What every kind of source may be told by a card."""
 
     access: Annotated[str, Field(exclude=True)] = ""  # dumped nowhere, so that it is part of no fingerprint
@@ -44,7 +44,7 @@ Options = TypeVar("Options", bound=SourceOptions)
 
 
 @dataclass(frozen=True)
-class Fault:
+class RowError:
     """An entry of a source of which no row can be made: it is counted and goes to the quarantine."""
 
     key: str
@@ -62,7 +62,7 @@ class Source(Generic[Options]):
     """What `source.options` of a card may say."""
     slices: Callable[[Options, int], Iterator[Slice]]
     """(options, shard_rows) -> what becomes of its shards, in order."""
-    rows: Callable[[Options, Slice, int], Iterator[Row | Fault]]
+    rows: Callable[[Options, Slice, int], Iterator[Row | RowError]]
     """(options, slice, seed) -> the rows of one shard."""
     paths: tuple[str, ...] = ()
     """Options that name files or folders."""
@@ -124,7 +124,7 @@ def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[Shard
     return tasks
 
 
-def rows_of(card: Card, task: ShardTask) -> Iterator[Row | Fault]:
+def rows_of(card: Card, task: ShardTask) -> Iterator[Row | RowError]:
     """The rows of one planned shard."""
     source, options = source_of(card)
     assert task.piece is not None, f"card {card.name}: a task without a slice of a source"
@@ -138,7 +138,7 @@ def _where(access: str | None) -> str:
 # --------------------------------------------------------------------------------------- the worker
 
 
-class Materialise:
+class Materialize:
     """Rows of a source -> image-text shard."""
 
     quarantined: tuple[str, ...] = ("key", "reason", "detail", "image")
@@ -147,18 +147,18 @@ class Materialise:
     def __init__(self, card: Card) -> None:
         self.card, self.schema = card, image_text_schema(card)
 
-    def rows(self, task: ShardTask) -> Iterator[Row | Fault]:
+    def rows(self, task: ShardTask) -> Iterator[Row | RowError]:
         """The rows of one planned shard, with their images."""
         return rows_of(self.card, task)
 
     def __call__(self, task: ShardTask) -> ShardResult:
         kept, rejected = [], []
         for row in self.rows(task):
-            if isinstance(row, Fault):
+            if isinstance(row, RowError):
                 rejected.append({name: getattr(row, name) for name in self.quarantined})
             else:
                 columns = {name: str(row[name]) for name in self.card.columns if row.get(name) is not None}
-                kept.append({"license": self.card.licence, **row, **columns})
+                kept.append({"license": self.card.license, **row, **columns})
         kept.sort(key=lambda row: row["key"])
         return write_shard(task, table_of(kept, self.schema), quarantined(task, rejected))
 
@@ -174,9 +174,9 @@ def download_job(card: Card, rows: int | None, shard_rows: int, seed: int, folde
         "version": [DOWNLOAD_VERSION, source.version, version],
         "source": {"kind": card.source.kind, "options": options.model_dump(mode="json", exclude={"access"})},
         "columns": columns,
-        "licence": card.licence,
+        "license": card.license,
     }
-    lineage = {"source": card.source.model_dump(mode="json"), "licence": card.licence, "attribution": card.attribution}
+    lineage = {"source": card.source.model_dump(mode="json"), "license": card.license, "attribution": card.attribution}
     tasks = plan(card, rows, shard_rows, seed)
     return ShardJob("image-text", card.name, folder, columns, made_with, lineage, tasks)
 
@@ -190,7 +190,7 @@ def cut(count: int, shard_rows: int, **where: Any) -> Iterator[Slice]:
         yield Slice(start, min(start + shard_rows, count), **where)
 
 
-def picture_row(key: str, image: bytes, **more: Any) -> Row:
+def image_row(key: str, image: bytes, **more: Any) -> Row:
     """A row around an image as received; one that cannot be read has no sides (the filter names it)."""
     try:
         with Image.open(io.BytesIO(image)) as opened:

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unifork.sources import Fault, without_suffix
+from unifork.sources import RowError, without_suffix
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Endings of members that are pictures. What is inside decides how they are decoded, not the ending."""
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Endings of members that are images. What is inside decides how they are decoded, not the ending."""
 ARCHIVES = (".tar", ".tgz", ".tar.gz")
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
 """What reading a damaged archive raises."""
@@ -27,7 +27,7 @@ File = tuple[str, Callable[[], bytes]]
 
 
 @contextmanager
-def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | Fault]]:
+def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | RowError]]:
     """The files of a folder (sorted) or tar, or of the tar named `inner` inside a tar, in its order.
 
     Damage is not raised: a fault comes last where there may have been more files.
@@ -43,11 +43,11 @@ def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | Fau
                 tar = stack.enter_context(tarfile.open(fileobj=tar.extractfile(inner)))
             files = _files(tar)
         except (*BROKEN, KeyError) as error:
-            files = iter([Fault(path.name, "broken_archive", _told(error))])
+            files = iter([RowError(path.name, "broken_archive", _told(error))])
         yield files
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[File | Fault]:
+def _files(tar: tarfile.TarFile) -> Iterator[File | RowError]:
     try:
         for member in tar:
             if member.isfile() and not _hidden(member.name):
@@ -57,7 +57,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[File | Fault]:
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
             raise EOFError("it ends, or a header is damaged, before the empty block that closes a tar")
     except BROKEN as error:
-        yield Fault(str(tar.name), "broken_archive", _told(error))
+        yield RowError(str(tar.name), "broken_archive", _told(error))
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -73,16 +73,16 @@ def _hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".")  # `._x.jpg` are what macOS leaves in archives
 
 
-def is_picture(name: str) -> bool:
-    """Whether a member is a picture by its name."""
-    return name.lower().endswith(PICTURES)
+def is_image(name: str) -> bool:
+    """Whether a member is an image by its name."""
+    return name.lower().endswith(IMAGES)
 
 
 Sample = tuple[str, dict[str, Callable[[], bytes]]]
-"""Key, and what reads its `picture` and its `text`."""
+"""Key, and what reads its `image` and its `text`."""
 
 
-def samples_in(files: Iterable[File | Fault], place: str, text: str | None = None) -> list[Sample | Fault]:
+def samples_in(files: Iterable[File | RowError], place: str, text: str | None = None) -> list[Sample | RowError]:
     """Files of one name, `text` being the ending of texts, in the order of the first; then what cannot be used.
 
     These faults are second files of a name, and what broke off.
@@ -91,34 +91,34 @@ def samples_in(files: Iterable[File | Fault], place: str, text: str | None = Non
     faults = []
     prefix = "" if place == "." else without_suffix(place) + "/"
     for file in files:
-        if isinstance(file, Fault):
+        if isinstance(file, RowError):
             faults.append(replace(file, key=place))
             continue
         name, read = file
         ending = name.rpartition("/")[2].partition(".")[2].lower()
-        role = "picture" if is_picture(name) else "text" if ending == text else None
+        role = "image" if is_image(name) else "text" if ending == text else None
         if role and found.setdefault(prefix + without_suffix(name), {}).setdefault(role, read) is not read:
             detail = f"{name!r} comes a second time in {place}"
-            faults.append(Fault(prefix + without_suffix(name), "duplicate_key", detail))
+            faults.append(RowError(prefix + without_suffix(name), "duplicate_key", detail))
     return [*found.items(), *faults]
 
 
-def contents(samples: Iterable[Sample | Fault]) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
-    """Samples with the bytes of `picture` and `text`; faults stay."""
+def contents(samples: Iterable[Sample | RowError]) -> Iterator[tuple[str, dict[str, bytes]] | RowError]:
+    """Samples with the bytes of `image` and `text`; faults stay."""
     for one in samples:
-        if isinstance(one, Fault):
+        if isinstance(one, RowError):
             yield one
             continue
         try:
             yield one[0], {role: read() for role, read in one[1].items()}
         except BROKEN as error:
-            yield Fault(one[0], "broken_archive", _told(error))
+            yield RowError(one[0], "broken_archive", _told(error))
 
 
-# --------------------------------------------------------------------------- pictures named in lists
+# --------------------------------------------------------------------------- images named in lists
 
 
-def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | Fault]]:
+def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | RowError]]:
     """(i, bytes or fault) of every path of a list, in any order; each archive that is touched is read once.
 
     `000/x.jpg` is the file `root/000/x.jpg`, or a member of `root/000.tar`, `.tgz` or `.tar.gz`, with or
@@ -128,28 +128,28 @@ def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | Fault]]:
     for number, text in enumerate(paths):
         name = PurePosixPath(text)
         if name.is_absolute() or ".." in name.parts:
-            yield number, Fault(text, "path_outside", f"{text!r} leaves the folder of the pictures")
+            yield number, RowError(text, "path_outside", f"{text!r} leaves the folder of the images")
         elif (root / name).is_file():
             try:
                 yield number, (root / name).read_bytes()
             except OSError as error:
-                yield number, Fault(text, "missing_picture", str(error.strerror))
+                yield number, RowError(text, "missing_image", str(error.strerror))
         else:
             archives = (root / (name.parts[0] + ending) for ending in ARCHIVES if len(name.parts) > 1)
             if archive := next(filter(Path.is_file, archives), None):
                 waiting.setdefault(archive, {}).setdefault(str(name), []).append(number)
             else:
                 why = f"{text!r}: it is neither a file nor a member of an archive"
-                yield number, Fault(text, "missing_picture", why)
+                yield number, RowError(text, "missing_image", why)
     for archive, wanted in waiting.items():
         yield from _from_archive(archive, wanted)
 
 
-def _from_archive(path: Path, wanted: dict[str, list[int]]) -> Iterator[tuple[int, bytes | Fault]]:
+def _from_archive(path: Path, wanted: dict[str, list[int]]) -> Iterator[tuple[int, bytes | RowError]]:
     left, why = dict(wanted), f"not in {path.name}"
     with opened(path) as files:
         for file in files:
-            if isinstance(file, Fault):
+            if isinstance(file, RowError):
                 why = f"{path.name} breaks off: {file.detail}"
                 break
             name = file[0] if file[0] in left else f"{path.name.split('.')[0]}/{file[0]}"
@@ -163,4 +163,4 @@ def _from_archive(path: Path, wanted: dict[str, list[int]]) -> Iterator[tuple[in
             if not left:
                 return
     for text, numbers in left.items():
-        yield from ((number, Fault(text, "missing_picture", f"{text!r}: {why}")) for number in numbers)
+        yield from ((number, RowError(text, "missing_image", f"{text!r}: {why}")) for number in numbers)

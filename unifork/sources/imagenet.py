@@ -14,20 +14,20 @@ from typing import Annotated
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from unifork.config import Plain, load
+from unifork.config import StrictModel, load
 from unifork.errors import ConfigError
 from unifork.randomness import keyed
 from unifork.shards.task import Slice
 from unifork.sources import (
-    Fault,
     Row,
+    RowError,
     Source,
     SourceOptions,
     as_planned,
     cut,
+    image_row,
     located,
     parquet_rows,
-    picture_row,
     without_suffix,
 )
 from unifork.sources.archives import File, contents, opened, samples_in
@@ -44,7 +44,7 @@ class ImageNetOptions(SourceOptions):
     """`LOC_synset_mapping.txt` (a synset and its names per line): the order of the classes of a part of the set."""
 
 
-class Sentences(Plain):
+class Sentences(StrictModel):
     """Class names by label, and sentences with `{}` for a name."""
 
     names: tuple[str, ...]
@@ -86,7 +86,7 @@ def _classes(path: Path) -> dict[str, tuple[str, int]]:
     """Synset -> name of the tar or folder with its images, and size of the file it lies in; in sorted order."""
     if path.is_file():
         with opened(path) as files:
-            inner = sorted(one[0] for one in files if not isinstance(one, Fault) and one[0].endswith(".tar"))
+            inner = sorted(one[0] for one in files if not isinstance(one, RowError) and one[0].endswith(".tar"))
         return {_synset(name): (name, path.stat().st_size) for name in inner}
     tars = {_synset(tar.name): (tar.name, tar.stat().st_size) for tar in path.glob("*.tar")}
     folders = {entry.name: (entry.name, 0) for entry in path.iterdir() if entry.is_dir()}
@@ -97,7 +97,7 @@ def _synset(name: str) -> str:
     return without_suffix(Path(name).name)
 
 
-def _class(path: Path, name: str) -> AbstractContextManager[Iterator[File | Fault]]:
+def _class(path: Path, name: str) -> AbstractContextManager[Iterator[File | RowError]]:
     """The images of a class: a tar inside the official one, or a tar or folder inside a folder."""
     return opened(path, name) if path.is_file() else opened(path / name)
 
@@ -120,7 +120,7 @@ def _labels(known: ImageNetOptions, classes: list[str], names: int) -> dict[str,
 # ----------------------------------------------------------------------------------------- reading
 
 
-def rows(known: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Fault]:
+def rows(known: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | RowError]:
     """The images of one slice with `class_name` and `class_prompt`."""
     told, path, name = sentences(known.prompts), located(known.path), piece.file or ""
     file = as_planned(path if path.is_file() else path / name, piece)
@@ -130,21 +130,21 @@ def rows(known: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Faul
         return
     with _class(path, name) as files:
         for one in contents(samples_in(files, _synset(name))[piece.start : piece.stop]):
-            if isinstance(one, Fault):
+            if isinstance(one, RowError):
                 yield one
             else:
                 key, found = one
-                yield picture_row(key, found["picture"], **told.texts(piece.label, seed, key))
+                yield image_row(key, found["image"], **told.texts(piece.label, seed, key))
 
 
-def _table_row(key: str, row: Row, seed: int, told: Sentences) -> Row | Fault:
+def _table_row(key: str, row: Row, seed: int, told: Sentences) -> Row | RowError:
     image = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
     label = row["label"]
     if not image:
-        return Fault(key, "missing_picture", "the row has no bytes of a picture")
+        return RowError(key, "missing_image", "the row has no bytes of an image")
     if label is None or not 0 <= int(label) < len(told.names):
-        return Fault(key, "no_label", f"label {label} is none of 0 to {len(told.names) - 1}", image)
-    return picture_row(key, image, **told.texts(int(label), seed, key))
+        return RowError(key, "no_label", f"label {label} is none of 0 to {len(told.names) - 1}", image)
+    return image_row(key, image, **told.texts(int(label), seed, key))
 
 
 SOURCE = Source(ImageNetOptions, slices, rows, paths=("path", "prompts", "synsets"), seeded=True)

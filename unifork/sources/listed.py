@@ -1,7 +1,7 @@
-"""Lists that name pictures: JourneyDB (jsonl + archives), LLaVA (one JSON array), InternVL (a file of files).
+"""Lists that name images: JourneyDB (jsonl + archives), LLaVA (one JSON array), InternVL (a file of files).
 
 Every entry of a list becomes one row or one fault, in the order of the list. Its key is the list and its
-number: the lists' own ids repeat. Memory holds the texts and pictures of one shard. Pictures are files, or
+number: the lists' own ids repeat. Memory holds the texts and images of one shard. Images are files, or
 members of archives that are called like the first folder of the path; a list that is not sorted by archive
 reads every archive once per shard, so unpack the archives then.
 """
@@ -19,20 +19,20 @@ from typing import Any, cast
 import ijson
 
 from unifork.errors import ConfigError, DataError
-from unifork.shards.schema import CONVERSATIONS, Unusable, pictures_of, turns_of
+from unifork.shards.schema import CONVERSATIONS, Unusable, images_of, turns_of
 from unifork.shards.task import Slice
 from unifork.sources import (
-    Fault,
     Row,
+    RowError,
     Source,
     SourceOptions,
     as_planned,
     check_ending,
     file_named,
     files_of,
+    image_row,
     located,
     opened_list,
-    picture_row,
     without_suffix,
 )
 from unifork.sources.archives import picked
@@ -46,13 +46,13 @@ class ListOptions(SourceOptions):
     lists: str
     """jsonl files (also .gz, or alone in a .tgz) or JSON arrays; a file, a folder or a glob."""
     images: str
-    """Folder that the paths of the pictures start in."""
+    """Folder that the paths of the images start in."""
     image: str = "image"
-    """Field with the path of the picture."""
+    """Field with the path of the image."""
     texts: dict[str, str]
     """Column -> field that fills it; `Task2.Caption` is a field of a field. Dialogues are translated."""
     keep: dict[str, str] = {}
-    """The same for columns that are no text of the row, such as the path of its picture."""
+    """The same for columns that are no text of the row, such as the path of its image."""
 
 
 class MetaOptions(SourceOptions):
@@ -86,13 +86,13 @@ def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iter
             offset = None if offset is None else offset + sum(map(len, block))
 
 
-def rows(known: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
+def rows(known: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The rows of one slice of a list."""
     return _rows(file_named(known.lists, piece), without_suffix(piece.file or ""), known, piece)
 
 
-def _rows(path: Path, place: str, known: ListOptions, piece: Slice) -> Iterator[Row | Fault]:
-    """Entries are read first and pictures then, so that an archive is opened once per shard."""
+def _rows(path: Path, place: str, known: ListOptions, piece: Slice) -> Iterator[Row | RowError]:
+    """Entries are read first and images then, so that an archive is opened once per shard."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     with _entries(as_planned(path, piece), piece.start, piece.offset or 0) as entries:
         for number, entry in enumerate(islice(entries, piece.rows), piece.start):
@@ -100,33 +100,33 @@ def _rows(path: Path, place: str, known: ListOptions, piece: Slice) -> Iterator[
             try:
                 told = json.loads(entry) if isinstance(entry, bytes) else entry
             except ValueError as error:  # also bytes that are not UTF-8
-                yield Fault(key, "broken_line", f"{error}: {cast(bytes, entry)[:200]!r}")
+                yield RowError(key, "broken_line", f"{error}: {cast(bytes, entry)[:200]!r}")
                 continue
             made = _texts(key, told, known)
-            if isinstance(made, Fault):
+            if isinstance(made, RowError):
                 yield made
             else:
                 found.append((key, *made))
     for index, image in picked(located(known.images), [path for _, path, _ in found]):
         key, _, columns = found[index]
-        yield replace(image, key=key) if isinstance(image, Fault) else picture_row(key, image, **columns)
+        yield replace(image, key=key) if isinstance(image, RowError) else image_row(key, image, **columns)
 
 
-def _texts(key: str, entry: Any, known: ListOptions) -> tuple[str, dict[str, Any]] | Fault:
-    """The path of an entry's picture, and its columns."""
+def _texts(key: str, entry: Any, known: ListOptions) -> tuple[str, dict[str, Any]] | RowError:
+    """The path of an entry's image, and its columns."""
     if not isinstance(entry, dict):
-        return Fault(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
+        return RowError(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
     image = entry.get(known.image)
-    images = pictures_of({"image": image}) if isinstance(image, (str, list)) else []
+    images = images_of({"image": image}) if isinstance(image, (str, list)) else []
     if len(images) != 1 or not isinstance(images[0], str):
-        reason = "several_pictures" if len(images) > 1 else "no_picture"
-        return Fault(key, reason, f"{known.image!r} is {image!r:.200}; a row has one picture")
+        reason = "several_images" if len(images) > 1 else "no_image"
+        return RowError(key, reason, f"{known.image!r} is {image!r:.200}; a row has one image")
     try:
         texts = {column: _field(entry, column, field) for column, field in known.texts.items()}
     except Unusable as error:
-        return Fault(key, "broken_dialogue", str(error))
+        return RowError(key, "broken_dialogue", str(error))
     if not any(texts.values()):
-        return Fault(key, "missing_caption", f"none of {', '.join(known.texts.values())} is filled")
+        return RowError(key, "missing_caption", f"none of {', '.join(known.texts.values())} is filled")
     return images[0], {**texts, **{column: _field(entry, column, field) for column, field in known.keep.items()}}
 
 
@@ -159,7 +159,7 @@ def meta_slices(known: MetaOptions, shard_rows: int) -> Iterator[Slice]:
             yield from _slices(path, shard_rows, most, file=name, again=again)
 
 
-def meta_rows(known: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
+def meta_rows(known: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The rows of one slice of a list that a meta file names."""
     name = piece.file or ""
     entry = _meta(known)[name]

@@ -28,13 +28,13 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from unifork.config import Plain, read_yaml
+from unifork.config import StrictModel, read_yaml
 from unifork.errors import ConfigError, DataError
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
 from unifork.sources import (
-    Fault,
     Row,
+    RowError,
     Source,
     SourceOptions,
     cut,
@@ -53,7 +53,7 @@ csv.field_size_limit(1 << 24)  # a longer field is a stray quote, not a caption
 Network = IPv4Network | IPv6Network
 
 
-class FetchRules(Plain):
+class FetchRules(StrictModel):
     """What may be fetched, and at what cost."""
 
     allow_addresses: tuple[Network, ...] = ()
@@ -61,7 +61,7 @@ class FetchRules(Plain):
     max_bytes: PositiveInt = 32 * 1024**2
     """Largest body of an answer; the connection is closed at the next byte."""
     max_pixels: PositiveInt = 64_000_000
-    """Largest width times height; read from the header, so a larger picture is never decoded."""
+    """Largest width times height; read from the header, so a larger image is never decoded."""
     max_redirects: NonNegativeInt = 5
     """Redirects followed for one URL; each target is checked like a URL of the list."""
     timeout_seconds: PositiveFloat = 30.0
@@ -181,7 +181,7 @@ def slices(known: UrlList, shard_rows: int) -> Iterator[Slice]:
         yield from cut(count, shard_rows, file=name, content=_sha256(path))
 
 
-def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
+def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The entries of one slice, without images: `unifork.sources.web` fetches those.
 
     In the table's order: `key`, and the columns of `url_columns.yaml` and of the card's `columns` that it has. Raises
@@ -194,9 +194,9 @@ def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | Fault]:
     for number, row in enumerate(_entries(path, piece, known.columns), piece.start):
         key = f"{place}/{number:09d}"
         if isinstance(row, str):
-            yield Fault(key, "broken_line", row)
+            yield RowError(key, "broken_line", row)
         elif row["url"] is None:
-            yield Fault(key, "no_url", "the column of URLs is empty")
+            yield RowError(key, "no_url", "the column of URLs is empty")
         else:
             yield {"key": key, **row}
 

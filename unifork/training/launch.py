@@ -26,7 +26,7 @@ from unifork.config import TrainResources, cluster_file
 from unifork.errors import ConfigError, UniForkError
 from unifork.shards.manifest import write_json
 from unifork.training.history import LOG
-from unifork.training.loop import Run
+from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def launch(job: StageJob) -> None:
         elif job.resources.gpus and not torch.cuda.is_available():
             raise ConfigError(f"{cluster_file()}: {job.key} asks for a GPU, but there is none on this machine")
         else:
-            train_stage(job, Run(rank=0, workers=1, device="cuda" if job.resources.gpus else "cpu"))
+            train_stage(job, WorkerContext(rank=0, workers=1, device="cuda" if job.resources.gpus else "cpu"))
 
 
 def scaling(resources: TrainResources) -> "ScalingConfig":
@@ -101,7 +101,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     job, context = StageJob.model_validate(config), ray.train.get_context()
-    run = Run(
+    run = WorkerContext(
         rank=context.get_world_rank(),
         workers=job.resources.workers,
         device=str(ray.train.torch.get_device()) if job.resources.gpus else "cpu",

@@ -27,7 +27,7 @@ from unifork.training.strategies import Strategy, summed
 
 
 @dataclass(frozen=True)
-class Run:
+class WorkerContext:
     """What a launcher gives to a worker."""
 
     rank: int = 0
@@ -100,7 +100,7 @@ class TrackRun:
             self.parts.setdefault(part_of(one), []).append(parameter)
         self.optimizer = make_optimizer(track.optimizer, self.parameters.values())
 
-    def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: Run) -> Done:
+    def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: WorkerContext) -> Done:
         """One optimizer step."""
         rate = learning_rate(self.track.optimizer, step, self.track.steps)
         for group in self.optimizer.param_groups:
@@ -121,7 +121,7 @@ class TrackRun:
         }
         return Done(known, plan, sums_1D, norms)
 
-    def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: Run) -> Tensor:
+    def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: WorkerContext) -> Tensor:
         """Backward over all microbatches; [text, depth 0, ... depth D-1] loss sums of the step."""
         text_scale = run.workers / max(plan.text_targets, 1)
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from unifork.config import Experiment, Plain, Stage, TrainResources, fingerprint
+from unifork.config import Experiment, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity, Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.inference import Speaker
+from unifork.inference import Engine
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
@@ -28,7 +28,7 @@ from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.history import History, Log, Progress, read, write_csv
-from unifork.training.loop import Done, Run, TrackRun, trained_by, turns
+from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import freeze_all_but
 from unifork.training.strategies import barrier, strategy
 from unifork.training.watch import Watch
@@ -42,7 +42,7 @@ NOT_IN_THE_WEIGHTS = {"checkpoint_every", "keep_checkpoints", "sample_prompts", 
 """Fields of a stage that decide nothing about its weights."""
 
 
-class StageJob(Plain):
+class StageJob(StrictModel):
     """Everything a worker needs to know; plain data, so that it can travel."""
 
     key: str
@@ -97,7 +97,7 @@ class StageJob(Plain):
         )
 
 
-def train_stage(job: StageJob, run: Run) -> None:
+def train_stage(job: StageJob, run: WorkerContext) -> None:
     """Train a stage to its end, from wherever an earlier attempt left off.
 
     The lead worker holds the run folder's lock: a worker that outlives its driver for a few seconds
@@ -108,7 +108,7 @@ def train_stage(job: StageJob, run: Run) -> None:
         _train(job, run)
 
 
-def _train(job: StageJob, run: Run) -> None:
+def _train(job: StageJob, run: WorkerContext) -> None:
     started = time.monotonic()
     lead = run.rank == 0
     log = Log(job.run_folder, job.key)
@@ -258,4 +258,4 @@ def _sample(model: UniForkModel, tokenizer: TextTokenizer, stage: Stage) -> np.n
     """Codes (prompts, N, D) for the stage's prompts, written as the stage writes them."""
     entries = [entry for track in stage.tracks.values() for entry in track.mixture if entry.task == "generation"]
     template = entries[0].template if entries else "generate"
-    return Speaker(model, tokenizer).paint(stage.sample_prompts, stage.sampling, template)
+    return Engine(model, tokenizer).generate_images(stage.sample_prompts, stage.sampling, template)

@@ -47,7 +47,7 @@ class Strategy(Protocol):
         """What this worker writes of a track's optimizer state, by `<parameter>/<moment>`."""
 
 
-class Plain:
+class SingleWorker:
     """One worker: nothing to share."""
 
     def __init__(self) -> None:
@@ -93,14 +93,14 @@ class Plain:
         return {f"{name}/{m}": optimizer.state[one][m] for name, one in parameters.items() for m in MOMENTS}
 
 
-class DDP(Plain):
+class DDP(SingleWorker):
     """Every worker holds the whole model."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model)
 
 
-class FSDP2(Plain):
+class FSDP2(SingleWorker):
     """Parameters, gradients and optimizer state are sharded; resharding is loading."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -123,7 +123,7 @@ def strategy(name: str, workers: int) -> Strategy:
     """The strategy by name; one worker shares with nobody, whatever the name."""
     if name not in STRATEGIES:
         raise unknown("strategy", name, STRATEGIES, "cluster file")
-    return STRATEGIES[name]() if workers > 1 else Plain()
+    return STRATEGIES[name]() if workers > 1 else SingleWorker()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Watch:
             if loss is None:
                 continue
             if loss > self.band.stop * even:
-                allowed = f"{self.band.stop:g} x {even:.3f}, what guessing evenly costs (loss_band.stop)"
+                allowed = f"{self.band.stop:g} x {even:.3f}, what a uniform prediction costs (loss_band.stop)"
                 self._stop(f"{where}: {name} {loss:.3f} is above {allowed}", metrics, keys)
             if metrics["step"] == 0 and self.lead:
                 self._first(where, name, loss)

@@ -6,7 +6,7 @@ import ssl
 import subprocess
 
 import pytest
-from loopback import FETCH, Web, picture
+from loopback import FETCH, Web, image
 
 from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.client import Client, Refused
@@ -30,7 +30,7 @@ def names(monkeypatch):
 
 def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web, names, monkeypatch):
     other = Web("127.0.0.2", int(web.root.rpartition(":")[2]))
-    web.pages["/a.png"] = other.pages["/a.png"] = picture("PNG")
+    web.pages["/a.png"] = other.pages["/a.png"] = image("PNG")
     names |= {"turning.example": [["127.0.0.1"], ["127.0.0.2"]], "mixed.example": [["127.0.0.2", "127.0.0.1"]]}
     names["bad.example"] = [["127.0.0.2", "10.0.0.1", "169.254.169.254"]]
     client = Client(FetchRules.model_validate(FETCH), 8)
@@ -56,7 +56,7 @@ def test_certificates_are_checked_for_the_name_and_not_for_the_address(web, name
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     web.socket = context.wrap_socket(web.socket, server_side=True)
-    web.pages["/a.png"] = picture("PNG")
+    web.pages["/a.png"] = image("PNG")
     names |= {"good.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]}
     client = Client(FetchRules.model_validate({**FETCH, "timeout_seconds": 5}), 8)
     port = web.root.rpartition(":")[2]

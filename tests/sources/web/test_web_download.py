@@ -1,4 +1,4 @@
-"""The download hop against a server that answers in every good and bad way."""
+"""The download stage against a server that answers in every good and bad way."""
 
 import shutil
 import signal
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from loopback import FETCH, Web, elsewhere, pages, picture
+from loopback import FETCH, Web, elsewhere, image, pages
 from tiny import REPOSITORY, start
 
 from unifork.config import Card, WebAccess, load_card, parse
@@ -24,7 +24,7 @@ from unifork.sources.web.download import WEB_VERSION, Download
 @pytest.fixture
 def forbidden():
     server = Web("127.0.0.2")
-    server.pages["/good.png"] = picture("PNG")
+    server.pages["/good.png"] = image("PNG")
     yield server
     assert not server.hits, "an address outside allow_addresses was contacted"
     server.shutdown()
@@ -44,9 +44,9 @@ def root(tmp_path, monkeypatch):
 def card(kept=(), **source) -> Card:
     return Card(
         name="weblist",
-        title="Pictures of the loopback",
+        title="Images of the loopback",
         homepage="",
-        licence="none",
+        license="none",
         attribution="nobody",
         redistribute_codes=False,
         source={"kind": "url_list", "options": {"files": "lists", "fetch": FETCH, **source}},
@@ -110,7 +110,7 @@ def rejects(folder) -> list[dict]:
     return [row for path in sorted(Path(folder, "quarantine").glob("*")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_every_row_is_in_its_class_and_good_pictures_arrive_as_they_are(root, web, forbidden):
+def test_every_row_is_in_its_class_and_good_images_arrive_as_they_are(root, web, forbidden):
     known = pages(web, forbidden.root)
     web.pages |= {path: page for path, (_, page) in known.items() if page is not None}
     expected = {web.root + path: reason for path, (reason, _) in known.items()} | elsewhere(forbidden.root)
@@ -142,7 +142,7 @@ def test_every_row_is_in_its_class_and_good_pictures_arrive_as_they_are(root, we
 
 
 def test_a_list_in_the_shape_of_coyo_with_its_own_keys(root, web):
-    web.pages["/a.png"] = picture("PNG")
+    web.pages["/a.png"] = image("PNG")
     write_coyo(root / "lists/coyo.parquet", [web.root + "/a.png", web.root + "/gone.png"])
     manifest, _, _ = download(card(("pwatermark",), columns={"key": "id"}), "out")
     (row,) = rows_of("out")
@@ -152,7 +152,7 @@ def test_a_list_in_the_shape_of_coyo_with_its_own_keys(root, web):
 
 
 def test_a_list_in_the_shape_of_unsplash(root, web):
-    web.pages["/a?fm=jpg"] = picture("JPEG")
+    web.pages["/a?fm=jpg"] = image("JPEG")
     lines = ["photo_id photo_image_url photo_description ai_description", f"x {web.root}/a?fm=jpg NONE a_cat", "y  b c"]
     text = "\n".join("\t".join(line.replace("NONE", "").split(" ")) for line in lines)
     (root / "lists/photos.tsv000").write_text(text + "\nbroken\n")
@@ -176,7 +176,7 @@ def test_the_cards_of_lists_say_what_is_known():
     [({}, 0), ({"robots": False}, 4), ({"max_redirects": 9}, 4), ({"user_agent": "unifork/2 (me@example.org)"}, 4)],
 )
 def test_other_rules_never_mix_with_old_shards(root, web, change, requests):
-    web.pages |= {f"/{i}.png": picture("PNG", i) for i in range(4)}
+    web.pages |= {f"/{i}.png": image("PNG", i) for i in range(4)}
     write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(4)])
     download(card(), "out", shard_rows=2)
     web.hits.clear()
@@ -186,7 +186,7 @@ def test_other_rules_never_mix_with_old_shards(root, web, change, requests):
 
 
 def test_another_list_adds_shards_and_changes_none(root, web):
-    web.pages |= {f"/{i}.png": picture("PNG", i) for i in range(4)}
+    web.pages |= {f"/{i}.png": image("PNG", i) for i in range(4)}
     write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(3)])
     download(card(), "out", shard_rows=2)
     write_laion(root / "lists/b.parquet", [f"{web.root}/3.png"])
@@ -211,7 +211,7 @@ def test_what_a_list_lacks_is_said(root):
 
 
 def test_a_key_that_repeats_is_counted(root, web):
-    web.pages["/a.png"] = picture("PNG")
+    web.pages["/a.png"] = image("PNG")
     write_laion(root / "lists/a.parquet", [web.root + "/a.png"] * 3, code=["x", "y", "x"])
     manifest, _, _ = download(card(columns={"key": "code"}), "out")
     assert [row["key"] for row in rows_of("out")] == ["x", "y"]
@@ -221,7 +221,7 @@ def test_a_key_that_repeats_is_counted(root, web):
 def test_a_host_has_at_most_its_connections_and_the_tail_of_a_shard_ends(root, web):
     def slow(page):
         time.sleep(0.03)
-        page.answer(200, picture("PNG"))
+        page.answer(200, image("PNG"))
 
     def never(page):
         web.gate.wait(5)
@@ -241,7 +241,7 @@ def test_a_host_has_at_most_its_connections_and_the_tail_of_a_shard_ends(root, w
 def test_a_shard_ends_and_rows_that_were_not_tried_are_counted(root, web):
     def slow(page):
         time.sleep(0.1)
-        page.answer(200, picture("PNG"))
+        page.answer(200, image("PNG"))
 
     web.pages |= {f"/{i}.png": slow for i in range(20)}
     write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(20)])
@@ -260,9 +260,9 @@ def test_a_shard_ends_and_rows_that_were_not_tried_are_counted(root, web):
     ],
 )
 def test_robots_txt_is_asked_for_once_and_a_server_in_trouble_allows_nothing(root, web, status, body, dropped, asked):
-    web.pages |= {"/robots.txt": lambda page: page.answer(status, body), "/a.png": picture("PNG")}
+    web.pages |= {"/robots.txt": lambda page: page.answer(status, body), "/a.png": image("PNG")}
     write_laion(root / "lists/a.parquet", [web.root + "/a.png", web.root + "/a.png?again"])
-    web.pages["/a.png?again"] = picture("PNG")
+    web.pages["/a.png?again"] = image("PNG")
     manifest, _, _ = download(card(), "out")
     assert manifest.dropped == dropped
     assert web.hits["/robots.txt"] == asked
@@ -271,7 +271,7 @@ def test_robots_txt_is_asked_for_once_and_a_server_in_trouble_allows_nothing(roo
 
 def test_a_proxy_is_used_when_configured_and_asked_for_the_checked_address(root, web):
     lines = []
-    web.pages["/a.png"] = picture("PNG")
+    web.pages["/a.png"] = image("PNG")
     proxy = Web("127.0.0.1")
 
     class Tunnel(proxy.RequestHandlerClass):
@@ -300,9 +300,9 @@ def test_a_proxy_is_used_when_configured_and_asked_for_the_checked_address(root,
 def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(root, web):
     def gated(page):
         web.gate.wait(20)
-        page.answer(200, picture("PNG", 99))
+        page.answer(200, image("PNG", 99))
 
-    web.pages |= {f"/{i}.png": picture("PNG", i) for i in range(6)} | {"/gate.png": gated}
+    web.pages |= {f"/{i}.png": image("PNG", i) for i in range(6)} | {"/gate.png": gated}
     urls = [f"{web.root}/{i}.png" for i in range(5)] + [f"{web.root}/gate.png", f"{web.root}/5.png", web.root + "/no"]
     write_laion(root / "lists/a.parquet", urls)
     (root / "datasets").mkdir()

@@ -1,1 +1,1 @@
-"""Benchmarks that judge pictures painted from prompts."""
+"""Benchmarks that judge images generated from prompts."""

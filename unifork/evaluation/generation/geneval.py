@@ -1,4 +1,4 @@
-"""GenEval's rules: the objects found in a picture and a prompt's clauses go in, right or wrong comes out.
+"""GenEval's rules: the objects found in an image and a prompt's clauses go in, right or wrong comes out.
 
 Own code after djghosh13/geneval, evaluation/evaluate_images.py. What surprises in it is kept: a
 clause looks at the `count` surest objects of its class only; more objects than asked for are no
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether a picture is right, and what is wrong with it."""
+    """Whether an image is right, and what is wrong with it."""
 
     correct: bool
     faults: tuple[str, ...]

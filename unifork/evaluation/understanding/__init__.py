@@ -1,1 +1,1 @@
-"""Benchmarks that judge answers to questions about pictures."""
+"""Benchmarks that judge answers to questions about images."""

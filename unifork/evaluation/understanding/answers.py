@@ -1,4 +1,4 @@
-"""What an answer says: a model's text goes in, yes, no or a normalised text comes out."""
+"""What an answer says: a model's text goes in, yes, no or a normalized text comes out."""
 
 
 def pope_yes(answer: str) -> bool:
@@ -12,9 +12,9 @@ def pope_yes(answer: str) -> bool:
 
 def strict_yes(answer: str) -> bool | None:
     """True for `yes`, False for `no`, in any case and with or without a full stop; None for anything else."""
-    return {"yes": True, "no": False}.get(normalised(answer))
+    return {"yes": True, "no": False}.get(normalized(answer))
 
 
-def normalised(answer: str) -> str:
+def normalized(answer: str) -> str:
     """Lower case, single spaces, no full stop at the end."""
     return " ".join(answer.lower().split()).removesuffix(".").rstrip()

@@ -40,7 +40,7 @@ PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"
 
 
 class Refused(Exception):
-    """Why a row has no picture: a class to count by, and a detail."""
+    """Why a row has no image: a class to count by, and a detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -318,7 +318,7 @@ CLASSES: dict[type[Exception], str] = {
 
 @contextmanager
 def _classified(target: Target) -> Iterator[None]:
-    """Turns what a connection may raise into Refused with its class."""
+    """HostQueues what a connection may raise into Refused with its class."""
     try:
         yield
     except tuple(CLASSES) as error:

@@ -3,7 +3,7 @@
 What cannot be had goes to the quarantine. Every row of the list is accounted for once: in the shard, or in
 `quarantine/` with url, class and detail, and in the manifest's counts. Images are kept byte by byte.
 
-Many URLs in, one outcome each: rows take turns by host, transient failures come back later, time is bounded.
+Many URLs in, one outcome each: round-robin over hosts, transient failures come back later, time is bounded.
 
 One thread keeps the books and others fetch, so that nothing here needs a lock. A host has at most its number of
 connections; its further rows wait without occupying a thread, and after those of others that came before them.
@@ -25,7 +25,7 @@ from unifork.config import Card, WebAccess, cluster_file, parse
 from unifork.errors import ConfigError, MachineError
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
-from unifork.sources import Fault, Materialise, Row
+from unifork.sources import Materialize, Row, RowError
 from unifork.sources.url_lists import UrlList
 from unifork.sources.web.client import Client, Refused, target_of
 
@@ -54,10 +54,10 @@ TAIL = 0.95
 
 
 Outcome = Row | Refused
-"""The columns of a picture that came: image, width, height, sha256; or why none did."""
+"""The columns of an image that came: image, width, height, sha256; or why none did."""
 
 
-def fetch_picture(client: Client, url: str) -> Outcome:
+def fetch_image(client: Client, url: str) -> Outcome:
     """One attempt at one URL; never raises."""
     try:
         return inspect(client.get(url), client.rules.max_pixels)
@@ -68,7 +68,7 @@ def fetch_picture(client: Client, url: str) -> Outcome:
 
 
 def inspect(data: bytes, max_pixels: int) -> Row:
-    """The columns of a picture that can be decoded.
+    """The columns of an image that can be decoded.
 
     Raises Refused: `empty`, `not_an_image`, `too_many_pixels` (nothing was decoded), `undecodable`.
     """
@@ -77,12 +77,12 @@ def inspect(data: bytes, max_pixels: int) -> Row:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
                 if width * height > max_pixels:
                     raise Refused("too_many_pixels", f"{width}x{height}, at most {max_pixels} are decoded")
-                picture.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its sides: all bytes, few pixels
-                picture.load()
+                image.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its sides: all bytes, few pixels
+                image.load()
     except Refused:
         raise
     except Image.DecompressionBombError as error:
@@ -185,7 +185,7 @@ class _Shard:
             async with self.hosts[host_of(url)], self.free_threads:  # both serve in the order of arrival
                 if self.over.is_set():
                     break
-                outcome = await loop.run_in_executor(self.pool, fetch_picture, self.client, url)
+                outcome = await loop.run_in_executor(self.pool, fetch_image, self.client, url)
             self.outcomes[url] = outcome
             self.health.saw(url, outcome)
             passes = isinstance(outcome, Refused) and outcome.reason in TRANSIENT
@@ -201,7 +201,7 @@ class _Shard:
 # --------------------------------------------------------------------------------------- the worker
 
 
-class Download(Materialise):
+class Download(Materialize):
     """A range of a list of URLs -> image-text shard."""
 
     quarantined = ("key", "url", "reason", "detail")
@@ -219,11 +219,11 @@ class Download(Materialise):
         self.threads, self.client = web.threads, Client(rules, web.connections_per_host // workers, web.proxy)
         self.health: Health | None = None
 
-    def rows(self, task: ShardTask) -> Iterator[Row | Fault]:
+    def rows(self, task: ShardTask) -> Iterator[Row | RowError]:
         """The rows of one slice with their images; of each URL one image, though some URLs come more than once."""
         listed = list(super().rows(task))
-        yield from (row for row in listed if isinstance(row, Fault))
-        wanted = [row for row in listed if not isinstance(row, Fault)]
+        yield from (row for row in listed if isinstance(row, RowError))
+        wanted = [row for row in listed if not isinstance(row, RowError)]
         self._check_columns(wanted, task)
         urls = list(dict.fromkeys(row["url"] for row in wanted))
         if self.health is None:
@@ -237,9 +237,9 @@ class Download(Materialise):
                 outcome = Refused("duplicate_key", "an earlier row of this shard has the same key")
             keys.add(key)
             if isinstance(outcome, Refused):
-                yield Fault(key, outcome.reason, outcome.detail, url=row["url"])
+                yield RowError(key, outcome.reason, outcome.detail, url=row["url"])
             else:
-                yield {**row, **outcome, "license": row.get("license") or self.card.licence}
+                yield {**row, **outcome, "license": row.get("license") or self.card.license}
 
     def _check_columns(self, rows: list[Row], task: ShardTask) -> None:
         """Raise ConfigError when a list lacks a column that the card needs, before anything is fetched."""

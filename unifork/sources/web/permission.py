@@ -48,7 +48,7 @@ def refusal(text: str, allowed: Iterable[Network] = ()) -> str | None:
 # ----------------------------------------------------------------------------- robots.txt and headers
 
 RESERVED = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
-"""Directives of X-Robots-Tag that reserve a picture: against training, or against copies in an index."""
+"""Directives of X-Robots-Tag that reserve an image: against training, or against copies in an index."""
 WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 """Directives of X-Robots-Tag that hold a colon themselves."""
 MAX_ROBOTS_BYTES = 512 * 1024

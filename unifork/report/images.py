@@ -1,6 +1,6 @@
 """Images for the page: samples of the data, reconstructions, what the models drew and were asked about.
 
-In: what `reading` and the shards hold. Out: `Picture`s, whose bytes are data URIs; the template says what they show.
+In: what `reading` and the shards hold. Out: `ShownImage`s, whose bytes are data URIs; the template says what they show.
 Samples are the first ones or evenly spaced ones, never chosen: a report must not flatter.
 
 Shape suffixes: B images, S side in pixels, C channels (RGB), N positions, D code depth.
@@ -44,7 +44,7 @@ LARGEST_EXACT, LARGEST = 96, 192
 """Images up to the first side in pixels are kept exactly (PNG), larger ones become JPEG of at most the second."""
 
 
-class Picture(NamedTuple):
+class ShownImage(NamedTuple):
     """An image of the page."""
 
     src: str
@@ -52,7 +52,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def shown_image(image: Image.Image) -> Picture:
+def shown_image(image: Image.Image) -> ShownImage:
     """An image as a data URI."""
     exact = max(image.size) <= LARGEST_EXACT
     if not exact and max(image.size) > LARGEST:
@@ -63,10 +63,10 @@ def shown_image(image: Image.Image) -> Picture:
     kind = "png" if exact or transparent else "jpeg"
     image.convert("RGBA" if transparent else "RGB").save(stream, kind, optimize=kind == "png", quality=85)
     text = base64.b64encode(stream.getvalue()).decode()
-    return Picture(f"data:image/{kind};base64,{text}", image.width, image.height)
+    return ShownImage(f"data:image/{kind};base64,{text}", image.width, image.height)
 
 
-def shown_images(pixels_BSSC: Iterable[np.ndarray]) -> list[Picture]:
+def shown_images(pixels_BSSC: Iterable[np.ndarray]) -> list[ShownImage]:
     """Each of them as a data URI."""
     return [shown_image(Image.fromarray(pixels_SSC)) for pixels_SSC in pixels_BSSC]
 
@@ -76,7 +76,7 @@ def views_of(card: Card) -> list[View]:
     return [view for view in VIEWS if any(use.view == view for use in card.tasks.values())]
 
 
-def data_pictures(card: Card, folder: Path, manifest: Manifest, size: int, codec: Codec | None) -> dict[str, Any]:
+def data_images(card: Card, folder: Path, manifest: Manifest, size: int, codec: Codec | None) -> dict[str, Any]:
     """What is shown of a data set. Raises DataError for damaged shards.
 
     folder: of its filtered shards. size: side of the views in pixels. codec: None leaves out reconstructions.
@@ -86,7 +86,7 @@ def data_pictures(card: Card, folder: Path, manifest: Manifest, size: int, codec
     rows = sample_rows(folder, manifest, MEASURED, card)
     images = [Image.open(io.BytesIO(row["image"])) for row in rows]
     strips = {"as received": [shown_image(image) for image in images[:SAMPLES]]}
-    reconstructions: list[tuple[str, list[Picture]]] = []
+    reconstructions: list[tuple[str, list[ShownImage]]] = []
     detector: dict[str, dict[str, int]] = {}
     for view in views_of(card) if images else []:
         pixels_BSSC = np.stack([VARIANTS[view](image, size, card.matte) for image in images])
@@ -124,7 +124,7 @@ def sample_rows(folder: Path, manifest: Manifest, count: int, card: Card) -> lis
 def rejected_rows(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """A few rows of the quarantine, in turn from all reasons, in the order of the shards.
 
-    Each has its key, reason and detail, and a picture, or in words why its bytes cannot be shown.
+    Each has its key, reason and detail, and an image, or in words why its bytes cannot be shown.
     """
     waiting: dict[str, list[dict[str, Any]]] = {}
     for shard in manifest.shards:
@@ -140,12 +140,12 @@ def rejected_rows(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     for row in shown:
         # Pillow's messages name Python objects by address, which differs from run to run
         row["detail"] = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the bytes", row["detail"])
-        row["picture"] = _perhaps(row.pop("image"))
+        row["image"] = _perhaps(row.pop("image"))
     return shown
 
 
 def drawn_samples(records: Sequence[Found], codes_BND: np.ndarray, codec: Codec) -> dict[str, dict[str, list[Found]]]:
-    """The first of every kind of prompt, by kind and split, each with the picture that was drawn for it."""
+    """The first of every kind of prompt, by kind and split, each with the image that was drawn for it."""
     chosen = _first(records, DRAWN)
     shown: dict[str, dict[str, list[Found]]] = {}
     for number, drawn in zip(chosen, shown_images(codec.decode(codes_BND[chosen])), strict=True):
@@ -162,12 +162,12 @@ def answered_samples(records: Sequence[Found], program: Program, seeds: Sequence
     """
     shown = [records[number] for number in _first(records, ANSWERED)]
     for record in shown:
-        image = program.image(record["picture"], seeds[0]) if program.image and len(seeds) == 1 else None
+        image = program.image(record["image"], seeds[0]) if program.image and len(seeds) == 1 else None
         record["asked_about"] = shown_image(image) if image else None
     return shown
 
 
-def _perhaps(data: bytes | None) -> Picture | str:
+def _perhaps(data: bytes | None) -> ShownImage | str:
     """An image that may not be readable, or in words what hinders it."""
     try:
         with Image.open(io.BytesIO(data or b"")) as image:
