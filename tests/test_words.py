@@ -25,7 +25,8 @@ PARTS = {
 }  # fmt: skip
 """Part of a name: what to say instead."""
 NAMES = {
-    "Words": "TokenizedDocument", "Reading": "AttentionContext", "deal": "assign_rows_to_workers", "Turns": "HostQueues",
+    "Words": "TokenizedDocument", "Reading": "AttentionContext", "deal": "assign_rows_to_workers",
+    "Turns": "HostQueues",
     "Standing": "IntactShards", "reopen": "revert_to_records", "forget": "delete_record", "Box": "Archive",
     "Fault": "RowError", "Plain": "StrictModel or SingleWorker", "Run": "StageRun or WorkerContext",
     "Part": "MixturePart", "rows_used": "codebook_usage",

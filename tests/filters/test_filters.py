@@ -20,7 +20,7 @@ from unifork.filters.takedown import Listing, listing, takedown, withdrawn
 from unifork.filters.worker import filter_job
 from unifork.shards.manifest import fault, read_manifest
 from unifork.shards.task import ShardTask
-from unifork.sources import Fault
+from unifork.sources import RowError
 from unifork.sources.url_lists import UrlList, canonical, mapped
 from unifork.sources.url_lists import rows as url_rows
 from unifork.sources.url_lists import slices as url_slices
@@ -162,7 +162,7 @@ def test_url_lists_of_laion_and_unsplash(tmp_path, monkeypatch):
     laion, unsplash = UrlList(files="laion"), UrlList(files="unsplash/photos.*")
     found = [row for piece in url_slices(laion, 3) for row in url_rows(laion, piece, 0)]
     keys = [f"{name.partition('.')[0]}/{n:09d}" for n in range(5)]
-    assert [row.key if isinstance(row, Fault) else (row["key"], row["caption"], row["width"]) for row in found] == [
+    assert [row.key if isinstance(row, RowError) else (row["key"], row["caption"], row["width"]) for row in found] == [
         key if n == 2 else (key, f"t{n}", n) for n, key in enumerate(keys)
     ]
     header = "photo_id\tphoto_image_url\tphoto_description\tai_description\n"
@@ -170,7 +170,7 @@ def test_url_lists_of_laion_and_unsplash(tmp_path, monkeypatch):
     for ending, data in (("tsv000", text.encode()), ("csv001", text.encode()), ("tsv002.gz", gzipped(text.encode()))):
         put(tmp_path / f"unsplash/photos.{ending}", data)
     read = [row for piece in url_slices(unsplash, 2) for row in url_rows(unsplash, piece, 0)]
-    assert [row.reason if isinstance(row, Fault) else row["caption"] for row in read] == [
+    assert [row.reason if isinstance(row, RowError) else row["caption"] for row in read] == [
         "two\nlines", "broken_line", "made by a program",
     ] * 3  # fmt: skip
 

@@ -15,7 +15,7 @@ from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.report.build import count, duration
 from unifork.report.codec import load_codec
 from unifork.report.gather import part_of
-from unifork.report.images import LARGEST, image
+from unifork.report.images import LARGEST, shown_image
 from unifork.report.plots import MOST_POINTS, training_plots
 from unifork.report.surroundings import revision, surroundings
 
@@ -40,16 +40,16 @@ def test_parts_of_a_model(tensor, part):
 
 def test_small_images_are_exact_and_large_ones_small():
     pixels = np.random.default_rng(0).integers(0, 256, (48, 30, 3), dtype=np.uint8)
-    small = image(Image.fromarray(pixels))
+    small = shown_image(Image.fromarray(pixels))
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(small.src.partition(",")[2])))) == pixels).all()
-    large = image(Image.new("CMYK", (4000, 1000)))
+    large = shown_image(Image.new("CMYK", (4000, 1000)))
     assert (large.width, large.height) == (LARGEST, LARGEST // 4)
     assert large.src.startswith("data:image/jpeg")
     assert len(large.src) < 5000
 
 
 def test_transparency_survives():
-    clear = image(Image.new("RGBA", (8, 8), (0, 0, 0, 0)))
+    clear = shown_image(Image.new("RGBA", (8, 8), (0, 0, 0, 0)))
     assert Image.open(io.BytesIO(base64.b64decode(clear.src.partition(",")[2]))).getpixel((0, 0))[3] == 0
 
 
