@@ -32,8 +32,6 @@ NAMES = {
     "Part": "MixturePart", "rows_used": "codebook_usage",
 }  # fmt: skip
 """Whole name: what it is called."""
-VARIABLES = {"told", "said", "asked", "known", "one", "mine", "made"}
-"""Variables of the library are called by what they hold."""
 PHRASES = re.compile(
     r"\b(?:pictures?|hops?|twins?|licen[c]e|colou?red? ?matte|stands? still|guessing evenly|takes? turns|"
     r"learned (?:tokens?|positions?)|paints?|Speaker|colours?|grey|centre|quantis\w+|tokenis\w+|normalis\w+)\b",
@@ -64,8 +62,6 @@ def test_names_are_the_fields(path):
     names = names_of(path)
     wrong = {name: PARTS[part] for name in names for part in parts_of(name) if part in PARTS}
     wrong |= {name: NAMES[name] for name in names & set(NAMES)}
-    if path.parts[len(ROOT.parts)] in ("unifork", "pipelines"):
-        wrong |= dict.fromkeys(names & VARIABLES, "what it holds")
     assert wrong == {}
 
 

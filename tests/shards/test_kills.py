@@ -54,7 +54,7 @@ def whole(tiny_root, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("stage", "point"), CASES)
+@pytest.mark.parametrize(("job", "point"), CASES)
 def test_a_job_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_bytes(whole, tmp_path, job, point):
     words, output = STAGES[job]
     root = copy_of(whole, tmp_path / "root")
