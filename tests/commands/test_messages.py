@@ -74,7 +74,7 @@ def test_a_template_of_the_other_task_is_refused(model, image, tmp_path, capsys,
 
 def test_an_empty_answer_is_said_to_be_empty(model, image, capsys, monkeypatch):
     for answer, printed in (("", "(the answer is empty)\n"), ("two", "two\n")):
-        monkeypatch.setattr(Engine, "answer", lambda *_, answer=answer: [answer])
+        monkeypatch.setattr(Engine, "answer_questions", lambda *_, answer=answer: [answer])
         assert said(capsys, monkeypatch, "describe", "--model", model, "--image", image, *ASK) == (0, printed, "")
 
 

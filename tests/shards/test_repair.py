@@ -79,13 +79,13 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", ["raw", "filtered"])
+@pytest.mark.parametrize("output", ["raw", "filtered"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_wrong_is_found_removed_and_made_again(root, damage, stage):
+def test_what_is_wrong_is_found_removed_and_made_again(root, damage, output):
     do, name, problem = DAMAGES[damage]
-    before, folder = bytes_of(root), f"data/{stage}/shapes"
+    before, folder = bytes_of(root), f"data/{output}/shapes"
     do(root / folder / name)
-    stage = {"raw": "download", "filtered": "filter"}[stage]
+    stage = {"raw": "download", "filtered": "filter"}[output]
     said = verify("data")
     assert f"{folder}/{name}: " in said
     assert problem in said
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_found_removed_and_made_again(root, damage, stage):
     assert not (root / folder / name).exists()
     made = stages(root)
     if name == "part-00001.parquet":
-        assert made == [f"{stage}/shapes/{name}"]
+        assert made == [f"{output}/shapes/{name}"]
     elif name != MANIFEST:
         assert made == []
     assert bytes_of(root) == before

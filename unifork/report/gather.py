@@ -45,7 +45,7 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         tokenizer, size = layout.image_tokenizer, experiment.image_tokenizer.image_size
         codec = load_codec(tokenizer) if (tokenizer / CONFIG_FILE).exists() else None
         shown = data_images(card, folders["filter"], stages["filter"], size, codec)
-    return {"name": name, "card": card, "jobs": stages, "shown": shown}
+    return {"name": name, "card": card, "stages": stages, "shown": shown}
 
 
 def variant(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
