@@ -33,7 +33,8 @@ NAMES = {
 }  # fmt: skip
 """Whole name: what it is called."""
 PHRASES = re.compile(
-    r"\b(?:pictures?|hops?|twins?|licen[c]e|colou?red? ?matte|stands? still|guessing evenly|(?:hosts?|rows?) takes? turns|"
+    r"\b(?:pictures?|hops?|twins?|licen[c]e|colou?red? ?matte|stands? still|guessing evenly|"
+    r"(?:hosts?|rows?) takes? turns|"
     r"learned (?:tokens?|positions?)|paints?|Speaker|colours?|grey|centre|quantis\w+|tokenis\w+|normalis\w+)\b",
     re.IGNORECASE,
 )
