@@ -109,7 +109,7 @@ def test_it_goes_on_from_the_last_checkpoint_and_says_so(reproduced):
 
 
 def test_it_ends_with_the_weights_of_an_unbroken_run(reproduced, tmp_path):
-    from unifork.training.loop import Run
+    from unifork.training.loop import WorkerContext
     from unifork.training.stage import StageJob, train_stage
 
     root = tmp_path / "root"
@@ -118,7 +118,7 @@ def test_it_ends_with_the_weights_of_an_unbroken_run(reproduced, tmp_path):
     experiment = load(Experiment, reproduced / "params.yaml")
     resources = TrainResources(threads=1, row_tokens=384)
     before = torch.get_num_threads()
-    train_stage(StageJob(key=STAGE, experiment=experiment, resources=resources, root=str(root)), Run())
+    train_stage(StageJob(key=STAGE, experiment=experiment, resources=resources, root=str(root)), WorkerContext())
     torch.set_num_threads(before)
     expected = load_file(root / "models" / STAGE / "model.safetensors")
     found = load_file(reproduced / "models" / STAGE / "model.safetensors")

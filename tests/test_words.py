@@ -69,7 +69,7 @@ def test_names_are_the_fields(path):
 def test_what_people_read_is_in_the_fields_words():
     texts = {path: path.read_text() for path in PAGES}
     for path in CODE:
-        if path.parts[len(ROOT.parts)] != "tests":
+        if path.parts[len(ROOT.parts)] != "tests" and path.name != "base.py":  # which names the keys of before
             tree = ast.parse(path.read_text())
             strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
             texts[path] = "\n".join(text for text in strings if isinstance(text, str))

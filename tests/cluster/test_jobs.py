@@ -87,7 +87,7 @@ def experiment(tmp_path: Path) -> Path:
     (tmp_path / "stages" / "__init__.py").touch()
     (tmp_path / "stages" / "program.py").write_text(PROGRAM)
     (tmp_path / "stages" / "worker.py").write_text(WORKER)
-    (tmp_path / "local.yaml").write_text("name: local\nhops: {encode: {workers: 0}}\n")
+    (tmp_path / "local.yaml").write_text("name: local\njobs: {encode: {workers: 0}}\n")
     return tmp_path
 
 
@@ -272,7 +272,7 @@ def test_stages_submit_themselves_to_a_cluster_in_token_mode(head: Head, start: 
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
     (experiment / "far.yaml").write_text(
-        f"name: far\naddress: {head.address}\nhops: {{encode: {{workers: 2, cpus: 0.5}}}}\n"
+        f"name: far\naddress: {head.address}\njobs: {{encode: {{workers: 2, cpus: 0.5}}}}\n"
     )
     # no mode and no address is inherited: the file in HOME is all that the stage needs
     environment = {"HOME": head.environment["HOME"], "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "http://127.0.0.1:1"}

@@ -37,7 +37,7 @@ def test_every_stage_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None
     root.mkdir()
     write_experiment(root, CHANGES)
     (root / "clusters" / "far.yaml").write_text(
-        f"name: far\naddress: {head.address}\nhops: {{encode: {{workers: 1, cpus: 0.5}}}}\n"
+        f"name: far\naddress: {head.address}\njobs: {{encode: {{workers: 1, cpus: 0.5}}}}\n"
         "train: {row_tokens: 2048}\ntrain_stages: {s1-captions: {workers: 1, cpus: 0.5, row_tokens: 2048}}\n"
     )
     for package in ("unifork", "pipelines"):

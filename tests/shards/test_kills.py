@@ -105,7 +105,7 @@ def many(tmp_path) -> tuple[Path, dict[str, bytes]]:
     alone, root = tmp_path / "alone", tmp_path / "root"
     for folder in (alone, root):
         write_experiment(folder, {"datasets": {"shapes": rows}})
-    (root / "actors.yaml").write_text("name: actors\ncpus: 2\nhops: {download: {workers: 2, cpus: 0.5}}\n")
+    (root / "actors.yaml").write_text("name: actors\ncpus: 2\njobs: {download: {workers: 2, cpus: 0.5}}\n")
     run(alone, STAGES["download"][0])
     return root, bytes_of(alone / "data")
 

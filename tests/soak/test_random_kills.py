@@ -14,7 +14,7 @@ from tiny import build, bytes_of, start
 KILLS = 30
 CLUSTERS = {
     "here": "name: here\ntrain: {workers: 0, threads: 1, row_tokens: 384}\n",
-    "actors": "name: actors\ncpus: 2\nhops: {download: {workers: 2, cpus: 0.5}}\n",
+    "actors": "name: actors\ncpus: 2\njobs: {download: {workers: 2, cpus: 0.5}}\n",
 }
 CHANGES = {
     "datasets": {"shapes": {"rows": 1200, "shard_rows": 40}},

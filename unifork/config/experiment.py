@@ -263,7 +263,7 @@ class Sampling(StrictModel):
 
 
 class LossBand(StrictModel):
-    """Bounds of the losses. Guessing evenly costs ln V nats per word and ln K per code."""
+    """Bounds of the losses. A uniform prediction costs ln V nats per word and ln K per code."""
 
     first_text: PositiveFloat | None = None
     """Text loss in nats expected of the first step, as of a warm-started model; None: at most a uniform prediction."""
