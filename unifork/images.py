@@ -29,7 +29,7 @@ MAX_SCANS = 100
 MAX_ASPECT = 200
 """Largest ratio of the sides. A thinner image cannot be cropped: up to views of 640 pixels, resizing it stays below
 Pillow's own limit (`image_tokenizer.views`)."""
-PIXELS_AT_ONCE = 128_000_000
+PIXELS_AT_ONCE = MAX_PIXELS
 """Pixels that all threads of a process decode at the same time; a larger image waits until it is alone."""
 
 

@@ -11,10 +11,13 @@ from typing import Any
 MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER = "image_tokenizer", "text_tokenizer"
 """Folders inside a model: the tokenizers it was made with."""
 
-STAGE_OF_FOLDER = {"raw": "download", "filtered": "filter", "codes": "encode"}
-"""Folder below `data`: the stage of `dvc.yaml` that writes it, one entry for each data set."""
+STAGE_OF_FOLDER = {
+    "raw": "download", "measured": "filter", "signatures": "filter", "filtered": "filter", "codes": "encode",
+    "prepared": "prepare",
+}  # fmt: skip
+"""Folder below `data`: the stage of `dvc.yaml` that writes it, one entry for each data set (or prepared documents)."""
 
-IN_A_STORE = ("raw", "filtered", "codes")
+IN_A_STORE = ("raw", "measured", "filtered", "codes")
 """Folders below `data` whose new shards go to the cluster's store. Signatures are read over and over and stay."""
 
 
@@ -54,6 +57,8 @@ class Layout:
     """All data."""
     raw = Places("data/raw")
     """Of a data set: image-text shards as they were received."""
+    measured = Places("data/measured")
+    """Of a data set: what its images measure, with all columns but the images."""
     filtered = Places("data/filtered")
     """Of a data set: image-text shards with the rows that the card keeps."""
     signatures = Places("data/signatures")
@@ -88,3 +93,12 @@ class Layout:
         if not any(folder.is_relative_to(self.data / name) for name in IN_A_STORE):
             return None
         return f"{store.rstrip('/')}/{folder.relative_to(self.data).as_posix()}"
+
+
+def command_for(folder: Path) -> str:
+    """What makes the missing shards of a folder again."""
+    parts = folder.absolute().parts
+    for place, stage in STAGE_OF_FOLDER.items():
+        if place in parts[:-1] and parts[parts.index(place) - 1] == "data":
+            return f"`dvc repro {stage}@{parts[parts.index(place) + 1]}`"
+    return "the command that wrote the folder"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from unifork.config.base import StrictModel, load
+from unifork.config.base import Fraction01, StrictModel, load
 from unifork.errors import ConfigError, unknown
 from unifork.vocabulary import Task, View
 
@@ -35,6 +35,15 @@ class FilterRule(StrictModel):
     """The rule's thresholds; checked by the rule itself."""
 
 
+class Losses(StrictModel):
+    """Shares of the rows that may be lost before people are told; what rules drop was decided and is no loss."""
+
+    transport: Fraction01 = 0.5
+    """What the web does not give."""
+    content: Fraction01 = 0.05
+    """What comes and is of no use: broken lines, no images, no texts."""
+
+
 class Card(StrictModel):
     """One data set: what it is, where it comes from, who may use it and how it is read."""
 
@@ -59,6 +68,8 @@ class Card(StrictModel):
     """The tasks this set serves."""
     filters: tuple[FilterRule, ...] = ()
     """Rules of the filter stage, in order."""
+    losses: Losses = Losses()
+    """Above them download and filter print a warning, which the report shows too."""
     reader: str | None = None
     """Reads what an image shows, to say how much of it survives the codes: a name of
     `unifork.image_tokenizer.readers.READERS` or MODULE:OBJECT; None where images cannot be read exactly."""

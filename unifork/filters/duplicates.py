@@ -11,7 +11,6 @@ different images agree in 64 bits of SHA-256 is to be expected in one of 3,700 s
 """
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
@@ -21,14 +20,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from unifork.config import Card, parse
 from unifork.errors import ConfigError
+from unifork.filters.measure import measurements
 from unifork.filters.rules import DUPLICATE_RULES, BenchmarkOptions, DuplicateOptions, Kind, judge
 from unifork.filters.worker import DROPS, filter_fingerprint
 from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
-from unifork.shards.manifest import Shard, file_sha256, keep_only, read_manifest, write_atomically
+from unifork.shards.manifest import Shard, file_sha256, keep_only, present, read_manifest, write_atomically
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.sources import RowError, located
@@ -43,24 +42,6 @@ DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.stri
 # --------------------------------------------------------------------------------------- signatures
 
 
-def dhash(data: bytes) -> int | None:
-    """64 bits, one for each step to the right in a 9x8 gray image that gets brighter; None for a flat image.
-
-    The difference hash: it stays when an image is resized, recompressed or made darker as a whole.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("L", (32, 32))
-        if image.has_transparency_data:
-            whole = image.convert("RGBA")
-            flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
-        else:
-            flat = image.convert("RGB")
-        gray = np.asarray(flat.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
-    bits = np.packbits(gray[:, 1:] > gray[:, :-1])
-    value = int.from_bytes(bits.tobytes(), "big")
-    return value if 4 <= value.bit_count() <= 60 else None  # plain grounds all look alike
-
-
 def signature(row: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
     """The signatures of a row; `pair` is None without a URL."""
     said = [repr(row.get(name) or "") for name in texts]
@@ -69,12 +50,12 @@ def signature(row: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
         "key": row["key"],
         "sha256": int(row["sha256"][:16], 16),
         "pair": None if pair is None else int.from_bytes(pair, "big"),
-        "phash": dhash(row["image"]),
+        "phash": row["phash"],
     }
 
 
 class Sign:
-    """Image-text shard -> signatures of the rows that the card's other rules keep."""
+    """Measured shard -> signatures of the rows that the card's other rules keep."""
 
     def __init__(self, card: Card) -> None:
         self.card = alone(card)
@@ -95,12 +76,12 @@ def looks_around(card: Card) -> bool:
     return any(rule.rule in DUPLICATE_RULES for rule in card.filters)
 
 
-def sign_job(card: Card, source: Path, folder: Path) -> ShardJob:
-    """The plan of pass 1: one task for each image-text shard."""
+def sign_job(card: Card, measured: Path, folder: Path) -> ShardJob:
+    """The plan of pass 1: one task for each measured shard."""
     made_with = {"signatures": SIGNATURES_VERSION, "texts": text_columns(card), **filter_fingerprint(alone(card))}
     columns = {field.name: str(field.type) for field in SCHEMA}
-    tasks = [ShardTask.from_shard(shard) for shard in read_manifest(source).shards]
-    return ShardJob("signatures", card.name, folder, columns, made_with, {}, tasks, source)
+    tasks = [ShardTask.from_shard(shard) for shard in present(measured).shards]
+    return ShardJob("signatures", card.name, folder, columns, made_with, {}, tasks, measured, may_be_empty=True)
 
 
 # ----------------------------------------------------------------------------------------- decision
@@ -227,10 +208,10 @@ def benchmark(files: str) -> list[tuple[str, int]]:
     """(name, difference hash) of the images of a folder or tar. Raises ConfigError when there are none."""
     with opened(located(files)) as found:
         named = (file for file in found if not isinstance(file, RowError) and is_image(file[0]))
-        hashed = [(name, dhash(read())) for name, read in named]
+        hashed = [(name, measurements(read())) for name, read in named]
     if not hashed:
         raise ConfigError(f"{files!r}: no images in it")
-    return [(name, value) for name, value in hashed if value is not None]
+    return [(name, phash) for name, found in hashed if (phash := found.get("phash")) is not None]
 
 
 def _write_drops(rows: dict[int, tuple[str, str, str]], shards: Sequence[Shard], folder: Path) -> dict[int, str]:

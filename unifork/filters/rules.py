@@ -1,11 +1,10 @@
 """Rules that keep or drop a row, with a reason. Pure functions of one row and typed options; the card chooses them.
 
 A rule is a function under `rule(OPTIONS)` and one entry in `RULES`; a card may also name `MODULE:OBJECT`, which is
-how anybody's code takes part. An image that cannot be decoded is dropped whatever the card says, and goes to the
-quarantine with what the decoder said.
+how anybody's code takes part. A row has its columns, without the image, and what the image measures
+(`unifork.filters.measure`). One that cannot be decoded is dropped whatever the card says, with what the decoder said.
 """
 
-import io
 import math
 import unicodedata
 from collections.abc import Callable
@@ -13,12 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from unifork.config import Card, StrictModel, parse
 from unifork.config.base import Fraction01
-from unifork.errors import unknown
+from unifork.errors import UniForkError, unknown
 from unifork.filters.takedown import listing
 from unifork.registry import Registry
 from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, text_columns
@@ -30,8 +28,6 @@ Kind = Literal["sha256", "pair", "phash"]
 """What two rows may have in common: the bytes of their image, URL and text, or what the image shows."""
 Distance = Annotated[int, Field(ge=0, le=7)]
 """Bits of 64 in which two difference hashes may differ."""
-MAX_PIXELS = 64_000_000
-"""Largest image that is decoded; the header is read first, so a bomb costs nothing."""
 DATASET, DUPLICATES = "dataset", "duplicates"
 """What `judge` and the filter lay beside a row's columns: its set, and rule -> earlier duplicate."""
 TAKEDOWN = "takedown"
@@ -98,36 +94,26 @@ def check_card(card: Card) -> None:
 
 
 def judge(row: Row, card: Card) -> tuple[str, str] | None:
-    """(reason, detail) why a row is dropped, None when it is kept.
+    """(reason, detail) why a measured row is dropped, None when it is kept.
 
-    Raises ConfigError when the card names an unknown rule.
+    Raises ConfigError when the card names an unknown rule. What a rule raises otherwise costs its row.
     """
-    problem = unreadable(row)
-    if problem:
-        return "unreadable", problem
+    if row["problem"]:
+        return row["problem"], row["problem_detail"]
     if not any(row.get(name) for name in text_columns(card)):
         return "no_text", f"none of {', '.join(text_columns(card))} is filled"
     for entry, (chosen, options) in zip(card.filters, rules_of(card), strict=True):
-        if not chosen.keeps({**row, DATASET: card.name}, options):
+        try:
+            keeps = chosen.keeps({**row, DATASET: card.name}, options)
+        except UniForkError:
+            raise
+        except Exception as error:  # of a rule that met what its author did not think of
+            return "unexpected", f"{entry.rule}: {type(error).__name__}: {error}"
+        if not keeps:
             if entry.rule == TAKEDOWN:
                 return entry.rule, f"named in {entry.options['file']}"  # nothing else of it is kept
-            shown = {name: row[name] for name in row if name not in ("image", CONVERSATIONS)}
+            shown = {name: row[name] for name in row if row[name] is not None and name != CONVERSATIONS}
             return entry.rule, f"{entry.options} on {shown}"
-    return None
-
-
-def unreadable(row: Row) -> str | None:
-    """Why an image cannot be decoded, in the decoder's words; None when it can."""
-    data = row["image"]
-    if not data:
-        return "empty"
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}"
-            image.load()
-    except Exception as error:  # any decoder may raise anything on hostile bytes
-        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -168,7 +154,7 @@ def max_aspect(row: Row, options: Aspect) -> bool:
 @rule(Most)
 def max_bytes(row: Row, options: Most) -> bool:
     """Keep images of at most `most` bytes as received."""
-    return len(row["image"]) <= options.most
+    return bool(row["bytes"] <= options.most)
 
 
 @rule(Most)

@@ -1,21 +1,24 @@
-"""The worker of the filter stage: an image-text shard in, the rows that its card keeps out.
+"""The worker of the filter stage: measured rows in, those that the card keeps out.
 
-What is dropped goes to the quarantine with its reason. Which rows have an earlier duplicate was decided before
+A decision is a pure function of a row's columns and measurements. What is dropped goes to the quarantine with its reason. Which rows have an earlier duplicate was decided before
 (`unifork.filters.duplicates`) and lies in one list for each shard.
 """
 
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unifork.config import Card
 from unifork.errors import ConfigError, DataError
+from unifork.filters.measure import measured_schema
 from unifork.filters.rules import DUPLICATE_RULES, DUPLICATES, TAKEDOWN, judge, rules_of
 from unifork.filters.takedown import list_hashes
-from unifork.shards.job import ShardJob, input_rows, quarantined, table_of, write_shard
-from unifork.shards.manifest import file_sha256, read_manifest
-from unifork.shards.schema import columns_of, image_text_schema
+from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
+from unifork.shards.manifest import file_sha256, present
+from unifork.shards.quarantine import quarantined
+from unifork.shards.schema import columns_of
 from unifork.shards.task import ShardResult, ShardTask
 
 FILTER_VERSION = 1
@@ -25,11 +28,16 @@ DROPS = "duplicates"
 """Folder beside the filtered shards: the rows of each that have an earlier duplicate, by the name of the shard."""
 
 
+def filtered_schema(card: Card) -> pa.Schema:
+    """That of the measured rows, without what can only be said of others."""
+    return pa.schema([field for field in measured_schema(card) if not field.name.startswith("problem")])
+
+
 class Filter:
-    """Image-text shard -> the rows its card keeps; the rest goes to the quarantine with reasons."""
+    """Measured shard -> the rows its card keeps; the rest goes to the quarantine with reasons. No image is read."""
 
     def __init__(self, card: Card) -> None:
-        self.card, self.schema = card, image_text_schema(card)
+        self.card, self.schema = card, filtered_schema(card)
 
     def __call__(self, task: ShardTask) -> ShardResult:
         kept, rejected = [], []
@@ -39,8 +47,8 @@ class Filter:
             if verdict is None:
                 kept.append(row)
             else:
-                image = b"" if verdict[0] == TAKEDOWN else row["image"]
-                rejected.append({"key": row["key"], "reason": verdict[0], "detail": verdict[1], "image": image})
+                named = {name: row[name] for name in ("key", "url", "sha256")}
+                rejected.append({**named, "reason": verdict[0], "detail": verdict[1]})
         return write_shard(task, table_of(kept, self.schema), quarantined(task, rejected))
 
 
@@ -68,8 +76,8 @@ def filter_fingerprint(card: Card) -> dict[str, Any]:
     return {**decides, "lists": lists} if lists else decides
 
 
-def filter_job(card: Card, source: Path, folder: Path, duplicates: dict[int, str] | None = None) -> ShardJob:
-    """The plan of the filter stage: one task for each image-text shard.
+def filter_job(card: Card, measured: Path, folder: Path, duplicates: dict[int, str] | None = None) -> ShardJob:
+    """The plan of the filter stage: one task for each measured shard.
 
     duplicates: what `duplicates.decide` said, shard number -> hash of its list in `folder`. Raises ConfigError when a
     rule of the card needs it.
@@ -81,9 +89,9 @@ def filter_job(card: Card, source: Path, folder: Path, duplicates: dict[int, str
         )
     tasks = [
         ShardTask.to_filter(shard, (duplicates or {}).get(number))
-        for number, shard in enumerate(read_manifest(source).shards)
+        for number, shard in enumerate(present(measured).shards)
     ]
     made_with = filter_fingerprint(card)
     lineage = {name: value for name, value in made_with.items() if name != "version"}
-    columns = columns_of(image_text_schema(card))
-    return ShardJob("image-text", card.name, folder, columns, made_with, lineage, tasks, source)
+    columns = columns_of(filtered_schema(card))
+    return ShardJob("filtered", card.name, folder, columns, made_with, lineage, tasks, measured)

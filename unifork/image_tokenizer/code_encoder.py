@@ -9,9 +9,6 @@ Shape suffixes: B images of a batch, S side in pixels, C channels (RGB), N posit
 """
 
 import copy
-import io
-import struct
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,17 +18,14 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from unifork.errors import DataError, unknown
+from unifork.images import decoding, open_image
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
 from unifork.image_tokenizer.views import RGB, VARIANTS, declared
 from unifork.vocabulary import CODE_DTYPE
-
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-UNREADABLE = (*DAMAGED, Image.DecompressionBombError)
-"""What Pillow raises on damaged bytes, depending on the format."""
 
 ImageInput = Image.Image | bytes | Path
 """An image, or an encoded one, or the file of one."""
@@ -94,6 +88,14 @@ class CodeEncoder:
             done += count
         return codes
 
+    def problem_of(self, image: ImageInput) -> str | None:
+        """Why no view can be made of an image, None when it can."""
+        try:
+            self._view(image, 0)
+        except DataError as error:
+            return str(error)
+        return None
+
     def decode_codes(self, codes: np.ndarray) -> list[Image.Image]:
         """The images that codes (n, N * D) or (n, N, D) stand for. Raises DataError where they do not fit."""
         architecture = self.tokenizer.architecture
@@ -137,11 +139,10 @@ class CodeEncoder:
         name = str(source) if isinstance(source, Path) else f"image {index}"
         try:
             data = source.read_bytes() if isinstance(source, Path) else source
-            image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-            return VARIANTS[self.view](image, size, self.matte)
+            image = open_image(data) if isinstance(data, bytes) else data
+            with decoding(image.width * image.height):
+                return VARIANTS[self.view](image, size, self.matte)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
-        except UnidentifiedImageError:
-            raise DataError(f"{name} cannot be read: no image of a known format") from None
-        except UNREADABLE as error:
+        except Exception as error:  # any decoder may raise anything on hostile bytes
             raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None

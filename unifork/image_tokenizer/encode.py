@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unifork.config import Card
+from unifork.errors import DataError
+from unifork.filters.kept import KeptRows, kept_rows
 from unifork.image_tokenizer.architecture import Description, describe
 from unifork.image_tokenizer.views import declared
-from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
-from unifork.shards.manifest import read_manifest
+from unifork.shards.job import ShardJob, table_of, write_shard
+from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import codes_schema, columns_of
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import VOCABULARY_VERSION, Task
@@ -27,6 +29,8 @@ BATCH_IMAGES = 64
 """Images per call of the network; in low precision part of what decides the codes."""
 DTYPE = "float32"
 """Of the network."""
+UNENCODABLE = "unencodable"
+"""Reason of a row whose image no view can be made of, although the filter could decode it."""
 
 
 class View:
@@ -60,20 +64,33 @@ class Encode:
     def __call__(self, task: ShardTask) -> ShardResult:
         assert task.use is not None, f"{task.output}: a task of no view"
         view = self.views[task.use]
-        rows, texts = input_rows(task), view.use.texts
+        texts = view.use.texts
+        rows = kept_rows(task, ["key", "url", "sha256", *texts, "image"]).to_pylist()
         # a row without any text for this task has nothing to say here; it is counted, not lost
-        kept = [row for row in rows if any(row[name] for name in texts)]
-        codes = view.encoder.encode_images([row["image"] for row in kept])
+        spoken = [row for row in rows if any(row[name] for name in texts)]
+        rejected: list[dict[str, str]] = []
+        try:
+            codes = view.encoder.encode_images([row["image"] for row in spoken])
+        except DataError:  # rare, since the filter has decoded every image; only now each is looked at alone
+            problems = [view.encoder.problem_of(row["image"]) for row in spoken]
+            rejected = [
+                {**row, "reason": UNENCODABLE, "detail": problem}
+                for row, problem in zip(spoken, problems, strict=True)
+                if problem
+            ]
+            spoken = [row for row, problem in zip(spoken, problems, strict=True) if not problem]
+            codes = view.encoder.encode_images([row["image"] for row in spoken])
         out = [
             {"key": row["key"], **{name: row[name] for name in texts}, "codes": code.tobytes()}
-            for row, code in zip(kept, codes, strict=True)
+            for row, code in zip(spoken, codes, strict=True)
         ]
-        dropped = {"no_text_for_task": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+        silent = len(rows) - len(spoken) - len(rejected)
+        dropped = quarantined(task, rejected) | ({"no_text_for_task": silent} if silent else {})
         return write_shard(task, table_of(out, view.schema), dropped)
 
 
-def encode_job(card: Card, task: Task, source: Path, folder: Path, tokenizer: Path) -> ShardJob:
-    """The plan of encoding one view: one task for each filtered shard.
+def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: Path) -> ShardJob:
+    """The plan of encoding one view: one task for each image-text shard.
 
     Of the tokenizer only `config.json` is read; the workers, where the codes are made, check weights and canaries.
     Machine and libraries are not part of the plan: each shard says its own.
@@ -83,8 +100,11 @@ def encode_job(card: Card, task: Task, source: Path, folder: Path, tokenizer: Pa
     identity = _identity(known, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, DTYPE))
     made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
-    tasks = [ShardTask.to_encode(shard, task) for shard in read_manifest(source).shards]
-    return ShardJob("codes", card.name, folder, columns, made_with, {**identity, "task": task}, tasks, source)
+    tasks = [
+        ShardTask.to_encode(raw, kept, rows.filtered, task)
+        for raw, kept in zip(rows.raw_shards, rows.shards, strict=True)
+    ]
+    return ShardJob("codes", card.name, folder, columns, made_with, {**identity, "task": task}, tasks, rows.raw)
 
 
 def _identity(made_by: "Description | ImageTokenizer", encoding: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ In: one task for each shard. Out: a folder with a finished shard for each task, 
         job.add(result)
     manifest = job.finish()
 
-and may be killed at any moment and run again: finished shards whose inputs, size and hash still agree are kept,
-everything else is made anew, and the result has the same bytes. The record of a shard (`<shard>.done`) is written
-right after the shard and folded into the manifest at the end. With a store, quarantine, shard and record are moved
-there as soon as they are written, in this order; a kept shard stays where it is.
+and may be killed at any moment and run again: finished shards whose recorded inputs and size still agree are kept
+unread, everything else is made anew, and the result has the same bytes. (Who reads a shard checks its hash;
+`unifork verify` checks all of them.) The record of a shard (`<shard>.done`) is written right after the shard and folded
+into the manifest at the end. With a store, quarantine, shard and record are moved there as soon as they are written,
+in this order; a kept shard stays where it is.
 """
 
 import json
@@ -25,15 +26,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unifork.config import parse
+from unifork.config import StrictModel, parse
 from unifork.errors import ConfigError, DataError, writing
 from unifork.shards.manifest import (
     MANIFEST,
     RECORD_SUFFIX,
+    RECORDS,
     Manifest,
     Shard,
+    Sizes,
     checked,
-    fault,
     file_sha256,
     keep_only,
     read_manifest,
@@ -41,12 +43,11 @@ from unifork.shards.manifest import (
     write_json,
     write_manifest,
 )
+from unifork.shards.quarantine import QUARANTINE, nothing_kept
 from unifork.shards.stores import Store, deliver, open_store
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import ROW_GROUP
 
-QUARANTINE = "quarantine"
-"""Folder beside the shards, wherever they lie: what was left out, by shard."""
 MOST_FAILED = 20
 """Shards of a job that may fail before it stops: the others are worth finishing, a fault of all of them is not."""
 
@@ -72,6 +73,8 @@ class ShardJob:
     """Address of the folder of a store that new shards go to, None: they stay in `folder`; no part of one either."""
     shard_name: str = "part-{index:05d}.parquet"
     """File name of shard number `index` of `total`."""
+    may_be_empty: bool = False
+    """Whether it may keep no row at all; elsewhere nothing would follow from nothing."""
 
     finished: dict[str, Shard] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -96,11 +99,11 @@ class ShardJob:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         recorded = recorded_shards(self.folder, [open_store(self.store)] if self.store else [])
-        is_intact = IntactShards(self.folder)
+        found = Sizes(self.folder)
         left = []
         for name, task in zip(self.names, self.tasks, strict=True):
             inputs, old = self.inputs(task), recorded.get(name)
-            if old and old.inputs == inputs and is_intact(old):
+            if old and old.inputs == inputs and not found.fault(old):
                 self.finished[name] = old
             else:
                 if old and old.store:
@@ -123,7 +126,7 @@ class ShardJob:
         self.dropped.update(result.shard.dropped)
 
     def finish(self) -> Manifest:
-        """Write the manifest. Raises DataError naming the shards that were not made."""
+        """Write the manifest. Raises DataError naming the shards that were not made, or why no row was kept."""
         if self.failed:
             raise self._failure()
         absent = [name for name in self.names if name not in self.finished]
@@ -138,6 +141,8 @@ class ShardJob:
             shards=tuple(self.finished[name] for name in self.names),
             lineage=self.lineage,
         )
+        if not manifest.rows and not self.may_be_empty:
+            raise DataError(nothing_kept(self.folder, manifest))
         for beside in self.folder.iterdir():
             if beside.is_dir():  # what lies there is named like the shards; a kill leaves temporary files
                 keep_only(beside, self.names)
@@ -204,19 +209,6 @@ def write_shard(task: ShardTask, table: pa.Table, dropped: Mapping[str, int]) ->
     return ShardResult(task.output, shard)
 
 
-def quarantined(task: ShardTask, rejected: list[dict[str, Any]]) -> Counter[str]:
-    """Write what is left out beside the shard, sorted by key; how many there are of each reason."""
-    output = Path(task.output)
-    quarantine = output.parent / QUARANTINE / output.name
-    if rejected:
-        rejected.sort(key=lambda row: (row["key"], row["reason"]))
-        write_atomically(quarantine, lambda path: pq.write_table(pa.Table.from_pylist(rejected), path))
-        deliver(quarantine, f"{task.store}/{QUARANTINE}" if task.store else None)
-    else:
-        quarantine.unlink(missing_ok=True)
-    return Counter(row["reason"] for row in rejected)
-
-
 def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as a table of exactly that schema; columns a row lacks are null, others are left out."""
     names = schema.names
@@ -242,40 +234,43 @@ def input_rows(task: ShardTask) -> list[dict[str, Any]]:
     return list(input_table(task).to_pylist())
 
 
-def quarantine_of(folder: Path, shard: Shard) -> Path | BytesIO | None:
-    """The quarantine of a shard, to read from; None when there is none."""
-    name, store = f"{QUARANTINE}/{shard.path}", shard.store
-    if store is None:
-        return folder / name if (folder / name).exists() else None
-    data = store.get(name)
-    return None if data is None else BytesIO(data)
-
-
 # ------------------------------------------------------------------------- what earlier runs finished
+
+
+class Records(StrictModel):
+    """What RECORDS holds."""
+
+    shards: tuple[Shard, ...]
 
 
 def recorded_shards(folder: Path, stores: Iterable[Store] = ()) -> dict[str, Shard]:
     """Shards recorded by an earlier run, finished or killed, here or in stores, by file name."""
     records: dict[str, Shard] = {}
-    if (folder / MANIFEST).exists():
-        with suppress(DataError):  # a damaged manifest only means that nothing is known to be finished
-            records = {shard.path: shard for shard in read_manifest(folder).shards}
+    with suppress(DataError):  # no manifest, or a damaged one, only means that nothing is known to be finished
+        records = {shard.path: shard for shard in read_manifest(folder).shards}
+    with suppress(FileNotFoundError, ConfigError, ValueError):  # nor does a damaged record
+        reverted = parse(Records, json.loads((folder / RECORDS).read_text()), RECORDS).shards
+        records |= {shard.path: shard for shard in reverted}
     written = [path.read_bytes() for path in folder.glob("*" + RECORD_SUFFIX)]
     for store in stores:
         written += store.get_all([name for name in store.listing() if name.endswith(RECORD_SUFFIX)])
     for record in written:
-        with suppress(ConfigError, ValueError):  # so does a damaged record
+        with suppress(ConfigError, ValueError):
             shard = parse(Shard, json.loads(record), "record")
             records[shard.path] = shard
     return records
 
 
 def revert_to_records(folder: Path, shards: Iterable[Shard]) -> None:
-    """Make a folder one of a killed job that had finished these shards: records instead of a manifest."""
-    for shard in shards:
-        write_json(folder / (shard.path + RECORD_SUFFIX), shard.model_dump(mode="json"))
+    """Make a folder one of a killed job that had finished these shards and no others: records instead of a manifest.
+
+    No record of another shard stays: its size alone would not tell a shard that is made anew from the old one.
+    """
+    write_json(folder / RECORDS, Records(shards=tuple(shards)).model_dump(mode="json"))
     with writing(folder):
         (folder / MANIFEST).unlink(missing_ok=True)
+        for record in folder.glob("*" + RECORD_SUFFIX):
+            record.unlink(missing_ok=True)
 
 
 def delete_record(folder: Path, store: Store, name: str) -> None:
@@ -284,19 +279,3 @@ def delete_record(folder: Path, store: Store, name: str) -> None:
         (folder / (name + RECORD_SUFFIX)).unlink(missing_ok=True)
     if store.size(name + RECORD_SUFFIX) is not None:
         store.remove([name + RECORD_SUFFIX])
-
-
-class IntactShards:
-    """Says whether recorded shards are still what they were; those of a store by size, each folder listed once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.sizes: dict[str, dict[str, dict[str, Any]]] = {}
-
-    def __call__(self, shard: Shard) -> bool:
-        store = shard.store
-        if store is None:
-            return fault(self.folder, shard) is None
-        if store.uri not in self.sizes:
-            self.sizes[store.uri] = store.listing()
-        return bool(self.sizes[store.uri].get(shard.path, {}).get("size") == shard.bytes)

@@ -13,28 +13,38 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from unifork.config import StrictModel, parse
 from unifork.errors import DataError, writing
+from unifork.layout import command_for
 from unifork.shards.stores import Store, open_store
 
 MANIFEST = "manifest.json"
 RECORD_SUFFIX = ".done"
 """After the name of a shard: its entry of the manifest, for as long as there is no manifest."""
+RECORDS = "records.json"
+"""The entries of a manifest that was taken away because some of its shards have to be made again."""
 TEMPORARY = ".tmp-"
 """In the name of a file that is being written."""
 FETCHED = "fetched"
 """Folder below `data` with copies of shards that lie in a store. May be deleted at any time."""
 
 
+def _bare(name: str) -> str:
+    """A file name without a folder: what a manifest names lies beside it, whoever wrote the manifest."""
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise ValueError("a bare file name is expected, without a folder")
+    return name
+
+
 class Shard(StrictModel):
     """One finished shard of a stage."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_bare)]
     """File name inside the folder of the manifest."""
     rows: int
     bytes: int
@@ -149,10 +159,15 @@ def file_sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Remove every file the manifest does not name, then write it; the shards' records stay until it is there."""
-    here = [shard.path for shard in manifest.shards if shard.uri is None]
-    keep_only(folder, [*here, *(shard.path + RECORD_SUFFIX for shard in manifest.shards), MANIFEST])
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    """Remove every file the manifest does not name, then write it; the shards' records stay until it is there.
+
+    Writes nothing where all is there: a finished folder may lie on a disk that takes nothing.
+    """
+    here, text = [shard.path for shard in manifest.shards if shard.uri is None], json_text(manifest.model_dump())
+    path = folder / MANIFEST
+    keep_only(folder, [*here, *(shard.path + RECORD_SUFFIX for shard in manifest.shards), RECORDS, MANIFEST])
+    if not path.exists() or path.read_text() != text:
+        write_atomically(path, lambda temporary: temporary.write_text(text))
     keep_only(folder, [*here, MANIFEST])
 
 
@@ -182,6 +197,49 @@ def manifest_sha256(folder: Path) -> str:
     return hashlib.sha256(json_text(read_manifest(folder).content()).encode()).hexdigest()
 
 
+class Sizes:
+    """Sizes of the files of a folder and of the folders of stores that its shards lie in, each listed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str | None, dict[str, int]] = {}
+
+    def fault(self, shard: Shard) -> str | None:
+        """What is wrong with a shard by its size alone, in words."""
+        store = shard.store
+        place = store.uri if store else None
+        if place not in self.found:
+            self.found[place] = store.sizes() if store else sizes(self.folder)
+        return _differs(shard, self.found[place].get(shard.path))
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a folder, by name."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def present(folder: Path) -> Manifest:
+    """The manifest of a finished stage whose shards are all there with the sizes that it names; for who reads them.
+
+    Raises DataError, which says what brings them back, before anything is read or started.
+    """
+    manifest, found = read_manifest(folder), Sizes(folder)
+    wrong = [(shard.path, problem) for shard in manifest.shards if (problem := found.fault(shard))]
+    if wrong:
+        name, problem = wrong[0]
+        raise DataError(
+            f"{folder}: {len(wrong)} of {len(manifest.shards)} shards are not as its manifest says, first {name}: "
+            f"{problem}. {way_out(folder)}"
+        )
+    return manifest
+
+
+def way_out(folder: Path) -> str:
+    """What makes the damaged shards of a folder, and only those, again."""
+    return f"`unifork verify --repair {folder}` takes them away, then {command_for(folder)} makes them again"
+
+
 def fault(folder: Path, shard: Shard) -> str | None:
     """What is wrong with a shard where it lies, in words; None when it is as the manifest says. Reads all of it."""
     path, store = folder / shard.path, shard.store
@@ -203,10 +261,7 @@ def checked(folder: Path, shard: Shard) -> Path | BytesIO:
         size = None if data is None else len(data)
         problem = _differs(shard, size, lambda: hashlib.sha256(data or b"").hexdigest())
     if problem:
-        raise DataError(
-            f"{shard.uri or folder / shard.path}: {problem}. Run the stage that writes {folder} again: it redoes only "
-            f"this shard."
-        )
+        raise DataError(f"{shard.uri or folder / shard.path}: {problem}. {way_out(folder)}")
     return folder / shard.path if data is None else BytesIO(data)
 
 
@@ -225,10 +280,10 @@ def make_local(folder: Path, shard: Shard, copies: Path) -> Path:
     return path
 
 
-def _differs(shard: Shard, size: int | None, sha256: Callable[[], str]) -> str | None:
+def _differs(shard: Shard, size: int | None, sha256: Callable[[], str] | None = None) -> str | None:
     if size is None:
         return "missing"
     if size != shard.bytes:
         return f"{size} bytes instead of {shard.bytes}"
-    found = sha256()
+    found = sha256() if sha256 else shard.sha256
     return None if found == shard.sha256 else f"sha256 {found[:12]}... instead of {shard.sha256[:12]}..."

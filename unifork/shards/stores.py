@@ -40,6 +40,10 @@ class Store:
             found = self.system.find(self.root, detail=True)
         return {path.removeprefix(self.root).lstrip("/"): info for path, info in found.items()}
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its name relative to the store."""
+        return {name: int(info["size"]) for name, info in self.listing().items()}
+
     def put(self, folder: Path, names: Sequence[str]) -> None:
         """Upload files of a folder, under their names there."""
         with self._answering():

@@ -72,6 +72,10 @@ class ShardTask:
     """SHA-256 of the list of the shard's rows that have an earlier duplicate."""
     withdrawn: tuple[str, ...] = ()
     """Keys that are left out."""
+    kept: Shard | None = None
+    """A finished shard that names the rows of `shard` that are read."""
+    kept_folder: str = ""
+    """Its folder; no part of the fingerprint."""
     folder: str = ""
     """Folder of the input shard; like all that follows no part of the fingerprint, since data may move."""
     output: str = ""
@@ -88,18 +92,18 @@ class ShardTask:
 
     @classmethod
     def from_shard(cls, shard: Shard) -> Self:
-        """Signatures: an image-text shard."""
+        """Measurements and signatures: a shard."""
         return cls(shard=shard)
 
     @classmethod
     def to_filter(cls, shard: Shard, duplicates: str | None) -> Self:
-        """Filter: an image-text shard, and which of its rows have an earlier duplicate."""
+        """Filter: a measured shard, and which of its rows have an earlier duplicate."""
         return cls(shard=shard, duplicates=duplicates)
 
     @classmethod
-    def to_encode(cls, shard: Shard, use: Task) -> Self:
-        """Encode: an image-text shard, and the task whose view becomes codes."""
-        return cls(shard=shard, use=use)
+    def to_encode(cls, shard: Shard, kept: Shard, kept_folder: Path, use: Task) -> Self:
+        """Encode: an image-text shard, which of its rows were kept, and the task whose view becomes codes."""
+        return cls(shard=shard, kept=kept, kept_folder=str(kept_folder.absolute()), use=use)
 
     @classmethod
     def to_publish(cls, shard: Shard, withdrawn: tuple[str, ...]) -> Self:
@@ -115,7 +119,7 @@ class ShardTask:
     def rows(self) -> int:
         """Rows that it reads."""
         parts = (self.piece, self.shard, self.published)
-        return next(part.rows for part in parts if part is not None)
+        return next(part.rows for part in (self.kept, *parts) if part is not None)
 
     def fingerprint(self, made_with: Mapping[str, Any]) -> str:
         """Hash of everything the shard is made from: what lies where decides nothing."""
@@ -123,6 +127,7 @@ class ShardTask:
             "piece": self.piece and asdict(self.piece),
             "seed": self.seed,
             "shard": self.shard and self.shard.identity(),
+            "kept": self.kept and self.kept.identity(),
             "published": self.published and asdict(self.published),
             "use": self.use,
             "duplicates": self.duplicates,
