@@ -109,9 +109,9 @@ def main() -> None:
           f"{given.rounds} rounds,\nsame bytes of all; start and end of Ray: {session.wall - 1:.1f} s wall, "
           f"{session.cpu:.1f} s CPU\n")  # fmt: skip
     print(table(["way", "CPU ms per image", "wall s", "of it start: CPU s"], [
-        [way, interval([1000 * one / given.images for one in cpu[way]]), interval(wall[way]), f"{start[way]:.2f}"]
+        [way, interval([1000 * spent / given.images for spent in cpu[way]]), interval(wall[way]), f"{start[way]:.2f}"]
         for way in ways]) + "\n")  # fmt: skip
-    job, pool = ([one - start[way] for one in cpu[way]] for way in ("job", "pool"))
+    job, pool = ([spent - start[way] for spent in cpu[way]] for way in ("job", "pool"))
     print(f"job / pool: CPU {ratio(cpu['job'], cpu['pool'])}, without start {ratio(job, pool)}, "
           f"wall {ratio(wall['job'], wall['pool'])}")  # fmt: skip
 

@@ -92,10 +92,10 @@ def measured(job: str, root: Path, rows: int) -> dict[str, Any]:
             "driver": used.peaks[os.getpid()], "others": max(others, default=0.0)}  # fmt: skip
 
 
-def line(one: dict[str, Any]) -> list[str]:
+def line(run: dict[str, Any]) -> list[str]:
     """A job in the first table."""
-    rates = [f"{one['rows']:,}", f"{one['rows'] / one['wall']:,.0f}", f"{one['wall']:.1f}", f"{one['cpu']:.1f}"]
-    return [one["stage"], *rates, f"{one['driver']:.0f}", f"{one['others']:.0f}", f"{one['bytes'] / one['rows']:,.0f}"]
+    rates = [f"{run['rows']:,}", f"{run['rows'] / run['wall']:,.0f}", f"{run['wall']:.1f}", f"{run['cpu']:.1f}"]
+    return [run["stage"], *rates, f"{run['driver']:.0f}", f"{run['others']:.0f}", f"{run['bytes'] / run['rows']:,.0f}"]
 
 
 def more(job: str, small: dict[str, Any], large: dict[str, Any]) -> list[str]:
@@ -122,14 +122,14 @@ def main() -> None:
             untrained(root / "tokenizer", 48)
             shutil.copytree(Path(__file__).parent.parent / "datasets", root / "datasets")
             for job in STAGES:
-                said = in_a_new_process(__file__, "--stage", job, "--folder", name, "--rows", str(rows))
-                found.append(json.loads(said.splitlines()[-1]))
+                output = in_a_new_process(__file__, "--stage", job, "--folder", name, "--rows", str(rows))
+                found.append(json.loads(output.splitlines()[-1]))
     print(f"{machine('cpu')}; shards of {SHARD_ROWS} rows\n")
     head = ["stage", "rows", "rows/s", "wall s", "CPU s", "MiB of driver", "MiB of largest other", "bytes per row"]
-    print(table(head, [line(one) for job in STAGES for one in found if one["stage"] == job]))
+    print(table(head, [line(run) for job in STAGES for run in found if run["stage"] == job]))
     if len(given.rows) > 1:
         head = ["stage", "CPU ms per row more", f"hours for {PAPER_IMAGES / 1e6:.0f} M rows here", "CPU hours", "GB"]
-        print("\n" + table(head, [more(job, *[one for one in found if one["stage"] == job][-2:]) for job in STAGES]))
+        print("\n" + table(head, [more(job, *[run for run in found if run["stage"] == job][-2:]) for job in STAGES]))
     print(f"\nCodes of the paper's tokenizer: {2 * PAPER_CODES:,} bytes per image and view, "
           f"{2 * PAPER_CODES * PAPER_IMAGES / 1e9:,.0f} GB per view before compression")  # fmt: skip
 

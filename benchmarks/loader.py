@@ -56,7 +56,7 @@ def make_shards(root: Path, rows: int, shard_rows: int) -> TextTokenizer:
 
 def per_second(count: int, seconds: list[float]) -> str:
     """Rate with its interval."""
-    rates = interval([count / one for one in seconds])
+    rates = interval([count / duration for duration in seconds])
     return f"{rates.median:,.0f} [{rates.low:,.0f}, {rates.high:,.0f}]"
 
 
@@ -96,10 +96,10 @@ def main() -> None:
                 pass
             marks.append(time.process_time())
             took = [stop - start for start, stop in itertools.pairwise(marks)]
-            for seconds, one in zip((plans, codes, batches), took, strict=True):
-                seconds.append(one)
+            for seconds, duration in zip((plans, codes, batches), took, strict=True):
+                seconds.append(duration)
     n = given.batch_documents
-    whole = [sum(one) for one in zip(plans, codes, batches, strict=True)]
+    whole = [sum(durations) for durations in zip(plans, codes, batches, strict=True)]
     print(f"{machine('cpu')}; {given.rows:,} rows of each of two views, steps of {n} documents, "
           f"row_tokens {given.row_tokens}\n")  # fmt: skip
     print(table(["part", "documents a second (median of steps, 95 % interval)"], [

@@ -71,19 +71,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "WAY"), help="measure one case here and print JSON")
+    parser.add_argument("--case", nargs=2, metavar=("CASE", "WAY"), help="measure one case here and print JSON")
     given = parser.parse_args()
     options = ["--device", given.device, "--dtype", given.dtype, "--repeats", str(given.repeats)]
-    if given.one:
-        print(json.dumps(measure(*given.one, given.device, getattr(torch, given.dtype), given.repeats)))
+    if given.case:
+        print(json.dumps(measure(*given.case, given.device, getattr(torch, given.dtype), given.repeats)))
         return
     print(f"{machine(given.device)}; {given.dtype}\n")
     rows = []
     for case in CASES:
-        found = {way: json.loads(in_a_new_process(__file__, *options, "--one", case, way)) for way in WAYS}
+        found = {way: json.loads(in_a_new_process(__file__, *options, "--case", case, way)) for way in WAYS}
         plain, ours = found["naive"], found["chunked"]
-        memory = [f"{one['bytes'] / 2**20:,.0f}" for one in (plain, ours)]
-        times = [f"{one['seconds'] * 1e3:,.1f}" for one in (plain, ours)]
+        memory = [f"{result['bytes'] / 2**20:,.0f}" for result in (plain, ours)]
+        times = [f"{result['seconds'] * 1e3:,.1f}" for result in (plain, ours)]
         rows.append([case, *memory, *times, f"{plain['seconds'] / ours['seconds']:.2f}"])
     print(table(["loss", "naive MiB", "chunked MiB", "naive ms", "chunked ms", "times faster"], rows))
 

@@ -132,14 +132,14 @@ def make_documents(size: Size, count: int) -> list[Document]:
 
 def packed(documents: list[Document], row_tokens: int) -> list[Batch]:
     """Rows of whole documents, one row a microbatch."""
-    packing = pack_step([len(one) for one in documents], [one.task for one in documents], row_tokens)
+    packing = pack_step([len(doc) for doc in documents], [doc.task for doc in documents], row_tokens)
     return [pack([[documents[number] for number in row]], packing.row_tokens, DEPTH) for row in packing.rows]
 
 
 def padded(documents: list[Document]) -> list[Batch]:
     """One document a row, one batch per task, padded to its longest row."""
-    per_task = [[one for one in documents if one.task == task] for task in TASKS]
-    return [pack([[one] for one in some], max(map(len, some)), DEPTH) for some in per_task if some]
+    per_task = [[document for document in documents if document.task == task] for task in TASKS]
+    return [pack([[document] for document in some], max(map(len, some)), DEPTH) for some in per_task if some]
 
 
 def whole_logits(model: UniForkModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -203,15 +203,15 @@ def products(model: UniForkModel, documents: list[Document], padded: bool, whole
     instead of the causal half. whole: every token of understanding meets the words, not the supervised ones.
     """
     trained = {name for name, _ in model.named_parameters()}
-    longest = {one.task: max(len(other) for other in documents if other.task == one.task) for one in documents}
+    longest = {doc.task: max(len(other) for other in documents if other.task == doc.task) for doc in documents}
     dense, total = model.config.backbone_config(), 0.0
     with torch.device("meta"):
         outline = UniForkModel(model.config)
-    for one in documents:
-        T, image = longest[one.task] if padded else len(one), int((one.kinds_T != TEXT).sum())
-        supervised = T if whole and one.task == "understanding" else int(one.loss_mask_T.sum())
-        positions = len(one.codes_ND) * (one.task == "generation")
-        total += document_flops(outline, one.task, Length(T - image, image, supervised, positions), trained)
+    for document in documents:
+        T, image = longest[document.task] if padded else len(document), int((document.kinds_T != TEXT).sum())
+        supervised = T if whole and document.task == "understanding" else int(document.loss_mask_T.sum())
+        positions = len(document.codes_ND) * (document.task == "generation")
+        total += document_flops(outline, document.task, Length(T - image, image, supervised, positions), trained)
         if padded:
             total += 3 * dense.num_hidden_layers * 2 * dense.hidden_size * T * (T - 1)
     return total
@@ -223,7 +223,7 @@ def ladder(ours: UniForkModel, documents: list[Document], row_tokens: int, dtype
     masked.set_attn_implementation("sdpa")
     unfolded = copy.deepcopy(masked)
     unfolded.image_head.set_form(folded=False)
-    per_task = [[one for one in documents if one.task == task] for task in TASKS]
+    per_task = [[document for document in documents if document.task == task] for task in TASKS]
     rows = [batch for some in per_task for batch in packed(some, row_tokens)]
     return {
         "parity path": Step(unfolded, padded(documents), whole_logits, dtype),
@@ -271,7 +271,7 @@ def main() -> None:
     tokens, useful = sum(map(len, documents)), products(ours, documents, *RUNGS["single forward (ours)"])
     step, targets = (
         interval(seconds["single forward (ours)"]),
-        sum(int(one.loss_mask_T.sum()) + one.codes_ND.size * (one.task == "generation") for one in documents),
+        sum(int(doc.loss_mask_T.sum()) + doc.codes_ND.size * (doc.task == "generation") for doc in documents),
     )
     peak = None if device == "cpu" else peak_tflops(torch.cuda.get_device_name())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -25,19 +25,19 @@ def main(name: str) -> None:
         raise unknown("evaluation", name, params.evaluations, "params.yaml: evaluations")
     evaluation = params.evaluations[name]
     benchmark = params.benchmarks[evaluation["benchmark"]]
-    asked = ImageModel(Path(evaluation["model"]), benchmark.sampling, lambda line: print(f"{name}: {line}", flush=True))
+    model = ImageModel(Path(evaluation["model"]), benchmark.sampling, lambda line: print(f"{name}: {line}", flush=True))
 
     # the model generates or answers every item, and is judged
     place = f"params.yaml: benchmarks.{evaluation['benchmark']}.kind"
-    records, scores = evaluate(benchmark, params.seed, Model(asked.generate_images, asked.answer), place)
+    records, scores = evaluate(benchmark, params.seed, Model(model.generate_images, model.answer), place)
 
     # out: a record of every sample, the codes of every generated image, and the scores by split and name
     folder = LAYOUT.scores(name)
     shutil.rmtree(folder, ignore_errors=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(folder / "outputs" / "samples.jsonl", lambda path: path.write_text(lines))
-    if asked.generated:
-        np.savez(folder / "outputs" / "codes.npz", codes=np.concatenate(asked.generated))
+    if model.generated:
+        np.savez(folder / "outputs" / "codes.npz", codes=np.concatenate(model.generated))
     table: dict[str, dict[str, dict[str, float]]] = {}
     for score in scores:
         row = asdict(score)

@@ -16,13 +16,13 @@ LAYOUT = Layout()
 def main(_: str) -> None:
     config = load_experiment().text_tokenizer
     if isinstance(config, TextTokenizerImport):
-        made = import_text_tokenizer(local_folder(config.source, files=FILES), LAYOUT.text_tokenizer)
-        print(f"{made.vocab_size} entries from {config.source} -> {LAYOUT.text_tokenizer}")
+        tokenizer = import_text_tokenizer(local_folder(config.source, files=FILES), LAYOUT.text_tokenizer)
+        print(f"{tokenizer.vocab_size} entries from {config.source} -> {LAYOUT.text_tokenizer}")
     else:
         texts = [text for name in config.datasets for text in texts_of(LAYOUT.filtered(name), load_card(name))]
         frame = [f"{SYSTEM} USER: \n{INSTRUCTION} ASSISTANT: "] * max(1, len(texts) // 10)  # often, to become tokens
-        made = train_text_tokenizer([*texts, *frame], config.vocab_size, LAYOUT.text_tokenizer)
-        print(f"{made.vocab_size} entries from {len(texts)} texts -> {LAYOUT.text_tokenizer}")
+        tokenizer = train_text_tokenizer([*texts, *frame], config.vocab_size, LAYOUT.text_tokenizer)
+        print(f"{tokenizer.vocab_size} entries from {len(texts)} texts -> {LAYOUT.text_tokenizer}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def tarred(members: list[tuple[str, bytes]], mode: str = "w") -> bytes:
 
 def jsonl(entries: list) -> bytes:
     """Lines; bytes are written as they are."""
-    return b"".join((one if isinstance(one, bytes) else json.dumps(one).encode()) + b"\n" for one in entries)
+    return b"".join((entry if isinstance(entry, bytes) else json.dumps(entry).encode()) + b"\n" for entry in entries)
 
 
 def gzipped(data: bytes) -> bytes:

@@ -65,15 +65,15 @@ def s3_server() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
-    said = {
+    variables = {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    before = {name: os.environ.get(name) for name in said}
-    os.environ.update(said)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     yield url
     server.stop()
     for name, value in before.items():

@@ -83,9 +83,9 @@ def _program(root: str, words: tuple[str, ...], point: str | None) -> None:
     os.chdir(root)
     os.environ["UNIFORK_CLUSTER"] = "here.yaml"
     processes._PARENT = os.getppid()  # imported by the process this one was forked from
-    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    descriptor = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     if point:
         arm(point)
     sys.argv = list(words)
@@ -98,9 +98,9 @@ def run(root: Path, words: tuple[str, ...], point: str | None = None) -> str:
     process = SERVER.Process(target=_program, args=(str(root), words, point))
     process.start()
     process.join()
-    said = (root / "said.txt").read_text()
-    assert process.exitcode == (-signal.SIGKILL if point else 0), (words, point, said)
-    return said
+    output = (root / "said.txt").read_text()
+    assert process.exitcode == (-signal.SIGKILL if point else 0), (words, point, output)
+    return output
 
 
 def _timed(seconds: float, work, *args) -> None:

@@ -60,7 +60,7 @@ def closure(path: Path, seen: set[Path]) -> set[Path]:
 
 def versions_of(name: str) -> dict[str, str]:
     """The version constants among a stage's parameters, with the files they are read from."""
-    places = (one for one in stage(name)["params"] if isinstance(one, dict))
+    places = (entry for entry in stage(name)["params"] if isinstance(entry, dict))
     return {constant: file for place in places for file, constants in place.items() for constant in constants}
 
 

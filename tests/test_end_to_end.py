@@ -73,9 +73,9 @@ def kill_tree(process: subprocess.Popen) -> None:
     DVC goes first: seeing its program die it would empty its lock file, and be killed before it fills it again.
     """
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in tree:
+    for member in tree:
         with suppress(psutil.NoSuchProcess):  # our programs die with their parent
-            one.send_signal(signal.SIGKILL)
+            member.send_signal(signal.SIGKILL)
     process.wait()
 
 
@@ -104,8 +104,8 @@ def reproduced(checkout) -> Path:
 
 
 def test_it_goes_on_from_the_last_checkpoint_and_says_so(reproduced):
-    said = (reproduced / "second.log").read_text()
-    assert re.search(rf"{STAGE}: continuing from step (10|15|20) of 25", said)
+    log = (reproduced / "second.log").read_text()
+    assert re.search(rf"{STAGE}: continuing from step (10|15|20) of 25", log)
 
 
 def test_it_ends_with_the_weights_of_an_unbroken_run(reproduced, tmp_path):
@@ -142,10 +142,10 @@ def test_everything_is_there(reproduced):
 
 def test_a_second_repro_does_nothing_in_under_five_seconds(reproduced):
     started = time.monotonic()
-    said = run(reproduced, "dvc", "repro")
+    output = run(reproduced, "dvc", "repro")
     assert time.monotonic() - started < 5
-    assert ran(said) == []
-    assert "up to date" in said
+    assert ran(output) == []
+    assert "up to date" in output
 
 
 def test_damaged_code_shards_are_noticed_and_only_they_are_made_again(reproduced):
@@ -162,10 +162,10 @@ def test_damaged_code_shards_are_noticed_and_only_they_are_made_again(reproduced
     missing, truncated = (folder / name for name in sorted(damaged))
     missing.unlink()
     truncated.write_bytes(truncated.read_bytes()[:-20])
-    said = run(reproduced, "dvc", "repro")
-    assert ran(said) == ["encode@shapes"]
+    output = run(reproduced, "dvc", "repro")
+    assert ran(output) == ["encode@shapes"]
     for view in ("crop", "pad"):
-        assert f"{view}: 2/3 shards (2 kept from before)" in said
+        assert f"{view}: 2/3 shards (2 kept from before)" in output
     after = state()
     assert {name for name in before if before[name] != after[name]} <= damaged | {
         "crop/manifest.json",
@@ -190,8 +190,8 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
 def test_the_model_draws_and_answers_from_the_command_line(reproduced, tmp_path):
     cli = (sys.executable, "-m", "unifork.cli")
     model = ("--model", "models/unifork-s3")
-    said = run(reproduced, *cli, "generate", *model, "--prompt", "a red circle", "--out", str(tmp_path), "-n", "2")
-    assert [Path(line).name for line in said.split() if line.endswith(".png")] == ["0000.png", "0001.png"]
+    output = run(reproduced, *cli, "generate", *model, "--prompt", "a red circle", "--out", str(tmp_path), "-n", "2")
+    assert [Path(line).name for line in output.split() if line.endswith(".png")] == ["0000.png", "0001.png"]
     first = (tmp_path / "0000.png").read_bytes()
     run(
         reproduced,

@@ -77,9 +77,9 @@ def test_a_whole_step_reads_as_its_shards_say(tiny_root):
             tokens = 1 + length(f"USER: {caption} ASSISTANT: ") + 38
             head = f"(generate), {tokens} tokens, 36 supervised, {1 / len(generated):.1%}"
         else:
-            asked, said = (turn["text"] for turn in pads[key]["conversations"][:2])
-            body = rf"[image 36x4 codes]\n{asked}[[{said}<|im_end|>]]"
-            tokens = 38 + length("\n" + asked + said) + 1
+            question, answer = (turn["text"] for turn in pads[key]["conversations"][:2])
+            body = rf"[image 36x4 codes]\n{question}[[{answer}<|im_end|>]]"
+            tokens = 38 + length("\n" + question + answer) + 1
             head = f"(answer-plain), {tokens} tokens, {supervised[key]} supervised, {supervised[key] / words:.1%}"
         sizes[task] += tokens
         expected += ["", f"shapes {key}, {task} {head} of the loss of {task}", body]

@@ -107,18 +107,18 @@ def test_fewer_supervised_positions_and_isolated_layers_cost_less():
     track = PAPER.stages["s2-sft"].tracks["joint"]
     entry = track.mixture[0]
     short = track.model_copy(update={"supervised_positions": 256})
-    lengths = [planning.average_length(entry, one, 576, 1350, ASSUMED, "test") for one in (track, short)]
-    assert [one.supervised_positions for one in lengths] == [576, 256]
+    lengths = [planning.average_length(entry, own_track, 576, 1350, ASSUMED, "test") for own_track in (track, short)]
+    assert [length.supervised_positions for length in lengths] == [576, 256]
     alone = PAPER.variants["unifork"].model_copy(update={"plan": "modality_isolated*24 norm:modality"})
     joint = alone.model_copy(update={"plan": "modality*24 norm:modality"})
     cost = [
-        planning.document_flops(planning.meta_model(PAPER, one), "generation", lengths[0], set())
-        for one in (alone, joint)
+        planning.document_flops(planning.meta_model(PAPER, variant), "generation", lengths[0], set())
+        for variant in (alone, joint)
     ]
     text, image = lengths[0].text, lengths[0].image
     assert cost[1] - cost[0] == pytest.approx(24 * 4 * 896 * text * image)  # pairs of text and image are not computed
     three = {name for name, _ in MODEL.named_parameters()}
-    few, all_ = (planning.document_flops(MODEL, "generation", one, three) for one in reversed(lengths))
+    few, all_ = (planning.document_flops(MODEL, "generation", length, three) for length in reversed(lengths))
     assert few < 0.7 * all_
 
 
@@ -155,14 +155,14 @@ def test_the_command_prints_it(arguments, hours, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "unit", "said"),
+    ("number", "unit", "expected"),
     [
         (896, "", "896"), (37_120, "", "37.12 k"), (1_211_100_000, "", "1.211 B"), (999_960, "", "1.000 M"),
         (4.532e9, "FLOP", "4.532 GFLOP"), (176.5e18, "FLOP", "176.5 EFLOP"), (288, "B", "288 B"), (None, "B", ""),
     ],
 )  # fmt: skip
-def test_an_amount_has_digits_whatever_its_size(number, unit, said):
-    assert amount(number, unit) == said
+def test_an_amount_has_digits_whatever_its_size(number, unit, expected):
+    assert amount(number, unit) == expected
 
 
 def test_a_small_experiment_is_not_all_zeros(monkeypatch):

@@ -57,14 +57,14 @@ def test_imports_go_down_only():
     level = {name: number for number, names in enumerate(LEVELS) for name in names}
     faults = []
     for path in sources():
-        mine = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        if mine in ("__init__", "unifork"):
+        part = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if part in ("__init__", "unifork"):
             continue
         for module in imports(path):
             if not module.startswith(("unifork.", "pipelines.")):
                 continue
             other = part_of(module)
-            if other != mine and other in level and level[other] >= level[mine]:
+            if other != part and other in level and level[other] >= level[part]:
                 faults.append(f"{path.relative_to(ROOT)} imports {module}")
     assert faults == []
 

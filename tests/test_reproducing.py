@@ -72,7 +72,7 @@ def test_what_decides_the_weights_is_in_the_table():
 
 @pytest.mark.parametrize(
     ("topic", "path", "value"),
-    [(topic, *one) for topic, cells in ROWS.items() for one in re.findall(r"`([\w.-]+) = ([^`]+)`", cells[2])],
+    [(topic, *match) for topic, cells in ROWS.items() for match in re.findall(r"`([\w.-]+) = ([^`]+)`", cells[2])],
 )
 def test_a_value_in_the_table_is_the_value_here(topic, path, value):
     assert found(path) == yaml.safe_load(value)

@@ -62,10 +62,10 @@ def test_params_edited_by_hand_are_refused_with_the_keys(here):
     edit("params.yaml", "prompt_drop: 0.1", "prompt_drop: 0.3")
     before = Path("params.yaml").read_text()
     for name in ("micro", "demo"):
-        with pytest.raises(ConfigError, match=r"stages\.s2-pretrain\.tracks\.joint\.steps: 25 -> 31.*--force") as told:
+        with pytest.raises(ConfigError, match=r"stages\.s2-pretrain\.tracks\.joint\.steps: 25 -> 31.*--force") as error:
             use(name)
-        assert "prompt_drop: 0.1 -> 0.3" in str(told.value)
-        assert str(told.value).count("->") == 2
+        assert "prompt_drop: 0.1 -> 0.3" in str(error.value)
+        assert str(error.value).count("->") == 2
     assert Path("params.yaml").read_text() == before
     use("demo", force=True)
     assert Path("params.yaml").read_text() == params_text(resolve("demo"))
@@ -82,9 +82,9 @@ def test_a_change_that_the_experiment_says_too_is_no_loss(here):
 def test_few_keys_are_shown_and_the_others_counted(here):
     use("micro")
     Path("params.yaml").write_text("name: micro\n")
-    with pytest.raises(ConfigError, match=r"-> nothing and \d+ more\. Put") as told:
+    with pytest.raises(ConfigError, match=r"-> nothing and \d+ more\. Put") as error:
         use("micro")
-    assert str(told.value).count("->") == 10
+    assert str(error.value).count("->") == 10
 
 
 def test_without_a_name_the_experiments_are_listed(here):
@@ -103,7 +103,7 @@ ANSWER = {"dataset": "shapes", "task": "understanding", "text": "conversations",
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({f"{TRACK}/mixture": [CAPTION | {"template": "generat"}]},
          r"s2-pretrain\.tracks\.joint\.mixture\[0\]: unknown prompt template 'generat'.*Did you mean 'generate'"),
@@ -126,8 +126,8 @@ ANSWER = {"dataset": "shapes", "task": "understanding", "text": "conversations",
          r"training\.shares: unknown group of images 'shapes/pads'.*Known: shapes/crop, shapes/pad"),
     ],
 )  # fmt: skip
-def test_what_would_fail_later_fails_at_use(here, changes, said):
-    with pytest.raises(ConfigError, match=rf"experiments/own\.yaml: .*{said}"):
+def test_what_would_fail_later_fails_at_use(here, changes, message):
+    with pytest.raises(ConfigError, match=rf"experiments/own\.yaml: .*{message}"):
         use(own(changes))
     assert not Path("params.yaml").exists()
 
@@ -161,7 +161,7 @@ def test_a_dense_model_that_is_not_at_hand_is_not_looked_for(here):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {f"{TRACK}/stepz": 3},
@@ -173,7 +173,7 @@ def test_a_dense_model_that_is_not_at_hand_is_not_looked_for(here):
         ({"stages/s3/seed": -1}, r"stages\.s3\.seed: Input should be greater than or equal to 0 \(got -1\)"),
     ],
 )
-def test_an_unknown_key_is_told_with_the_known_ones(here, changes, said):
+def test_an_unknown_key_is_told_with_the_known_ones(here, changes, message):
     own(changes)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         resolve("own")

@@ -89,15 +89,15 @@ def repository(tmp_path_factory):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        made = Repo.init(no_scm=True)
-        for stage in made.index.stages:
+        repo = Repo.init(no_scm=True)
+        for stage in repo.index.stages:
             for output in stage.outs:
                 path = root / str(output)
                 folder = path if not path.suffix else path.parent
                 folder.mkdir(parents=True, exist_ok=True)
                 (path if path.suffix else path / "made").write_text(str(output))
-        made.commit(force=True)
-        made.close()
+        repo.commit(force=True)
+        repo.close()
         yield root
 
 

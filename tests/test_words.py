@@ -30,6 +30,7 @@ NAMES = {
     "Standing": "IntactShards", "reopen": "revert_to_records", "forget": "delete_record", "Box": "Archive",
     "Fault": "RowError", "Plain": "StrictModel or SingleWorker", "Run": "StageRun or WorkerContext",
     "Part": "MixturePart", "rows_used": "codebook_usage",
+    **dict.fromkeys(("told", "said", "asked", "known", "one", "mine", "made"), "what it holds"),
 }  # fmt: skip
 """Whole name: what it is called."""
 PHRASES = re.compile(

@@ -160,7 +160,7 @@ def digest(name: str, root: Path = ROOT) -> str:
 def plain(node: Any) -> Any:
     """A syntax tree as nested lists, the same for every version of Python."""
     if isinstance(node, list):
-        return [plain(one) for one in node if not _says_nothing(one)]
+        return [plain(child) for child in node if not _says_nothing(child)]
     if not isinstance(node, ast.AST):
         return node
     fields = ((name, plain(value)) for name, value in ast.iter_fields(node) if value is not None)

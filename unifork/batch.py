@@ -117,9 +117,9 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
     documents_X, tasks_X = np.repeat(numbers_R, lengths_R), np.repeat(tasks_R, lengths_R)
     positions_X = np.arange(len(rows) * row_tokens) - np.repeat(starts_R, lengths_R)
     positions_X[documents_X == NO_DOCUMENT] = 0
-    kinds_X, text_ids_X = _joined([one.kinds_T for one in parts]), _joined([one.text_ids_T for one in parts])
-    supervised_S = np.flatnonzero(_joined([one.loss_mask_T for one in parts], bool))
-    codes_ND = _joined([one.codes_ND for one in parts if len(one.codes_ND)]).reshape(-1, depth)
+    kinds_X, text_ids_X = _joined([part.kinds_T for part in parts]), _joined([part.text_ids_T for part in parts])
+    supervised_S = np.flatnonzero(_joined([part.loss_mask_T for part in parts], bool))
+    codes_ND = _joined([part.codes_ND for part in parts if len(part.codes_ND)]).reshape(-1, depth)
     image_index_N = np.flatnonzero(kinds_X == IMAGE)
     place_N = np.arange(len(image_index_N)) - np.repeat(np.cumsum(images_R) - images_R, images_R)
     supervised_N = place_N < np.repeat(supervised_R, images_R)

@@ -39,8 +39,8 @@ def use(
     from unifork.config import load_card
 
     if name is None:
-        for known, about in experiments.names().items():
-            print(f"{known:16} {about}")
+        for experiment_name, about in experiments.names().items():
+            print(f"{experiment_name:16} {about}")
         return
     experiment = experiments.use(name, force)
     for dataset, taken in experiment.datasets.items():

@@ -31,10 +31,10 @@ class CheckpointError(UniForkError):
     """A checkpoint that is incomplete, damaged or belongs to another run."""
 
 
-def unknown(what: str, name: str, known: Iterable[str], place: str = "") -> ConfigError:
+def unknown(what: str, name: str, choices: Iterable[str], place: str = "") -> ConfigError:
     """The error for a name outside a fixed set, with the nearest known names first."""
     where = f"{place}: " if place else ""
-    names = sorted(known)
+    names = sorted(choices)
     near = get_close_matches(name, names, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ConfigError(f"{where}unknown {what} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.")

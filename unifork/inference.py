@@ -62,13 +62,13 @@ class Engine:
         ids = [self._until_image(form, prompt) for prompt in prompts]
         away = self._until_image(form, sampling.negative_prompt)
         config = self.model.config
-        made = [np.zeros((0, config.positions, config.depth), np.int64)]
+        generated = [np.zeros((0, config.positions, config.depth), np.int64)]
         for numbers in self._batches(range(len(prompts))):
             chosen = [ids[n] for n in numbers]
             codes = generate_images(self.model, chosen, away, sampling, image_numbers=list(numbers))
-            made.append(codes.cpu().numpy())
+            generated.append(codes.cpu().numpy())
             progress(numbers[-1] + 1)
-        return np.concatenate(made)
+        return np.concatenate(generated)
 
     def answer_questions(
         self, codes: np.ndarray, questions: Sequence[str], template: str = "answer", max_new_tokens: int = 32
@@ -81,8 +81,8 @@ class Engine:
         codes_BND = codes.astype(np.int64).reshape(-1, config.positions, config.depth)
         form, stop = _template(template, "understanding"), self.tokenizer.id_of(TURN_END)
         prompts = [
-            self._asked(form, asked).with_codes("", "understanding", codes_ND)
-            for asked, codes_ND in zip(questions, codes_BND, strict=True)
+            self._asked(form, question_text).with_codes("", "understanding", codes_ND)
+            for question_text, codes_ND in zip(questions, codes_BND, strict=True)
         ]
         answers: list[str] = [""] * len(prompts)
         # prompts of one length side by side: padding costs time, not correctness
@@ -101,11 +101,11 @@ class Engine:
             self._check_room(len(ids) + self.model.config.positions)
         return ids
 
-    def _asked(self, form: Template, asked: str) -> Skeleton:
-        with _naming("question", asked):
-            made = skeleton(question(form, asked), self.tokenizer, self.model.config.positions)
-            self._check_room(len(made.kinds_T))
-        return made
+    def _asked(self, form: Template, question_text: str) -> Skeleton:
+        with _naming("question", question_text):
+            doc = skeleton(question(form, question_text), self.tokenizer, self.model.config.positions)
+            self._check_room(len(doc.kinds_T))
+        return doc
 
     def _check_room(self, tokens: int) -> None:
         room = self.model.config.backbone_config().max_position_embeddings

@@ -65,20 +65,20 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
         )  # fmt: skip
         plan = loader.plan(step, workers)
         batch = next(loader.batches(plan, 0))
-        made = {number: loader.document(plan, number) for row in plan.microbatches[0][0] for number in row}
+        loaded = {number: loader.document(plan, number) for row in plan.microbatches[0][0] for number in row}
         title = f"{variant}, stage {stage}, track {name}, step {step} of {track.steps}"
         text = Text().append(f"{title}: batch 1 of {len(plan.microbatches[0])} of worker 1 of {workers}\n", "bold")
-        for fact in (*_contents(batch, list(made.values()), plan), *_routes(batch, layers)):
+        for fact in (*_contents(batch, list(loaded.values()), plan), *_routes(batch, layers)):
             text.append(fact + "\n")
         for reason, count in quarantine.counts().items():
             text.append(f"quarantined: {count} x {visible(reason)}\n", "yellow")
-        shown = _some_of_each_task(made, documents)
+        shown = _some_of_each_task(loaded, documents)
         for number in shown:
             entry, dropped = track.mixture[plan.slots[number].part], ", prompt dropped" * bool(plan.dropped[number])
-            text.append(f"\n{visible(entry.dataset)} {visible(made[number].key)}", "bold")
-            text.append_text(_document(made[number], entry.template + dropped, plan, tokenizer, marks))
-        if len(made) > len(shown):
-            text.append(f"\n... and {len(made) - len(shown)} more documents in this batch\n")
+            text.append(f"\n{visible(entry.dataset)} {visible(loaded[number].key)}", "bold")
+            text.append_text(_document(loaded[number], entry.template + dropped, plan, tokenizer, marks))
+        if len(loaded) > len(shown):
+            text.append(f"\n... and {len(loaded) - len(shown)} more documents in this batch\n")
         yield text
 
 
@@ -88,11 +88,11 @@ def _there(path: Path, command: str) -> Path:
     return path
 
 
-def _some_of_each_task(made: dict[int, Document], limit: int) -> list[int]:
+def _some_of_each_task(loaded: dict[int, Document], limit: int) -> list[int]:
     """Documents of every task in turn, at most `limit`, in the order of the batch."""
-    turns = zip_longest(*([number for number, one in made.items() if one.task == task] for task in TASKS))
+    turns = zip_longest(*([number for number, document in loaded.items() if document.task == task] for task in TASKS))
     chosen = [number for number in chain.from_iterable(turns) if number is not None][:limit]
-    return [number for number in made if number in chosen]
+    return [number for number in loaded if number in chosen]
 
 
 def _targets(document: Document) -> int:
@@ -125,12 +125,12 @@ def _document(document: Document, template: str, plan: StepPlan, tokenizer: Text
             if kind == "image":
                 positions, depth = document.codes_ND.shape
                 part = f", the first {targets} supervised" if supervised and targets < positions else ""
-                said = f"[image {positions}x{depth} codes{part}]"
+                content = f"[image {positions}x{depth} codes{part}]"
             elif kind == "control":
-                said = "".join(tokenizer.control_token(one) or "" for one in ids)
+                content = "".join(tokenizer.control_token(token_id) or "" for token_id in ids)
             else:
-                said = visible(tokenizer.decode(ids))
-            text.append(said, SUPERVISED if supervised else STYLES[kind])
+                content = visible(tokenizer.decode(ids))
+            text.append(content, SUPERVISED if supervised else STYLES[kind])
         text.append(close_mark * supervised)
     return text.append("\n")
 

@@ -173,7 +173,7 @@ def _document(task: Task, length: Length, depth: int) -> Document:
 
 def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:
     """Every track of every stage of a variant, in order. Raises ConfigError for a pattern without a match."""
-    sizes = {one: tensor.numel() for one, tensor in model.named_parameters()}
+    sizes = {parameter_name: tensor.numel() for parameter_name, tensor in model.named_parameters()}
     for stage_name in experiment.variants[name].stages:
         stage = experiment.stages[stage_name]
         for track_name, track in stage.tracks.items():
@@ -207,9 +207,9 @@ def image_bytes(experiment: Experiment) -> int:
 
 def code_bytes(experiment: Experiment, cards: Mapping[str, Card]) -> dict[str, int | None]:
     """Codes of every `<set>/<view>` that the cards offer, None where the number of rows is not given."""
-    one = image_bytes(experiment)
+    per_image = image_bytes(experiment)
     return {
-        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * one
+        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * per_image
         for dataset, use in experiment.datasets.items()
         for task in cards[dataset].tasks
     }

@@ -17,16 +17,16 @@ Entry = TypeVar("Entry")
 class Registry(Generic[Entry]):
     """Names and the objects they stand for."""
 
-    def __init__(self, what: str, kind: type[Entry], known: Mapping[str, str]) -> None:
-        """what: the word for one entry in messages; kind: its type; known: name -> `MODULE:OBJECT`."""
-        self.what, self.kind, self.known = what, kind, dict(known)
+    def __init__(self, what: str, kind: type[Entry], addresses: Mapping[str, str]) -> None:
+        """what: the word for one entry in messages; kind: its type; addresses: name -> `MODULE:OBJECT`."""
+        self.what, self.kind, self.addresses = what, kind, dict(addresses)
 
     def find(self, name: str, place: str) -> Entry:
         """The object of a name. Raises ConfigError naming `place` and the known names."""
-        address = self.known.get(name, name)
+        address = self.addresses.get(name, name)
         module, separator, attribute = address.partition(":")
         if not separator:
-            raise ConfigError(f"{unknown(self.what, name, self.known, place)} Or MODULE:OBJECT of your own code.")
+            raise ConfigError(f"{unknown(self.what, name, self.addresses, place)} Or MODULE:OBJECT of your own code.")
         try:
             found = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:

@@ -115,13 +115,13 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "T
 def refuse_tensors(place: Path | str, faults: Mapping[str, Iterable[str]]) -> None:
     """Raise CheckpointError where tensors are at fault; `faults` names them by what is wrong with them."""
     found = {what: sorted(names) for what, names in faults.items()}
-    said = [
+    problems = [
         f"{len(names)} tensors {what}: {', '.join(names[:LISTED])}{', ...' * (len(names) > LISTED)}"
         for what, names in found.items()
         if names
     ]
-    if said:
-        raise CheckpointError(f"{place}: {'; '.join(said)}")
+    if problems:
+        raise CheckpointError(f"{place}: {'; '.join(problems)}")
 
 
 def check_fit(place: Path | str, found: Shapes, wanted: Shapes) -> None:

@@ -30,14 +30,15 @@ def parity(
     table = Table("item", "tensor", "max difference", "tolerance", "verdict")
     for column in table.columns:
         column.overflow = "fold"
-    for one in found:
-        numbers = (compared.difference, compared.allowed) if (compared := one.comparison) else (escape(one.error), "")
-        table.add_row(one.item, one.tensor, *numbers, "equal" if one.passed else "[red]DIFFERENT[/red]")
+    for verdict in found:
+        compared = verdict.comparison
+        numbers = (compared.difference, compared.allowed) if compared else (escape(verdict.error), "")
+        table.add_row(verdict.item, verdict.tensor, *numbers, "equal" if verdict.passed else "[red]DIFFERENT[/red]")
     console = Console()
     Console(width=console.width if console.is_terminal else WIDTH).print(table)
-    failed = [one for one in found if not one.passed]
+    failed = [verdict for verdict in found if not verdict.passed]
     if out:
-        for path in write([one.comparison for one in found if one.comparison], folder, out):
+        for path in write([verdict.comparison for verdict in found if verdict.comparison], folder, out):
             print(path)
     print(f"{len(found) - len(failed)} of {len(found)} agree")
     raise typer.Exit(1 if failed or not found else 0)

@@ -189,7 +189,7 @@ def _decoding(original: Original) -> Iterator[Comparison]:
     boi = np.append(np.full(ids_BL.shape[1], TEXT), BEGIN_IMAGE)
     rows = [_document("generation", boi, np.append(ids, 0), np.zeros((0, D))) for ids in ids_BL.numpy()]
     text = TextTokenizer(original.folder / "tokenizer")
-    written = [text.encode_pieces([Piece(one, control=True)])[0].tolist() for one in notes["texts"]]
+    written = [text.encode_pieces([Piece(prompt_text, control=True)])[0].tolist() for prompt_text in notes["texts"]]
     padding = [ids_BL.shape[1] - len(ids) for ids in written]
     padded = [[text.id_of(PAD)] * left + ids for left, ids in zip(padding, written, strict=True)]
     seen = torch.arange(len(boi)) >= torch.tensor(padding)[:, None]
@@ -216,9 +216,9 @@ def _decoding(original: Original) -> Iterator[Comparison]:
     pixels = ((low.draw(quantized_BNC).float() + 1) * 127.5).clamp(0, 255)
     yield from given.compare({"image_bf16_0_255": pixels}, LOW_PRECISION_PIXELS)
 
-    asked = Reference(original.folder, LLM)["batch.images_und"][:1]  # the prompt is about the batch's first image
+    image = Reference(original.folder, LLM)["batch.images_und"][:1]  # the prompt is about the batch's first image
     ids_T = given["text.prompt_ids"][0].numpy()
-    prompt = _expanded("understanding", ids_T, np.zeros(len(ids_T), bool), original.tokenizer.encode(asked)[0].numpy())
+    prompt = _expanded("understanding", ids_T, np.zeros(len(ids_T), bool), original.tokenizer.encode(image)[0].numpy())
     with _recorded(model.lm_head) as words:
         answer = answer_texts(model, [prompt], given["text.new_ids"].shape[1], stop_id=-1)
     yield from given.compare({"text.new_ids": torch.tensor(answer)})
@@ -235,7 +235,7 @@ def _documents(original: Original, given: Reference, codes_BND: dict[str, Tensor
         kind = "gen" if is_gen else "und"
         task: Task = "generation" if is_gen else "understanding"
         ids = ids_T[real_T].numpy()
-        supervised = np.zeros(len(ids), bool) if is_gen else _answers([spelling.get(one, "") for one in ids.tolist()])
+        supervised = np.zeros(len(ids), bool) if is_gen else _answers([spelling.get(n, "") for n in ids.tolist()])
         documents.append(_expanded(task, ids, supervised, codes_BND[kind][counted[kind]].numpy()))
         counted[kind] += 1
     return documents
@@ -261,10 +261,10 @@ def _expanded(task: Task, ids_T: np.ndarray, loss_mask_T: np.ndarray, codes_ND: 
     """A document from ids in which a negative one marks the image."""
     block = np.array([BEGIN_IMAGE, *[IMAGE] * len(codes_ND), END_IMAGE])
     times = np.where(ids_T < 0, len(block), 1)
-    kinds = np.concatenate([block if one < 0 else np.array([TEXT]) for one in ids_T])
+    kinds = np.concatenate([block if number < 0 else np.array([TEXT]) for number in ids_T])
     codes = codes_ND if (ids_T < 0).any() else codes_ND[:0]
-    made = _document(task, kinds, np.maximum(ids_T, 0).repeat(times), codes)
-    return replace(made, loss_mask_T=loss_mask_T.repeat(times))
+    document = _document(task, kinds, np.maximum(ids_T, 0).repeat(times), codes)
+    return replace(document, loss_mask_T=loss_mask_T.repeat(times))
 
 
 def _document(task: Task, kinds_T: np.ndarray, ids_T: np.ndarray, codes_ND: np.ndarray) -> Document:
@@ -328,5 +328,5 @@ def _code_labels(batch: Batch) -> Tensor:
 def _recorded(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """What a module was given first, and what it made of it, for every call inside."""
     calls: list[tuple[Tensor, Tensor]] = []
-    with module.register_forward_hook(lambda _, given, made: calls.append((given[0], made))):
+    with module.register_forward_hook(lambda _, given, output: calls.append((given[0], output))):
         yield calls

@@ -50,9 +50,9 @@ def verdicts(folder: Path, areas: Iterable[ModuleType] = AREAS) -> Iterator[Verd
     for area in areas:
         name, last = area.__name__.rpartition(".")[2], "at the start"
         try:
-            for one in area.comparisons(folder):
-                last = f"after {one.item} {one.tensor}"
-                yield Verdict(one.item, one.tensor, one)
+            for comparison in area.comparisons(folder):
+                last = f"after {comparison.item} {comparison.tensor}"
+                yield Verdict(comparison.item, comparison.tensor, comparison)
         except Exception as error:  # whatever is wrong with one part, the others are still compared
             yield Verdict(name, last, None, f"{type(error).__name__}: {error}")
 
@@ -60,8 +60,8 @@ def verdicts(folder: Path, areas: Iterable[ModuleType] = AREAS) -> Iterator[Verd
 def write(compared: Iterable[Comparison], fixtures: Path, folder: Path) -> list[Path]:
     """The computed tensors, in files and under names like those of the fixtures; returns the files."""
     items: dict[str, dict[str, Tensor]] = {}
-    for one in compared:
-        items.setdefault(one.item, {})[one.tensor] = one.actual.detach().cpu().contiguous()
+    for comparison in compared:
+        items.setdefault(comparison.item, {})[comparison.tensor] = comparison.actual.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for item, tensors in items.items():

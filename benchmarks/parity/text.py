@@ -47,14 +47,14 @@ def comparisons(folder: Path) -> Iterator[Comparison]:
     """Every case of `06_text.json`. Raises DataError at the end for cases that no template is known for."""
     tokenizer = TextTokenizer(folder / "tokenizer")
     cases = json.loads((folder / f"{ITEM}.json").read_text())
-    known = {name: case for name, case in cases.items() if name.startswith((*SAMPLES, DROPPED, INFERENCE))}
-    for name, case in known.items():
+    supported = {name: case for name, case in cases.items() if name.startswith((*SAMPLES, DROPPED, INFERENCE))}
+    for name, case in supported.items():
         actual = _computed(name, case, tokenizer)
         for key in actual:
             if key in case:
                 yield Comparison(ITEM, f"{name}.{key}", _tensor(case[key]), _tensor(actual[key]))
-    if known != cases:
-        others = ", ".join(name for name in cases if name not in known)
+    if supported != cases:
+        others = ", ".join(name for name in cases if name not in supported)
         raise DataError(f"{folder / ITEM}.json: no template is known for {others}; known: {', '.join(SAMPLES)}")
 
 
@@ -63,8 +63,8 @@ def _computed(name: str, case: dict[str, Any], tokenizer: TextTokenizer) -> dict
     if name.startswith(DROPPED):
         return _labelled(UNCONDITIONAL, TEMPLATES["generate"], tokenizer)
     if name.startswith(INFERENCE):
-        asked = _between(case["text"], "USER: ", " ASSISTANT:").removeprefix(f"{IMAGE_MARK}\n")
-        return _labelled(question(TEMPLATES["official-answer"], asked), TEMPLATES["official-answer"], tokenizer)
+        question_text = _between(case["text"], "USER: ", " ASSISTANT:").removeprefix(f"{IMAGE_MARK}\n")
+        return _labelled(question(TEMPLATES["official-answer"], question_text), TEMPLATES["official-answer"], tokenizer)
     template = next(TEMPLATES[form] for start, form in SAMPLES.items() if name.startswith(start))
     if template.text:
         return _labelled(written(template, case.get("caption", case.get("text"))), template, tokenizer)
@@ -75,9 +75,9 @@ def _computed(name: str, case: dict[str, Any], tokenizer: TextTokenizer) -> dict
 
 
 def _labelled(pieces: Sequence[Piece], template: Template, tokenizer: TextTokenizer) -> dict[str, list[int]]:
-    made = skeleton(pieces, tokenizer, 1, template.border)
+    doc = skeleton(pieces, tokenizer, 1, template.border)
     ids, labels = [], []
-    for kind, number, supervised in zip(made.kinds_T, made.text_ids_T.tolist(), made.loss_mask_T, strict=True):
+    for kind, number, supervised in zip(doc.kinds_T, doc.text_ids_T.tolist(), doc.loss_mask_T, strict=True):
         if kind == IMAGE:
             ids.append(IMAGE_ID)
             labels.append(IMAGE_ID if template.task == "generation" else IGNORED)

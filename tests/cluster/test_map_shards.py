@@ -79,14 +79,14 @@ class Reporter:
         import ray
 
         time.sleep(0.5)  # so that both actors get something to do
-        told = {
+        facts = {
             "process": os.getpid(),
             "folder": os.getcwd(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "gpus": ray.get_gpu_ids(),
         }
-        return done(task, json.dumps(told))
+        return done(task, json.dumps(facts))
 
 
 def done(task: ShardTask, text: str) -> ShardResult:
@@ -94,7 +94,7 @@ def done(task: ShardTask, text: str) -> ShardResult:
     return ShardResult(task.output, Shard(path=text, rows=1, bytes=1, sha256="", inputs=""))
 
 
-def asked(*files: str) -> list[ShardTask]:
+def queue(*files: str) -> list[ShardTask]:
     """Tasks with the numbers 1, 2, ..., each with a name of a file."""
     return [
         ShardTask(piece=Slice(number, number + 1, file), output=f"shard-{number}")
@@ -127,7 +127,7 @@ def resources(request: pytest.FixtureRequest) -> JobResources:
 
 
 def test_every_task_has_one_result(resources: JobResources) -> None:
-    assert answers(asked(*[""] * 7), Doubler, (2,), resources) == ["2", "4", "6", "8", "10", "12", "14"]
+    assert answers(queue(*[""] * 7), Doubler, (2,), resources) == ["2", "4", "6", "8", "10", "12", "14"]
 
 
 def test_nothing_to_do(resources: JobResources) -> None:
@@ -135,42 +135,42 @@ def test_nothing_to_do(resources: JobResources) -> None:
 
 
 def test_a_fault_of_one_shard_costs_that_shard(resources: JobResources) -> None:
-    found = answers(asked("", "reject", "break", ""), Doubler, (2,), resources)
+    found = answers(queue("", "reject", "break", ""), Doubler, (2,), resources)
     assert found == ["2", "(shard 2: not a Parquet file)", "(ZeroDivisionError: internal mistake)", "8"]
 
 
 def test_error_of_making_the_worker_arrives_as_itself(resources: JobResources) -> None:
     with pytest.raises(DataError, match=r"^tokenizer: codebook is missing$"):
-        answers(asked(""), Refuser, (), resources)
+        answers(queue(""), Refuser, (), resources)
 
 
 def test_what_every_shard_would_meet_ends_the_job_at_once(ray: None) -> None:
     started = time.monotonic()
     with pytest.raises(MachineError, match=r"^the disk is full$"):
-        answers(asked("sleep 60", "end"), Doubler, (2,), ACTORS)
+        answers(queue("sleep 60", "end"), Doubler, (2,), ACTORS)
     assert time.monotonic() - started < 30
 
 
 def test_a_worker_that_wants_two_tasks_gets_them(ray: None) -> None:
-    assert len(set(answers(asked(*[""] * 4), Meeting, (), JobResources(workers=1, cpus=0.5)))) == 1
+    assert len(set(answers(queue(*[""] * 4), Meeting, (), JobResources(workers=1, cpus=0.5)))) == 1
 
 
 def test_results_stream(ray: None) -> None:
     times = []
-    for _ in map_shards(asked("sleep 0", "sleep 0.8", "sleep 1.6"), Doubler, (2,), JobResources(workers=1, cpus=0.5)):
+    for _ in map_shards(queue("sleep 0", "sleep 0.8", "sleep 1.6"), Doubler, (2,), JobResources(workers=1, cpus=0.5)):
         times.append(time.monotonic())
     assert times[1] - times[0] > 0.5
     assert times[2] - times[1] > 1
 
 
 def test_a_worker_process_that_dies_is_replaced(ray: None, tmp_path: Path) -> None:
-    assert answers(asked("", f"die-once {tmp_path / 'mark'}", ""), Doubler, (2,), ACTORS) == ["2", "4", "6"]
+    assert answers(queue("", f"die-once {tmp_path / 'mark'}", ""), Doubler, (2,), ACTORS) == ["2", "4", "6"]
 
 
 def test_a_task_that_always_kills_its_worker_ends_the_job(ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unifork.cluster.WORKER_RESTARTS", 1)
     with pytest.raises(RuntimeError, match=r"died more than 1 times; 1 shards unfinished: shard-1"):
-        answers(asked("die"), Doubler, (2,), ACTORS)
+        answers(queue("die"), Doubler, (2,), ACTORS)
 
 
 def test_workers_get_the_gpus_threads_and_folder_asked_for(
@@ -178,7 +178,7 @@ def test_workers_get_the_gpus_threads_and_folder_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     two = JobResources(workers=2, cpus=1, gpus=1)
-    with_gpus = [json.loads(answer) for answer in answers(asked(*[""] * 4), Reporter, (), two)]
+    with_gpus = [json.loads(answer) for answer in answers(queue(*[""] * 4), Reporter, (), two)]
     assert {(result["visible"], *result["gpus"]) for result in with_gpus} == {("0", 0), ("1", 1)}
     assert len({result["process"] for result in with_gpus}) == 2
     assert {result["folder"] for result in with_gpus} == {str(tmp_path)}
@@ -187,7 +187,7 @@ def test_workers_get_the_gpus_threads_and_folder_asked_for(
 
 def test_more_than_there_is_fails_instead_of_waiting(ray: None) -> None:
     with pytest.raises(ConfigError, match="3 workers with 1 GPU each asked for, but this machine's Ray has 2 GPU"):
-        answers(asked(*[""] * 4), Reporter, (), JobResources(workers=3, cpus=0.1, gpus=1))
+        answers(queue(*[""] * 4), Reporter, (), JobResources(workers=3, cpus=0.1, gpus=1))
 
 
 # ----------------------------------------------------------------------------------- jobs over shards

@@ -34,7 +34,7 @@ def image(tmp_path) -> Path:
     return path
 
 
-def said(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
+def run(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
     """Exit code, output and errors of `unifork words`."""
     monkeypatch.setattr(sys, "argv", ["unifork", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
@@ -52,9 +52,9 @@ def test_an_image_that_cannot_be_read_is_named(model, tmp_path, capsys, monkeypa
         words: f"error: {words} cannot be read: no image of a known format\n",
     }
     for path, message in expected.items():
-        assert said(capsys, monkeypatch, "describe", "--model", model, "--image", path, *ASK) == (2, "", message)
+        assert run(capsys, monkeypatch, "describe", "--model", model, "--image", path, *ASK) == (2, "", message)
     tokenizer = ("--tokenizer", model / "image_tokenizer", "--out", tmp_path / "codes.npz")
-    code, _, errors = said(capsys, monkeypatch, "tokenizer", "encode", image, cut, *tokenizer)
+    code, _, errors = run(capsys, monkeypatch, "tokenizer", "encode", image, cut, *tokenizer)
     assert code == 2
     assert errors.startswith(f"error: {cut} cannot be read: ")
     assert errors.count("\n") == 1
@@ -67,7 +67,7 @@ def test_a_template_of_the_other_task_is_refused(model, image, tmp_path, capsys,
         (describe, "generate", "generation, not for understanding"),
         (generate, "answer", "understanding, not for generation"),
     ):
-        found = said(capsys, monkeypatch, *words, "--template", template)
+        found = run(capsys, monkeypatch, *words, "--template", template)
         assert found == (2, "", f"error: --template {template}: is for {tasks}\n")
     assert not (tmp_path / "out").exists()
 
@@ -75,14 +75,14 @@ def test_a_template_of_the_other_task_is_refused(model, image, tmp_path, capsys,
 def test_an_empty_answer_is_said_to_be_empty(model, image, capsys, monkeypatch):
     for answer, printed in (("", "(the answer is empty)\n"), ("two", "two\n")):
         monkeypatch.setattr(Engine, "answer_questions", lambda *_, answer=answer: [answer])
-        assert said(capsys, monkeypatch, "describe", "--model", model, "--image", image, *ASK) == (0, printed, "")
+        assert run(capsys, monkeypatch, "describe", "--model", model, "--image", image, *ASK) == (0, printed, "")
 
 
 def test_what_the_model_has_no_positions_for_is_refused(model, image, tmp_path, capsys, monkeypatch):
     describe = ("describe", "--model", model, "--image", image, "--question", LONG)
     generate = ("generate", "--model", model, "--prompt", LONG, "--out", tmp_path / "out")
     for words, what in ((describe, "question"), (generate, "prompt")):
-        code, out, errors = said(capsys, monkeypatch, *words)
+        code, out, errors = run(capsys, monkeypatch, *words)
         assert (code, out) == (2, "")
         assert errors.startswith(f"error: {what} 'red red ")
         assert "tokens with its image; the model reads at most 512 (max_position_embeddings)" in errors
@@ -116,7 +116,7 @@ def test_a_python_without_the_dependencies_is_told_to_activate_the_environment()
 
 def test_use_without_a_name_lists_the_experiments(capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    code, out, _ = said(capsys, monkeypatch, "use")
+    code, out, _ = run(capsys, monkeypatch, "use")
     assert code == 0
     names = [line.split()[0] for line in out.splitlines()]
     assert sorted(names) == sorted(path.stem for path in Path("experiments").glob("*.yaml"))

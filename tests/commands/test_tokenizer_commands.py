@@ -84,10 +84,10 @@ def root(tiny_root, tmp_path) -> Path:
 def test_the_stage_imports(root):
     assert load(Experiment, root / "params.yaml").image_tokenizer.source == IMPORT["import"]
     stage = start(root, "pipelines.image_tokenizer")
-    said = stage.communicate()
-    assert stage.returncode == 0, said
-    made, expected = ImageTokenizer.load(root / "tokenizers/image"), read_official(OFFICIAL / "unifork", 32)
-    assert (made.codebook_id, made.encoder_id) == (expected.codebook_id, expected.encoder_id)
+    output = stage.communicate()
+    assert stage.returncode == 0, output
+    imported, expected = ImageTokenizer.load(root / "tokenizers/image"), read_official(OFFICIAL / "unifork", 32)
+    assert (imported.codebook_id, imported.encoder_id) == (expected.codebook_id, expected.encoder_id)
     report = yaml.safe_load((root / "tokenizers/image/report.json").read_text())
     assert report["detector"]
     assert report["images"] <= 64

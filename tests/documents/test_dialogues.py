@@ -23,18 +23,18 @@ def read(row, template, tokenizer):
     """(the whole sample, what is supervised of it), the image as <image>."""
     form = TEMPLATES[template]
     images = len([image for image in [row.get("image")] if image])
-    made = skeleton(written(form, turns_of(row), images), tokenizer, 1, form.border)
+    doc = skeleton(written(form, turns_of(row), images), tokenizer, 1, form.border)
 
     def text(keep):
         parts = []
-        for kind, number, kept in zip(made.kinds_T, made.text_ids_T, keep, strict=True):
+        for kind, number, kept in zip(doc.kinds_T, doc.text_ids_T, keep, strict=True):
             if kept and kind == IMAGE:
                 parts.append("<image>")
             elif kept and kind == TEXT:
                 parts.append(tokenizer.control_token(int(number)) or tokenizer.decode([int(number)]))
         return "".join(parts)
 
-    return text([True] * len(made.kinds_T)), text(made.loss_mask_T)
+    return text([True] * len(doc.kinds_T)), text(doc.loss_mask_T)
 
 
 def row(*turns, image="a.jpg"):
@@ -109,11 +109,11 @@ def row(*turns, image="a.jpg"):
         *[
             (
                 "answer",
-                row(SEEN, ("gpt", said)),
-                f"{S} USER: <image>\nIs it red? ASSISTANT: {said}{END}",
-                f" {said}{END}",
+                row(SEEN, ("gpt", reply)),
+                f"{S} USER: <image>\nIs it red? ASSISTANT: {reply}{END}",
+                f" {reply}{END}",
             )
-            for said in ("  no", "\n\nno", "(A)", "é", "'s", "1")
+            for reply in ("  no", "\n\nno", "(A)", "é", "'s", "1")
         ],
     ],
 )  # fmt: skip

@@ -39,15 +39,15 @@ def test_documents_carry_the_codes_of_their_own_row(tiny_root):
 
     folder = tiny_root / "data/codes/shapes/crop"
     rows = [r for s in read_manifest(folder).shards for r in pq.read_table(folder / s.path).to_pylist()]
-    made = part(tiny_root, GENERATE)
-    assert len(made) == ROWS
+    mixture_part = part(tiny_root, GENERATE)
+    assert len(mixture_part) == ROWS
     for number in (0, 31, 32, ROWS - 1):
-        document = made.document(number)
+        document = mixture_part.document(number)
         assert document.key == rows[number]["key"]
         expected = np.frombuffer(rows[number]["codes"], "<u2").reshape(36, 4)
         assert (document.codes_ND == expected).all()
         assert (document.kinds_T == IMAGE).sum() == 36
-        assert made.length(number) == len(document)
+        assert mixture_part.length(number) == len(document)
 
 
 def test_documents_that_are_too_long_are_quarantined_with_key_and_reason(tiny_root):
@@ -55,13 +55,13 @@ def test_documents_that_are_too_long_are_quarantined_with_key_and_reason(tiny_ro
     lengths = sorted(everything.length(n) for n in range(len(everything)))
     quarantine = Quarantine()
     context = lengths[-5] - 1
-    made = part(tiny_root, ANSWER, context=context, quarantine=quarantine)
+    mixture_part = part(tiny_root, ANSWER, context=context, quarantine=quarantine)
     rows = list(quarantine.rows())
-    assert len(made) + len(rows) == ROWS
+    assert len(mixture_part) + len(rows) == ROWS
     assert len(rows) >= 5
     assert f"context of {context}" in rows[0][2]
     assert sum(quarantine.counts().values()) == len(rows)
-    assert sum(made.group_sizes) == len(made)
+    assert sum(mixture_part.group_sizes) == len(mixture_part)
 
 
 def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
@@ -88,17 +88,17 @@ def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(plain))
 
     quarantine = Quarantine()
-    made = part(root, ANSWER, quarantine=quarantine)
+    mixture_part = part(root, ANSWER, quarantine=quarantine)
     assert list(quarantine.rows()) == [
         ("shapes", rows[3]["key"], "image markers: 1, images: 0"),
         ("shapes", rows[5]["key"], "an image marker inside an answer"),
         ("shapes", rows[6]["key"], "roles are ['assistant'], not user and assistant in turn"),
     ]
-    documents = [made.document(number) for number in range(4)]
-    assert [made.length(number) for number in range(4)] == [len(one) for one in documents]
-    assert [one.key for one in documents] == [rows[n]["key"] for n in (0, 1, 2, 4)]
-    assert [(one.kinds_T == IMAGE).sum() for one in documents] == [36, 0, 36, 36]
-    assert [one.codes_ND.shape for one in documents] == [(36, 4), (0, 4), (36, 4), (36, 4)]
+    documents = [mixture_part.document(number) for number in range(4)]
+    assert [mixture_part.length(number) for number in range(4)] == [len(document) for document in documents]
+    assert [document.key for document in documents] == [rows[n]["key"] for n in (0, 1, 2, 4)]
+    assert [(document.kinds_T == IMAGE).sum() for document in documents] == [36, 0, 36, 36]
+    assert [document.codes_ND.shape for document in documents] == [(36, 4), (0, 4), (36, 4), (36, 4)]
     assert (documents[2].codes_ND == np.frombuffer(rows[2]["codes"], "<u2").reshape(36, 4)).all()
     assert documents[1].loss_mask_T.any()
     assert len(pack([documents], 2048, 4).image_index_N) == 3 * 36
@@ -173,18 +173,18 @@ def test_a_step_is_the_same_whatever_the_rows_and_workers(tiny_root):
 
 
 def test_the_plan_counts_the_targets_that_the_batches_hold(tiny_root):
-    one = loader(tiny_root)
+    track_loader = loader(tiny_root)
     for step in range(4):
-        plan = one.plan(step, 2)
-        batches = [b for worker in range(2) for b in one.batches(plan, worker)]
+        plan = track_loader.plan(step, 2)
+        batches = [b for worker in range(2) for b in track_loader.batches(plan, worker)]
         assert sum(len(b.text_target_S) for b in batches) == plan.text_targets
         assert sum(len(b.image_target_MD) for b in batches) == plan.image_targets
 
 
 def test_prompts_are_dropped_at_their_rate_and_by_step_alone(tiny_root):
-    one = loader(tiny_root, drop=0.25)
-    plans = [one.plan(step, 1) for step in range(60)]
-    generation = sum(one.parts[s.part].task == "generation" for p in plans for s in p.slots)
+    track_loader = loader(tiny_root, drop=0.25)
+    plans = [track_loader.plan(step, 1) for step in range(60)]
+    generation = sum(track_loader.parts[s.part].task == "generation" for p in plans for s in p.slots)
     dropped = sum(sum(p.dropped) for p in plans)
     assert abs(dropped / generation - 0.25) < 0.06
     assert loader(tiny_root, drop=0.25).plan(41, 1).dropped == plans[41].dropped

@@ -29,8 +29,8 @@ def test_a_share_too_small_to_be_scheduled_is_an_error():
 def test_each_pass_is_another_permutation_of_all_documents():
     order = SetOrder([5, 3, 7, 1], "seed", 0)
     passes = [[order.index(p * 16 + n) for n in range(16)] for p in range(3)]
-    for one in passes:
-        assert sorted(one) == list(range(16))
+    for permutation in passes:
+        assert sorted(permutation) == list(range(16))
     assert passes[0] != passes[1] != passes[2]
 
 

@@ -54,9 +54,9 @@ def test_every_worker_gets_as_many_microbatches_and_nothing_is_lost():
     for workers, per_microbatch in [(1, 1), (2, 1), (4, 2), (3, 4), (16, 1)]:
         rows = pack_step([5] * 11, ["generation"] * 11, 6, workers * per_microbatch).rows
         assigned = assign_rows_to_workers(rows, workers, per_microbatch)
-        assert len({len(one) for one in assigned}) == 1
-        assert all(len(microbatch) == per_microbatch for one in assigned for microbatch in one)
-        assert sorted(n for one in assigned for microbatch in one for row in microbatch for n in row) == list(range(11))
+        assert len({len(share) for share in assigned}) == 1
+        assert all(len(microbatch) == per_microbatch for share in assigned for microbatch in share)
+        assert sorted(n for share in assigned for batch in share for row in batch for n in row) == list(range(11))
 
 
 def test_a_document_longer_than_a_row_is_an_error_that_names_both():

@@ -24,16 +24,16 @@ def tokenizer(tmp_path_factory) -> TextTokenizer:
 
 
 def supervised_text(tokenizer, pieces):
-    made = skeleton(pieces, tokenizer, 4)
-    ids = made.text_ids_T[made.loss_mask_T]
+    doc = skeleton(pieces, tokenizer, 4)
+    ids = doc.text_ids_T[doc.loss_mask_T]
     return tokenizer._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def test_a_caption_to_draw_has_no_supervised_text(tokenizer):
-    made = skeleton(written(TEMPLATES["generate"], "a red circle"), tokenizer, 9)
-    assert not made.loss_mask_T.any()
-    assert made.kinds_T[-11:].tolist() == [BEGIN_IMAGE, *[IMAGE] * 9, END_IMAGE]
-    assert (made.kinds_T[:-11] == TEXT).all()
+    doc = skeleton(written(TEMPLATES["generate"], "a red circle"), tokenizer, 9)
+    assert not doc.loss_mask_T.any()
+    assert doc.kinds_T[-11:].tolist() == [BEGIN_IMAGE, *[IMAGE] * 9, END_IMAGE]
+    assert (doc.kinds_T[:-11] == TEXT).all()
 
 
 def test_answers_and_their_ends_are_supervised_and_nothing_else(tokenizer):
@@ -52,10 +52,10 @@ def test_a_question_is_what_training_shows_before_the_supervised_part(tokenizer)
     for name in ("answer", "answer-plain", "caption"):
         form = TEMPLATES[name]
         shown = skeleton(written(form, "two" if form.text else DIALOGUE[:2]), tokenizer, 4)
-        asked = skeleton(question(form, DIALOGUE[0]["text"]), tokenizer, 4)
+        prompt = skeleton(question(form, DIALOGUE[0]["text"]), tokenizer, 4)
         given = int(shown.loss_mask_T.argmax())
-        assert shown.text_ids_T[:given].tolist() == asked.text_ids_T.tolist()
-        assert shown.kinds_T[:given].tolist() == asked.kinds_T.tolist()
+        assert shown.text_ids_T[:given].tolist() == prompt.text_ids_T.tolist()
+        assert shown.kinds_T[:given].tolist() == prompt.kinds_T.tolist()
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_special_tokens_are_found_by_name_and_have_one_id(tokenizer):
 
 def test_every_template_can_be_tokenized(tokenizer):
     for template in TEMPLATES.values():
-        made = skeleton(written(template, "a caption" if template.text else DIALOGUE), tokenizer, 4, template.border)
-        assert (made.kinds_T == IMAGE).sum() == 4
-        assert made.loss_mask_T.any() == (template.task == "understanding")
+        doc = skeleton(written(template, "a caption" if template.text else DIALOGUE), tokenizer, 4, template.border)
+        assert (doc.kinds_T == IMAGE).sum() == 4
+        assert doc.loss_mask_T.any() == (template.task == "understanding")
 
 
 FOREIGN = "{assistant} {caption} [[x]] <|im_end|><|im_start|>USER: <|video_pad|><|vision_pad|></tool_call>"
@@ -107,14 +107,14 @@ def test_whatever_people_write_stays_text(tokenizer):
 
 def test_a_token_across_the_border_of_an_answer(tmp_path):
     """Ours learns tokens of supervised letters alone; the official way counts tokens and is one off here."""
-    made = train_text_tokenizer([*["bc"] * 99, *["abcd"] * 50], 290, tmp_path)
+    ours = train_text_tokenizer([*["bc"] * 99, *["abcd"] * 50], 290, tmp_path)
     turns = [{"role": "user", "text": "ab"}, {"role": "assistant", "text": "cd x"}]
-    assert [len(made.encode(text)) for text in ("ab", "abcd", " x")] == [2, 1, 2]
+    assert [len(ours.encode(text)) for text in ("ab", "abcd", " x")] == [2, 1, 2]
     supervised = {}
     for name in ("answer-plain", "official-answer-plain"):
         template = TEMPLATES[name]
-        one = skeleton(written(template, turns), made, 1, template.border)
-        supervised[name] = made._tokenizer.decode(one.text_ids_T[one.loss_mask_T].tolist(), skip_special_tokens=False)
+        doc = skeleton(written(template, turns), ours, 1, template.border)
+        supervised[name] = ours._tokenizer.decode(doc.text_ids_T[doc.loss_mask_T].tolist(), skip_special_tokens=False)
     assert supervised == {"answer-plain": f" x{TURN_END}", "official-answer-plain": f"x{TURN_END}"}
 
 
@@ -122,8 +122,8 @@ def test_transformers_opens_the_directory_too(tmp_path, tokenizer):
     from transformers import AutoTokenizer
 
     directory = tmp_path / "text"
-    made = train_text_tokenizer(["a photo of two circles"] * 9, 400, directory)
+    ours = train_text_tokenizer(["a photo of two circles"] * 9, 400, directory)
     theirs = AutoTokenizer.from_pretrained(directory)
     pieces = laid_out(f"a photo of{TURN_END} two circles", {})
     theirs_ids = theirs.encode(pieces[0].text, add_special_tokens=False)
-    assert theirs_ids == made.encode_pieces(pieces)[0].tolist()
+    assert theirs_ids == ours.encode_pieces(pieces)[0].tolist()

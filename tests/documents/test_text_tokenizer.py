@@ -93,9 +93,9 @@ def test_the_stage_takes_a_directory_as_data_without_any_network(slow, qwen_dire
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("network was asked for"))
     text_tokenizer.main("")
-    made = tmp_path / "tokenizers/text"
-    assert TextTokenizer(made).identity == TextTokenizer(source).identity
-    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in source.iterdir())
+    folder = tmp_path / "tokenizers/text"
+    assert TextTokenizer(folder).identity == TextTokenizer(source).identity
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in source.iterdir())
 
 
 def test_the_stage_takes_the_tokenizer_files_of_a_repository_alone(tmp_path, monkeypatch):
@@ -103,17 +103,17 @@ def test_the_stage_takes_the_tokenizer_files_of_a_repository_alone(tmp_path, mon
 
     from pipelines import text_tokenizer
 
-    asked = {}
+    request = {}
 
     def snapshot(name, **options):
-        asked.update(options, name=name)
+        request.update(options, name=name)
         return str(OFFICIAL / "tokenizer")
 
     write_experiment(tmp_path, {"text_tokenizer": {"import": "Qwen/Qwen2.5-0.5B@060db64"}})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     text_tokenizer.main("")
-    assert asked == {"name": "Qwen/Qwen2.5-0.5B", "revision": "060db64", "allow_patterns": list(FILES)}
+    assert request == {"name": "Qwen/Qwen2.5-0.5B", "revision": "060db64", "allow_patterns": list(FILES)}
 
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline"))
@@ -159,6 +159,6 @@ def test_a_directory_that_cannot_be_used_is_one_clear_error(damage, message, tmp
 
 
 def test_the_demos_own_tokenizer_is_as_before(tmp_path):
-    made = train_text_tokenizer(["a photo of two circles"] * 9, 400, tmp_path)
-    assert TextTokenizer(tmp_path).identity == made.identity
-    assert len(made.special_tokens) == 22
+    trained = train_text_tokenizer(["a photo of two circles"] * 9, 400, tmp_path)
+    assert TextTokenizer(tmp_path).identity == trained.identity
+    assert len(trained.special_tokens) == 22

@@ -22,8 +22,8 @@ def test_errors_of_f1_agree_with_repeated_sampling():
     values, errors = [], []
     for _ in range(400):
         labels = rng.random(200) < 0.5
-        said = np.where(rng.random(200) < 0.7, labels, ~labels)
-        f1 = binary(said.tolist(), labels.tolist())["f1"]
+        predicted = np.where(rng.random(200) < 0.7, labels, ~labels)
+        f1 = binary(predicted.tolist(), labels.tolist())["f1"]
         values.append(f1.value)
         errors.append(f1.standard_error)
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)

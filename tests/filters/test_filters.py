@@ -235,13 +235,13 @@ def duplicate_card(name, files, *rules):
 @pytest.mark.parametrize("rows_at_once", [1, 10**6])
 def test_duplicates_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch, rows_at_once):
     monkeypatch.setattr(dedup, "BUCKET_ROWS", rows_at_once)
-    one, three, other = variants("img1"), variants("img3"), variants("img4")
+    img1, img3, img4 = variants("img1"), variants("img3"), variants("img4")
     own = [
-        ("a", one["png"], "first"), ("b", three["png"], ""), ("c", one["png"], "again"),
-        ("d", three["png"], "stays: b has no text"), ("e", one["darker"], "looks like a"),
-        ("f", other["smaller"], "in the other set"), ("g", other["png"], "also"),
+        ("a", img1["png"], "first"), ("b", img3["png"], ""), ("c", img1["png"], "again"),
+        ("d", img3["png"], "stays: b has no text"), ("e", img1["darker"], "looks like a"),
+        ("f", img4["smaller"], "in the other set"), ("g", img4["png"], "also"),
     ]  # fmt: skip
-    theirs = shards(tmp_path / "first", [("x", other["png"], "the other set")], 1)
+    theirs = shards(tmp_path / "first", [("x", img4["png"], "the other set")], 1)
     first = duplicate_card("first", theirs)
     download(first, tmp_path / "raw-first")
     signed = {"first": sign(first, tmp_path / "raw-first", tmp_path / "signed-first")}
@@ -251,14 +251,14 @@ def test_duplicates_go_whatever_the_shards_and_their_order(tmp_path, monkeypatch
         card = duplicate_card("second", shards(tmp_path / f"second-{count}", own, count), rule)
         raw = tmp_path / f"raw-{count}"
         download(card, raw, shard_rows=3)
-        mine = sign(card, raw, tmp_path / f"signed-{count}", shuffle)
+        signatures = sign(card, raw, tmp_path / f"signed-{count}", shuffle)
         with pytest.raises(ConfigError, match="duplicates looks at other rows"):
             filter_job(card, raw, tmp_path / "never")
         target = tmp_path / f"filtered-{count}"
-        made = filtered(card, raw, target, dedup.decide(card, mine, signed, target))
-        found.append([key.rpartition("/")[2] for key in made.rows])
-        assert made.manifest.dropped == {"duplicates": 4, "no_text": 1}
-        details = {key.rpartition("/")[2]: detail for key, detail in made.details.items()}
+        result = filtered(card, raw, target, dedup.decide(card, signatures, signed, target))
+        found.append([key.rpartition("/")[2] for key in result.rows])
+        assert result.manifest.dropped == {"duplicates": 4, "no_text": 1}
+        details = {key.rpartition("/")[2]: detail for key, detail in result.details.items()}
         assert "0/a" in details["c"]
         assert "0/x" in details["f"]
         assert "0/x" in details["g"]
@@ -270,11 +270,11 @@ def test_the_filter_program_signs_decides_and_drops(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(REPOSITORY / "clusters", "clusters")
-    one, three = variants("img1"), variants("img3")
+    img1, img3 = variants("img1"), variants("img3")
     cards = {
-        "left": duplicate_card("left", shards(tmp_path / "left", [("x", one["png"], "theirs")], 1)),
+        "left": duplicate_card("left", shards(tmp_path / "left", [("x", img1["png"], "theirs")], 1)),
         "right": duplicate_card(
-            "right", shards(tmp_path / "right", [("a", three["png"], "own"), ("b", one["png"], "shared")], 2),
+            "right", shards(tmp_path / "right", [("a", img3["png"], "own"), ("b", img1["png"], "shared")], 2),
             {"rule": "duplicates", "options": {"against": ["left"]}},
         ),
     }  # fmt: skip
@@ -299,18 +299,18 @@ def test_two_sets_cannot_both_leave_it_to_the_other(tmp_path):
 
 
 def test_near_duplicates_of_a_benchmark_go(tmp_path):
-    one, three = variants("img1"), variants("img3")
-    put(tmp_path / "bench/q.png", one["png"])
+    img1, img3 = variants("img1"), variants("img3")
+    put(tmp_path / "bench/q.png", img1["png"])
     rule = {"rule": "near_benchmark", "options": {"files": str(tmp_path / "bench"), "distance": 4}}
-    own = [("a", three["png"], "x"), ("b", one["darker"], "y"), ("c", one["smaller"], "z")]
+    own = [("a", img3["png"], "x"), ("b", img1["darker"], "y"), ("c", img1["smaller"], "z")]
     card = duplicate_card("own", shards(tmp_path / "own", own, 2), rule)
     download(card, tmp_path / "raw")
     target = tmp_path / "filtered"
     drops = dedup.decide(card, sign(card, tmp_path / "raw", tmp_path / "signed"), {}, target)
-    made = filtered(card, tmp_path / "raw", target, drops)
-    assert [key.rpartition("/")[2] for key in made.rows] == ["a"]
-    assert made.manifest.dropped == {"near_benchmark": 2}
-    assert all("q.png" in detail for detail in made.details.values())
+    result = filtered(card, tmp_path / "raw", target, drops)
+    assert [key.rpartition("/")[2] for key in result.rows] == ["a"]
+    assert result.manifest.dropped == {"near_benchmark": 2}
+    assert all("q.png" in detail for detail in result.details.values())
     put(tmp_path / "filtered/duplicates/part-00000.parquet", b"changed")
     from unifork.filters.worker import duplicates_of
 

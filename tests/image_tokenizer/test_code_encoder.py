@@ -51,22 +51,22 @@ def test_two_shards_at_once_share_an_encoder(directory):
     pad = crop.seeing("pad")
     alone = crop.encode_images(images(20)), pad.encode_images(images(20))
     with ThreadPoolExecutor(2) as callers:
-        together = list(callers.map(lambda one: one.encode_images(images(20)), [crop, pad]))
+        together = list(callers.map(lambda encoder: encoder.encode_images(images(20)), [crop, pad]))
     assert all((a == b).all() for a, b in zip(alone, together, strict=True))
     assert (alone[0] != alone[1]).any()
 
 
 def test_views_are_made_ahead_but_not_far(directory, monkeypatch):
     encoder = CodeEncoder(directory, "crop", None, batch_images=2, threads=2)
-    made, ahead = [], []
+    views, ahead = [], []
     look, encode = CodeEncoder._view, ImageTokenizer.encode
 
     def slow(self, pixels):
         time.sleep(0.05)
-        ahead.append(len(made) - 2 * len(ahead))
+        ahead.append(len(views) - 2 * len(ahead))
         return encode(self, pixels)
 
-    monkeypatch.setattr(CodeEncoder, "_view", lambda self, *a: (made.append(0), look(self, *a))[1])
+    monkeypatch.setattr(CodeEncoder, "_view", lambda self, *a: (views.append(0), look(self, *a))[1])
     monkeypatch.setattr(ImageTokenizer, "encode", slow)
     encoder.encode_images(images(20))
     assert len(ahead) == 10

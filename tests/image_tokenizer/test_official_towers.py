@@ -237,17 +237,17 @@ def test_local_files_need_no_network(tower, monkeypatch):
 
 
 def test_folders_on_the_hub(tower, monkeypatch):
-    asked = []
+    requests = []
 
     def download(repository, revision, allow_patterns):
-        asked.append((repository, revision, allow_patterns))
+        requests.append((repository, revision, allow_patterns))
         if repository == "no/one":
             raise ConnectionError("no route")
         return str(tower.parent)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert read_official("some/model/vision_tower@v1").architecture.depth == 4
-    assert asked == [("some/model", "v1", ["vision_tower/*.json", "vision_tower/*.safetensors"])]
+    assert requests == [("some/model", "v1", ["vision_tower/*.json", "vision_tower/*.safetensors"])]
     with pytest.raises(CheckpointError, match=r"no/one: no such folder.*the Hub did not give no/one: .*no route"):
         read_official("no/one")
     with pytest.raises(CheckpointError, match="has no folder elsewhere"):
@@ -271,9 +271,9 @@ OTHER = Architecture(
 
 def test_every_size_follows_from_the_configuration(tmp_path):
     """A tower of other numbers: layers, heads, patches, depth, attention at two resolutions."""
-    made, state = ImageTokenizer(OTHER), {}
-    made.quantizer.codebook.normal_()
-    for name, tensor in made.state_dict().items():
+    tokenizer, state = ImageTokenizer(OTHER), {}
+    tokenizer.quantizer.codebook.normal_()
+    for name, tensor in tokenizer.state_dict().items():
         part, _, rest = name.partition(".")
         vision = VISION + ("encoder." if rest.startswith("layers") else "")
         state[vision + rest if part == "encoder" else f"rqvaesiglip.{name}"] = tensor
@@ -291,7 +291,7 @@ def test_every_size_follows_from_the_configuration(tmp_path):
     (tmp_path / "siglip" / "config.json").write_text(json.dumps(plain))
     read = read_official(tmp_path)
     assert read.architecture == OTHER
-    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in made.state_dict().items())
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in tokenizer.state_dict().items())
 
 
 def test_codes_of_an_import_equal_the_official_ones(expected):

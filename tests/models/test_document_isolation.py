@@ -143,7 +143,7 @@ def test_transformers_leaks_between_packed_documents_and_ours_does_not(family):
         found["neither"].append(dense(**packed, use_cache=False).logits)
         found["ours"].append(model.text_logits(model.hidden(batch)))
         found["ours with a cache"].append(model.text_logits(model.hidden(batch, DynamicCache())))
-    isolated = {name for name, (one, other) in found.items() if torch.equal(one[:, 12:], other[:, 12:])}
+    isolated = {name for name, (logits, other) in found.items() if torch.equal(logits[:, 12:], other[:, 12:])}
     assert isolated == {"neither", "ours", "ours with a cache"}
 
 
@@ -159,7 +159,7 @@ def test_transformers_cuts_a_document_where_its_positions_jump_and_ours_does_not
         inputs = {"input_ids": batch.text_ids_BT, "position_ids": batch.positions_BT}
         found["transformers"].append(dense(**inputs, use_cache=False).logits)
         found["ours"].append(model.text_logits(model.hidden(batch)))
-    cut = {name for name, (one, other) in found.items() if torch.equal(one[:, 6:], other[:, 6:])}
+    cut = {name for name, (logits, other) in found.items() if torch.equal(logits[:, 6:], other[:, 6:])}
     assert cut == {"transformers"}
 
 
@@ -234,5 +234,5 @@ def test_the_kernel_equals_one_call_per_sequence(isolated):
         heads = [part.requires_grad_() for part in random_heads(found, torch.bfloat16, "cuda")]
         attended = kernel(*heads, found, 0.3)
         results.append([attended, *torch.autograd.grad(attended.float().square().sum(), heads)])
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, rtol=0.02, atol=0.02)
+    for tensor, other in zip(*results, strict=True):
+        assert torch.allclose(tensor, other, rtol=0.02, atol=0.02)

@@ -28,7 +28,7 @@ def naive(hidden, weight, bias, target):
 
 def results(function, arguments, autocast=False):
     """The losses, and the gradients of their sum in which each row has another weight."""
-    leaves = [one for one in arguments if one is not None and one.requires_grad]
+    leaves = [argument for argument in arguments if argument is not None and argument.requires_grad]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = function(*arguments)
     scale = torch.linspace(-1, 2, len(loss), dtype=loss.dtype)
@@ -63,7 +63,7 @@ def test_autocast_keeps_float32_losses_and_gradients(chunk):
 def test_no_rows_give_zero_gradients(chunk):
     found = results(linear_cross_entropy, tensors(torch.float32, count=0))
     assert found[0].shape == (0,)
-    assert all(not one.any() for one in found[1:])
+    assert all(not gradient.any() for gradient in found[1:])
 
 
 def test_logits_are_never_whole(monkeypatch):

@@ -32,11 +32,11 @@ def test_every_copy_of_every_part_is_warm(plan, family):
     model, dense = new_model(plan, family), dense_model(family).state_dict()
     copied = warm_start(model, dense)
     parameters = dict(model.named_parameters())
-    warm = {one: name for name, copies in copied.items() for one in copies}
+    warm = {parameter: name for name, copies in copied.items() for parameter in copies}
     assert warm.keys() == {name for name in parameters if not name.startswith(("connector.", "image_head."))}
-    for one, name in warm.items():
-        assert name.removeprefix("model.") == without_branch(one)
-        assert torch.equal(parameters[one], dense[name])
+    for parameter, name in warm.items():
+        assert name.removeprefix("model.") == without_branch(parameter)
+        assert torch.equal(parameters[parameter], dense[name])
     for index, kind in enumerate(model.plan.kinds):
         for part, module, weight in (("attention", "self_attn", "o_proj.weight"), ("mlp", "mlp", "up_proj.weight")):
             copies = sorted(f"layers.{index}.{module}.{branch}.{weight}" for branch in BRANCHES[kind.route_of(part)])

@@ -47,11 +47,11 @@ def found() -> dict[str, list[Verdict]]:
 @pytest.mark.parametrize("area", [area.__name__ for area in AREAS])
 def test_official_numbers(found, area):
     assert found[area]
-    assert [str(one) for one in found[area] if not one.passed] == []
+    assert [str(verdict) for verdict in found[area] if not verdict.passed] == []
 
 
 def test_every_tensor_of_tokenizer_and_preprocessing_is_compared_and_written(found, tmp_path):
-    compared = [one.comparison for area in found.values() for one in area]
+    compared = [verdict.comparison for area in found.values() for verdict in area]
     write(compared, FOLDER, tmp_path)
     ours, official = load_file(tmp_path / "01_tokenizer.safetensors"), load_file(FOLDER / "01_tokenizer.safetensors")
     assert ours.keys() == {name for name in official if not name.endswith(INPUTS)}
@@ -65,7 +65,7 @@ def test_every_tensor_of_tokenizer_and_preprocessing_is_compared_and_written(fou
 @pytest.mark.parametrize("item", ["02_head", "03_llm", "05_generate"])
 def test_every_computed_tensor_of_the_model_is_compared(found, item):
     stored = {name for name in load_file(FOLDER / f"{item}.safetensors") if not GIVEN.fullmatch(name)}
-    assert stored == {one.tensor for one in found["benchmarks.parity.model"] if one.item == item}
+    assert stored == {verdict.tensor for verdict in found["benchmarks.parity.model"] if verdict.item == item}
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_drifted_weights_fail(copy):
     for name in [name for name in state if name.endswith("patch_embedding.bias")]:
         state[name] += 0.5
     save_file(state, copy / "unifork" / "model.safetensors")
-    wrong = {one.tensor for area in AREAS for one in verdicts(copy, [area]) if not one.passed}
+    wrong = {verdict.tensor for area in AREAS for verdict in verdicts(copy, [area]) if not verdict.passed}
     assert {"native.pre_quant_features", "bigger.patch_plus_pos_embeddings"} <= wrong
 
 
@@ -103,7 +103,7 @@ def test_a_changed_weight_of_the_model_fails(copy):
     state = load_file(copy / "unifork" / "model.safetensors")
     state["model.norm_gen.weight"][0] += 0.01
     save_file(state, copy / "unifork" / "model.safetensors")
-    wrong = {one.tensor for one in verdicts(copy, [model]) if not one.passed}
+    wrong = {verdict.tensor for verdict in verdicts(copy, [model]) if not verdict.passed}
     assert {"gen.last_hidden", "gen.loss", "guided_logits"} <= wrong
     assert not {"und.last_hidden", "und.loss", "teacher.logits"} & wrong
 

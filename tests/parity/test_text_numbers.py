@@ -17,8 +17,8 @@ def test_every_case_agrees():
     found = list(comparisons(FOLDER))
     cases = json.loads((FOLDER / "06_text.json").read_text())
     expected = {f"{name}.{key}" for name, case in cases.items() for key in ("input_ids", "labels") if key in case}
-    assert expected <= {one.tensor for one in found}
-    assert [one.tensor for one in found if not one.agrees] == []
+    assert expected <= {comparison.tensor for comparison in found}
+    assert [comparison.tensor for comparison in found if not comparison.agrees] == []
 
 
 def changed(tmp_path, change):
@@ -26,7 +26,7 @@ def changed(tmp_path, change):
     cases = json.loads((FOLDER / "06_text.json").read_text())
     change(cases)
     (tmp_path / "06_text.json").write_text(json.dumps(cases))
-    return [one.tensor for one in comparisons(tmp_path) if not one.agrees]
+    return [comparison.tensor for comparison in comparisons(tmp_path) if not comparison.agrees]
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,8 @@ def test_a_stranger_loads_it_and_sees_images(root, monkeypatch, caplog):
 
 def test_it_comes_back_byte_for_byte_and_trains(root):
     shutil.move("data/codes/shapes", "original")
-    said = command("fetch", "out", "shapes")
-    assert "3/3 shards" in said
+    output = command("fetch", "out", "shapes")
+    assert "3/3 shards" in output
     assert bytes_of(Path("data/codes/shapes")) == bytes_of(Path("original"))
     tokenizer = json.loads(Path("tokenizers/image/config.json").read_text())
     manifest = read_manifest(Path("data/codes/shapes/crop"))
@@ -169,9 +169,9 @@ def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
     digest = shards[2]["sha256"][5].as_py().upper()
     Path("takedown.txt").write_text(f"# asked for by mail\nkey shapes/{gone[0]}\n\nsha256 {digest}\n")
     before = bytes_of(Path("out"))
-    said = command("publish", "shapes", "--to", "out")
-    assert "withheld" in said
-    assert "3/3 shards (1 kept from before)" in said
+    output = command("publish", "shapes", "--to", "out")
+    assert "withheld" in output
+    assert "3/3 shards (1 kept from before)" in output
     after = bytes_of(Path("out"))
     for view in ("crop", "pad"):
         keys = [k for p in sorted(Path("out", view).glob("*.parquet")) for k in pq.read_table(p)["key"].to_pylist()]
@@ -262,15 +262,15 @@ class HubStub(HfApi):
 
     def __init__(self):
         super().__init__()
-        self.files, self.commits, self.made, self.breaks = {}, [], False, False
+        self.files, self.commits, self.created, self.breaks = {}, [], False, False
 
     def create_repo(self, repo_id, repo_type, exist_ok):
         assert (repo_id, repo_type, exist_ok) == ("user/name", "dataset", True)
-        self.made = True
+        self.created = True
 
     def repo_exists(self, repo_id, repo_type):
         assert (repo_id, repo_type) == ("user/name", "dataset")
-        return self.made
+        return self.created
 
     def list_repo_files(self, repo_id, **options):
         return sorted(self.files)
@@ -279,22 +279,22 @@ class HubStub(HfApi):
         assert content.startswith("---")
 
     def create_commit(self, repo_id, operations, repo_type, **options):
-        assert (self.made, repo_id, repo_type) == (True, "user/name", "dataset")
-        self.commits.append([one.path_in_repo for one in operations])
-        for number, one in enumerate(operations):
-            if isinstance(one, CommitOperationDelete):
-                del self.files[one.path_in_repo]
+        assert (self.created, repo_id, repo_type) == (True, "user/name", "dataset")
+        self.commits.append([operation.path_in_repo for operation in operations])
+        for number, operation in enumerate(operations):
+            if isinstance(operation, CommitOperationDelete):
+                del self.files[operation.path_in_repo]
                 continue
             if self.breaks and number == 3:
                 self.breaks = False
                 raise ConnectionError("gone")
-            self.files[one.path_in_repo] = Path(one.path_or_fileobj).read_bytes()
+            self.files[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
 
     def invalidate_cache(self):
         pass
 
     def find(self, root, detail):
-        assert self.made, "the file system raises FileNotFoundError"
+        assert self.created, "the file system raises FileNotFoundError"
 
         def info(name, data):
             lfs = BlobLfsInfo(size=len(data), sha256=hashlib.sha256(data).hexdigest(), pointer_size=1)

@@ -102,9 +102,9 @@ def test_another_clone_pulls_and_uses_what_was_made(origin, dvc, tmp_path, capfd
     capfd.readouterr()
     for word in ("status", "repro"):
         dvc(clone, word, *STAGES)
-        said = capfd.readouterr().out
-        assert "up to date" in said
-        assert "shards" not in said  # no program ran; what DVC logs goes elsewhere
+        output = capfd.readouterr().out
+        assert "up to date" in output
+        assert "shards" not in output  # no program ran; what DVC logs goes elsewhere
     for folder in ("data", "tokenizers/text", "lists"):
         assert bytes_of(clone / folder) == bytes_of(origin / folder)
     assert read_manifest(clone / "data/filtered/shapes").rows == ROWS
@@ -119,9 +119,9 @@ def test_another_clone_evaluates_the_model_it_pulled(origin, dvc, tmp_path, capf
     assert not (clone / SCORES).exists()
     capfd.readouterr()
     dvc(clone, "repro", EVALUATION)
-    said = capfd.readouterr().out  # of programs; what DVC logs goes elsewhere
-    assert set(re.findall(r"^([\w-]+): \w+ \w+ [\d.]+ \+-", said, re.MULTILINE)) == {SCORES.removeprefix("scores/")}
-    assert not re.search("shards|->", said)
+    output = capfd.readouterr().out  # of programs; what DVC logs goes elsewhere
+    assert set(re.findall(r"^([\w-]+): \w+ \w+ [\d.]+ \+-", output, re.MULTILINE)) == {SCORES.removeprefix("scores/")}
+    assert not re.search("shards|->", output)
     scores = bytes_of(clone / SCORES)
     assert set(scores) == {"metrics.json", "outputs/samples.jsonl"}
     assert scores == bytes_of(origin / SCORES)
@@ -158,8 +158,8 @@ def test_one_more_archive_costs_one_shard(origin, dvc, tmp_path, capfd):
     assert "shards" not in capfd.readouterr().out  # no program ran
     archive(2)
     dvc(root, "repro", "filter@archived")
-    said = capfd.readouterr().out
-    assert re.findall(r"(\S+): 3/3 shards \((\d) kept from before\), (\d+)/\d+ rows", said) == [
+    output = capfd.readouterr().out
+    assert re.findall(r"(\S+): 3/3 shards \((\d) kept from before\), (\d+)/\d+ rows", output) == [
         ("data/raw/archived", "2", "2"),
         ("data/filtered/archived", "2", "2"),
     ]

@@ -102,9 +102,9 @@ def experiment(variants=("fork",)) -> Experiment:
                 for kind in ("generation", "understanding")
             },
             "runs": {
-                f"{name}-{one}": {"variant": name, "stage": one, "after": "models/x", "codes": "data/codes"}
+                f"{name}-{stage_id}": {"variant": name, "stage": stage_id, "after": "models/x", "codes": "data/codes"}
                 for name in variants
-                for one in ("s1", "s3")
+                for stage_id in ("s1", "s3")
             },
             "evaluations": {
                 f"{name}-{kind}": {"variant": name, "benchmark": kind, "model": f"models/{name}-s3"}
@@ -156,8 +156,8 @@ def write_data(where: Layout) -> None:
 
 
 def write_tokenizer(where: Layout) -> None:
-    one = {"codebook_usage": 12, "perplexity": 7.25}
-    use = {"codebook_usage": 13, "bits_per_position": 4.5, "depths": [one] * DEPTH}
+    depth = {"codebook_usage": 12, "perplexity": 7.25}
+    use = {"codebook_usage": 13, "bits_per_position": 4.5, "depths": [depth] * DEPTH}
     group = {"mean_absolute_levels": 3.5, "psnr_db": 27.25, "codes": use}
     write_json(where.image_tokenizer / "report.json", {**group, "images": 8, "groups": {"world/crop": group}})
     write_json(where.image_tokenizer / "config.json", {})
@@ -222,10 +222,10 @@ def write_all(root: Path, plan: Experiment, variant: str = "fork") -> Layout:
         {"prompt": NASTY, "kind": "colors", "split": "held_out", "objects": [], "correct": False, "faults": ["no <i>"]},
     ]
     write_scores(where, f"{variant}-shapes-generation", ("overall", "single_object", "colors"), drawn, codes=True)
-    asked = {"image": "seen-00000000", "kind": "yes_no", "split": "seen", "question": "Is there a cross?"}
+    item = {"image": "seen-00000000", "kind": "yes_no", "split": "seen", "question": "Is there a cross?"}
     answered = [
-        {**asked, "expected": "yes", "answer": "yes", "correct": True},
-        {**asked, "expected": "no", "answer": NASTY, "correct": False},
+        {**item, "expected": "yes", "answer": "yes", "correct": True},
+        {**item, "expected": "no", "answer": NASTY, "correct": False},
     ]
     write_scores(where, f"{variant}-shapes-understanding", ("yes_no_accuracy",), answered, codes=False)
     return where

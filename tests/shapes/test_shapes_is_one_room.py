@@ -13,15 +13,15 @@ STILL_KNOWS_IT = {"unifork/sources/__init__.py"}
 
 def knowing(code: str) -> list[str]:
     """What a file of Python says of the world: imports of it, and texts that name it or something in it."""
-    said: list[str] = []
+    texts: list[str] = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            said += [alias.name for alias in node.names]
+            texts += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            said += [f"{node.module}.{alias.name}" for alias in node.names]
+            texts += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Constant):
-            said.append(str(node.value))
-    return [text for text in said if text.startswith("shapes") or "unifork.shapes" in text]
+            texts.append(str(node.value))
+    return [text for text in texts if text.startswith("shapes") or "unifork.shapes" in text]
 
 
 def test_nothing_else_knows_the_world():

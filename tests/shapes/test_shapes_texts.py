@@ -26,7 +26,7 @@ def world_rows(seed, start, stop, **options):
     return rows(parse(ShapesOptions, options, "card"), Slice(start, stop), seed)
 
 
-def told(caption):
+def named_objects(caption):
     """What a caption names, as counts of (color or None, shape)."""
     found = Counter()
     for number, color, shape in re.findall(
@@ -42,13 +42,13 @@ def shown(objects, with_color=True):
 
 def test_captions_of_the_crop_tell_exactly_what_the_crop_shows():
     for this in SCENES:
-        caption = told(crop_caption(this).removeprefix("a photo of "))
+        caption = named_objects(crop_caption(this).removeprefix("a photo of "))
         assert caption in (shown(crop_objects(this)), shown(crop_objects(this), with_color=False))
         assert caption.total() < len(this.objects) or this.width == this.height
 
 
 def test_captions_of_the_whole_image_tell_all_of_it():
-    assert all(told(full_caption(this)) == shown(this.objects) for this in SCENES)
+    assert all(named_objects(full_caption(this)) == shown(this.objects) for this in SCENES)
 
 
 def test_wordings_are_few_and_like_genevals():
@@ -87,7 +87,7 @@ def test_yes_and_no_are_balanced_also_for_a_reader_who_sees_only_the_question():
 
 
 def test_many_negatives_are_made_of_parts_that_are_there():
-    hard = asked = 0
+    hard = negatives = 0
     for this in SCENES:
         texts = [turn["text"] for turn in conversations(this)]
         colors, shapes = {thing.color for thing in this.objects}, {thing.shape for thing in this.objects}
@@ -95,9 +95,9 @@ def test_many_negatives_are_made_of_parts_that_are_there():
             match = re.fullmatch(r"Is there a (\w+) (\w+) in the image\?", question)
             if match and answer == "no":
                 assert match[1] in colors or match[2] in shapes
-                asked += 1
+                negatives += 1
                 hard += match[1] in colors and match[2] in shapes
-    assert hard / asked > 0.2
+    assert hard / negatives > 0.2
 
 
 def test_training_never_names_a_held_out_colored_shape():

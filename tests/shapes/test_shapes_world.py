@@ -108,6 +108,6 @@ def test_a_image_has_flat_colors_only():
 
 def test_shapes_differ_in_many_pixels():
     masks = [mask(shape, SIZE) for shape in SHAPES]
-    for i, one in enumerate(masks):
+    for i, shape_mask in enumerate(masks):
         for other in masks[:i]:
-            assert (one & other).sum() / (one | other).sum() < 0.8
+            assert (shape_mask & other).sum() / (shape_mask | other).sum() < 0.8

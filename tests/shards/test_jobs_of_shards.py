@@ -28,16 +28,16 @@ def card():
 
 
 def download(card, folder, rows=40, shard_rows=16):
-    made = []
+    outputs = []
     worker = Materialize(card)
 
     def counting(task):
-        made.append(task.output)
+        outputs.append(task.output)
         return worker(task)
 
     job = download_job(card, rows, shard_rows, 0, folder)
     (manifest,) = run_here([job], counting)
-    return manifest, made
+    return manifest, outputs
 
 
 def test_a_job_lists_its_shards_and_its_rows_are_sorted_by_key(card, tmp_path):
@@ -51,8 +51,8 @@ def test_a_job_lists_its_shards_and_its_rows_are_sorted_by_key(card, tmp_path):
 def test_a_second_run_does_nothing_and_changes_no_byte(card, tmp_path):
     download(card, tmp_path / "raw")
     before = bytes_of(tmp_path / "raw")
-    _, made = download(card, tmp_path / "raw")
-    assert made == []
+    _, outputs = download(card, tmp_path / "raw")
+    assert outputs == []
     assert bytes_of(tmp_path / "raw") == before
 
 
@@ -69,8 +69,8 @@ def test_only_the_damaged_shard_is_made_again(card, tmp_path, damage):
         data[len(data) // 2] ^= 1
         victim.write_bytes(data)
     assert fault(tmp_path / "raw", read_manifest(tmp_path / "raw").shards[1])
-    _, made = download(card, tmp_path / "raw")
-    assert [name.rpartition("/")[2] for name in made] == ["part-00001.parquet"]
+    _, outputs = download(card, tmp_path / "raw")
+    assert [name.rpartition("/")[2] for name in outputs] == ["part-00001.parquet"]
     assert bytes_of(tmp_path / "raw") == before
 
 
@@ -89,8 +89,8 @@ def test_a_killed_job_keeps_its_finished_shards_and_ends_with_the_same_bytes(car
     assert not (tmp_path / "raw" / MANIFEST).exists()
     with pytest.raises(DataError, match="has not finished"):
         read_manifest(tmp_path / "raw")
-    _, made = download(card, tmp_path / "raw")
-    assert len(made) == 2
+    _, outputs = download(card, tmp_path / "raw")
+    assert len(outputs) == 2
     assert bytes_of(tmp_path / "raw") == bytes_of(tmp_path / "whole")
 
 
@@ -99,8 +99,8 @@ def test_another_plan_removes_what_it_does_not_name(card, tmp_path):
     (tmp_path / "raw" / "part-00009.parquet").write_bytes(b"left over")
     (tmp_path / "raw" / QUARANTINE).mkdir(exist_ok=True)
     (tmp_path / "raw" / QUARANTINE / ".part-00000.parquet.tmp-1234").write_bytes(b"of a killed worker")
-    manifest, made = download(card, tmp_path / "raw", rows=16)
-    assert made == []
+    manifest, outputs = download(card, tmp_path / "raw", rows=16)
+    assert outputs == []
     assert set(bytes_of(tmp_path / "raw")) == {MANIFEST, "part-00000.parquet"}
     assert not list((tmp_path / "raw").glob("*" + RECORD_SUFFIX))
     assert not list((tmp_path / "raw" / QUARANTINE).iterdir())
@@ -148,9 +148,9 @@ def test_the_plan_of_encoding_loads_no_network(card, tiny_root, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     shutil.copy(tiny_root / "tokenizers/image/config.json", tmp_path / "tokenizer")
     job = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
-    made = read_manifest(tiny_root / "data/codes/shapes/crop")
-    assert [job.inputs(task) for task in job.tasks] == [shard.inputs for shard in made.shards]
-    assert (job.lineage, job.columns) == (made.lineage, made.columns)
+    manifest = read_manifest(tiny_root / "data/codes/shapes/crop")
+    assert [job.inputs(task) for task in job.tasks] == [shard.inputs for shard in manifest.shards]
+    assert (job.lineage, job.columns) == (manifest.lineage, manifest.columns)
     program = "import sys, pipelines.encode; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"False False\n"
 

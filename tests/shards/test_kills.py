@@ -125,8 +125,8 @@ def test_an_actor_that_dies_is_replaced_and_the_end_is_the_same_bytes(many, tmp_
     mark = tmp_path / "mark"
     (tmp_path / "sitecustomize.py").write_text(DIES.format(tests=str(REPOSITORY / "tests"), mark=str(mark)))
     program = start(root, *STAGES["download"][0], cluster="actors.yaml", path=tmp_path)
-    said = program.communicate(timeout=120)
-    assert program.returncode == 0, said
+    output = program.communicate(timeout=120)
+    assert program.returncode == 0, output
     assert mark.exists()
     assert bytes_of(root / "data") == expected
 
@@ -139,7 +139,7 @@ def test_a_killed_driver_takes_its_actors_along_and_the_end_is_the_same_bytes(ma
         assert program.poll() is None, program.communicate()
         time.sleep(0.01)
     family = psutil.Process(program.pid).children(recursive=True)
-    family = [one for one in family if not one.name().endswith("Agent")]  # Ray's own stay for a minute or more
+    family = [child for child in family if not child.name().endswith("Agent")]  # Ray's own stay for a minute or more
     program.kill()
     program.communicate()
     assert psutil.wait_procs(family, timeout=60)[1] == []

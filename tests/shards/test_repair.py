@@ -25,15 +25,15 @@ CARD = load_card("shapes")
 
 def stages(root: Path) -> list[str]:
     """Download and filter; the shards that had to be made."""
-    made = []
+    outputs = []
 
     def noted(worker):
-        return lambda task: made.append("/".join(task.output.split("/")[-3:])) or worker(task)
+        return lambda task: outputs.append("/".join(task.output.split("/")[-3:])) or worker(task)
 
     raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
     run_here([download_job(CARD, 12, 4, 0, raw)], noted(Materialize(CARD)))
     run_here([filter_job(CARD, raw, filtered)], noted(Filter(CARD)))
-    return made
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +86,18 @@ def test_what_is_wrong_is_found_removed_and_made_again(root, damage, output):
     before, folder = bytes_of(root), f"data/{output}/shapes"
     do(root / folder / name)
     stage = {"raw": "download", "filtered": "filter"}[output]
-    said = verify("data")
-    assert f"{folder}/{name}: " in said
-    assert problem in said
+    printed = verify("data")
+    assert f"{folder}/{name}: " in printed
+    assert problem in printed
     repro = f"`dvc repro {stage}@shapes`"
-    assert f"error: data: 1 faults, named above. `unifork verify --repair data` removes the files, {repro}" in said
+    assert f"error: data: 1 faults, named above. `unifork verify --repair data` removes the files, {repro}" in printed
     assert f"now run {repro}" in verify("--repair", "data")
     assert not (root / folder / name).exists()
-    made = stages(root)
+    outputs = stages(root)
     if name == "part-00001.parquet":
-        assert made == [f"{output}/shapes/{name}"]
+        assert outputs == [f"{output}/shapes/{name}"]
     elif name != MANIFEST:
-        assert made == []
+        assert outputs == []
     assert bytes_of(root) == before
     assert "error" not in verify("data")
 

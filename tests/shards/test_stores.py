@@ -41,11 +41,11 @@ SHARDS = ROWS // SHARD_ROWS
 
 def stages(root: Path, store: str | None) -> list[str]:
     """Download, filter and encode as `tiny.build` does, the shards in a store; those that had to be made."""
-    made = []
+    outputs = []
 
     def run(*some, worker):
         placed = [replace(job, store=store and f"{store}/{job.folder.relative_to(root / 'data')}") for job in some]
-        noted = lambda task: made.append(str(Path(task.output).relative_to(root / "data"))) or worker(task)  # noqa: E731
+        noted = lambda task: outputs.append(str(Path(task.output).relative_to(root / "data"))) or worker(task)  # noqa: E731
         run_here(placed, noted)
 
     raw, filtered, codes = (root / "data" / name / "shapes" for name in ("raw", "filtered", "codes"))
@@ -54,7 +54,7 @@ def stages(root: Path, store: str | None) -> list[str]:
     run(filter_job(CARD, raw, filtered), worker=Filter(CARD))
     views = [encode_job(CARD, task, filtered, codes / use.view, tokenizer) for task, use in CARD.tasks.items()]
     run(*views, worker=Encode(CARD, tokenizer, "cpu"))
-    return made
+    return outputs
 
 
 def put(store: str, name: str, body: bytes | None) -> None:

@@ -75,9 +75,9 @@ def peaks(process: subprocess.Popen, found: Counter) -> None:
     """Keep the largest memory seen, in MiB of pages of its own, of one download worker and of all processes."""
     while process.poll() is None:
         sizes = {}
-        for one in psutil.Process(process.pid).children(recursive=True):
+        for child in psutil.Process(process.pid).children(recursive=True):
             try:
-                sizes[one.pid] = (" ".join(one.cmdline()), one.memory_full_info().uss // 2**20)
+                sizes[child.pid] = (" ".join(child.cmdline()), child.memory_full_info().uss // 2**20)
             except psutil.Error:
                 continue
         workers = [size for command, size in sizes.values() if "MapBatches" in command]
@@ -120,11 +120,11 @@ def download(root: Path) -> tuple[float, Counter, str]:
     )
     watcher = threading.Thread(target=peaks, args=(program, memory), daemon=True)
     watcher.start()
-    said, _ = program.communicate(timeout=SECONDS)
+    output, _ = program.communicate(timeout=SECONDS)
     seconds = time.monotonic() - started
     watcher.join()
     assert program.returncode == 0
-    return seconds, memory, said.splitlines()[-1]
+    return seconds, memory, output.splitlines()[-1]
 
 
 def test_every_row_is_accounted_for_and_every_good_image_arrives_as_it_is(tmp_path):

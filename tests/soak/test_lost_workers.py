@@ -35,12 +35,12 @@ def cluster():
     import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
-        made.add_node(num_cpus=1)
-    yield made
+        nodes.add_node(num_cpus=1)
+    yield nodes
     ray.shutdown()
-    made.shutdown()
+    nodes.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def prepared(tmp_path_factory):
     return root, read(job(alone, 0).run_folder)
 
 
-def kill_the_lead(one, cluster):
-    os.kill(int(lock_path(one.run_folder).read_text().split()[1]), signal.SIGKILL)
+def kill_the_lead(stage_job, cluster):
+    os.kill(int(lock_path(stage_job.run_folder).read_text().split()[1]), signal.SIGKILL)
 
 
-def lose_a_node(one, cluster):
+def lose_a_node(stage_job, cluster):
     cluster.remove_node(sorted(cluster.worker_nodes, key=lambda node: node.unique_id)[0], allow_graceful=False)
     with mock.patch("ray._private.utils.set_sigterm_handler"):  # allowed in the main thread alone, which trains
         cluster.add_node(num_cpus=1)
@@ -67,14 +67,14 @@ def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_pa
     from unifork.training.launch import launch
 
     root, unbroken = prepared
-    one = job(copy_of(root, tmp_path / "root"), 2)
+    stage_job = job(copy_of(root, tmp_path / "root"), 2)
     lost, ended = [], threading.Event()
 
     def watch():
-        pointer, deadline = one.run_folder / "latest", time.monotonic() + 300
+        pointer, deadline = stage_job.run_folder / "latest", time.monotonic() + 300
         while time.monotonic() < deadline:
             if pointer.exists() and int(pointer.read_text().removeprefix("step-")) >= DIES_AFTER:
-                loss(one, cluster)
+                loss(stage_job, cluster)
                 lost.append(True)
                 ended.wait()  # a node dies with the thread that started it
                 return
@@ -83,13 +83,13 @@ def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_pa
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        launch(one)
+        launch(stage_job)
     finally:
         ended.set()
         watcher.join()
     assert lost
-    assert "continuing from step" in (one.run_folder / "log.txt").read_text()
-    history = read(one.run_folder)
+    assert "continuing from step" in (stage_job.run_folder / "log.txt").read_text()
+    history = read(stage_job.run_folder)
     assert [row["documents_hash"] for row in history] == [row["documents_hash"] for row in unbroken]
     for ours, theirs in zip(history, unbroken, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

@@ -42,8 +42,8 @@ def root(tmp_path_factory) -> Path:
 
 
 def finish(program: subprocess.Popen) -> None:
-    said = program.communicate(timeout=600)
-    assert program.returncode == 0, said
+    output = program.communicate(timeout=600)
+    assert program.returncode == 0, output
 
 
 def timed(root: Path, words: tuple[str, ...], cluster: str) -> float:
@@ -81,12 +81,12 @@ def killed_after(
 ) -> bool:
     """Whether a program was killed; one that ended before made what it should, which is cleared away."""
     try:
-        said = program.communicate(timeout=seconds)
+        printed = program.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         program.kill()
         program.communicate()
         return True
-    assert program.returncode == 0, said
+    assert program.returncode == 0, printed
     assert bytes_of(root / output) == expected
     clear(root, output)
     return False
@@ -123,7 +123,7 @@ def actors(program: subprocess.Popen) -> list[psutil.Process]:
     """The worker processes below a driver, those not asked for anything included."""
     try:
         below = psutil.Process(program.pid).children(recursive=True)
-        return [one for one in below if one.name().startswith("ray::") and not one.name().endswith("Agent")]
+        return [child for child in below if child.name().startswith("ray::") and not child.name().endswith("Agent")]
     except psutil.NoSuchProcess:
         return []
 

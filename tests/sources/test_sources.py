@@ -85,12 +85,12 @@ def imagenet(path, **more):
 def test_imagenet_in_all_its_forms_has_the_same_images_and_names(at, layout):
     put(at / "prompts.yaml", PROMPTS)
     card = imagenet(layout(at))
-    made = download(card, at / "raw")
-    assert made.rejects == []
+    result = download(card, at / "raw")
+    assert result.rejects == []
     names = ["tench", "potter's wheel", "kite (bird of prey)"]
     expected = {data: names[SYNSETS.index(synset)] for synset, members in IMAGES.items() for _, data in members}
-    assert {row["image"]: row["class_name"] for row in made.rows.values()} == expected
-    for row in made.rows.values():
+    assert {row["image"]: row["class_name"] for row in result.rows.values()} == expected
+    for row in result.rows.values():
         assert row["class_prompt"] in {
             text.format(row["class_name"]) for text in ("a photo of a {}.", "itap of my {}.", "a {} in a video game.")
         }
@@ -107,8 +107,8 @@ def test_the_sentence_of_a_image_depends_on_its_key_and_the_seed_alone(at):
     card = imagenet(official_tar(at))
     texts = {}
     for shard_rows in (1, 2, 5):
-        made = download(card, at / f"raw-{shard_rows}", shard_rows=shard_rows)
-        texts[shard_rows] = {key: row["class_prompt"] for key, row in made.rows.items()}
+        result = download(card, at / f"raw-{shard_rows}", shard_rows=shard_rows)
+        texts[shard_rows] = {key: row["class_prompt"] for key, row in result.rows.items()}
     assert texts[1] == texts[2] == texts[5]
     assert {task.seed for task in plan(card, None, 2, 7)} == {7}
 
@@ -119,11 +119,11 @@ def test_imagenet_with_damage_loses_only_what_is_damaged(at):
     cut_off = tarred(IMAGES["n01484850"])
     inner = [("n01440764.tar", whole), ("n01443537.tar", b"not a tar"), ("n01484850.tar", cut_off[:-10600])]
     put(at / "train.tar", tarred(inner))
-    made = download(imagenet(at / "train.tar"), at / "raw")
-    assert sorted(made.rows)[:3] == [f"n01440764/n01440764_{number}" for number in (18, 2, 9)]
-    assert ("n01440764/n01440764_18", "duplicate_key") in made.rejects
-    assert ("n01443537", "broken_archive") in made.rejects
-    assert any(key.startswith("n01484850") and reason == "broken_archive" for key, reason in made.rejects)
+    result = download(imagenet(at / "train.tar"), at / "raw")
+    assert sorted(result.rows)[:3] == [f"n01440764/n01440764_{number}" for number in (18, 2, 9)]
+    assert ("n01440764/n01440764_18", "duplicate_key") in result.rejects
+    assert ("n01443537", "broken_archive") in result.rejects
+    assert any(key.startswith("n01484850") and reason == "broken_archive" for key, reason in result.rejects)
 
 
 def test_a_part_of_imagenet_needs_the_order_of_all_classes(at):
@@ -132,8 +132,8 @@ def test_a_part_of_imagenet_needs_the_order_of_all_classes(at):
     with pytest.raises(ConfigError, match=r"1 classes, but 3 class names.*source\.options\.synsets"):
         download(imagenet(at / "train"), at / "raw")
     put(at / "LOC_synset_mapping.txt", "".join(f"{synset} some, names\n" for synset in SYNSETS).encode())
-    made = download(imagenet(at / "train", synsets="LOC_synset_mapping.txt"), at / "raw")
-    assert [row["class_name"] for row in made.rows.values()] == ["kite (bird of prey)"]
+    result = download(imagenet(at / "train", synsets="LOC_synset_mapping.txt"), at / "raw")
+    assert [row["class_name"] for row in result.rows.values()] == ["kite (bird of prey)"]
 
 
 def test_the_hubs_test_split_has_no_labels(at):
@@ -141,8 +141,8 @@ def test_the_hubs_test_split_has_no_labels(at):
     (at / "hub").mkdir()
     rows = [{"image": {"bytes": PNG["img0"], "path": "x"}, "label": -1}, {"image": None, "label": 1}]
     pq.write_table(pa.Table.from_pylist(rows), at / "hub/test-00000-of-00001.parquet")
-    made = download(imagenet(at / "hub"), at / "raw")
-    assert [reason for _, reason in made.rejects] == ["no_label", "missing_image"]
+    result = download(imagenet(at / "hub"), at / "raw")
+    assert [reason for _, reason in result.rejects] == ["no_label", "missing_image"]
 
 
 # ------------------------------------------------------------------------------- pairs of one name
@@ -156,17 +156,17 @@ def test_webdataset_tars_keep_every_sample_whatever_the_order_of_members(at):
     ]))  # fmt: skip
     put(at / "wds/geneval_train/shards-00001.tar", tarred([("a.jpg", jpeg("img5")), ("a.txt", b"two dogs")]))
     card = card_of("pairs", {"files": "wds"}, ["caption"])
-    made = download(card, at / "raw")
+    result = download(card, at / "raw")
     place = "dalle3/shards-00001"
-    assert {key: row["caption"] for key, row in made.rows.items()} == {
+    assert {key: row["caption"] for key, row in result.rows.items()} == {
         f"{place}/a": "a cat", f"{place}/b": "second, text first", f"{place}/e": "",
         "geneval_train/shards-00001/a": "two dogs",
     }  # fmt: skip
-    assert made.rejects == [
+    assert result.rejects == [
         (f"{place}/a", "duplicate_key"), (f"{place}/c", "missing_caption"),
         (f"{place}/d", "missing_image"), (f"{place}/f", "broken_text"),
     ]  # fmt: skip
-    assert made.rows[f"{place}/b"]["image"] == PNG["img1"], "a PNG that is called jpg stays as it is"
+    assert result.rows[f"{place}/b"]["image"] == PNG["img1"], "a PNG that is called jpg stays as it is"
     assert filtered(card, at / "raw", at / "filtered").manifest.dropped == {"no_text": 1}
 
 
@@ -187,10 +187,10 @@ def test_sa1b_joins_captions_that_lie_apart_by_name(at, captions, images):
     else:
         put(at / "SA1B_caption.tar.gz", tarred(texts, "w:gz"))
     where = "captions" if captions == "folder" else "SA1B_caption.tar.gz"
-    made = download(card_of("pairs", {"files": "sa", "captions": where}, ["caption"]), at / "raw")
-    found = {key.rpartition("/")[2]: row["caption"] for key, row in made.rows.items()}
+    result = download(card_of("pairs", {"files": "sa", "captions": where}, ["caption"]), at / "raw")
+    found = {key.rpartition("/")[2]: row["caption"] for key, row in result.rows.items()}
     assert found == {f"sa_{n}": f"The image features {n}." for n in (0, 1, 3, 4)}
-    assert made.rejects == [("sa_000000/sa_2", "missing_caption")]
+    assert result.rejects == [("sa_000000/sa_2", "missing_caption")]
 
 
 def test_a_tar_that_breaks_off_keeps_what_came_before(at):
@@ -204,9 +204,9 @@ def test_a_tar_that_breaks_off_keeps_what_came_before(at):
         ("packed.tar.gz", packed[: len(packed) // 2]),
     ):  # fmt: skip
         put(at / name / name, cut)
-        made = download(card_of("pairs", {"files": name}, ["caption"]), at / f"raw-{name}")
-        assert len(made.rows) >= 1
-        assert "broken_archive" in {reason for _, reason in made.rejects}
+        result = download(card_of("pairs", {"files": name}, ["caption"]), at / f"raw-{name}")
+        assert len(result.rows) >= 1
+        assert "broken_archive" in {reason for _, reason in result.rejects}
 
 
 # --------------------------------------------------------------------------------- lists of images
@@ -242,14 +242,14 @@ def test_journeydb(at, shape):
         else:
             for name, data in members:
                 put(at / "imgs" / name, data)
-    made = download(card_of("listed", JOURNEY, ["caption"], columns=["img_path"]), at / "raw", shard_rows=3)
+    result = download(card_of("listed", JOURNEY, ["caption"], columns=["img_path"]), at / "raw", shard_rows=3)
     place = "train_anno_realease_repath/00000000"
-    assert {key: (row["caption"], row["image"], row["img_path"]) for key, row in made.rows.items()} == {
+    assert {key: (row["caption"], row["image"], row["img_path"]) for key, row in result.rows.items()} == {
         f"{place}0": ("A cat.", jpeg("img0"), "./000/a.jpg"),
         f"{place}1": ("B.", jpeg("img4"), "./001/b.jpg"),
         f"{place}5": ("E.", jpeg("img3"), "./000/e.jpg"),
     }
-    assert made.rejects == [
+    assert result.rejects == [
         (f"{place}2", "broken_line"), (f"{place}3", "missing_caption"), (f"{place}4", "missing_image"),
         (f"{place}6", "path_outside"), (f"{place}7", "broken_line"), (f"{place}8", "no_image"),
         (f"{place}9", "missing_image"),
@@ -281,14 +281,14 @@ def test_llavas_array(at, indent, mark):
     put(at / "llava.json", mark + json.dumps(LLAVA, indent=indent, ensure_ascii=False).encode())
     llava_images(at / "images")
     options = {"lists": "llava.json", "images": "images", "texts": {"conversations": "conversations"}}
-    made = download(card_of("listed", options, ["conversations"]), at / "raw")
-    assert sorted(made.rows) == [f"llava/{number:09d}" for number in (0, 2, 5)]
-    assert made.rows["llava/000000000"]["conversations"] == [
+    result = download(card_of("listed", options, ["conversations"]), at / "raw")
+    assert sorted(result.rows) == [f"llava/{number:09d}" for number in (0, 2, 5)]
+    assert result.rows["llava/000000000"]["conversations"] == [
         {"role": role, "text": text}
         for role, text in zip(["user", "assistant"] * 2, ["<image>\nIt?", "A cat.", "Sure?", "Yes."], strict=True)
     ]
-    assert [turn["role"] for turn in made.rows["llava/000000005"]["conversations"]] == ["system", "user", "assistant"]
-    assert [reason for _, reason in made.rejects] == [
+    assert [turn["role"] for turn in result.rows["llava/000000005"]["conversations"]] == ["system", "user", "assistant"]
+    assert [reason for _, reason in result.rejects] == [
         "no_image", "several_images", "broken_dialogue", "missing_caption",
     ]  # fmt: skip
     for broken in (json.dumps(LLAVA).encode()[:-30], b'[{"image": "\xff"}]', b"[1 2]"):
@@ -317,9 +317,9 @@ def test_internvls_meta_file(at):
         "twice": {"root": "images", "annotation": "b.jsonl", "data_augment": False, "repeat_time": 2, "length": 2},
     }
     put(at / "data/meta.json", json.dumps(meta).encode())
-    made = download(card_of("listed_meta", {"meta": "data/meta.json", "root": "data"}, ["conversations"]), at / "raw")
-    assert sorted(made.rows) == ["half/000000000", "half/000000002", "twice/000000000", "twice~1/000000000"]
-    assert made.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "no_image"),
+    result = download(card_of("listed_meta", {"meta": "data/meta.json", "root": "data"}, ["conversations"]), at / "raw")
+    assert sorted(result.rows) == ["half/000000000", "half/000000002", "twice/000000000", "twice~1/000000000"]
+    assert result.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "no_image"),
                             ("twice~1/000000001", "no_image")]  # fmt: skip
 
 
@@ -356,9 +356,9 @@ def test_what_variables_hold_reaches_no_file_and_no_message(at, monkeypatch, cap
     download(card_of("pairs", {"files": "${IMAGES}/wds", "access": "ask"}, ["caption"]), at / "raw")
     with pytest.raises(ConfigError, match=f"must not hold .{name}") as refused:
         download(card_of("pairs", {"files": f"${name}/wds"}, ["caption"]), at / "raw2")
-    told = [path.read_bytes() for path in (at / "raw").rglob("*") if path.is_file()]
-    assert told
-    assert not any(b"7731" in data for data in told)
+    contents = [path.read_bytes() for path in (at / "raw").rglob("*") if path.is_file()]
+    assert contents
+    assert not any(b"7731" in data for data in contents)
     assert "7731" not in str(refused.value) + "".join(capsys.readouterr())
 
 
@@ -375,8 +375,8 @@ def test_options_are_checked_and_missing_files_say_where_they_are(at):
 
 
 def test_how_a_person_gets_the_files_is_part_of_no_fingerprint():
-    made = [source_of(card_of("pairs", {"files": "x", **more}, ["caption"]))[1] for more in ({}, {"access": "ask"})]
-    assert made[0].fingerprint() == made[1].fingerprint()
+    options = [source_of(card_of("pairs", {"files": "x", **more}, ["caption"]))[1] for more in ({}, {"access": "ask"})]
+    assert options[0].fingerprint() == options[1].fingerprint()
 
 
 @pytest.mark.parametrize(

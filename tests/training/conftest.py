@@ -19,7 +19,7 @@ def unbroken(tiny_root, tmp_path_factory):
     """The stages run without interruption: weights and history by key."""
     done = {}
     for key in ("unifork-s2-pretrain", "unifork-s3", "edge"):
-        one = job_named(copy_of(tiny_root, tmp_path_factory.mktemp("unbroken") / "root"), key)
-        train_stage(one, WorkerContext())
-        done[key] = weights(one), read(one.run_folder)
+        stage_job = job_named(copy_of(tiny_root, tmp_path_factory.mktemp("unbroken") / "root"), key)
+        train_stage(stage_job, WorkerContext())
+        done[key] = weights(stage_job), read(stage_job.run_folder)
     return done

@@ -32,19 +32,19 @@ def job(root, key="unifork-s2-pretrain", resources=RESOURCES, **stage_changes):
 
 def edge(root):
     """One track over one data set whose first pass ends with step 6: 96 documents, 16 a step."""
-    one = job(root, "unifork-s3")
-    stage = one.experiment.stages["s3"]
+    stage_job = job(root, "unifork-s3")
+    stage = stage_job.experiment.stages["s3"]
     tracks = {"generation": stage.tracks["generation"].model_copy(update={"batch_documents": 16})}
     stages = {"s3": stage.model_copy(update={"tracks": tracks})}
-    return one.model_copy(update={"experiment": one.experiment.model_copy(update={"stages": stages})})
+    return stage_job.model_copy(update={"experiment": stage_job.experiment.model_copy(update={"stages": stages})})
 
 
 def job_named(root, key):
     return edge(root) if key == "edge" else job(root, key)
 
 
-def weights(one):
-    return load_file(one.model_folder / "model.safetensors")
+def weights(stage_job):
+    return load_file(stage_job.model_folder / "model.safetensors")
 
 
 def assert_equal(a, b):
@@ -83,10 +83,10 @@ def train_and_die(plain, where, when, rank=0, workers=1):
     train_stage(StageJob.model_validate(plain), WorkerContext(rank=rank, workers=workers))
 
 
-def killed(one, where, when):
+def killed(stage_job, where, when):
     """Train in a process of its own until SIGKILL."""
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=train_and_die, args=(one.model_dump(mode="json"), where, when))
+    process = context.Process(target=train_and_die, args=(stage_job.model_dump(mode="json"), where, when))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -47,12 +47,12 @@ class Loader:
 
 def whole_gradients(model, name, sharing):
     if not name.startswith("deepspeed"):
-        return {one: g.full_tensor() if hasattr(g, "full_tensor") else g for one, g in gradients(model).items()}
+        return {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in gradients(model).items()}
     from deepspeed.utils import safe_get_full_optimizer_state
 
     sharing.update({}, 1e9)
     keep = 1 - sharing.joint.param_groups[0]["betas"][0]  # of the first gradient in the first moment
-    return {one: safe_get_full_optimizer_state(p, "exp_avg") / keep for one, p in model.named_parameters()}
+    return {key: safe_get_full_optimizer_state(p, "exp_avg") / keep for key, p in model.named_parameters()}
 
 
 def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision="float32"):
@@ -66,8 +66,8 @@ def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision=
     sharing.turn("all")
     plan = SimpleNamespace(
         workers=workers,
-        text_targets=sum(int(one.loss_mask_T.sum()) for one in DOCUMENTS),
-        image_targets=sum(len(one.codes_ND) for one in DOCUMENTS if one.task == "generation"),
+        text_targets=sum(int(document.loss_mask_T.sum()) for document in DOCUMENTS),
+        image_targets=sum(len(document.codes_ND) for document in DOCUMENTS if document.task == "generation"),
     )
     track = SimpleNamespace(loader=Loader(rows), track=SimpleNamespace(precision=precision))
     sums_1D = TrackRun._accumulate(track, wrapped, plan, WorkerContext(rank, workers))

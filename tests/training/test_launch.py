@@ -15,8 +15,8 @@ def resources(workers, **more):
     return RESOURCES.model_copy(update={"workers": workers, "cpus": 0.5, "strategy": "ddp", "max_restarts": 2, **more})
 
 
-def log_of(one):
-    return (one.run_folder / "log.txt").read_text()
+def log_of(stage_job):
+    return (stage_job.run_folder / "log.txt").read_text()
 
 
 def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
@@ -29,11 +29,11 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
         rank = ray.train.get_context().get_world_rank()
         Path(config["folder"], str(rank)).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
-    asked = TrainResources(workers=2, cpus=0.5, gpus=1)
+    train_resources = TrainResources(workers=2, cpus=0.5, gpus=1)
     trainer = TorchTrainer(
         worker,
         train_loop_config={"folder": str(tmp_path)},
-        scaling_config=launch.scaling(asked),
+        scaling_config=launch.scaling(train_resources),
         torch_config=TorchConfig(backend="gloo"),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path / "ray"), name="gpus"),
     )
@@ -44,24 +44,24 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loss_out_of_its_band_ends_the_run_at_once_with_its_message(ray_session, root, workers):
-    one = job(root, resources=resources(workers), loss_band=LossBand(stop=0.9))
-    with pytest.raises(UniForkError, match=r"step 0: text_loss .* is above 0\.9 x 5\.991") as told:
-        launch.launch(one)
-    assert type(told.value) is UniForkError
-    assert log_of(one).count("starting, 8 steps") == 1
+    stage_job = job(root, resources=resources(workers), loss_band=LossBand(stop=0.9))
+    with pytest.raises(UniForkError, match=r"step 0: text_loss .* is above 0\.9 x 5\.991") as caught:
+        launch.launch(stage_job)
+    assert type(caught.value) is UniForkError
+    assert log_of(stage_job).count("starting, 8 steps") == 1
 
 
 def test_a_missing_template_keeps_its_type_and_the_next_start_is_a_new_one(ray_session, root):
-    one = job(root, resources=resources(1), steps=1)
-    stage = one.stage
+    stage_job = job(root, resources=resources(1), steps=1)
+    stage = stage_job.stage
     (entry, *_), track = stage.tracks["joint"].mixture, stage.tracks["joint"]
     wrong = track.model_copy(update={"mixture": (entry.model_copy(update={"template": "generat"}),)})
     stages = {"s2-pretrain": stage.model_copy(update={"tracks": {"joint": wrong}})}
-    bad = one.model_copy(update={"experiment": one.experiment.model_copy(update={"stages": stages})})
+    bad = stage_job.model_copy(update={"experiment": stage_job.experiment.model_copy(update={"stages": stages})})
     with pytest.raises(ConfigError, match=r"unknown prompt template 'generat'.*Did you mean 'generate'"):
         launch.launch(bad)
-    launch.launch(one)
-    assert one.model_folder.exists()
+    launch.launch(stage_job)
+    assert stage_job.model_folder.exists()
 
 
 def instead_of_training(monkeypatch, attempts, stage):

@@ -38,21 +38,21 @@ KILLS = [
 
 @pytest.mark.parametrize(("key", "where", "when"), KILLS)
 def test_killed_twice_and_resumed_ends_with_the_same_weights_and_history(root, unbroken, key, where, when):
-    one = job_named(root, key)
+    stage_job = job_named(root, key)
     for reached in when if isinstance(when, tuple) else (when, when):
-        killed(one, where, reached)
-    train_stage(one, WorkerContext())
+        killed(stage_job, where, reached)
+    train_stage(stage_job, WorkerContext())
     expected, history = unbroken[key]
-    assert_equal(weights(one), expected)
-    assert read(one.run_folder) == history
+    assert_equal(weights(stage_job), expected)
+    assert read(stage_job.run_folder) == history
 
 
 def test_another_configuration_never_continues_old_weights(root, unbroken):
-    one = job(root)
-    killed(one, "after the update", 7)
+    stage_job = job(root)
+    killed(stage_job, "after the update", 7)
     changed = job(root, seed=7)
     train_stage(changed, WorkerContext())
-    aside = one.run_folder.with_name(one.run_folder.name + ".old-1")
+    aside = stage_job.run_folder.with_name(stage_job.run_folder.name + ".old-1")
     assert (aside / "latest").exists()
     assert len(read(changed.run_folder)) == 8
     assert not torch.equal(
@@ -65,8 +65,8 @@ def test_another_configuration_never_continues_old_weights(root, unbroken):
 
 
 def test_what_changes_only_the_speed_does_not_start_afresh(root):
-    one = job(root)
-    killed(one, "between latest and the metrics", 1)
+    stage_job = job(root)
+    killed(stage_job, "between latest and the metrics", 1)
     train_stage(
         job(
             root,
@@ -76,7 +76,7 @@ def test_what_changes_only_the_speed_does_not_start_afresh(root):
         ),
         WorkerContext(),
     )
-    assert "continuing from step 3 of 8" in (one.run_folder / "log.txt").read_text()
+    assert "continuing from step 3 of 8" in (stage_job.run_folder / "log.txt").read_text()
 
 
 VERSIONS = ("TRAIN_VERSION", "MODEL_VERSION", "DOCUMENTS_VERSION", "VOCABULARY_VERSION")
@@ -84,45 +84,45 @@ VERSIONS = ("TRAIN_VERSION", "MODEL_VERSION", "DOCUMENTS_VERSION", "VOCABULARY_V
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_another_version_of_the_code_never_continues_old_weights(root, monkeypatch, version):
-    one = job(root)
-    first = one.fingerprint()
-    (one.run_folder / "step-1").mkdir(parents=True)
-    (one.run_folder / "step-1" / "state.json").write_text(
+    stage_job = job(root)
+    first = stage_job.fingerprint()
+    (stage_job.run_folder / "step-1").mkdir(parents=True)
+    (stage_job.run_folder / "step-1" / "state.json").write_text(
         json.dumps({"format": checkpoint.FORMAT, "fingerprint": first, "files": {}})
     )
-    (one.run_folder / "latest").write_text("step-1")
-    stage._make_room(one, first, lambda line: None)
-    assert (one.run_folder / "latest").exists()
+    (stage_job.run_folder / "latest").write_text("step-1")
+    stage._make_room(stage_job, first, lambda line: None)
+    assert (stage_job.run_folder / "latest").exists()
     monkeypatch.setattr(stage, version, 2)
-    assert one.fingerprint() != first
-    stage._make_room(one, one.fingerprint(), lambda line: None)
-    assert not (one.run_folder / "latest").exists()
-    assert (one.run_folder.with_name(one.run_folder.name + ".old-1") / "latest").exists()
+    assert stage_job.fingerprint() != first
+    stage._make_room(stage_job, stage_job.fingerprint(), lambda line: None)
+    assert not (stage_job.run_folder / "latest").exists()
+    assert (stage_job.run_folder.with_name(stage_job.run_folder.name + ".old-1") / "latest").exists()
 
 
 def test_a_finished_run_is_not_trained_again_by_the_same_version_but_is_by_another(root, monkeypatch):
-    one = job(root)
-    train_stage(one, WorkerContext())
-    first = weights(one)
-    shutil.rmtree(one.model_folder)
-    train_stage(one, WorkerContext())
-    assert_equal(weights(one), first)
-    assert "continuing from step 8 of 8" in (one.run_folder / "log.txt").read_text()
+    stage_job = job(root)
+    train_stage(stage_job, WorkerContext())
+    first = weights(stage_job)
+    shutil.rmtree(stage_job.model_folder)
+    train_stage(stage_job, WorkerContext())
+    assert_equal(weights(stage_job), first)
+    assert "continuing from step 8 of 8" in (stage_job.run_folder / "log.txt").read_text()
     monkeypatch.setattr(stage, "TRAIN_VERSION", 2)
-    train_stage(one, WorkerContext())
-    assert one.run_folder.with_name(one.run_folder.name + ".old-1").exists()
-    assert_equal(weights(one), first)
+    train_stage(stage_job, WorkerContext())
+    assert stage_job.run_folder.with_name(stage_job.run_folder.name + ".old-1").exists()
+    assert_equal(weights(stage_job), first)
 
 
 def test_a_damaged_checkpoint_is_an_error_and_nothing_is_loaded(root):
-    one = job(root)
-    train_stage(one, WorkerContext())
-    shutil.rmtree(one.model_folder)
-    newest = one.run_folder / (one.run_folder / "latest").read_text()
+    stage_job = job(root)
+    train_stage(stage_job, WorkerContext())
+    shutil.rmtree(stage_job.model_folder)
+    newest = stage_job.run_folder / (stage_job.run_folder / "latest").read_text()
     file = newest / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp.*bytes instead of"):
-        train_stage(one, WorkerContext())
+        train_stage(stage_job, WorkerContext())
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_latest_waits_for_the_disk(root, monkeypatch, unbroken):
@@ -142,11 +142,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_latest_waits_for_the
     add = History.add
     monkeypatch.setattr(checkpoint, "fsync_tree", slow)
     monkeypatch.setattr(History, "add", watched)
-    one = job(root)
-    train_stage(one, WorkerContext())
+    stage_job = job(root)
+    train_stage(stage_job, WorkerContext())
     assert latest[:5] == [False] * 5
     assert latest[-1]  # the second checkpoint waits for the first
-    assert_equal(weights(one), unbroken["unifork-s2-pretrain"][0])
+    assert_equal(weights(stage_job), unbroken["unifork-s2-pretrain"][0])
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(root, monkeypatch):
@@ -154,43 +154,43 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(root, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "fsync_tree", full)
-    one = job(root)
+    stage_job = job(root)
     with pytest.raises(OSError, match="No space left"):
-        train_stage(one, WorkerContext())
-    assert not (one.run_folder / "latest").exists()
-    assert not one.model_folder.exists()
+        train_stage(stage_job, WorkerContext())
+    assert not (stage_job.run_folder / "latest").exists()
+    assert not stage_job.model_folder.exists()
 
 
 def test_a_checkpoint_lists_and_exports_every_tensor(root):
-    one = job(root, "unifork-s3", steps=2)
-    train_stage(one, WorkerContext())
-    path, plain = checkpoint.latest(one.run_folder)
-    whole = checkpoint.all_tensors(checkpoint.whole_model(path, one.start))
+    stage_job = job(root, "unifork-s3", steps=2)
+    train_stage(stage_job, WorkerContext())
+    path, plain = checkpoint.latest(stage_job.run_folder)
+    whole = checkpoint.all_tensors(checkpoint.whole_model(path, stage_job.start))
     assert {name: (list(t.shape), str(t.dtype)) for name, t in whole.items()} == {
         name: (listed["shape"], listed["dtype"]) for name, listed in plain["tensors"].items()
     }
     trained = {name for name, listed in plain["tensors"].items() if listed["trained"]}
     assert trained
     assert all("generation" in n or "understanding" in n or n.startswith("image_head.") for n in trained)
-    assert_equal({name: whole[name] for name in weights(one)}, weights(one))
+    assert_equal({name: whole[name] for name in weights(stage_job)}, weights(stage_job))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_training_goes_on_with_two_workers_and_then_with_one(root, unbroken, strategy):
     """Killed on one worker, then on two, finished on one: the same documents, the losses within reduction noise."""
-    one = job(root, checkpoint_every=2)
-    killed(one, "between latest and the metrics", 1)
+    stage_job = job(root, checkpoint_every=2)
+    killed(stage_job, "between latest and the metrics", 1)
     two = job(root, checkpoint_every=2, resources=RESOURCES.model_copy(update={"workers": 2, "strategy": strategy}))
     with pytest.raises(ProcessExitedException):
         run_distributed(_dying_worker, 2, two.model_dump(mode="json"))
-    train_stage(one, WorkerContext())
-    log = (one.run_folder / "log.txt").read_text()
+    train_stage(stage_job, WorkerContext())
+    log = (stage_job.run_folder / "log.txt").read_text()
     assert "continuing from step 2 of 8" in log
     assert "continuing from step 4 of 8" in log
-    for ours, theirs in zip(read(one.run_folder), unbroken["unifork-s2-pretrain"][1], strict=True):
+    for ours, theirs in zip(read(stage_job.run_folder), unbroken["unifork-s2-pretrain"][1], strict=True):
         assert ours["documents_hash"] == theirs["documents_hash"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    for name, tensor in weights(one).items():
+    for name, tensor in weights(stage_job).items():
         assert torch.allclose(tensor, unbroken["unifork-s2-pretrain"][0][name], atol=2e-4), name
 
 

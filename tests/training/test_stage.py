@@ -23,9 +23,9 @@ from unifork.training.stage import train_stage
 
 
 def test_the_exported_history_has_every_step_once(unbroken, root):
-    one = job(root)
-    train_stage(one, WorkerContext())
-    with open(one.model_folder / "training" / "history.csv") as handle:
+    stage_job = job(root)
+    train_stage(stage_job, WorkerContext())
+    with open(stage_job.model_folder / "training" / "history.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert [int(row["step"]) for row in rows] == list(range(8))
     assert all(float(row["loss"]) == pytest.approx(float(row["text_loss"]) + float(row["image_loss"])) for row in rows)
@@ -45,34 +45,35 @@ def test_only_what_the_pattern_names_is_trained(root, unbroken):
 
 def test_stage_three_branches_do_not_touch_each_other(root, unbroken):
     """Training generation alone gives the same generation branch as training both in turns."""
-    one = job(root, "unifork-s3")
-    stage = one.experiment.stages["s3"]
+    stage_job = job(root, "unifork-s3")
+    stage = stage_job.experiment.stages["s3"]
     alone = stage.model_copy(update={"tracks": {"generation": stage.tracks["generation"]}})
-    one = one.model_copy(update={"experiment": one.experiment.model_copy(update={"stages": {"s3": alone}})})
-    train_stage(one, WorkerContext())
+    experiment = stage_job.experiment.model_copy(update={"stages": {"s3": alone}})
+    stage_job = stage_job.model_copy(update={"experiment": experiment})
+    train_stage(stage_job, WorkerContext())
     both, _ = unbroken["unifork-s3"]
     start = load_file(root / "models/unifork-init/model.safetensors")
-    for name, tensor in weights(one).items():
+    for name, tensor in weights(stage_job).items():
         expected = start if ".understanding." in name else both
         assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("interleave", ["sequential", "concurrent"])
 def test_how_tracks_take_turns_does_not_change_the_weights(root, unbroken, interleave):
-    one = job(root, "unifork-s3", interleave=interleave)
-    train_stage(one, WorkerContext())
-    assert_equal(weights(one), unbroken["unifork-s3"][0])
+    stage_job = job(root, "unifork-s3", interleave=interleave)
+    train_stage(stage_job, WorkerContext())
+    assert_equal(weights(stage_job), unbroken["unifork-s3"][0])
 
 
 def test_a_summary_says_what_was_trained_and_seen(root, unbroken):
-    one = job(root, "unifork-s3")
-    train_stage(one, WorkerContext())
-    summary = json.loads((one.model_folder / "training" / "summary.json").read_text())
-    assert set(summary["tensors"]) == set(checkpoint.all_tensors(torch.nn.Module())) | set(weights(one))
+    stage_job = job(root, "unifork-s3")
+    train_stage(stage_job, WorkerContext())
+    summary = json.loads((stage_job.model_folder / "training" / "summary.json").read_text())
+    assert set(summary["tensors"]) == set(checkpoint.all_tensors(torch.nn.Module())) | set(weights(stage_job))
     assert summary["tensors"]["codebook"]["trained"] is False
     seen = summary["documents"]["understanding"]
     assert sum(part["seen"] for part in seen) == 64
-    rows = [row for row in read(one.run_folder) if row["track"] == "understanding"]
+    rows = [row for row in read(stage_job.run_folder) if row["track"] == "understanding"]
     for dataset in {part["dataset"] for part in seen}:
         expected = sum(part["seen"] for part in seen if part["dataset"] == dataset)
         assert rows[-1][f"documents_understanding_{dataset}"] == expected
@@ -82,15 +83,15 @@ def test_a_summary_says_what_was_trained_and_seen(root, unbroken):
 
 @pytest.mark.parametrize("checkpoint_every", [1, 3])
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_documents_keys(root, monkeypatch, checkpoint_every):
-    one = job(root, checkpoint_every=checkpoint_every)
+    stage_job = job(root, checkpoint_every=checkpoint_every)
     monkeypatch.setattr(loop.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(UniForkError, match=r"step 0.*8 documents are in .*stopped\.json.*shapes-0000"):
-        train_stage(one, WorkerContext())
-    stopped = json.loads((one.run_folder / "stopped.json").read_text())
+        train_stage(stage_job, WorkerContext())
+    stopped = json.loads((stage_job.run_folder / "stopped.json").read_text())
     assert len(stopped["documents"]) == 8
     assert stopped["metrics"]["step"] == 0
-    assert not (one.run_folder / "latest").exists()
-    assert not read(one.run_folder)
+    assert not (stage_job.run_folder / "latest").exists()
+    assert not read(stage_job.run_folder)
 
 
 HOST_READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique"}
@@ -138,7 +139,7 @@ def test_a_step_never_waits_for_the_device(root, monkeypatch, chunk):
         return done
 
     def reading(self):
-        events.append(("read", self.known["step"]))
+        events.append(("read", self.host_metrics["step"]))
         with Waits(waits):
             return metrics(self)
 
@@ -152,7 +153,7 @@ def test_a_step_never_waits_for_the_device(root, monkeypatch, chunk):
 
 
 @pytest.mark.parametrize(
-    ("band", "said"),
+    ("band", "message"),
     [
         ({"stop": 0.9}, r"step 0: text_loss .* is above 0\.9 x 5\.991"),
         ({"warn": 1e-4}, r"warning: track joint, step 0: image_loss 4\.\d+, expected 4\.159"),
@@ -160,25 +161,25 @@ def test_a_step_never_waits_for_the_device(root, monkeypatch, chunk):
         ({}, None),
     ],
 )
-def test_losses_are_compared_with_what_is_expected(root, band, said):
-    one = job(root, steps=1, loss_band=LossBand(**band))
+def test_losses_are_compared_with_what_is_expected(root, band, message):
+    stage_job = job(root, steps=1, loss_band=LossBand(**band))
     if "stop" in band:
-        with pytest.raises(UniForkError, match=said):
-            train_stage(one, WorkerContext())
+        with pytest.raises(UniForkError, match=message):
+            train_stage(stage_job, WorkerContext())
         return
-    train_stage(one, WorkerContext())
-    log = (one.run_folder / "log.txt").read_text()
-    assert re.search(said, log) if said else "warning" not in log
+    train_stage(stage_job, WorkerContext())
+    log = (stage_job.run_folder / "log.txt").read_text()
+    assert re.search(message, log) if message else "warning" not in log
 
 
 def test_rows_change_nothing_but_the_speed(root, unbroken):
     history = {}
     for row_tokens, rows in [(384, 1), (1024, 1), (512, 2)]:
         resources = RESOURCES.model_copy(update={"row_tokens": row_tokens, "rows_per_microbatch": rows})
-        one = job(root, resources=resources, steps=2)
-        shutil.rmtree(one.run_folder, ignore_errors=True)
-        train_stage(one, WorkerContext())
-        history[row_tokens] = read(one.run_folder)
+        stage_job = job(root, resources=resources, steps=2)
+        shutil.rmtree(stage_job.run_folder, ignore_errors=True)
+        train_stage(stage_job, WorkerContext())
+        history[row_tokens] = read(stage_job.run_folder)
     for other in (512, 1024):
         for ours, theirs in zip(history[other], history[384], strict=True):
             assert ours["documents_hash"] == theirs["documents_hash"]
@@ -188,9 +189,9 @@ def test_rows_change_nothing_but_the_speed(root, unbroken):
 
 def test_recomputing_activations_changes_no_bit(root, unbroken):
     kinds = {"activation_checkpointing": ("shared", "task", "head")}
-    one = job(root, resources=RESOURCES.model_copy(update=kinds))
-    train_stage(one, WorkerContext())
-    assert_equal(weights(one), unbroken["unifork-s2-pretrain"][0])
+    stage_job = job(root, resources=RESOURCES.model_copy(update=kinds))
+    train_stage(stage_job, WorkerContext())
+    assert_equal(weights(stage_job), unbroken["unifork-s2-pretrain"][0])
     unknown = job(root, resources=RESOURCES.model_copy(update={"activation_checkpointing": ("tsk",)}))
     with pytest.raises(ConfigError, match=r"unknown kind of layer 'tsk'.*Did you mean 'task'"):
         train_stage(unknown, WorkerContext())
@@ -224,9 +225,9 @@ def test_norms_of_the_parts_make_up_the_whole_and_tensorboard_has_them(root, unb
         assert sum(row[f"gradient_norm_{part}"] ** 2 for part in parts) == pytest.approx(
             row["gradient_norm"] ** 2, rel=1e-5
         )
-    one = job(root, steps=1)
-    train_stage(one, WorkerContext())
-    (events,) = (one.run_folder / "tensorboard").iterdir()
+    stage_job = job(root, steps=1)
+    train_stage(stage_job, WorkerContext())
+    (events,) = (stage_job.run_folder / "tensorboard").iterdir()
     assert b"joint/gradient_norm_trunk" in events.read_bytes()
 
 
@@ -234,10 +235,10 @@ def test_norms_of_the_parts_make_up_the_whole_and_tensorboard_has_them(root, unb
 def test_two_workers_give_the_weights_of_one_within_reduction_noise(root, unbroken, strategy):
     """In the stage with two tracks, which train other parameters in turns."""
     resources = RESOURCES.model_copy(update={"workers": 2, "strategy": strategy})
-    one = job(root, "unifork-s3", resources=resources)
-    run_distributed(worker, 2, one.model_dump(mode="json"))
+    stage_job = job(root, "unifork-s3", resources=resources)
+    run_distributed(worker, 2, stage_job.model_dump(mode="json"))
     expected, history = unbroken["unifork-s3"]
-    for name, tensor in weights(one).items():
+    for name, tensor in weights(stage_job).items():
         assert torch.allclose(tensor, expected[name], atol=2e-4), name
-    for ours, theirs in zip(read(one.run_folder), history, strict=True):
+    for ours, theirs in zip(read(stage_job.run_folder), history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

@@ -61,14 +61,14 @@ def steps(rank, workers, name):
         optimizer = make_optimizer(
             OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0), parameters.values()
         )
-        for one in optimizer.param_groups:
-            one["eps"] = 1.0
+        for param_group in optimizer.param_groups:
+            param_group["eps"] = 1.0
         pairs[track] = optimizer, parameters
     sharing.start(pairs)
     plan = SimpleNamespace(
         workers=workers,
-        text_targets=sum(int(one.loss_mask_T.sum()) for one in UNDERSTANDING),
-        image_targets=sum(len(one.codes_ND) for one in GENERATION),
+        text_targets=sum(int(document.loss_mask_T.sum()) for document in UNDERSTANDING),
+        image_targets=sum(len(document.codes_ND) for document in GENERATION),
     )
     norms = []
     for track in ("one", "other", "one"):
@@ -159,9 +159,9 @@ def test_a_resumed_run_is_bit_equal_and_near_that_of_one_worker(folder, shared, 
     assert read(resumed.run_folder) == read(unbroken.run_folder)
     for name, tensor in weights(unbroken).items():
         assert torch.allclose(tensor, weights(plain)[name], atol=2e-4), name
-    states = [checkpoint.latest(one.run_folder)[1]["tensors"] for one in (unbroken, plain)]
+    states = [checkpoint.latest(stage_job.run_folder)[1]["tensors"] for stage_job in (unbroken, plain)]
     assert states[0] == states[1]
-    assert {one["trained"] for one in states[0].values()} == {True, False}
+    assert {listed["trained"] for listed in states[0].values()} == {True, False}
 
 
 def test_a_run_goes_on_with_other_workers_and_stages(folder, shared):
@@ -178,20 +178,20 @@ def test_a_run_goes_on_with_other_workers_and_stages(folder, shared):
 def test_inside_ray_train_with_bfloat16_products(ray_session, tiny_root, tmp_path):
     root = copy_of(tiny_root, tmp_path / "root")
     resources = RESOURCES.model_copy(update={"workers": 2, "cpus": 0.5, "strategy": "deepspeed-3"})
-    one = job(root, "unifork-s3", resources, steps=1)
-    stage = one.experiment.stages["s3"]
+    stage_job = job(root, "unifork-s3", resources, steps=1)
+    stage = stage_job.experiment.stages["s3"]
     tracks = {name: track.model_copy(update={"precision": "bfloat16"}) for name, track in stage.tracks.items()}
     stages = {"s3": stage.model_copy(update={"tracks": tracks})}
-    one = one.model_copy(update={"experiment": one.experiment.model_copy(update={"stages": stages})})
-    launch.launch(one)
-    shared = read(one.run_folder)
-    exported = weights(one)
-    shutil.rmtree(one.run_folder)
-    train_stage(one, WorkerContext())
-    for ours, theirs in zip(shared, read(one.run_folder), strict=True):
+    stage_job = stage_job.model_copy(update={"experiment": stage_job.experiment.model_copy(update={"stages": stages})})
+    launch.launch(stage_job)
+    shared = read(stage_job.run_folder)
+    exported = weights(stage_job)
+    shutil.rmtree(stage_job.run_folder)
+    train_stage(stage_job, WorkerContext())
+    for ours, theirs in zip(shared, read(stage_job.run_folder), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=2e-2)
-    alone = weights(one)
+    alone = weights(stage_job)
     assert {name: (t.shape, t.dtype) for name, t in exported.items()} == {
         name: (t.shape, t.dtype) for name, t in alone.items()
     }

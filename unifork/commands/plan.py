@@ -53,9 +53,9 @@ def plan(
     mixtures = {(track.stage, track.track): track for some in tracks.values() for track in some}
     _table(
         "Mixtures: an average document, and how often a set is read", columns,
-        ([track.stage, one.entry.dataset, one.entry.task, one.entry.template, amount(one.documents),
-          str(one.length.text), str(one.length.image), "unknown" if one.passes is None else f"{one.passes:.2f}"]
-         for track in mixtures.values() for one in track.entries), names=4,
+        ([track.stage, part.entry.dataset, part.entry.task, part.entry.template, amount(part.documents),
+          str(part.length.text), str(part.length.image), "unknown" if part.passes is None else f"{part.passes:.2f}"]
+         for track in mixtures.values() for part in track.entries), names=4,
     )  # fmt: skip
     disk = [
         [f"data/codes/{folder}", "", "", amount(size, "B") or "unknown"]
@@ -93,13 +93,13 @@ def _training(variant: str, tracks: "list[TrackPlan]", chip: str | None, mfu: fl
     groups = {(f"{variant}-{track.stage}", track.track): [track] for track in tracks}
     for names, some in (groups | {(variant, "all"): tracks}).items():
         entries = [entry for track in some for entry in track.entries]
-        flops = sum(one.flops for one in entries)
+        flops = sum(entry.flops for entry in entries)
         hours = gpu_hours(flops, chip, mfu)
         time = "not measured" if hours is None else f"{hours:,.1f} h" if hours >= 0.1 else f"{hours * 3600:.2g} s"
         yield [
-            *names, f"{sum(track.steps for track in some):,}", amount(sum(one.documents for one in entries)),
-            amount(sum(one.documents * one.length.text for one in entries)),
-            amount(sum(one.documents * one.length.image for one in entries)),
+            *names, f"{sum(track.steps for track in some):,}", amount(sum(entry.documents for entry in entries)),
+            amount(sum(entry.documents * entry.length.text for entry in entries)),
+            amount(sum(entry.documents * entry.length.image for entry in entries)),
             amount(some[0].trained) if len(some) == 1 else "", amount(flops, "FLOP"), time,
         ]  # fmt: skip
 

@@ -28,11 +28,11 @@ class StrictModel(BaseModel):
         """Say of an unknown key which ones there are; `extra` alone would only say that it is one too many."""
         if not isinstance(values, dict) or cls.model_config.get("extra") != "forbid":
             return values
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        keys = {field.alias or name for name, field in cls.model_fields.items()}
         for key in values:
-            if key not in known:
+            if key not in keys:
                 now = RENAMED.get(str(key))
-                problem = f"the key {key!r} is called {now!r} now" if now in known else unknown("key", str(key), known)
+                problem = f"the key {key!r} is called {now!r} now" if now in keys else unknown("key", str(key), keys)
                 raise PydanticCustomError(UNKNOWN_KEY, "{problem}", {"problem": str(problem)})
         return values
 

@@ -173,8 +173,8 @@ class MixturePart:
         kinds_T[at], kinds_T[at + 1 : at + image - 1], kinds_T[at + image - 1] = BEGIN_IMAGE, IMAGE, END_IMAGE
         for target_T, source in ((text_ids_T, self.index.text_ids_S), (loss_mask_T, self.index.loss_mask_S)):
             target_T[:at], target_T[at + image :] = source[text][:at], source[text][at:]
-        made = Skeleton(kinds_T, text_ids_T, loss_mask_T)
-        return made.with_codes(self.key(index), self.task, self.codes(index), supervised)
+        doc = Skeleton(kinds_T, text_ids_T, loss_mask_T)
+        return doc.with_codes(self.key(index), self.task, self.codes(index), supervised)
 
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's image, uint16, shape (N, D)."""
@@ -187,14 +187,14 @@ class MixturePart:
             for number, row in enumerate(rows):
                 try:
                     pieces = written(template, row[self.entry.text], row[IMAGES])
-                    made = skeleton(pieces, tokenizer, self.identity.positions, template.border)
-                    _check(made, self.task, context)
+                    doc = skeleton(pieces, tokenizer, self.identity.positions, template.border)
+                    _check(doc, self.task, context)
                 except Unusable as reason:
                     writer.quarantine(row["key"], str(reason))
                     continue
-                text = made.kinds_T == TEXT
+                text = doc.kinds_T == TEXT
                 at = NO_IMAGE if text.all() else int(np.argmin(text))
-                usable.append(TokenizedDocument(row["key"], made.text_ids_T[text], made.loss_mask_T[text], at, number))
+                usable.append(TokenizedDocument(row["key"], doc.text_ids_T[text], doc.loss_mask_T[text], at, number))
             writer.add(shard, group, usable)
         if not writer.rows:
             raise DataError(
@@ -244,7 +244,7 @@ def _images(file: pq.ParquetFile, group: int) -> list[int]:
     if codes.statistics is not None and codes.statistics.null_count == 0:
         return [1] * columns.num_rows
     present = file.read_row_group(group, columns=["codes"]).column("codes").is_valid()
-    return [int(one) for one in present.to_pylist()]
+    return [int(valid) for valid in present.to_pylist()]
 
 
 def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:
@@ -252,12 +252,12 @@ def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:
     return skeleton(UNCONDITIONAL, tokenizer, positions)
 
 
-def _check(made: Skeleton, task: Task, context: int) -> None:
-    if len(made.kinds_T) > context:
+def _check(doc: Skeleton, task: Task, context: int) -> None:
+    if len(doc.kinds_T) > context:
         raise Unusable(f"longer than the context of {context} tokens")
-    if task == "understanding" and not made.loss_mask_T.any():
+    if task == "understanding" and not doc.loss_mask_T.any():
         raise Unusable("nothing to learn")
-    if task == "generation" and not (made.kinds_T == IMAGE).any():
+    if task == "generation" and not (doc.kinds_T == IMAGE).any():
         raise Unusable("no image to generate")
-    if made.loss_mask_T[0]:
+    if doc.loss_mask_T[0]:
         raise Unusable("the first token cannot be supervised: nothing stands before it")

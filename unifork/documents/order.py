@@ -110,8 +110,8 @@ class MixtureOrder:
         self.slots = schedule(weights)
         self.rank = np.zeros(len(self.slots), np.int64)  # how often the part was served before in the period
         for part in range(len(sets)):
-            mine = self.slots == part
-            self.rank[mine] = np.arange(mine.sum())
+            is_part = self.slots == part
+            self.rank[is_part] = np.arange(is_part.sum())
         self.counts = np.bincount(self.slots, minlength=len(sets))
 
     def documents(self, step: int) -> list[Slot]:
@@ -178,10 +178,10 @@ def pack_step(lengths: list[int], tasks: list[Task], row_tokens: int, multiple: 
 def _first_fit(by_task: list[list[int]], lengths: list[int], row_tokens: int) -> list[list[int]]:
     rows: list[list[int]] = []
     free: list[int] = []
-    for mine in by_task:
+    for numbers in by_task:
         # of the earlier task's rows only the last one is shared, so at most one row is mixed
         first = max(len(rows) - 1, 0)
-        for number in mine:
+        for number in numbers:
             for row in range(first, len(rows)):
                 if free[row] >= lengths[number]:
                     break
@@ -205,6 +205,6 @@ def assign_rows_to_workers(
     if len(rows) % (workers * rows_per_microbatch):
         raise ValueError(f"{len(rows)} rows for {workers} workers with {rows_per_microbatch} rows at once")
     return [
-        [mine[first : first + rows_per_microbatch] for first in range(0, len(mine), rows_per_microbatch)]
-        for mine in (rows[worker::workers] for worker in range(workers))
+        [own_rows[first : first + rows_per_microbatch] for first in range(0, len(own_rows), rows_per_microbatch)]
+        for own_rows in (rows[worker::workers] for worker in range(workers))
     ]

@@ -175,12 +175,12 @@ def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue
     place = _place_of_image(system or "", questions, answers, images)
     exchanges = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        asked = question.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in question else question
-        if not asked.strip() and number != place:
+        question_text = question.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in question else question
+        if not question_text.strip() and number != place:
             raise Unusable(f"question {number + 1} is empty")
         if not answer.strip():
             raise Unusable(f"answer {number + 1} is empty")
-        exchanges.append(Exchange(asked, answer, number == place))
+        exchanges.append(Exchange(question_text, answer, number == place))
     return Dialogue(system if system and system.strip() else None, exchanges)
 
 

@@ -81,13 +81,13 @@ def binary(predicted: Sequence[bool | None], labels: Sequence[bool]) -> dict[str
     A prediction of None is neither yes nor no, and never right. Where nothing is predicted yes,
     precision and F1 are 0 (POPE's own scorer divides by zero).
     """
-    said = [float(guess is True) for guess in predicted]
+    positive = [float(guess is True) for guess in predicted]
     true = [float(label) for label in labels]
     hits = [float(guess is True and label) for guess, label in zip(predicted, labels, strict=True)]
     return {
         "accuracy": proportion([guess == label for guess, label in zip(predicted, labels, strict=True)]),
-        "precision": ratio(hits, said),
+        "precision": ratio(hits, positive),
         "recall": ratio(hits, true),
-        "f1": ratio([2 * hit for hit in hits], [a + b for a, b in zip(said, true, strict=True)]),
-        "yes_ratio": ratio(said, [1.0] * len(said)),
+        "f1": ratio([2 * hit for hit in hits], [a + b for a, b in zip(positive, true, strict=True)]),
+        "yes_ratio": ratio(positive, [1.0] * len(positive)),
     }

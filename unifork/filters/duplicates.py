@@ -44,8 +44,8 @@ DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.stri
 
 def signature(row: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
     """The signatures of a row; `pair` is None without a URL."""
-    said = [repr(row.get(name) or "") for name in texts]
-    pair = hashlib.blake2b("\x00".join([row["url"], *said]).encode(), digest_size=8).digest() if row["url"] else None
+    values = [repr(row.get(name) or "") for name in texts]
+    pair = hashlib.blake2b("\x00".join([row["url"], *values]).encode(), digest_size=8).digest() if row["url"] else None
     return {
         "key": row["key"],
         "sha256": int(row["sha256"][:16], 16),
@@ -62,8 +62,8 @@ class Sign:
 
     def __call__(self, task: ShardTask) -> ShardResult:
         texts = text_columns(self.card)
-        made = [signature(row, texts) for row in input_rows(task) if judge(row, self.card) is None]
-        return write_shard(task, pa.Table.from_pylist(made, schema=SCHEMA), {})
+        signatures = [signature(row, texts) for row in input_rows(task) if judge(row, self.card) is None]
+        return write_shard(task, pa.Table.from_pylist(signatures, schema=SCHEMA), {})
 
 
 def alone(card: Card) -> Card:
@@ -147,7 +147,7 @@ class Signatures:
                 for values, numbers in chain(parts, self.column(kind)):
                     here = ((values >> shift) & mask) % np.uint64(buckets) == bucket
                     chosen.append((values[here], numbers[here]))
-                values, numbers = (np.concatenate(one) for one in zip(*chosen, strict=True))
+                values, numbers = (np.concatenate(arrays) for arrays in zip(*chosen, strict=True))
                 band = (values >> shift) & mask
                 pieces = [(values, numbers)] if distance == 0 else groups(values, numbers, band)
                 for group in pieces:
@@ -188,7 +188,7 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
             for kind in rule.by:
                 all_sets.find(kind, rule.distance if kind == "phash" else 0, f"same {kind}", found, first=first)
             names = all_sets.keys([*found, *(duplicate for _, duplicate in found.values())])
-            told = {row: f"{how} as {names[duplicate]}" for row, (how, duplicate) in found.items()}
+            details = {row: f"{how} as {names[duplicate]}" for row, (how, duplicate) in found.items()}
         elif entry.rule == "near_benchmark":
             options = parse(BenchmarkOptions, entry.options, f"{card.name}: filter near_benchmark")
             images = benchmark(options.files)
@@ -196,10 +196,10 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
             extra = np.array([value for _, value in images], np.uint64)
             all_sets.find("phash", options.distance, "near", found, extra)
             names = all_sets.keys(found)
-            told = {row: f"looks like {images[duplicate][0]}" for row, (_, duplicate) in found.items()}
+            details = {row: f"looks like {images[duplicate][0]}" for row, (_, duplicate) in found.items()}
         else:
             continue
-        for row, of in told.items():
+        for row, of in details.items():
             everything.setdefault(row - first, (names[row], entry.rule, of))
     return _write_drops(everything, own_shards, filtered / DROPS)
 

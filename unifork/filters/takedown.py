@@ -52,8 +52,8 @@ class Listing:
     def match(self, dataset: str, row: dict[str, Any]) -> str | None:
         """The entry that names a row with `key`, `url` and `sha256`, or None."""
         url = row.get("url") or ""
-        asked = [("key", f"{dataset}/{row['key']}"), ("url", url), ("sha256", (row.get("sha256") or "").lower())]
-        hit = next((one for one in [*asked, *_hosts(url)] if one in self.entries), None)
+        candidates = [("key", f"{dataset}/{row['key']}"), ("url", url), ("sha256", (row.get("sha256") or "").lower())]
+        hit = next((entry for entry in [*candidates, *_hosts(url)] if entry in self.entries), None)
         return None if hit is None else " ".join(hit)
 
 
@@ -107,9 +107,9 @@ def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
     stay, so that a stage that runs again keeps the shards as they are; the stages that follow make those shards anew.
     """
     manifest, gone = read_manifest(folder), pa.array(sorted(set(keys)), pa.string())
-    known = recorded_shards(folder, manifest.stores)
+    recorded = recorded_shards(folder, manifest.stores)
     shards = []
-    for shard in (known.get(one.path, one) for one in manifest.shards):
+    for shard in (recorded.get(listed.path, listed) for listed in manifest.shards):
         named = pa.compute.is_in(read_table(folder, shard, ["key"]).column("key"), value_set=gone)
         count = pa.compute.sum(named).as_py() or 0
         if count:

@@ -77,10 +77,10 @@ def check(directory: Path, encode: Encode, here: Mapping[str, Any]) -> None:
     flip_rate = float((codes_BND != promised_BND).double().mean())
     same_place = all(facts.get(key) == here[key] for key in ("device_class", "dtype"))
     allowed = 0.0 if same_place else LARGEST_FLIP_RATE
-    made, now = (", ".join(str(given.get(key)) for key in here) for given in (facts, here))
+    before, now = (", ".join(str(given.get(key)) for key in here) for given in (facts, here))
     found = (
         f"{directory}: {flip_rate:.3%} of the canaries' codes differ, allowed are {allowed:.0%}; "
-        f"made with {made}; encoded now with {now}"
+        f"made with {before}; encoded now with {now}"
     )
     if flip_rate > allowed:
         raise IdentityError(found)

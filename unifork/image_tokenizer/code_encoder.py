@@ -119,7 +119,7 @@ class CodeEncoder:
             for start in range(0, len(images) + BATCHES_AHEAD * batch, batch):
                 batch_BCSS = torch.full((batch, 3, size, size), -1.0)
                 part = enumerate(images[start : start + batch])
-                filling = [self._pool.submit(self._fill, batch_BCSS[row], one, start + row) for row, one in part]
+                filling = [self._pool.submit(self._fill, batch_BCSS[row], image, start + row) for row, image in part]
                 ahead.append((batch_BCSS, filling))
                 if len(ahead) > BATCHES_AHEAD:
                     for filled in ahead[0][1]:

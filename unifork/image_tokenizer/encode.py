@@ -95,9 +95,9 @@ def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: 
     Of the tokenizer only `config.json` is read; the workers, where the codes are made, check weights and canaries.
     Machine and libraries are not part of the plan: each shard says its own.
     """
-    use, known = card.tasks[task], describe(tokenizer)
-    shape = known.architecture
-    identity = _identity(known, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, DTYPE))
+    use, description = card.tasks[task], describe(tokenizer)
+    shape = description.architecture
+    identity = _identity(description, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, DTYPE))
     made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
     tasks = [

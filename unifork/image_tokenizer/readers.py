@@ -38,6 +38,6 @@ def read_back(card: Card, original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> 
     """
     reader = READERS.find(card.reader or "", f"card {card.name}: reader")
     pairs = [
-        [reader.read(Image.fromarray(one)) for one in pair] for pair in zip(original_BSSC, drawn_BSSC, strict=True)
+        [reader.read(Image.fromarray(image)) for image in pair] for pair in zip(original_BSSC, drawn_BSSC, strict=True)
     ]
     return {"same": sum(reader.same(before, after) for before, after in pairs), "total": len(pairs)}

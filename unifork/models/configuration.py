@@ -67,9 +67,9 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if model_type not in FAMILIES:
             raise unknown("model_type", model_type, FAMILIES, "backbone")
         kind = CONFIG_MAPPING[model_type]
-        known = {field.name for field in fields(kind)} | _OLDER_KEYS
-        for key in values.keys() - known:
-            raise unknown("key", key, known, f"backbone of model_type {model_type}")
+        keys = {field.name for field in fields(kind)} | _OLDER_KEYS
+        for key in values.keys() - keys:
+            raise unknown("key", key, keys, f"backbone of model_type {model_type}")
         try:
             config = kind(**values)
         except (TypeError, ValueError, StrictDataclassError) as error:
@@ -101,8 +101,8 @@ def backbone_of(plain: Mapping[str, Any], model_type: str, place: str) -> dict[s
     if model_type not in FAMILIES:
         raise unknown("model_type", model_type, FAMILIES, place)
     general = {field.name for field in fields(PreTrainedConfig)} | {"torch_dtype"}
-    known = ({field.name for field in fields(CONFIG_MAPPING[model_type])} | _OLDER_KEYS) - general
-    kept = {key: value for key, value in plain.items() if key in known and value is not None}
+    keys = ({field.name for field in fields(CONFIG_MAPPING[model_type])} | _OLDER_KEYS) - general
+    kept = {key: value for key, value in plain.items() if key in keys and value is not None}
     return {"model_type": model_type, **kept}
 
 

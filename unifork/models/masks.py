@@ -162,8 +162,8 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scali
     """
     parts_1ALE = (torch.split(heads.transpose(0, 1)[None], list(mask.lengths), 2) for heads in (query, key, value))
     attended_1ALE = [
-        F.scaled_dot_product_attention(one, keys, values, is_causal=True, scale=scaling)
-        for one, keys, values in zip(*parts_1ALE, strict=True)
+        F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
+        for queries, keys, values in zip(*parts_1ALE, strict=True)
     ]
     return torch.cat(attended_1ALE, 2)[0].transpose(0, 1)
 

@@ -45,14 +45,14 @@ def parts(config: UniForkConfig) -> list[ModelPart]:
 
 def paper_counts(config: UniForkConfig) -> dict[str, int]:
     """Parameters as the paper counts them: `understanding`, `generation`, `total`."""
-    known = {part.name: part for part in parts(config)}
-    embeddings, head = known[EMBEDDINGS].parameters, known[IMAGE_HEAD].parameters
-    decoder = [part for name, part in known.items() if name.partition(" ")[0] in ("layers", "norm")]
+    by_name = {part.name: part for part in parts(config)}
+    embeddings, head = by_name[EMBEDDINGS].parameters, by_name[IMAGE_HEAD].parameters
+    decoder = [part for name, part in by_name.items() if name.partition(" ")[0] in ("layers", "norm")]
     passed = {task: sum(part.parameters for part in decoder if task in part.tasks) for task in TASKS}
     return {
         "understanding": embeddings + passed["understanding"],
         "generation": passed["generation"] + head,
-        "total": embeddings + (known[TEXT_HEAD].parameters or embeddings) + sum(p.parameters for p in decoder) + head,
+        "total": embeddings + (by_name[TEXT_HEAD].parameters or embeddings) + sum(p.parameters for p in decoder) + head,
     }
 
 

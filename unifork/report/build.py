@@ -42,10 +42,10 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         benchmarks=programs(experiment),
         datasets=datasets,
         detector_here={
-            f"{one['name']}/{view}": same
-            for one in datasets
-            if one["shown"]
-            for view, same in one["shown"]["detector"].items()
+            f"{gathered['name']}/{view}": same
+            for gathered in datasets
+            if gathered["shown"]
+            for view, same in gathered["shown"]["detector"].items()
         },
         measures=read_json(layout.image_tokenizer / "report.json"),
         tokenizer=architecture_of(experiment.image_tokenizer, layout.image_tokenizer),

@@ -27,8 +27,8 @@ PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "
 def programs(experiment: Experiment) -> dict[str, Program]:
     """The experiment's benchmarks by name. Raises ConfigError for an unknown kind."""
     return {
-        name: BENCHMARKS.find(one.kind, f"params.yaml: benchmarks.{name}.kind")
-        for name, one in experiment.benchmarks.items()
+        name: BENCHMARKS.find(benchmark.kind, f"params.yaml: benchmarks.{name}.kind")
+        for name, benchmark in experiment.benchmarks.items()
     }
 
 
@@ -55,8 +55,8 @@ def variant(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         "name": name,
         "plan": experiment.variants[name].plan,
         "stages": stages,
-        "parts": {part: sum(counts) for one in stages for part, counts in one["parts"].items()},
-        "prompts": list(dict.fromkeys(prompt for one in stages for prompt in one["settings"]["sample_prompts"])),
+        "parts": {part: sum(counts) for run in stages for part, counts in run["parts"].items()},
+        "prompts": list(dict.fromkeys(prompt for run in stages for prompt in run["settings"]["sample_prompts"])),
         "evaluations": {
             entry["benchmark"]: evaluation(key, experiment, layout, load_codec)
             for key, entry in experiment.evaluations.items()

@@ -134,9 +134,9 @@ def _over_steps(title: str, curves: Sequence[Curve]) -> Plot:
         axes.set_xlabel("step of the track")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
-        said = "; ".join(f"{label}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in curves)
+        ranges = "; ".join(f"{label}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in curves)
         last = max(points[-1][0] for _, points in curves)
-        return Plot(title, _svg(figure), f"{title} over {last:.0f} steps. {said}")
+        return Plot(title, _svg(figure), f"{title} over {last:.0f} steps. {ranges}")
 
 
 def _draw(axes: Axes, curves: Sequence[Curve]) -> None:

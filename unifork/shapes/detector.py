@@ -153,7 +153,7 @@ def _forms(side: int) -> np.ndarray:
         canvas.paste(Image.fromarray(mask(shape, SIZE) * np.uint8(255)), (start, start))
         blurred = [np.asarray(canvas.filter(ImageFilter.GaussianBlur(radius))) > 127 for radius in BLURS]
         offsets = product((-1, 0, 1), repeat=2)
-        forms.append([np.roll(one, offset, (0, 1)) for offset in offsets for one in blurred])
+        forms.append([np.roll(form, offset, (0, 1)) for offset in offsets for form in blurred])
     return np.array(forms)
 
 

@@ -30,7 +30,7 @@ CHANCE_START = 1_000_000
 
 def prepare(config: Benchmark, seed: int) -> list[Prompt]:
     """`samples` prompts for each kind and split."""
-    return [one for split in ASKED_SPLITS for kind in KINDS for one in prompts(kind, split, config.samples, seed)]
+    return [prompt for split in ASKED_SPLITS for kind in KINDS for prompt in prompts(kind, split, config.samples, seed)]
 
 
 def run(items: Sequence[Prompt], model: Model) -> list[Image.Image]:

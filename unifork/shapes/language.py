@@ -112,13 +112,13 @@ def prompts(kind: Kind, split: Split, count: int, seed: int) -> list[Prompt]:
 
 def _possible(kind: Kind, split: Split, seed: int) -> list[Prompt]:
     """Every prompt of a kind and split."""
-    asked = []
+    possible = []
     for include in _includes()[kind]:
-        exclude = tuple(Clause(one.name, one.count + 1) for one in include) if kind == "counting" else ()
-        shown = [(one.name, one.color, None) for one in include for _ in range(one.count)]
+        exclude = tuple(Clause(clause.name, clause.count + 1) for clause in include) if kind == "counting" else ()
+        shown = [(clause.name, clause.color, None) for clause in include for _ in range(clause.count)]
         if kind == "single_object" or held_out(shown) == (split == "held_out"):
-            asked.append(Prompt(PHOTO + _wording(include), kind, split, seed, include, exclude))
-    return asked
+            possible.append(Prompt(PHOTO + _wording(include), kind, split, seed, include, exclude))
+    return possible
 
 
 def _includes() -> dict[Kind, Iterable[tuple[Clause, ...]]]:
@@ -137,6 +137,6 @@ def _includes() -> dict[Kind, Iterable[tuple[Clause, ...]]]:
 
 
 def _wording(include: tuple[Clause, ...]) -> str:
-    names = [phrase(one.name, one.color, one.count) for one in include]
+    names = [phrase(clause.name, clause.color, clause.count) for clause in include]
     position = include[-1].position
     return f"{names[1]} {position[0]} {names[0]}" if position else " and ".join(names)

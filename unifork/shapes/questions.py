@@ -49,20 +49,20 @@ def conversations(scene: Scene) -> list[dict[str, str]]:
     Many, because they cost little beside the image. In the split `train` no text names a held-out composition either.
     """
     draws = Draws("conversation", scene.seed, scene.split, scene.index)
-    asked: list[Question] = []
+    questions: list[Question] = []
     for kind in DIALOGUE:
-        question = pick_question(scene, kind, draws, asked=asked)
+        question = pick_question(scene, kind, draws, earlier=questions)
         if question is not None:
-            asked.append(question)
+            questions.append(question)
     return [
         turn
-        for question in draws.shuffled(asked)
+        for question in draws.shuffled(questions)
         for turn in ({"role": "user", "text": question.text}, {"role": "assistant", "text": question.answer})
     ]
 
 
 def pick_question(
-    scene: Scene, kind: QuestionKind, draws: Draws, answer: str | None = None, asked: Collection[Question] = ()
+    scene: Scene, kind: QuestionKind, draws: Draws, answer: str | None = None, earlier: Collection[Question] = ()
 ) -> Question | None:
     """One question of a kind not asked yet, with the wanted answer if one is given; None when there is none.
 
@@ -73,7 +73,7 @@ def pick_question(
         answer = draws.pick(("yes", "no"))
     groups: dict[str, list[Question]] = {}
     for group, held_out, question in LISTS[kind](scene):
-        if held_out == (scene.split == "held_out") and answer in (None, question.answer) and question not in asked:
+        if held_out == (scene.split == "held_out") and answer in (None, question.answer) and question not in earlier:
             groups.setdefault(group, []).append(question)
     if not groups:
         return None

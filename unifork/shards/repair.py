@@ -38,8 +38,8 @@ def job_folders(folder: Path) -> list[Path]:
 
 def faults(folder: Path) -> list[Damage]:
     """What is wrong in the folder of one job: shards that are missing or damaged, records, files of killed runs."""
-    found = [Damage(folder, *one) for one in _wrong(folder)]
-    return sorted(found, key=lambda one: one.name)
+    found = [Damage(folder, *problem) for problem in _wrong(folder)]
+    return sorted(found, key=lambda damage: damage.name)
 
 
 def repair(wrong: list[Damage]) -> None:
@@ -47,14 +47,14 @@ def repair(wrong: list[Damage]) -> None:
 
     DVC sees no store, so a manifest that names a wrong object there becomes records of the right ones.
     """
-    away = [one.shard for one in wrong if one.shard and one.shard.uri]
-    folders = {one.folder for one in wrong if one.shard in away}
+    away = [damage.shard for damage in wrong if damage.shard and damage.shard.uri]
+    folders = {damage.folder for damage in wrong if damage.shard in away}
     for folder in folders:
         if (folder / MANIFEST).exists():
             revert_to_records(folder, [shard for shard in read_manifest(folder).shards if shard not in away])
-    for one in wrong:
-        with writing(one.folder):
-            (one.folder / one.name).unlink(missing_ok=True)
+    for damage in wrong:
+        with writing(damage.folder):
+            (damage.folder / damage.name).unlink(missing_ok=True)
     for shard in away:
         if shard.store and shard.store.size(shard.path) is not None:
             shard.store.remove([shard.path])
@@ -89,9 +89,9 @@ def _wrong(folder: Path) -> Iterator[tuple[str, str] | tuple[str, str, Shard]]:
     for shard in shards.values():
         if problem := fault(folder, shard):
             yield shard.path, problem, shard
-    known = {MANIFEST, *shards}
+    named = {MANIFEST, *shards}
     for path in folder.iterdir():
         if TEMPORARY in path.name:
             yield path.name, "half written by a killed run"
-        elif finished and path.suffix == ".parquet" and path.name not in known:
+        elif finished and path.suffix == ".parquet" and path.name not in named:
             yield path.name, "named by no manifest"

@@ -105,14 +105,14 @@ def samples_in(files: Iterable[File | RowError], place: str, text: str | None = 
 
 def contents(samples: Iterable[Sample | RowError]) -> Iterator[tuple[str, dict[str, bytes]] | RowError]:
     """Samples with the bytes of `image` and `text`; faults stay."""
-    for one in samples:
-        if isinstance(one, RowError):
-            yield one
+    for sample in samples:
+        if isinstance(sample, RowError):
+            yield sample
             continue
         try:
-            yield one[0], {role: read() for role, read in one[1].items()}
+            yield sample[0], {role: read() for role, read in sample[1].items()}
         except BROKEN as error:
-            yield RowError(one[0], "broken_archive", _told(error))
+            yield RowError(sample[0], "broken_archive", _told(error))
 
 
 # --------------------------------------------------------------------------- images named in lists

@@ -64,10 +64,10 @@ def sentences(text: str | None) -> Sentences:
 # ---------------------------------------------------------------------------------------- planning
 
 
-def slices(known: ImageNetOptions, shard_rows: int) -> Iterator[Slice]:
+def slices(options: ImageNetOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every class, or of every Parquet file. Other sentences make all of them anew."""
-    told = sentences(known.prompts)
-    path, content = located(known.path), told.fingerprint()
+    prompts = sentences(options.prompts)
+    path, content = located(options.path), prompts.fingerprint()
     tables = sorted(path.glob("*.parquet")) if path.is_dir() else []
     for table in tables:
         count = pq.read_metadata(table).num_rows
@@ -75,7 +75,7 @@ def slices(known: ImageNetOptions, shard_rows: int) -> Iterator[Slice]:
     if tables:
         return
     classes = _classes(path)
-    for synset, label in _labels(known, list(classes), len(told.names)).items():
+    for synset, label in _labels(options, list(classes), len(prompts.names)).items():
         name, size = classes[synset]
         with _class(path, name) as files:
             count = len(samples_in(files, synset))
@@ -86,7 +86,7 @@ def _classes(path: Path) -> dict[str, tuple[str, int]]:
     """Synset -> name of the tar or folder with its images, and size of the file it lies in; in sorted order."""
     if path.is_file():
         with opened(path) as files:
-            inner = sorted(one[0] for one in files if not isinstance(one, RowError) and one[0].endswith(".tar"))
+            inner = sorted(file[0] for file in files if not isinstance(file, RowError) and file[0].endswith(".tar"))
         return {_synset(name): (name, path.stat().st_size) for name in inner}
     tars = {_synset(tar.name): (tar.name, tar.stat().st_size) for tar in path.glob("*.tar")}
     folders = {entry.name: (entry.name, 0) for entry in path.iterdir() if entry.is_dir()}
@@ -102,16 +102,16 @@ def _class(path: Path, name: str) -> AbstractContextManager[Iterator[File | RowE
     return opened(path, name) if path.is_file() else opened(path / name)
 
 
-def _labels(known: ImageNetOptions, classes: list[str], names: int) -> dict[str, int]:
+def _labels(options: ImageNetOptions, classes: list[str], names: int) -> dict[str, int]:
     """Synset -> label of the classes that are there. Raises ConfigError when they cannot be numbered."""
     order = classes
-    if known.synsets:
-        lines = located(known.synsets).read_text(encoding="utf-8").splitlines()
+    if options.synsets:
+        lines = located(options.synsets).read_text(encoding="utf-8").splitlines()
         order = [line.split()[0] for line in lines if line.strip()]
     if len(order) != names or not set(classes) <= set(order):
         raise ConfigError(
-            f"{known.synsets or known.path!r}: {len(order)} classes, but {names} class names in "
-            f"{known.prompts or 'imagenet_prompts.yaml'!r}. "
+            f"{options.synsets or options.path!r}: {len(order)} classes, but {names} class names in "
+            f"{options.prompts or 'imagenet_prompts.yaml'!r}. "
             f"A part of ImageNet needs source.options.synsets, the list of all its classes in order"
         )
     return {synset: order.index(synset) for synset in classes}
@@ -120,31 +120,31 @@ def _labels(known: ImageNetOptions, classes: list[str], names: int) -> dict[str,
 # ----------------------------------------------------------------------------------------- reading
 
 
-def rows(known: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | RowError]:
+def rows(options: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | RowError]:
     """The images of one slice with `class_name` and `class_prompt`."""
-    told, path, name = sentences(known.prompts), located(known.path), piece.file or ""
+    prompts, path, name = sentences(options.prompts), located(options.path), piece.file or ""
     file = as_planned(path if path.is_file() else path / name, piece)
     if piece.label is None:
         for number, row in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):
-            yield _table_row(f"{without_suffix(name)}/{number:07d}", row, seed, told)
+            yield _table_row(f"{without_suffix(name)}/{number:07d}", row, seed, prompts)
         return
     with _class(path, name) as files:
-        for one in contents(samples_in(files, _synset(name))[piece.start : piece.stop]):
-            if isinstance(one, RowError):
-                yield one
+        for sample in contents(samples_in(files, _synset(name))[piece.start : piece.stop]):
+            if isinstance(sample, RowError):
+                yield sample
             else:
-                key, found = one
-                yield image_row(key, found["image"], **told.texts(piece.label, seed, key))
+                key, found = sample
+                yield image_row(key, found["image"], **prompts.texts(piece.label, seed, key))
 
 
-def _table_row(key: str, row: Row, seed: int, told: Sentences) -> Row | RowError:
+def _table_row(key: str, row: Row, seed: int, prompts: Sentences) -> Row | RowError:
     image = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
     label = row["label"]
     if not image:
         return RowError(key, "missing_image", "the row has no bytes of an image")
-    if label is None or not 0 <= int(label) < len(told.names):
-        return RowError(key, "no_label", f"label {label} is none of 0 to {len(told.names) - 1}", image)
-    return image_row(key, image, **told.texts(int(label), seed, key))
+    if label is None or not 0 <= int(label) < len(prompts.names):
+        return RowError(key, "no_label", f"label {label} is none of 0 to {len(prompts.names) - 1}", image)
+    return image_row(key, image, **prompts.texts(int(label), seed, key))
 
 
 SOURCE = Source(ImageNetOptions, slices, rows, paths=("path", "prompts", "synsets"), seeded=True)

@@ -67,10 +67,10 @@ class MetaOptions(SourceOptions):
 # ------------------------------------------------------------------------------------------- lists
 
 
-def slices(known: ListOptions, shard_rows: int) -> Iterator[Slice]:
+def slices(options: ListOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every list."""
-    located(known.images)
-    for name, path in files_of(known.lists, LISTS):
+    located(options.images)
+    for name, path in files_of(options.lists, LISTS):
         yield from _slices(path, shard_rows, None, file=name)
 
 
@@ -86,48 +86,48 @@ def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iter
             offset = None if offset is None else offset + sum(map(len, block))
 
 
-def rows(known: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
+def rows(options: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The rows of one slice of a list."""
-    return _rows(file_named(known.lists, piece), without_suffix(piece.file or ""), known, piece)
+    return _rows(file_named(options.lists, piece), without_suffix(piece.file or ""), options, piece)
 
 
-def _rows(path: Path, place: str, known: ListOptions, piece: Slice) -> Iterator[Row | RowError]:
+def _rows(path: Path, place: str, options: ListOptions, piece: Slice) -> Iterator[Row | RowError]:
     """Entries are read first and images then, so that an archive is opened once per shard."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     with _entries(as_planned(path, piece), piece.start, piece.offset or 0) as entries:
         for number, entry in enumerate(islice(entries, piece.rows), piece.start):
             key = f"{place}/{number:09d}"
             try:
-                told = json.loads(entry) if isinstance(entry, bytes) else entry
+                parsed = json.loads(entry) if isinstance(entry, bytes) else entry
             except ValueError as error:  # also bytes that are not UTF-8
                 yield RowError(key, "broken_line", f"{error}: {cast(bytes, entry)[:200]!r}")
                 continue
-            made = _texts(key, told, known)
-            if isinstance(made, RowError):
-                yield made
+            row = _texts(key, parsed, options)
+            if isinstance(row, RowError):
+                yield row
             else:
-                found.append((key, *made))
-    for index, image in picked(located(known.images), [path for _, path, _ in found]):
+                found.append((key, *row))
+    for index, image in picked(located(options.images), [path for _, path, _ in found]):
         key, _, columns = found[index]
         yield replace(image, key=key) if isinstance(image, RowError) else image_row(key, image, **columns)
 
 
-def _texts(key: str, entry: Any, known: ListOptions) -> tuple[str, dict[str, Any]] | RowError:
+def _texts(key: str, entry: Any, options: ListOptions) -> tuple[str, dict[str, Any]] | RowError:
     """The path of an entry's image, and its columns."""
     if not isinstance(entry, dict):
         return RowError(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
-    image = entry.get(known.image)
+    image = entry.get(options.image)
     images = images_of({"image": image}) if isinstance(image, (str, list)) else []
     if len(images) != 1 or not isinstance(images[0], str):
         reason = "several_images" if len(images) > 1 else "no_image"
-        return RowError(key, reason, f"{known.image!r} is {image!r:.200}; a row has one image")
+        return RowError(key, reason, f"{options.image!r} is {image!r:.200}; a row has one image")
     try:
-        texts = {column: _field(entry, column, field) for column, field in known.texts.items()}
+        texts = {column: _field(entry, column, field) for column, field in options.texts.items()}
     except Unusable as error:
         return RowError(key, "broken_dialogue", str(error))
     if not any(texts.values()):
-        return RowError(key, "missing_caption", f"none of {', '.join(known.texts.values())} is filled")
-    return images[0], {**texts, **{column: _field(entry, column, field) for column, field in known.keep.items()}}
+        return RowError(key, "missing_caption", f"none of {', '.join(options.texts.values())} is filled")
+    return images[0], {**texts, **{column: _field(entry, column, field) for column, field in options.keep.items()}}
 
 
 def _field(entry: Any, column: str, field: str) -> Any:
@@ -144,12 +144,12 @@ def _field(entry: Any, column: str, field: str) -> Any:
 # ------------------------------------------------------------------------------------ file of files
 
 
-def meta_slices(known: MetaOptions, shard_rows: int) -> Iterator[Slice]:
+def meta_slices(options: MetaOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every list of a meta file; a `repeat_time` below 1 takes the first part of a list, above 1 repeats it.
 
     The rule is InternVL's (internvl_chat_finetune.py): the part is taken before any shuffling.
     """
-    for name, entry in _meta(known).items():
+    for name, entry in _meta(options).items():
         path, repeat = located(str(entry["annotation"])), float(entry.get("repeat_time", 1))
         most = None
         if repeat < 1:
@@ -159,25 +159,25 @@ def meta_slices(known: MetaOptions, shard_rows: int) -> Iterator[Slice]:
             yield from _slices(path, shard_rows, most, file=name, again=again)
 
 
-def meta_rows(known: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
+def meta_rows(options: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The rows of one slice of a list that a meta file names."""
     name = piece.file or ""
-    entry = _meta(known)[name]
+    entry = _meta(options)[name]
     lists = ListOptions(lists=entry["annotation"], images=entry["root"], texts={CONVERSATIONS: "conversations"})
     return _rows(located(lists.lists), f"{name}~{piece.again}" if piece.again else name, lists, piece)
 
 
-def _meta(known: MetaOptions) -> dict[str, dict[str, Any]]:
+def _meta(options: MetaOptions) -> dict[str, dict[str, Any]]:
     try:
-        meta = json.loads(located(known.meta).read_text(encoding="utf-8"))
-        root = Path(known.root)
+        meta = json.loads(located(options.meta).read_text(encoding="utf-8"))
+        root = Path(options.root)
         return {
-            name: {**one, "root": str(root / one["root"]), "annotation": str(root / one["annotation"])}
-            for name, one in meta.items()
+            name: {**entry, "root": str(root / entry["root"]), "annotation": str(root / entry["annotation"])}
+            for name, entry in meta.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{known.meta!r}: an object of name -> {{root, annotation, repeat_time}} is expected; "
+            f"{options.meta!r}: an object of name -> {{root, annotation, repeat_time}} is expected; "
             f"{type(error).__name__}: {error}"
         ) from None
 

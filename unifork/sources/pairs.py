@@ -54,28 +54,28 @@ def _containers(files: str) -> list[tuple[str, Path]]:
     return found
 
 
-def slices(known: PairOptions, shard_rows: int) -> Iterator[Slice]:
+def slices(options: PairOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every archive, in the order of their names."""
-    if known.captions:
-        located(known.captions)
-    for name, path in _containers(known.files):
+    if options.captions:
+        located(options.captions)
+    for name, path in _containers(options.files):
         with opened(path) as files:
-            count = len(samples_in(files, name, _ending(known)))
+            count = len(samples_in(files, name, _ending(options)))
         yield from cut(count, shard_rows, file=name, bytes=0 if path.is_dir() else path.stat().st_size)
 
 
-def rows(known: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
+def rows(options: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The samples of one slice."""
-    with opened(as_planned(file_named(known.files, piece), piece)) as files:
-        chosen = samples_in(files, piece.file or "", _ending(known))[piece.start : piece.stop]
-        apart = _texts_apart([one[0] for one in chosen if not isinstance(one, RowError)], known)
-        for one in contents(chosen):
-            yield one if isinstance(one, RowError) else _row(*one, known.column, apart)
+    with opened(as_planned(file_named(options.files, piece), piece)) as files:
+        chosen = samples_in(files, piece.file or "", _ending(options))[piece.start : piece.stop]
+        apart = _texts_apart([sample[0] for sample in chosen if not isinstance(sample, RowError)], options)
+        for sample in contents(chosen):
+            yield sample if isinstance(sample, RowError) else _row(*sample, options.column, apart)
 
 
-def _ending(known: PairOptions) -> str | None:
+def _ending(options: PairOptions) -> str | None:
     """That of the texts beside the images; None when they lie apart."""
-    return None if known.captions else known.text
+    return None if options.captions else options.text
 
 
 def _row(key: str, found: dict[str, bytes], column: str, apart: dict[str, bytes]) -> Row | RowError:
@@ -91,16 +91,16 @@ def _row(key: str, found: dict[str, bytes], column: str, apart: dict[str, bytes]
     return image_row(key, found["image"], **{column: text})
 
 
-def _texts_apart(keys: list[str], known: PairOptions) -> dict[str, bytes]:
+def _texts_apart(keys: list[str], options: PairOptions) -> dict[str, bytes]:
     """The texts of some keys that lie apart, from a folder, read by name, or from a tar, read through once."""
-    if not known.captions:
+    if not options.captions:
         return {}
-    path = located(known.captions)
-    wanted = {f"{key.rpartition('/')[2]}.{known.text}": key for key in keys}
+    path = located(options.captions)
+    wanted = {f"{key.rpartition('/')[2]}.{options.text}": key for key in keys}
     if path.is_dir():
         return {key: (path / name).read_bytes() for name, key in wanted.items() if (path / name).is_file()}
     with opened(path) as files:
-        named = ((one[0].rpartition("/")[2], one[1]) for one in files if not isinstance(one, RowError))
+        named = ((file[0].rpartition("/")[2], file[1]) for file in files if not isinstance(file, RowError))
         return {wanted[base]: read() for base, read in named if base in wanted}
 
 

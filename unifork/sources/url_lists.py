@@ -156,42 +156,42 @@ def mapped(names: Iterable[str], place: str, named: Mapping[str, str] | None = N
 
 def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
     """A row of a list under the canonical names; None where nothing usable is said."""
-    made: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, spellings in columns.items():
         read: Callable[[Any], Any] = READ.get(name, _text)
         values = (read(row.get(spelling)) for spelling in spellings)
-        made[name] = next((value for value in values if value is not None), None)
-    return made
+        by_name[name] = next((value for value in values if value is not None), None)
+    return by_name
 
 
 # ----------------------------------------------------------------------------------------- entries
 
 
-def slices(known: UrlList, shard_rows: int) -> Iterator[Slice]:
+def slices(urls: UrlList, shard_rows: int) -> Iterator[Slice]:
     """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
-    for name, path in files_of(known.files, TABLES):
+    for name, path in files_of(urls.files, TABLES):
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
-            mapped(file.schema_arrow.names, name, known.columns)
+            mapped(file.schema_arrow.names, name, urls.columns)
             count = file.metadata.num_rows
         else:
             with _reader(path) as reader:
-                mapped(next(reader), name, known.columns)
+                mapped(next(reader), name, urls.columns)
                 count = sum(1 for _ in reader)
         yield from cut(count, shard_rows, file=name, content=_sha256(path))
 
 
-def rows(known: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
+def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The entries of one slice, without images: `unifork.sources.web` fetches those.
 
     In the table's order: `key`, and the columns of `url_columns.yaml` and of the card's `columns` that it has. Raises
     DataError when the table is no longer the one that was planned with.
     """
-    path = file_named(known.files, piece)
+    path = file_named(urls.files, piece)
     if not path.is_file() or piece.content != _sha256(path):
-        raise DataError(f"{piece.file!r} of {known.files!r}: missing, or changed since it was planned with; run again")
+        raise DataError(f"{piece.file!r} of {urls.files!r}: missing, or changed since it was planned with; run again")
     place = without_suffix(piece.file or "")
-    for number, row in enumerate(_entries(path, piece, known.columns), piece.start):
+    for number, row in enumerate(_entries(path, piece, urls.columns), piece.start):
         key = f"{place}/{number:09d}"
         if isinstance(row, str):
             yield RowError(key, "broken_line", row)

@@ -226,7 +226,7 @@ def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
 def _stored(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMetadata]:
     """Size and dtype of the stored tensors below `part`."""
     every: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    return {name.removeprefix(f"{part}/"): one for name, one in every.items() if name.startswith(f"{part}/")}
+    return {name.removeprefix(f"{part}/"): meta for name, meta in every.items() if name.startswith(f"{part}/")}
 
 
 def _prune(folder: Path, keep: int) -> None:

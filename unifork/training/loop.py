@@ -42,7 +42,7 @@ def turns(stage: Stage) -> list[tuple[str, int]]:
     steps = {name: track.steps for name, track in stage.tracks.items()}
     if stage.interleave == "concurrent":  # side by side in proportion, so that all end together
         every = [((step + 1) / total, name, step) for name, total in steps.items() for step in range(total)]
-        return [(name, step) for _, name, step in sorted(every, key=lambda one: one[0])]
+        return [(name, step) for _, name, step in sorted(every, key=lambda turn: turn[0])]
     burst = max(steps.values()) if stage.interleave == "sequential" else stage.interleave
     rounds = -(-max(steps.values()) // burst)
     return [
@@ -70,8 +70,8 @@ def part_of(name: str) -> str:
 class Done:
     """A step that was queued: its metrics, of which some are still on their way from the device."""
 
-    def __init__(self, known: dict[str, Any], plan: StepPlan, sums_1D: Tensor, norms: dict[str, Tensor]) -> None:
-        self.known, self.plan, self.names = known, plan, list(norms)
+    def __init__(self, host_metrics: dict[str, Any], plan: StepPlan, sums_1D: Tensor, norms: dict[str, Tensor]) -> None:
+        self.host_metrics, self.plan, self.names = host_metrics, plan, list(norms)
         values = torch.cat([sums_1D, *(norm.detach().reshape(1).to(sums_1D) for norm in norms.values())])
         self.values = values.to("cpu", non_blocking=True)
         self.arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
@@ -84,7 +84,7 @@ class Done:
             self.arrived.synchronize()
         values = self.values.tolist()
         sums, norms = values[: -len(self.names)], values[-len(self.names) :]
-        track, step, *rest = self.known.items()
+        track, step, *rest = self.host_metrics.items()
         return dict([track, step, *_losses(sums, self.plan).items(), *rest, *zip(self.names, norms, strict=True)])
 
 
@@ -94,10 +94,10 @@ class TrackRun:
     def __init__(self, name: str, track: Track, loader: TrackLoader, model: nn.Module, strategy: Strategy) -> None:
         self.name, self.track, self.loader, self.strategy = name, track, loader, strategy
         named = dict(model.named_parameters())
-        self.parameters = {one: named[one] for one in trained_by(name, track, model)}
+        self.parameters = {parameter_name: named[parameter_name] for parameter_name in trained_by(name, track, model)}
         self.parts: dict[str, list[nn.Parameter]] = {}
-        for one, parameter in self.parameters.items():
-            self.parts.setdefault(part_of(one), []).append(parameter)
+        for parameter_name, parameter in self.parameters.items():
+            self.parts.setdefault(part_of(parameter_name), []).append(parameter)
         self.optimizer = make_optimizer(track.optimizer, self.parameters.values())
 
     def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: WorkerContext) -> Done:
@@ -110,7 +110,7 @@ class TrackRun:
         sums_1D = self._accumulate(wrapped, plan, run)
         norms = self.strategy.update(self.parts, self.track.optimizer.clip_norm)
         model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
-        known = {
+        host_metrics = {
             "track": self.name,
             "step": step,
             "learning_rate": rate,
@@ -119,7 +119,7 @@ class TrackRun:
             "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
             **self.loader.seen(step + 1),
         }
-        return Done(known, plan, sums_1D, norms)
+        return Done(host_metrics, plan, sums_1D, norms)
 
     def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: WorkerContext) -> Tensor:
         """Backward over all microbatches; [text, depth 0, ... depth D-1] loss sums of the step."""
@@ -136,7 +136,7 @@ class TrackRun:
 
 def _losses(sums: list[float], plan: StepPlan) -> dict[str, Any]:
     text = sums[0] / plan.text_targets if plan.text_targets else None
-    depths = [one / plan.image_targets for one in sums[1:]] if plan.image_targets else []
+    depths = [loss_sum / plan.image_targets for loss_sum in sums[1:]] if plan.image_targets else []
     image = sum(depths) / len(depths) if depths else None
     return {
         "loss": (text or 0.0) + (image or 0.0),

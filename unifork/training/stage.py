@@ -132,7 +132,7 @@ def _train(job: StageJob, run: WorkerContext) -> None:
         )
         for name, track in stage.tracks.items()
     }  # fmt: skip
-    trained = {one for name, track in stage.tracks.items() for one in trained_by(name, track, model)}
+    trained = {parameter for name, track in stage.tracks.items() for parameter in trained_by(name, track, model)}
     freeze_all_but(model, trained)
     sharing = strategy(job.resources.strategy, run.workers)
     wrapped = sharing.wrap(model)

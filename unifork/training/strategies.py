@@ -76,7 +76,7 @@ class SingleWorker:
 
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
         norms = {
-            f"gradient_norm_{name}": whole(nn.utils.get_total_norm([one.grad for one in part if one.grad is not None]))
+            f"gradient_norm_{name}": whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]))
             for name, part in parts.items()
         }
         total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
@@ -90,7 +90,7 @@ class SingleWorker:
 
     def moments(self, track: str) -> dict[str, Tensor]:
         optimizer, parameters = self.optimizers[track]
-        return {f"{name}/{m}": optimizer.state[one][m] for name, one in parameters.items() for m in MOMENTS}
+        return {f"{name}/{m}": optimizer.state[parameter][m] for name, parameter in parameters.items() for m in MOMENTS}
 
 
 class DDP(SingleWorker):

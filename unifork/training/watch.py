@@ -41,9 +41,9 @@ class Watch:
                 self._first(where, name, loss)
 
     def _first(self, where: str, name: str, loss: float) -> None:
-        known = self.band.first_text if name == "text_loss" else None
-        expected = known or self.even[name]
-        low = known is not None or (name == "image_loss" and self.fresh)
+        configured = self.band.first_text if name == "text_loss" else None
+        expected = configured or self.even[name]
+        low = configured is not None or (name == "image_loss" and self.fresh)
         distance = loss / expected - 1
         if distance > self.band.warn or (low and distance < -self.band.warn):
             hint = (

@@ -100,7 +100,7 @@ class ZeRO:
         model = self.shared.called.model
         self.optimizers = optimizers
         self.joint = Joint(
-            [{**group, "track": track} for track, (one, _) in optimizers.items() for group in one.param_groups],
+            [{**g, "track": track} for track, (optimizer, _) in optimizers.items() for g in optimizer.param_groups],
             fused=True,
         )
         config = {
@@ -111,9 +111,9 @@ class ZeRO:
             "gradient_clipping": 1.0,  # set for each step
             "zero_optimization": {
                 "stage": self.stage,
-                "reduce_bucket_size": min(BUCKET, sum(one.numel() for one in model.parameters())),
+                "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in model.parameters())),
                 # vectors stay whole on every worker, matrices are sharded
-                "stage3_param_persistence_threshold": max(one.numel() for one in model.parameters() if one.ndim < 2),
+                "stage3_param_persistence_threshold": max(p.numel() for p in model.parameters() if p.ndim < 2),
             },
         }
         self.deepspeed = _deepspeed(next(model.parameters()).device.type)

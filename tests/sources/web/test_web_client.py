@@ -15,17 +15,17 @@ from unifork.sources.web.client import Client, Refused
 @pytest.fixture
 def names(monkeypatch):
     """Name -> addresses of the resolver, the next list at each question, the last for ever."""
-    known: dict[str, list[list[str]]] = {}
+    addresses: dict[str, list[list[str]]] = {}
     real = socket.getaddrinfo
 
     def ask(host, port, *args, **options):
-        if host not in known:
+        if host not in addresses:
             return real(host, port, *args, **options)
-        found = known[host].pop(0) if len(known[host]) > 1 else known[host][0]
+        found = addresses[host].pop(0) if len(addresses[host]) > 1 else addresses[host][0]
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
 
     monkeypatch.setattr(socket, "getaddrinfo", ask)
-    return known
+    return addresses
 
 
 def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web, names, monkeypatch):

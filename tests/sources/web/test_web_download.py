@@ -91,15 +91,15 @@ def write_coyo(path: Path, urls: list[str]) -> None:
 
 
 def download(card: Card, folder, shard_rows=100, rows=None, threads=16, per_host=8, **web):
-    made = []
+    tasks = []
     worker = Download(card, WebAccess(threads=threads, connections_per_host=per_host, **web), 1)
     job = download_job(card, rows, shard_rows, 0, Path(folder), WEB_VERSION)
     lines = []
     for task in job.missing():
-        made.append(task)
+        tasks.append(task)
         job.add(worker(task))
         lines.append(str(job))
-    return job.finish(), made, lines
+    return job.finish(), tasks, lines
 
 
 def rows_of(folder) -> list[dict]:
@@ -111,9 +111,9 @@ def rejects(folder) -> list[dict]:
 
 
 def test_every_row_is_in_its_class_and_good_images_arrive_as_they_are(root, web, forbidden):
-    known = pages(web, forbidden.root)
-    web.pages |= {path: page for path, (_, page) in known.items() if page is not None}
-    expected = {web.root + path: reason for path, (reason, _) in known.items()} | elsewhere(forbidden.root)
+    cases = pages(web, forbidden.root)
+    web.pages |= {path: page for path, (_, page) in cases.items() if page is not None}
+    expected = {web.root + path: reason for path, (reason, _) in cases.items()} | elsewhere(forbidden.root)
     expected[web.root.replace("http", "https") + "/good.png"] = "tls_failed"
     write_laion(root / "lists/laion.parquet", [*expected, None, web.root + "/good.png"])
     started = time.monotonic()
@@ -136,7 +136,7 @@ def test_every_row_is_in_its_class_and_good_images_arrive_as_they_are(root, web,
     assert web.hits["/private/a.png"] == 0
     assert web.hits["/good.png"] == 2  # once for two rows, once for the redirect
     assert (web.hits["/busy.png"], web.hits["/gone.png"], web.hits["/page.png"]) == (2, 1, 1)
-    assert web.most <= 8 + sum(reason == "timeout" for reason, _ in known.values())  # whose pages outlive their reader
+    assert web.most <= 8 + sum(reason == "timeout" for reason, _ in cases.values())  # whose pages outlive their reader
     assert f"{len(expected) + 2}/{len(expected) + 2} rows" in lines[-1]
     assert "1 http_503" in lines[-1]
 
@@ -166,9 +166,9 @@ def test_the_cards_of_lists_say_what_is_known():
     cards = [load_card(path.stem, REPOSITORY / "datasets") for path in (REPOSITORY / "datasets").glob("*.yaml")]
     lists = [card for card in cards if card.source.kind == "url_list"]
     assert {card.name for card in lists} >= {"laion_en", "coyo", "unsplash"}
-    for one in lists:
-        assert parse(UrlList, one.source.options, one.name).fetch == FetchRules()
-        assert not one.redistribute_codes
+    for list_card in lists:
+        assert parse(UrlList, list_card.source.options, list_card.name).fetch == FetchRules()
+        assert not list_card.redistribute_codes
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_other_rules_never_mix_with_old_shards(root, web, change, requests):
     write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(4)])
     download(card(), "out", shard_rows=2)
     web.hits.clear()
-    manifest, made, _ = download(card(fetch={**FETCH, **change}), "out", shard_rows=2)
-    assert (len(made), manifest.rows) == (requests // 2, 4)
+    manifest, tasks, _ = download(card(fetch={**FETCH, **change}), "out", shard_rows=2)
+    assert (len(tasks), manifest.rows) == (requests // 2, 4)
     assert sum(web.hits[f"/{i}.png"] for i in range(4)) == requests
 
 
@@ -190,12 +190,12 @@ def test_another_list_adds_shards_and_changes_none(root, web):
     write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(3)])
     download(card(), "out", shard_rows=2)
     write_laion(root / "lists/b.parquet", [f"{web.root}/3.png"])
-    manifest, made, _ = download(card(), "out", shard_rows=2)
-    assert [(task.piece.file, task.piece.start, task.piece.stop) for task in made] == [("b.parquet", 0, 1)]
+    manifest, tasks, _ = download(card(), "out", shard_rows=2)
+    assert [(task.piece.file, task.piece.start, task.piece.stop) for task in tasks] == [("b.parquet", 0, 1)]
     assert [shard.rows for shard in manifest.shards] == [2, 1, 1]
     write_laion(root / "lists/b.parquet", [f"{web.root}/2.png"])
-    _, made, _ = download(card(), "out", shard_rows=2, rows=4)
-    assert [task.piece.file for task in made] == ["b.parquet"]
+    _, tasks, _ = download(card(), "out", shard_rows=2, rows=4)
+    assert [task.piece.file for task in tasks] == ["b.parquet"]
 
 
 def test_what_a_list_lacks_is_said(root):
@@ -251,7 +251,7 @@ def test_a_shard_ends_and_rows_that_were_not_tried_are_counted(root, web):
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "dropped", "asked"),
+    ("status", "body", "dropped", "hits"),
     [
         (404, b"", {}, 1),
         (503, b"", {"http_503": 2}, 4),
@@ -259,13 +259,13 @@ def test_a_shard_ends_and_rows_that_were_not_tried_are_counted(root, web):
         (200, b"User-agent: unifork\nAllow: /\n\nUser-agent: *\nDisallow: /\n", {}, 1),
     ],
 )
-def test_robots_txt_is_asked_for_once_and_a_server_in_trouble_allows_nothing(root, web, status, body, dropped, asked):
+def test_robots_txt_is_asked_for_once_and_a_server_in_trouble_allows_nothing(root, web, status, body, dropped, hits):
     web.pages |= {"/robots.txt": lambda page: page.answer(status, body), "/a.png": image("PNG")}
     write_laion(root / "lists/a.parquet", [web.root + "/a.png", web.root + "/a.png?again"])
     web.pages["/a.png?again"] = image("PNG")
     manifest, _, _ = download(card(), "out")
     assert manifest.dropped == dropped
-    assert web.hits["/robots.txt"] == asked
+    assert web.hits["/robots.txt"] == hits
     assert web.hits["/a.png"] == (0 if dropped else 1)
 
 

@@ -195,13 +195,13 @@ class Counting(Cut):
 
     def __init__(self):
         super().__init__("timeout", alive="ab")
-        self.asked, self.now, self.most = [], Counter(), Counter()
+        self.requested, self.now, self.most = [], Counter(), Counter()
         self.lock = threading.Lock()
 
     def get(self, url):
         host = target_of(url).host
         with self.lock:
-            self.asked.append(host)
+            self.requested.append(host)
             self.now[host] += 1
             self.most = self.most | self.now
         time.sleep(0.02)
@@ -216,5 +216,5 @@ def test_hosts_take_turns_and_none_exceeds_its_connections(threads):
     urls = [f"http://a/{number}" for number in range(8)] + [f"http://b/{number}" for number in range(3)]
     assert list(schedule.fetch_all(urls, client, threads, schedule.Health(client))) == urls
     assert client.most == {"a": 2, "b": 2}
-    assert client.asked[:4].count("b") == 2, "the rows of b do not wait for all of a, which came before them"
-    assert Counter(client.asked) == {"a": 8, "b": 3}
+    assert client.requested[:4].count("b") == 2, "the rows of b do not wait for all of a, which came before them"
+    assert Counter(client.requested) == {"a": 8, "b": 3}

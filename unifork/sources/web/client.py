@@ -285,16 +285,16 @@ class Client:
         whys = {address: refusal(address, self.rules.allow_addresses) for address in found}
         allowed = [address for address, why in whys.items() if why is None]
         if not allowed:
-            told = ", ".join(f"{address} is {why}" for address, why in whys.items())
-            raise Refused("forbidden_address", f"{target.host}: {told}"[:300])
+            reasons = ", ".join(f"{address} is {why}" for address, why in whys.items())
+            raise Refused("forbidden_address", f"{target.host}: {reasons}"[:300])
         return allowed
 
     def _remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value made for a key within the last hour, else a new one."""
         now = time.monotonic()
         with self._lock:
-            made, value = self._memory.get(key, (float("-inf"), None))
-        if now - made >= REMEMBERED_SECONDS:
+            made_at, value = self._memory.get(key, (float("-inf"), None))
+        if now - made_at >= REMEMBERED_SECONDS:
             value = make()  # outside the lock: it may take seconds
             with self._lock:
                 self._memory[key] = now, value

@@ -138,9 +138,9 @@ class Health:
             cause = (
                 "names resolve, but no connection leaves this machine (egress, firewall; a proxy must be configured)"
             )
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise MachineError(
-            f"download stopped {when}: {cause}. None of {len(chosen)} different hosts can be reached ({told}), "
+            f"download stopped {when}: {cause}. None of {len(chosen)} different hosts can be reached ({counts}), "
             f"first {failures[0].detail!r}. Finished shards are kept; run the stage again when the network is back"
         )
 
