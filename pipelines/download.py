@@ -5,6 +5,7 @@ from unifork.config import JobResources, load_card, load_cluster, load_experimen
 from unifork.filters.rules import check_card
 from unifork.jobs import program
 from unifork.layout import Layout
+from unifork.shards.quarantine import warnings_of
 from unifork.sources import Materialize, download_job
 from unifork.sources.web.download import WEB_VERSION, Download
 
@@ -25,7 +26,7 @@ def main(name: str) -> None:
     else:
         job = download_job(card, use.rows, use.shard_rows, params.seed, folder)
         (manifest,) = run_jobs([job], Materialize, card, cluster=cluster, step="download")
-    print(manifest.summary(folder))
+    print(manifest.summary(folder), *warnings_of(manifest, "download", card.losses), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Turn filtered images into residual-VQ codes, one folder for each view. 1 image-text shard : 1 shard of each view.
+"""Turn kept images into residual-VQ codes, one folder for each view. 1 image-text shard : 1 shard of each view.
 
 Decoding, views and the network run in the same actor: no image travels between processes.
 """
 
 from unifork.cluster import run_jobs
 from unifork.config import JobResources, load_card, load_cluster
+from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.jobs import program
 from unifork.layout import Layout
@@ -17,10 +18,8 @@ def main(name: str) -> None:
     resources = cluster.jobs.get("encode", JobResources())
     device, threads = "cuda" if resources.gpus else "cpu", max(1, int(resources.cpus))
     tokenizer = LAYOUT.image_tokenizer.absolute()
-    jobs = [
-        encode_job(card, task, LAYOUT.filtered(name), LAYOUT.codes / name / use.view, tokenizer)
-        for task, use in card.tasks.items()
-    ]
+    rows = KeptRows(LAYOUT, name)
+    jobs = [encode_job(card, task, rows, LAYOUT.codes / name / use.view, tokenizer) for task, use in card.tasks.items()]
     manifests = run_jobs(jobs, Encode, card, tokenizer, device, threads, cluster=cluster, step="encode")
     for job, manifest in zip(jobs, manifests, strict=True):
         print(manifest.summary(job.folder))

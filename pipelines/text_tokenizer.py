@@ -1,4 +1,4 @@
-"""Import the text tokenizer of a language model, or train a small byte-level BPE on the texts of filtered rows.
+"""Import the text tokenizer of a language model, or train a small byte-level BPE on the texts of kept rows.
 
 `text_tokenizer` of params.yaml (+ data/filtered/<set>, where it is trained) -> tokenizers/text
 """
@@ -6,6 +6,7 @@
 from unifork.config import TextTokenizerImport, load_card, load_experiment
 from unifork.documents.prompts import INSTRUCTION, SYSTEM
 from unifork.documents.text_tokenizer import FILES, import_text_tokenizer, texts_of, train_text_tokenizer
+from unifork.filters.kept import KeptRows
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.weights import local_folder
@@ -19,7 +20,8 @@ def main(_: str) -> None:
         tokenizer = import_text_tokenizer(local_folder(config.source, files=FILES), LAYOUT.text_tokenizer)
         print(f"{tokenizer.vocab_size} entries from {config.source} -> {LAYOUT.text_tokenizer}")
     else:
-        texts = [text for name in config.datasets for text in texts_of(LAYOUT.filtered(name), load_card(name))]
+        kept = {name: KeptRows(LAYOUT, name, images=False) for name in config.datasets}
+        texts = [text for name, rows in kept.items() for text in texts_of(rows, load_card(name))]
         frame = [f"{SYSTEM} USER: \n{INSTRUCTION} ASSISTANT: "] * max(1, len(texts) // 10)  # often, to become tokens
         tokenizer = train_text_tokenizer([*texts, *frame], config.vocab_size, LAYOUT.text_tokenizer)
         print(f"{tokenizer.vocab_size} entries from {len(texts)} texts -> {LAYOUT.text_tokenizer}")

@@ -6,6 +6,7 @@ decoders runs that is not in FORMATS: one of them (EPS) starts a program.
 """
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ MAX_ASPECT = 200
 Pillow's own limit (`image_tokenizer.views`)."""
 PIXELS_AT_ONCE = MAX_PIXELS
 """Pixels that all threads of a process decode at the same time; a larger image waits until it is alone."""
+
+
+_ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 class ImageError(DataError):
@@ -99,7 +103,8 @@ def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> Measured:
 
 
 def _undecodable(error: Exception) -> ImageError:
-    return ImageError("undecodable", f"{type(error).__name__}: {error}"[:300])
+    said = _ADDRESS.sub("the bytes", str(error))  # which differs from run to run
+    return ImageError("undecodable", f"{type(error).__name__}: {said}"[:300])
 
 
 def dhash(image: Image.Image) -> int | None:

@@ -14,6 +14,7 @@ def verify(
 ) -> None:
     """Check every shard of finished stages against their manifests."""
     from unifork.errors import DataError
+    from unifork.layout import command_for
     from unifork.shards import repair as repairs
     from unifork.shards.manifest import read_manifest
 
@@ -30,11 +31,11 @@ def verify(
             print(f"{place}: {len(manifest.shards)} shards, {manifest.rows} rows, all as the manifest says")
     if not wrong:
         return
-    then = " && ".join(dict.fromkeys(repairs.command_for(fault.folder) for fault in wrong))
+    then = ", ".join(dict.fromkeys(command_for(fault.folder) for fault in wrong))
     if not repair:
         raise DataError(
             f"{folder}: {len(wrong)} faults, named above. `unifork verify --repair {folder}` removes the files, "
-            f"`{then}` makes what is missing"
+            f"{then} makes what is missing"
         )
     repairs.repair(wrong)
-    print(f"{folder}: {len(wrong)} faults removed; now run `{then}`, which makes only what is missing")
+    print(f"{folder}: {len(wrong)} faults removed; now run {then}, which makes only what is missing")

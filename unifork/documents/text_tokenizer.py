@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from unifork.config import Card, fingerprint
 from unifork.documents.prompts import Border, Piece
 from unifork.errors import DataError
-from unifork.shards.job import read_table
-from unifork.shards.manifest import read_manifest, write_atomically, write_json
+from unifork.filters.kept import KeptRows
+from unifork.shards.manifest import write_atomically, write_json
 from unifork.shards.schema import text_columns
 from unifork.vocabulary import DROPPED_PROMPT, PAD, SPECIAL_TOKENS, TURN_END, TURN_START
 
@@ -206,10 +206,9 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path)
     return TextTokenizer(directory)
 
 
-def texts_of(folder: Path, card: Card) -> Iterator[str]:
-    """Every text of a set's filtered rows, dialogues turn by turn."""
-    manifest, names = read_manifest(folder), text_columns(card)
-    for shard in manifest.shards:
-        for row in read_table(folder, shard, names).to_pylist():
+def texts_of(rows: KeptRows, card: Card) -> Iterator[str]:
+    """Every text of a set's kept rows, dialogues turn by turn."""
+    for table in rows.tables(text_columns(card)):
+        for row in table.to_pylist():
             for value in row.values():
                 yield from [value] if isinstance(value, str) else (turn["text"] for turn in value or [])

@@ -38,6 +38,12 @@ class KeptRows:
         raw = self.raw_shards[number] if self.raw_shards else None
         return kept_table(self.raw, raw, self.filtered, self.shards[number], columns)
 
+    def image(self, number: int, key: str) -> bytes | None:
+        """The image of any row of shard `number`, kept or not."""
+        images = read_table(self.raw, self.raw_shards[number], ["key", IMAGE])
+        place = pc.index(images["key"], key).as_py()
+        return None if place < 0 else images[IMAGE][place].as_py()
+
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The same of every shard."""
         return (self.table(number, columns) for number in range(len(self.shards)))

@@ -5,28 +5,25 @@ A list is a text file, one entry per line: `url ADDRESS`, `host NAME` (and every
 """
 
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unifork.errors import ConfigError
-from unifork.shards.job import QUARANTINE, quarantine_of, read_table, recorded_shards, write_shard
+from unifork.shards.job import read_table, recorded_shards, write_shard
 from unifork.shards.manifest import (
     FETCHED,
     RECORD_SUFFIX,
     Manifest,
-    Shard,
     file_sha256,
     local_path,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
-from unifork.shards.stores import deliver
+from unifork.shards.quarantine import scrub
 from unifork.shards.task import ShardTask
 from unifork.sources import located
 
@@ -120,23 +117,10 @@ def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
             for parent in folder.parents if store else ():  # copies that training made
                 local_path(folder, shard, parent / FETCHED).unlink(missing_ok=True)
             shard = write_shard(task, table, dropped).shard or shard  # noqa: PLW2901
-        _scrub(folder, shard, gone)
+        scrub(folder, shard, gone)
         shards.append(shard)
     manifest = manifest.model_copy(update={"shards": tuple(shards)})
     write_manifest(folder, manifest)
     for place in manifest.stores:
         place.remove([name for name in place.listing() if name.endswith(RECORD_SUFFIX)])
     return manifest
-
-
-def _scrub(folder: Path, shard: Shard, gone: pa.Array) -> None:
-    """Remove the rows from the quarantine as well: it holds images."""
-    source = quarantine_of(folder, shard)
-    if source is None:
-        return
-    table = pq.read_table(source)
-    kept = table.filter(pa.compute.invert(pa.compute.is_in(table.column("key"), value_set=gone)))
-    if kept.num_rows < table.num_rows:
-        path = folder / QUARANTINE / shard.path
-        write_atomically(path, partial(pq.write_table, kept))
-        deliver(path, f"{shard.store.uri}/{QUARANTINE}" if shard.store else None)

@@ -1,7 +1,8 @@
 """The worker of the filter stage: measured rows in, those that the card keeps out.
 
-A decision is a pure function of a row's columns and measurements. What is dropped goes to the quarantine with its reason. Which rows have an earlier duplicate was decided before
-(`unifork.filters.duplicates`) and lies in one list for each shard.
+A decision is a pure function of a row's columns and measurements. What is dropped goes to the quarantine with its
+reason. Which rows have an earlier duplicate was decided before (`unifork.filters.duplicates`) and lies in one list for
+each shard.
 """
 
 from pathlib import Path

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from unifork.errors import DataError, unknown
-from unifork.images import decoding, open_image
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
 from unifork.image_tokenizer.views import RGB, VARIANTS, declared
+from unifork.images import decoding, open_image
 from unifork.vocabulary import CODE_DTYPE
 
 ImageInput = Image.Image | bytes | Path

@@ -49,7 +49,7 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) 
     sums: dict[str, str] = {}
     for task, use in card.tasks.items():
         codes, place = layout.codes / dataset / use.view, folder / use.view
-        job = publish_job(card, task, codes, place, withdrawn_keys(takedown, dataset, codes, places["filter"]))
+        job = publish_job(card, task, codes, place, withdrawn_keys(takedown, dataset, codes, layout.measured(dataset)))
         (manifest,) = run_jobs([job], Publish, job.lineage["about"])  # here: writing is fast beside uploading
         views.append(ViewFacts(use.view, task, read_manifest(codes), manifest, plain_bytes(place, manifest)))
         sums |= {f"{use.view}/{shard.path}": shard.sha256 for shard in manifest.shards}

@@ -11,6 +11,7 @@ from typing import Any
 
 from unifork.config import Experiment, load_card
 from unifork.evaluation.benchmarks import BENCHMARKS, Program
+from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
@@ -18,7 +19,8 @@ from unifork.report.codec import LoadCodec
 from unifork.report.images import answered_samples, data_images, drawn_samples, shown_images, views_of
 from unifork.report.plots import score_plot, training_plots
 from unifork.report.reading import Found, read_codes, read_history, read_json, read_records, read_scores
-from unifork.shards.manifest import MANIFEST, read_manifest
+from unifork.shards.manifest import MANIFEST, elsewhere, read_manifest
+from unifork.shards.quarantine import warnings_of
 
 PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
 """Order of the rows; branches come after the shared trunk."""
@@ -41,11 +43,17 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         stage: read_manifest(folder) if (folder / MANIFEST).exists() else None for stage, folder in folders.items()
     }
     shown = None
-    if stages["filter"]:
+    if stages["filter"] and not elsewhere(layout.raw(name)):
         tokenizer, size = layout.image_tokenizer, experiment.image_tokenizer.image_size
         codec = load_codec(tokenizer) if (tokenizer / CONFIG_FILE).exists() else None
-        shown = data_images(card, folders["filter"], stages["filter"], size, codec)
-    return {"name": name, "card": card, "stages": stages, "shown": shown}
+        shown = data_images(card, KeptRows(layout, name), size, codec)
+    warnings = [
+        line
+        for stage, manifest in stages.items()
+        if manifest and stage in ("download", "filter")
+        for line in warnings_of(manifest, stage, card.losses)
+    ]
+    return {"name": name, "card": card, "stages": stages, "shown": shown, "warnings": warnings}
 
 
 def variant(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:

@@ -8,10 +8,8 @@ Shape suffixes: B images, S side in pixels, C channels (RGB), N positions, D cod
 
 import base64
 import io
-import re
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +18,13 @@ from PIL import Image
 
 from unifork.config import Card
 from unifork.evaluation.benchmarks import Program
+from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.views import VARIANTS
+from unifork.images import MAX_PIXELS, open_image
 from unifork.report.codec import Codec
 from unifork.report.reading import Found, undamaged
-from unifork.shards.job import QUARANTINE, quarantine_of, read_table
-from unifork.shards.manifest import Manifest
+from unifork.shards.quarantine import QUARANTINE, quarantine_of
 from unifork.vocabulary import VIEWS, View
 
 SAMPLES = 10
@@ -76,15 +75,15 @@ def views_of(card: Card) -> list[View]:
     return [view for view in VIEWS if any(use.view == view for use in card.tasks.values())]
 
 
-def data_images(card: Card, folder: Path, manifest: Manifest, size: int, codec: Codec | None) -> dict[str, Any]:
+def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> dict[str, Any]:
     """What is shown of a data set. Raises DataError for damaged shards.
 
-    folder: of its filtered shards. size: side of the views in pixels. codec: None leaves out reconstructions.
+    size: side of the views in pixels. codec: None leaves out reconstructions.
     Strips are images in a row, one for each of `texts`; `detector` says by view how many of them a card's reader
     reads the same from their codes.
     """
-    rows = sample_rows(folder, manifest, MEASURED, card)
-    images = [Image.open(io.BytesIO(row["image"])) for row in rows]
+    rows = sample_rows(kept, MEASURED, card)
+    images = [open_image(row["image"]) for row in rows]
     strips = {"as received": [shown_image(image) for image in images[:SAMPLES]]}
     reconstructions: list[tuple[str, list[ShownImage]]] = []
     detector: dict[str, dict[str, int]] = {}
@@ -102,45 +101,43 @@ def data_images(card: Card, folder: Path, manifest: Manifest, size: int, codec: 
         "strips": strips,
         "reconstructions": reconstructions,
         "detector": detector,
-        "rejected": rejected_rows(folder, manifest),
+        "rejected": rejected_rows(kept),
     }
 
 
-def sample_rows(folder: Path, manifest: Manifest, count: int, card: Card) -> list[dict[str, Any]]:
+def sample_rows(kept: KeptRows, count: int, card: Card) -> list[dict[str, Any]]:
     """Evenly spaced rows of evenly spaced shards, those to show first: key, image, and the first text a row has."""
     texts = list(dict.fromkeys(text for use in card.tasks.values() for text in use.texts if text != "conversations"))
-    filled = [shard for shard in manifest.shards if shard.rows]
+    filled = [number for number, shard in enumerate(kept.shards) if shard.rows]
     shards = [filled[i] for i in _spread(len(filled), SAMPLED_SHARDS)]
     found: list[dict[str, Any]] = []
     for number, shard in enumerate(shards):
         share = (count + number) // len(shards)
-        table = read_table(folder, shard, ["key", "image", *texts])
-        found += table.take(_spread(shard.rows, share)).to_pylist()
+        table = kept.table(shard, ["key", "image", *texts])
+        found += table.take(_spread(table.num_rows, share)).to_pylist()
     shown = _spread(len(found), SAMPLES)
     rows = [found[i] for i in [*shown, *sorted(set(range(len(found))) - set(shown))]]
     return [row | {"text": next((row[name] for name in texts if row[name]), row["key"])} for row in rows]
 
 
-def rejected_rows(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """A few rows of the quarantine, in turn from all reasons, in the order of the shards.
+def rejected_rows(kept: KeptRows) -> list[dict[str, Any]]:
+    """A few rows of the filter's quarantine, in turn from all reasons, in the order of the shards.
 
-    Each has its key, reason and detail, and an image, or in words why its bytes cannot be shown.
+    Each has its key, reason and detail, and its image, or in words why its bytes cannot be shown.
     """
     waiting: dict[str, list[dict[str, Any]]] = {}
-    for shard in manifest.shards:
-        source = quarantine_of(folder, shard) if shard.dropped else None
+    for number, shard in enumerate(kept.shards):
+        source = quarantine_of(kept.filtered, shard) if shard.dropped else None
         if source is not None:
-            with undamaged(folder / QUARANTINE / shard.path):
-                rows = pq.read_table(source, columns=["key", "reason", "detail", "image"]).to_pylist()
+            with undamaged(kept.filtered / QUARANTINE / shard.path):
+                rows = pq.read_table(source, columns=["key", "reason", "detail"]).to_pylist()
             for row in rows:
-                waiting.setdefault(row["reason"], []).append(row)
-        if sum(map(len, waiting.values())) >= 10 * QUARANTINED and len(waiting) >= len(manifest.dropped):
+                waiting.setdefault(row["reason"], []).append(row | {"shard": number})
+        if sum(map(len, waiting.values())) >= 10 * QUARANTINED and len(waiting) >= len(kept.manifest.dropped):
             break
     shown = [row for row in chain.from_iterable(zip_longest(*waiting.values())) if row][:QUARANTINED]
     for row in shown:
-        # Pillow's messages name Python objects by address, which differs from run to run
-        row["detail"] = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the bytes", row["detail"])
-        row["image"] = _perhaps(row.pop("image"))
+        row["image"] = _perhaps(kept.image(row.pop("shard"), row["key"]))
     return shown
 
 
@@ -170,9 +167,8 @@ def answered_samples(records: Sequence[Found], program: Program, seeds: Sequence
 def _perhaps(data: bytes | None) -> ShownImage | str:
     """An image that may not be readable, or in words what hinders it."""
     try:
-        with Image.open(io.BytesIO(data or b"")) as image:
-            is_small = image.width * image.height <= Image.MAX_IMAGE_PIXELS  # type: ignore[operator]
-            return shown_image(image) if is_small else "too large to be shown"
+        with open_image(data or b"") as image:
+            return shown_image(image) if image.width * image.height <= MAX_PIXELS else "too large to be shown"
     except Exception:  # any decoder may raise anything on bytes that were rejected for this very reason
         return "cannot be read"
 

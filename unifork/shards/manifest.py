@@ -235,6 +235,14 @@ def present(folder: Path) -> Manifest:
     return manifest
 
 
+def elsewhere(folder: Path) -> bool:
+    """Whether a finished stage has a manifest here and none of its shards, as where a clone pulled manifests alone."""
+    if not (folder / MANIFEST).exists():
+        return True
+    found = Sizes(folder)
+    return all(found.fault(shard) == "missing" for shard in read_manifest(folder).shards)
+
+
 def way_out(folder: Path) -> str:
     """What makes the damaged shards of a folder, and only those, again."""
     return f"`unifork verify --repair {folder}` takes them away, then {command_for(folder)} makes them again"

@@ -5,15 +5,18 @@ a shard is what its stage makes of its input, so the stage makes it again.
 """
 
 import json
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from unifork.config import parse
 from unifork.errors import UniForkError, writing
-from unifork.layout import STAGE_OF_FOLDER
-from unifork.shards.job import revert_to_records
-from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, fault, read_manifest
+from unifork.shards.job import Records, revert_to_records
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, RECORDS, TEMPORARY, Manifest, Shard, fault
+
+THREADS = 8
+"""Shards that are read at once."""
+SHARD_SUFFIXES = (".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -32,66 +35,65 @@ class Damage:
 
 def job_folders(folder: Path) -> list[Path]:
     """The folders at or below one in which a stage has left anything, sorted."""
-    marks = [*folder.rglob(MANIFEST), *folder.rglob("*" + RECORD_SUFFIX)]
+    marks = [path for mark in (MANIFEST, RECORDS, "*" + RECORD_SUFFIX) for path in folder.rglob(mark)]
     return sorted({mark.parent for mark in marks})
 
 
-def faults(folder: Path) -> list[Damage]:
-    """What is wrong in the folder of one job: shards that are missing or damaged, records, files of killed runs."""
-    found = [Damage(folder, *problem) for problem in _wrong(folder)]
+def faults(folder: Path, threads: int = THREADS) -> list[Damage]:
+    """What is wrong in the folder of one job: shards that are missing or damaged, records, files of killed runs.
+
+    Every shard is read; reading and hashing are done in threads, which do not wait for each other.
+    """
+    shards, found = _known_shards(folder)
+    with ThreadPoolExecutor(threads) as pool:
+        problems = pool.map(lambda shard: fault(folder, shard), shards.values())
+        found += [
+            Damage(folder, shard.path, problem, shard)
+            for shard, problem in zip(shards.values(), problems, strict=True)
+            if problem
+        ]
+    finished = (folder / MANIFEST).exists() and shards
+    for path in folder.iterdir():
+        if TEMPORARY in path.name:
+            found.append(Damage(folder, path.name, "half written by a killed run"))
+        elif finished and path.suffix in SHARD_SUFFIXES and path.name not in shards:
+            found.append(Damage(folder, path.name, "named by no manifest"))
     return sorted(found, key=lambda damage: damage.name)
 
 
-def repair(wrong: list[Damage]) -> None:
-    """Remove the files that are wrong; the next run of the stage makes what is missing then.
+def repair(found: list[Damage]) -> None:
+    """Remove the files that are wrong, and the manifest above a shard that is; the next run makes what is missing.
 
-    DVC sees no store, so a manifest that names a wrong object there becomes records of the right ones.
+    The manifest becomes records of the shards that are right: whatever else DVC may see of a folder, it sees its
+    manifest. Only files of the folders themselves are removed; an object of a store is replaced by the next run.
     """
-    away = [damage.shard for damage in wrong if damage.shard and damage.shard.uri]
-    folders = {damage.folder for damage in wrong if damage.shard in away}
-    for folder in folders:
-        if (folder / MANIFEST).exists():
-            revert_to_records(folder, [shard for shard in read_manifest(folder).shards if shard not in away])
-    for damage in wrong:
+    for folder in {damage.folder for damage in found if damage.shard}:
+        wrong = {damage.name for damage in found if damage.folder == folder}
+        shards, _ = _known_shards(folder)
+        revert_to_records(folder, [shard for name, shard in shards.items() if name not in wrong])
+    for damage in found:
         with writing(damage.folder):
             (damage.folder / damage.name).unlink(missing_ok=True)
-    for shard in away:
-        if shard.store and shard.store.size(shard.path) is not None:
-            shard.store.remove([shard.path])
 
 
-def command_for(folder: Path) -> str:
-    """What makes the missing shards of a folder again."""
-    parts = folder.absolute().parts
-    for place, stage in STAGE_OF_FOLDER.items():
-        if place in parts[:-1] and parts[parts.index(place) - 1] == "data":
-            return f"dvc repro {stage}@{parts[parts.index(place) + 1]}"
-    return "the command that wrote the folder"
-
-
-def _wrong(folder: Path) -> Iterator[tuple[str, str] | tuple[str, str, Shard]]:
+def _known_shards(folder: Path) -> tuple[dict[str, Shard], list[Damage]]:
+    """The shards that a manifest and records name, by file name, and what is wrong with these files themselves."""
     shards: dict[str, Shard] = {}
-    finished = (folder / MANIFEST).exists()
-    if not finished:
-        yield MANIFEST, "missing: the stage has not finished"
-    else:
+    found = []
+    if not (folder / MANIFEST).exists():
+        found.append(Damage(folder, MANIFEST, "missing: the stage has not finished"))
+    kinds: dict[str, type[Manifest | Records]] = {MANIFEST: Manifest, RECORDS: Records}
+    for name, kind in kinds.items():
         try:
-            shards = {shard.path: shard for shard in read_manifest(folder).shards}
-        except UniForkError:
-            finished = False
-            yield MANIFEST, "damaged; without it no shard is known to be whole, and all are made again"
-    for record in sorted(folder.glob("*" + RECORD_SUFFIX)):
+            if (path := folder / name).exists():
+                shards |= {shard.path: shard for shard in parse(kind, json.loads(path.read_text()), str(path)).shards}
+        except (UniForkError, ValueError) as error:
+            problem = f"damaged ({error}); without it no shard is known to be whole, and all are made again"
+            found.append(Damage(folder, name, problem))
+    for record in folder.glob("*" + RECORD_SUFFIX):
         try:
             shard = parse(Shard, json.loads(record.read_text()), str(record))
             shards[shard.path] = shard
         except (UniForkError, ValueError):
-            yield record.name, "damaged record"
-    for shard in shards.values():
-        if problem := fault(folder, shard):
-            yield shard.path, problem, shard
-    named = {MANIFEST, *shards}
-    for path in folder.iterdir():
-        if TEMPORARY in path.name:
-            yield path.name, "half written by a killed run"
-        elif finished and path.suffix == ".parquet" and path.name not in named:
-            yield path.name, "named by no manifest"
+            found.append(Damage(folder, record.name, "damaged record"))
+    return shards, found

@@ -12,7 +12,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -23,7 +23,8 @@ from pydantic import Field
 from unifork.config import Card, StrictModel, parse
 from unifork.errors import ConfigError, DataError
 from unifork.registry import Registry
-from unifork.shards.job import ShardJob, quarantined, table_of, write_shard
+from unifork.shards.job import ShardJob, table_of, write_shard
+from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardResult, ShardTask, Slice
 
@@ -50,7 +51,6 @@ class RowError:
     key: str
     reason: str
     detail: str
-    image: bytes = b""
     url: str | None = None
 
 
@@ -141,9 +141,6 @@ def _where(access: str | None) -> str:
 class Materialize:
     """Rows of a source -> image-text shard."""
 
-    quarantined: tuple[str, ...] = ("key", "reason", "detail", "image")
-    """What is told of a fault."""
-
     def __init__(self, card: Card) -> None:
         self.card, self.schema = card, image_text_schema(card)
 
@@ -155,7 +152,7 @@ class Materialize:
         kept, rejected = [], []
         for row in self.rows(task):
             if isinstance(row, RowError):
-                rejected.append({name: getattr(row, name) for name in self.quarantined})
+                rejected.append(asdict(row))
             else:
                 columns = {name: str(row[name]) for name in self.card.columns if row.get(name) is not None}
                 kept.append({"license": self.card.license, **row, **columns})

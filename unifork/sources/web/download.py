@@ -204,8 +204,6 @@ class _Shard:
 class Download(Materialize):
     """A range of a list of URLs -> image-text shard."""
 
-    quarantined = ("key", "url", "reason", "detail")
-
     def __init__(self, card: Card, web: WebAccess, workers: int) -> None:
         """workers: how many share the connections that a host may have. Raises ConfigError where they are too many."""
         if workers > web.connections_per_host:
