@@ -12,10 +12,13 @@ import yaml
 from unifork.config import Experiment, load, load_card
 from unifork.documents.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.experiments import params_text, resolve
+from unifork.filters.kept import KeptRows
+from unifork.filters.measure import Measure, measure_job
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.layout import Layout
 from unifork.models.warm_start import create_model
 from unifork.sources import Materialize, download_job
 
@@ -72,18 +75,16 @@ def build(root: Path, changes: dict | None = None) -> Path:
     """Raw, filtered and coded shards, tokenizers and a fresh model below `root`."""
     experiment = write_experiment(root, changes)
     card = load_card("shapes", root / "datasets")
-    raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
-    use = experiment.datasets["shapes"]
+    layout, use = Layout(root), experiment.datasets["shapes"]
+    raw, measured, filtered = (place("shapes") for place in (layout.raw, layout.measured, layout.filtered))
     run_here([download_job(card, use.rows, use.shard_rows, 0, raw)], Materialize(card))
-    run_here([filter_job(card, raw, filtered)], Filter(card))
-    images = fresh_tokenizer(experiment, root / "tokenizers/image")
-    text = train_text_tokenizer(
-        texts_of(filtered, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
-    )
-    tokenizer = root / "tokenizers/image"
-    codes = root / "data/codes/shapes"
-    jobs = [encode_job(card, task, filtered, codes / use.view, tokenizer) for task, use in card.tasks.items()]
-    run_here(jobs, Encode(card, tokenizer, "cpu"))
+    run_here([measure_job(card, raw, measured)], Measure(card))
+    run_here([filter_job(card, measured, filtered)], Filter(card))
+    images, rows = fresh_tokenizer(experiment, layout.image_tokenizer), KeptRows(layout, "shapes")
+    text = train_text_tokenizer(texts_of(rows, card), experiment.text_tokenizer.vocab_size, layout.text_tokenizer)
+    codes = layout.codes / "shapes"
+    jobs = [encode_job(card, task, rows, codes / use.view, layout.image_tokenizer) for task, use in card.tasks.items()]
+    run_here(jobs, Encode(card, layout.image_tokenizer, "cpu"))
     write_model(experiment, images, text, root / "models/unifork-init", root)
     return root
 
