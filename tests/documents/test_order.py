@@ -1,29 +1,73 @@
 """Which documents belong to a step: counts, permutations, seeking."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
-from unifork.documents.order import MixtureOrder, SetOrder, schedule
+from unifork.documents.order import MixtureOrder, Schedule, SetOrder
 from unifork.errors import ConfigError
 
 
+def assert_within_one(weights, slots):
+    """Every prefix is within one document of the weights, and seeking gives what walking gives."""
+    walked, shares = Schedule(weights), np.array(weights) / sum(weights)
+    sequence = [walked.slot(number) for number in range(slots)]
+    served = np.zeros(len(weights), np.int64)
+    for number, (part, before) in enumerate(sequence):
+        assert before == served[part]
+        served[part] += 1
+        assert (abs(served - shares * (number + 1)) < 1 + 1e-9).all()
+    for number in (slots - 1, 0, slots // 2, slots // 3):
+        assert Schedule(weights).slot(number) == sequence[number]
+    assert Schedule(weights).served(slots) == served.tolist()
+
+
 @pytest.mark.parametrize(
-    "weights", [[1.0], [0.5, 0.5], [0.6, 0.05, 0.1, 0.25], [1 / 3, 2 / 3], [7.0, 2.0, 2.0], [0.999, 0.001]]
-)
+    "weights",
+    [
+        [1.0], [0.5, 0.5], [0.6, 0.05, 0.1, 0.25], [1 / 3, 2 / 3], [7.0, 2.0, 2.0], [0.999, 0.001],
+        [0.9, 0.0003, 0.0997], [2.0, 1e-4], [0.45, 0.4499999, *[0.00013 * n for n in range(1, 40)]],
+    ],
+)  # fmt: skip
 def test_every_prefix_is_within_one_document_of_the_weights(weights):
-    slots = schedule(weights)
-    shares = np.array(weights) / sum(weights)
-    assigned = np.zeros(len(weights))
-    for number in range(3 * len(slots)):
-        assigned[slots[number % len(slots)]] += 1
-        assert (abs(assigned - shares * (number + 1)) < 1 + 1e-3 * (number + 1)).all()
-    exact = np.bincount(slots, minlength=len(weights)) / len(slots)
-    assert abs(exact - shares).max() < 1e-3
+    assert_within_one(weights, 12_000)
+
+
+def test_so_is_every_prefix_of_mixtures_that_nobody_chose():
+    rng = np.random.default_rng(0)
+    for parts in (2, 3, 5, 9, 40, 300):
+        assert_within_one((10.0 ** rng.uniform(-1.5, 0, parts)).tolist(), 9_000)
+        assert_within_one(rng.uniform(0.9, 1, parts).tolist(), 9_000)
+
+
+def test_seeking_far_into_a_long_period_is_exact():
+    weights = [0.9, 0.0003, 0.05 + 1e-9, 1 / 7]
+    order, far = Schedule(weights), 10**11 + 123
+    shares = [Fraction(str(weight)) / sum(Fraction(str(each)) for each in weights) for weight in weights]
+    for slots in (far, far + 5_000):
+        served = order.served(slots)
+        assert sum(served) == slots
+        assert all(abs(count - share * slots) < 1 for count, share in zip(served, shares, strict=True))
+    part, before = order.slot(far)
+    assert (before, order.served(far + 1)[part]) == (order.served(far)[part], before + 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "start"),
+    [
+        ([0.6, 0.4], "0 1 0 0 1 0 1 0 0 1"),
+        ([5.0, 3.0, 2.0], "0 1 0 2 0 1 0 1 0 2"),
+        ([0.58, 0.01, 0.06, 0.35], "0 3 0 0 3 0 3 0 0 3"),
+    ],
+)
+def test_the_order_of_earlier_runs_stays(weights, start):
+    assert " ".join(str(Schedule(weights).slot(number)[0]) for number in range(10)) == start
 
 
 def test_a_share_too_small_to_be_scheduled_is_an_error():
-    with pytest.raises(ConfigError, match="1/1000"):
-        schedule([1.0, 1e-6])
+    with pytest.raises(ConfigError, match=r"\[1\.0, 1e-07\]: 1e-07 is a share below one document in 1000000"):
+        Schedule([1.0, 1e-7])
 
 
 def test_each_pass_is_another_permutation_of_all_documents():

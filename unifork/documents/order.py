@@ -13,10 +13,13 @@ the workers' microbatches hold, and as short as that allows: an empty row costs 
 rarely fills its last rows. Packing decides the speed of a step and nothing else.
 """
 
-from collections.abc import Sequence
+import heapq
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +31,10 @@ from unifork.vocabulary import TASKS, Task
 WINDOW_GROUPS = 64
 """Row groups shuffled together; with 256 rows a group, documents mix over 16,384 rows."""
 
-MAX_PERIOD = 100_000
-"""Longest schedule; weights are rounded to fractions that fit."""
+MOST_SLOTS, BLOCK_SLOTS = 100_000, 4096
+"""The longest period that is laid out whole, and the least slots of a block."""
+LEAST_SHARE = Fraction(1, 1_000_000)
+"""A smaller part of a mixture would make blocks that take seconds to lay out, for a document in a million."""
 
 
 class Slot(NamedTuple):
@@ -72,47 +77,106 @@ class SetOrder:
         return keyed(*self.keys, number, window).permutation(documents)
 
 
-def schedule(weights: list[float]) -> np.ndarray:
-    """Which part each slot of one period belongs to.
+class Schedule:
+    """Which part of a mixture each slot of a track belongs to: an endless sequence with an exact share for each part.
 
-    At every slot the part that is furthest behind its weight is served, so that after any number
-    of slots each part is within one of its exact share (Bresenham's idea for many parts).
+    After any number of slots every part is within one document of its exact share: the (j+1)-th document of a part
+    with share s has the slots from floor(j/s) to ceil((j+1)/s) - 1, and at every slot, of the documents whose first
+    slot has come, the one whose end is nearest is served (Bresenham's idea for many parts).
+
+    A slot is found through its block: some periods of the shares, or, where one is too long to be laid out, at least as
+    many slots as the smallest part needs for one document. How many documents of each part stand before a block follows
+    from its number alone (`before`), in such a way that every block can be filled.
     """
-    total = sum(Fraction(str(weight)) for weight in weights)
-    shares = [(Fraction(str(weight)) / total).limit_denominator(1000) for weight in weights]
-    shares[shares.index(max(shares))] += 1 - sum(shares)
-    period = int(np.lcm.reduce([share.denominator for share in shares]))
-    if period > MAX_PERIOD:
-        shares = [Fraction(round(share * 1000), 1000) for share in shares]
-        shares[shares.index(max(shares))] += 1 - sum(shares)
-        period = 1000
-    counts = np.array([int(share * period) for share in shares], np.int64)
-    if (counts <= 0).any():
-        raise ConfigError(
-            f"mixture weights {weights}: a share below 1/1000 cannot be scheduled; raise it or leave it out"
-        )
-    assigned = np.zeros(len(counts), np.int64)
-    slots = np.empty(period, np.int64)
-    for slot in range(period):
-        behind = counts * (slot + 1) - assigned * period
-        # among those that are behind, the one whose next deadline is the earliest
-        deadline = np.where(behind > 0, (assigned + 1) / counts, np.inf)
-        slots[slot] = int(np.argmin(deadline))
-        assigned[slots[slot]] += 1
-    return slots
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """weights: as decimal fractions, which are never rounded. Raises ConfigError for a share below LEAST_SHARE."""
+        exact = [Fraction(str(weight)) for weight in weights]
+        shares = [weight / sum(exact) for weight in exact]
+        if min(shares) < LEAST_SHARE:
+            raise ConfigError(
+                f"mixture weights {list(weights)}: {weights[shares.index(min(shares))]} is a share below one document "
+                f"in {1 / LEAST_SHARE}; raise it or leave it out"
+            )
+        self.period = math.lcm(*(share.denominator for share in shares))
+        self.counts = [int(share * self.period) for share in shares]
+        """Documents of each part in a period."""
+        self.repeats = self.period <= MOST_SLOTS
+        least = -(-self.period // min(self.counts))
+        self.block_slots = self.period * -(-BLOCK_SLOTS // self.period) if self.repeats else max(BLOCK_SLOTS, least)
+        self._before, self._laid_out = lru_cache(maxsize=4)(self.before), lru_cache(maxsize=2)(self._lay_out)
+
+    def slot(self, slot: int) -> tuple[int, int]:
+        """(part, how many of its documents were served before) of a slot."""
+        number, offset = divmod(slot, self.block_slots)
+        parts, ranks = self._laid_out(0 if self.repeats else number)
+        part = int(parts[offset])
+        return part, self._before(slot - offset)[part] + int(ranks[offset])
+
+    def served(self, slots: int) -> list[int]:
+        """Documents of each part in the first `slots` slots."""
+        number, offset = divmod(slots, self.block_slots)
+        parts, _ = self._laid_out(0 if self.repeats else number)
+        counts = np.bincount(parts[:offset], minlength=len(self.counts))
+        return [int(count) for count in self._before(slots - offset) + counts]
+
+    def before(self, slot: int) -> list[int]:
+        """Documents of each part before a slot at which a block begins: its exact share, rounded down or up.
+
+        The border splits one document of every part whose share is no whole number there. Each of these must get a
+        place in one of the two blocks. In the earlier block only so many places are left near its end (the sum of
+        the fractions up to there) that the documents that have just begun cannot all stand in it; in the later one
+        the same holds for those that are about to end. With places numbered from the border in both directions, each
+        document may have the places of an interval around it, and the most urgent first fills them all: the fractions
+        show that a matching exists.
+        """
+        served, open_fractions = zip(*(divmod(slot * count, self.period) for count in self.counts), strict=True)
+        split = {part: fraction for part, fraction in enumerate(open_fractions) if fraction}
+        begun = self._summed(split, lambda part: Fraction(split[part], self.counts[part]))
+        rest = {part: self.period - fraction for part, fraction in split.items()}
+        left = self._summed(rest, lambda part: Fraction(rest[part], self.counts[part]))
+        before, ready = list(served), list[tuple[int, int]]()
+        youngest_last = sorted(split, key=lambda part: begun[part])
+        for place in range(slot - sum(served), 0, -1):
+            while youngest_last and begun[youngest_last[-1]] >= place:
+                part = youngest_last.pop()
+                heapq.heappush(ready, (left[part], part))
+            before[heapq.heappop(ready)[1]] += 1
+        return before
+
+    def _summed(self, fractions: dict[int, int], order: Callable[[int], Fraction]) -> dict[int, int]:
+        """Part: the sum of the fractions up to its own in an order of the parts, rounded up."""
+        parts = sorted(fractions, key=lambda part: (order(part), part))
+        sums = accumulate(fractions[part] for part in parts)
+        return {part: -(-total // self.period) for part, total in zip(parts, sums, strict=True)}
+
+    def _lay_out(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Part of each slot of a block, and how many documents of that part stand before it in the block."""
+        first = number * self.block_slots
+        stop = first + self.block_slots
+        before, ends = self.before(first), self.before(stop)
+        parts, ranks = np.empty(self.block_slots, np.int32), np.empty(self.block_slots, np.int32)
+        waiting = [(served * self.period // self.counts[part], part, served) for part, served in enumerate(before)]
+        waiting = [entry for entry in waiting if entry[2] < ends[entry[1]]]
+        heapq.heapify(waiting)
+        ready: list[tuple[int, float, int, int]] = []
+        for slot in range(first, stop):
+            while waiting and waiting[0][0] <= slot:
+                _, part, served = heapq.heappop(waiting)
+                last = min(-(-(served + 1) * self.period // self.counts[part]), stop)
+                heapq.heappush(ready, (last, (served + 1) / self.counts[part], part, served))
+            _, _, part, served = heapq.heappop(ready)
+            parts[slot - first], ranks[slot - first] = part, served - before[part]
+            if served + 1 < ends[part]:
+                heapq.heappush(waiting, ((served + 1) * self.period // self.counts[part], part, served + 1))
+        return parts, ranks
 
 
 class MixtureOrder:
     """The documents of every step of a track."""
 
-    def __init__(self, weights: list[float], sets: list[SetOrder], batch_documents: int) -> None:
-        self.sets, self.batch_documents = sets, batch_documents
-        self.slots = schedule(weights)
-        self.rank = np.zeros(len(self.slots), np.int64)  # how often the part was served before in the period
-        for part in range(len(sets)):
-            is_part = self.slots == part
-            self.rank[is_part] = np.arange(is_part.sum())
-        self.counts = np.bincount(self.slots, minlength=len(sets))
+    def __init__(self, weights: Sequence[float], sets: list[SetOrder], batch_documents: int) -> None:
+        self.sets, self.batch_documents, self.schedule = sets, batch_documents, Schedule(weights)
 
     def documents(self, step: int) -> list[Slot]:
         """Exactly `batch_documents` documents."""
@@ -121,15 +185,12 @@ class MixtureOrder:
 
     def document(self, slot: int) -> Slot:
         """The document in a slot, counted over the whole track."""
-        period, offset = divmod(slot, len(self.slots))
-        part = int(self.slots[offset])
-        position = period * int(self.counts[part]) + int(self.rank[offset])
+        part, position = self.schedule.slot(slot)
         return Slot(part, self.sets[part].index(position))
 
     def served(self, steps: int) -> list[int]:
         """Documents of each part in the first `steps` steps."""
-        periods, rest = divmod(steps * self.batch_documents, len(self.slots))
-        return [int(n) for n in periods * self.counts + np.bincount(self.slots[:rest], minlength=len(self.sets))]
+        return self.schedule.served(steps * self.batch_documents)
 
 
 # ------------------------------------------------------------------------------------------- packing
