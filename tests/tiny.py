@@ -10,6 +10,8 @@ import torch
 import yaml
 
 from unifork.config import Experiment, load, load_card
+from unifork.documents.prepare import Prepare, prepare_job
+from unifork.documents.prompts import TEMPLATES
 from unifork.documents.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.experiments import params_text, resolve
 from unifork.filters.kept import KeptRows
@@ -85,8 +87,17 @@ def build(root: Path, changes: dict | None = None) -> Path:
     codes = layout.codes / "shapes"
     jobs = [encode_job(card, task, rows, codes / use.view, layout.image_tokenizer) for task, use in card.tasks.items()]
     run_here(jobs, Encode(card, layout.image_tokenizer, "cpu"))
+    prepare(root, experiment)
     write_model(experiment, images, text, root / "models/unifork-init", root)
     return root
+
+
+def prepare(root: Path, experiment: Experiment) -> None:
+    """The documents of all stages of an experiment, or those that are missing."""
+    layout = Layout(root)
+    for name, chosen in experiment.prepared.items():
+        job = prepare_job(chosen, root / chosen.codes, layout.prepared / name, layout.text_tokenizer)
+        run_here([job], Prepare(chosen.text, TEMPLATES[chosen.template], layout.text_tokenizer))
 
 
 def write_model(experiment: Experiment, images: ImageTokenizer, text: TextTokenizer, folder: Path, root: Path) -> None:

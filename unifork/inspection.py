@@ -16,7 +16,7 @@ from rich.text import Text
 from unifork.batch import TEXT, Batch, Document
 from unifork.config import Cluster, Experiment, cluster_file, load
 from unifork.documents.loader import StepPlan, TrackLoader
-from unifork.documents.mixture import CodesIdentity, Quarantine
+from unifork.documents.mixture import CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, unknown
 from unifork.image_tokenizer.architecture import describe
@@ -57,11 +57,10 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
         for entry in track.mixture:
             codes = layout.codes / entry.dataset / VIEW_OF_TASK[entry.task]
             _there(codes / MANIFEST, f"dvc repro encode@{entry.dataset}")
-        quarantine = Quarantine()
         loader = TrackLoader(
             name, track, layout, tokenizer, identity,
             seed=chosen.seed, context=chosen.context, row_tokens=resources.row_tokens,
-            rows_per_microbatch=resources.rows_per_microbatch, quarantine=quarantine,
+            rows_per_microbatch=resources.rows_per_microbatch,
         )  # fmt: skip
         plan = loader.plan(step, workers)
         batch = next(loader.batches(plan, 0))
@@ -70,7 +69,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
         text = Text().append(f"{title}: batch 1 of {len(plan.microbatches[0])} of worker 1 of {workers}\n", "bold")
         for fact in (*_contents(batch, list(loaded.values()), plan), *_routes(batch, layers)):
             text.append(fact + "\n")
-        for reason, count in quarantine.counts().items():
+        for reason, count in loader.quarantined.most_common():
             text.append(f"quarantined: {count} x {visible(reason)}\n", "yellow")
         shown = _some_of_each_task(loaded, documents)
         for number in shown:

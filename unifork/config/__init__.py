@@ -38,6 +38,7 @@ from unifork.config.experiment import (
     LossBand,
     MixtureEntry,
     OptimizerConfig,
+    PreparedSet,
     Sampling,
     Stage,
     StageRun,

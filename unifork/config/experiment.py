@@ -206,7 +206,12 @@ class MixtureEntry(StrictModel):
     template: str
     """Prompt template, a key of `unifork.documents.prompts.TEMPLATES`."""
     weight: PositiveFloat
-    """Share of the documents; weights are normalized over the mixture."""
+    """Share of the documents; weights are normalized over the mixture, and none is rounded."""
+
+    @property
+    def prepared(self) -> str:
+        """Name of its prepared documents, which follow from nothing else."""
+        return f"{self.dataset}-{self.text}-{self.template}"
 
 
 class OptimizerConfig(StrictModel):
@@ -281,7 +286,7 @@ class Stage(StrictModel):
     """`sequential`: one track after the other; a number N: N steps of each in turn; `concurrent`: side by side in
     proportion to their steps, so that all end together. The weights are the same."""
     context: PositiveInt
-    """Longest document in tokens; longer ones are quarantined."""
+    """Longest document in tokens; longer ones are left out and counted."""
     checkpoint_every: PositiveInt
     """Steps (over all tracks) between checkpoints."""
     keep_checkpoints: PositiveInt = 2
@@ -316,6 +321,18 @@ class StageRun(StrictModel):
     """Folder of the model it starts from."""
     codes: str
     """The deepest folder that holds all codes it reads."""
+    prepared: str
+    """The deepest folder that holds all prepared documents it reads."""
+
+
+class PreparedSet(StrictModel):
+    """One entry of `dvc.yaml`'s prepare stage, written by `unifork use`; derived, never edited."""
+
+    dataset: str
+    text: str
+    template: str
+    codes: str
+    """Folder of the codes in the view of the template's task."""
 
 
 class Experiment(StrictModel):
@@ -332,6 +349,8 @@ class Experiment(StrictModel):
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
+    prepared: dict[str, PreparedSet] = {}
+    """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
     """Written by `unifork use`: every stage of every variant, with its inputs."""
     evaluations: dict[str, dict[str, str]] = {}

@@ -4,12 +4,13 @@ Everything about a step follows from (seed, track, step): which documents, which
 dropped, how they are packed and who gets which rows. A worker reads only the codes it needs.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unifork.batch import Batch, Document, pack
 from unifork.config import Track
-from unifork.documents.mixture import CodesIdentity, MixturePart, Quarantine, Skeleton, unconditional
+from unifork.documents.mixture import CodesIdentity, MixturePart, Skeleton, unconditional
 from unifork.documents.order import MixtureOrder, SetOrder, Slot, assign_rows_to_workers, pack_step
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
@@ -51,11 +52,10 @@ class TrackLoader:
         context: int,
         row_tokens: int,
         rows_per_microbatch: int,
-        quarantine: Quarantine,
     ) -> None:
         self.name, self.track, self.seed, self.identity = name, track, seed, identity
         self.row_tokens, self.rows_per_microbatch = row_tokens, rows_per_microbatch
-        self.parts = [MixturePart(entry, layout, tokenizer, identity, context, quarantine) for entry in track.mixture]
+        self.parts = [MixturePart(entry, layout, tokenizer, identity, context) for entry in track.mixture]
         self.order = MixtureOrder(
             [entry.weight for entry in track.mixture],
             [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)],
@@ -93,6 +93,14 @@ class TrackLoader:
             row_tokens=packing.row_tokens,
             fill=packing.fill,
         )
+
+    @property
+    def quarantined(self) -> Counter[str]:
+        """Rows of all parts that are not trained on, as `data set: reason`."""
+        counts: Counter[str] = Counter()
+        for part in self.parts:
+            counts.update({f"{part.entry.dataset}: {reason}": count for reason, count in part.quarantined.items()})
+        return counts
 
     def seen(self, steps: int) -> dict[str, int]:
         """Documents of each data set and task in the first `steps` steps, as `documents_<task>_<data set>`."""

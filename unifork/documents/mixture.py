@@ -1,40 +1,49 @@
-"""Code shards + template + text tokenizer -> documents that were all checked before step 0.
+"""Prepared documents and codes -> the parts of a mixture, as files that are mapped into memory.
 
-A part of a mixture is prepared once: each row is written, tokenized and checked, and the result is
-kept as an index (`data/prepared`) under the hash of everything it depends on. Rows that cannot be
-used (no text for this template, nothing to learn, too long) are quarantined with key and reason and
-are not part of the order. Codes are read on demand, one row group at a time.
+What `pipelines.prepare` made is opened, nothing is tokenized. How long a document may be is known only here: longer
+ones are counted and are not part of the order. Memory grows by a few numbers for each row group; documents are looked
+up, and codes read, one row group at a time.
 
-Shape suffixes: T tokens of a document, N its image tokens, D code depth.
+Shape suffixes: T tokens of a document, N its image tokens, D code depth, R documents and S text tokens of a shard, G
+row groups of all shards.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document
-from unifork.config import MixtureEntry, fingerprint
-from unifork.documents.index import NO_IMAGE, QUARANTINE, Index, TokenizedDocument, Writer, prepared
-from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Border, Piece, Template, template_for, written
+from unifork.config import MixtureEntry
+from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Border, Piece, Template, template_for
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import DataError, IdentityError, unknown
-from unifork.layout import Layout
-from unifork.shards.manifest import local_path, make_local, manifest_sha256, read_manifest
-from unifork.shards.schema import Unusable, codes_array, codes_meta
+from unifork.errors import DataError, IdentityError
+from unifork.layout import Layout, command_for
+from unifork.shards.job import mapped_table
+from unifork.shards.manifest import (
+    MANIFEST,
+    Manifest,
+    local_path,
+    make_local,
+    manifest_sha256,
+    present,
+    read_manifest,
+)
+from unifork.shards.schema import NO_IMAGE, codes_array, codes_meta
 from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION, Task
 
 DOCUMENTS_VERSION = 1
-"""Raise when the same row would become another document."""
-IMAGES = "(images)"
-"""Column added to rows that are read: how many images a row has, 0 where its codes are null."""
+"""Raise when the same row would become another document, or prepared shards would look otherwise."""
+GROUPS_AT_HAND = 128
+"""Shards that stay mapped, and row groups whose codes stay in memory; neighbors of the order lie in 64."""
 
 
 @dataclass(frozen=True)
@@ -78,142 +87,152 @@ def skeleton(pieces: Sequence[Piece], tokenizer: TextTokenizer, positions: int, 
     return Skeleton(np.concatenate(kinds), np.concatenate(ids), np.concatenate(supervised))
 
 
-@dataclass
-class Quarantine:
-    """Rows of a mixture that are not trained on, with the reason of each."""
+def made_with(text: str, template: Template, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Everything but the codes that decides the documents of a text column."""
+    return {
+        "text": text,
+        "template": asdict(template),
+        "tokenizer": tokenizer.identity,
+        "versions": [DOCUMENTS_VERSION, VOCABULARY_VERSION, tokenizers.__version__],
+    }
 
-    parts: list[tuple[str, Index]] = field(default_factory=list)
-    """Data set and index of every part."""
 
-    def counts(self) -> dict[str, int]:
-        """Rows per `data set: reason`, most frequent first."""
-        total: Counter[str] = Counter()
-        for dataset, index in self.parts:
-            total.update({f"{dataset}: {reason}": count for reason, count in index.quarantined.items()})
-        return dict(total.most_common())
+class Documents(NamedTuple):
+    """The columns of a prepared shard, views of the mapped file."""
 
-    def rows(self) -> Iterator[tuple[str, str, str]]:
-        """(data set, key, reason) of every row."""
-        for dataset, index in self.parts:
-            with open(index.folder / QUARANTINE) as lines:
-                for line in lines:
-                    key, reason = json.loads(line)
-                    yield dataset, key, reason
+    keys: pa.StringArray
+    codes: dict[str, Any]
+    """What the shard of codes says of itself."""
+    text_ids_S: np.ndarray
+    loss_mask_S: np.ndarray
+    text_starts_R1: np.ndarray
+    """Where a document's text tokens begin, and where the last one's end."""
+    image_at_R: np.ndarray
+    tokens_R: np.ndarray
+    supervised_R: np.ndarray
+    row_group_R: np.ndarray
+    row_R: np.ndarray
+
+    @classmethod
+    def mapped(cls, path: Path) -> "Documents":
+        """Those of a file with at least one row."""
+        table = mapped_table(path)
+        column = {name: table[name].chunk(0) for name in table.column_names}
+        texts, numbers = column["text_ids"], ("image_at", "tokens", "supervised", "row_group", "row")
+        views = [texts.values, column["loss_mask"].values, texts.offsets, *map(column.get, numbers)]
+        text_ids_S, loss_mask_S, *others = (view.to_numpy() for view in views)
+        codes = codes_meta(table.schema, str(path))
+        return cls(column["key"], codes, text_ids_S, loss_mask_S.view(bool), *others)
 
 
 class MixturePart:
-    """One prepared part of a mixture: documents 0 to len-1, in file order."""
+    """One part of a mixture: its documents 0 to len-1 that a context can hold, in file order."""
 
     def __init__(
-        self,
-        entry: MixtureEntry,
-        layout: Layout,
-        tokenizer: TextTokenizer,
-        identity: CodesIdentity,
-        context: int,
-        quarantine: Quarantine,
+        self, entry: MixtureEntry, layout: Layout, tokenizer: TextTokenizer, identity: CodesIdentity, context: int
     ) -> None:
-        """Raises ConfigError, DataError, IdentityError."""
-        self.entry, self.task, self.identity = entry, entry.task, identity
+        """Raises ConfigError, DataError, IdentityError, all before a document is read."""
+        self.entry, self.task, self.identity, self.context = entry, entry.task, identity, context
         template = template_for(entry, f"mixture entry of {entry.dataset}")
-        self.folder = layout.codes / entry.dataset / VIEW_OF_TASK[entry.task]
-        self.shards, self.copies = read_manifest(self.folder).shards, layout.fetched
-        self.paths = [local_path(self.folder, shard, self.copies) for shard in self.shards]
-        inputs = {
-            "codes": manifest_sha256(self.folder),
-            "identity": asdict(identity),
-            "text": entry.text,
-            "template": asdict(template),
-            "tokenizer": tokenizer.identity,
-            "context": context,
-            "versions": [DOCUMENTS_VERSION, VOCABULARY_VERSION, tokenizers.__version__],
-        }
-        name = f"{entry.dataset}-{entry.template}-{fingerprint(inputs)}"
-        self.index = prepared(
-            layout.prepared / name, lambda writer: self._prepare(writer, template, tokenizer, context)
-        )
-        for shard, path in zip(self.shards, self.paths, strict=True):  # hashes were checked when the index was made
+        codes, self.folder = layout.codes / entry.dataset / VIEW_OF_TASK[entry.task], layout.prepared / entry.prepared
+        if not (self.folder / MANIFEST).exists():
+            raise DataError(f"{self.folder}: not there yet; {command_for(self.folder)} makes it")
+        manifest = present(self.folder)
+        expected = {**made_with(entry.text, template, tokenizer), "codes": manifest_sha256(codes)}
+        if other := [name for name, value in expected.items() if manifest.lineage.get(name) != value]:
+            raise DataError(
+                f"{self.folder}: made with other {' and '.join(other)} than are here now; "
+                f"`dvc repro --force --single-item prepare@{entry.prepared}` makes it anew"
+            )
+        self.shards = manifest.shards
+        self._documents = lru_cache(maxsize=GROUPS_AT_HAND)(self._map)
+        self._usable = lru_cache(maxsize=GROUPS_AT_HAND)(self._usable_rows)
+        self._codes = lru_cache(maxsize=GROUPS_AT_HAND)(self._read_codes)
+        self._open(manifest)
+        shards, copies = read_manifest(codes).shards, layout.fetched
+        self.code_paths = [local_path(codes, shard, copies) for shard in shards]
+        for shard, path in zip(shards, self.code_paths, strict=True):
             if not path.exists() or path.stat().st_size != shard.bytes:
-                make_local(self.folder, shard, self.copies)
-        quarantine.parts.append((entry.dataset, self.index))
-        self._group = lru_cache(maxsize=128)(self._read_group)
+                make_local(codes, shard, copies)
+
+    def _open(self, manifest: Manifest) -> None:
+        """Count what the context can hold, a shard at a time."""
+        groups = [np.zeros((0, 4), np.int64)]
+        for number, shard in enumerate(self.shards):
+            if shard.rows:
+                documents = self._documents(number)
+                self._check_identity(documents.codes, str(self.folder / shard.path))
+                first_G = np.flatnonzero(np.diff(documents.row_group_R, prepend=-1))
+                usable_G = np.add.reduceat(documents.tokens_R <= self.context, first_G, dtype=np.int64)
+                stop_G = np.append(first_G[1:], shard.rows)
+                groups.append(np.stack([np.full(len(first_G), number), first_G, stop_G, usable_G], 1)[usable_G > 0])
+        shard_G, first_G, stop_G, self.group_sizes = np.concatenate(groups).T
+        self._groups_G3, self._ends_G = np.stack([shard_G, first_G, stop_G], 1), np.cumsum(self.group_sizes)
+        too_long = {f"longer than the context of {self.context} tokens": manifest.rows - len(self)}
+        self.quarantined = Counter({reason: n for reason, n in {**manifest.dropped, **too_long}.items() if n})
+        """Rows that are not trained on, by reason."""
+        if not len(self):
+            few = dict(self.quarantined.most_common(3))
+            raise DataError(f"{self.folder}: none of its rows can be used with this context: {few}")
 
     def __len__(self) -> int:
-        return self.index.rows
-
-    @property
-    def group_sizes(self) -> np.ndarray:
-        """Usable documents of each row group that has any, in file order."""
-        return self.index.group_sizes_G
+        return int(self.group_sizes.sum())
 
     def key(self, index: int) -> str:
         """Key of a document."""
-        return self.index.key(index)
+        documents, row = self._find(index)
+        return str(documents.keys[row])
 
     def length(self, index: int) -> int:
         """Tokens of a document."""
-        text = self.index.text(index)
-        seen = self.index.image_at_R[index] != NO_IMAGE
-        return int(text.stop - text.start) + (self.identity.positions + 2 if seen else 0)
+        documents, row = self._find(index)
+        return int(documents.tokens_R[row])
 
     def supervised(self, index: int) -> int:
         """Text tokens of a document that are supervised."""
-        return int(self.index.supervised_count_R[index])
+        documents, row = self._find(index)
+        return int(documents.supervised_R[row])
 
     def document(self, index: int, supervised: int | None = None) -> Document:
         """A document with its codes; `supervised` positions of its image are targets, None: all."""
-        text = self.index.text(index)
-        at, image = int(self.index.image_at_R[index]), self.identity.positions + 2
+        documents, row = self._find(index)
+        text = slice(documents.text_starts_R1[row], documents.text_starts_R1[row + 1])
+        at, image = int(documents.image_at_R[row]), self.identity.positions + 2
         if at == NO_IMAGE:
-            ids_T, loss_mask_T = self.index.text_ids_S[text].astype(np.int64), np.array(self.index.loss_mask_S[text])
+            ids_T, loss_mask_T = documents.text_ids_S[text].astype(np.int64), np.array(documents.loss_mask_S[text])
             alone = Skeleton(np.full(len(ids_T), TEXT, np.int64), ids_T, loss_mask_T)
             return alone.with_codes(self.key(index), self.task, np.zeros((0, self.identity.depth), np.int64))
-        T = text.stop - text.start + image
+        T = int(documents.tokens_R[row])
         kinds_T, text_ids_T, loss_mask_T = np.full(T, TEXT, np.int8), np.zeros(T, np.int32), np.zeros(T, bool)
         kinds_T[at], kinds_T[at + 1 : at + image - 1], kinds_T[at + image - 1] = BEGIN_IMAGE, IMAGE, END_IMAGE
-        for target_T, source in ((text_ids_T, self.index.text_ids_S), (loss_mask_T, self.index.loss_mask_S)):
+        for target_T, source in ((text_ids_T, documents.text_ids_S), (loss_mask_T, documents.loss_mask_S)):
             target_T[:at], target_T[at + image :] = source[text][:at], source[text][at:]
         doc = Skeleton(kinds_T, text_ids_T, loss_mask_T)
         return doc.with_codes(self.key(index), self.task, self.codes(index), supervised)
 
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's image, uint16, shape (N, D)."""
-        shard, group, row = self.index.where_R3[index].tolist()
-        return np.asarray(self._group(shard, group)[row])
+        documents, row = self._find(index)
+        shard = int(self._groups_G3[self._group(index), 0])
+        return np.asarray(self._codes(shard, int(documents.row_group_R[row]))[documents.row_R[row]])
 
-    def _prepare(self, writer: Writer, template: Template, tokenizer: TextTokenizer, context: int) -> None:
-        for (shard, group), rows in self._row_groups(self.entry.text):
-            usable = []
-            for number, row in enumerate(rows):
-                try:
-                    pieces = written(template, row[self.entry.text], row[IMAGES])
-                    doc = skeleton(pieces, tokenizer, self.identity.positions, template.border)
-                    _check(doc, self.task, context)
-                except Unusable as reason:
-                    writer.quarantine(row["key"], str(reason))
-                    continue
-                text = doc.kinds_T == TEXT
-                at = NO_IMAGE if text.all() else int(np.argmin(text))
-                usable.append(TokenizedDocument(row["key"], doc.text_ids_T[text], doc.loss_mask_T[text], at, number))
-            writer.add(shard, group, usable)
-        if not writer.rows:
-            raise DataError(
-                f"{self.folder}: none of its rows can be used with template {self.entry.template!r}: "
-                f"{dict(writer.quarantined.most_common(3))}"
-            )
+    def _group(self, index: int) -> int:
+        return int(np.searchsorted(self._ends_G, index, side="right"))
 
-    def _row_groups(self, text: str) -> Iterator[tuple[tuple[int, int], list[dict[str, Any]]]]:
-        for number, shard in enumerate(self.shards):
-            path = make_local(self.folder, shard, self.copies)
-            file = pq.ParquetFile(path)
-            if text not in file.schema_arrow.names:
-                raise unknown("text column", text, set(file.schema_arrow.names) - {"key", "codes"}, str(path))
-            self._check_identity(codes_meta(file.schema_arrow, str(path)), str(path))
-            for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=["key", text]).to_pylist()
-                for row, images in zip(rows, _images(file, group), strict=True):
-                    row[IMAGES] = images
-                yield (number, group), rows
+    def _find(self, index: int) -> tuple[Documents, int]:
+        """The shard of a document, and its row there."""
+        group = self._group(index)
+        documents, row_U = self._usable(group)
+        return documents, int(row_U[index - self._ends_G[group]])  # counted from the end of the group
+
+    def _usable_rows(self, group: int) -> tuple[Documents, np.ndarray]:
+        """The shard of a row group, and the rows of those of its documents that the context can hold."""
+        shard, first, stop = self._groups_G3[group].tolist()
+        documents = self._documents(shard)
+        return documents, first + np.flatnonzero(documents.tokens_R[first:stop] <= self.context)
+
+    def _map(self, shard: int) -> Documents:
+        return Documents.mapped(self.folder / self.shards[shard].path)
 
     def _check_identity(self, meta: dict[str, Any], place: str) -> None:
         want = self.identity
@@ -231,33 +250,12 @@ class MixturePart:
         if view != VIEW_OF_TASK[self.task]:
             raise DataError(f"{place}: codes of the view {view!r}; {self.task} reads {VIEW_OF_TASK[self.task]!r}")
 
-    def _read_group(self, shard: int, group: int) -> np.ndarray:
-        file = pq.ParquetFile(self.paths[shard])
+    def _read_codes(self, shard: int, group: int) -> np.ndarray:
+        file = pq.ParquetFile(self.code_paths[shard])
         shape = (self.identity.positions, self.identity.depth)
         return codes_array(file.read_row_group(group, columns=["codes"]).column("codes"), shape)
-
-
-def _images(file: pq.ParquetFile, group: int) -> list[int]:
-    """Images of each row of a row group. The codes are read only where some are missing."""
-    columns = file.metadata.row_group(group)
-    codes = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "codes")
-    if codes.statistics is not None and codes.statistics.null_count == 0:
-        return [1] * columns.num_rows
-    present = file.read_row_group(group, columns=["codes"]).column("codes").is_valid()
-    return [int(valid) for valid in present.to_pylist()]
 
 
 def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:
     """The skeleton that replaces a generation document whose prompt is dropped."""
     return skeleton(UNCONDITIONAL, tokenizer, positions)
-
-
-def _check(doc: Skeleton, task: Task, context: int) -> None:
-    if len(doc.kinds_T) > context:
-        raise Unusable(f"longer than the context of {context} tokens")
-    if task == "understanding" and not doc.loss_mask_T.any():
-        raise Unusable("nothing to learn")
-    if task == "generation" and not (doc.kinds_T == IMAGE).any():
-        raise Unusable("no image to generate")
-    if doc.loss_mask_T[0]:
-        raise Unusable("the first token cannot be supervised: nothing stands before it")

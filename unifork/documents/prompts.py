@@ -187,7 +187,7 @@ def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue
 def _place_of_image(system: str, questions: list[str], answers: list[str], images: int) -> int | None:
     """The number of the question that the image stands in front of."""
     if images > 1:
-        raise Unusable(f"{images} images, a document holds one")
+        raise Unusable(f"{images} images, a document holds one", "several_images")
     if IMAGE_MARK in system:
         raise Unusable("an image marker inside the system turn")
     if any(IMAGE_MARK in answer for answer in answers):
@@ -204,15 +204,16 @@ def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
     Raises Unusable with the reason when the value does not fit the template.
     """
     if not value:
-        raise Unusable("no text")
+        raise Unusable("no text", "no_text")
     if template.text:
         if not isinstance(value, str):
-            raise Unusable(f"a caption is expected, {CONVERSATIONS} were given")
+            raise Unusable(f"a caption is expected, {CONVERSATIONS} were given", "broken_text")
         if images != 1:
-            raise Unusable(f"images: {images}, a caption belongs to one")
+            reason = "several_images" if images else "no_image"
+            raise Unusable(f"images: {images}, a caption belongs to one", reason)
         return laid_out(template.text, {"caption": _without_mark(value)})
     if isinstance(value, str):
-        raise Unusable(f"{CONVERSATIONS} are expected, a caption was given")
+        raise Unusable(f"{CONVERSATIONS} are expected, a caption was given", "broken_text")
     spoken = dialogue(value, images)
     if spoken.system and "{system}" not in template.opening:
         raise Unusable("a system turn, the template has no place for it")
@@ -247,5 +248,5 @@ def _read(pieces: list[Piece]) -> str:
 
 def _without_mark(value: str) -> str:
     if IMAGE_MARK in value:
-        raise Unusable(f"the text contains the mark {IMAGE_MARK}")
+        raise Unusable(f"the text contains the mark {IMAGE_MARK}", "broken_text")
     return value

@@ -6,17 +6,18 @@ DVC needs and follows from the rest (every stage of every variant, every evaluat
 and written into `params.yaml`, so that `dvc.yaml` can loop over it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, StageRun, fingerprint, load_card, parse, read_yaml
+from unifork.config import Card, Experiment, PreparedSet, StageRun, fingerprint, load_card, parse, read_yaml
 from unifork.errors import ConfigError, unknown
 from unifork.experiments import checks
 from unifork.experiments.followed import followed
 from unifork.layout import Layout
+from unifork.vocabulary import VIEW_OF_TASK
 
 HERE = Layout()
 IMPORT = "import"
@@ -94,7 +95,7 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     """The experiment with all that is derived, and its cards; every name it uses is known."""
     path = folder / f"{name}.yaml"
     plain = {"name": name, **_inherited(name, folder, ())}
-    experiment = parse(Experiment, {**plain, "runs": {}, "evaluations": {}}, str(path))
+    experiment = parse(Experiment, {**plain, "prepared": {}, "runs": {}, "evaluations": {}}, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     checks.check_names(experiment, loaded, str(path))
     return experiment.model_copy(update=_derived(experiment, loaded)), loaded
@@ -128,17 +129,32 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
         name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
         for name, use in experiment.datasets.items()
     }
+    prepared: dict[str, PreparedSet] = {}
     runs: dict[str, StageRun] = {}
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
         for stage in variant.stages:
-            sets = {e.dataset for track in experiment.stages[stage].tracks.values() for e in track.mixture}
-            codes = f"data/codes/{sets.pop()}" if len(sets) == 1 else "data/codes"
-            runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes)
+            entries = [entry for track in experiment.stages[stage].tracks.values() for entry in track.mixture]
+            codes = _deepest("data/codes", (entry.dataset for entry in entries))
+            documents = _deepest("data/prepared", (entry.prepared for entry in entries))
+            runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes, prepared=documents)
+            for entry in entries:
+                chosen = PreparedSet(
+                    dataset=entry.dataset, text=entry.text, template=entry.template,
+                    codes=f"data/codes/{entry.dataset}/{VIEW_OF_TASK[entry.task]}",
+                )  # fmt: skip
+                if prepared.setdefault(entry.prepared, chosen) != chosen:
+                    raise ConfigError(f"stages.{stage}: two sets of prepared documents are called {entry.prepared!r}")
             before = f"models/{name}-{stage}"
     evaluations = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
-    return {"datasets": datasets, "runs": runs, "evaluations": evaluations}
+    return {"datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations}
+
+
+def _deepest(folder: str, names: Iterable[str]) -> str:
+    """The folder, or the only one in it that is named."""
+    found = set(names)
+    return f"{folder}/{found.pop()}" if len(found) == 1 else folder

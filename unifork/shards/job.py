@@ -42,11 +42,12 @@ from unifork.shards.manifest import (
     write_json,
     write_manifest,
 )
-from unifork.shards.quarantine import QUARANTINE, nothing_kept
+from unifork.shards.quarantine import QUARANTINE, nothing_kept, quarantine_name
 from unifork.shards.stores import Store, deliver, open_store
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import ROW_GROUP
 
+ARROW = ".arrow"
 MOST_FAILED = 20
 """Shards of a job that may fail before it stops: the others are worth finishing, a fault of all of them is not."""
 
@@ -144,7 +145,7 @@ class ShardJob:
             raise DataError(nothing_kept(self.folder, manifest))
         for beside in self.folder.iterdir():
             if beside.is_dir():  # what lies there is named like the shards; a kill leaves temporary files
-                keep_only(beside, self.names)
+                keep_only(beside, map(quarantine_name, self.names))
         write_manifest(self.folder, manifest)
         if self.store:
             self._tidy(open_store(self.store), manifest)
@@ -183,10 +184,17 @@ class ShardJob:
 
 
 def write_shard(task: ShardTask, table: pa.Table, dropped: Mapping[str, int]) -> ShardResult:
-    """Write a task's table as a Parquet shard, atomically, and its record after it: the task's result."""
+    """Write a task's table as a shard, atomically, and its record after it: the task's result.
+
+    The suffix of its path says what it is: `.parquet`, or `.arrow` for a file that is mapped into memory.
+    """
     path, store = Path(task.output), task.store
 
     def write(temporary: Path) -> None:
+        if path.suffix == ARROW:
+            with pa.ipc.new_file(str(temporary), table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            return
         with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
             if table.num_rows:  # readers, the library datasets for one, fail on a row group without rows
                 writer.write_table(table, row_group_size=ROW_GROUP)
@@ -219,7 +227,17 @@ def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 def read_table(folder: Path, shard: Shard, columns: Iterable[str] | None = None) -> pa.Table:
     """A shard as a table, after checking size and hash."""
-    return pq.read_table(checked(folder, shard), columns=list(columns) if columns else None)
+    source, names = checked(folder, shard), list(columns) if columns else None
+    if not shard.path.endswith(ARROW):
+        return pq.read_table(source, columns=names)
+    table = mapped_table(source) if isinstance(source, Path) else pa.ipc.open_file(source).read_all()
+    return table.select(names) if names else table
+
+
+def mapped_table(path: Path) -> pa.Table:
+    """A shard of the suffix `.arrow` without reading it: its columns are views of the file, mapped into memory."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def input_table(task: ShardTask) -> pa.Table:

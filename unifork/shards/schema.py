@@ -1,8 +1,8 @@
-"""The columns of the two kinds of shard, derived from the card.
+"""The columns of the kinds of shard, derived from the card.
 
 `image-text` rows hold the image as received and its texts; `codes` rows hold the texts of one
 view and the codes as one fixed-size binary (little-endian uint16, row by row of the grid, depth
-last), which reads ten times faster than a list column.
+last), which reads ten times faster than a list column; `documents` rows hold the tokens of one template.
 """
 
 import json
@@ -29,6 +29,20 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
     "sha256": pa.string(),
     "license": pa.string(),
 }
+
+NO_IMAGE = -1
+"""`image_at` of a document of text alone."""
+DOCUMENT_COLUMNS: dict[str, pa.DataType] = {
+    "key": pa.string(),
+    "text_ids": pa.large_list(pa.int32()),
+    "loss_mask": pa.large_list(pa.uint8()),  # of the text tokens: 1 is supervised
+    "image_at": pa.int32(),  # text tokens before the image, or NO_IMAGE
+    "tokens": pa.int32(),  # length of the document, its image included
+    "supervised": pa.int32(),  # text tokens
+    "row_group": pa.int32(),  # of the shard of codes
+    "row": pa.int32(),  # of the row group
+}
+"""All of fixed width or large, so that a mapped file is read without copying."""
 
 CODES_META = b"unifork.codes"
 """Schema metadata: JSON with shape, dtype, codebook_id, encoder_id and encoding."""
@@ -59,6 +73,12 @@ def codes_schema(card: Card, task: Task, grid: int, depth: int, identity: dict[s
         {"key": pa.string(), **texts, "codes": pa.binary(grid * grid * depth * np.dtype(CODE_DTYPE).itemsize)},
         metadata={CODES_META: json.dumps(meta, sort_keys=True).encode()},
     )
+
+
+def documents_schema(codes: pa.Schema | None = None) -> pa.Schema:
+    """Schema of the prepared shards; they say of their codes what the shard of codes says."""
+    meta = {name: value for name, value in ((codes and codes.metadata) or {}).items() if name == CODES_META}
+    return pa.schema(DOCUMENT_COLUMNS, metadata=meta)
 
 
 def columns_of(schema: pa.Schema) -> dict[str, str]:
@@ -92,7 +112,11 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 
 
 class Unusable(UniForkError):
-    """A row from which no document can be made; the message is the reason it is quarantined for."""
+    """A row from which no document can be made: the reason is one word for counting, the message its detail."""
+
+    def __init__(self, detail: str, reason: str = "broken_dialogue") -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -103,7 +127,7 @@ def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """
     images = images_of(row)
     if len(images) > 1:
-        raise Unusable(f"{len(images)} images, a row holds one")
+        raise Unusable(f"{len(images)} images, a row holds one", "several_images")
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable("conversations is not a list of turns")

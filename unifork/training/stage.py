@@ -1,4 +1,4 @@
-"""One stage from start to end: prepare, resume or begin, train, export.
+"""One stage from start to end: open the documents, resume or begin, train, export.
 
 The run folder (`runs/<key>`) holds checkpoints and the history; it belongs to the loop alone. The
 model folder (`models/<key>`) is what later stages and people read; it appears when the stage ends.
@@ -6,7 +6,7 @@ model folder (`models/<key>`) is what later stages and people read; it appears w
 
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from unifork.config import Experiment, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import TrackLoader
-from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity, Quarantine
+from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.inference import Engine
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
@@ -123,12 +123,11 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     identity = CodesIdentity(
         model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id
     )
-    quarantine = Quarantine()
     loaders = {
         name: TrackLoader(
             name, track, job.layout, tokenizer, identity,
             seed=stage.seed, context=stage.context, row_tokens=job.resources.row_tokens,
-            rows_per_microbatch=job.resources.rows_per_microbatch, quarantine=quarantine,
+            rows_per_microbatch=job.resources.rows_per_microbatch,
         )
         for name, track in stage.tracks.items()
     }  # fmt: skip
@@ -144,7 +143,7 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     order = turns(stage)
     state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing)
     if lead:
-        _announce(log, model, tracks, quarantine, state, len(order))
+        _announce(log, model, tracks, state, len(order))
     history = History(job.run_folder, state.total) if lead else None
     progress = Progress(log, state.total, len(order))
     unread: deque[Done] = deque()
@@ -164,7 +163,7 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     if history:
         history.close()
     if lead:
-        _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, quarantine, tracks)
+        _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks)
         _report_seen(log, tracks, read(job.run_folder))
         seconds = time.monotonic() - started
         write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "seconds": seconds})
@@ -197,9 +196,12 @@ def _make_room(job: StageJob, mark: str, log: Log) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _announce(
-    log: Log, model: nn.Module, tracks: dict[str, TrackRun], quarantine: Quarantine, state: State, total: int
-) -> None:
+def _quarantined(tracks: dict[str, TrackRun]) -> dict[str, int]:
+    """Rows that are not trained on, as `data set: reason`, most frequent first."""
+    return dict(sum((track.loader.quarantined for track in tracks.values()), Counter()).most_common())
+
+
+def _announce(log: Log, model: nn.Module, tracks: dict[str, TrackRun], state: State, total: int) -> None:
     where = f"continuing from step {state.total} of {total}" if state.total else f"starting, {total} steps"
     every = sum(p.numel() for p in model.parameters())
     log(f"{where}; {every / 1e6:.2f} M parameters")
@@ -207,7 +209,7 @@ def _announce(
         count = sum(p.numel() for p in track.parameters.values())
         sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
         log(f"track {name}: {count / 1e6:.2f} M trained; documents: {sets}")
-    for reason, count in quarantine.counts().items():
+    for reason, count in _quarantined(tracks).items():
         log(f"quarantined: {count} x {reason}")
 
 
@@ -219,9 +221,7 @@ def _report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any
         log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
 
 
-def _export(
-    job: StageJob, path: Path, tokenizer: TextTokenizer, quarantine: Quarantine, tracks: dict[str, TrackRun]
-) -> None:
+def _export(job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[str, TrackRun]) -> None:
     """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
     temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -237,7 +237,7 @@ def _export(
         {
             "run": job.key,
             "stage": job.stage.model_dump(mode="json"),
-            "quarantined": quarantine.counts(),
+            "quarantined": _quarantined(tracks),
             "documents": {
                 name: [
                     {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}

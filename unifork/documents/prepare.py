@@ -1,0 +1,97 @@
+"""The worker of the prepare stage: shard of codes in, shard of tokenized documents of one template out.
+
+Each row is written with the template, tokenized and checked. Only the words of a document are kept: where its image
+stands follows from one number, and codes stay in their shards. How long a document may be is a stage's affair: its
+length is kept beside it. Rows that cannot be used are quarantined with a reason.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from unifork.batch import BEGIN_IMAGE, TEXT
+from unifork.config import PreparedSet
+from unifork.documents.mixture import made_with, skeleton
+from unifork.documents.prompts import Template, template_named, written
+from unifork.documents.text_tokenizer import TextTokenizer
+from unifork.errors import UniForkError, unknown
+from unifork.shards.job import ARROW, ShardJob, table_of, write_shard
+from unifork.shards.manifest import checked, manifest_sha256, present
+from unifork.shards.quarantine import quarantined
+from unifork.shards.schema import NO_IMAGE, Unusable, codes_meta, columns_of, documents_schema
+from unifork.shards.task import ShardResult, ShardTask
+
+
+class Prepare:
+    """Shard of codes -> shard of documents: a text column, written with a template and tokenized."""
+
+    def __init__(self, text: str, template: Template, tokenizer: Path) -> None:
+        self.text, self.template, self.tokenizer = text, template, TextTokenizer(tokenizer)
+
+    def __call__(self, task: ShardTask) -> ShardResult:
+        assert task.shard is not None, f"{task.output}: a task that is made from no shard"
+        folder = Path(task.folder)
+        file, place = pq.ParquetFile(checked(folder, task.shard)), str(folder / task.shard.path)
+        schema = file.schema_arrow
+        if self.text not in schema.names:
+            raise unknown("text column", self.text, set(schema.names) - {"key", "codes"}, place)
+        image_tokens = codes_meta(schema, place)["shape"][0] + 2
+        documents, rejected = [], []
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, columns=["key", self.text]).to_pylist()
+            for number, (row, images) in enumerate(zip(rows, _images(file, group), strict=True)):
+                place_of_codes = {"key": row["key"], "row_group": group, "row": number}
+                try:
+                    documents.append({**place_of_codes, **self._document(row[self.text], images, image_tokens)})
+                except Unusable as problem:
+                    rejected.append({"key": row["key"], "reason": problem.reason, "detail": str(problem)})
+                except UniForkError:
+                    raise
+                except Exception as error:  # whatever a text may raise costs its row alone
+                    detail = f"{type(error).__name__}: {error}"
+                    rejected.append({"key": row["key"], "reason": "unexpected", "detail": detail})
+        return write_shard(task, table_of(documents, documents_schema(schema)), quarantined(task, rejected))
+
+    def _document(self, value: Any, images: int, image_tokens: int) -> dict[str, Any]:
+        """The columns of a row that can be used. Raises Unusable."""
+        doc = skeleton(written(self.template, value, images), self.tokenizer, 1, self.template.border)
+        seen = int((doc.kinds_T == BEGIN_IMAGE).sum())
+        if self.template.task == "understanding" and not doc.loss_mask_T.any():
+            raise Unusable("nothing to learn", "nothing_to_learn")
+        if self.template.task == "generation" and not seen:
+            raise Unusable("no image to generate", "no_image")
+        if doc.loss_mask_T[0]:
+            raise Unusable("the first token cannot be supervised: nothing stands before it", "nothing_before_answer")
+        is_text_T = doc.kinds_T == TEXT
+        ids_T, loss_mask_T = doc.text_ids_T[is_text_T].astype(np.int32), doc.loss_mask_T[is_text_T].view(np.uint8)
+        return {
+            "text_ids": ids_T,
+            "loss_mask": loss_mask_T,
+            "image_at": int(np.argmin(is_text_T)) if seen else NO_IMAGE,
+            "tokens": len(ids_T) + seen * image_tokens,
+            "supervised": int(loss_mask_T.sum()),
+        }
+
+
+def _images(file: pq.ParquetFile, group: int) -> list[int]:
+    """Images of each row of a row group. The codes are read only where some are missing."""
+    columns = file.metadata.row_group(group)
+    codes = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "codes")
+    if codes.statistics is not None and codes.statistics.null_count == 0:
+        return [1] * columns.num_rows
+    present_R = file.read_row_group(group, columns=["codes"]).column("codes").is_valid()
+    return [int(valid) for valid in present_R.to_pylist()]
+
+
+def prepare_job(chosen: PreparedSet, codes: Path, folder: Path, tokenizer: Path) -> ShardJob:
+    """The plan of preparing one text column of a data set for one template: one task for each shard of codes.
+
+    The manifest says of which codes and with what the documents were made; training compares it.
+    """
+    made = made_with(chosen.text, template_named(chosen.template, str(folder)), TextTokenizer(tokenizer))
+    lineage = {**made, "codes": manifest_sha256(codes)}
+    tasks = [ShardTask.from_shard(shard) for shard in present(codes).shards]
+    columns, name = columns_of(documents_schema()), "part-{index:05d}" + ARROW
+    return ShardJob("documents", chosen.dataset, folder, columns, made, lineage, tasks, codes, shard_name=name)
