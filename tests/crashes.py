@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from unifork.config import Card
 from unifork.shards.task import ShardTask
 
-LIBRARY = ["sources.web.download", "image_tokenizer.encode", "cli", "publish.publication"]
+LIBRARY = ["sources.web.download", "image_tokenizer.encode", "documents.prepare", "cli", "publish.publication"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "pandas", "pipelines.download", *(f"unifork.{name}" for name in LIBRARY)])
 
-SHARD, RECORD, MANIFEST = r"-00001\b.*\.parquet(\.tmp-\w+)?$", r"-00001\b.*\.parquet\.done$", r"^manifest\.json$"
+SHARD, RECORD, MANIFEST = r"-00001\b.*\.(parquet|arrow)(\.tmp-\w+)?$", r"-00001\b.*\.done$", r"^manifest\.json$"
 
 
 def opened(number: int) -> str:

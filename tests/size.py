@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MOST_CODE, MOST_FILES = 9000, 38
-PROGRAMS = ("download", "filter", "encode", "train")
+PROGRAMS = ("download", "filter", "encode", "prepare", "train")
 LAYOUT_TOKENS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 BESIDE = {
     "the ground floor, which nobody opens to follow the data": (

@@ -87,7 +87,7 @@ def test_no_stage_depends_on_files_of_code(name):
 
 
 def test_what_a_job_can_go_on_from_is_kept():
-    for name in ("download", "filter", "encode"):
+    for name in ("download", "filter", "encode", "prepare"):
         assert all(next(iter(out.values()))["persist"] for out in stage(name)["outs"])
 
 

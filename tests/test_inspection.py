@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,6 @@ from tiny import copy_of
 from unifork import cli
 from unifork.config import Experiment, load
 from unifork.documents.loader import TrackLoader
-from unifork.documents.mixture import Quarantine
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import UniForkError
 from unifork.inspection import inspect, visible
@@ -143,7 +143,7 @@ def test_no_text_looks_like_a_mark_or_commands_the_terminal(tiny_root, monkeypat
     """Every text, key and reason of a batch is an evil one; marks and control tokens stay what they are."""
     assert visible(EVIL) == SHOWN
     monkeypatch.setattr(TextTokenizer, "decode", lambda *_: EVIL)
-    monkeypatch.setattr(Quarantine, "counts", lambda _: {EVIL: 3})
+    monkeypatch.setattr(TrackLoader, "quarantined", Counter({EVIL: 3}))
     real = TrackLoader.document
     monkeypatch.setattr(TrackLoader, "document", lambda *of: replace(real(*of), key=EVIL))
     [marked], [bare] = (list(inspect(tiny_root, "unifork", "s2-pretrain", STEP, 100, marks)) for marks in (True, False))

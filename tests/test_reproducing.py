@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from unifork import config, inference
 from unifork.config import Sampling, load_card
 from unifork.documents.loader import TrackLoader
-from unifork.documents.mixture import CodesIdentity, Quarantine
+from unifork.documents.mixture import CodesIdentity
 from unifork.documents.prompts import TEMPLATES
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
@@ -115,7 +115,7 @@ def loader(root: Path, positions: int | None) -> TrackLoader:
     return TrackLoader(
         "joint", track.model_copy(update={"supervised_positions": positions}), Layout(root),
         TextTokenizer(root / "tokenizers/text"), CodesIdentity(36, 4, lineage["codebook_id"], lineage["encoder_id"]),
-        seed=0, context=400, row_tokens=512, rows_per_microbatch=1, quarantine=Quarantine(),
+        seed=0, context=400, row_tokens=512, rows_per_microbatch=1,
     )  # fmt: skip
 
 

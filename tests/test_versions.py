@@ -9,7 +9,7 @@ import yaml
 from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, faults, files, state, version
 
 STAGES_OF = {
-    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode init train evaluate report",
+    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train evaluate report",
     "DOWNLOAD_VERSION": "download filter",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer evaluate",
@@ -18,7 +18,7 @@ STAGES_OF = {
     "TOKENIZER_VERSION": "image_tokenizer encode init evaluate report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
-    "DOCUMENTS_VERSION": "text_tokenizer init train evaluate",
+    "DOCUMENTS_VERSION": "text_tokenizer prepare init train evaluate",
     "MODEL_VERSION": "init train evaluate report",
     "TRAIN_VERSION": "train",
     "EVALUATE_VERSION": "evaluate report",

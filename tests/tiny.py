@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from unifork.config import Experiment, load, load_card
+from unifork.config import Experiment, PreparedSet, load, load_card
 from unifork.documents.prepare import Prepare, prepare_job
 from unifork.documents.prompts import TEMPLATES
 from unifork.documents.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
@@ -22,7 +22,9 @@ from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.layout import Layout
 from unifork.models.warm_start import create_model
+from unifork.shards.manifest import Manifest
 from unifork.sources import Materialize, download_job
+from unifork.vocabulary import VIEW_OF_TASK
 
 REPOSITORY = Path(__file__).parent.parent
 ROWS, SHARD_ROWS = 96, 32
@@ -94,10 +96,18 @@ def build(root: Path, changes: dict | None = None) -> Path:
 
 def prepare(root: Path, experiment: Experiment) -> None:
     """The documents of all stages of an experiment, or those that are missing."""
-    layout = Layout(root)
-    for name, chosen in experiment.prepared.items():
-        job = prepare_job(chosen, root / chosen.codes, layout.prepared / name, layout.text_tokenizer)
-        run_here([job], Prepare(chosen.text, TEMPLATES[chosen.template], layout.text_tokenizer))
+    for chosen in experiment.prepared.values():
+        prepare_set(root, chosen.dataset, chosen.text, chosen.template)
+
+
+def prepare_set(root: Path, dataset: str, text: str, template: str) -> Manifest:
+    """The documents of one text column for one template."""
+    layout, form = Layout(root), TEMPLATES[template]
+    codes = layout.codes / dataset / VIEW_OF_TASK[form.task]
+    chosen = PreparedSet(dataset=dataset, text=text, template=template, codes=str(codes))
+    job = prepare_job(chosen, codes, layout.prepared / f"{dataset}-{text}-{template}", layout.text_tokenizer)
+    (manifest,) = run_here([job], Prepare(text, form, layout.text_tokenizer))
+    return manifest
 
 
 def write_model(experiment: Experiment, images: ImageTokenizer, text: TextTokenizer, folder: Path, root: Path) -> None:

@@ -65,7 +65,12 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     ),
     "DOCUMENTS_VERSION": (
         "unifork/documents/mixture.py",
-        [*within("unifork/documents", "__init__", "index", "prompts", "text_tokenizer"), *SHARDS],
+        [
+            *within("unifork/documents", "__init__", "prepare", "prompts", "text_tokenizer"),
+            *SHARDS,
+            "unifork/batch.py",
+            "pipelines/prepare.py",
+        ],
     ),
     "MODEL_VERSION": (
         "unifork/models/modeling.py",

@@ -23,7 +23,7 @@ CHANGES = {
 def stages(root: Path) -> list[str]:
     """Every stage of `dvc.yaml`, in its order, as commands of an experiment with one data set, variant and stage."""
     params = yaml.safe_load((root / "params.yaml").read_text())
-    loops = {"${datasets}": "datasets", "${variants}": "variants", "${runs}": "runs", "${evaluations}": "evaluations"}
+    loops = {f"${{{name}}}": name for name in ("datasets", "prepared", "variants", "runs", "evaluations")}
     commands = []
     for stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].values():
         keys = params[loops[stage["foreach"]]] if "foreach" in stage else [""]
@@ -37,7 +37,8 @@ def test_every_stage_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None
     root.mkdir()
     write_experiment(root, CHANGES)
     (root / "clusters" / "far.yaml").write_text(
-        f"name: far\naddress: {head.address}\njobs: {{encode: {{workers: 1, cpus: 0.5}}}}\n"
+        f"name: far\naddress: {head.address}\n"
+        "jobs: {encode: {workers: 1, cpus: 0.5}, prepare: {workers: 1, cpus: 0.5}}\n"
         "train: {row_tokens: 2048}\ntrain_stages: {s1-captions: {workers: 1, cpus: 0.5, row_tokens: 2048}}\n"
     )
     for package in ("unifork", "pipelines"):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import ROWS, copy_of
+from tiny import ROWS, copy_of, prepare_set
 
 from unifork.batch import IMAGE, pack
 from unifork.config import Experiment, MixtureEntry, load
 from unifork.documents.loader import TrackLoader
-from unifork.documents.mixture import CodesIdentity, MixturePart, Quarantine
+from unifork.documents.mixture import CodesIdentity, MixturePart
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError, IdentityError
 from unifork.layout import Layout
@@ -27,11 +27,15 @@ def identity_of(root: Path) -> CodesIdentity:
     return CodesIdentity(36, 4, lineage["codebook_id"], lineage["encoder_id"])
 
 
-def part(root, entry, context=400, identity=None, quarantine=None):
+def opened(root, entry, context=400, identity=None):
     tokenizer = TextTokenizer(root / "tokenizers/text")
-    return MixturePart(
-        entry, Layout(root), tokenizer, identity or identity_of(root), context, quarantine or Quarantine()
-    )
+    return MixturePart(entry, Layout(root), tokenizer, identity or identity_of(root), context)
+
+
+def part(root, entry, context=400, identity=None):
+    """A part of a mixture, its documents prepared if they are not."""
+    prepare_set(root, entry.dataset, entry.text, entry.template)
+    return opened(root, entry, context, identity)
 
 
 def test_documents_carry_the_codes_of_their_own_row(tiny_root):
@@ -50,18 +54,21 @@ def test_documents_carry_the_codes_of_their_own_row(tiny_root):
         assert mixture_part.length(number) == len(document)
 
 
-def test_documents_that_are_too_long_are_quarantined_with_key_and_reason(tiny_root):
+def test_documents_that_are_too_long_are_counted_and_the_others_keep_their_order(tiny_root):
     everything = part(tiny_root, ANSWER, context=1000)
-    lengths = sorted(everything.length(n) for n in range(len(everything)))
-    quarantine = Quarantine()
-    context = lengths[-5] - 1
-    mixture_part = part(tiny_root, ANSWER, context=context, quarantine=quarantine)
-    rows = list(quarantine.rows())
-    assert len(mixture_part) + len(rows) == ROWS
-    assert len(rows) >= 5
-    assert f"context of {context}" in rows[0][2]
-    assert sum(quarantine.counts().values()) == len(rows)
-    assert sum(mixture_part.group_sizes) == len(mixture_part)
+    lengths = [everything.length(n) for n in range(len(everything))]
+    assert (len(everything), everything.quarantined) == (ROWS, {})
+    for context in (sorted(lengths)[-5] - 1, sorted(lengths)[ROWS // 2], min(lengths)):
+        fitting = [n for n, length in enumerate(lengths) if length <= context]
+        short = part(tiny_root, ANSWER, context=context)
+        assert short.folder == everything.folder  # no second one is made for another context
+        assert short.quarantined == {f"longer than the context of {context} tokens": ROWS - len(fitting)}
+        assert sum(short.group_sizes) == len(short) == len(fitting)
+        assert [short.key(n) for n in range(len(short))] == [everything.key(n) for n in fitting]
+        assert [short.length(n) for n in range(len(short))] == [lengths[n] for n in fitting]
+        for number, whole in enumerate(fitting):
+            found, expected = short.document(number), everything.document(whole)
+            assert all((getattr(found, name) == getattr(expected, name)).all() for name in ("text_ids_T", "codes_ND"))
 
 
 def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
@@ -87,13 +94,21 @@ def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").write_text(json.dumps(plain))
 
-    quarantine = Quarantine()
-    mixture_part = part(root, ANSWER, quarantine=quarantine)
-    assert list(quarantine.rows()) == [
-        ("shapes", rows[3]["key"], "image markers: 1, images: 0"),
-        ("shapes", rows[5]["key"], "an image marker inside an answer"),
-        ("shapes", rows[6]["key"], "roles are ['assistant'], not user and assistant in turn"),
+    with pytest.raises(DataError, match=r"answer: made with other codes than are here now; `dvc repro --force"):
+        opened(root, ANSWER)
+    mixture_part = part(root, ANSWER)
+    assert pq.read_table(
+        mixture_part.folder / "quarantine/part-00000.parquet", columns=["key", "reason", "detail"]
+    ).to_pylist() == [
+        {"key": rows[number]["key"], "reason": "broken_dialogue", "detail": detail}
+        for number, detail in (
+            (3, "image markers: 1, images: 0"),
+            (5, "an image marker inside an answer"),
+            (6, "roles are ['assistant'], not user and assistant in turn"),
+        )
     ]
+    assert mixture_part.quarantined == {"broken_dialogue": 3}
+    assert mixture_part.group_sizes[:2].tolist() == [13, 16]
     documents = [mixture_part.document(number) for number in range(4)]
     assert [mixture_part.length(number) for number in range(4)] == [len(document) for document in documents]
     assert [document.key for document in documents] == [rows[n]["key"] for n in (0, 1, 2, 4)]
@@ -105,7 +120,7 @@ def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
 
 
 def test_nothing_usable_is_an_error(tiny_root):
-    with pytest.raises(DataError, match="none of its rows"):
+    with pytest.raises(DataError, match=r"none of its rows can be used .*'longer than the context of 10 tokens': 96"):
         part(tiny_root, ANSWER, context=10)
 
 
@@ -129,9 +144,9 @@ def test_a_wrong_view_is_an_error(tiny_root, tmp_path):
 
 def test_a_template_of_the_other_task_is_an_error(tiny_root):
     with pytest.raises(ConfigError, match=r"'answer' is for understanding"):
-        part(tiny_root, GENERATE.model_copy(update={"template": "answer"}))
+        opened(tiny_root, GENERATE.model_copy(update={"template": "answer"}))
     with pytest.raises(ConfigError, match=r"unknown prompt template 'generat'.*Did you mean 'generate'"):
-        part(tiny_root, GENERATE.model_copy(update={"template": "generat"}))
+        opened(tiny_root, GENERATE.model_copy(update={"template": "generat"}))
 
 
 def loader(root, workers_rows=(512, 1), drop=0.5):
@@ -139,7 +154,7 @@ def loader(root, workers_rows=(512, 1), drop=0.5):
     track = experiment.stages["s2-pretrain"].tracks["joint"].model_copy(update={"prompt_drop": drop})
     return TrackLoader(
         "joint", track, Layout(root), TextTokenizer(root / "tokenizers/text"), identity_of(root),
-        seed=0, context=400, row_tokens=workers_rows[0], rows_per_microbatch=workers_rows[1], quarantine=Quarantine(),
+        seed=0, context=400, row_tokens=workers_rows[0], rows_per_microbatch=workers_rows[1],
     )  # fmt: skip
 
 

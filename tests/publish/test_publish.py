@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import datasets
 from unifork.cli import app
 from unifork.config import MixtureEntry, load_card
-from unifork.documents.mixture import CodesIdentity, MixturePart, Quarantine
+from unifork.documents.mixture import CodesIdentity, MixturePart
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
 from unifork.filters.takedown import listing
@@ -141,7 +141,7 @@ def test_it_comes_back_byte_for_byte_and_trains(root):
     meta = codes_meta(pq.read_schema(Path("data/codes/shapes/crop") / manifest.shards[0].path), "")
     identity = CodesIdentity(*meta["shape"], tokenizer["codebook_id"], tokenizer["encoder_id"])
     entry = MixtureEntry(dataset="shapes", task="generation", text="caption", template="generate", weight=1.0)
-    part = MixturePart(entry, Layout(), TextTokenizer(Path("tokenizers/text")), identity, 512, Quarantine())
+    part = MixturePart(entry, Layout(), TextTokenizer(Path("tokenizers/text")), identity, 512)
     assert len(part) == manifest.rows
     assert "(3 kept from before)" in command("fetch", "out", "shapes")
 

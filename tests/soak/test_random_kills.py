@@ -25,6 +25,7 @@ PROGRAMS = {
     "download": DOWNLOAD,
     "filter": (("pipelines.filter", "shapes"), "data/filtered/shapes"),
     "encode": (("pipelines.encode", "shapes"), "data/codes/shapes"),
+    "prepare": (("pipelines.prepare", "shapes-conversations-answer"), "data/prepared/shapes-conversations-answer"),
     "publish": (("unifork.cli", "publish", "shapes", "--to", "out"), "out"),
     "train": (("pipelines.train", "unifork-s1-captions"), "models/unifork-s1-captions"),
 }
