@@ -12,10 +12,13 @@ import yaml
 from unifork.config import Experiment, load, load_card
 from unifork.documents.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.experiments import params_text, resolve
+from unifork.filters.kept import KeptRows
+from unifork.filters.measure import Measure, measure_job
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.layout import Layout
 from unifork.models.warm_start import create_model
 from unifork.sources import Materialize, download_job
 
@@ -32,6 +35,16 @@ def run_here(jobs, worker):
         for task in job.missing():
             job.add(worker(task))
     return [job.finish() for job in jobs]
+
+
+def filter_here(card, raw, measured, filtered, duplicates=None, noted=lambda worker: worker):
+    """The stage filter in this process: what images measure, and which rows are kept; the manifest of these.
+
+    noted: is given each worker and gives back the one that is called.
+    """
+    run_here([measure_job(card, raw, measured)], noted(Measure(card)))
+    (manifest,) = run_here([filter_job(card, measured, filtered, duplicates)], noted(Filter(card)))
+    return manifest
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -72,17 +85,16 @@ def build(root: Path, changes: dict | None = None) -> Path:
     """Raw, filtered and coded shards, tokenizers and a fresh model below `root`."""
     experiment = write_experiment(root, changes)
     card = load_card("shapes", root / "datasets")
-    raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
+    raw, measured, filtered = (root / f"data/{stage}/shapes" for stage in ("raw", "measured", "filtered"))
     use = experiment.datasets["shapes"]
     run_here([download_job(card, use.rows, use.shard_rows, 0, raw)], Materialize(card))
-    run_here([filter_job(card, raw, filtered)], Filter(card))
+    filter_here(card, raw, measured, filtered)
+    kept = KeptRows(Layout(root), "shapes")
     images = fresh_tokenizer(experiment, root / "tokenizers/image")
-    text = train_text_tokenizer(
-        texts_of(filtered, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text"
-    )
+    text = train_text_tokenizer(texts_of(kept, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text")
     tokenizer = root / "tokenizers/image"
     codes = root / "data/codes/shapes"
-    jobs = [encode_job(card, task, filtered, codes / use.view, tokenizer) for task, use in card.tasks.items()]
+    jobs = [encode_job(card, task, kept, codes / use.view, tokenizer) for task, use in card.tasks.items()]
     run_here(jobs, Encode(card, tokenizer, "cpu"))
     write_model(experiment, images, text, root / "models/unifork-init", root)
     return root

@@ -265,9 +265,12 @@ def revert_to_records(folder: Path, shards: Iterable[Shard]) -> None:
 
     No record of another shard stays: its size alone would not tell a shard that is made anew from the old one.
     """
-    write_json(folder / RECORDS, Records(shards=tuple(shards)).model_dump(mode="json"))
+    records = Records(shards=tuple(shards))
+    if records.shards:
+        write_json(folder / RECORDS, records.model_dump(mode="json"))
     with writing(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)
+        for name in (MANIFEST, *(() if records.shards else (RECORDS,))):
+            (folder / name).unlink(missing_ok=True)
         for record in folder.glob("*" + RECORD_SUFFIX):
             record.unlink(missing_ok=True)
 
