@@ -14,6 +14,7 @@ STAGES_OF = {
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer evaluate",
     "FILTER_VERSION": "download filter",
+    "MEASURE_VERSION": "filter",
     "SIGNATURES_VERSION": "filter",
     "TOKENIZER_VERSION": "image_tokenizer encode init evaluate report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
