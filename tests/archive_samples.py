@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from PIL import Image
-from tiny import run_here
+from tiny import filter_here, run_here
 
 from unifork.config import Card
-from unifork.filters.worker import Filter, filter_job
-from unifork.shards.job import QUARANTINE
+from unifork.shards.quarantine import QUARANTINE
 from unifork.sources import Materialize, download_job
 
 IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"
@@ -90,6 +89,9 @@ def download(card: Card, folder: Path, rows: int | None = None, shard_rows: int 
 
 
 def filtered(card: Card, raw: Path, folder: Path, duplicates=None) -> Made:
-    job = filter_job(card, raw, folder, duplicates)
-    (manifest,) = run_here([job], Filter(card))
-    return Made(folder, manifest)
+    return Made(folder, filter_here(card, raw, measured_beside(raw), folder, duplicates))
+
+
+def measured_beside(raw: Path) -> Path:
+    """Where the measured rows of some image-text shards go."""
+    return raw.with_name(f"{raw.name}-measured")

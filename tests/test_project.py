@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
     {"vocabulary", "layout", "randomness", "registry", "processes", "weights"},
-    {"config", "batch", "identity"},
+    {"config", "batch", "identity", "images"},
     {"shards", "jobs", "models"},
     {"sources"},
     {"filters"},

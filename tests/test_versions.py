@@ -14,6 +14,7 @@ STAGES_OF = {
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer evaluate",
     "FILTER_VERSION": "download filter",
+    "MEASURE_VERSION": "filter",
     "SIGNATURES_VERSION": "filter",
     "TOKENIZER_VERSION": "image_tokenizer encode init evaluate report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
@@ -91,7 +92,8 @@ def repository(tmp_path_factory):
         patch.chdir(root)
         repo = Repo.init(no_scm=True)
         for stage in repo.index.stages:
-            for output in stage.outs:
+            parts = [dep for dep in stage.deps if str(dep).startswith("data/codes/")]  # of what encode makes
+            for output in (*stage.outs, *parts):
                 path = root / str(output)
                 folder = path if not path.suffix else path.parent
                 folder.mkdir(parents=True, exist_ok=True)

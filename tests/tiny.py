@@ -41,6 +41,16 @@ def run_here(jobs, worker):
     return [job.finish() for job in jobs]
 
 
+def filter_here(card, raw, measured, filtered, duplicates=None, noted=lambda worker: worker):
+    """The stage filter in this process: what images measure, and which rows are kept; the manifest of these.
+
+    noted: is given each worker and gives back the one that is called.
+    """
+    run_here([measure_job(card, raw, measured)], noted(Measure(card)))
+    (manifest,) = run_here([filter_job(card, measured, filtered, duplicates)], noted(Filter(card)))
+    return manifest
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path inside."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -79,16 +89,17 @@ def build(root: Path, changes: dict | None = None) -> Path:
     """Raw, filtered and coded shards, tokenizers and a fresh model below `root`."""
     experiment = write_experiment(root, changes)
     card = load_card("shapes", root / "datasets")
-    layout, use = Layout(root), experiment.datasets["shapes"]
-    raw, measured, filtered = (place("shapes") for place in (layout.raw, layout.measured, layout.filtered))
+    raw, measured, filtered = (root / f"data/{stage}/shapes" for stage in ("raw", "measured", "filtered"))
+    use = experiment.datasets["shapes"]
     run_here([download_job(card, use.rows, use.shard_rows, 0, raw)], Materialize(card))
-    run_here([measure_job(card, raw, measured)], Measure(card))
-    run_here([filter_job(card, measured, filtered)], Filter(card))
-    images, rows = fresh_tokenizer(experiment, layout.image_tokenizer), KeptRows(layout, "shapes")
-    text = train_text_tokenizer(texts_of(rows, card), experiment.text_tokenizer.vocab_size, layout.text_tokenizer)
-    codes = layout.codes / "shapes"
-    jobs = [encode_job(card, task, rows, codes / use.view, layout.image_tokenizer) for task, use in card.tasks.items()]
-    run_here(jobs, Encode(card, layout.image_tokenizer, "cpu"))
+    filter_here(card, raw, measured, filtered)
+    kept = KeptRows(Layout(root), "shapes")
+    images = fresh_tokenizer(experiment, root / "tokenizers/image")
+    text = train_text_tokenizer(texts_of(kept, card), experiment.text_tokenizer.vocab_size, root / "tokenizers/text")
+    tokenizer = root / "tokenizers/image"
+    codes = root / "data/codes/shapes"
+    jobs = [encode_job(card, task, kept, codes / use.view, tokenizer) for task, use in card.tasks.items()]
+    run_here(jobs, Encode(card, tokenizer, "cpu"))
     prepare(root, experiment)
     write_model(experiment, images, text, root / "models/unifork-init", root)
     return root

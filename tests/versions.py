@@ -21,7 +21,8 @@ def within(folder: str, *names: str) -> list[str]:
 
 
 TOKENIZER = "unifork/image_tokenizer"
-NETWORK = within(TOKENIZER, "architecture", "encoder", "model", "views")
+IMAGES = ["unifork/images.py"]
+NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model", "views"), *IMAGES]
 """Images to codes."""
 SHARDS = within("unifork/shards", "schema")
 
@@ -29,7 +30,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "VOCABULARY_VERSION": ("unifork/vocabulary.py", ["unifork/randomness.py"]),
     "DOWNLOAD_VERSION": (
         "unifork/sources/__init__.py",
-        ["unifork/sources/*.*", *SHARDS, "pipelines/download.py"],
+        ["unifork/sources/*.*", *SHARDS, *IMAGES, "pipelines/download.py"],
     ),
     "WEB_VERSION": ("unifork/sources/web/download.py", ["unifork/sources/web/*.*", "pipelines/download.py"]),
     "WORLD_VERSION": (
@@ -43,6 +44,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         "unifork/filters/worker.py",
         [*within("unifork/filters", "__init__", "rules", "takedown"), *SHARDS, "pipelines/filter.py"],
     ),
+    "MEASURE_VERSION": ("unifork/filters/measure.py", [*IMAGES, *SHARDS]),
     "SIGNATURES_VERSION": ("unifork/filters/duplicates.py", ["unifork/sources/archives.py"]),
     "TOKENIZER_VERSION": (
         f"{TOKENIZER}/training.py",
@@ -110,6 +112,8 @@ DECIDES_NOTHING = {
     "unifork/config/*.py": "its values are parameters, and parts of fingerprints",
     "unifork/experiments/*.py": "writes parameters",
     "unifork/shards/__init__.py": "empty",
+    "unifork/filters/kept.py": "reads what was decided",
+    "unifork/shards/quarantine.py": "names what is left out; what that is its worker decides",
     "unifork/shards/manifest.py": "hashes and sizes of what others made",
     "unifork/shards/stores.py": "where shards lie",
     "unifork/shards/repair.py": "makes nothing, has damaged shards made again",

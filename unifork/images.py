@@ -70,7 +70,7 @@ def open_image(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError("not_an_image", f"begins with {data[:24]!r}") from None
+        raise ImageError("not_an_image", f"no image of a known format: it begins with {data[:24]!r}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", str(error)) from None
     except Exception as error:  # a decoder may raise anything on hostile bytes
@@ -103,8 +103,8 @@ def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> Measured:
 
 
 def _undecodable(error: Exception) -> ImageError:
-    said = _ADDRESS.sub("the bytes", str(error))  # which differs from run to run
-    return ImageError("undecodable", f"{type(error).__name__}: {said}"[:300])
+    detail = _ADDRESS.sub("the bytes", str(error))  # which differs from run to run
+    return ImageError("undecodable", f"{type(error).__name__}: {detail}"[:300])
 
 
 def dhash(image: Image.Image) -> int | None:

@@ -49,6 +49,8 @@ class Layout:
 
     params = Place("params.yaml")
     """What the experiment is, written by `unifork use`."""
+    dvc_ignore = Place(".dvcignore")
+    """What DVC does not look at."""
     experiments = Place("experiments")
     """The files that `unifork use` reads."""
     cards = Place("datasets")

@@ -57,6 +57,9 @@ def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
     the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`.
     """
     path = lock_path(folder)
+    if path.parent.exists() and os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        yield  # nobody writes there: a finished folder is read, and who has to write says that he cannot
+        return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds

@@ -49,7 +49,7 @@ def test_an_image_that_cannot_be_read_is_named(model, tmp_path, capsys, monkeypa
     expected = {
         tmp_path: f"error: {tmp_path}: a folder, not an image\n",
         tmp_path / "none.png": f"error: {tmp_path / 'none.png'}: no such file\n",
-        words: f"error: {words} cannot be read: no image of a known format\n",
+        words: f"error: {words} cannot be read: no image of a known format: it begins with b'no image'\n",
     }
     for path, message in expected.items():
         assert run(capsys, monkeypatch, "describe", "--model", model, "--image", path, *ASK) == (2, "", message)

@@ -143,7 +143,9 @@ def test_a_row_is_taken_down_from_a_finished_shard(tiny_root, tmp_path):
     keys = [whole.key(n) for n in range(ROWS)]
     untouched = (folder_of(root) / "part-00000.arrow").read_bytes()
     gone = [keys[SHARD_ROWS + 3], keys[SHARD_ROWS + 4]]
-    manifest = takedown(folder_of(root), gone)
+    named = {"part-00001.parquet": gone}
+    assert takedown(folder_of(root), named) == 2
+    manifest = read_manifest(folder_of(root))
     assert (manifest.rows, manifest.dropped) == (ROWS - 2, {"takedown": 2})
     assert (folder_of(root) / "part-00000.arrow").read_bytes() == untouched
     assert gone[0].encode() not in (folder_of(root) / "part-00001.arrow").read_bytes()
@@ -155,7 +157,7 @@ def test_a_row_is_taken_down_from_a_finished_shard(tiny_root, tmp_path):
         assert (left.codes(number) == whole.codes(kept[number])).all()
     assert left.quarantined == {"takedown": 2}
     # gone from the codes as well, the rows behind it have moved there: prepared again before anybody reads
-    takedown(root / "data/codes/shapes/pad", gone)
+    takedown(root / "data/codes/shapes/pad", named)
     with pytest.raises(DataError, match="made with other codes than are here now"):
         opened(root, ANSWER)
     manifest = prepare_set(root, "shapes", "conversations", "answer")

@@ -163,7 +163,7 @@ def test_publishing_again_changes_no_byte(root):
 
 
 def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
-    images = Path("data/filtered/shapes")
+    images = Path("data/measured/shapes")
     shards = [pq.read_table(images / shard.path) for shard in read_manifest(images).shards]
     gone = [shards[0]["key"][2].as_py(), shards[2]["key"][5].as_py()]
     digest = shards[2]["sha256"][5].as_py().upper()
@@ -183,7 +183,7 @@ def test_takedowns_by_key_url_and_hash_touch_only_their_shards(root):
     assert read_manifest(Path("data/codes/less/crop")).dropped["takedown"] == 2
     shutil.rmtree(images)
     with pytest.raises(
-        DataError, match=r"filtered/shapes: not there, but 1 entries of the takedown list are no keys, first .sha256"
+        DataError, match=r"measured/shapes: not there, but 1 entries of the takedown list are no keys, first .sha256"
     ):
         command("publish", "shapes", "--to", "out")
 

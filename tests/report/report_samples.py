@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
@@ -15,6 +14,7 @@ from unifork.layout import Layout
 from unifork.shapes.world import draw, scene
 from unifork.shards.job import write_shard
 from unifork.shards.manifest import Manifest, write_json, write_manifest
+from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import image_text_schema
 from unifork.shards.task import ShardTask
 
@@ -129,30 +129,35 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_data(where: Layout) -> None:
-    """Four images, after three were dropped, one of them unreadable; codes of the crop view only."""
+    """Four images, after three were dropped, two of them unreadable; codes of the crop view only."""
+    rejected = [
+        {"key": "bad-1", "reason": "undecodable", "detail": "broken"},
+        {"key": "bad-2", "reason": "empty", "detail": "no bytes"},
+        {"key": "thin", "reason": "min_side", "detail": NASTY},
+    ]
     schema = image_text_schema(load_card("world", where.cards))
-    columns = {name: [None] * 4 for name in schema.names} | {
-        "key": [f"row-{number}" for number in range(4)],
-        "image": [png(draw(scene(0, number, "train"))) for number in range(4)],
-        "caption": ["one", "two", None, NASTY],
-        "description": ["first", "second", "third", None],
+    columns = {name: [None] * 7 for name in schema.names} | {
+        "key": [*(row["key"] for row in rejected), *(f"row-{number}" for number in range(4))],
+        "image": [
+            b"\x89PNG no",
+            None,
+            png(Image.new("RGB", (90, 9), "red")),
+            *(png(draw(scene(0, number, "train"))) for number in range(4)),
+        ],
+        "caption": [None] * 3 + ["one", "two", None, NASTY],
+        "description": [None] * 3 + ["first", "second", "third", None],
     }
     table = pa.table(columns, schema=schema)
-    dropped = {"unreadable": 2, "min_side": 1}
+    kept = table.slice(3).drop_columns(["image"])
+    dropped = {"undecodable": 1, "empty": 1, "min_side": 1}
     codes = where.codes / "world" / "crop"
-    for place, drops in {where.raw("world"): {}, where.filtered("world"): dropped, codes: {}}.items():
+    tables = {where.raw("world"): (table, {}), where.filtered("world"): (kept, dropped), codes: (kept, {})}
+    for place, (rows, drops) in tables.items():
         task = ShardTask().placed(None, place / "part-00000.parquet", None, "made")
-        shard = write_shard(task, table, drops).shard
+        shard = write_shard(task, rows, drops).shard
         lineage = {"encoder_id": "abc", "encoding": {"view": "crop", "dtype": "float32"}} if place == codes else {}
         write_manifest(place, Manifest(kind="any", dataset="world", columns={}, shards=(shard,), lineage=lineage))
-    address = "cannot identify <_io.BytesIO object at 0x7f00>"
-    rejected = [
-        {"key": "bad-1", "reason": "unreadable", "detail": address, "image": b"\x89PNG no"},
-        {"key": "bad-2", "reason": "unreadable", "detail": "empty", "image": None},
-        {"key": "thin", "reason": "min_side", "detail": NASTY, "image": png(Image.new("RGB", (90, 9), "red"))},
-    ]
-    (where.filtered("world") / "quarantine").mkdir()
-    pq.write_table(pa.Table.from_pylist(rejected), where.filtered("world") / "quarantine" / "part-00000.parquet")
+    quarantined(ShardTask().placed(None, where.filtered("world") / "part-00000.parquet", None, "made"), rejected)
 
 
 def write_tokenizer(where: Layout) -> None:

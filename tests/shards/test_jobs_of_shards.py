@@ -1,5 +1,6 @@
 """Download, filter and encode: counts, quarantine, exactly-once, repair."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -8,16 +9,19 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import ROWS, bytes_of, run_here
+from tiny import ROWS, bytes_of, copy_of, filter_here, run_here
 
 from unifork.cluster import run_jobs
-from unifork.config import load_card
+from unifork.config import FilterRule, load_card
+from unifork.config.card import Losses
 from unifork.errors import ConfigError, DataError, IdentityError
-from unifork.filters.worker import Filter, filter_job
+from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
-from unifork.shards.job import QUARANTINE
-from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, fault, read_manifest
+from unifork.layout import Layout
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, Manifest, Shard, fault, read_manifest
+from unifork.shards.quarantine import QUARANTINE, warnings_of
 from unifork.shards.schema import codes_meta
 from unifork.sources import Materialize, download_job
 
@@ -56,18 +60,15 @@ def test_a_second_run_does_nothing_and_changes_no_byte(card, tmp_path):
     assert bytes_of(tmp_path / "raw") == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_only_the_damaged_shard_is_made_again(card, tmp_path, damage):
     download(card, tmp_path / "raw")
     before = bytes_of(tmp_path / "raw")
     victim = tmp_path / "raw" / "part-00001.parquet"
-    data = bytearray(victim.read_bytes())
+    data = victim.read_bytes()
     victim.unlink()
     if damage == "truncated":
         victim.write_bytes(data[:-10])
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
     assert fault(tmp_path / "raw", read_manifest(tmp_path / "raw").shards[1])
     _, outputs = download(card, tmp_path / "raw")
     assert [name.rpartition("/")[2] for name in outputs] == ["part-00001.parquet"]
@@ -111,9 +112,11 @@ def test_the_filter_counts_and_quarantines_and_loses_nothing_else(card, tmp_path
     download(card, tmp_path / "raw")
     shard = tmp_path / "raw" / "part-00000.parquet"
     rows = pq.read_table(shard).to_pylist()
+    small = io.BytesIO()
+    Image.new("RGB", (20, 48)).save(small, "PNG")
     rows[3]["image"] = rows[3]["image"][:60]
     rows[5]["image"] = b"<html>not found</html>"
-    rows[7]["width"] = 20
+    rows[7]["image"] = small.getvalue()
     rows[9] = rows[9] | {"caption": "", "description": None, "conversations": None}
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(shard)), shard)
     manifest = read_manifest(tmp_path / "raw").model_dump(mode="json")
@@ -122,32 +125,38 @@ def test_the_filter_counts_and_quarantines_and_loses_nothing_else(card, tmp_path
     manifest["shards"][0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
     (tmp_path / "raw" / MANIFEST).write_text(json.dumps(manifest))
 
-    job = filter_job(card, tmp_path / "raw", tmp_path / "filtered")
-    (kept,) = run_here([job], Filter(card))
-    assert kept.dropped == {"unreadable": 2, "min_side": 1, "no_text": 1}
+    kept = filter_here(card, tmp_path / "raw", tmp_path / "measured", tmp_path / "filtered")
+    assert kept.dropped == {"undecodable": 1, "not_an_image": 1, "min_side": 1, "no_text": 1}
     assert kept.rows == 36
     rejected = pq.read_table(tmp_path / "filtered" / QUARANTINE / "part-00000.parquet").to_pylist()
     assert {row["key"] for row in rejected} == {rows[n]["key"] for n in (3, 5, 7, 9)}
     assert all(row["detail"] for row in rejected)
+    assert set(rejected[0]) == {"key", "url", "sha256", "reason", "detail"}, "the bytes stay in the raw shards alone"
     keys = [k for s in kept.shards for k in pq.read_table(tmp_path / "filtered" / s.path)["key"].to_pylist()]
     assert len(keys) == 36
 
 
 def test_a_consumer_refuses_a_shard_that_is_not_what_the_manifest_says(card, tiny_root, tmp_path):
-    folder = tmp_path / "filtered"
-    shutil.copytree(tiny_root / "data/filtered/shapes", folder)
-    (folder / "part-00001.parquet").write_bytes(b"PAR1")
-    tokenizer = tiny_root / "tokenizers/image"
-    job = encode_job(card, "generation", folder, tmp_path / "codes", tokenizer)
-    with pytest.raises(DataError, match=r"part-00001.*4 bytes instead of"):
+    root = copy_of(tiny_root, tmp_path / "root")
+    victim = root / "data/raw/shapes/part-00001.parquet"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.unlink()
+    victim.write_bytes(data)
+    tokenizer = root / "tokenizers/image"
+    job = encode_job(card, "generation", KeptRows(Layout(root), "shapes"), tmp_path / "codes", tokenizer)
+    with pytest.raises(DataError, match=r"part-00001.*sha256"):
         run_here([job], Encode(card, tokenizer, "cpu"))
+    victim.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"part-00001.*4 bytes instead of"):
+        KeptRows(Layout(root), "shapes")
 
 
 def test_the_plan_of_encoding_loads_no_network(card, tiny_root, tmp_path):
     """Only config.json is needed; without torch the program starts in half a second."""
     (tmp_path / "tokenizer").mkdir()
     shutil.copy(tiny_root / "tokenizers/image/config.json", tmp_path / "tokenizer")
-    job = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path, tmp_path / "tokenizer")
+    job = encode_job(card, "generation", KeptRows(Layout(tiny_root), "shapes"), tmp_path, tmp_path / "tokenizer")
     manifest = read_manifest(tiny_root / "data/codes/shapes/crop")
     assert [job.inputs(task) for task in job.tasks] == [shard.inputs for shard in manifest.shards]
     assert (job.lineage, job.columns) == (manifest.lineage, manifest.columns)
@@ -167,7 +176,7 @@ def test_a_tokenizer_that_encodes_otherwise_makes_no_shard(card, tiny_root, tmp_
         config = (tokenizer / "config.json").read_text()
         identity = read_manifest(tiny_root / "data/codes/shapes/crop").lineage["encoder_id"]
         (tokenizer / "config.json").write_text(config.replace(identity, "0" * 16))
-    job = encode_job(card, "generation", tiny_root / "data/filtered/shapes", tmp_path / "codes", tokenizer)
+    job = encode_job(card, "generation", KeptRows(Layout(tiny_root), "shapes"), tmp_path / "codes", tokenizer)
 
     with pytest.raises(IdentityError, match="canaries' codes differ" if fault == "canaries" else "promises 0000"):
         run_jobs([job], Encode, card, tokenizer, "cpu")
@@ -212,3 +221,25 @@ def test_the_two_views_of_a_wide_image_have_different_codes(tiny_root):
     assert 0.2 < 1 - sum(square) / len(square) < 0.5
     for same, crop, pad in zip(square, codes["crop"], codes["pad"], strict=True):
         assert (crop == pad) == same
+
+
+def test_a_stage_that_keeps_no_row_fails_and_says_why(card, tmp_path):
+    download(card, tmp_path / "raw")
+    strict = card.model_copy(update={"filters": (FilterRule(rule="min_side", options={"pixels": 4000}),)})
+    with pytest.raises(DataError, match=r"filtered: none of 40 rows is kept: 40 min_side, the first '.*pixels.: 4000"):
+        filter_here(strict, tmp_path / "raw", tmp_path / "measured", tmp_path / "filtered")
+    assert not (tmp_path / "filtered" / MANIFEST).exists()
+    assert filter_here(card, tmp_path / "raw", tmp_path / "measured", tmp_path / "filtered").rows == 40
+
+
+def test_losses_are_told_when_they_are_more_than_the_card_expects(card):
+    manifest = Manifest(
+        kind="image-text", dataset="web", columns={},
+        shards=(Shard(path="a", rows=30, bytes=1, sha256="", inputs="",
+                      dropped={"timeout": 40, "http_404": 20, "undecodable": 8, "min_side": 2}),),
+    )  # fmt: skip
+    transport, content = warnings_of(manifest, "download", card.losses)
+    assert "download lost 60.0% of 100 rows to transport (40 timeout, 20 http_404)" in transport
+    assert "lost 10.0% of 100 rows to content (8 undecodable, 2 min_side); expected are at most 5%" in content
+    assert "8.0%" in warnings_of(manifest, "filter", Losses(transport=0.7))[0], "what rules drop is no loss"
+    assert warnings_of(manifest, "filter", Losses(transport=0.6, content=0.08)) == []

@@ -13,6 +13,7 @@ from crashes import POINTS, killed_after, run, shard
 from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, run_here, start, write_experiment
 
 from unifork.config import load_card, parse
+from unifork.filters.measure import Measure, measure_job
 from unifork.filters.worker import Filter, filter_job
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, Shard, read_manifest
 from unifork.sources import Materialize, download_job
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 STAGES = {
     "download": (("pipelines.download", "shapes"), "data/raw/shapes"),
+    "measure": (("pipelines.filter", "shapes"), "data/measured/shapes"),
     "filter": (("pipelines.filter", "shapes"), "data/filtered/shapes"),
     "encode": (("pipelines.encode", "shapes"), "data/codes/shapes"),
     "prepare": (("pipelines.prepare", "shapes-conversations-answer"), "data/prepared/shapes-conversations-answer"),
@@ -62,16 +64,17 @@ def test_a_job_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_b
     shutil.rmtree(root / output)
     run(root, words, point)
     assert bytes_of(root / output) != bytes_of(whole / output)
-    kept = re.search(r"(\d)/3 shards", run(root, words))
+    kept = re.search(rf"{output}.*: (\d)/3 shards", run(root, words))
     assert int(kept[1]) == FINISHED.get(point, 1)
     assert bytes_of(root / output) == bytes_of(whole / output)
 
 
-@pytest.mark.parametrize("name", ["raw", "filtered"])
+@pytest.mark.parametrize("name", ["raw", "measured", "filtered"])
 def test_a_shard_killed_at_random_is_whole_or_not_there(whole, tmp_path, name):
     card, expected = load_card("shapes"), whole / f"data/{name}/shapes"
     job, worker = {
         "raw": (download_job(card, ROWS, SHARD_ROWS, 0, tmp_path), Materialize),
+        "measured": (measure_job(card, whole / "data/raw/shapes", tmp_path), Measure),
         "filtered": (filter_job(card, whole / "data/measured/shapes", tmp_path), Filter),
     }[name]
     task = job.missing()[0]

@@ -1,20 +1,23 @@
 """Damaged, vanished, half-written and unwritable: found, said in one line, and mended by running again."""
 
 import errno
+import json
 import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tiny import bytes_of, run_here, start, write_experiment
+from tiny import REPOSITORY, bytes_of, filter_here, run_here, start, write_experiment
 from typer.testing import CliRunner
 
 from unifork.cli import app
 from unifork.config import load_card
 from unifork.errors import DataError
-from unifork.filters.worker import Filter, filter_job
+from unifork.filters.worker import filter_job
 from unifork.processes import exclusive
 from unifork.shards import manifest as manifests
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
@@ -30,16 +33,16 @@ def stages(root: Path) -> list[str]:
     def noted(worker):
         return lambda task: outputs.append("/".join(task.output.split("/")[-3:])) or worker(task)
 
-    raw, filtered = root / "data/raw/shapes", root / "data/filtered/shapes"
+    raw, measured, filtered = (root / f"data/{stage}/shapes" for stage in ("raw", "measured", "filtered"))
     run_here([download_job(CARD, 12, 4, 0, raw)], noted(Materialize(CARD)))
-    run_here([filter_job(CARD, raw, filtered)], noted(Filter(CARD)))
+    filter_here(CARD, raw, measured, filtered, noted=noted)
     return outputs
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("whole")
-    assert len(stages(root)) == 6
+    assert len(stages(root)) == 9
     return root
 
 
@@ -79,13 +82,13 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("output", ["raw", "filtered"])
+@pytest.mark.parametrize("output", ["raw", "measured", "filtered"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_wrong_is_found_removed_and_made_again(root, damage, output):
     do, name, problem = DAMAGES[damage]
     before, folder = bytes_of(root), f"data/{output}/shapes"
     do(root / folder / name)
-    stage = {"raw": "download", "filtered": "filter"}[output]
+    stage = "download" if output == "raw" else "filter"
     printed = verify("data")
     assert f"{folder}/{name}: " in printed
     assert problem in printed
@@ -93,6 +96,7 @@ def test_what_is_wrong_is_found_removed_and_made_again(root, damage, output):
     assert f"error: data: 1 faults, named above. `unifork verify --repair data` removes the files, {repro}" in printed
     assert f"now run {repro}" in verify("--repair", "data")
     assert not (root / folder / name).exists()
+    assert (root / folder / MANIFEST).exists() != (name in ("part-00001.parquet", MANIFEST))  # which DVC would notice
     outputs = stages(root)
     if name == "part-00001.parquet":
         assert outputs == [f"{output}/shapes/{name}"]
@@ -102,26 +106,73 @@ def test_what_is_wrong_is_found_removed_and_made_again(root, damage, output):
     assert "error" not in verify("data")
 
 
-def test_a_damaged_shard_is_mended_without_repair_too(root):
+def test_a_shard_of_another_size_is_mended_without_repair_too(root):
     before = bytes_of(root)
-    damaged(root / "data/filtered/shapes/part-00002.parquet")
+    victim = root / "data/filtered/shapes/part-00002.parquet"
+    victim.write_bytes(victim.read_bytes()[:-1])
     assert stages(root) == ["filtered/shapes/part-00002.parquet"]
     assert bytes_of(root) == before
 
 
-def test_a_vanished_input_shard_names_the_folder_to_make_again(root):
+def test_a_vanished_input_shard_is_named_before_anything_starts(root):
     before = bytes_of(root)
-    (root / "data/raw/shapes/part-00001.parquet").unlink()
+    (root / "data/measured/shapes/part-00001.parquet").unlink()
     (root / "data/filtered/shapes/part-00001.parquet").unlink()
-    raw, filtered = Path("data/raw/shapes"), Path("data/filtered/shapes")
     with pytest.raises(
-        DataError, match=r"data/raw/shapes/part-00001\.parquet: missing\. Run the stage that writes .*raw"
+        DataError,
+        match=r"^data/measured/shapes: 1 of 3 shards are not as its manifest says, first part-00001\.parquet: "
+        r"missing\. `unifork verify --repair data/measured/shapes` takes them away, then `dvc repro filter@",
     ):
-        run_here([filter_job(CARD, raw, filtered)], Filter(CARD))
-    assert "`dvc repro filter@shapes && dvc repro download@shapes`" in verify("data")
+        filter_job(CARD, Path("data/measured/shapes"), Path("data/filtered/shapes"))
+    (root / "data/raw/shapes/part-00001.parquet").unlink()
+    assert "`dvc repro filter@shapes`, `dvc repro download@shapes`" in verify("data")
     verify("--repair", "data")
-    assert stages(root) == ["raw/shapes/part-00001.parquet", "filtered/shapes/part-00001.parquet"]
+    assert stages(root) == [f"{stage}/shapes/part-00001.parquet" for stage in ("raw", "measured", "filtered")]
     assert bytes_of(root) == before
+
+
+@pytest.mark.parametrize("place", ["path", "uri"])
+def test_repair_touches_nothing_outside_its_folder_whatever_a_manifest_names(root, place):
+    """Manifests travel with pulls and shared folders."""
+    outside = root / "elsewhere/part-00001.parquet"
+    outside.parent.mkdir()
+    outside.write_bytes(b"of somebody")
+    manifest = root / "data/raw/shapes" / MANIFEST
+    plain = json.loads(manifest.read_text())
+    plain["shards"][1][place] = "../../../elsewhere/part-00001.parquet" if place == "path" else f"file://{outside}"
+    manifest.write_text(json.dumps(plain))
+    printed = verify("data")
+    assert ("a bare file name is expected" if place == "path" else "bytes instead of") in printed
+    verify("--repair", "data")
+    assert outside.read_bytes() == b"of somebody"
+
+
+READ_ONLY = "mount --bind . . && mount -o remount,bind,ro . && cd . && exec "
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode != 0,
+    reason="needs a mount namespace of its own",
+)
+def test_a_finished_job_on_a_disk_that_takes_nothing_is_finished(whole, experiment):
+    shutil.copytree(whole / "data", experiment / "data")
+
+    def on_read_only(*words: str) -> subprocess.CompletedProcess:
+        command = READ_ONLY + " ".join([sys.executable, "-m", *words])
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", command], cwd=experiment, env=environment, check=False, capture_output=True,
+            text=True,
+        )  # fmt: skip
+
+    for stage in ("download", "filter"):
+        done = on_read_only(f"pipelines.{stage}", "shapes")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "3/3 shards (3 kept from before)" in done.stdout
+    (experiment / "data/raw/shapes/part-00001.parquet").unlink()
+    done = on_read_only("pipelines.download", "shapes")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*cannot be written: Read-only file system\. Make room[^\n]*\n", done.stderr)
 
 
 def test_an_unfinished_folder_is_said_to_be_unfinished(tmp_path):
@@ -131,7 +182,7 @@ def test_an_unfinished_folder_is_said_to_be_unfinished(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_takes_nothing_is_one_line(root, monkeypatch, number):
     before = bytes_of(root)
-    damaged(root / "data/raw/shapes/part-00001.parquet")
+    (root / "data/raw/shapes/part-00001.parquet").unlink()
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
@@ -204,14 +255,16 @@ def test_a_folder_that_takes_nothing_stops_the_program_with_one_line(experiment)
 
 def test_the_programs_name_what_is_wrong_with_their_input_and_mend_their_output(whole, experiment):
     shutil.copytree(whole / "data", experiment / "data")
-    raw, filtered = (experiment / f"data/{stage}/shapes/part-00001.parquet" for stage in ("raw", "filtered"))
+    raw, measured = (experiment / f"data/{stage}/shapes/part-00001.parquet" for stage in ("raw", "measured"))
     for spoil, problem in ((Path.unlink, "missing"), (damaged, "sha256")):
         spoil(raw)
-        filtered.unlink()
+        measured.unlink()
         code, line = program(experiment, "pipelines.filter", "shapes")
         assert code == 2
-        assert f"data/raw/shapes/part-00001.parquet: {problem}" in line
-        assert "Run the stage that writes" in line
+        assert f"part-00001.parquet: {problem}" in line
+        repair, stage = re.findall(r"`(.*?)`", line)
+        assert stage == "dvc repro download@shapes"
+        assert program(experiment, "unifork.cli", *repair.split()[1:])[0] == 0
         for stage in ("download", "filter"):
             assert "3/3 shards (2 kept from before), 4/4 rows" in program(experiment, f"pipelines.{stage}", "shapes")[1]
         assert bytes_of(experiment / "data") == bytes_of(whole / "data")

@@ -22,20 +22,23 @@ from unifork.cli import app
 from unifork.config import Cluster, Experiment, TrainResources, load, load_card, parse
 from unifork.documents.text_tokenizer import texts_of
 from unifork.errors import ConfigError, DataError
+from unifork.filters.kept import KeptRows
+from unifork.filters.measure import Measure, measure_job
 from unifork.filters.takedown import takedown
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
 from unifork.publish.publication import build
 from unifork.report.images import rejected_rows
-from unifork.shards.job import QUARANTINE, RECORD_SUFFIX, quarantine_of, read_table
+from unifork.shards.job import RECORD_SUFFIX, read_table
 from unifork.shards.manifest import FETCHED, MANIFEST, manifest_sha256, read_manifest
+from unifork.shards.quarantine import QUARANTINE, quarantine_of
 from unifork.sources import Materialize, download_job
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
 CARD = load_card("shapes", REPOSITORY / "datasets")
-FOLDERS = ("raw/shapes", "filtered/shapes", "codes/shapes/crop", "codes/shapes/pad")
+FOLDERS = ("raw/shapes", "measured/shapes", "filtered/shapes", "codes/shapes/crop", "codes/shapes/pad")
 SHARDS = ROWS // SHARD_ROWS
 
 
@@ -48,11 +51,15 @@ def stages(root: Path, store: str | None) -> list[str]:
         noted = lambda task: outputs.append(str(Path(task.output).relative_to(root / "data"))) or worker(task)  # noqa: E731
         run_here(placed, noted)
 
-    raw, filtered, codes = (root / "data" / name / "shapes" for name in ("raw", "filtered", "codes"))
+    raw, measured, filtered, codes = (
+        root / "data" / name / "shapes" for name in ("raw", "measured", "filtered", "codes")
+    )
     tokenizer = root / "tokenizers/image"
     run(download_job(CARD, ROWS, SHARD_ROWS, 0, raw), worker=Materialize(CARD))
-    run(filter_job(CARD, raw, filtered), worker=Filter(CARD))
-    views = [encode_job(CARD, task, filtered, codes / use.view, tokenizer) for task, use in CARD.tasks.items()]
+    run(measure_job(CARD, raw, measured), worker=Measure(CARD))
+    run(filter_job(CARD, measured, filtered), worker=Filter(CARD))
+    kept = KeptRows(Layout(root), "shapes")
+    views = [encode_job(CARD, task, kept, codes / use.view, tokenizer) for task, use in CARD.tasks.items()]
     run(*views, worker=Encode(CARD, tokenizer, "cpu"))
     return outputs
 
@@ -85,7 +92,7 @@ def root(tiny_root, tmp_path, monkeypatch) -> Path:
 
 
 def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(tiny_root, root, store):
-    assert len(stages(root, store)) == 4 * SHARDS
+    assert len(stages(root, store)) == 5 * SHARDS
     local = files(tiny_root / "data")
     assert objects(store) == {
         name: data for name, data in local.items() if name.startswith(FOLDERS) and name.endswith(".parquet")
@@ -105,8 +112,8 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
     assert stages(disk, store) == []  # what lies on a disk stays there, too, and what others have in the store
     assert (files(disk / "data"), objects(store)) == (local, away)
 
-    filtered = root / "data/filtered/shapes"
-    assert list(texts_of(filtered, CARD)) == list(texts_of(tiny_root / "data/filtered/shapes", CARD))
+    texts = [list(texts_of(KeptRows(Layout(place), "shapes", images=False), CARD)) for place in (root, tiny_root)]
+    assert texts[0] == texts[1]
     views = build("shapes", Layout(root), root / "out", None)
     build("shapes", Layout(tiny_root), root / "as-local", None)
     assert files(root / "out") == files(root / "as-local")
@@ -143,21 +150,22 @@ def test_a_damaged_object_is_named_and_made_again_alone(root, store):
     verify = lambda *words: CliRunner().invoke(app, ["verify", *words, "data"])  # noqa: E731
     for problem, change in DAMAGES.items():
         put(store, victim, change(away[victim]))
-        with pytest.raises(DataError, match=rf"{store}/{victim}: .*{problem}.*redoes only"):
+        advice = rf"`unifork verify --repair {raw}` .*`dvc repro download@shapes`"
+        with pytest.raises(DataError, match=rf"{store}/{victim}: .*{problem}.*{advice}"):
             read_table(raw, read_manifest(raw).shards[1])
         assert re.search(rf"data/{victim}: .*{problem}", verify().output)
         if problem == "sha256":
             assert stages(root, store) == []  # a run looks at sizes only
         else:
-            assert "now run `dvc repro download@shapes`" in verify("--repair").output
-            assert victim not in objects(store)
-            with pytest.raises(DataError, match="has not finished"):  # which DVC notices, too
-                read_manifest(raw)
-            assert stages(root, store) == [victim]
-            assert objects(store) == away
-            assert files(root / "data") == before
-    verify("--repair")
-    assert stages(root, store) == [victim]
+            with pytest.raises(DataError, match=rf"1 of {SHARDS} shards are not as .*{problem}.*{advice}"):
+                KeptRows(Layout(root), "shapes")
+        assert "now run `dvc repro download@shapes`" in verify("--repair").output
+        assert set(objects(store)) | {victim} == set(away)  # nothing is deleted there
+        with pytest.raises(DataError, match="has not finished"):  # which DVC notices, too
+            read_manifest(raw)
+        assert stages(root, store) == [victim]
+        assert objects(store) == away
+        assert files(root / "data") == before
     assert verify().exit_code == 0
 
 
@@ -234,18 +242,20 @@ def test_a_smaller_plan_and_a_takedown_leave_nothing_behind(store, tmp_path):
     put(place, "notes.txt", b"of somebody else")
     (raw,) = run_here([plan(1000)], Materialize(CARD))
     assert sorted(objects(place)) == ["notes.txt", "part-00000.parquet", "part-00001.parquet"]
-    job = replace(filter_job(CARD, folder, filtered), store=kept)
+    run_here([measure_job(CARD, folder, tmp_path / "data/measured/shapes")], Measure(CARD))
+    job = replace(filter_job(CARD, tmp_path / "data/measured/shapes", filtered), store=kept)
     (manifest,) = run_here([job], Filter(CARD))  # one row in 997 is cut off on purpose
-    assert manifest.dropped == {"unreadable": 1}
+    assert manifest.dropped == {"undecodable": 1}
     assert [name for name in objects(kept) if QUARANTINE in name] == [f"{QUARANTINE}/part-00001.parquet"]
-    (rejected,) = rejected_rows(filtered, manifest)
+    (rejected,) = rejected_rows(KeptRows(Layout(tmp_path), "shapes"))
 
     first = read_table(filtered, manifest.shards[0])["key"].to_pylist()
     copy = tmp_path / "data" / FETCHED / f"{manifest.shards[0].sha256}.parquet"
     copy.parent.mkdir()
     copy.write_bytes(b"a copy of training")
-    less = takedown(filtered, [first[3], rejected["key"]])
-    assert read_manifest(filtered) == less
+    gone = dict(zip([shard.path for shard in manifest.shards], ([first[3]], [rejected["key"]]), strict=True))
+    assert takedown(filtered, gone) == 1
+    less = read_manifest(filtered)
     assert less.rows == manifest.rows - 1 == raw.rows - 2
     assert not copy.exists()
     assert first[3] not in read_table(filtered, less.shards[0])["key"].to_pylist()

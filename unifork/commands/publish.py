@@ -1,4 +1,4 @@
-"""`unifork publish` and `unifork fetch`: finished codes for strangers, and back."""
+"""`unifork publish`, `fetch` and `takedown`: finished codes for strangers, back, and rows that have to go."""
 
 from pathlib import Path
 from typing import Annotated
@@ -56,3 +56,27 @@ def fetch(
     with exclusive(folder):
         manifests = publication.fetch(open_store(source), dataset, layout)
     print(f"{folder}: {', '.join(f'{manifest.rows} rows' for manifest in manifests)}, as {source} says")
+
+
+def takedown(
+    dataset: Annotated[str, typer.Argument(help="data set, a card in datasets/")],
+    rows: Annotated[Path, typer.Argument(help="list of rows: `url ADDRESS`, `host NAME`, `sha256 HEX`, `key SET/KEY`")],
+) -> None:
+    """Remove rows from all finished shards of a data set: images, measurements, codes and prepared documents."""
+    from contextlib import ExitStack
+
+    from unifork.config import load_card
+    from unifork.filters.takedown import listing, take_down
+    from unifork.layout import Layout
+    from unifork.processes import exclusive
+
+    layout, entries, card = Layout(), listing(str(rows)), load_card(dataset)
+    with ExitStack() as held:
+        for folder in (layout.raw(dataset), layout.filtered(dataset), layout.codes / dataset):
+            held.enter_context(exclusive(folder))
+        for folder, count in take_down(dataset, layout, entries).items():
+            print(f"{folder}: {count} rows removed")
+    print("Now `dvc repro` makes what follows from them; publish the set again where it was published.")
+    if str(rows) not in [rule.options.get("file") for rule in card.filters if rule.rule == "takedown"]:
+        named = f"{{rule: takedown, options: {{file: {rows}}}}}"
+        print(f"Rows of shards that are downloaded again would come back: add {named} to the filters of its card.")

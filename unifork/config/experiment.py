@@ -27,6 +27,9 @@ class DatasetUse(StrictModel):
     """Number of rows to take from the source; None takes all."""
     shard_rows: PositiveInt
     """Rows per shard of the source; filtering makes shards smaller, never larger."""
+    track: Literal["whole", "manifest"] = "whole"
+    """What DVC sees of its folders: everything, which it copies to its cache and to remotes, or the manifests alone,
+    which name every shard by its hash; then image bytes lie on disk once."""
     follows: Followed | None = None
     """Written by `unifork use`."""
 

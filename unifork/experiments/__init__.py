@@ -16,6 +16,7 @@ from unifork.config import Card, Experiment, PreparedSet, StageRun, fingerprint,
 from unifork.errors import ConfigError, unknown
 from unifork.experiments import checks
 from unifork.experiments.followed import followed
+from unifork.experiments.tracking import write_ignore_rules
 from unifork.layout import Layout
 from unifork.vocabulary import VIEW_OF_TASK
 
@@ -62,6 +63,7 @@ def use(name: str, force: bool = False) -> Experiment:
             )
     checks.check_models(experiment, place)
     HERE.params.write_text(params_text(experiment))
+    write_ignore_rules(experiment, HERE.dvc_ignore)
     return experiment
 
 

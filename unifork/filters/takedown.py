@@ -4,7 +4,7 @@ A list is a text file, one entry per line: `url ADDRESS`, `host NAME` (and every
 (of the image as received), `key SET/KEY`. `#` begins a comment. It is held in memory as a set of strings.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from unifork.errors import ConfigError
+from unifork.layout import Layout
 from unifork.shards.job import read_table, recorded_shards, write_shard
 from unifork.shards.manifest import (
     FETCHED,
+    MANIFEST,
     RECORD_SUFFIX,
-    Manifest,
+    Shard,
     file_sha256,
     local_path,
     read_manifest,
     write_manifest,
 )
-from unifork.shards.quarantine import scrub
+from unifork.shards.quarantine import parquet_name, scrub
 from unifork.shards.task import ShardTask
 from unifork.sources import located
 
@@ -83,44 +85,65 @@ def list_hashes(files: Iterable[str]) -> dict[str, str]:
 # -------------------------------------------------------------------------------- finished shards
 
 
-def withdrawn(folder: Path, entries: Listing) -> dict[str, str]:
-    """Key -> entry of every row of image-text shards that a list names; one shard's texts in memory at a time."""
-    manifest = read_manifest(folder)
-    found = {}
+def take_down(dataset: str, layout: Layout, entries: Listing) -> dict[Path, int]:
+    """Remove the rows that a list names from every finished folder of a data set; folder -> rows that went.
+
+    They are looked up in the measured rows, which go last, so that a killed run finds them again. Publications are
+    made anew by `unifork publish`, which takes the same list. Raises DataError where nothing was measured yet.
+    """
+    measured = layout.measured(dataset)
+    keys = withdrawn(measured, entries)
+    made_of_it = [*layout.prepared.glob("*"), *(layout.codes / dataset).glob("*"), layout.signatures(dataset)]
+    folders = [*made_of_it, layout.filtered(dataset), layout.raw(dataset), measured]
+    finished = [folder for folder in folders if (folder / MANIFEST).exists()]
+    return {folder: takedown(folder, keys) for folder in finished if read_manifest(folder).dataset == dataset}
+
+
+def withdrawn(folder: Path, entries: Listing) -> dict[str, dict[str, str]]:
+    """Shard -> key -> entry of every row that a list names; one shard's columns in memory at a time.
+
+    folder: of measured or image-text shards, whose names are those of all shards that were made of them.
+    """
+    manifest, found = read_manifest(folder), {}
     for shard in manifest.shards:
-        for row in read_table(folder, shard, ["key", "url", "sha256"]).to_pylist():
-            hit = entries.match(manifest.dataset, row)
-            if hit:
-                found[row["key"]] = hit
+        rows = read_table(folder, shard, ["key", "url", "sha256"]).to_pylist()
+        hits = {row["key"]: hit for row in rows if (hit := entries.match(manifest.dataset, row))}
+        if hits:
+            found[shard.path] = hits
     return found
 
 
-def takedown(folder: Path, keys: Iterable[str]) -> Manifest:
-    """Remove rows from finished shards (images or codes) by key and write the manifest anew.
+def takedown(folder: Path, keys: Mapping[str, Iterable[str]]) -> int:
+    """Remove rows from finished shards of any stage (shard -> keys), write the manifest anew; rows that went.
 
-    Only shards that hold such a row are written, each atomically with its record, so a killed run is
-    finished by running it again; in between the manifest names the old hashes and readers stop. Stage by
-    stage: what `withdrawn` finds in `data/raw/<set>` goes from raw, filtered and every folder of codes. Fingerprints
+    Only these shards are opened, and written atomically with their records where they hold such a row, so a killed
+    run is finished by running it again; in between the manifest names the old hashes and readers stop. Fingerprints
     stay, so that a stage that runs again keeps the shards as they are; the stages that follow make those shards anew.
     """
-    manifest, gone = read_manifest(folder), pa.array(sorted(set(keys)), pa.string())
+    manifest = read_manifest(folder)
     recorded = recorded_shards(folder, manifest.stores)
     shards = []
     for shard in (recorded.get(listed.path, listed) for listed in manifest.shards):
-        named = pa.compute.is_in(read_table(folder, shard, ["key"]).column("key"), value_set=gone)
-        count = pa.compute.sum(named).as_py() or 0
-        if count:
-            table = read_table(folder, shard).filter(pa.compute.invert(named))
-            dropped = {**shard.dropped, REASON: shard.dropped.get(REASON, 0) + count}
-            store = shard.store.uri if shard.store else None
-            task = ShardTask().placed(None, folder / shard.path, store, shard.inputs)
-            for parent in folder.parents if store else ():  # copies that training made
-                local_path(folder, shard, parent / FETCHED).unlink(missing_ok=True)
-            shard = write_shard(task, table, dropped).shard or shard  # noqa: PLW2901
-        scrub(folder, shard, gone)
-        shards.append(shard)
-    manifest = manifest.model_copy(update={"shards": tuple(shards)})
-    write_manifest(folder, manifest)
+        named = keys.get(parquet_name(shard.path))
+        shards.append(_without(folder, shard, named) if named else shard)
+    less = manifest.model_copy(update={"shards": tuple(shards)})
+    write_manifest(folder, less)
     for place in manifest.stores:
         place.remove([name for name in place.listing() if name.endswith(RECORD_SUFFIX)])
-    return manifest
+    return manifest.rows - less.rows
+
+
+def _without(folder: Path, shard: Shard, keys: Iterable[str]) -> Shard:
+    """A shard without some rows, as it is now recorded; its quarantine names them no more either."""
+    gone, table = pa.array(sorted(set(keys)), pa.string()), read_table(folder, shard)
+    kept = table.filter(pa.compute.invert(pa.compute.is_in(table["key"], value_set=gone)))
+    count = table.num_rows - kept.num_rows
+    if count:
+        dropped = {**shard.dropped, REASON: shard.dropped.get(REASON, 0) + count}
+        store = shard.store.uri if shard.store else None
+        task = ShardTask().placed(None, folder / shard.path, store, shard.inputs)
+        for parent in folder.parents if store else ():  # copies that training made
+            local_path(folder, shard, parent / FETCHED).unlink(missing_ok=True)
+        shard = write_shard(task, kept, dropped).shard or shard
+    scrub(folder, shard, gone)
+    return shard

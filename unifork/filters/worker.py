@@ -22,7 +22,7 @@ from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import columns_of
 from unifork.shards.task import ShardResult, ShardTask
 
-FILTER_VERSION = 1
+FILTER_VERSION = 2
 """Raise when the same rows would be judged otherwise."""
 
 DROPS = "duplicates"

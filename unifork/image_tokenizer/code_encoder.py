@@ -24,7 +24,7 @@ from torch import Tensor
 from unifork.errors import DataError, unknown
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
 from unifork.image_tokenizer.views import RGB, VARIANTS, declared
-from unifork.images import decoding, open_image
+from unifork.images import ImageError, decoding, open_image
 from unifork.vocabulary import CODE_DTYPE
 
 ImageInput = Image.Image | bytes | Path
@@ -142,6 +142,8 @@ class CodeEncoder:
             image = open_image(data) if isinstance(data, bytes) else data
             with decoding(image.width * image.height):
                 return VARIANTS[self.view](image, size, self.matte)
+        except ImageError as error:
+            raise DataError(f"{name} cannot be read: {error}") from None
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         except Exception as error:  # any decoder may raise anything on hostile bytes

@@ -21,6 +21,7 @@ from unifork.publish.shards import Fetch, Publish, fetch_job, publish_job
 from unifork.publish.stores import CHECKSUMS, checksums, checksums_text, read
 from unifork.publish.takedown import withdrawn_keys
 from unifork.shards.manifest import MANIFEST, TEMPORARY, Manifest, file_sha256, read_manifest, write_atomically
+from unifork.shards.repair import faults, repair
 from unifork.shards.stores import Store
 
 CARD = "dataset.yaml"
@@ -49,6 +50,8 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) 
     sums: dict[str, str] = {}
     for task, use in card.tasks.items():
         codes, place = layout.codes / dataset / use.view, folder / use.view
+        if place.exists():  # what is given away is read again, kept or not
+            repair(faults(place))
         job = publish_job(card, task, codes, place, withdrawn_keys(takedown, dataset, codes, layout.measured(dataset)))
         (manifest,) = run_jobs([job], Publish, job.lineage["about"])  # here: writing is fast beside uploading
         views.append(ViewFacts(use.view, task, read_manifest(codes), manifest, plain_bytes(place, manifest)))

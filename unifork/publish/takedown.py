@@ -28,7 +28,7 @@ def withdrawn_keys(entries: Listing | None, dataset: str, codes: Path, rows: Pat
             f"{' '.join(min(others))!r}, and are looked up there. Bring it back, or list keys only"
         )
     if others:
-        keys |= set(withdrawn(rows, entries))
+        keys |= {key for hits in withdrawn(rows, entries).values() for key in hits}
     if not keys:
         return {}
     shards = read_manifest(codes).shards

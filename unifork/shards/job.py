@@ -42,7 +42,7 @@ from unifork.shards.manifest import (
     write_json,
     write_manifest,
 )
-from unifork.shards.quarantine import QUARANTINE, nothing_kept, quarantine_name
+from unifork.shards.quarantine import QUARANTINE, nothing_kept, parquet_name
 from unifork.shards.stores import Store, deliver, open_store
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import ROW_GROUP
@@ -145,7 +145,7 @@ class ShardJob:
             raise DataError(nothing_kept(self.folder, manifest))
         for beside in self.folder.iterdir():
             if beside.is_dir():  # what lies there is named like the shards; a kill leaves temporary files
-                keep_only(beside, map(quarantine_name, self.names))
+                keep_only(beside, map(parquet_name, self.names))
         write_manifest(self.folder, manifest)
         if self.store:
             self._tidy(open_store(self.store), manifest)
@@ -283,9 +283,12 @@ def revert_to_records(folder: Path, shards: Iterable[Shard]) -> None:
 
     No record of another shard stays: its size alone would not tell a shard that is made anew from the old one.
     """
-    write_json(folder / RECORDS, Records(shards=tuple(shards)).model_dump(mode="json"))
+    records = Records(shards=tuple(shards))
+    if records.shards:
+        write_json(folder / RECORDS, records.model_dump(mode="json"))
     with writing(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)
+        for name in (MANIFEST, *(() if records.shards else (RECORDS,))):
+            (folder / name).unlink(missing_ok=True)
         for record in folder.glob("*" + RECORD_SUFFIX):
             record.unlink(missing_ok=True)
 

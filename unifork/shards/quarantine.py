@@ -43,7 +43,7 @@ def quarantined(task: ShardTask, rejected: Iterable[Mapping[str, str | None]]) -
     """Write what is left out beside the shard, sorted by key; how many there are of each reason."""
     rows = [{name: _plain(row.get(name) or "") for name in SCHEMA.names} for row in rejected]
     output = Path(task.output)
-    path = output.parent / QUARANTINE / quarantine_name(output.name)
+    path = output.parent / QUARANTINE / parquet_name(output.name)
     if rows:
         rows.sort(key=lambda row: (row["key"], row["reason"]))
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -54,8 +54,8 @@ def quarantined(task: ShardTask, rejected: Iterable[Mapping[str, str | None]]) -
     return Counter(row["reason"] for row in rows)
 
 
-def quarantine_name(shard: str) -> str:
-    """The file name of the quarantine of a shard, which is Parquet whatever the shard is."""
+def parquet_name(shard: str) -> str:
+    """The name of the quarantine of a shard, and of the shards it was made of, which are Parquet whatever it is."""
     return Path(shard).with_suffix(".parquet").name
 
 
@@ -66,7 +66,7 @@ def _plain(text: str) -> str:
 
 def quarantine_of(folder: Path, shard: Shard) -> Path | BytesIO | None:
     """The quarantine of a shard, to read from; None when there is none."""
-    name, store = f"{QUARANTINE}/{quarantine_name(shard.path)}", shard.store
+    name, store = f"{QUARANTINE}/{parquet_name(shard.path)}", shard.store
     if store is None:
         return folder / name if (folder / name).exists() else None
     data = store.get(name)
@@ -81,7 +81,7 @@ def scrub(folder: Path, shard: Shard, gone: pa.Array) -> None:
     table = pq.read_table(source)
     kept = table.filter(pc.invert(pc.is_in(table.column("key"), value_set=gone)))
     if kept.num_rows < table.num_rows:
-        path = folder / QUARANTINE / quarantine_name(shard.path)
+        path = folder / QUARANTINE / parquet_name(shard.path)
         write_atomically(path, partial(pq.write_table, kept))
         deliver(path, f"{shard.store.uri}/{QUARANTINE}" if shard.store else None)
 
