@@ -114,9 +114,10 @@ class TextTokenizer:
                 if not taught_L.any():
                     supervised += [False] * len(encoding.ids)
                 elif border == "letters":
-                    supervised += [
-                        bool(taught_L[start:stop].all()) and stop > start for start, stop in encoding.offsets
-                    ]
+                    start_T, stop_T = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+                    taught_before_L1 = np.concatenate([[0], np.cumsum(taught_L)])
+                    taught_T = taught_before_L1[stop_T] - taught_before_L1[start_T]
+                    supervised += ((taught_T == stop_T - start_T) & (stop_T > start_T)).tolist()
                 else:
                     given = len(self.encode(text[: int(taught_L.argmax())]))
                     supervised += [number >= given for number in range(len(encoding.ids))]

@@ -175,7 +175,7 @@ def keep_only(folder: Path, names: Iterable[str]) -> None:
     """Delete the files of `folder` that are not named."""
     wanted = set(names)
     with writing(folder):
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir()):
             if path.is_file() and path.name not in wanted:
                 path.unlink()
 
