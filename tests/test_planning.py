@@ -127,7 +127,9 @@ def test_disk_is_codes_and_checkpoints():
     assert planning.image_bytes(PAPER) == 576 * 4 * 2
     assert planning.code_bytes(PAPER, cards)["coyo/pad"] == 10_000_000 * 4608
     total = sum(p.numel() for p in MODEL.parameters())
-    tracks = [t for t in planning.track_plans(PAPER, "unifork", MODEL, ASSUMED) if t.stage == "s2-sft"]
+    every = list(planning.track_plans(PAPER, "unifork", MODEL, ASSUMED))
+    assert planning.prepared_bytes(PAPER, every)["coyo-caption-generate-plain"] == 10_000_000 * (60 + 5 * 40)
+    tracks = [t for t in every if t.stage == "s2-sft"]
     assert planning.checkpoint_bytes(MODEL, tracks) == 4 * (total + 16384 * 1024) + 8 * total
 
 

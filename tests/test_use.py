@@ -95,6 +95,21 @@ def test_without_a_name_the_experiments_are_listed(here):
     assert not Path("params.yaml").exists()
 
 
+def test_documents_are_prepared_once_for_each_column_and_template(here):
+    plain = use("micro").model_dump(mode="json")
+    assert list(plain["prepared"]) == [
+        "shapes-caption-generate-plain", "shapes-description-caption-plain", "shapes-caption-generate",
+        "shapes-conversations-answer-plain", "shapes-description-caption", "shapes-conversations-answer",
+    ]  # fmt: skip
+    assert plain["prepared"]["shapes-caption-generate"] == {
+        "dataset": "shapes", "text": "caption", "template": "generate", "codes": "data/codes/shapes/crop",
+    }  # fmt: skip
+    assert {run["prepared"] for run in plain["runs"].values()} == {"data/prepared"}
+    alone = use(own({f"{TRACK}/mixture": [ANSWER]}))
+    assert alone.runs["unifork-s2-pretrain"].prepared == "data/prepared/shapes-conversations-answer"
+    assert alone.prepared["shapes-conversations-answer"].codes == "data/codes/shapes/pad"
+
+
 # ------------------------------------------------------------------------------------- checks first
 
 TRACK = "stages/s2-pretrain/tracks/joint"

@@ -13,7 +13,7 @@ activations are not either, they lower the utilization.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ CHARACTERS_PER_TOKEN = 4
 """Of what a template writes around its fields."""
 FLOAT32_BYTES, ADAM_BYTES = 4, 8
 """Of a weight, and of AdamW's two moments for a trained one."""
+ROW_BYTES, TOKEN_BYTES = 60, 5
+"""Of a prepared document, key included, and of each of its text tokens."""
 
 
 class Assumptions(StrictModel):
@@ -213,6 +215,15 @@ def code_bytes(experiment: Experiment, cards: Mapping[str, Card]) -> dict[str, i
         for dataset, use in experiment.datasets.items()
         for task in cards[dataset].tasks
     }
+
+
+def prepared_bytes(experiment: Experiment, tracks: Iterable[TrackPlan]) -> dict[str, int | None]:
+    """Documents of every prepared set that some tracks read, None where the number of rows is not given."""
+    sizes: dict[str, int | None] = {}
+    for part in (part for track in tracks for part in track.entries):
+        rows = experiment.datasets[part.entry.dataset].rows
+        sizes[part.entry.prepared] = None if rows is None else rows * (ROW_BYTES + TOKEN_BYTES * part.length.text)
+    return sizes
 
 
 def checkpoint_bytes(model: UniForkModel, tracks: Sequence[TrackPlan]) -> int:

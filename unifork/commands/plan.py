@@ -50,7 +50,8 @@ def plan(
         (row for name in tracks for row in _training(name, tracks[name], chip, mfu)), names=2,
     )  # fmt: skip
     columns = ["stage", "data set", "task", "template", "documents", "text", "image", "passes"]
-    mixtures = {(track.stage, track.track): track for some in tracks.values() for track in some}
+    everything = [track for some in tracks.values() for track in some]
+    mixtures = {(track.stage, track.track): track for track in everything}
     _table(
         "Mixtures: an average document, and how often a set is read", columns,
         ([track.stage, part.entry.dataset, part.entry.task, part.entry.template, amount(part.documents),
@@ -60,6 +61,10 @@ def plan(
     disk = [
         [f"data/codes/{folder}", "", "", amount(size, "B") or "unknown"]
         for folder, size in planning.code_bytes(params, {name: load_card(name) for name in params.datasets}).items()
+    ]
+    disk += [
+        [f"data/prepared/{name}", "", "", amount(size, "B") or "unknown"]
+        for name, size in planning.prepared_bytes(params, everything).items()
     ]
     for key, run in params.runs.items():
         its = [track for track in tracks[run.variant] if track.stage == run.stage]
