@@ -127,13 +127,13 @@ def grow(root: Path, shards: int) -> None:
     folders = (Layout(root).codes / "shapes/crop", Layout(root).prepared / "shapes-caption-generate")
     for folder in folders:
         manifest = read_manifest(folder)
-        one = manifest.shards[0]
-        names = [f"part-{number:05d}{Path(one.path).suffix}" for number in range(shards)]
+        first = manifest.shards[0]
+        names = [f"part-{number:05d}{Path(first.path).suffix}" for number in range(shards)]
         for name in names[1:]:
             if not (folder / name).exists():
-                os.link(folder / one.path, folder / name)
+                os.link(folder / first.path, folder / name)
         lineage = {**manifest.lineage, **({"codes": manifest_sha256(folders[0])} if manifest.lineage else {})}
-        copies = tuple(one.model_copy(update={"path": name}) for name in names)
+        copies = tuple(first.model_copy(update={"path": name}) for name in names)
         write_manifest(folder, manifest.model_copy(update={"shards": copies, "lineage": lineage}))
 
 
