@@ -42,8 +42,9 @@ from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION, Task
 
 DOCUMENTS_VERSION = 1
 """Raise when the same row would become another document, or prepared shards would look otherwise."""
-GROUPS_AT_HAND = 128
-"""Shards that stay mapped, and row groups whose codes stay in memory; neighbors of the order lie in 64."""
+GROUPS_AT_HAND, DOCUMENTS_AT_HAND = 128, 4096
+"""Shards that stay mapped and row groups whose codes stay in memory (neighbors of the order lie in 64), and documents
+whose place is not looked up again: a step asks for each several times."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class MixturePart:
         self.shards = manifest.shards
         self._documents = lru_cache(maxsize=GROUPS_AT_HAND)(self._map)
         self._usable = lru_cache(maxsize=GROUPS_AT_HAND)(self._usable_rows)
+        self._find = lru_cache(maxsize=DOCUMENTS_AT_HAND)(self._look_up)
         self._codes = lru_cache(maxsize=GROUPS_AT_HAND)(self._read_codes)
         self._open(manifest)
         shards, copies = read_manifest(codes).shards, layout.fetched
@@ -180,22 +182,22 @@ class MixturePart:
 
     def key(self, index: int) -> str:
         """Key of a document."""
-        documents, row = self._find(index)
+        documents, row, _ = self._find(index)
         return str(documents.keys[row])
 
     def length(self, index: int) -> int:
         """Tokens of a document."""
-        documents, row = self._find(index)
+        documents, row, _ = self._find(index)
         return int(documents.tokens_R[row])
 
     def supervised(self, index: int) -> int:
         """Text tokens of a document that are supervised."""
-        documents, row = self._find(index)
+        documents, row, _ = self._find(index)
         return int(documents.supervised_R[row])
 
     def document(self, index: int, supervised: int | None = None) -> Document:
         """A document with its codes; `supervised` positions of its image are targets, None: all."""
-        documents, row = self._find(index)
+        documents, row, _ = self._find(index)
         text = slice(documents.text_starts_R1[row], documents.text_starts_R1[row + 1])
         at, image = int(documents.image_at_R[row]), self.identity.positions + 2
         if at == NO_IMAGE:
@@ -212,18 +214,15 @@ class MixturePart:
 
     def codes(self, index: int) -> np.ndarray:
         """The codes of a document's image, uint16, shape (N, D)."""
-        documents, row = self._find(index)
-        shard = int(self._groups_G3[self._group(index), 0])
+        documents, row, shard = self._find(index)
         return np.asarray(self._codes(shard, int(documents.row_group_R[row]))[documents.row_R[row]])
 
-    def _group(self, index: int) -> int:
-        return int(np.searchsorted(self._ends_G, index, side="right"))
-
-    def _find(self, index: int) -> tuple[Documents, int]:
-        """The shard of a document, and its row there."""
-        group = self._group(index)
+    def _look_up(self, index: int) -> tuple[Documents, int, int]:
+        """The columns of a document's shard, its row there, and the number of the shard."""
+        group = int(np.searchsorted(self._ends_G, index, side="right"))
         documents, row_U = self._usable(group)
-        return documents, int(row_U[index - self._ends_G[group]])  # counted from the end of the group
+        row = row_U[index - self._ends_G[group]]  # counted from the end of the group
+        return documents, int(row), int(self._groups_G3[group, 0])
 
     def _usable_rows(self, group: int) -> tuple[Documents, np.ndarray]:
         """The shard of a row group, and the rows of those of its documents that the context can hold."""
