@@ -121,7 +121,7 @@ def test_a_damaged_shard_is_noticed_and_mended(made, stage, problem):
 
 
 def test_rules_of_another_experiment_replace_those_of_before(made, tmp_path):
-    root, track = made
+    root, _ = made
     path = tmp_path / ".dvcignore"
     path.write_text("/mine\n")
     experiment = write_experiment(root, {"datasets": {"noise": {"shard_rows": 4, "track": "manifest"}}})
