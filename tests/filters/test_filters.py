@@ -5,13 +5,14 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, measured_beside, put, tarred
 from PIL import Image, ImageEnhance
-from tiny import run_here
+from tiny import filter_here, run_here
 
 from unifork.config import StrictModel, load_card
 from unifork.errors import ConfigError, DataError
@@ -105,6 +106,32 @@ def test_anybodys_code_is_a_rule():
     name = f"{__name__}:begins_with"
     assert judge(ROW, ruled(name, {"letter": "A"})) is None
     assert judge(ROW, ruled(name, {"letter": "B"}))[0] == name
+
+
+def test_a_changed_rule_reads_no_image(tmp_path):
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(24):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(stream, "PNG")
+        images.append((f"p{number:02d}", stream.getvalue(), "noise" if number % 2 else "noise again"))
+    card = duplicate_card("noise", shards(tmp_path / "noise", images, 2))
+    raw, measured, target = tmp_path / "raw", tmp_path / "measured", tmp_path / "filtered"
+    download(card, raw, shard_rows=6)
+    size = sum(path.stat().st_size for path in raw.glob("*.parquet"))
+    before = bytes_read()
+    assert filter_here(card, raw, measured, target).rows == 24
+    assert bytes_read() - before > size
+    rule = {"rule": "text_length", "options": {"column": "caption", "least": 0, "most": 5}}
+    before = bytes_read()
+    changed = duplicate_card("noise", tmp_path / "noise", rule)
+    assert filter_here(changed, raw, measured, target).dropped == {"text_length": 12}
+    assert bytes_read() - before < size / 20
+
+
+def bytes_read() -> int:
+    """What this process has read so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 # ----------------------------------------------------------------------------- columns of URL lists
