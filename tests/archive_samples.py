@@ -11,8 +11,9 @@ from PIL import Image
 from tiny import run_here
 
 from unifork.config import Card
+from unifork.filters.measure import Measure, measure_job
 from unifork.filters.worker import Filter, filter_job
-from unifork.shards.job import QUARANTINE
+from unifork.shards.quarantine import QUARANTINE
 from unifork.sources import Materialize, download_job
 
 IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"
@@ -90,6 +91,8 @@ def download(card: Card, folder: Path, rows: int | None = None, shard_rows: int 
 
 
 def filtered(card: Card, raw: Path, folder: Path, duplicates=None) -> Made:
-    job = filter_job(card, raw, folder, duplicates)
+    measured = folder.with_name(folder.name + "-measured")
+    run_here([measure_job(card, raw, measured)], Measure(card))
+    job = filter_job(card, measured, folder, duplicates)
     (manifest,) = run_here([job], Filter(card))
     return Made(folder, manifest)
