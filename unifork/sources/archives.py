@@ -60,15 +60,14 @@ def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | Row
         return
     with ExitStack() as stack:
         try:
-            tar = stack.enter_context(tarfile.open(path, encoding="utf-8", tarinfo=_Member))
+            tar = stack.enter_context(open_tar(path))
             files = _members(tar)
             if inner is not None:
-                found = [member for member in _until_damage(tar) if member.name == inner]
+                found = [member for member in until_damage(tar) if member.name == inner]
                 if not found:
                     raise tarfile.ReadError(f"no {inner!r} in it")
                 again = [RowError(inner, "duplicate_key", f"{inner!r} comes again in {path.name}")] * (len(found) - 1)
-                file = tar.extractfile(found[0])
-                tar = stack.enter_context(tarfile.open(fileobj=file, encoding="utf-8", tarinfo=_Member))
+                tar = stack.enter_context(open_tar(fileobj=tar.extractfile(found[0])))
                 files = iter([*_members(tar), *again])
         except Exception as error:
             files = iter([RowError(path.name, "broken_archive", cause(error))])
@@ -84,7 +83,13 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]  # meant to be overridden, says its own comment
 
 
-def _until_damage(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def open_tar(path: Path | None = None, fileobj: Any = None) -> tarfile.TarFile:
+    """A tar, compressed or not, whose names are UTF-8 and have bounds."""
+    return tarfile.open(path, fileobj=fileobj, encoding="utf-8", tarinfo=_Member)
+
+
+def until_damage(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members before the place where a tar breaks off, if it does; reading them says so again."""
     try:
         yield from tar
     except Exception as error:

@@ -120,8 +120,7 @@ def rows(options: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Ro
     prompts, path, name = sentences(options.prompts), located(options.path), piece.file or ""
     file = as_planned(path if path.is_file() else path / name, piece)
     if piece.file is None:  # what the tar of tars held besides
-        _, broken = _classes(path)
-        yield broken or RowError(path.name, "broken_archive", "it breaks off")
+        yield replace(_classes(path)[1] or RowError("", "broken_archive", "it breaks off"), key=path.name)
         return
     if piece.label is None:
         for number, row in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):

@@ -9,7 +9,6 @@ reads every archive once per shard, so unpack the archives then.
 import json
 import math
 import re
-import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from unifork.errors import ConfigError
 from unifork.shards.schema import CONVERSATIONS, Unusable, images_of, turns_of
 from unifork.shards.task import Slice
 from unifork.sources import MAX_LINE_BYTES, Row, RowError, Source, SourceOptions, attempt, image_row, place_of, planned
-from unifork.sources.archives import picked
+from unifork.sources.archives import open_tar, picked, until_damage
 from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, opened_list, size_of
 from unifork.sources.tables import bounded_lines, too_long
 
@@ -227,8 +226,9 @@ def _entries(path: Path, offset: int = 0) -> Iterator[Iterator[Entry]]:
     """
     with ExitStack() as stack:
         if path.name.endswith((".tgz", ".tar.gz")):
-            tar = stack.enter_context(tarfile.open(path))
-            members = [member for member in tar if member.isfile() and not Path(member.name).name.startswith(".")]
+            tar = stack.enter_context(open_tar(path))
+            listed = (member for member in until_damage(tar) if member.isfile())
+            members = [member for member in listed if not Path(member.name).name.startswith(".")]
             file = tar.extractfile(members[0]) if len(members) == 1 else None
             if file is None:
                 raise ValueError(f"{path.name}: {len(members)} files in it, one jsonl file is expected")
