@@ -309,7 +309,8 @@ def test_a_broken_element_of_an_array_costs_no_other(at):
         good.replace(b"Sure?", b"\\ud83d"): "broken_text", good.replace(b"1.jpg", b"\\ud83d"): "broken_text",
         b"": "broken_line", b"[" * 100_000 + b"]" * 100_000: "broken_line", good + b"}": "broken_line",
         b'{"image": [[[1]]], "x": "]}, \\" {["}': "no_image", b"1 2": "broken_line", b'"' + b"x" * (17 << 20) + b'"':
-        "broken_line", good.replace(b"Yes.", b'Say \\"[{\\\\'): None, good.replace(b"1.jpg", b"x" * 5000): "missing_image",
+        "broken_line", good.replace(b"Yes.", b'Say \\"[{\\\\'): None,
+        good.replace(b"1.jpg", b"x" * 5000): "missing_image",
         good.replace(b"1.jpg", b"\\u0000"): "missing_image", good + b" ": None,
     }  # fmt: skip
     put(at / "llava.json", BOM_UTF8 + b" [" + b",\n".join(elements) + b"\n]\n")

@@ -226,12 +226,12 @@ def _entries(path: Path, offset: int = 0) -> Iterator[Iterator[Entry]]:
     """
     with ExitStack() as stack:
         if path.name.endswith((".tgz", ".tar.gz")):
-            tar = stack.enter_context(open_tar(path))
-            listed = (member for member in until_damage(tar) if member.isfile())
+            with open_tar(path) as tar:  # once more below: a stream that broke off cannot be read again
+                listed = [member for member in until_damage(tar) if member.isfile()]
             members = [member for member in listed if not Path(member.name).name.startswith(".")]
-            file = tar.extractfile(members[0]) if len(members) == 1 else None
-            if file is None:
+            if len(members) != 1:
                 raise ValueError(f"{path.name}: {len(members)} files in it, one jsonl file is expected")
+            file: Any = stack.enter_context(open_tar(path)).extractfile(members[0])
         else:
             file = stack.enter_context(opened_list(path, "rb"))
         file.seek(offset)
