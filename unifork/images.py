@@ -103,8 +103,8 @@ def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> Measured:
 
 
 def _undecodable(error: Exception) -> ImageError:
-    said = _ADDRESS.sub("the bytes", str(error))  # which differs from run to run
-    return ImageError("undecodable", f"{type(error).__name__}: {said}"[:300])
+    message = _ADDRESS.sub("the bytes", str(error))  # an address differs from run to run
+    return ImageError("undecodable", f"{type(error).__name__}: {message}"[:300])
 
 
 def dhash(image: Image.Image) -> int | None:

@@ -212,15 +212,18 @@ def test_class_tars_that_come_twice_and_a_tar_of_tars_that_breaks_off_are_counte
     put(at / "prompts.yaml", b"names: [tench, kite]\ntemplates: ['a {}.']\n")
     put(at / "order.txt", b"n1 a\nn2 b\n")
     card = card_of("imagenet", {"path": "train.tar", "prompts": "prompts.yaml", "synsets": "order.txt"}, ["class_name"])
-    one, two = (tarred([(f"n{n}_1.JPEG", jpeg(f"img{n}"))]) for n in (1, 2))
-    put(at / "train.tar", tarred([("n1.tar", one), ("n2.tar", two), ("n1.tar", two), ("n1.tar", two)]))
+    first, second = (tarred([(f"n{n}_1.JPEG", jpeg(f"img{n}"))]) for n in (1, 2))
+    put(at / "train.tar", tarred([("n1.tar", first), ("n2.tar", second), ("n1.tar", second), ("n1.tar", second)]))
     result = download(card, at / "raw", shard_rows=9)
     assert {key: row["class_name"] for key, row in result.rows.items()} == {"n1/n1_1": "tench", "n2/n2_1": "kite"}
     assert result.rejects == [("n1", "duplicate_key")] * 2
-    put(at / "train.tar", tarred([("n1.tar", one), ("a/n1.tar", two), ("n2.tar", two)])[: 1200 + len(one) + len(two)])
+    put(
+        at / "train.tar",
+        tarred([("n1.tar", first), ("a/n1.tar", second), ("n2.tar", second)])[: 1200 + len(first) + len(second)],
+    )
     found = accounted(card, 9)
     assert found == {"n1/n1_1": "ok", "n1/n2_1": "ok", "train.tar": "broken_archive"}
-    put(at / "train.tar", links([("n1.tar", one), ("n2.tar", two), ("n2.tar.jpg", (tarfile.SYMTYPE, "n1.tar"))]))
+    put(at / "train.tar", links([("n1.tar", first), ("n2.tar", second), ("n2.tar.jpg", (tarfile.SYMTYPE, "n1.tar"))]))
     assert accounted(card, 9) == {"n1/n1_1": "ok", "n2/n2_1": "ok"}
 
 
@@ -376,7 +379,7 @@ def test_long_fields_and_lines_and_other_letters(at, little_memory):
                      "no_url", "broken_line", "broken_line", "broken_line"]  # fmt: skip
     assert len(found) == 12 + 100_001 - 1
     os.remove(at / "sets/l.csv")
-    zeros(at / "sets/l.csv.gz", written("csv", {}), 160 << 20, b"\n" + written("csv", {}))
+    zeros(at / "sets/l.csv.gz", written("csv", {}), 64 << 20, b"\n" + written("csv", {}))
     assert list(accounted(table(), 100).values()) == ["ok"] * 25 + ["broken_line"]
 
 
@@ -570,7 +573,7 @@ def test_no_program_is_started_for_what_is_called_an_image(at):
            "card = card_of('pairs', {'files': 'sets'}, ['caption'], shrink={'longest_side': 5})\n" \
            "download(card, Path('shrunk'))\n" \
            "card = card_of('pairs', {'files': 'sets'}, ['caption'])\ndownload(card, Path('raw'))\n" \
-           "made = filtered(card, Path('raw'), Path('kept'))\nprint(made.manifest.dropped)\n" \
+           "result = filtered(card, Path('raw'), Path('kept'))\nprint(result.manifest.dropped)\n" \
            f"try: inspect({eps!r}, 100)\nexcept Refused as refused: print(refused.reason)\n"  # fmt: skip
     environment = os.environ | {"PATH": f"{at / 'bin'}:{os.environ['PATH']}",
                                 "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}  # fmt: skip
@@ -604,10 +607,10 @@ def test_images_that_cost_much_or_cannot_be_viewed_are_kept_and_named_by_the_fil
                                    for ending, data in ((".jpg", image), (".txt", b"x"))]))  # fmt: skip
     raw = download(pairs(), at / "raw", shard_rows=100)
     assert {key.removeprefix("s/"): row["image"] for key, row in raw.rows.items()} == images
-    made = filtered(pairs(), at / "raw", at / "kept")
+    result = filtered(pairs(), at / "raw", at / "kept")
     reasons = {"s/thin": "too_thin", "s/scans": "too_many_scans", "s/empty": "empty", "s/page": "not_an_image",
                "s/short": "undecodable"}  # fmt: skip
-    assert (dict(made.rejects), sorted(made.rows)) == (reasons, ["s/few", "s/good"])
+    assert (dict(result.rejects), sorted(result.rows)) == (reasons, ["s/few", "s/good"])
     for key, reason in {**reasons, "s/thin": None, "s/good": None}.items():
         image = images[key.removeprefix("s/")]
         if reason is None:
@@ -636,10 +639,10 @@ def test_larger_images_are_shrunk_where_the_card_says_so(at, kind):
     longest = 64
     card = card_of("pairs", {"files": "sets"}, ["caption"], matte=(10, 20, 30),
                    shrink={"longest_side": longest, "format": kind})  # fmt: skip
-    made = download(card, at / "raw", shard_rows=100)
+    result = download(card, at / "raw", shard_rows=100)
     reasons = {"s/broken": "undecodable", "s/thin": "too_thin"}
-    assert dict(made.rejects) == reasons
-    for key, row in made.rows.items():
+    assert dict(result.rejects) == reasons
+    for key, row in result.rows.items():
         received = images[key.removeprefix("s/")]
         assert row["sha256"] == hashlib.sha256(received).hexdigest()
         image = Image.open(io.BytesIO(row["image"]))
@@ -655,7 +658,7 @@ def test_larger_images_are_shrunk_where_the_card_says_so(at, kind):
             difference = view(image, 16, card.matte).astype(int) - view(before, 16, card.matte)
             assert abs(difference).mean() < 8
     again = download(card, at / "again", shard_rows=100)
-    assert [shard.sha256 for shard in again.manifest.shards] == [shard.sha256 for shard in made.manifest.shards]
+    assert [shard.sha256 for shard in again.manifest.shards] == [shard.sha256 for shard in result.manifest.shards]
     plain, other = (card.model_copy(update={"shrink": shrink}) for shrink in (None, Shrink(longest_side=longest)))
     inputs = {download(each, at / f"raw{number}", shard_rows=100).manifest.shards[0].inputs
               for number, each in enumerate((plain, other, card))}  # fmt: skip

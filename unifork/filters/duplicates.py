@@ -33,7 +33,7 @@ from unifork.shards.task import ShardResult, ShardTask
 from unifork.sources import MAX_IMAGE_BYTES, RowError, located
 from unifork.sources.archives import Unreadable, is_image, opened
 
-SIGNATURES_VERSION = 1
+SIGNATURES_VERSION = 2
 BUCKET_ROWS = 4_000_000
 SCHEMA = pa.schema({"key": pa.string(), "sha256": pa.uint64(), "pair": pa.uint64(), "phash": pa.uint64()})
 DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.string()})
