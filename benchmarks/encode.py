@@ -19,11 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from samples import filtered_shards, shapes_card, untrained
+from samples import kept_images, shapes_card, untrained
 from timing import Meter, interval, machine, ratio, table
 
 from unifork.cluster import local_ray, map_shards
 from unifork.config import Cluster, JobResources
+from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.shards.manifest import MANIFEST
 from unifork.shards.task import ShardResult, ShardTask
@@ -72,8 +73,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         tokenizer = untrained(root / "tokenizer", SIZE, width=128, layers=5)
-        filtered_shards(root / "filtered", given.images, given.shard_rows, SIDE)
-        filtered_shards(root / "few", workers, 1, SIDE)
+        many = kept_images(root / "many", given.images, given.shard_rows, SIDE)
+        few = kept_images(root / "few", workers, 1, SIDE)
         arguments = (card, tokenizer, "cpu")
         ways = {
             "bare loop": partial(bare, arguments),
@@ -81,9 +82,9 @@ def main() -> None:
             "job": partial(with_ray, workers, arguments),
         }
 
-        def measured(way: str, source: str) -> tuple[float, float, bytes]:
+        def measured(way: str, source: KeptRows) -> tuple[float, float, bytes]:
             with tempfile.TemporaryDirectory(dir=root) as folder, Meter() as used:
-                job = encode_job(card, "generation", root / source, Path(folder) / "codes", tokenizer)
+                job = encode_job(card, "generation", source, Path(folder) / "codes", tokenizer)
                 for result in ways[way](job.missing()):
                     job.add(result)
                 job.finish()
@@ -96,10 +97,10 @@ def main() -> None:
         with Meter() as session, local_ray(Cluster(name="benchmark", cpus=workers)):
             time.sleep(1)
         with local_ray(Cluster(name="benchmark", cpus=workers)):
-            start = {way: median(measured(way, "few")[0] for _ in range(3)) for way in ways}
+            start = {way: median(measured(way, few)[0] for _ in range(3)) for way in ways}
             for number in range(given.rounds):
                 for way in list(ways)[:: 1 if number % 2 else -1]:
-                    seconds, lasted, manifest = measured(way, "filtered")
+                    seconds, lasted, manifest = measured(way, many)
                     cpu[way].append(seconds)
                     wall[way].append(lasted)
                     manifests.add(manifest)

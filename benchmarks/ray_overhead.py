@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from samples import filtered_shards, jpegs, shapes_card, untrained
+from samples import jpegs, kept_images, shapes_card, untrained
 from timing import machine, table
 from torch import Tensor
 
@@ -78,12 +78,12 @@ def main() -> None:
         root = Path(name)
         tokenizer = untrained(root / "tokenizer", given.size, patch=16)
         for side in given.sides:
-            filtered_shards(root / f"filtered-{side}", given.batches * BATCH_IMAGES, rows, side)
+            kept = kept_images(root / f"images-{side}", given.batches * BATCH_IMAGES, rows, side)
             decoding = decode_seconds(tokenizer, side)
             for milliseconds in given.milliseconds:
                 run, seconds = f"{side}-{milliseconds}", milliseconds / 1000
                 arguments = (card, tokenizer, seconds, given.threads, str(root / run))
-                job = encode_job(card, "generation", root / f"filtered-{side}", root / f"codes-{run}", tokenizer)
+                job = encode_job(card, "generation", kept, root / f"codes-{run}", tokenizer)
                 began = time.time()
                 run_jobs([job], StandIn, *arguments, cluster=CLUSTER, step="encode")
                 calls_B2 = np.loadtxt(root / run)

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from unifork.config import Card, DecoderConfig, EncoderConfig, load_card
-from unifork.filters.worker import table_of
+from unifork.filters.kept import KeptRows
+from unifork.filters.worker import filtered_schema
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.layout import Layout
 from unifork.shapes.source import ShapesOptions
 from unifork.shapes.source import rows as world_rows
-from unifork.shards.job import write_shard
+from unifork.shards.job import table_of, write_shard
 from unifork.shards.manifest import Manifest, write_manifest
 from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardTask, Slice
@@ -67,18 +69,26 @@ def jpegs(side: int) -> list[bytes]:
     return out
 
 
-def filtered_shards(folder: Path, count: int, shard_rows: int, side: int) -> None:
-    """Image-text shards with a manifest, as the filter leaves them."""
-    card = shapes_card()
-    schema, images, shards = image_text_schema(card), jpegs(side), []
+def kept_images(root: Path, count: int, shard_rows: int, side: int) -> KeptRows:
+    """Image-text shards below a root, all rows of which a filter has kept."""
+    card, layout = shapes_card(), Layout(root)
+    images = jpegs(side)
     hashes = [hashlib.sha256(image).hexdigest() for image in images]
-    for number, first in enumerate(range(0, count, shard_rows)):
-        plain = [
-            {"key": f"{n:08d}", "image": images[n % DIFFERENT], "width": side, "height": side, "url": ""}
-            | {"sha256": hashes[n % DIFFERENT], "license": card.license, "caption": "an image", "description": "one"}
-            for n in range(first, min(first + shard_rows, count))
-        ]
-        task = ShardTask().placed(None, folder / f"part-{number:05d}.parquet", None, "benchmark")
-        shards.append(write_shard(task, table_of(plain, schema), {}).shard)
-    columns = columns_of(schema)
-    write_manifest(folder, Manifest(kind="image-text", dataset=card.name, columns=columns, shards=tuple(shards)))
+    for folder, schema in ((layout.raw, image_text_schema(card)), (layout.filtered, filtered_schema(card))):
+        shards, place = [], folder(card.name)
+        for number, first in enumerate(range(0, count, shard_rows)):
+            plain = [
+                {"key": f"{n:08d}", "image": images[n % DIFFERENT], "width": side, "height": side, "url": ""}
+                | {
+                    "sha256": hashes[n % DIFFERENT],
+                    "license": card.license,
+                    "caption": "an image",
+                    "description": "one",
+                }
+                for n in range(first, min(first + shard_rows, count))
+            ]
+            task = ShardTask().placed(None, place / f"part-{number:05d}.parquet", None, "benchmark")
+            shards.append(write_shard(task, table_of(plain, schema), {}).shard)
+        columns = columns_of(schema)
+        write_manifest(place, Manifest(kind="any", dataset=card.name, columns=columns, shards=tuple(shards)))
+    return KeptRows(layout, card.name)

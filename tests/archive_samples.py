@@ -12,7 +12,7 @@ from tiny import filter_here, run_here
 
 from unifork.config import Card
 from unifork.shards.quarantine import QUARANTINE
-from unifork.sources import Materialize, download_job
+from unifork.sources import Materialize, RowError, download_job, plan, rows_of
 
 IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"
 PNG = {path.stem: path.read_bytes() for path in sorted(IMAGES.glob("img*.png"))}
@@ -95,3 +95,43 @@ def filtered(card: Card, raw: Path, folder: Path, duplicates=None) -> Made:
 def measured_beside(raw: Path) -> Path:
     """Where the measured rows of some image-text shards go."""
     return raw.with_name(f"{raw.name}-measured")
+
+
+def accounted(card: Card, shard_rows: int = 3) -> dict[str, str]:
+    """Key -> `ok` or the reason of every entry of a source, all of which came out once and in number as planned."""
+    found: list[tuple[str, str]] = []
+    tasks = plan(card, None, shard_rows, 0)
+    for task in tasks:
+        rows = [(row.key, row.reason) if isinstance(row, RowError) else (row["key"], "ok")
+                for row in rows_of(card, task)]  # fmt: skip
+        assert len(rows) == task.rows, f"{task.piece}: {rows}"
+        found += rows
+    assert len({(key, reason) for key, reason in found}) == len(found) or any(r != "ok" for _, r in found)
+    return dict(sorted(found, key=lambda row: row[1] != "ok"))
+
+
+def links(members: list[tuple[str, bytes | tuple[bytes, str]]], mode: str = "w", **how) -> bytes:
+    """A tar of files and of other members: (type, target of the link)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode, **how) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                tar.addfile(info)
+    return out.getvalue()
+
+
+def sparse_tar(name: str, size: int) -> bytes:
+    """An archive of 10,240 bytes with one member of any size: an old GNU sparse file, all of it a hole."""
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0" % size + b"%011o\0" % 0  # one piece at the end, of no bytes
+    header[482:495] = b"\0" + b"%011o\0" % size
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(10_240 - len(header))

@@ -34,6 +34,8 @@ Results = Generator[ShardResult, None, None]
 
 WORKER_RESTARTS = 3
 """How often a worker process that dies is replaced; Ray Data's default, forever, loops on a poisonous shard."""
+MOST_BLOCKS = 5000
+"""Ray Data's driver spends about 13 ms and 10 kB on each block: beyond this many tasks some share one."""
 ENDS_THE_JOB = (ConfigError, IdentityError, MachineError)
 """Errors that every other shard would meet as well; any other costs the shard that meets it."""
 
@@ -193,7 +195,7 @@ def _map_on_ray(
     items = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
     with warnings.catch_warnings():  # Ray 2.60 warns of the two keys at the end, but has no other way to bound restarts
         warnings.simplefilter("ignore")
-        answers = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        answers = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
             _Actor,
             fn_constructor_args=(worker_class, worker_args, os.getcwd()),
             batch_size=1,

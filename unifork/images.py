@@ -112,15 +112,42 @@ def dhash(image: Image.Image) -> int | None:
 
     The difference hash: it stays when an image is resized, recompressed or made darker as a whole.
     """
-    if image.has_transparency_data:
-        whole = image.convert("RGBA")
-        flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
-    else:
-        flat = image.convert("RGB")
-    gray = np.asarray(flat.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
+    gray = np.asarray(_opaque(image, (255, 255, 255)).convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
     bits = np.packbits(gray[:, 1:] > gray[:, :-1])
     value = int.from_bytes(bits.tobytes(), "big")
     return value if 4 <= value.bit_count() <= 60 else None  # plain grounds all look alike
+
+
+def _opaque(image: Image.Image, matte: tuple[int, int, int]) -> Image.Image:
+    """An image in RGB, laid over a color where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    whole = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", whole.size, (*matte, 255)), whole).convert("RGB")
+
+
+def shrink(data: bytes, matte: tuple[int, int, int], *, longest_side: int, format: str, quality: int) -> bytes:
+    """An image whose longest side is at most that, re-encoded where it was longer and else as it is.
+
+    Nothing but colors is kept: views use no rotation and no color profile either (`image_tokenizer.views`).
+    Raises ImageError, for a longer image also those of `measure`.
+    """
+    with open_image(data) as image:
+        if max(image.size) <= longest_side:
+            return data
+        measure(data)
+        try:
+            with decoding(image.width * image.height):
+                keeps_alpha = format != "jpeg" and image.has_transparency_data
+                pixels = image.convert("RGBA") if keeps_alpha else _opaque(image, matte)
+            scale, out = longest_side / max(image.size), io.BytesIO()
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            resized = pixels.resize((width, height), Image.Resampling.BICUBIC)
+            resized.info.clear()
+            resized.save(out, format, quality=quality)
+        except Exception as error:
+            raise _undecodable(error) from None
+    return out.getvalue()
 
 
 def jpeg_scans(data: bytes) -> int:

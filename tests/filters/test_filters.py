@@ -5,13 +5,14 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, measured_beside, put, tarred
 from PIL import Image, ImageEnhance
-from tiny import run_here
+from tiny import filter_here, run_here
 
 from unifork.config import StrictModel, load_card
 from unifork.errors import ConfigError, DataError
@@ -107,6 +108,32 @@ def test_anybodys_code_is_a_rule():
     assert judge(ROW, ruled(name, {"letter": "B"}))[0] == name
 
 
+def test_a_changed_rule_reads_no_image(tmp_path):
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(24):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(stream, "PNG")
+        images.append((f"p{number:02d}", stream.getvalue(), "noise" if number % 2 else "noise again"))
+    card = duplicate_card("noise", shards(tmp_path / "noise", images, 2))
+    raw, measured, target = tmp_path / "raw", tmp_path / "measured", tmp_path / "filtered"
+    download(card, raw, shard_rows=6)
+    size = sum(path.stat().st_size for path in raw.glob("*.parquet"))
+    before = bytes_read()
+    assert filter_here(card, raw, measured, target).rows == 24
+    assert bytes_read() - before > size
+    rule = {"rule": "text_length", "options": {"column": "caption", "least": 0, "most": 5}}
+    before = bytes_read()
+    changed = duplicate_card("noise", tmp_path / "noise", rule)
+    assert filter_here(changed, raw, measured, target).dropped == {"text_length": 12}
+    assert bytes_read() - before < size / 20
+
+
+def bytes_read() -> int:
+    """What this process has read so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 # ----------------------------------------------------------------------------- columns of URL lists
 
 NAN = float("nan")
@@ -141,7 +168,7 @@ NAN = float("nan")
             {"url": "u", "caption": "c", "width": 900, "height": 256},
         ),
         (  # both cases in one table, the first is empty
-            {"url": None, "URL": "u", "TEXT": b"bytes \xff"}, {"url": "u", "caption": "bytes \ufffd"},
+            {"url": None, "URL": "u", "TEXT": b"bytes \xc3\xbc"}, {"url": "u", "caption": "bytes ü"},
         ),
         ({"photo_id": "x", "photo_image_url": "u", "photo_description": "", "ai_description": "a dog",
           "photo_width": "5"}, {"url": "u", "caption": "a dog", "width": 5, "id": "x"}),
@@ -149,6 +176,11 @@ NAN = float("nan")
 )  # fmt: skip
 def test_columns_have_one_name_however_they_are_spelled(row, expected):
     assert canonical(row, mapped(row, "list")) == expected
+
+
+def test_bytes_that_are_no_text_are_not_mended():
+    with pytest.raises(UnicodeDecodeError):
+        canonical({"url": "u", "TEXT": b"bytes \xff"}, mapped(["url", "TEXT"], "list"))
 
 
 def test_a_list_without_urls_says_what_was_looked_for():
@@ -174,7 +206,7 @@ def test_url_lists_of_laion_and_unsplash(tmp_path, monkeypatch):
         put(tmp_path / f"unsplash/photos.{ending}", data)
     read = [row for piece in url_slices(unsplash, 2) for row in url_rows(unsplash, piece, 0)]
     assert [row.reason if isinstance(row, RowError) else row["caption"] for row in read] == [
-        "two\nlines", "broken_line", "made by a program",
+        *["broken_line"] * 3, "made by a program",  # a quote is a letter there, and a line a row
     ] * 3  # fmt: skip
 
 

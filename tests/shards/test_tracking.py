@@ -36,7 +36,7 @@ def command(root: Path, *words: str, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module", params=["manifest", pytest.param("whole", marks=pytest.mark.soak)])
-def made(request, tmp_path_factory) -> tuple[Path, str]:
+def checkout(request, tmp_path_factory) -> tuple[Path, str]:
     """A checkout with a set of 12 JPEGs of noise, which nothing makes smaller, encoded by `dvc repro`."""
     root = tmp_path_factory.mktemp(request.param)
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", "unifork", "pipelines"):
@@ -73,8 +73,8 @@ def made(request, tmp_path_factory) -> tuple[Path, str]:
     return root, request.param
 
 
-def test_the_bytes_of_images_lie_on_disk_once_where_manifests_are_tracked(made):
-    root, track = made
+def test_the_bytes_of_images_lie_on_disk_once_where_manifests_are_tracked(checkout):
+    root, track = checkout
     raw = sum(len(data) for data in bytes_of(root / "data/raw/noise").values())
     assert raw > IMAGES * 200_000
     everything = sum(len(data) for name in ("data", ".dvc/cache") for data in bytes_of(root / name).values())
@@ -99,8 +99,8 @@ SHORT = (("raw", "missing"), ("codes", "sha256"))
         for problem in DAMAGES
     ],
 )
-def test_a_damaged_shard_is_noticed_and_mended(made, stage, problem):
-    root, track = made
+def test_a_damaged_shard_is_noticed_and_mended(checkout, stage, problem):
+    root, track = checkout
     before, folder = bytes_of(root / "data"), "codes/noise/crop" if stage == "codes" else f"{stage}/noise"
     victim = root / "data" / folder / "part-00001.parquet"
     victim.chmod(0o644)
@@ -120,8 +120,8 @@ def test_a_damaged_shard_is_noticed_and_mended(made, stage, problem):
     assert "all as the manifest says" in command(root, "unifork.cli", "verify", "data")
 
 
-def test_rules_of_another_experiment_replace_those_of_before(made, tmp_path):
-    root, track = made
+def test_rules_of_another_experiment_replace_those_of_before(checkout, tmp_path):
+    root, _ = checkout
     path = tmp_path / ".dvcignore"
     path.write_text("/mine\n")
     experiment = write_experiment(root, {"datasets": {"noise": {"shard_rows": 4, "track": "manifest"}}})

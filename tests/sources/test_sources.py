@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tracemalloc
 from codecs import BOM_UTF8
 from pathlib import Path
 
@@ -96,8 +97,8 @@ def test_imagenet_in_all_its_forms_has_the_same_images_and_names(at, layout):
         }
         assert row["license"] == "CC0-1.0"
     kept = filtered(card, at / "raw", at / "filtered")
-    assert kept.manifest.dropped == {"unreadable": 1}
-    (cmyk,) = [row for row in kept.rows.values() if row["image"] == CMYK]
+    assert kept.manifest.dropped == {"not_an_image": 1}
+    (cmyk,) = [row for key, row in result.rows.items() if key in kept.rows and row["image"] == CMYK]
     assert Image.open(io.BytesIO(cmyk["image"])).mode == "CMYK"
     assert crop_view(Image.open(io.BytesIO(cmyk["image"])), 16, None).shape == (16, 16, 3)
 
@@ -141,8 +142,12 @@ def test_the_hubs_test_split_has_no_labels(at):
     (at / "hub").mkdir()
     rows = [{"image": {"bytes": PNG["img0"], "path": "x"}, "label": -1}, {"image": None, "label": 1}]
     pq.write_table(pa.Table.from_pylist(rows), at / "hub/test-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"none of 2 rows is kept: 1 no_label, the first 'test-.*/0000000': label -1"):
+        download(imagenet(at / "hub"), at / "raw")
+    pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], "label": 2}]), at / "hub/test-00000-of-00001.parquet")
     result = download(imagenet(at / "hub"), at / "raw")
     assert [reason for _, reason in result.rejects] == ["no_label", "missing_image"]
+    assert len(result.rows) == 1
 
 
 # ------------------------------------------------------------------------------- pairs of one name
@@ -251,7 +256,7 @@ def test_journeydb(at, shape):
     }
     assert result.rejects == [
         (f"{place}2", "broken_line"), (f"{place}3", "missing_caption"), (f"{place}4", "missing_image"),
-        (f"{place}6", "path_outside"), (f"{place}7", "broken_line"), (f"{place}8", "no_image"),
+        (f"{place}6", "path_outside"), (f"{place}7", "broken_text"), (f"{place}8", "no_image"),
         (f"{place}9", "missing_image"),
     ]  # fmt: skip
 
@@ -291,21 +296,54 @@ def test_llavas_array(at, indent, mark):
     assert [reason for _, reason in result.rejects] == [
         "no_image", "several_images", "broken_dialogue", "missing_caption",
     ]  # fmt: skip
-    for broken in (json.dumps(LLAVA).encode()[:-30], b'[{"image": "\xff"}]', b"[1 2]"):
-        put(at / "llava.json", broken)
-        with pytest.raises(DataError, match=r"card sample: llava\.json: not valid JSON: [^\n]+$"):
-            download(card_of("listed", options, ["conversations"]), at / "raw")
-    put(at / "llava.json", b'{"image": "x"}')
-    with pytest.raises(DataError, match="a JSON array is expected, it starts with"):
-        download(card_of("listed", options, ["conversations"]), at / "raw")
+
+
+def test_a_broken_element_of_an_array_costs_no_other(at):
+    """Neither does its offset: each shard begins to read at its own first element."""
+    llava_images(at / "images")
+    options = {"lists": "llava.json", "images": "images", "texts": {"conversations": "conversations"}}
+    card = card_of("listed", options, ["conversations"])
+    good = json.dumps(LLAVA[0]).encode()
+    elements = {
+        good: None, good.replace(b"Sure?", b"caf\xe9"): "broken_text", b'{"image": "\\ud83d"}': "missing_caption",
+        good.replace(b"Sure?", b"\\ud83d"): "broken_text", good.replace(b"1.jpg", b"\\ud83d"): "broken_text",
+        b"": "broken_line", b"[" * 100_000 + b"]" * 100_000: "broken_line", good + b"}": "broken_line",
+        b'{"image": [[[1]]], "x": "]}, \\" {["}': "no_image", b"1 2": "broken_line", b'"' + b"x" * (17 << 20) + b'"':
+        "broken_line", good.replace(b"Yes.", b'Say \\"[{\\\\'): None,
+        good.replace(b"1.jpg", b"x" * 5000): "missing_image",
+        good.replace(b"1.jpg", b"\\u0000"): "missing_image", good + b" ": None,
+    }  # fmt: skip
+    put(at / "llava.json", BOM_UTF8 + b" [" + b",\n".join(elements) + b"\n]\n")
+    for shard_rows in (1, 4, 100):
+        result = download(card, at / f"raw-{shard_rows}", shard_rows=shard_rows)
+        found = dict(result.rejects) | dict.fromkeys(result.rows)
+        assert [found[f"llava/{number:09d}"] for number in range(len(elements))] == list(elements.values())
+    for ending in (b"]", b"", b",", b'{"image"', b'{"x": "', b"]]", b"}"):
+        put(at / "llava.json", b"[" + good + b"," + good + (b"," + ending if ending[:1] == b"{" else ending))
+        result = download(card, at / f"raw-{ending!r}")
+        assert len(result.rows) == (1 if ending == b"}" else 2)
+        assert {reason for _, reason in result.rejects} <= {"broken_list", "broken_line"}
+        assert bool(result.rejects) == (ending != b"]")
+    for nothing in (b'{"image": "x"}', b"", b"\xff\xfe[\0"):
+        put(at / "llava.json", nothing)
+        with pytest.raises(DataError, match=r"none of 1 rows is kept: 1 broken_list, the first 'llava/000000000'"):
+            download(card, at / "nothing")
+    put(at / "llava.json", b"[ ]")
+    with pytest.raises(ConfigError, match="card sample: a 'listed' source finds nothing"):
+        download(card, at / "nothing")
 
 
 def test_an_array_is_read_piece_by_piece(at):
-    put(at / "long.json", b"[" + b'{"number": 0.5},' * 100_000 + b"broken")
-    entries = listed._array(at / "long.json")
-    assert [next(entries) for _ in range(50_000)] == [{"number": 0.5}] * 50_000
-    with pytest.raises(DataError, match="not valid JSON"):
-        list(entries)
+    data = b'{"number": 0.5, "text": "' + b"\\\\" * 70 + b'"}'
+    put(at / "long.json", b"[" + (data + b",") * 100_000 + b"broken")
+    tracemalloc.start()
+    with listed._entries(at / "long.json") as entries:
+        assert [next(entries)[0] for _ in range(100_000)] == [data] * 100_000
+        assert next(entries)[0] == b"broken"
+        with pytest.raises(EOFError, match="the array does not end"):
+            next(entries)
+    assert tracemalloc.get_traced_memory()[1] < 50e6  # of which the list above is most
+    tracemalloc.stop()
 
 
 def test_internvls_meta_file(at):

@@ -1,7 +1,9 @@
 """`datasets/*.yaml`: what a data set is, where it comes from, who may use it and how it is read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from unifork.config.base import Fraction01, StrictModel, load
 from unifork.errors import ConfigError, unknown
@@ -44,6 +46,17 @@ class Losses(StrictModel):
     """What comes and is of no use: broken lines, no images, no texts."""
 
 
+class Shrink(StrictModel):
+    """Larger images are re-encoded at download; all others stay as received."""
+
+    longest_side: PositiveInt
+    """In pixels; an image with a longer side is resized to it."""
+    format: Literal["jpeg", "webp", "png"] = "jpeg"
+    """Of the images that are resized. A JPEG has no transparency: it is laid over `matte`."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of JPEG and WebP."""
+
+
 class Card(StrictModel):
     """One data set: what it is, where it comes from, who may use it and how it is read."""
 
@@ -70,6 +83,8 @@ class Card(StrictModel):
     """Rules of the filter stage, in order."""
     losses: Losses = Losses()
     """Above them download and filter print a warning, which the report shows too."""
+    shrink: Shrink | None = None
+    """None: images are kept as received."""
     reader: str | None = None
     """Reads what an image shows, to say how much of it survives the codes: a name of
     `unifork.image_tokenizer.readers.READERS` or MODULE:OBJECT; None where images cannot be read exactly."""

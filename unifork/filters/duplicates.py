@@ -30,10 +30,10 @@ from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
 from unifork.shards.manifest import Shard, file_sha256, keep_only, present, read_manifest, write_atomically
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.sources import RowError, located
-from unifork.sources.archives import is_image, opened
+from unifork.sources import MAX_IMAGE_BYTES, RowError, located
+from unifork.sources.archives import Unreadable, is_image, opened
 
-SIGNATURES_VERSION = 1
+SIGNATURES_VERSION = 2
 BUCKET_ROWS = 4_000_000
 SCHEMA = pa.schema({"key": pa.string(), "sha256": pa.uint64(), "pair": pa.uint64(), "phash": pa.uint64()})
 DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.string()})
@@ -208,7 +208,10 @@ def benchmark(files: str) -> list[tuple[str, int]]:
     """(name, difference hash) of the images of a folder or tar. Raises ConfigError when there are none."""
     with opened(located(files)) as found:
         named = (file for file in found if not isinstance(file, RowError) and is_image(file[0]))
-        hashed = [(name, measurements(read())) for name, read in named]
+        try:
+            hashed = [(name, measurements(read(MAX_IMAGE_BYTES))) for name, read in named]
+        except Unreadable as error:
+            raise ConfigError(f"{files!r}: {error}") from None
     if not hashed:
         raise ConfigError(f"{files!r}: no images in it")
     return [(name, phash) for name, found in hashed if (phash := found.get("phash")) is not None]

@@ -1,37 +1,49 @@
-"""Where images come from. A kind of source plans its shards and yields the rows and faults of one of them.
+"""Where images come from. A kind of source plans its shards and yields one row or error for each entry of one of them.
 
 A kind is one module with typed options and a `SOURCE`, and one entry in `SOURCES`; a card may also name
 `MODULE:OBJECT`, which is how anybody's code takes part. A data set with a known kind is one card.
 Rows carry `key, image, width, height, url, sha256`, the text columns of the card, and `license` where it is not the
 card's. A slice never spans two files, so that a file added at the end makes no finished shard anew.
+
+One bad row costs one row, and one bad file that file: rows kept and rows dropped add up to the entries that were
+planned. What of a file cannot be planned any more is one entry of it, and reading it says what is wrong. Only
+the machine (`MachineError`), a mistake of the user (`ConfigError`) and a file that has changed since it was planned
+with (`ChangedFile`) end the work on a shard.
 """
 
-import gzip
+import errno
 import hashlib
-import io
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Generic, TypeVar
 
-import pyarrow.parquet as pq
-from PIL import Image
+import pyarrow as pa
 from pydantic import Field
 
 from unifork.config import Card, StrictModel, parse
-from unifork.errors import ConfigError, DataError
+from unifork.errors import ConfigError, DataError, MachineError
+from unifork.images import ImageError, open_image, shrink
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, table_of, write_shard
 from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardResult, ShardTask, Slice
+from unifork.sources.paths import ChangedFile, located, without_suffix
 
-DOWNLOAD_VERSION = 1
+__all__ = ["located"]  # what a kind of source that is written elsewhere needs stands in one module
+
+DOWNLOAD_VERSION = 2
 """Raise when the same card and task would give other rows."""
+MAX_IMAGE_BYTES = 32 * 1024**2
+"""Largest image that is read from an archive, folder or table."""
+MAX_TEXT_BYTES = 1024**2
+"""Largest text that is read from an archive or folder."""
+MAX_LINE_BYTES = 16 * 1024**2
+"""Largest entry of a list that is read."""
 
 Row = dict[str, Any]
+Entry = TypeVar("Entry")
 
 
 class SourceOptions(StrictModel):
@@ -52,6 +64,7 @@ class RowError:
     reason: str
     detail: str
     url: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Source(Generic[Options]):
     slices: Callable[[Options, int], Iterator[Slice]]
     """(options, shard_rows) -> what becomes of its shards, in order."""
     rows: Callable[[Options, Slice, int], Iterator[Row | RowError]]
-    """(options, slice, seed) -> the rows of one shard."""
+    """(options, slice, seed) -> the rows of one shard, one row or error for each entry of the slice."""
     paths: tuple[str, ...] = ()
     """Options that name files or folders."""
     endless: bool = False
@@ -124,15 +137,101 @@ def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[Shard
     return tasks
 
 
-def rows_of(card: Card, task: ShardTask) -> Iterator[Row | RowError]:
-    """The rows of one planned shard."""
-    source, options = source_of(card)
-    assert task.piece is not None, f"card {card.name}: a task without a slice of a source"
-    return source.rows(options, task.piece, task.seed)
-
-
 def _where(access: str | None) -> str:
     return f". Where it is: {access}" if access else ""
+
+
+# --------------------------------------------------------------------- what a broken input costs
+
+DEVICE_ERRORS = (
+    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
+)  # fmt: skip
+"""What an operating system says where a disk or mount fails or nothing is left, whatever file is read."""
+
+
+def cause(error: Exception) -> str:
+    """What is wrong with an input, from what reading it raised.
+
+    Raises ConfigError, MachineError and ChangedFile again: no input is to blame, and dropping rows would hide them.
+    """
+    if isinstance(error, ConfigError | MachineError | ChangedFile):
+        raise error
+    if isinstance(error, OSError) and error.errno in DEVICE_ERRORS:
+        raise MachineError(f"{error}: it cannot be read. Mend the disk or mount, then run the command again") from error
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def attempt(key: str, make: Callable[..., Row | RowError], *arguments: Any, **named: Any) -> Row | RowError:
+    """The row that `make` makes; what it raises, such as for a value of a kind that nobody expects, costs this row."""
+    try:
+        return make(*arguments, **named)
+    except UnicodeError as error:
+        return RowError(key, "broken_text", cause(error))
+    except Exception as error:
+        return RowError(key, "unexpected", cause(error))
+
+
+def planned(entries: Iterator[Entry], rest: Entry) -> Iterator[Entry]:
+    """The entries of a file while it is planned; where it is damaged, `rest` stands for all that cannot be read."""
+    try:
+        yield from entries
+    except Exception as error:
+        cause(error)
+        yield rest
+
+
+def place_of(piece: Slice) -> str:
+    """The first part of a key that is the file and number of an entry."""
+    name = without_suffix(piece.file or "")
+    return f"{name}~{piece.again}" if piece.again else name
+
+
+def rows_of(card: Card, task: ShardTask) -> Iterator[Row | RowError]:
+    """One row or error for each entry of a planned shard, whatever its source does; no key comes twice.
+
+    A source that breaks off loses the entries that it has not yielded: `broken_list`, each named by file and number.
+    Raises what `cause` does.
+    """
+    source, options = source_of(card)
+    piece = task.piece
+    assert piece is not None, f"card {card.name}: a task without a slice of a source"
+    names = [f"{place_of(piece) or card.name}/{number:09d}" for number in range(piece.start, piece.stop)]
+    seen: set[str] = set()
+    count, why = 0, "the source says nothing of this entry"
+    try:
+        for row in source.rows(options, piece, task.seed):
+            name = names[min(count, len(names) - 1)]  # also of those that a source yields beyond its slice
+            keyed = row if isinstance(row, RowError) else attempt(name, _with_key, row, name, seen)
+            count += 1
+            seen.add(keyed.key if isinstance(keyed, RowError) else keyed["key"])
+            yield keyed
+    except Exception as error:
+        why = cause(error)
+    lost = [name for name in names if name not in seen]
+    yield from (RowError(name, "broken_list", why) for name in lost[len(lost) - max(0, len(names) - count) :])
+
+
+def _with_key(row: Row, name: str, seen: set[str]) -> Row | RowError:
+    """A row whose key names it and nothing else; `name` is what it is called where it has none."""
+    key, url = row.get("key"), row.get("url")
+    if not isinstance(key, str) or not key.strip():
+        return RowError(name, "no_key", f"the key is {key!r}, a text that names the row is expected", url)
+    if leaves(key):
+        return RowError(key, "path_outside", f"{key!r}: a key is a relative path without '..'", url)
+    if key in seen:
+        return RowError(key, "duplicate_key", "an earlier row of this shard has the same key", url)
+    try:
+        key.encode()
+    except UnicodeError as error:
+        return RowError(key, "broken_name", cause(error), url)
+    return row
+
+
+def leaves(name: str) -> bool:
+    """Whether a path, used as one, would lead out of the folder it is relative to."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 # --------------------------------------------------------------------------------------- the worker
@@ -149,15 +248,46 @@ class Materialize:
         return rows_of(self.card, task)
 
     def __call__(self, task: ShardTask) -> ShardResult:
-        kept, rejected = [], []
+        kept: list[Row] = []
+        rejected: list[RowError] = []
         for row in self.rows(task):
-            if isinstance(row, RowError):
-                rejected.append(asdict(row))
+            ready = row if isinstance(row, RowError) else attempt(row["key"], self._ready, row)
+            if isinstance(ready, RowError):
+                rejected.append(ready)
             else:
-                columns = {name: str(row[name]) for name in self.card.columns if row.get(name) is not None}
-                kept.append({"license": self.card.license, **row, **columns})
+                kept.append(ready)
         kept.sort(key=lambda row: row["key"])
-        return write_shard(task, table_of(kept, self.schema), quarantined(task, rejected))
+        table = self._table(kept, rejected)
+        return write_shard(task, table, quarantined(task, map(asdict, rejected)))
+
+    def _ready(self, row: Row) -> Row | RowError:
+        """A row as the shard holds it."""
+        if self.card.shrink:
+            try:
+                image = shrink(row["image"], self.card.matte, **self.card.shrink.model_dump())
+            except ImageError as error:
+                return RowError(row["key"], error.reason, str(error), row.get("url"), row.get("sha256"))
+            row = {**row, **sized(image)}  # the hash stays that of the image as received, which lists name
+        columns = {name: str(row[name]) for name in self.card.columns if row.get(name) is not None}
+        return {"license": self.card.license, **row, **columns}
+
+    def _table(self, rows: list[Row], rejected: list[RowError]) -> pa.Table:
+        """The table of rows; those with a value that its column cannot hold are rejected."""
+        try:
+            return table_of(rows, self.schema)
+        except Exception:  # which of them is found row by row, so that a clean shard pays nothing
+            kept = []
+            for row in rows:
+                held = attempt(row["key"], self._held, row)
+                if isinstance(held, RowError):
+                    rejected.append(replace(held, url=row.get("url"), sha256=row.get("sha256")))
+                else:
+                    kept.append(row)
+            return table_of(kept, self.schema)
+
+    def _held(self, row: Row) -> Row:
+        table_of([row], self.schema)
+        return row
 
 
 def download_job(card: Card, rows: int | None, shard_rows: int, seed: int, folder: Path, version: int = 0) -> ShardJob:
@@ -167,12 +297,14 @@ def download_job(card: Card, rows: int | None, shard_rows: int, seed: int, folde
     """
     source, options = source_of(card)
     columns = columns_of(image_text_schema(card))
-    made_with = {
+    made_with: dict[str, Any] = {
         "version": [DOWNLOAD_VERSION, source.version, version],
         "source": {"kind": card.source.kind, "options": options.model_dump(mode="json", exclude={"access"})},
         "columns": columns,
         "license": card.license,
     }
+    if card.shrink:
+        made_with["shrink"] = {**card.shrink.model_dump(), "matte": card.matte}
     lineage = {"source": card.source.model_dump(mode="json"), "license": card.license, "attribution": card.attribution}
     tasks = plan(card, rows, shard_rows, seed)
     return ShardJob("image-text", card.name, folder, columns, made_with, lineage, tasks)
@@ -188,122 +320,15 @@ def cut(count: int, shard_rows: int, **where: Any) -> Iterator[Slice]:
 
 
 def image_row(key: str, image: bytes, **more: Any) -> Row:
-    """A row around an image as received; one that cannot be read has no sides (the filter names it)."""
+    """A row around an image as received; one that cannot be opened has no sides (the filter names it)."""
+    return {"key": key, **sized(image), "url": "", "sha256": hashlib.sha256(image).hexdigest(), **more}
+
+
+def sized(image: bytes) -> Row:
+    """The columns of an image and its sides, which are those in its header; nothing is decoded."""
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with open_image(image) as opened:
             width, height = opened.size
-    except Exception:  # any decoder may raise anything on hostile bytes
+    except ImageError:
         width = height = 0
-    sha256 = hashlib.sha256(image).hexdigest()
-    return {"key": key, "image": image, "width": width, "height": height, "url": "", "sha256": sha256, **more}
-
-
-def parquet_rows(path: Path, piece: Slice, columns: Iterable[str]) -> Iterator[Row]:
-    """The rows of a slice of a table; only row groups that hold some of them are read, one at a time."""
-    file, first = pq.ParquetFile(path), 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        begin, end = max(piece.start - first, 0), min(piece.stop - first, count)
-        if begin < end:
-            chunk = file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
-            for batch in chunk.to_batches(max_chunksize=1024):
-                yield from batch.to_pylist()
-        first += count
-
-
-# ------------------------------------------------------------------------------------------- paths
-
-_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)
-_READERS = {
-    (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz"): "tables of URLs are read by url_list",
-    (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json"): "lists that name images are read by listed",
-    (".tar", ".tgz", ".tar.gz"): "tars of images and texts are read by pairs",
-}
-"""Endings of files, and which kind of source reads them."""
-
-
-def expanded(text: str) -> Path:
-    """A path of a card with `~` and environment variables filled in. Raises ConfigError.
-
-    Tasks and manifests keep the text as the card has it: what a variable holds reaches no file, and a
-    variable that is named like a credential is refused, since error messages show paths.
-    """
-    for name in (braced or plain for braced, plain in _VARIABLE.findall(text)):
-        if _SECRET.search(name):
-            raise ConfigError(f"{text!r}: a path must not hold ${name}; credentials do not belong in paths")
-        if name not in os.environ:
-            raise ConfigError(f"{text!r}: the environment variable {name} is not set")
-    return Path(os.path.expandvars(text)).expanduser()
-
-
-def located(text: str) -> Path:
-    """An existing file or folder of a card. Raises ConfigError."""
-    path = expanded(text)
-    if not path.exists():
-        raise ConfigError(f"{text!r}: no such file or folder (relative paths start in {os.getcwd()!r})")
-    return path
-
-
-def files_of(text: str, suffixes: Iterable[str]) -> list[tuple[str, Path]]:
-    """(name, path) of the files that a card names: one file, a glob, or everything with a suffix below a folder.
-
-    Names are relative to what the card names, so that they stay when the data moves; they are in sorted
-    order. Raises ConfigError when there are none.
-    """
-    root, pattern = _root(text)
-    endings = tuple(suffixes)
-    if root.is_file():
-        return [(root.name, root)]
-    if pattern is None:
-        paths = [path for path in root.rglob("*") if path.name.lower().endswith(endings)]
-    else:
-        paths = list(root.glob(pattern))
-    found = sorted((path.relative_to(root).as_posix(), path) for path in paths if not path.name.startswith("."))
-    if not found:
-        raise ConfigError(
-            f"{text!r}: no such file or folder, nothing that matches, or nothing that ends in {' '.join(endings)} "
-            f"(relative paths start in {os.getcwd()!r})"
-        )
-    return found
-
-
-def check_ending(name: str, endings: tuple[str, ...]) -> None:
-    """Raise ConfigError, which says who reads it, for a file that has none of the endings."""
-    if not name.lower().endswith(endings):
-        readers = (f"; {reader}" for others, reader in _READERS.items() if name.lower().endswith(others))
-        raise ConfigError(f"{name}: this kind reads {', '.join(endings)}{next(readers, '')}")
-
-
-def file_named(text: str, piece: Slice) -> Path:
-    """The path of a slice's file, one of `files_of(text)`, without looking at the others."""
-    root, _ = _root(text)
-    return root if root.is_file() else root / (piece.file or "")
-
-
-def as_planned(path: Path, piece: Slice) -> Path:
-    """The file of a slice. Raises DataError when it is gone or has another size than when it was planned."""
-    size = path.stat().st_size if path.is_file() else 0 if path.is_dir() else None
-    if size != piece.bytes:
-        raise DataError(f"{path.name}: {size} bytes, {piece.bytes} when the shards were planned; run the stage again")
-    return path
-
-
-def _root(text: str) -> tuple[Path, str | None]:
-    """The part of a path before its first wild card, and the rest."""
-    path = expanded(text)
-    wild = next((number for number, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), None)
-    if wild is None or path.exists():
-        return path, None
-    return Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
-
-
-def opened_list(path: Path, mode: str, **how: Any) -> Any:
-    """A list or table, unpacked when it is called `.gz`; `mode` and `how` as for `open`."""
-    return gzip.open(path, mode, **how) if path.suffix == ".gz" else open(path, mode, **how)
-
-
-def without_suffix(name: str) -> str:
-    """A file's name without its kind, for keys: `a/sa_000001.tar.gz` -> `a/sa_000001`."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + (base.split(".")[0] or base)
+    return {"image": image, "width": width, "height": height}

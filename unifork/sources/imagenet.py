@@ -8,29 +8,20 @@ PNG that is called JPEG.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from unifork.config import StrictModel, load
 from unifork.errors import ConfigError
 from unifork.randomness import keyed
 from unifork.shards.task import Slice
-from unifork.sources import (
-    Row,
-    RowError,
-    Source,
-    SourceOptions,
-    as_planned,
-    cut,
-    image_row,
-    located,
-    parquet_rows,
-    without_suffix,
-)
+from unifork.sources import MAX_IMAGE_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row
 from unifork.sources.archives import File, contents, opened, samples_in
+from unifork.sources.paths import as_planned, located, size_of, without_suffix
+from unifork.sources.tables import parquet_count, parquet_rows
 
 
 class ImageNetOptions(SourceOptions):
@@ -70,27 +61,31 @@ def slices(options: ImageNetOptions, shard_rows: int) -> Iterator[Slice]:
     path, content = located(options.path), prompts.fingerprint()
     tables = sorted(path.glob("*.parquet")) if path.is_dir() else []
     for table in tables:
-        count = pq.read_metadata(table).num_rows
-        yield from cut(count, shard_rows, file=table.name, bytes=table.stat().st_size, content=content)
+        yield from cut(parquet_count(table), shard_rows, file=table.name, bytes=size_of(table), content=content)
     if tables:
         return
-    classes = _classes(path)
-    for synset, label in _labels(options, list(classes), len(prompts.names)).items():
-        name, size = classes[synset]
+    classes, broken = _classes(path)
+    labels = _labels(options, sorted({synset for synset, _ in classes}), len(prompts.names))
+    for synset, name in classes:
         with _class(path, name) as files:
             count = len(samples_in(files, synset))
-        yield from cut(count, shard_rows, file=name, bytes=size, content=content, label=label)
+        size = size_of(path if path.is_file() else path / name)
+        yield from cut(count, shard_rows, file=name, bytes=size, content=content, label=labels[synset])
+    if broken:
+        yield Slice(0, 1, bytes=size_of(path), content=content)
 
 
-def _classes(path: Path) -> dict[str, tuple[str, int]]:
-    """Synset -> name of the tar or folder with its images, and size of the file it lies in; in sorted order."""
+def _classes(path: Path) -> tuple[list[tuple[str, str]], RowError | None]:
+    """(synset, name of the tar or folder with its images), in sorted order; and what is wrong with the tar of tars."""
+    broken = None
     if path.is_file():
         with opened(path) as files:
-            inner = sorted(file[0] for file in files if not isinstance(file, RowError) and file[0].endswith(".tar"))
-        return {_synset(name): (name, path.stat().st_size) for name in inner}
-    tars = {_synset(tar.name): (tar.name, tar.stat().st_size) for tar in path.glob("*.tar")}
-    folders = {entry.name: (entry.name, 0) for entry in path.iterdir() if entry.is_dir()}
-    return dict(sorted((tars or folders).items()))
+            listed = list(files)
+        names = {file[0] for file in listed if not isinstance(file, RowError) and file[0].endswith(".tar")}
+        broken = next((file for file in listed if isinstance(file, RowError)), None)
+    else:
+        names = {tar.name for tar in path.glob("*.tar")} or {entry.name for entry in path.iterdir() if entry.is_dir()}
+    return sorted((_synset(name), name) for name in names), broken
 
 
 def _synset(name: str) -> str:
@@ -124,9 +119,13 @@ def rows(options: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Ro
     """The images of one slice with `class_name` and `class_prompt`."""
     prompts, path, name = sentences(options.prompts), located(options.path), piece.file or ""
     file = as_planned(path if path.is_file() else path / name, piece)
+    if piece.file is None:  # what the tar of tars held besides
+        yield replace(_classes(path)[1] or RowError("", "broken_archive", "it breaks off"), key=path.name)
+        return
     if piece.label is None:
         for number, row in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):
-            yield _table_row(f"{without_suffix(name)}/{number:07d}", row, seed, prompts)
+            key = f"{without_suffix(name)}/{number:07d}"
+            yield attempt(key, _table_row, key, row, seed, prompts)
         return
     with _class(path, name) as files:
         for sample in contents(samples_in(files, _synset(name))[piece.start : piece.stop]):
@@ -137,13 +136,17 @@ def rows(options: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Ro
                 yield image_row(key, found["image"], **prompts.texts(piece.label, seed, key))
 
 
-def _table_row(key: str, row: Row, seed: int, prompts: Sentences) -> Row | RowError:
+def _table_row(key: str, row: Row | RowError, seed: int, prompts: Sentences) -> Row | RowError:
+    if isinstance(row, RowError):
+        return replace(row, key=key)
     image = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
     label = row["label"]
     if not image:
         return RowError(key, "missing_image", "the row has no bytes of an image")
+    if len(image) > MAX_IMAGE_BYTES:
+        return RowError(key, "too_large", f"{len(image)} bytes, at most {MAX_IMAGE_BYTES} are read")
     if label is None or not 0 <= int(label) < len(prompts.names):
-        return RowError(key, "no_label", f"label {label} is none of 0 to {len(prompts.names) - 1}", image)
+        return RowError(key, "no_label", f"label {label} is none of 0 to {len(prompts.names) - 1}")
     return image_row(key, image, **prompts.texts(int(label), seed, key))
 
 

@@ -7,35 +7,22 @@ reads every archive once per shard, so unpack the archives then.
 """
 
 import json
-import tarfile
-from codecs import BOM_UTF8
+import math
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import ijson
-
-from unifork.errors import ConfigError, DataError
+from unifork.errors import ConfigError
 from unifork.shards.schema import CONVERSATIONS, Unusable, images_of, turns_of
 from unifork.shards.task import Slice
-from unifork.sources import (
-    Row,
-    RowError,
-    Source,
-    SourceOptions,
-    as_planned,
-    check_ending,
-    file_named,
-    files_of,
-    image_row,
-    located,
-    opened_list,
-    without_suffix,
-)
-from unifork.sources.archives import picked
+from unifork.sources import MAX_LINE_BYTES, Row, RowError, Source, SourceOptions, attempt, image_row, place_of, planned
+from unifork.sources.archives import open_tar, picked, until_damage
+from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, opened_list, size_of
+from unifork.sources.tables import bounded_lines, too_long
 
 LISTS = (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".jsonl.tar.gz", ".json")
 
@@ -77,43 +64,68 @@ def slices(options: ListOptions, shard_rows: int) -> Iterator[Slice]:
 def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iterator[Slice]:
     """Slices of one list, each with the byte it starts at, so that reading it does not begin at the top."""
     check_ending(path.name, LISTS)
-    where["bytes"] = path.stat().st_size
-    start, offset = 0, None if path.suffix == ".json" else 0
-    with _entries(path) as entries:
-        while block := list(islice(entries, shard_rows if most is None else min(shard_rows, most - start))):
-            yield Slice(start, start + len(block), offset=offset, **where)
-            start += len(block)
-            offset = None if offset is None else offset + sum(map(len, block))
+    start = offset = begin = stop = 0
+    for stop, size in enumerate(islice(_sizes(path), most), 1):
+        offset += size
+        if stop - start == shard_rows:
+            yield Slice(start, stop, offset=begin, bytes=size_of(path), **where)
+            start, begin = stop, offset
+    if start < stop:
+        yield Slice(start, stop, offset=begin, bytes=size_of(path), **where)
+
+
+def _sizes(path: Path) -> Iterator[int]:
+    """Bytes of every entry of a list; damage is one more."""
+
+    def sizes() -> Iterator[int]:
+        with _entries(path) as entries:
+            yield from (size for _, size in entries)
+
+    return planned(sizes(), 0)
 
 
 def rows(options: ListOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The rows of one slice of a list."""
-    return _rows(file_named(options.lists, piece), without_suffix(piece.file or ""), options, piece)
+    return _rows(file_named(options.lists, piece), options, piece)
 
 
-def _rows(path: Path, place: str, options: ListOptions, piece: Slice) -> Iterator[Row | RowError]:
+def _rows(path: Path, options: ListOptions, piece: Slice) -> Iterator[Row | RowError]:
     """Entries are read first and images then, so that an archive is opened once per shard."""
-    found: list[tuple[str, str, dict[str, Any]]] = []
-    with _entries(as_planned(path, piece), piece.start, piece.offset or 0) as entries:
-        for number, entry in enumerate(islice(entries, piece.rows), piece.start):
-            key = f"{place}/{number:09d}"
+    found: list[tuple[str, Row]] = []
+    damage = None
+    with _entries(as_planned(path, piece), piece.offset or 0) as entries:
+        for number in range(piece.start, piece.stop):
             try:
-                parsed = json.loads(entry) if isinstance(entry, bytes) else entry
-            except ValueError as error:  # also bytes that are not UTF-8
-                yield RowError(key, "broken_line", f"{error}: {cast(bytes, entry)[:200]!r}")
-                continue
-            row = _texts(key, parsed, options)
+                entry, size = next(entries)
+            except Exception as error:  # raised again after the images of what came before
+                damage = error
+                break
+            key = f"{place_of(piece)}/{number:09d}"
+            row = attempt(key, _parsed, key, entry, size, options)
             if isinstance(row, RowError):
                 yield row
             else:
-                found.append((key, *row))
-    for index, image in picked(located(options.images), [path for _, path, _ in found]):
-        key, _, columns = found[index]
-        yield replace(image, key=key) if isinstance(image, RowError) else image_row(key, image, **columns)
+                found.append((key, row))
+    for index, image in picked(located(options.images), [row["image"] for _, row in found]):
+        key, row = found[index]
+        yield replace(image, key=key) if isinstance(image, RowError) else image_row(key, **{**row, "image": image})
+    if damage:
+        raise damage
 
 
-def _texts(key: str, entry: Any, options: ListOptions) -> tuple[str, dict[str, Any]] | RowError:
-    """The path of an entry's image, and its columns."""
+def _parsed(key: str, entry: bytes | None, size: int, options: ListOptions) -> Row | RowError:
+    """The columns of an entry, `image` being the path of its image."""
+    if entry is None:
+        return RowError(key, "broken_line", too_long(size))
+    text = entry.decode("utf-8-sig")
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return RowError(key, "broken_line", f"{error}: {text[:200]!r}")
+    return _texts(key, row, options)
+
+
+def _texts(key: str, entry: Any, options: ListOptions) -> Row | RowError:
     if not isinstance(entry, dict):
         return RowError(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
     image = entry.get(options.image)
@@ -127,7 +139,9 @@ def _texts(key: str, entry: Any, options: ListOptions) -> tuple[str, dict[str, A
         return RowError(key, "broken_dialogue", str(error))
     if not any(texts.values()):
         return RowError(key, "missing_caption", f"none of {', '.join(options.texts.values())} is filled")
-    return images[0], {**texts, **{column: _field(entry, column, field) for column, field in options.keep.items()}}
+    images[0].encode()  # raises UnicodeError
+    kept = {column: _field(entry, column, field) for column, field in options.keep.items()}
+    return {"image": images[0], **texts, **kept}
 
 
 def _field(entry: Any, column: str, field: str) -> Any:
@@ -138,7 +152,7 @@ def _field(entry: Any, column: str, field: str) -> Any:
         return None
     if column == CONVERSATIONS:
         return turns_of({CONVERSATIONS: entry})
-    return entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False, default=float)
+    return entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
 
 
 # ------------------------------------------------------------------------------------ file of files
@@ -150,11 +164,8 @@ def meta_slices(options: MetaOptions, shard_rows: int) -> Iterator[Slice]:
     The rule is InternVL's (internvl_chat_finetune.py): the part is taken before any shuffling.
     """
     for name, entry in _meta(options).items():
-        path, repeat = located(str(entry["annotation"])), float(entry.get("repeat_time", 1))
-        most = None
-        if repeat < 1:
-            with _entries(path) as entries:
-                most = int(sum(1 for _ in entries) * repeat)
+        path, repeat = Path(entry["annotation"]), entry["repeat_time"]
+        most = int(sum(1 for _ in _sizes(path)) * repeat) if repeat < 1 else None
         for again in range(max(1, int(repeat))):
             yield from _slices(path, shard_rows, most, file=name, again=again)
 
@@ -163,64 +174,125 @@ def meta_rows(options: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | 
     """The rows of one slice of a list that a meta file names."""
     name = piece.file or ""
     entry = _meta(options)[name]
+    if AGAIN in name:
+        for number in range(piece.start, piece.stop):
+            yield RowError(f"{name}/{number:09d}", "duplicate_key", f"{options.meta!r} has this name already")
+        return
     lists = ListOptions(lists=entry["annotation"], images=entry["root"], texts={CONVERSATIONS: "conversations"})
-    return _rows(located(lists.lists), f"{name}~{piece.again}" if piece.again else name, lists, piece)
+    yield from _rows(Path(lists.lists), lists, piece)
+
+
+AGAIN = "#again"
+"""After the name of a list that a meta file names a second time; the first is read."""
 
 
 def _meta(options: MetaOptions) -> dict[str, dict[str, Any]]:
+    """Name -> root, annotation, repeat_time of the lists of a meta file. Raises ConfigError naming file and key."""
+    root, lists = Path(options.root), dict[str, dict[str, Any]]()
     try:
-        meta = json.loads(located(options.meta).read_text(encoding="utf-8"))
-        root = Path(options.root)
-        return {
-            name: {**entry, "root": str(root / entry["root"]), "annotation": str(root / entry["annotation"])}
-            for name, entry in meta.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # an object as its pairs, since names may repeat
+        meta = json.loads(located(options.meta).read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        for name, pairs in meta:
+            entry = {"repeat_time": 1, **dict(pairs)}
+            paths = {key: str(root / entry[key]) for key in ("root", "annotation")}
+            lists[f"{name}{AGAIN}{len(lists)}" if name in lists else name] = {**entry, **paths}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ConfigError(
             f"{options.meta!r}: an object of name -> {{root, annotation, repeat_time}} is expected; "
             f"{type(error).__name__}: {error}"
         ) from None
+    for name, entry in lists.items():
+        place = f"{options.meta!r}: {name}"
+        located(entry["root"])
+        if not located(entry["annotation"]).is_file():
+            raise ConfigError(f"{place}.annotation: {entry['annotation']!r} is a folder; a list is expected")
+        repeat = entry["repeat_time"]
+        if not isinstance(repeat, int | float) or not math.isfinite(repeat) or repeat < 0:
+            raise ConfigError(f"{place}.repeat_time: {repeat!r}; a number of at least 0 is expected")
+    return lists
 
 
 # ----------------------------------------------------------------------------------- reading lists
 
+Entry = tuple[bytes | None, int]
+"""An entry, None for one that is too long to be read, and its size."""
+
 
 @contextmanager
-def _entries(path: Path, start: int = 0, offset: int = 0) -> Iterator[Iterator[Any]]:
-    """The lines of a list as bytes, or the objects of an array, from number `start` on.
+def _entries(path: Path, offset: int = 0) -> Iterator[Iterator[Entry]]:
+    """The lines of a list, or the elements of an array, from the one on that begins at a byte.
 
-    offset: the byte at which that line begins. Raises DataError when an archive does not hold exactly one file.
+    Both raise what damage raises, such as an archive that does not hold exactly one file.
     """
-    if path.suffix == ".json":
-        yield islice(_array(path), start, None)
-        return
     with ExitStack() as stack:
         if path.name.endswith((".tgz", ".tar.gz")):
-            tar = stack.enter_context(tarfile.open(path))
-            members = [member for member in tar if member.isfile() and not Path(member.name).name.startswith(".")]
-            file = tar.extractfile(members[0]) if len(members) == 1 else None
-            if file is None:
-                raise DataError(f"{path}: {len(members)} files in it, one jsonl file is expected")
+            with open_tar(path) as tar:  # once more below: a stream that broke off cannot be read again
+                listed = [member for member in until_damage(tar) if member.isfile()]
+            members = [member for member in listed if not Path(member.name).name.startswith(".")]
+            if len(members) != 1:
+                raise ValueError(f"{path.name}: {len(members)} files in it, one jsonl file is expected")
+            file: Any = stack.enter_context(open_tar(path)).extractfile(members[0])
         else:
             file = stack.enter_context(opened_list(path, "rb"))
         file.seek(offset)
-        yield iter(file)
+        if path.suffix == ".json":
+            yield _elements(file, offset)
+        else:
+            yield ((line if size == len(line) else None, size) for line, size in bounded_lines(file, b"\n"))
 
 
-def _array(path: Path) -> Iterator[Any]:
-    """The elements of a JSON array one by one, in little memory. Raises DataError where it breaks."""
-    with open(path, "rb") as file:
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:
-            file.seek(0)
-        begin = file.tell()
-        head = file.read(4096).lstrip()
-        if not head.startswith(b"["):
-            raise DataError(f"{path}: a JSON array is expected, it starts with {head[:40]!r}")
-        file.seek(begin)
-        try:
-            yield from ijson.items(file, "item")
-        except (ijson.JSONError, ValueError) as error:  # the latter: bytes that are not UTF-8
-            raise DataError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
+ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
+TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+"""A string, the beginning of one that goes on in the next block, or what opens, closes and separates elements."""
+REST = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+"""The end of a string that began in an earlier block."""
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    """A file in pieces, none of which ends within an escape."""
+    while block := file.read(1 << 18):
+        while (len(block) - len(block.rstrip(b"\\"))) % 2 and (more := file.read(1)):
+            block += more
+        yield block
+
+
+def _elements(file: Any, offset: int) -> Iterator[Entry]:
+    """The elements of a JSON array as they are written; their sizes include the mark before them, `[` or `,`.
+
+    An element is what lies between two commas outside of all brackets and strings: what is wrong in one of them is
+    found by who parses it, and costs no other. Memory holds one element. Raises ValueError where there is no array or
+    more than one, EOFError where it does not end.
+    """
+    element, size, depth, inside, first = bytearray(), 0, 0, False, offset == 0
+    for block in _blocks(file):
+        begin = place = 0
+        if depth == 0:
+            opening = ARRAY.match(block) if first else re.match(b",", block)
+            if not opening:
+                raise ValueError(f"a JSON array is expected, it starts with {block[:40]!r}")
+            depth, size, begin = 1, opening.end(), opening.end()
+            place = begin
+        if inside and (rest := REST.match(block)):
+            inside, place = False, rest.end()
+        while not inside and (token := TOKEN.search(block, place)):
+            mark, place = token[0], token.end()
+            inside = mark == b'"'
+            depth += (mark in (b"[", b"{")) - (mark == b"]" or (mark == b"}" and depth > 1))
+            if depth == 0 or (depth == 1 and mark == b","):
+                element += block[begin : token.start()][: MAX_LINE_BYTES + 1 - len(element)]
+                size += token.start() - begin
+                if not (first and depth == 0 and not element.strip()):  # an array of nothing
+                    yield (bytes(element) if len(element) <= MAX_LINE_BYTES else None), size
+                if depth == 0:
+                    if (block[place:] + file.read(4096)).strip():
+                        raise ValueError("it goes on after the end of the array")
+                    return
+                element, size, begin, first = bytearray(), 1, place, False
+        element += block[begin:][: MAX_LINE_BYTES + 1 - len(element)]
+        size += len(block) - begin
+    if depth == 1 and not inside and element.strip():
+        yield bytes(element), size
+    raise EOFError("the array does not end")
 
 
 SOURCE = Source(ListOptions, slices, rows, paths=("lists", "images"))

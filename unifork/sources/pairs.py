@@ -4,25 +4,16 @@ A sample is every member whose name agrees up to the first dot of its last part,
 they lie. Its key is the archive and that name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from unifork.errors import ConfigError
 from unifork.shards.task import Slice
-from unifork.sources import (
-    Row,
-    RowError,
-    Source,
-    SourceOptions,
-    as_planned,
-    check_ending,
-    cut,
-    file_named,
-    files_of,
-    image_row,
-    located,
-)
-from unifork.sources.archives import ARCHIVES, contents, is_image, opened, samples_in
+from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row
+from unifork.sources.archives import ARCHIVES, File, contents, failed, is_image, opened, read_below, samples_in
+from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, size_of
 
 
 class PairOptions(SourceOptions):
@@ -61,7 +52,7 @@ def slices(options: PairOptions, shard_rows: int) -> Iterator[Slice]:
     for name, path in _containers(options.files):
         with opened(path) as files:
             count = len(samples_in(files, name, _ending(options)))
-        yield from cut(count, shard_rows, file=name, bytes=0 if path.is_dir() else path.stat().st_size)
+        yield from cut(count, shard_rows, file=name, bytes=size_of(path))
 
 
 def rows(options: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
@@ -70,7 +61,7 @@ def rows(options: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | RowEr
         chosen = samples_in(files, piece.file or "", _ending(options))[piece.start : piece.stop]
         apart = _texts_apart([sample[0] for sample in chosen if not isinstance(sample, RowError)], options)
         for sample in contents(chosen):
-            yield sample if isinstance(sample, RowError) else _row(*sample, options.column, apart)
+            yield sample if isinstance(sample, RowError) else attempt(sample[0], _row, *sample, options.column, apart)
 
 
 def _ending(options: PairOptions) -> str | None:
@@ -78,30 +69,42 @@ def _ending(options: PairOptions) -> str | None:
     return None if options.captions else options.text
 
 
-def _row(key: str, found: dict[str, bytes], column: str, apart: dict[str, bytes]) -> Row | RowError:
-    raw = found.get("text", apart.get(key))
-    try:
-        text = None if raw is None else raw.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        return RowError(key, "broken_text", str(error))
+def _row(key: str, found: dict[str, bytes], column: str, apart: dict[str, bytes | RowError]) -> Row | RowError:
+    text = found.get("text", apart.get(key))
+    if isinstance(text, RowError):
+        return text
+    caption = None if text is None else text.decode("utf-8").strip()
     if "image" not in found:
         return RowError(key, "missing_image", "its archive has a text of that name, but no image")
-    if text is None:
+    if caption is None:
         return RowError(key, "missing_caption", "an image of that name, but no text")
-    return image_row(key, found["image"], **{column: text})
+    return image_row(key, found["image"], **{column: caption})
 
 
-def _texts_apart(keys: list[str], options: PairOptions) -> dict[str, bytes]:
+def _texts_apart(keys: list[str], options: PairOptions) -> dict[str, bytes | RowError]:
     """The texts of some keys that lie apart, from a folder, read by name, or from a tar, read through once."""
     if not options.captions:
         return {}
-    path = located(options.captions)
+    path, texts = located(options.captions), dict[str, bytes | RowError]()
     wanted = {f"{key.rpartition('/')[2]}.{options.text}": key for key in keys}
-    if path.is_dir():
-        return {key: (path / name).read_bytes() for name, key in wanted.items() if (path / name).is_file()}
-    with opened(path) as files:
-        named = ((file[0].rpartition("/")[2], file[1]) for file in files if not isinstance(file, RowError))
-        return {wanted[base]: read() for base, read in named if base in wanted}
+    with ExitStack() as stack:
+        if path.is_dir():
+            root = path.resolve()
+            files: Iterable[File | RowError] = ((name, partial(read_below, root, name)) for name in wanted)
+        else:
+            files = stack.enter_context(opened(path))
+        for file in files:
+            if isinstance(file, RowError):
+                why = f"{path.name}: {file.detail}"
+                texts |= {key: RowError(key, "missing_caption", why) for key in wanted.values() if key not in texts}
+            elif key := wanted.get(file[0].rpartition("/")[2]):
+                try:
+                    texts[key] = file[1](MAX_TEXT_BYTES)
+                except FileNotFoundError:  # an image without a caption
+                    continue
+                except Exception as error:
+                    texts[key] = failed(key, error, "missing_caption")
+    return texts
 
 
 SOURCE = Source(PairOptions, slices, rows, paths=("files", "captions"))

@@ -14,12 +14,11 @@ The spellings of `url_columns.yaml` are from laion-prepro and img2dataset's data
 coyo-dataset and of unsplash/datasets. The columns of Re-LAION were not seen; they are expected to be LAION's.
 """
 
-import csv
 import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from itertools import islice
 from pathlib import Path
@@ -29,24 +28,14 @@ import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unifork.config import StrictModel, read_yaml
-from unifork.errors import ConfigError, DataError
+from unifork.errors import ConfigError
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
-from unifork.sources import (
-    Row,
-    RowError,
-    Source,
-    SourceOptions,
-    cut,
-    file_named,
-    files_of,
-    opened_list,
-    parquet_rows,
-    without_suffix,
-)
+from unifork.sources import Row, RowError, Source, SourceOptions, attempt, cut, place_of, planned
+from unifork.sources.paths import ChangedFile, file_named, files_of
+from unifork.sources.tables import parquet_count, parquet_rows, text_table
 
 TABLES = (".parquet", ".tsv", ".csv", ".tsv.gz", ".csv.gz")
-csv.field_size_limit(1 << 24)  # a longer field is a stray quote, not a caption
 
 # ----------------------------------------------------------------------------------------- options
 
@@ -100,7 +89,7 @@ def _text(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        value = value.decode()
     return str(value).strip() or None
 
 
@@ -144,7 +133,7 @@ def mapped(names: Iterable[str], place: str, named: Mapping[str, str] | None = N
         for canonical, spellings in SPELLINGS.items()
         if (columns := [name for spelling in spellings for name in here.get(spelling, [])])
     }
-    shown = ", ".join(sorted(name for same in here.values() for name in same))
+    shown = ", ".join(sorted(name for same in here.values() for name in same))[:1000]
     for canonical, name in (named or {}).items():
         if name.lower() not in here:
             raise ConfigError(f"{place}: no column {name!r} for {canonical!r}; found: {shown}")
@@ -170,35 +159,65 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
 def slices(urls: UrlList, shard_rows: int) -> Iterator[Slice]:
     """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
     for name, path in files_of(urls.files, TABLES):
-        if path.suffix == ".parquet":
-            file = pq.ParquetFile(path)
-            mapped(file.schema_arrow.names, name, urls.columns)
-            count = file.metadata.num_rows
-        else:
-            with _reader(path) as reader:
-                mapped(next(reader), name, urls.columns)
-                count = sum(1 for _ in reader)
-        yield from cut(count, shard_rows, file=name, content=_sha256(path))
+        yield from cut(_count(path, urls.columns), shard_rows, file=name, content=_sha256(path))
+
+
+def _count(path: Path, named: Mapping[str, str]) -> int:
+    """Rows of a table; damage is one more."""
+    if path.suffix == ".parquet":
+        return parquet_count(path, lambda names: mapped(names, path.name, named))
+    return sum(1 for _ in planned(_text_rows(path, named), {}))
 
 
 def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The entries of one slice, without images: `unifork.sources.web` fetches those.
 
     In the table's order: `key`, and the columns of `url_columns.yaml` and of the card's `columns` that it has. Raises
-    DataError when the table is no longer the one that was planned with.
+    ChangedFile when the table is no longer the one that was planned with.
     """
     path = file_named(urls.files, piece)
     if not path.is_file() or piece.content != _sha256(path):
-        raise DataError(f"{piece.file!r} of {urls.files!r}: missing, or changed since it was planned with; run again")
-    place = without_suffix(piece.file or "")
-    for number, row in enumerate(_entries(path, piece, urls.columns), piece.start):
-        key = f"{place}/{number:09d}"
-        if isinstance(row, str):
-            yield RowError(key, "broken_line", row)
-        elif row["url"] is None:
-            yield RowError(key, "no_url", "the column of URLs is empty")
+        raise ChangedFile(f"{piece.file!r} of {urls.files!r}: missing, or changed since it was planned with; run again")
+    if path.suffix == ".parquet":
+        columns = mapped(pq.read_schema(path).names, path.name, urls.columns)
+        entries = parquet_rows(path, piece, [name for names in columns.values() for name in names])
+    else:
+        columns, entries = {}, islice(_text_rows(path, urls.columns), piece.start, piece.stop)
+    for number, entry in enumerate(entries, piece.start):
+        key = f"{place_of(piece)}/{number:09d}"
+        if isinstance(entry, RowError):
+            yield replace(entry, key=key)
         else:
-            yield {"key": key, **row}
+            columns = columns or mapped(entry, path.name, urls.columns)
+            yield attempt(key, _row, key, entry, columns)
+
+
+def _row(key: str, entry: Row, columns: Mapped) -> Row | RowError:
+    """An entry of a table as a row without an image, called `key` where the table does not name it."""
+    row = {"key": key, **canonical(entry, columns)}
+    "".join(value for value in row.values() if isinstance(value, str)).encode()  # raises UnicodeError
+    if row["key"] is None:
+        return RowError(key, "no_key", "the column of keys is empty", row["url"])
+    if row["url"] is None:
+        return RowError(key, "no_url", "the column of URLs is empty")
+    return row
+
+
+def _text_rows(path: Path, named: Mapping[str, str]) -> Iterator[Row | RowError]:
+    """The rows of a text table under the names of its header; an error has no key yet. Raises what damage raises."""
+    with text_table(path) as table:
+        names = next(table)
+        if isinstance(names, str):
+            raise ValueError(f"the line with the names of the columns: {names}")
+        "".join(names).encode()  # raises UnicodeError: no table in any known encoding
+        mapped(names, path.name, named)
+        for fields in table:
+            if isinstance(fields, str):
+                yield RowError("", "broken_line", fields)
+            elif len(fields) != len(names):
+                yield RowError("", "broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
+            else:
+                yield dict(zip(names, fields, strict=True))
 
 
 def _sha256(path: Path) -> str:
@@ -206,38 +225,10 @@ def _sha256(path: Path) -> str:
     if path.suffix != ".parquet":
         return file_sha256(path)
     with open(path, "rb") as handle:
-        handle.seek(-8, os.SEEK_END)
-        length = int.from_bytes(handle.read(4), "little")
-        handle.seek(-8 - length, os.SEEK_END)
-        return hashlib.sha256(handle.read(length)).hexdigest()
-
-
-def _entries(path: Path, piece: Slice, named: Mapping[str, str]) -> Iterator[Row | str]:
-    """The rows of a slice under the canonical names, or what is wrong with a line."""
-    if path.suffix == ".parquet":
-        columns = mapped(pq.read_schema(path).names, path.name, named)
-        wanted = [name for names in columns.values() for name in names]
-        yield from (canonical(row, columns) for row in parquet_rows(path, piece, wanted))
-        return
-    with _reader(path) as reader:
-        names = next(reader)
-        columns = mapped(names, path.name, named)
-        for fields in islice(reader, piece.start, piece.stop):
-            if len(fields) == len(names):
-                yield canonical(dict(zip(names, fields, strict=True)), columns)
-            else:
-                yield f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}"
-
-
-@contextmanager
-def _reader(path: Path) -> Iterator[Any]:
-    """The lines of a text table as lists of fields, the header first."""
-    with opened_list(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
-        header = file.readline()
-        if not header:
-            raise DataError(f"{path}: empty, a line with the names of the columns is expected")
-        file.seek(0)
-        yield csv.reader(file, delimiter="\t" if "\t" in header else ",")
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - 8))
+        handle.seek(max(0, size - 8 - int.from_bytes(handle.read(4), "little")))  # all of it where that is no footer
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 SOURCE = Source(UrlList, slices, rows, paths=("files",))

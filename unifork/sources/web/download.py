@@ -11,29 +11,23 @@ connections; its further rows wait without occupying a thread, and after those o
 
 import asyncio
 import hashlib
-import io
 import math
-import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from PIL import Image, UnidentifiedImageError
-
 from unifork.config import Card, WebAccess, cluster_file, parse
 from unifork.errors import ConfigError, MachineError
+from unifork.images import ImageError, measure
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
-from unifork.sources import Materialize, Row, RowError
+from unifork.sources import Materialize, Row, RowError, sized
 from unifork.sources.url_lists import UrlList
 from unifork.sources.web.client import Client, Refused, target_of
 
-WEB_VERSION = 2
+WEB_VERSION = 3
 """Raise when the same lists, rules and answers would give other rows."""
-Image.init()
-FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if name in Image.OPEN)
-"""Formats that are opened, as far as this Pillow has them; of its forty others one starts a program (EPS)."""
 
 TRANSIENT = frozenset(
     ("timeout", "connection_failed", "dns_failure", *(f"http_{n}" for n in (408, 429, 500, 502, 503, 504)))
@@ -70,28 +64,15 @@ def fetch_image(client: Client, url: str) -> Outcome:
 def inspect(data: bytes, max_pixels: int) -> Row:
     """The columns of an image that can be decoded.
 
-    Raises Refused: `empty`, `not_an_image`, `too_many_pixels` (nothing was decoded), `undecodable`.
+    Raises Refused with the reasons of `unifork.images.measure` but `too_thin`: such an image is whole, and what no view
+    can be made of is for the filter to say.
     """
-    if not data:
-        raise Refused("empty", "no bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise Refused("too_many_pixels", f"{width}x{height}, at most {max_pixels} are decoded")
-                image.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its sides: all bytes, few pixels
-                image.load()
-    except Refused:
-        raise
-    except Image.DecompressionBombError as error:
-        raise Refused("too_many_pixels", str(error)) from None
-    except UnidentifiedImageError:
-        raise Refused("not_an_image", f"begins with {data[:24]!r}") from None
-    except Exception as error:  # a decoder may raise anything on hostile bytes
-        raise Refused("undecodable", f"{type(error).__name__}: {error}"[:300]) from None
-    return {"image": data, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
+        measure(data, max_pixels)
+    except ImageError as error:
+        if error.reason != "too_thin":
+            raise Refused(error.reason, str(error)) from None
+    return {**sized(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 class Health:
@@ -228,14 +209,10 @@ class Download(Materialize):
             self.health = Health(self.client)
             self.health.preflight(urls)
         outcomes = fetch_all(urls, self.client, self.threads, self.health)
-        keys: set[str] = set()
         for row in wanted:
-            key, outcome = row["key"], outcomes[row["url"]]
-            if key in keys:
-                outcome = Refused("duplicate_key", "an earlier row of this shard has the same key")
-            keys.add(key)
+            outcome = outcomes[row["url"]]
             if isinstance(outcome, Refused):
-                yield RowError(key, outcome.reason, outcome.detail, url=row["url"])
+                yield RowError(row["key"], outcome.reason, outcome.detail, url=row["url"])
             else:
                 yield {**row, **outcome, "license": row.get("license") or self.card.license}
 

@@ -1,0 +1,155 @@
+"""Parquet, TSV and CSV, row by row: what is damaged costs the rows that it holds, and every row is counted.
+
+A text table is read line by line. A TSV has no quotes. In a CSV a quote that stands alone would take all that follows
+for one field: a field that holds the beginning of another row's URL, or that is too long, costs its first line, and
+reading goes on at the next one.
+"""
+
+import csv
+import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from unifork.shards.task import Slice
+from unifork.sources import MAX_LINE_BYTES, Row, RowError, cause
+from unifork.sources.paths import opened_list
+
+MAX_FIELD = 65_536
+"""Letters of the longest field of a CSV."""
+URL_FIELD = re.compile(r"(?:^|[,\r\n])\"?https?:", re.IGNORECASE)
+"""The beginning of a field with a URL: within a field of several lines it is one of another row."""
+
+
+def parquet_count(path: Path, check: Callable[[list[str]], object] = len) -> int:
+    """Rows of a table; 1 for one that cannot be opened, which `parquet_rows` then says.
+
+    Raises what `check` says of the names of its columns.
+    """
+    try:
+        metadata = pq.read_metadata(path)
+        check(metadata.schema.to_arrow_schema().names)
+        return int(metadata.num_rows)
+    except Exception as error:
+        cause(error)
+        return 1
+
+
+def parquet_rows(path: Path, piece: Slice, columns: Iterable[str]) -> Iterator[Row | RowError]:
+    """The rows of a slice of a table; only row groups that hold some of them are read, one at a time.
+
+    The error of a row has no key yet: `broken_list` in a row group that cannot be read, `broken_text` where a text is
+    not UTF-8. Raises what a damaged file raises.
+    """
+    file, first = pq.ParquetFile(path), 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        begin, end = max(piece.start - first, 0), min(piece.stop - first, count)
+        first += count
+        if begin >= end:
+            continue
+        try:
+            chunk = file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
+            if chunk.num_rows != end - begin:
+                raise ValueError(f"{chunk.num_rows} rows, {end - begin} are expected")
+        except Exception as error:
+            yield from [RowError("", "broken_list", f"row group {group}: {cause(error)}")] * (end - begin)
+            continue
+        for batch in chunk.to_batches(max_chunksize=1024):
+            try:
+                yield from batch.to_pylist()
+            except UnicodeError:
+                yield from (_single(batch.slice(number, 1)) for number in range(batch.num_rows))
+
+
+def _single(batch: Any) -> Row | RowError:
+    try:
+        return dict(batch.to_pylist()[0])
+    except UnicodeError as error:
+        return RowError("", "broken_text", cause(error))
+
+
+# -------------------------------------------------------------------------------------- text tables
+
+Line = tuple[str, int]
+"""The beginning of a line, and its size."""
+
+
+@contextmanager
+def text_table(path: Path) -> Iterator[Iterator[list[str] | str]]:
+    """The rows of a text table as lists of fields, the header first; or what is wrong with a line.
+
+    Bytes that are not UTF-8 (after the mark of UTF-16: not UTF-16) become surrogates. Raises what damage raises.
+    """
+    with opened_list(path, "rb") as file:
+        wide = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "surrogatepass") if wide else ("utf-8-sig", "surrogateescape")
+    with opened_list(path, "rt", newline="", encoding=encoding, errors=errors) as file:
+        lines = bounded_lines(file, ("\n", "\r"))
+        first = next(lines, ("", 0))
+        if not first[0].strip():
+            raise ValueError("empty, a line with the names of the columns is expected")
+        yield (_tsv_rows if "\t" in first[0] else _csv_rows)(chain([first], lines))
+
+
+def bounded_lines(file: Any, ends: Any, most: int = MAX_LINE_BYTES) -> Iterator[tuple[Any, int]]:
+    """(beginning, size) of every line of a file; one that is longer than `most` is passed by piece by piece."""
+    while line := file.readline(most):
+        size, part = len(line), line
+        while part and not part.endswith(ends):
+            part = file.readline(most)
+            size += len(part)
+        yield line, size
+
+
+def _tsv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
+    for line, size in lines:
+        yield too_long(size) if size > len(line) else line.rstrip("\r\n").split("\t")
+
+
+def _csv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
+    ahead: deque[Line] = deque()  # lines that were read for a field that they do not belong to
+    while line := ahead.popleft() if ahead else next(lines, None):
+        if line[1] > len(line[0]):
+            yield too_long(line[1])
+            continue
+        taken: list[Line] = []
+        try:
+            fields = next(csv.reader(_lines_of_a_row(line, chain(_emptying(ahead), lines), taken)))
+            for field in fields:
+                if len(field) > MAX_FIELD:
+                    raise csv.Error(f"a field of {len(field)} letters, at most {MAX_FIELD} are read")
+                if ("\n" in field or "\r" in field) and URL_FIELD.search(field):
+                    raise csv.Error("a quote opens a field that goes on to the URL of another row")
+            yield fields
+        except csv.Error as error:
+            ahead.extendleft(reversed(taken))
+            yield f"{error}: {line[0]!r:.200}"
+
+
+def _lines_of_a_row(first: Line, others: Iterator[Line], taken: list[Line]) -> Iterator[str]:
+    """The lines that `csv` asks for because a field has not ended yet; the further ones are noted."""
+    yield first[0]
+    size = 0
+    for line in others:
+        taken.append(line)
+        yield line[0]
+        if (size := size + line[1]) > MAX_FIELD:
+            break
+    raise csv.Error(f"a quote is not closed within {MAX_FIELD} letters")
+
+
+def _emptying(lines: deque[Line]) -> Iterator[Line]:
+    while lines:
+        yield lines.popleft()
+
+
+def too_long(size: int) -> str:
+    """What is wrong with an entry of that size."""
+    return f"{size} bytes in one entry, at most {MAX_LINE_BYTES} are read"
