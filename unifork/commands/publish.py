@@ -72,7 +72,7 @@ def takedown(
 
     layout, entries, card = Layout(), listing(str(rows)), load_card(dataset)
     with ExitStack() as held:
-        for folder in (layout.raw(dataset), layout.filtered(dataset), layout.codes / dataset):
+        for folder in (layout.raw(dataset), layout.filtered(dataset), layout.codes / dataset, layout.prepared):
             held.enter_context(exclusive(folder))
         for folder, count in take_down(dataset, layout, entries).items():
             print(f"{folder}: {count} rows removed")
