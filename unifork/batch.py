@@ -9,13 +9,15 @@ D code depth, S supervised text tokens, M supervised image positions, X = B*T, R
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from unifork.vocabulary import TASKS, Task
+
+if TYPE_CHECKING:  # documents are prepared by processes that need no torch
+    import torch
+    from torch import Tensor
 
 TEXT, IMAGE, BEGIN_IMAGE, END_IMAGE = range(4)
 """Kinds of token. Begin and end of image are embeddings of the connector, not of the vocabulary."""
@@ -55,20 +57,20 @@ class Batch:
     image token: begin-of-image, then the image tokens but the last).
     """
 
-    text_ids_BT: Tensor
-    kinds_BT: Tensor
-    documents_BT: Tensor
+    text_ids_BT: "Tensor"
+    kinds_BT: "Tensor"
+    documents_BT: "Tensor"
     """Number of the document within its row, counted from 0; NO_DOCUMENT at padding."""
-    positions_BT: Tensor
+    positions_BT: "Tensor"
     """Rotary positions; they start at 0 in every document."""
-    tasks_BT: Tensor
+    tasks_BT: "Tensor"
     """Index into TASKS; padding carries the task of the token before it (0 in an empty row)."""
-    image_index_N: Tensor
-    codes_ND: Tensor
-    text_source_S: Tensor
-    text_target_S: Tensor
-    image_source_M: Tensor
-    image_target_MD: Tensor
+    image_index_N: "Tensor"
+    codes_ND: "Tensor"
+    text_source_S: "Tensor"
+    text_target_S: "Tensor"
+    image_source_M: "Tensor"
+    image_target_MD: "Tensor"
     task_counts: tuple[int, ...]
     """Tokens per task (padding included), in the order of TASKS."""
     modality_counts: tuple[int, ...]
@@ -78,9 +80,11 @@ class Batch:
     tasks_grouped: bool = False
     """Whether the flattened tokens come task by task, so that a task route is slices."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: "torch.device | str") -> Self:
         """The same batch with every tensor on `device`; from pinned memory, so that no copy waits for the device."""
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        import torch  # noqa: PLC0415
+
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
         pinned = torch.device(device).type == "cuda" and not self.kinds_BT.is_cuda
         moved: dict[str, Any] = {
             name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
@@ -95,6 +99,8 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
     An empty row is legal and consists of padding. Raises ValueError when a row does not fit,
     which is an error of the caller: packing decides beforehand what goes where.
     """
+    from torch import from_numpy  # noqa: PLC0415
+
     runs: list[tuple[int, int, int, int, int]] = []
     """Tokens, number in the row, task, images' positions, supervised ones; padding is a run of its own."""
     parts: list[Document] = []
@@ -126,17 +132,17 @@ def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:
     in_image_R = np.add.reduceat(kinds_X != TEXT, starts_R, dtype=np.int64) if runs else starts_R
     shape = (len(rows), row_tokens)
     return Batch(
-        text_ids_BT=torch.from_numpy(text_ids_X.reshape(shape)),
-        kinds_BT=torch.from_numpy(kinds_X.reshape(shape)),
-        documents_BT=torch.from_numpy(documents_X.reshape(shape)),
-        positions_BT=torch.from_numpy(positions_X.reshape(shape)),
-        tasks_BT=torch.from_numpy(tasks_X.reshape(shape)),
-        image_index_N=torch.from_numpy(image_index_N),
-        codes_ND=torch.from_numpy(codes_ND),
-        text_source_S=torch.from_numpy(supervised_S - 1),
-        text_target_S=torch.from_numpy(text_ids_X[supervised_S]),
-        image_source_M=torch.from_numpy(image_index_N[supervised_N] - 1),
-        image_target_MD=torch.from_numpy(codes_ND[supervised_N]),
+        text_ids_BT=from_numpy(text_ids_X.reshape(shape)),
+        kinds_BT=from_numpy(kinds_X.reshape(shape)),
+        documents_BT=from_numpy(documents_X.reshape(shape)),
+        positions_BT=from_numpy(positions_X.reshape(shape)),
+        tasks_BT=from_numpy(tasks_X.reshape(shape)),
+        image_index_N=from_numpy(image_index_N),
+        codes_ND=from_numpy(codes_ND),
+        text_source_S=from_numpy(supervised_S - 1),
+        text_target_S=from_numpy(text_ids_X[supervised_S]),
+        image_source_M=from_numpy(image_index_N[supervised_N] - 1),
+        image_target_MD=from_numpy(codes_ND[supervised_N]),
         task_counts=tuple(int(lengths_R[tasks_R == task].sum()) for task in range(len(TASKS))),
         modality_counts=(int((lengths_R - in_image_R).sum()), int(in_image_R.sum())),
         document_counts=tuple(zip((lengths_R - in_image_R).tolist(), in_image_R.tolist(), strict=True)),
