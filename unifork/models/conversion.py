@@ -26,6 +26,7 @@ from unifork.config import HeadConfig, read_yaml
 from unifork.errors import CheckpointError, ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
+from unifork.models.layer_plan import LayerPlan
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import NOT_DENSE, branch_of, without_branch
 from unifork.vocabulary import MODALITIES, TASKS
@@ -79,7 +80,7 @@ def official_names(model: UniForkModel) -> dict[str, str]:
     config, layers = model.config, len(model.layers)
     head = config.head_config()
     for what, found, allowed in (
-        ("plan", str(model.plan), official_plan(layers)),
+        ("plan", str(model.plan), str(LayerPlan.parse(official_plan(layers)))),
         ("backbone", config.backbone["model_type"], "qwen2"),
         ("head.mlp_ratio", head.mlp_ratio, _MLP_RATIO),
         ("the head's form", "folded" if head.folded else "unfolded", "unfolded"),
