@@ -10,7 +10,8 @@ import time
 
 import pytest
 from distributed_testing import run_distributed
-from stage_runs import RESOURCES, assert_equal, job, weights
+from stage_runs import RESOURCES, assert_equal, job, weights, worker
+from tiny import copy_of
 
 from unifork.config import TrainResources
 from unifork.errors import Stopped
@@ -188,20 +189,27 @@ def test_checkpoint_minutes_save_between_the_steps_of_checkpoint_every(root, mon
     assert stage_job.fingerprint() == job(root).fingerprint()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ray_workers_save_after_the_same_step_and_are_not_started_again(ray_session, root, unbroken, workers):
-    resources = TrainResources(workers=workers, cpus=0.5, threads=1, row_tokens=384, strategy="ddp", max_restarts=2)
-    stage_job = job(root, resources=resources, checkpoint_every=1000, steps=400)
+def test_two_ray_workers_save_after_the_same_step_and_end_as_unbroken(ray_session, root, tiny_root, tmp_path):
+    """No restart is spent; the run goes on with the same command and has the bytes of two workers without a signal."""
+    resources = TrainResources(workers=2, cpus=0.5, threads=1, row_tokens=384, strategy="ddp", max_restarts=2)
+    stage_job, alone = (
+        job(place, resources=resources, checkpoint_every=1000, steps=150)
+        for place in (root, copy_of(tiny_root, tmp_path / "alone"))
+    )
 
     def send():
-        history = stage_job.run_folder / "history.jsonl"
-        while not history.exists() or len(read(stage_job.run_folder)) < 5:
+        while not (stage_job.run_folder / "history.jsonl").exists() or len(read(stage_job.run_folder)) < 5:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=send, daemon=True).start()
     with pytest.raises(Stopped, match="SIGTERM"):
         launch(stage_job)
-    assert log_of(stage_job).count("starting, 400 steps") == 1
-    (step,) = re.findall(r"stopped by a signal after step (\d+) of 400", log_of(stage_job))
+    (step,) = re.findall(r"stopped by a signal after step (\d+) of 150", log_of(stage_job))
     assert latest(stage_job) == len(read(stage_job.run_folder)) == int(step)
+    launch(stage_job)
+    assert log_of(stage_job).count("starting, 150 steps") == 1
+    assert log_of(stage_job).count(f"continuing from step {step} of 150") == 1
+    run_distributed(worker, 2, alone.model_dump(mode="json"))
+    assert_equal(weights(stage_job), weights(alone))
+    assert read(stage_job.run_folder) == read(alone.run_folder)
