@@ -85,6 +85,8 @@ DAMAGES = {
     "state empty": (lambda p: (p / "state.json").write_bytes(b""), r"state\.json: not valid JSON"),
     "state cut": (lambda p: cut(p / "state.json") or cut(p / "state.json"), r"state\.json: not valid JSON"),
     "state a list": (lambda p: (p / "state.json").write_text("[]"), r"state\.json: expected an object, found list"),
+    "state an empty object": (lambda p: (p / "state.json").write_text("{}"), r"state\.json: steps: None; expected"),
+    "state of another format": (lambda p: edit_state(p, format=2), r"state\.json: does not fit its own hash"),
     "state without steps": (lambda p: edit_state(p, steps=None), r"state\.json: steps: None; expected"),
     "state without a track": (lambda p: edit_state(p, steps={}), r"state\.json: steps\.joint is None; after 6 of 8"),
     "state with another count": (lambda p: edit_state(p, steps={"joint": 7}), r"json: steps\.joint is 7; .* it is 6"),
@@ -145,6 +147,23 @@ def test_a_pointer_that_names_nothing_is_replaced_by_the_newest_whole_checkpoint
     assert re.search(expected, line)
     assert (stage_job.run_folder / "latest").read_text() == "step-6"
     assert settle(stage_job) == []
+
+
+@pytest.mark.parametrize("name", ["step-7", "step-99"])
+def test_a_checkpoint_under_another_number_is_not_believed(stage_job, name):
+    (stage_job.run_folder / "step-6").rename(stage_job.run_folder / name)
+    (stage_job.run_folder / "latest").write_text(name)
+    (line, _) = settle(stage_job)
+    assert re.search(r"steps\.joint is 6; after 7|the stage has 8 steps; was the folder renamed", line)
+    assert line.endswith("step-3")
+
+
+def test_checkpoints_of_a_format_without_hashes_are_moved_aside_with_their_run(stage_job):
+    path = stage_job.run_folder / "step-6" / "state.json"
+    plain = {key: value for key, value in json.loads(path.read_text()).items() if key != "blake2b"}
+    path.write_text(json.dumps(plain | {"format": 2}))
+    (line,) = settle(stage_job)
+    assert "holds checkpoints of another format (2 instead of 3); moved to unifork-s2-pretrain.old-1" in line
 
 
 def test_a_pointer_without_any_checkpoint_is_refused(stage_job):

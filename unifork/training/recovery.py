@@ -14,7 +14,7 @@ from typing import Any
 
 from unifork.errors import CheckpointError
 from unifork.shards.manifest import TEMPORARY, write_atomically
-from unifork.training.checkpoint import FORMAT, LATEST, STATE, is_intact, read_state, step_folders, written_file
+from unifork.training.checkpoint import FORMAT, HASH, LATEST, STATE, is_intact, read_state, step_folders, written_file
 from unifork.training.history import FILE, Log
 from unifork.weights import LISTED
 
@@ -71,10 +71,12 @@ def set_aside(folder: Path, name: str = "") -> Path:
 
 
 def _foreign(plain: dict[str, Any], mark: str) -> str | None:
-    """Why an undamaged state belongs to another run, in words."""
-    if plain.get("format") != FORMAT:
-        return f"holds checkpoints of another format ({plain.get('format')!r:.20} instead of {FORMAT})"
-    if is_intact(plain) and plain["fingerprint"] != mark:
+    """Why a state belongs to another run, in words; None where it does not, or is damaged."""
+    if not is_intact(plain) and (HASH in plain or not isinstance(plain.get("format"), int)):
+        return None
+    if plain["format"] != FORMAT:  # those before 3 had no hash
+        return f"holds checkpoints of another format ({plain['format']} instead of {FORMAT})"
+    if plain.get("fingerprint") != mark:
         return "belongs to another configuration, start model, data or version of the code"
     return None
 
@@ -85,6 +87,8 @@ def _check(path: Path, plain: dict[str, Any], order: Sequence[str]) -> None:
     if not isinstance(steps, dict):
         raise CheckpointError(f"{place}: steps: {steps!r:.80}; expected the finished steps of every track")
     number = int(path.name.removeprefix("step-"))
+    if number > len(order):
+        raise CheckpointError(f"{path}: the stage has {len(order)} steps; was the folder renamed?")
     expected = {**dict.fromkeys(order, 0), **Counter(order[:number])}
     for track in sorted({*steps, *expected}, key=str):
         if steps.get(track) != expected.get(track):
