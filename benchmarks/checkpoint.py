@@ -16,7 +16,7 @@ from torch import nn
 
 from unifork.training.checkpoint import Saver, State
 from unifork.training.optimizer import MOMENTS
-from unifork.training.strategies import StrictModel
+from unifork.training.strategies import SingleWorker
 
 SIDE = 1024
 
@@ -34,7 +34,7 @@ def main() -> None:
     for parameter in model:
         zeros = torch.zeros_like(parameter)
         optimizer.state[parameter] = {m: torch.tensor(0.0) if m == "step" else zeros.clone() for m in MOMENTS}
-    strategy = StrictModel()
+    strategy = SingleWorker()
     strategy.start({"track": (optimizer, names)})
     waits, wholes = [], []
     with tempfile.TemporaryDirectory(dir=given.folder) as place:

@@ -25,7 +25,8 @@ BESIDE = {
         "image_tokenizer/decoder", "models/configuration", "models/layer_plan", "models/masks", "models/parameters",
     ),
     "what a run leaves behind, and what a trained model does": (
-        "training/checkpoint", "training/history", "training/watch", "training/optimizer", "training/zero",
+        "training/checkpoint", "training/recovery", "training/history", "training/watch", "training/requests",
+        "training/optimizer", "training/zero",
         "models/generation", "inference",
     ),
 }  # fmt: skip

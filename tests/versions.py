@@ -81,7 +81,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "TRAIN_VERSION": (
         "unifork/training/stage.py",
         [
-            *within("unifork/training", "checkpoint", "loop", "optimizer", "strategies", "watch", "zero"),
+            *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch", "zero"),
             *within("unifork/documents", "loader", "order"),
             *within("unifork", "batch", "inference"),  # a stage ends with samples
             "pipelines/train.py",
@@ -122,6 +122,7 @@ DECIDES_NOTHING = {
     "unifork/image_tokenizer/__init__.py": "empty",
     "unifork/training/__init__.py": "empty",
     "unifork/training/launch.py": "where a stage runs",
+    "unifork/training/requests.py": "when a run ends or saves, not with what",
     "unifork/training/history.py": "writes down what happened",
     "unifork/commands/*.py": "commands for people",
     "unifork/cli.py": "commands for people",

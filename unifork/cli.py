@@ -12,6 +12,7 @@ from unifork.commands import tokenizer
 from unifork.commands.inspect import inspect
 from unifork.commands.plan import plan
 from unifork.commands.publish import fetch, publish, takedown
+from unifork.commands.status import status
 from unifork.commands.verify import verify
 from unifork.errors import UniForkError
 from unifork.layout import MODEL_IMAGE_TOKENIZER
@@ -25,6 +26,7 @@ app.command(epilog="Example: unifork plan paper --chip h100 --mfu 0.4")(plan)
 app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes")(publish)
 app.command()(fetch)
 app.command(epilog="Example: unifork takedown laion_en takedown.txt")(takedown)
+app.command()(status)
 app.command(epilog="Example: unifork verify data/codes --repair")(verify)
 
 ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example models/unifork-s3")]

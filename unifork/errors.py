@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -29,6 +30,17 @@ class IdentityError(UniForkError):
 
 class CheckpointError(UniForkError):
     """A checkpoint that is incomplete, damaged or belongs to another run."""
+
+
+class Stopped(SystemExit):
+    """A signal asked the program to end. Every finished step is saved; the exit code is 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name}: every finished step is saved; the same command goes on"
 
 
 def unknown(what: str, name: str, choices: Iterable[str], place: str = "") -> ConfigError:

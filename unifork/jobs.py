@@ -1,7 +1,8 @@
 """A pipeline program: run here, or as a job on a Ray cluster whose log is followed and whose exit code is its own.
 
-In: the program's `main` and the cluster file. Out: an exit code: 0; 2 after a user's mistake, which is one line; 1 with
-a traceback after any other exception; that of the job, which `ray job submit` does not pass on (it exits 1 always).
+In: the program's `main` and the cluster file. Out: an exit code: 0; 2 after a user's mistake, which is one line; 143 or
+130 where training was ended by SIGTERM or SIGINT; 1 with a traceback after any other exception; that of the job, which
+`ray job submit` does not pass on (it exits 1 always).
 """
 
 # ruff: noqa: PLC0415  Ray is imported only by those who submit, after its environment is set
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unifork.config import CLUSTER, IN_JOB, ROOT, Cluster, cluster_file, in_job, load_cluster
-from unifork.errors import ConfigError, UniForkError
+from unifork.errors import ConfigError, Stopped, UniForkError
 from unifork.processes import die_with_parent, exclusive
 
 
@@ -65,6 +66,9 @@ def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], output
     except UniForkError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
+    except Stopped as stopped:
+        print(f"stopped by {stopped}", file=sys.stderr, flush=True)
+        code = 128 + stopped.number
     sys.exit(code)
 
 

@@ -54,6 +54,27 @@ def test_export_gives_every_tensor_back(imported, tmp_path):
     assert (load_model(tmp_path / "again").codebook == load_model(imported).codebook).all()
 
 
+def test_a_checkpoint_of_mixed_dtypes_comes_back_in_them_and_what_was_trained_since_is_not_rounded(tmp_path):
+    """The language model in bfloat16, the tower in float32, as published."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(OFFICIAL, tmp_path / "official")
+    state = load_file(OFFICIAL / "unifork" / "model.safetensors")
+    state = {name: t if ".vision_tower." in name else t.to(torch.bfloat16) for name, t in state.items()}
+    save_file(state, tmp_path / "official" / "unifork" / "model.safetensors")
+    run("import", tmp_path / "official" / "unifork", "--out", tmp_path / "mixed")
+    run("export", tmp_path / "mixed", "--out", tmp_path / "back", "--format", "official")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == state.keys()
+    assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in state.items())
+    ours = load_file(tmp_path / "mixed" / "model.safetensors")
+    name = next(name for name in ours if name.endswith("q_proj.weight") and name.startswith("layers.0"))
+    save_file(ours | {name: ours[name] + 1e-6}, tmp_path / "mixed" / "model.safetensors", metadata={"format": "pt"})
+    run("export", tmp_path / "mixed", "--out", tmp_path / "trained", "--format", "official")
+    trained = load_file(tmp_path / "trained" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(trained, ours[name] + 1e-6)
+
+
 def test_a_drifted_codebook_gives_other_ids(imported, tmp_path):
     from safetensors.torch import save_file
 

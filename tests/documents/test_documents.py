@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ def part(root, entry, context=400, identity=None):
     """A part of a mixture, its documents prepared if they are not."""
     prepare_set(root, entry.dataset, entry.text, entry.template)
     return opened(root, entry, context, identity)
+
+
+def test_a_code_that_the_codebook_does_not_have_is_named_when_it_is_read(tiny_root):
+    identity = replace(identity_of(tiny_root), codebook_size=3)
+    with pytest.raises(
+        DataError, match=r"crop/part-00000\.parquet: key 'shapes-\d+' of shapes has code \d+; the codebook ends at 2"
+    ):
+        part(tiny_root, GENERATE, identity=identity).codes(0)
 
 
 def test_documents_carry_the_codes_of_their_own_row(tiny_root):

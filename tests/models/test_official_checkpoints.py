@@ -22,7 +22,7 @@ from unifork.models.conversion import (
     set_head_form,
     to_official,
 )
-from unifork.models.modeling import load_model
+from unifork.models.modeling import UniForkModel, load_model
 from unifork.models.parameters import paper_counts, parts
 from unifork.models.warm_start import create_model, model_config, warm_start
 from unifork.weights import StoredWeights, read_json
@@ -113,6 +113,14 @@ def test_a_configuration_that_does_not_fit_is_an_error():
         imported(FIXTURES / "unifork", intermediate_size=96)
     with pytest.raises(CheckpointError, match="KeyError\\('rqtransformer'\\)"):
         official_config({}, {}, CODEBOOK, 4, "encoder", "here")
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_few_layers_are_an_official_plan_too(layers):
+    plain, tower = (read_json(FIXTURES / name / "config.json") for name in ("unifork", "vision_tower"))
+    config = official_config(plain | {"num_hidden_layers": layers}, tower, CODEBOOK, 4, "encoder", "here")
+    names = official_names(UniForkModel(config))
+    assert f"model.gen_fork_layers.{layers - layers // 2 - 1}.mlp.up_proj.weight" in names.values()
 
 
 @pytest.mark.parametrize(

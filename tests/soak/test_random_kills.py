@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -11,9 +12,14 @@ import psutil
 import pytest
 from tiny import build, bytes_of, start
 
+from unifork.training.history import read
+
 KILLS = 30
+DEATHS = [signal.SIGKILL] * 15 + [signal.SIGTERM] * 5
 CLUSTERS = {
     "here": "name: here\ntrain: {workers: 0, threads: 1, row_tokens: 384}\n",
+    "two": "name: two\ncpus: 2\nobject_store_mb: 80\n"
+    "train: {workers: 2, cpus: 0.5, threads: 1, row_tokens: 384, strategy: ddp}\n",
     "actors": "name: actors\ncpus: 2\njobs: {download: {workers: 2, cpus: 0.5}}\n",
 }
 CHANGES = {
@@ -153,3 +159,43 @@ def test_random_kills_of_drivers_and_actors_change_nothing(root):
     assert bytes_of(root / output) == expected
     print(f"\n{killed['driver']} drivers and {killed['actor']} actors killed, {finished + 1} times finished")
     assert min(killed.values()) >= KILLS // 4
+
+
+@pytest.mark.parametrize("cluster", ["here.yaml", "two.yaml"])
+def test_deaths_in_the_steps_of_training_change_nothing_and_announced_ones_lose_no_step(root, cluster):
+    """On one worker and on two of Ray Train; every death is in the steps, announced or not, until all are through."""
+    words, output = PROGRAMS["train"]
+    expected, _, working = prepared(root, words, output, cluster)
+    run, done = root / "runs" / words[1], {signal.SIGKILL: 0, signal.SIGTERM: 0}
+    deaths = random.Random(cluster).sample(DEATHS, len(DEATHS))
+    while deaths:
+        before = starts(run)
+        program = start(root, *words, cluster=cluster)
+        while program.poll() is None and starts(run) == before:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.1 * working))
+        steps = len(read(run))
+        program.send_signal(deaths[-1])
+        program.communicate(timeout=100)
+        if program.returncode == 0:  # it had come to its end
+            assert bytes_of(root / output) == expected
+            clear(root, output)
+            continue
+        number = deaths.pop()
+        done[number] += 1
+        if number == signal.SIGTERM:
+            assert program.returncode == 128 + number
+            assert steps <= latest_step(run) == len(read(run))
+    finish(start(root, *words, cluster=cluster))
+    assert bytes_of(root / output) == expected
+    print(f"\n{cluster}: {done[signal.SIGKILL]} kills and {done[signal.SIGTERM]} signals in the steps of training")
+
+
+def starts(run: Path) -> int:
+    """How often the steps of a run began; its history may grow by workers that outlive their driver for a moment."""
+    return (run / "log.txt").read_text().count(" M parameters\n") if (run / "log.txt").exists() else 0
+
+
+def latest_step(run: Path) -> int:
+    """Steps that are saved."""
+    return int((run / "latest").read_text().removeprefix("step-")) if (run / "latest").exists() else 0

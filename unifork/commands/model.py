@@ -65,12 +65,13 @@ def import_(
     model = conversion.from_official(weights, config, codebook)
     read = weights.read([name for name in weights.file_of if name.startswith(conversion.TOKENIZER)])
     kept = remainder({n.removeprefix(prefix): t for n, t in read.items()}, images, model.dtype)
+    others = conversion.other_dtypes(weights, model)
     conversion.set_head_form(model, folded)
     with new_folder(out) as partial:
         model.save_pretrained(partial)
         images.save(partial / MODEL_IMAGE_TOKENIZER)
         beside = partial / MODEL_IMAGE_TOKENIZER / REMAINDER_FILE
-        save_file(kept, beside, metadata={SIGLIP_FOLDER: json.dumps(siglip)})
+        save_file(kept, beside, metadata={SIGLIP_FOLDER: json.dumps(siglip), conversion.DTYPES: json.dumps(others)})
         if text:
             import_text_tokenizer(text, partial / MODEL_TEXT_TOKENIZER)
     print(f"{out}: {config.plan}, {head} head, {grid} x {grid} positions, text tokenizer from {text or 'nowhere'}")
@@ -125,11 +126,13 @@ def _write_official(loaded, images: Path, out: Path) -> None:  # type: ignore[no
     conversion.set_head_form(loaded, folded=False)
     tokenizer = ImageTokenizer.load(images)
     tower, files = tower_tensors(tokenizer, loaded.dtype), tower_configs(tokenizer, loaded.config)
+    state = conversion.to_official(loaded)
     if (path := images / REMAINDER_FILE).exists():
         with safe_open(path, "pt") as kept:
+            state = conversion.with_dtypes(state, json.loads(kept.metadata().get(conversion.DTYPES, "{}")))
             tower |= {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
             files[f"{SIGLIP_FOLDER}/config.json"] = json.loads(kept.metadata()[SIGLIP_FOLDER])
-    state = conversion.to_official(loaded) | {conversion.TOWER + name: tensor for name, tensor in tower.items()}
+    state |= {conversion.TOWER + name: tensor for name, tensor in tower.items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     plain = conversion.official_plain(loaded)
     write_json(out / "config.json", plain)

@@ -292,8 +292,10 @@ class Stage(StrictModel):
     """Longest document in tokens; longer ones are left out and counted."""
     checkpoint_every: PositiveInt
     """Steps (over all tracks) between checkpoints."""
+    checkpoint_minutes: PositiveFloat | None = Field(default=None, exclude_if=lambda minutes: minutes is None)
+    """A checkpoint is also made when the last one is that many minutes old; None: by steps alone."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints kept on disk; the newest always is."""
+    """Checkpoints kept on disk; the newest always is. With 1 there is none to fall back to where it is damaged."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts whose images show the progress of generation after the stage."""
     sampling: Sampling = Sampling()

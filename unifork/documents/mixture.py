@@ -55,6 +55,8 @@ class CodesIdentity:
     depth: int
     codebook_id: str
     encoder_id: str
+    codebook_size: int = 2**16
+    """Codes are below it; by default as many as a code of two bytes can name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,9 +252,21 @@ class MixturePart:
             raise DataError(f"{place}: codes of the view {view!r}; {self.task} reads {VIEW_OF_TASK[self.task]!r}")
 
     def _read_codes(self, shard: int, group: int) -> np.ndarray:
-        file = pq.ParquetFile(self.code_paths[shard])
+        """The codes of a row group. Raises DataError for one that the codebook does not have."""
+        file, most = pq.ParquetFile(self.code_paths[shard]), self.identity.codebook_size - 1
         shape = (self.identity.positions, self.identity.depth)
-        return codes_array(file.read_row_group(group, columns=["codes"]).column("codes"), shape)
+        column = file.read_row_group(group, columns=["codes"]).column("codes")
+        codes_RND = codes_array(column, shape)
+        if codes_RND.max(initial=0) > most:
+            beyond_R = (codes_RND > most).any((1, 2)) & column.is_valid().to_numpy()
+            if beyond_R.any():
+                row = int(beyond_R.argmax())
+                key = file.read_row_group(group, columns=["key"])["key"][row].as_py()
+                raise DataError(
+                    f"{self.code_paths[shard]}: key {key!r} of {self.entry.dataset} has code {codes_RND[row].max()}; "
+                    f"the codebook ends at {most}. Encode the data set again"
+                )
+        return codes_RND
 
 
 def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:

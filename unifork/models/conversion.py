@@ -26,6 +26,7 @@ from unifork.config import HeadConfig, read_yaml
 from unifork.errors import CheckpointError, ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
+from unifork.models.layer_plan import LayerPlan
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import NOT_DENSE, branch_of, without_branch
 from unifork.vocabulary import MODALITIES, TASKS
@@ -61,6 +62,8 @@ _HEAD_BLOCK = {
     "fc2": "mlp.2",
 }
 _LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|^" + re.escape(TOKENIZER))
+DTYPES = "dtypes"
+"""Key of the metadata of what an import keeps beside the model: dtypes of tensors, by official name."""
 CONFIGURATION = Path(__file__).with_name("official.yaml")
 _MLP_RATIO = 4
 """Fixed in the official head."""
@@ -79,7 +82,7 @@ def official_names(model: UniForkModel) -> dict[str, str]:
     config, layers = model.config, len(model.layers)
     head = config.head_config()
     for what, found, allowed in (
-        ("plan", str(model.plan), official_plan(layers)),
+        ("plan", str(model.plan), str(LayerPlan.parse(official_plan(layers)))),
         ("backbone", config.backbone["model_type"], "qwen2"),
         ("head.mlp_ratio", head.mlp_ratio, _MLP_RATIO),
         ("the head's form", "folded" if head.folded else "unfolded", "unfolded"),
@@ -177,6 +180,20 @@ def to_official(model: UniForkModel) -> dict[str, Tensor]:
         theirs: own[ours].detach().cpu().clone().view(_official_shape(theirs, own[ours]))
         for ours, theirs in official_names(model).items()
     }
+
+
+def other_dtypes(weights: StoredWeights, model: UniForkModel) -> dict[str, str]:
+    """The dtypes of the tensors of an official checkpoint that are not the one of its model, by official name."""
+    stored = weights.read(weights.file_of.keys() & set(official_names(model).values()))
+    return {
+        name: str(tensor.dtype).removeprefix("torch.") for name, tensor in stored.items() if tensor.dtype != model.dtype
+    }
+
+
+def with_dtypes(state: dict[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors in the dtypes that they were imported in. One that was trained since and would be rounded stays."""
+    narrow = {name: state[name].to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
+    return state | {name: tensor for name, tensor in narrow.items() if torch.equal(tensor.to(state[name]), state[name])}
 
 
 def official_plain(model: UniForkModel) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """Checkpoints are ours alone: `step-N` folders and a `latest` that is renamed into place.
 
 A checkpoint holds every tensor, trained or frozen, the optimizer state of every track by parameter
-name, the counters of every track, the fingerprint of what it belongs to and a list of its tensors.
+name, the counters of every track, the fingerprint of what it belongs to, a list of its tensors, the
+history up to it, and a hash of every file. Which one training goes on from is decided in `recovery`.
 Every worker writes and reads its own shards (torch.distributed.checkpoint): no worker ever holds the
 whole of a sharded model, and training can go on with another number of workers or another strategy.
 """
 
+import hashlib
 import pickle
+import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +28,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from unifork.errors import CheckpointError
+from unifork.config import fingerprint
+from unifork.errors import CheckpointError, MachineError, writing
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
+from unifork.training.history import FILE
 from unifork.training.optimizer import Optimizers
 from unifork.training.strategies import Strategy
 from unifork.weights import check_fit, read_json
@@ -34,7 +40,9 @@ from unifork.weights import check_fit, read_json
 LATEST = "latest"
 STATE = "state.json"
 FINISHED = "finished.json"
-FORMAT = 2
+FORMAT = 3
+HASH = "blake2b"
+"""In `state.json`: of a file, and of everything else that it says."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Saver:
     Every worker has one and calls `save` with the same states; each writes its shards, the lead makes
     a checkpoint count. The threads of the workers agree over a process group of their own, so a
     checkpoint is `latest` only when all files of all workers are on the disk. What fails in a thread
-    is raised by the next `save` or at the end of the `with` block, which waits for what is unfinished.
+    is raised by `check`, by the next `save` or at the end of the `with` block, which waits for what is unfinished.
     """
 
     def __init__(self, folder: Path, trained: set[str], fingerprint: str, keep: int, lead: bool) -> None:
@@ -97,7 +105,14 @@ class Saver:
         for track in (name for name, steps in state.steps.items() if steps):
             tensors |= {f"optimizer/{track}/{name}": moment for name, moment in strategy.moments(track).items()}
         copies = cast(dict[str, Tensor], self.stager.stage(tensors))
-        self.unfinished = self.thread.submit(self._write, copies, state)
+        history = self.folder / FILE
+        recorded = history.stat().st_size if self.lead and history.exists() else 0  # steps up to this one
+        self.unfinished = self.thread.submit(self._write, copies, state, recorded)
+
+    def check(self) -> None:
+        """Raise what went wrong with a checkpoint, if its thread has ended; waits for nothing."""
+        if self.unfinished is not None and self.unfinished.done():
+            self.unfinished.result()
 
     def wait(self) -> None:
         """Until what was saved last is `latest`. Raises what went wrong."""
@@ -108,32 +123,62 @@ class Saver:
         if self.group is not None:
             dist.barrier(self.group)
 
-    def _write(self, tensors: dict[str, Tensor], state: State) -> None:
-        """The files of this worker; then, by the lead, what makes them a checkpoint."""
+    def _write(self, tensors: dict[str, Tensor], state: State, recorded: int) -> None:
+        """The files of a checkpoint. Raises MachineError where they cannot be written."""
         final = folder_of(self.folder, state)
         temporary = self.folder / f".{final.name}.tmp"
+        try:
+            with writing(final):
+                self._write_files(tensors, state, recorded, temporary, final)
+        except (CheckpointException, RuntimeError) as error:  # of torch, which hides what the disk said in a traceback
+            reason = str(error).strip().splitlines()[-1]
+            raise MachineError(f"{final}: the checkpoint cannot be written: {reason}") from None
+
+    def _write_files(
+        self, tensors: dict[str, Tensor], state: State, recorded: int, temporary: Path, final: Path
+    ) -> None:
+        """The files of this worker with their hashes; then, by the lead, what makes them a checkpoint."""
         if self.lead:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            with open(self.folder / FILE, "rb") if recorded else BytesIO() as history:
+                (temporary / FILE).write_bytes(history.read(recorded))
         self._barrier()
         alone = self.group is None
         save_shards(tensors, storage_writer=FileSystemWriter(temporary), process_group=self.group, no_dist=alone)
-        self._barrier()
+        own = f"__{0 if alone else dist.get_rank()}_*"
+        written = self._gathered({path.name: written_file(path) for path in temporary.glob(own)})
         if self.lead:
-            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            written |= {path.name: written_file(path) for path in temporary.iterdir() if path.name not in written}
             plain = {
-                "format": FORMAT, "fingerprint": self.fingerprint, "steps": state.steps, "files": sizes,
+                "format": FORMAT, "fingerprint": self.fingerprint, "steps": state.steps, "files": written,
                 "tensors": _tensor_list(temporary, self.trained),
             }  # fmt: skip
-            write_json(temporary / STATE, plain)
+            write_json(temporary / STATE, {**plain, HASH: fingerprint(plain)})
             fsync_tree(temporary)
-            if final.exists():  # the same step of an earlier attempt; the content is the same
-                shutil.rmtree(final)
             temporary.rename(final)
             fsync_folder(self.folder)
             write_atomically(self.folder / LATEST, lambda path: path.write_text(final.name))
             _prune(self.folder, self.keep)
         self._barrier()
+
+    def _gathered(self, written: dict[str, Any]) -> dict[str, Any]:
+        """What all workers wrote; waits for all of them."""
+        if self.group is None:
+            return written
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, written, self.group)
+        return {name: file for files in every for name, file in files.items()}
+
+
+def written_file(path: Path) -> dict[str, Any] | None:
+    """Size and hash of a file; None where there is none."""
+    try:
+        with open(path, "rb") as handle:
+            digest = hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16))
+            return {"bytes": handle.tell(), HASH: digest.hexdigest()}
+    except FileNotFoundError:
+        return None
 
 
 def _tensor_list(path: Path, trained: set[str]) -> dict[str, dict[str, Any]]:
@@ -145,27 +190,31 @@ def _tensor_list(path: Path, trained: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint and its state; None when there is none.
+    """The checkpoint to go on from and its state; None when there is none. Files are checked by `recovery.settle`.
 
-    Raises CheckpointError when `latest` names a checkpoint that is missing or incomplete.
+    Raises CheckpointError when `latest` names a checkpoint that is missing.
     """
     pointer = folder / LATEST
     if not pointer.exists():
         return None
     path = folder / pointer.read_text().strip()
-    if not (path / STATE).exists():
-        raise CheckpointError(f"{pointer} names {path.name}, which has no {STATE}; delete {folder} to start afresh")
-    plain = state_of(path)
-    for name, size in plain["files"].items():
-        found = (path / name).stat().st_size if (path / name).exists() else None
-        if found != size:
-            raise CheckpointError(f"{path / name}: {found} bytes instead of {size}; the checkpoint is damaged")
-    return path, plain
+    return path, read_state(path)
 
 
-def state_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, which may be damaged. Raises CheckpointError where it is no JSON object."""
     return read_json(path / STATE)
+
+
+def is_intact(plain: dict[str, Any]) -> bool:
+    """Whether a state is as it was written."""
+    return plain.get(HASH) == fingerprint({key: value for key, value in plain.items() if key != HASH})
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, whole or not, oldest first."""
+    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def start(
@@ -196,15 +245,6 @@ def whole_model(path: Path, start: Path) -> UniForkModel:
     return model
 
 
-def set_aside(folder: Path) -> Path:
-    """Move a run that belongs to another configuration out of the way; nothing is deleted."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(target)
-    return target
-
-
 def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
     """Fill `targets` with the tensors below `part`. Raises CheckpointError."""
     reader = FileSystemReader(path)
@@ -230,6 +270,7 @@ def _stored(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMetad
 
 
 def _prune(folder: Path, keep: int) -> None:
-    steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    for path in steps[:-keep]:
-        shutil.rmtree(path)
+    named = (folder / LATEST).read_text()
+    for path in step_folders(folder)[:-keep]:
+        if path.name != named:
+            shutil.rmtree(path)

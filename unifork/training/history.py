@@ -1,8 +1,8 @@
 """What happened at each step, on disk while it happens.
 
-`history.jsonl` has one line per step and survives a kill: on resume the lines after the checkpoint
-are cut, so the file never shows a step twice. Everything in it is reproducible; rates and clocks
-go to the progress line only.
+`history.jsonl` has one line per step and survives a kill: on resume it becomes what it was at the
+checkpoint, so the file never shows a step twice. Everything in it is reproducible; rates and clocks
+go to the progress line only. Nothing is written by a thread: a disk that is full is an error at once.
 """
 
 import csv
@@ -10,48 +10,61 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from unifork.errors import writing
 
 FILE = "history.jsonl"
 BOARD = "tensorboard"
 
 
 class History:
-    """The record of a run; one process writes it: `history.jsonl`, and the same numbers for TensorBoard."""
+    """The record of a run; one process writes it: `history.jsonl`, and the same numbers for TensorBoard.
+
+    Raises MachineError where the disk takes nothing more.
+    """
 
     def __init__(self, folder: Path, finished: int) -> None:
-        """finished: steps (of all tracks) that the checkpoint already holds."""
-        self.path = folder / FILE
-        kept = read(folder)[:finished]
-        with open(self.path, "w") as handle:
-            handle.writelines(json.dumps(row) + "\n" for row in kept)
-            handle.flush()
-            os.fsync(handle.fileno())
-        self._handle = open(self.path, "a")  # noqa: SIM115 - lives as long as the run
-        self._done = len(kept)
-        # what an attempt before this one wrote after the checkpoint is hidden
-        self._board = SummaryWriter(str(folder / BOARD), purge_step=len(kept) + 1)
+        """finished: steps (of all tracks) that the file holds; without any it begins anew."""
+        self.path, self._done = folder / FILE, finished
+        board = folder / BOARD
+        with writing(self.path):
+            self._handle = open(self.path, "a" if finished else "w")  # noqa: SIM115 - lives as long as the run
+            board.mkdir(exist_ok=True)
+            self._board = EventsWriter(str(board / "events"), f".{os.getpid()}")
+            # what an attempt before this one wrote after the checkpoint is hidden
+            self._write_event(step=finished + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write_event(self, **content: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), **content))
 
     def add(self, row: dict[str, Any]) -> None:
         """One step."""
-        self._handle.write(json.dumps(row) + "\n")
-        self._handle.flush()
         self._done += 1
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"{row['track']}/{name}", value, self._done)
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        with writing(self.path):
+            self._handle.write(json.dumps(row) + "\n")
+            self._handle.flush()
+            for name, value in numbers.items():
+                self._write_event(step=self._done, summary=scalar(f"{row['track']}/{name}", value))
 
     def sync(self) -> None:
         """Bring every step so far to the disk; a checkpoint must not know steps that the history does not."""
-        os.fsync(self._handle.fileno())
+        with writing(self.path):
+            os.fsync(self._handle.fileno())
+            self._board.flush()
 
     def close(self) -> None:
-        """No more steps."""
-        self._handle.close()
-        self._board.close()
+        """No more steps. What was not synced may be lost."""
+        for file in (self._handle, self._board):
+            with suppress(OSError):
+                file.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -89,10 +102,11 @@ class Log:
         self.path, self.title = folder / LOG, title
 
     def __call__(self, text: str) -> None:
-        """Write a line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as handle:
-            handle.write(f"{self.title}: {text}\n")
+        """Write a line. Raises MachineError where the disk takes nothing more."""
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as handle:
+                handle.write(f"{self.title}: {text}\n")
 
 
 class Progress:
@@ -118,3 +132,28 @@ class Progress:
             f"lr {row['learning_rate']:.2e}  fill {row['fill']:.2f}  "
             f"{rate * documents:.0f} documents/s  {rate * row['tokens']:.0f} tokens/s{eta}"
         )
+
+
+class Startup:
+    """Where the seconds between the start of this process and its first new step went."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    def mark(self, part: str) -> None:
+        """What was done since the mark before, or since the start of the process."""
+        self.parts[part] = process_seconds() - sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"first new step {sum(self.parts.values()):.1f} s after the start: {parts}"
+
+
+def process_seconds() -> float:
+    """Seconds since this process began; outside Linux since an arbitrary moment."""
+    try:
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        uptime = Path("/proc/uptime").read_text().split()[0]
+    except OSError:
+        return time.monotonic()
+    return float(uptime) - float(ticks) / os.sysconf("SC_CLK_TCK")

@@ -3,16 +3,17 @@
 With zero workers the stage runs in this process, without Ray; otherwise on worker processes, each
 with what the cluster file asks for. A worker that is lost or raises is started again, as often as
 `max_restarts` says. A UniForkError is nobody's loss and would come again, so it is no error to Ray: the
-worker leaves it in a file and returns, the others see the file and return too, wherever they wait for
-each other, and whoever launched the stage raises it.
+worker leaves it as a message and returns, the others see that and return too, wherever they wait for
+each other, and whoever launched the stage raises it. A signal to the program takes the same way to the
+workers. Messages are held in memory by an actor: a disk that is full would take no file.
 """
 
 # ruff: noqa: PLC0415  Ray is slow to import, and small stages do without
 
-import json
 import logging
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,10 @@ import torch
 from unifork import errors
 from unifork.cluster import check_room
 from unifork.config import TrainResources, cluster_file
-from unifork.errors import ConfigError, UniForkError
-from unifork.shards.manifest import write_json
+from unifork.errors import ConfigError, Stopped, UniForkError
 from unifork.training.history import LOG
 from unifork.training.loop import WorkerContext
+from unifork.training.requests import Requests, signals
 from unifork.training.stage import StageJob, train_stage
 
 if TYPE_CHECKING:
@@ -39,16 +40,17 @@ POLL_SECONDS = 0.5
 def launch(job: StageJob) -> None:
     """Run a stage where its resources say.
 
-    Raises ConfigError for resources that this machine does not have, the UniForkError that ended a worker, and Ray's
-    own error where workers were lost or failed more often than `max_restarts`.
+    Raises ConfigError for resources that this machine does not have, the UniForkError that ended a worker, Stopped
+    after SIGTERM or SIGINT, and Ray's own error where workers were lost or failed more often than `max_restarts`.
     """
-    with _shown(job.run_folder / LOG):
+    requests = Requests()
+    with _shown(job.run_folder / LOG), signals(requests.receive):
         if job.resources.workers:
-            _fit(job)
+            _fit(job, requests)
         elif job.resources.gpus and not torch.cuda.is_available():
             raise ConfigError(f"{cluster_file()}: {job.key} asks for a GPU, but there is none on this machine")
         else:
-            train_stage(job, WorkerContext(rank=0, workers=1, device="cuda" if job.resources.gpus else "cpu"))
+            train_stage(job, WorkerContext(device="cuda" if job.resources.gpus else "cpu", requests=requests))
 
 
 def scaling(resources: TrainResources) -> "ScalingConfig":
@@ -62,15 +64,40 @@ def scaling(resources: TrainResources) -> "ScalingConfig":
     )
 
 
-def _fit(job: StageJob) -> None:
+class Messages:
+    """What workers and the program that launched them leave for each other; an actor."""
+
+    def __init__(self) -> None:
+        self.end: tuple[str, str] | None = None
+        """Type and text of the UniForkError or Stopped that ended a worker first."""
+        self.signal = 0
+        """What the program received."""
+
+    def read(self) -> tuple[tuple[str, str] | None, int]:
+        """(end, signal)"""
+        return self.end, self.signal
+
+    def leave(self, error: str, text: str) -> None:
+        """The error that ended a worker."""
+        self.end = self.end or (error, text)
+
+    def announce(self, number: int) -> None:
+        """A signal."""
+        self.signal = number
+
+
+def _fit(job: StageJob, requests: Requests) -> None:
+    import ray
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     check_room(job.resources.workers, job.resources.cpus, job.resources.gpus, cluster_file())
     for name in ("ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    mistake = _mistake(job)
-    mistake.unlink(missing_ok=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor: Any = ray.remote(num_cpus=0)(Messages)
+    messages = actor.options(name=_messages_name(job), scheduling_strategy=here).remote()
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.model_dump(mode="json"),
@@ -82,22 +109,43 @@ def _fit(job: StageJob) -> None:
             failure_config=FailureConfig(max_failures=job.resources.max_restarts),
         ),
     )
+    requests.deferred = True
+    fit, announced = _in_thread(trainer.fit), 0  # in the main thread Ray would take SIGINT for itself
     try:
-        trainer.fit()
-    finally:  # a mistake stands before what Ray says of workers that it took down with it
-        if mistake.exists():
-            found = json.loads(mistake.read_text())
-            raise getattr(errors, found["error"], UniForkError)(found["message"])
+        while not wait([fit], timeout=POLL_SECONDS).done:
+            if requests.signal and not announced:
+                announced = requests.signal
+                ray.get(messages.announce.remote(announced))
+        end, _ = ray.get(messages.read.remote())
+    finally:
+        ray.kill(messages)
+    if end:  # before what Ray says of workers that it took down with it
+        raise Stopped(announced or signal.SIGTERM) if end[0] == Stopped.__name__ else getattr(errors, end[0])(end[1])
+    fit.result()
 
 
-def _mistake(job: StageJob) -> Path:
-    """Where a worker leaves the UniForkError that ended it."""
-    return job.layout.ray_train / f"{job.key}.mistake.json"
+def _messages_name(job: StageJob) -> str:
+    return f"messages-{job.key}-{job.root}"
+
+
+def _in_thread(work: Callable[[], object]) -> Future[None]:
+    """Begin some work in a thread that nobody waits for at the end of the process."""
+    future = Future[None]()
+
+    def call() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Train until the stage ends or any worker leaves a mistake; the training of the others is then left waiting."""
-    import ray.train
+    """Train until the stage ends or any worker was ended; the training of the others is then left waiting."""
+    import ray
     import ray.train.torch
 
     job, context = StageJob.model_validate(config), ray.train.get_context()
@@ -107,25 +155,25 @@ def _worker(config: dict[str, Any]) -> None:
         device=str(ray.train.torch.get_device()) if job.resources.gpus else "cpu",
         report=ray.train.report,
     )
-    mistake, work = _mistake(job), Future[None]()
+    messages: Any = ray.get_actor(_messages_name(job))
 
     def train() -> None:
-        try:
-            if job.resources.gpus:
-                torch.cuda.set_device(run.device)  # of this thread; Ray has set that of the other
-            train_stage(job, run)
-            work.set_result(None)
-        except BaseException as error:
-            work.set_exception(error)
+        if job.resources.gpus:
+            torch.cuda.set_device(run.device)  # of this thread; Ray has set that of the other
+        train_stage(job, run)
 
-    threading.Thread(target=train, daemon=True).start()
-    while not (mistake.exists() or wait([work], timeout=POLL_SECONDS).done):
-        pass
-    if work.done():
-        try:
-            work.result()
-        except UniForkError as error:
-            write_json(mistake, {"error": type(error).__name__, "message": str(error)})
+    work = _in_thread(train)
+    try:
+        while not wait([work], timeout=POLL_SECONDS).done:
+            left: tuple[Any, int] = ray.get(messages.read.remote())
+            end, number = left
+            if end:
+                return
+            if number and not run.requests.signal:
+                run.requests.receive(number)
+        work.result()
+    except (UniForkError, Stopped) as error:
+        ray.get(messages.leave.remote(type(error).__name__, str(error)))
 
 
 @contextmanager

@@ -8,12 +8,12 @@ losses are added. So the result does not depend on workers, accumulation or pack
 A step never waits for the device. Its losses and norms set out for the host when it ends and are read
 a step later, while the device works on the next one; they are all read before anything is saved.
 
-Shape suffixes: D code depth.
+Shape suffixes: D code depth, R what is reduced with the losses: 1 + D sums and 2 flags.
 """
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from unifork.config import Stage, Track
 from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.models.layer_plan import BRANCHES
 from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
+from unifork.training.requests import Requests
 from unifork.training.strategies import Strategy, summed
 
 
@@ -35,6 +36,8 @@ class WorkerContext:
     device: str = "cpu"
     report: Callable[[dict[str, Any]], None] = lambda _: None
     """Called by every worker equally often, with the metrics of a step."""
+    requests: Requests = field(default_factory=Requests)
+    """What this worker asks of all."""
 
 
 def turns(stage: Stage) -> list[tuple[str, int]]:
@@ -70,9 +73,12 @@ def part_of(name: str) -> str:
 class Done:
     """A step that was queued: its metrics, of which some are still on their way from the device."""
 
-    def __init__(self, host_metrics: dict[str, Any], plan: StepPlan, sums_1D: Tensor, norms: dict[str, Tensor]) -> None:
+    ends = saves = False
+    """Whether any worker asked to end, or to save, when the step was queued; valid once `metrics` was called."""
+
+    def __init__(self, host_metrics: dict[str, Any], plan: StepPlan, sums_R: Tensor, norms: dict[str, Tensor]) -> None:
         self.host_metrics, self.plan, self.names = host_metrics, plan, list(norms)
-        values = torch.cat([sums_1D, *(norm.detach().reshape(1).to(sums_1D) for norm in norms.values())])
+        values = torch.cat([sums_R, *(norm.detach().reshape(1).to(sums_R) for norm in norms.values())])
         self.values = values.to("cpu", non_blocking=True)
         self.arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
         if self.arrived:
@@ -83,7 +89,8 @@ class Done:
         if self.arrived:
             self.arrived.synchronize()
         values = self.values.tolist()
-        sums, norms = values[: -len(self.names)], values[-len(self.names) :]
+        (*sums, ends, saves), norms = values[: -len(self.names)], values[-len(self.names) :]
+        self.ends, self.saves = ends > 0, saves > 0
         track, step, *rest = self.host_metrics.items()
         return dict([track, step, *_losses(sums, self.plan).items(), *rest, *zip(self.names, norms, strict=True)])
 
@@ -107,7 +114,7 @@ class TrackRun:
             group["lr"] = rate
         plan = self.loader.plan(step, run.workers)
         self.strategy.turn(self.name)
-        sums_1D = self._accumulate(wrapped, plan, run)
+        sums_R = self._accumulate(wrapped, plan, run)
         norms = self.strategy.update(self.parts, self.track.optimizer.clip_norm)
         model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
         host_metrics = {
@@ -119,10 +126,10 @@ class TrackRun:
             "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
             **self.loader.seen(step + 1),
         }
-        return Done(host_metrics, plan, sums_1D, norms)
+        return Done(host_metrics, plan, sums_R, norms)
 
     def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: WorkerContext) -> Tensor:
-        """Backward over all microbatches; [text, depth 0, ... depth D-1] loss sums of the step."""
+        """Backward over all microbatches; sums over all workers: losses of text and each depth, flags of requests."""
         text_scale = run.workers / max(plan.text_targets, 1)
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)
         sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64, device=run.device)
@@ -131,7 +138,8 @@ class TrackRun:
                 losses = wrapped(batch.to(run.device))
             (losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale).backward()
             sums += torch.cat([losses.text_loss_sum.reshape(1), losses.image_loss_sum_D]).detach().double()
-        return summed(sums)
+        flags = [sums.new_full((1,), flag) for flag in run.requests.flags()]  # filled there: nothing is copied
+        return summed(torch.cat([sums, *flags]))
 
 
 def _losses(sums: list[float], plan: StepPlan) -> dict[str, Any]:

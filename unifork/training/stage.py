@@ -4,21 +4,25 @@ The run folder (`runs/<key>`) holds checkpoints and the history; it belongs to t
 model folder (`models/<key>`) is what later stages and people read; it appears when the stage ends.
 """
 
+import math
 import shutil
+import signal
 import time
 from collections import Counter, deque
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from unifork.config import Experiment, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
+from unifork.errors import MachineError, writing
 from unifork.inference import Engine
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import VARLEN
@@ -27,18 +31,21 @@ from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
-from unifork.training.history import History, Log, Progress, read, write_csv
+from unifork.training.history import History, Log, Progress, Startup, read, write_csv
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import freeze_all_but
-from unifork.training.strategies import barrier, strategy
-from unifork.training.watch import Watch
+from unifork.training.recovery import settle
+from unifork.training.strategies import Strategy, barrier, strategy
+from unifork.training.watch import STOPPED, Watch
 from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION
 
 TRAIN_VERSION = 1
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
 TRAINING = "training"
 """Folder of a model that says how it was trained; a fresh one has none."""
-NOT_IN_THE_WEIGHTS = {"checkpoint_every", "keep_checkpoints", "sample_prompts", "sampling", "loss_band"}
+NOT_IN_THE_WEIGHTS = {
+    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "sample_prompts", "sampling", "loss_band",
+}  # fmt: skip
 """Fields of a stage that decide nothing about its weights."""
 
 
@@ -101,7 +108,8 @@ def train_stage(job: StageJob, run: WorkerContext) -> None:
     """Train a stage to its end, from wherever an earlier attempt left off.
 
     The lead worker holds the run folder's lock: a worker that outlives its driver for a few seconds
-    and its successor must not write at the same time.
+    and its successor must not write at the same time. Raises UniForkError, and Stopped where the context's requests
+    have a signal; then every finished step is saved.
     """
     torch.set_num_threads(job.resources.threads)
     with exclusive(job.run_folder) if run.rank == 0 else nullcontext():
@@ -109,20 +117,23 @@ def train_stage(job: StageJob, run: WorkerContext) -> None:
 
 
 def _train(job: StageJob, run: WorkerContext) -> None:
-    started = time.monotonic()
+    started, startup = time.monotonic(), Startup()
     lead = run.rank == 0
     log = Log(job.run_folder, job.key)
     stage, mark = job.stage, job.fingerprint()
+    order = turns(stage)
+    startup.mark("imports and hashes of the inputs")
     if lead:
         _make_room(job, mark, log)
     barrier()
+    startup.mark("checking the checkpoint")
     model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
     model.set_activation_checkpointing(job.resources.activation_checkpointing)
     tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
-    identity = CodesIdentity(
-        model.config.grid**2, model.config.depth, model.config.codebook_id, model.config.encoder_id
-    )
+    config = model.config
+    identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
+    startup.mark("model")
     loaders = {
         name: TrackLoader(
             name, track, job.layout, tokenizer, identity,
@@ -131,6 +142,7 @@ def _train(job: StageJob, run: WorkerContext) -> None:
         )
         for name, track in stage.tracks.items()
     }  # fmt: skip
+    startup.mark("opening documents")
     trained = {parameter for name, track in stage.tracks.items() for parameter in trained_by(name, track, model)}
     freeze_all_but(model, trained)
     sharing = strategy(job.resources.strategy, run.workers)
@@ -140,60 +152,103 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     watch = Watch(stage.loss_band, words, model.config.codebook_size, fresh, job.run_folder, lead, log)
     tracks = {name: TrackRun(name, track, loaders[name], model, sharing) for name, track in stage.tracks.items()}
     pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
-    order = turns(stage)
     state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing)
     if lead:
         _announce(log, model, tracks, state, len(order))
-    history = History(job.run_folder, state.total) if lead else None
-    progress = Progress(log, state.total, len(order))
-    unread: deque[Done] = deque()
-    wrapped.train()
-    with checkpoint.Saver(job.run_folder, trained, mark, stage.keep_checkpoints, lead) as saver:
-        for name, step in order[state.total :]:
-            unread.append(tracks[name].step(model, wrapped, step, run))
-            state = State({**state.steps, name: step + 1})
-            saves = state.total % stage.checkpoint_every == 0 or state.total == len(order)
-            while len(unread) > (not saves):
-                metrics = _read_one(unread, watch, history, progress)
-            if saves:
-                if history:
-                    history.sync()
-                saver.save(model, sharing, state)
-                run.report({"finished_steps": state.total, **{k: v for k, v in metrics.items() if v is not None}})
-    if history:
-        history.close()
+    startup.mark("reading the checkpoint")
+    state = _steps(job, run, mark, model, wrapped, tracks, sharing, state, watch, log, startup)
     if lead:
-        _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks)
+        with writing(job.model_folder):
+            try:
+                _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks)
+            except SafetensorError as error:  # its own word for what a disk says
+                raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
         _report_seen(log, tracks, read(job.run_folder))
         seconds = time.monotonic() - started
         write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "seconds": seconds})
+        (job.run_folder / STOPPED).unlink(missing_ok=True)
         log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
 
 
-def _read_one(unread: deque[Done], watch: Watch, history: History | None, progress: Progress) -> dict[str, Any]:
-    """The metrics of the oldest step that was not looked at, checked and recorded. Raises UniForkError."""
-    done = unread.popleft()
-    metrics = done.metrics()
-    watch.check(metrics, done.plan.keys)
-    if history:
-        history.add(metrics)
-        progress.show(metrics, len(done.plan.keys))
-    return metrics
+def _steps(
+    job: StageJob,
+    run: WorkerContext,
+    mark: str,
+    model: UniForkModel,
+    wrapped: nn.Module,
+    tracks: dict[str, TrackRun],
+    sharing: Strategy,
+    state: State,
+    watch: Watch,
+    log: Log,
+    startup: Startup,
+) -> State:
+    """All steps that are left; the last state, which is saved. Raises Stopped once a state is saved after a signal."""
+    lead, stage, order = run.rank == 0, job.stage, turns(job.stage)
+    trained = {name for track in tracks.values() for name in track.parameters}
+    history = History(job.run_folder, state.total) if lead else None
+    progress = Progress(log, state.total, len(order))
+    unread: deque[Done] = deque()
+    alone, started_up = run.workers == 1, not lead
+    interval = 60 * stage.checkpoint_minutes if stage.checkpoint_minutes and lead else math.inf
+    run.requests.save_at = time.monotonic() + interval
+    wrapped.train()
+    with (
+        run.requests.defer(),
+        closing(history) if history else nullcontext(),
+        checkpoint.Saver(job.run_folder, trained, mark, stage.keep_checkpoints, lead) as saver,
+    ):
+        for name, step in order[state.total :]:
+            unread.append(tracks[name].step(model, wrapped, step, run))
+            state = State({**state.steps, name: step + 1})
+            looked_at = _read(unread, 1, watch, history, progress)  # what was asked for is read one step later
+            ends = alone and run.requests.signal > 0
+            due = any(done.ends or done.saves for done, _ in looked_at)
+            if ends or due or state.total % stage.checkpoint_every == 0 or state.total == len(order):
+                looked_at += _read(unread, 0, watch, history, progress)
+                ends |= any(done.ends for done, _ in looked_at)
+                if history:
+                    history.sync()
+                saver.save(model, sharing, state)
+                run.requests.save_at = time.monotonic() + interval
+                metrics = {k: v for k, v in looked_at[-1][1].items() if v is not None}
+                run.report({"finished_steps": state.total, **metrics})
+            saver.check()
+            if looked_at and not started_up:
+                started_up = True
+                startup.mark("first step")
+                log(str(startup))
+            if ends:
+                run.requests.signal = run.requests.signal or signal.SIGTERM  # another worker's
+                saver.wait()
+                if lead:
+                    log(f"stopped by a signal after step {state.total} of {len(order)}, which is saved")
+                break
+    return state
+
+
+def _read(
+    unread: deque[Done], leave: int, watch: Watch, history: History | None, progress: Progress
+) -> list[tuple[Done, dict[str, Any]]]:
+    """The oldest steps that were not looked at, all but `leave`, checked and recorded. Raises UniForkError."""
+    read = []
+    while len(unread) > leave:
+        done = unread.popleft()
+        metrics = done.metrics()
+        watch.check(metrics, done.plan.keys)
+        if history:
+            history.add(metrics)
+            progress.show(metrics, len(done.plan.keys))
+        read.append((done, metrics))
+    return read
 
 
 def _make_room(job: StageJob, mark: str, log: Log) -> None:
     """Decide what an existing run folder is worth; one made otherwise is moved aside."""
-    folder = job.run_folder
-    if folder.exists():
-        found, reason = checkpoint.latest(folder), None
-        if found and found[1]["format"] != checkpoint.FORMAT:
-            reason = "holds checkpoints of another format"
-        elif found and found[1]["fingerprint"] != mark:
-            reason = "belongs to another configuration, start model, data or version of the code"
-        if reason:
-            aside = checkpoint.set_aside(folder)
-            log(f"{folder.name} {reason}; moved to {aside.name}, starting afresh")
-    folder.mkdir(parents=True, exist_ok=True)
+    if job.run_folder.exists():
+        settle(job.run_folder, mark, [track for track, _ in turns(job.stage)], log)
+    with writing(job.run_folder):
+        job.run_folder.mkdir(parents=True, exist_ok=True)
 
 
 def _quarantined(tracks: dict[str, TrackRun]) -> dict[str, int]:
@@ -245,7 +300,7 @@ def _export(job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[st
                 ]
                 for name, track in tracks.items()
             },
-            "tensors": checkpoint.state_of(path)["tensors"],
+            "tensors": checkpoint.read_state(path)["tensors"],
         },
     )
     if job.stage.sample_prompts:
