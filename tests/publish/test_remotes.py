@@ -1,5 +1,6 @@
 """DVC remotes: what one checkout made, another pulls and uses; a new input shard costs one shard."""
 
+import io
 import os
 import re
 import shutil
@@ -145,14 +146,16 @@ def test_one_more_archive_costs_one_shard(origin, dvc, tmp_path, capfd):
         with tarfile.open(place / f"{number:03d}.tar", "w") as tar:
             for image in images[2 * number : 2 * number + 2]:
                 tar.add(image, image.name)
-                tar.addfile(tarfile.TarInfo(image.with_suffix(".txt").name))
+                text = tarfile.TarInfo(image.with_suffix(".txt").name)
+                text.size = 8
+                tar.addfile(text, io.BytesIO(b"an image"))
 
     archive(0)
     archive(1)
     write_experiment(root, {"datasets": {"archived": {"rows": None, "shard_rows": SHARD_ROWS}}})
     dvc(root, "repro", "filter@archived")
     kept = {name: data for name, data in bytes_of(root / "data").items() if re.search(r"archived/part-.*et$", name)}
-    assert len(kept) == 4
+    assert len(kept) == 6
     capfd.readouterr()
     dvc(root, "repro", "filter@archived")
     assert "shards" not in capfd.readouterr().out  # no program ran
@@ -161,6 +164,7 @@ def test_one_more_archive_costs_one_shard(origin, dvc, tmp_path, capfd):
     output = capfd.readouterr().out
     assert re.findall(r"(\S+): 3/3 shards \((\d) kept from before\), (\d+)/\d+ rows", output) == [
         ("data/raw/archived", "2", "2"),
+        ("data/measured/archived", "2", "2"),
         ("data/filtered/archived", "2", "2"),
     ]
     after = bytes_of(root / "data")

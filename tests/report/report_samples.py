@@ -103,6 +103,7 @@ def experiment(variants=("fork",)) -> Experiment:
             },
             "runs": {
                 f"{name}-{stage_id}": {"variant": name, "stage": stage_id, "after": "models/x", "codes": "data/codes"}
+                | {"prepared": "data/prepared"}
                 for name in variants
                 for stage_id in ("s1", "s3")
             },

@@ -15,7 +15,7 @@ import boto3
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny import REPOSITORY, ROWS, SHARD_ROWS, copy_of, objects, run_here, write_experiment
+from tiny import REPOSITORY, ROWS, SHARD_ROWS, copy_of, objects, prepare, run_here, write_experiment
 from typer.testing import CliRunner
 
 from unifork.cli import app
@@ -124,6 +124,7 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
     tracks = {n: t.model_copy(update={"steps": 2, "batch_documents": 8}) for n, t in stage.tracks.items()}
     change = {"runs": {key: experiment.runs[key].model_copy(update={"after": "models/unifork-init"})}}
     change["stages"] = {"s2-pretrain": stage.model_copy(update={"tracks": tracks, "sample_prompts": ()})}
+    prepare(root, experiment)
     trained = []
     for place in (root, disk):
         plan = experiment.model_copy(update=change)
