@@ -120,6 +120,24 @@ def test_a_damaged_shard_is_noticed_and_mended(checkout, stage, problem):
     assert "all as the manifest says" in command(root, "unifork.cli", "verify", "data")
 
 
+def test_another_clone_goes_on_from_what_it_pulls_without_making_anything(checkout, tmp_path):
+    root, track = checkout
+    clone = tmp_path / "clone"
+    command(root, "dvc", "remote", "add", "-q", "-d", "-f", "disk", str(tmp_path / "remote"))
+    command(root, "dvc", "push", "-q", ENCODE, "download@noise", "filter@noise", "image_tokenizer")
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for words in (["add", "-A"], ["commit", "-q", "-m", "all"], ["clone", "-q", ".", str(clone)]):
+        subprocess.run(["git", *who, *words], cwd=root, check=True, capture_output=True)
+    command(clone, "dvc", "pull", "-q", ENCODE, "download@noise", "filter@noise", "image_tokenizer", "--allow-missing")
+    pulled = {name for name in bytes_of(clone / "data") if not name.endswith(".gitignore")}
+    assert all(name.endswith("manifest.json") for name in pulled) == (track == "manifest")
+    for words in (("--allow-missing", "filter@noise"), ("--single-item", ENCODE)):
+        assert "Running stage" not in command(clone, "dvc", "repro", *words)
+    if track == "manifest":  # who needs the shards says that they are not here
+        line = command(clone, "pipelines.encode", "noise", code=2)
+        assert "data/filtered/noise: 3 of 3 shards are not as its manifest says" in line
+
+
 def test_rules_of_another_experiment_replace_those_of_before(checkout, tmp_path):
     root, _ = checkout
     path = tmp_path / ".dvcignore"
