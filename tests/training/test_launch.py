@@ -107,7 +107,7 @@ def test_a_mistake_of_one_worker_ends_those_that_wait_for_it(ray_session, root, 
     assert started(tmp_path / "attempts") == {"0": 1, "1": 1}
 
 
-@pytest.mark.parametrize("death", ["exit", "exception"])
+@pytest.mark.parametrize("death", ["exit", pytest.param("exception", marks=pytest.mark.soak)])
 def test_a_worker_that_is_lost_costs_a_restart(ray_session, root, monkeypatch, tmp_path, death):
     def stage(rank, attempt):
         import os
