@@ -1,5 +1,6 @@
 """Rules keep or drop with a reason; lists of URLs have many spellings; duplicates and withdrawn rows go."""
 
+import hashlib
 import io
 import random
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -17,11 +19,14 @@ from tiny import filter_here, run_here
 from unifork.config import StrictModel, load_card
 from unifork.errors import ConfigError, DataError
 from unifork.filters import duplicates as dedup
+from unifork.filters.kept import KeptRows, kept_table
 from unifork.filters.measure import Measure, measure_job
 from unifork.filters.rules import judge, rule, rules_of
 from unifork.filters.takedown import Listing, listing, takedown, withdrawn
 from unifork.filters.worker import filter_job
 from unifork.images import measure
+from unifork.layout import Layout
+from unifork.shards.job import write_shard
 from unifork.shards.manifest import fault, read_manifest
 from unifork.shards.task import ShardTask
 from unifork.sources import RowError
@@ -445,3 +450,16 @@ def test_hosts_and_urls_of_a_list(tmp_path, url, hit):
     assert entries.match("set", {"key": "k", "url": url, "sha256": "ab"}) == hit
     with pytest.raises(ConfigError, match=r"list:2: 'urls http://a' is no entry"):
         Listing(put(tmp_path / "list", b"# ok\nurls http://a\n"))
+
+
+def test_kept_rows_have_their_own_images_or_are_refused(tiny_root, tmp_path):
+    rows = KeptRows(Layout(tiny_root), "shapes")
+    table = rows.table(1)
+    assert table["sha256"].to_pylist() == [hashlib.sha256(image).hexdigest() for image in table["image"].to_pylist()]
+    assert rows.image(1, table["key"][3].as_py()) == table["image"][3].as_py()
+    assert rows.image(1, "no such key") is None
+    raw = pq.read_table(rows.raw / rows.raw_shards[1].path)
+    less = raw.filter(pc.not_equal(raw["key"], table["key"][3].as_py()))
+    task = ShardTask().placed(None, tmp_path / rows.shards[1].path, None, "made")
+    with pytest.raises(DataError, match="not the rows that .*filter again"):
+        kept_table(tmp_path, write_shard(task, less, {}).shard, rows.filtered, rows.shards[1])

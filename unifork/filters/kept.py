@@ -66,10 +66,10 @@ def kept_table(
         assert raw_shard is not None, f"{raw}: images were asked for without their shards"
         others = None if columns is None else ["key", *(name for name in columns if name not in (IMAGE, "key"))]
         table, images = read_table(filtered, kept, others), read_table(raw, raw_shard, ["key", IMAGE])
-        places = pc.index_in(table["key"], value_set=images["key"].combine_chunks())
-        if places.null_count:
-            lost = table["key"].filter(places.is_null())[0].as_py()
-            raise DataError(f"{raw / raw_shard.path}: no row {lost!r}, which {filtered} keeps; run the filter again")
-        table = table.append_column(IMAGE, images[IMAGE].take(places))
+        # both are in the order of keys; a mask, unlike places, never joins chunks, which may hold gigabytes
+        images = images.filter(pc.is_in(images["key"], value_set=table["key"].combine_chunks()))
+        if not images["key"].equals(table["key"]):
+            raise DataError(f"{raw / raw_shard.path}: not the rows that {filtered / kept.path} keeps; filter again")
+        table = table.append_column(IMAGE, images[IMAGE])
         return table if columns is None else table.select(list(columns))
     return read_table(filtered, kept, columns)
