@@ -461,5 +461,5 @@ def test_kept_rows_have_their_own_images_or_are_refused(tiny_root, tmp_path):
     raw = pq.read_table(rows.raw / rows.raw_shards[1].path)
     less = raw.filter(pc.not_equal(raw["key"], table["key"][3].as_py()))
     task = ShardTask().placed(None, tmp_path / rows.shards[1].path, None, "made")
-    with pytest.raises(DataError, match="not the rows that .*filter again"):
+    with pytest.raises(DataError, match=r"not the rows that .*filter again"):
         kept_table(tmp_path, write_shard(task, less, {}).shard, rows.filtered, rows.shards[1])

@@ -76,7 +76,8 @@ def takedown(
             held.enter_context(exclusive(folder))
         for folder, count in take_down(dataset, layout, entries).items():
             print(f"{folder}: {count} rows removed")
-    print("Now `dvc repro` makes what follows from them; publish the set again where it was published.")
+    again = f"unifork publish {dataset} --to ... --takedown {rows}"
+    print(f"Now `dvc repro` makes what follows from them, and `{again}` replaces what was published.")
     if str(rows) not in [rule.options.get("file") for rule in card.filters if rule.rule == "takedown"]:
         named = f"{{rule: takedown, options: {{file: {rows}}}}}"
         print(f"Rows of shards that are downloaded again would come back: add {named} to the filters of its card.")
