@@ -135,3 +135,13 @@ def sparse_tar(name: str, size: int) -> bytes:
     header[148:156] = b"        "
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header) + bytes(10_240 - len(header))
+
+
+def zeros(path, begin: bytes, size: int, end: bytes = b"") -> None:
+    """A compressed file of almost nothing but zeros."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(begin)
+        for _ in range(size >> 20):
+            file.write(bytes(1 << 20))
+        file.write(end)
