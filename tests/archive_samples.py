@@ -145,3 +145,11 @@ def zeros(path, begin: bytes, size: int, end: bytes = b"") -> None:
         for _ in range(size >> 20):
             file.write(bytes(1 << 20))
         file.write(end)
+
+
+JPEG = jpeg("img0")
+
+
+def pairs(**options) -> Card:
+    """A card of images and texts of the same name below `sets`."""
+    return card_of("pairs", {"files": "sets", **options}, ["caption"])

@@ -141,7 +141,7 @@ def test_another_clone_goes_on_from_what_it_pulls_without_making_anything(checko
 def test_rules_of_another_experiment_replace_those_of_before(checkout, tmp_path):
     root, _ = checkout
     path = tmp_path / ".dvcignore"
-    path.write_text("/mine\n")
+    path.write_text("/mine")  # without an end of its line
     experiment = write_experiment(root, {"datasets": {"noise": {"shard_rows": 4, "track": "manifest"}}})
     write_ignore_rules(experiment, path)
     assert path.read_text().startswith("/mine\n# --- written by `unifork use`")

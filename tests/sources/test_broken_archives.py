@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 from archive_samples import (
+    JPEG,
     accounted,
     card_of,
     download,
@@ -13,18 +14,12 @@ from archive_samples import (
     jpeg,
     jsonl,
     links,
+    pairs,
     put,
     sparse_tar,
     tarred,
     zeros,
 )
-
-JPEG = jpeg("img0")
-
-
-def pairs(**options):
-    return card_of("pairs", {"files": "sets", **options}, ["caption"])
-
 
 # ---------------------------------------------------------------------------------- archives, folders
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archive_samples import (
+    JPEG,
     accounted,
     card_of,
     download,
     gzipped,
-    jpeg,
     jsonl,
     put,
     tarred,
@@ -22,8 +22,6 @@ from archive_samples import (
 
 from unifork.errors import ConfigError
 from unifork.sources import RowError, plan, rows_of
-
-JPEG = jpeg("img0")
 
 # ------------------------------------------------------------------------------------------ lists
 

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 from archive_samples import (
+    JPEG,
     PNG,
     card_of,
     download,
     filtered,
-    jpeg,
+    pairs,
     put,
     tarred,
 )
@@ -29,13 +30,6 @@ from unifork.sources import archives as archives_module
 from unifork.sources.paths import ChangedFile
 from unifork.sources.web.client import Refused
 from unifork.sources.web.download import inspect
-
-JPEG = jpeg("img0")
-
-
-def pairs(**options):
-    return card_of("pairs", {"files": "sets", **options}, ["caption"])
-
 
 # -------------------------------------------------------------------------------------- all kinds
 

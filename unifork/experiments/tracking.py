@@ -19,9 +19,11 @@ def write_ignore_rules(experiment: Experiment, path: Path) -> None:
     """Replace the written part of `.dvcignore` by that of an experiment; the rest of the file stays."""
     text = path.read_text() if path.exists() else ""
     before, _, rest = text.partition(f"{BEGIN}\n")
+    if before and not before.endswith("\n"):
+        before += "\n"
     rules = list(_rules(experiment))
     written = "".join(f"{line}\n" for line in (BEGIN, *rules, END)) if rules else ""
-    changed = before + written + rest.partition(f"{END}\n")[2]
+    changed = before + written + (rest.partition(f"{END}\n")[2] if END in rest else rest)
     if changed != text:
         write_atomically(path, lambda temporary: temporary.write_text(changed))
 
