@@ -28,14 +28,16 @@ def sample_sets(datasets: Iterable[str], layout: Layout, size: int, seed: int, m
 
 
 def sample_views(rows: KeptRows, card: Card, view: View, size: int, seed: int, most: int = MAX_IMAGES) -> np.ndarray:
-    """One view of a set's images in a seeded order, uint8 (n, S, S, 3), n at most `most`."""
+    """One view of a set's images in a seeded order, none held out, uint8 (n, S, S, 3), n at most `most`."""
     chosen = set(keyed(seed, card.name).permutation(rows.manifest.rows)[:most].tolist())
     images, first = [], 0
     for number, shard in enumerate(rows.shards):
         wanted = [row for row in range(shard.rows) if first + row in chosen]
-        column = rows.table(number, ["image"]).column("image") if wanted else []
+        columns = rows.table(number, ["key", "image"]) if wanted else {}
         for row in wanted:
-            image = open_image(column[row].as_py())
+            if card.holds_out(columns["key"][row].as_py()):
+                continue
+            image = open_image(columns["image"][row].as_py())
             images.append(np.asarray(VIEWS[view](image, size, card.matte), np.uint8))
         first += shard.rows
     order = keyed(seed, card.name, "order").permutation(len(images))
