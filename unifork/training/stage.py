@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter, deque
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,19 @@ from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.history import History, Log, Progress, Startup, read, write_csv
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
-from unifork.training.optimizer import freeze_all_but
-from unifork.training.recovery import settle
+from unifork.training.optimizer import Average, freeze_all_but
+from unifork.training.recovery import check_extended, settle
 from unifork.training.strategies import Strategy, barrier, strategy
 from unifork.training.watch import STOPPED, Watch
 from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION
 
 TRAIN_VERSION = 1
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
-TRAINING = "training"
-"""Folder of a model that says how it was trained; a fresh one has none."""
+TRAINING, SUMMARY = "training", "summary.json"
+"""Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
 NOT_IN_THE_WEIGHTS = {
-    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "sample_prompts", "sampling", "loss_band",
+    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "sample_prompts": True,
+    "sampling": True, "loss_band": True, "ema": {"export": True},
 }  # fmt: skip
 """Fields of a stage that decide nothing about its weights."""
 
@@ -63,6 +65,12 @@ class StageJob(StrictModel):
     def stage(self) -> Stage:
         """The stage's configuration."""
         return self.experiment.stages[self.experiment.runs[self.key].stage]
+
+    @property
+    def extended(self) -> "StageJob | None":
+        """The run of the same variant that this one goes on from, optimizers and all."""
+        key = f"{self.experiment.runs[self.key].variant}-{self.stage.extend}"
+        return self.model_copy(update={"key": key}) if self.stage.extend else None
 
     @property
     def start(self) -> Path:
@@ -86,7 +94,7 @@ class StageJob(StrictModel):
 
     def fingerprint(self) -> str:
         """Of everything that decides the weights: versions, stage, start model, codes, text tokenizer."""
-        codes = self.layout.codes
+        codes, stage = self.layout.codes, self.experiment.runs[self.key].stage
         data = {
             str(folder.relative_to(codes)): manifest_sha256(folder)
             for track in self.stage.tracks.values()
@@ -100,6 +108,7 @@ class StageJob(StrictModel):
                 "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
                 "data": data,
                 "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
+                **({"before": self.experiment.steps_before(stage)} if self.stage.extend else {}),
             }
         )
 
@@ -150,13 +159,19 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     fresh = not (job.start / TRAINING).exists()
     words = model.config.backbone_config().vocab_size
     watch = Watch(stage.loss_band, words, model.config.codebook_size, fresh, job.run_folder, lead, log)
-    tracks = {name: TrackRun(name, track, loaders[name], model, sharing) for name, track in stage.tracks.items()}
+    before = job.experiment.steps_before(job.experiment.runs[job.key].stage)
+    tracks = {
+        name: TrackRun(name, track, loaders[name], model, sharing, before[name]) for name, track in stage.tracks.items()
+    }
     pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
-    state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing)
+    every = {name: parameter for track in tracks.values() for name, parameter in track.parameters.items()}
+    average = Average(stage.ema.decay, every) if stage.ema else None
+    extended = job.extended.run_folder if job.extended else None
+    state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing, average, extended)
     if lead:
         _announce(log, model, tracks, state, len(order))
     startup.mark("reading the checkpoint")
-    state = _steps(job, run, mark, model, wrapped, tracks, sharing, state, watch, log, startup)
+    state = _steps(job, run, mark, model, wrapped, tracks, sharing, average, state, watch, log, startup)
     if lead:
         with writing(job.model_folder):
             try:
@@ -178,6 +193,7 @@ def _steps(
     wrapped: nn.Module,
     tracks: dict[str, TrackRun],
     sharing: Strategy,
+    average: Average | None,
     state: State,
     watch: Watch,
     log: Log,
@@ -200,7 +216,9 @@ def _steps(
     ):
         for name, step in order[state.total :]:
             unread.append(tracks[name].step(model, wrapped, step, run))
-            state = State({**state.steps, name: step + 1})
+            if average:
+                average.update(tracks[name].parameters, tracks[name].before + step)
+            state = replace(state, steps={**state.steps, name: step + 1})
             looked_at = _read(unread, 1, watch, history, progress)  # what was asked for is read one step later
             ends = alone and run.requests.signal > 0
             due = any(done.ends or done.saves for done, _ in looked_at)
@@ -209,7 +227,7 @@ def _steps(
                 ends |= any(done.ends for done, _ in looked_at)
                 if history:
                     history.sync()
-                saver.save(model, sharing, state)
+                saver.save(model, sharing, state, average)
                 run.requests.save_at = time.monotonic() + interval
                 metrics = {k: v for k, v in looked_at[-1][1].items() if v is not None}
                 run.report({"finished_steps": state.total, **metrics})
@@ -247,6 +265,9 @@ def _make_room(job: StageJob, mark: str, log: Log) -> None:
     """Decide what an existing run folder is worth; one made otherwise is moved aside."""
     if job.run_folder.exists():
         settle(job.run_folder, mark, [track for track, _ in turns(job.stage)], log)
+    if (extended := job.extended) and checkpoint.latest(job.run_folder) is None:
+        order = [track for track, _ in turns(extended.stage)]
+        check_extended(extended.run_folder, order, extended.model_folder / TRAINING / SUMMARY)
     with writing(job.run_folder):
         job.run_folder.mkdir(parents=True, exist_ok=True)
 
@@ -270,7 +291,7 @@ def _announce(log: Log, model: nn.Module, tracks: dict[str, TrackRun], state: St
 
 def _report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any]]) -> None:
     for name, track in tracks.items():
-        parts = zip(track.loader.parts, track.loader.order.served(track.track.steps), strict=True)
+        parts = zip(track.loader.parts, track.served(), strict=True)
         seen = ", ".join(f"{n} {p.entry.dataset} ({p.entry.template}), {n / len(p):.2f} passes" for p, n in parts)
         fills = [row["fill"] for row in rows if row["track"] == name]
         log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
@@ -280,23 +301,25 @@ def _export(job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[st
     """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
     temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = checkpoint.whole_model(path, job.start)
+    model = checkpoint.whole_model(path, job.start, averaged=job.stage.ema is not None and job.stage.ema.export)
     model.save_pretrained(temporary)
     for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
         if (job.start / name).exists():
             shutil.copytree(job.start / name, temporary / name)
     training = temporary / TRAINING
-    write_csv(read(job.run_folder), training / "history.csv")
+    rows = read(job.run_folder)
+    write_csv(rows, training / "history.csv")
     write_json(
-        training / "summary.json",
+        training / SUMMARY,
         {
             "run": job.key,
+            "history": fingerprint(rows),
             "stage": job.stage.model_dump(mode="json"),
             "quarantined": _quarantined(tracks),
             "documents": {
                 name: [
                     {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
-                    for p, seen in zip(track.loader.parts, track.loader.order.served(track.track.steps), strict=True)
+                    for p, seen in zip(track.loader.parts, track.served(), strict=True)
                 ]
                 for name, track in tracks.items()
             },
