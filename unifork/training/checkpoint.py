@@ -228,13 +228,9 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def start(
-    found: tuple[Path, dict[str, Any]] | None,
-    model: nn.Module,
-    optimizers: Optimizers,
-    strategy: Strategy,
-    average: Average | None = None,
-    extended: Path | None = None,
-) -> State:
+    found: tuple[Path, dict[str, Any]] | None, model: nn.Module, optimizers: Optimizers, strategy: Strategy,
+    average: Average | None = None, extended: Path | None = None,
+) -> State:  # fmt: skip
     """Begin where a checkpoint ends, if there is one; it is loaded strictly, a worker reads what it needs.
 
     extended: the run folder that a run without a checkpoint goes on from. Raises CheckpointError when names, shapes or

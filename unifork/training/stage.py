@@ -44,7 +44,7 @@ TRAIN_VERSION = 1
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
 TRAINING, SUMMARY = "training", "summary.json"
 """Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
-NOT_IN_THE_WEIGHTS = {
+NOT_IN_THE_WEIGHTS: dict[str, Any] = {
     "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "sample_prompts": True,
     "sampling": True, "loss_band": True, "ema": {"export": True},
 }  # fmt: skip
@@ -94,7 +94,7 @@ class StageJob(StrictModel):
 
     def fingerprint(self) -> str:
         """Of everything that decides the weights: versions, stage, start model, codes, text tokenizer."""
-        codes, stage = self.layout.codes, self.experiment.runs[self.key].stage
+        codes = self.layout.codes
         data = {
             str(folder.relative_to(codes)): manifest_sha256(folder)
             for track in self.stage.tracks.values()
@@ -108,7 +108,6 @@ class StageJob(StrictModel):
                 "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
                 "data": data,
                 "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
-                **({"before": self.experiment.steps_before(stage)} if self.stage.extend else {}),
             }
         )
 
