@@ -26,6 +26,7 @@ from unifork.config.cluster import (
     load_cluster,
 )
 from unifork.config.experiment import (
+    Averaging,
     Benchmark,
     DatasetUse,
     DecoderConfig,

@@ -120,7 +120,8 @@ class ImportedTokenizer(StrictModel):
     model_config = ConfigDict(serialize_by_alias=True)
 
     source: str = Field(alias="import")
-    """A `vision_tower` folder or a UniFork checkpoint: a local folder, or OWNER/NAME[/FOLDER][@REVISION] of the Hub."""
+    """A `vision_tower` folder, a UniFork checkpoint or the `image_tokenizer` of a model directory: a local folder, or
+    OWNER/NAME[/FOLDER][@REVISION] of the Hub."""
     image_size: PositiveInt
     """Side of both views in pixels; the position table is resized as the official code does."""
     vision_tower: str | None = None
@@ -189,7 +190,9 @@ class Variant(StrictModel):
 
     Empty: those of `warm_start`'s own configuration."""
     warm_start: str | None = None
-    """Folder of the dense model every branch starts as a copy of, or its name on the Hub; None draws weights."""
+    """Folder of the dense model every branch starts as a copy of, or its name on the Hub; None draws weights.
+
+    A model directory of this project starts the variant as it is, where plan, head and tokenizers are its own."""
     head: HeadConfig
     stages: tuple[str, ...]
     """Names of the stages, in order."""
@@ -294,9 +297,20 @@ class Validation(StrictModel):
     """Held-out prompts of the stage that are drawn at its end."""
 
 
+class Averaging(StrictModel):
+    """An exponential moving average of the weights that a stage trains."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """At step n of a track, n from 0, averages of what it trains keep min(decay, (1 + n) / (10 + n)) of themselves."""
+    export: bool = True
+    """Whether the stage's model has the averaged weights instead of the trained ones; a checkpoint has both."""
+
+
 class Stage(StrictModel):
     """One training run: its tracks and how they take turns."""
 
+    extend: str | None = Field(default=None, exclude_if=lambda stage: stage is None)
+    """Stage whose optimizer state and order of documents go on; gives what is not written here, but for warm-ups."""
     tracks: dict[str, Track]
     interleave: Literal["sequential", "concurrent"] | PositiveInt = "sequential"
     """`sequential`: one track after the other; a number N: N steps of each in turn; `concurrent`: side by side in
@@ -317,6 +331,8 @@ class Stage(StrictModel):
     """How those images are drawn."""
     loss_band: LossBand = LossBand()
     """When a loss is reported and when it stops the run."""
+    ema: Averaging | None = Field(default=None, exclude_if=lambda ema: ema is None)
+    """Weights averaged over the steps; None: none are."""
     seed: NonNegativeInt = 0
     """Seed of order, prompt dropping and sampling."""
 
@@ -381,6 +397,13 @@ class Experiment(StrictModel):
         if name not in self.datasets:
             raise unknown("data set", name, self.datasets, "params.yaml: datasets")
         return self.datasets[name]
+
+    def steps_before(self, stage: str) -> dict[str, int]:
+        """Steps of each track in the stages that a stage extends."""
+        if (extended := self.stages[stage].extend) is None:
+            return dict.fromkeys(self.stages[stage].tracks, 0)
+        before = self.steps_before(extended)
+        return {name: before[name] + track.steps for name, track in self.stages[extended].tracks.items()}
 
 
 def load_experiment() -> Experiment:
