@@ -1,4 +1,8 @@
-"""One Ray for all tests that need one. Two on one machine disturb each other, so there is never a second beside it."""
+"""One Ray for all tests that need one, and the groups of tests that share a process of a run.
+
+A Ray of a test's own may run beside it, in the other process: all that Ray Train misses then is its cleaner of what
+lost controllers leave behind.
+"""
 
 import lzma
 import os
@@ -11,20 +15,36 @@ import pytest
 from unifork.cluster import local_ray, set_ray_environment
 from unifork.config import Cluster
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # of several processes each has one core; before any test imports torch
+    os.environ["OMP_NUM_THREADS"] = "1"
 set_ray_environment()  # before any test imports ray
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such as `tiny`
 
 
-NEEDS_RAY = {"ray_session", "head"}
-"""Fixtures that start a Ray."""
+GROUPS = ["clusters", "ray"]
+"""Tests with a Ray of their own, and those with the session's; each in one process of a run. Others go by file."""
 
 
+def group_of(item: pytest.Item) -> str:
+    """The tests that run in one process with this test."""
+    if chosen := item.get_closest_marker("xdist_group"):
+        return str(chosen.args[0])
+    if item.get_closest_marker("cluster"):
+        return "clusters"
+    return "ray" if "ray_session" in getattr(item, "fixturenames", ()) else item.path.stem
+
+
+@pytest.hookimpl(tryfirst=True)  # before groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a Ray is slow; tests with a cluster of their own come first, before the session's Ray starts."""
+    """What starts a Ray is slow, and comes first: clusters while no session has begun, for what may be one process."""
+    order = {}
     for item in items:
-        if NEEDS_RAY & set(getattr(item, "fixturenames", ())):
+        group = group_of(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+        if group in GROUPS:
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+        order[item] = GROUPS.index(group) if group in GROUPS else len(GROUPS)
+    items.sort(key=order.__getitem__)
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,12 @@ def ray(ray_session: Cluster) -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-@pytest.fixture(params=[HERE, ACTORS], ids=["here", "actors"])
+@pytest.fixture(
+    params=[
+        pytest.param(HERE, id="here"),
+        pytest.param(ACTORS, id="actors", marks=[pytest.mark.slow, pytest.mark.xdist_group("ray")]),
+    ]
+)
 def resources(request: pytest.FixtureRequest) -> JobResources:
     """Both ways to work."""
     if request.param.workers:
