@@ -152,6 +152,7 @@ def test_an_imported_tokenizer_has_the_published_shape():
     assert planning.code_shape(imported) == planning.code_shape(PAPER)
 
 
+@pytest.mark.slow  # the size of the paper
 def test_the_command_prints_it(monkeypatch):
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(app, ["plan", "paper", "--chip", "a100", "--mfu", "0.4"])
