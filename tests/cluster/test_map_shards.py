@@ -200,7 +200,7 @@ def test_more_than_there_is_fails_instead_of_waiting(ray: None) -> None:
 
 def job(folder: Path, *files: str) -> ShardJob:
     """A job with one task for each name of a file."""
-    tasks = [ShardTask.from_source(Slice(number, number + 1, file), 0) for number, file in enumerate(files)]
+    tasks = [ShardTask(piece=Slice(number, number + 1, file)) for number, file in enumerate(files)]
     return ShardJob("numbers", "numbers", folder, {"n": "int64"}, {}, {}, tasks)
 
 

@@ -92,6 +92,6 @@ def prepare_job(chosen: PreparedSet, codes: Path, folder: Path, tokenizer: Path)
     """
     inputs = made_with(chosen.text, template_named(chosen.template, str(folder)), TextTokenizer(tokenizer))
     lineage = {**inputs, "codes": manifest_sha256(codes)}
-    tasks = [ShardTask.from_shard(shard) for shard in present(codes).shards]
+    tasks = [ShardTask(shard=shard) for shard in present(codes).shards]
     columns, name = columns_of(documents_schema()), "part-{index:05d}" + ARROW
     return ShardJob("documents", chosen.dataset, folder, columns, inputs, lineage, tasks, codes, shard_name=name)
