@@ -1,7 +1,6 @@
-"""One Ray for all tests that need one, and the groups of tests that share a process of a run.
+"""One Ray for all tests of a process that need one, and the order in which processes share the tests.
 
-A Ray of a test's own may run beside it, in the other process: all that Ray Train misses then is its cleaner of what
-lost controllers leave behind.
+Of two Rays on one machine, Ray Train misses its cleaner of what lost controllers leave behind, and nothing else.
 """
 
 import lzma
@@ -21,30 +20,20 @@ set_ray_environment()  # before any test imports ray
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such as `tiny`
 
 
-GROUPS = ["clusters", "ray"]
-"""Tests with a Ray of their own, and those with the session's; each in one process of a run. Others go by file."""
-
-
-def group_of(item: pytest.Item) -> str:
-    """The tests that run in one process with this test."""
-    if chosen := item.get_closest_marker("xdist_group"):
-        return str(chosen.args[0])
-    if item.get_closest_marker("cluster"):
-        return "clusters"
-    return "ray" if "ray_session" in getattr(item, "fixturenames", ()) else item.path.stem
-
-
-@pytest.hookimpl(tryfirst=True)  # before groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a Ray is slow, and comes first: clusters while no session has begun, for what may be one process."""
-    order = {}
+    """What starts a Ray is slow, and comes first: clusters of a test's own, then what uses the session's Ray.
+
+    Processes take files in this order, so that none gets a cluster any more when it has the session's Ray.
+    """
+
+    def order(item: pytest.Item) -> int:
+        users = "ray_session" in getattr(item, "fixturenames", ())
+        return 0 if item.get_closest_marker("cluster") else 1 if users else 2
+
     for item in items:
-        group = group_of(item)
-        item.add_marker(pytest.mark.xdist_group(group))
-        if group in GROUPS:
+        if order(item) < 2:
             item.add_marker("slow")
-        order[item] = GROUPS.index(group) if group in GROUPS else len(GROUPS)
-    items.sort(key=order.__getitem__)
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")

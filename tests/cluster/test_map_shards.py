@@ -121,7 +121,7 @@ def ray(ray_session: Cluster) -> Iterator[None]:
 @pytest.fixture(
     params=[
         pytest.param(HERE, id="here"),
-        pytest.param(ACTORS, id="actors", marks=[pytest.mark.slow, pytest.mark.xdist_group("ray")]),
+        pytest.param(ACTORS, id="actors", marks=pytest.mark.slow),
     ]
 )
 def resources(request: pytest.FixtureRequest) -> JobResources:
