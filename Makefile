@@ -10,11 +10,11 @@ demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the
 	dvc repro
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
-test: $(VENV)/.installed        ## all tests but the long kill tests
-	python -m pytest -m "not soak" --durations=15
+test: test-fast                 ## all tests but the long kill tests; slow ones file by file
+	python -m pytest -m "slow and not soak" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-test-fast: $(VENV)/.installed   ## no Ray, no end-to-end: for daily work, under two minutes
-	python -m pytest -m "not soak and not slow"
+test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work, under two minutes
+	python -m pytest -m "not soak and not slow" -n 2 --dist worksteal --durations=15
 
 check: $(VENV)/.installed       ## style and types
 	ruff check .

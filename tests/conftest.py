@@ -1,4 +1,7 @@
-"""One Ray for all tests that need one. Two on one machine disturb each other, so there is never a second beside it."""
+"""One Ray for all tests of a process that need one, and the order in which processes share the tests.
+
+Of two Rays on one machine, Ray Train misses its cleaner of what lost controllers leave behind, and nothing else.
+"""
 
 import lzma
 import os
@@ -11,20 +14,26 @@ import pytest
 from unifork.cluster import local_ray, set_ray_environment
 from unifork.config import Cluster
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # of several processes each has one core; before any test imports torch
+    os.environ["OMP_NUM_THREADS"] = "1"
 set_ray_environment()  # before any test imports ray
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such as `tiny`
 
 
-NEEDS_RAY = {"ray_session", "head"}
-"""Fixtures that start a Ray."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a Ray is slow; tests with a cluster of their own come first, before the session's Ray starts."""
+    """What starts a Ray is slow, and comes first: clusters of a test's own, then what uses the session's Ray.
+
+    Processes take files in this order, so that none gets a cluster any more when it has the session's Ray.
+    """
+
+    def order(item: pytest.Item) -> int:
+        users = "ray_session" in getattr(item, "fixturenames", ())
+        return 0 if item.get_closest_marker("cluster") else 1 if users else 2
+
     for item in items:
-        if NEEDS_RAY & set(getattr(item, "fixturenames", ())):
+        if order(item) < 2:
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")

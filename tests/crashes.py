@@ -1,11 +1,9 @@
 """Programs that kill themselves with SIGKILL at a named point or at a random moment.
 
-They are forked from a process that has imported what they need, so that a program costs no start. The product knows
-nothing of it: what is called at the point is replaced in the process that dies there. A `sitecustomize` that calls
-`arm` does the same to processes which others start, such as Ray's workers.
+The product knows nothing of it: what is called at the point is replaced in the process that dies there. A
+`sitecustomize` that calls `arm` does the same to processes which others start, such as Ray's workers.
 """
 
-import multiprocessing
 import os
 import re
 import runpy
@@ -16,13 +14,10 @@ from functools import wraps
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from forks import SERVER
 
 from unifork.config import Card
 from unifork.shards.task import ShardTask
-
-LIBRARY = ["sources.web.download", "image_tokenizer.encode", "documents.prepare", "cli", "publish.publication"]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "pandas", "pipelines.download", *(f"unifork.{name}" for name in LIBRARY)])
 
 SHARD, RECORD, MANIFEST = r"-00001\b.*\.(parquet|arrow)(\.tmp-\w+)?$", r"-00001\b.*\.done$", r"^manifest\.json$"
 

@@ -1,9 +1,9 @@
 """Run a function as the ranks of a process group on one machine.
 
 In: a function that a new process can import, and its arguments. Out: what each rank returned. The
-ranks are new processes (nothing of the caller's state is inherited), one torch thread each, joined
-by gloo through a file, so no port can be taken. A rank that fails or waits too long ends all of them
-and its error is raised here.
+ranks are new processes (nothing of the caller's state is inherited) of `forks`, one torch thread each,
+joined by gloo through a file, so no port can be taken. A rank that fails or waits too long ends all of
+them and its error is raised here.
 """
 
 import tempfile
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from forks import SERVER
+from torch.multiprocessing.spawn import start_processes
 
 TIMEOUT_SECONDS = 120
 """How long a rank waits for the others before it fails."""
@@ -23,7 +24,8 @@ TIMEOUT_SECONDS = 120
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(rank, world_size, *args)` in `world_size` gloo processes; their results by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (world_size, folder, function, args), nprocs=world_size)
+        method = SERVER.get_start_method()
+        start_processes(_rank, (world_size, folder, function, args), nprocs=world_size, start_method=method)
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(world_size)]
 
 

@@ -1,5 +1,6 @@
 """`unifork plan`: numbers against arithmetic by hand, at the size of the paper."""
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,12 @@ ROOT = Path(__file__).parent.parent
 PAPER = resolve("paper", ROOT / "experiments", ROOT / "datasets")
 MODEL = planning.meta_model(PAPER, PAPER.variants["unifork"])
 ASSUMED = planning.Assumptions()
+
+
+@cache
+def tracks_of_the_paper() -> list[planning.TrackPlan]:
+    return list(planning.track_plans(PAPER, "unifork", MODEL, ASSUMED))
+
 
 # by hand from Qwen2.5-0.5B's shape: hidden 896, 2 of 14 heads of 64 for keys, MLP 4864, 151,936 words
 WORDS = 151_936 * 896
@@ -91,7 +98,7 @@ def documents(track: planning.TrackPlan) -> float:
 
 
 def test_tracks_count_documents_tokens_and_passes():
-    tracks = {(t.stage, t.track): t for t in planning.track_plans(PAPER, "unifork", MODEL, ASSUMED)}
+    tracks = {(t.stage, t.track): t for t in tracks_of_the_paper()}
     imagenet = tracks["s1-imagenet", "joint"]
     assert documents(imagenet) == 26_700 * 384
     assert {entry.length.image for entry in imagenet.entries} == {578}
@@ -127,7 +134,7 @@ def test_disk_is_codes_and_checkpoints():
     assert planning.image_bytes(PAPER) == 576 * 4 * 2
     assert planning.code_bytes(PAPER, cards)["coyo/pad"] == 10_000_000 * 4608
     total = sum(p.numel() for p in MODEL.parameters())
-    every = list(planning.track_plans(PAPER, "unifork", MODEL, ASSUMED))
+    every = tracks_of_the_paper()
     assert planning.prepared_bytes(PAPER, every)["coyo-caption-generate-plain"] == 10_000_000 * (60 + 5 * 40)
     tracks = [t for t in every if t.stage == "s2-sft"]
     assert planning.checkpoint_bytes(MODEL, tracks) == 4 * (total + 16384 * 1024) + 8 * total
@@ -145,14 +152,20 @@ def test_an_imported_tokenizer_has_the_published_shape():
     assert planning.code_shape(imported) == planning.code_shape(PAPER)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "hours"), [([], "not measured"), (["--chip", "a100", "--mfu", "0.4"], "of a100")]
-)
-def test_the_command_prints_it(arguments, hours, monkeypatch):
+@pytest.mark.slow  # the size of the paper
+def test_the_command_prints_it(monkeypatch):
     monkeypatch.chdir(ROOT)
-    result = CliRunner().invoke(app, ["plan", "paper", *arguments])
+    result = CliRunner().invoke(app, ["plan", "paper", "--chip", "a100", "--mfu", "0.4"])
     assert result.exit_code == 0, result.output
-    for text in ("494.0 M", "759.8 M", "1.211 B", "4,608 bytes", "unifork-s2-pretrain", "Assumed: 40 tokens", hours):
+    for text in (
+        "494.0 M",
+        "759.8 M",
+        "1.211 B",
+        "4,608 bytes",
+        "unifork-s2-pretrain",
+        "Assumed: 40 tokens",
+        "of a100",
+    ):
         assert text in result.output
 
 
@@ -167,11 +180,14 @@ def test_an_amount_has_digits_whatever_its_size(number, unit, expected):
     assert amount(number, unit) == expected
 
 
-def test_a_small_experiment_is_not_all_zeros(monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "hours"), [([], "not measured"), (["--chip", "h100", "--mfu", "0.4"], "of h100")]
+)
+def test_a_small_experiment_is_not_all_zeros(arguments, hours, monkeypatch):
     monkeypatch.chdir(ROOT)
-    result = CliRunner().invoke(app, ["plan", "micro", "--chip", "h100", "--mfu", "0.4"])
+    result = CliRunner().invoke(app, ["plan", "micro", *arguments])
     assert result.exit_code == 0, result.output
-    for text in ("25.60 k", "37.12 k", "GFLOP", "172.8 kB"):
+    for text in ("25.60 k", "37.12 k", "GFLOP", "172.8 kB", hours):
         assert text in result.output
     assert " 0.0 M" not in result.output
 

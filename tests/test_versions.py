@@ -114,6 +114,7 @@ def changed_stages():
         }
 
 
+@pytest.mark.slow  # for DVC
 def test_a_comment_makes_nothing_again_and_a_raised_version_what_follows_it(repository):
     assert changed_stages() == {}
     homes = {ROOT / home for home, _ in COVERS.values()}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crashes import run as run_program
 from PIL import Image
-from tiny import REPOSITORY, bytes_of, copy_of, start
+from tiny import REPOSITORY, bytes_of, copy_of
 from typer.testing import CliRunner
 
 from unifork import cli
@@ -125,6 +126,7 @@ def test_use_without_a_name_lists_the_experiments(capsys, monkeypatch):
     assert "The demo: a small world" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["init", "text_tokenizer"])
 def test_a_program_reads_nothing_before_it_runs(name, tmp_path):
     """In a job the working directory is the shipped code until the program has begun."""
@@ -136,9 +138,7 @@ def test_init_writes_the_model_that_was_there_before(tiny_root, tmp_path):
     root = copy_of(tiny_root, tmp_path / "root")
     shutil.rmtree(root / "models/unifork-init")
     (root / "models/unifork-init").mkdir()  # what is left of an earlier one does not stand in the way
-    program = start(root, "pipelines.init", "unifork")
-    out, errors = program.communicate()
-    assert program.returncode == 0, errors
+    out = run_program(root, ("pipelines.init", "unifork"))
     assert out.startswith("unifork: shared*1 task*1 norm:task, 0.18 M parameters -> models/unifork-init")
     before, after = bytes_of(tiny_root / "models/unifork-init"), bytes_of(root / "models/unifork-init")
     assert before.keys() == after.keys()

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from crashes import run
 from PIL import Image
-from tiny import REPOSITORY, start
+from tiny import REPOSITORY
 from typer.testing import CliRunner
 
 from unifork.cli import app
@@ -83,9 +84,7 @@ def root(tiny_root, tmp_path) -> Path:
 
 def test_the_stage_imports(root):
     assert load(Experiment, root / "params.yaml").image_tokenizer.source == IMPORT["import"]
-    stage = start(root, "pipelines.image_tokenizer")
-    output = stage.communicate()
-    assert stage.returncode == 0, output
+    run(root, ("pipelines.image_tokenizer",))
     imported, expected = ImageTokenizer.load(root / "tokenizers/image"), read_official(OFFICIAL / "unifork", 32)
     assert (imported.codebook_id, imported.encoder_id) == (expected.codebook_id, expected.encoder_id)
     report = yaml.safe_load((root / "tokenizers/image/report.json").read_text())

@@ -55,7 +55,7 @@ def test_changing_a_document_leaves_the_others_bit_identical(plan, attention, fa
     assert torch.equal(before[middle.stop :], after[middle.stop :])
 
 
-@pytest.mark.parametrize("attention", set(MASKS) - {"sdpa"})
+@pytest.mark.parametrize("attention", sorted(set(MASKS) - {"sdpa"}))
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
 def test_attention_implementations_agree(plan, attention):

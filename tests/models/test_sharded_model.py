@@ -1,5 +1,6 @@
 """Sharded over two ranks with one task each, gradients are those of one process."""
 
+import pytest
 import torch
 from distributed_testing import run_distributed
 from model_samples import generation, gradients, noisy_model, rows, understanding
@@ -37,6 +38,7 @@ def sharded(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_one_task_per_rank_gives_the_gradients_of_one_process():
     torch.set_num_threads(1)
     results = run_distributed(sharded, 2)

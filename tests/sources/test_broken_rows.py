@@ -119,6 +119,7 @@ def test_a_disk_that_fails_under_an_archive_drops_no_row(at, monkeypatch):
         list(rows_of(pairs(), task))
 
 
+@pytest.mark.slow
 def test_no_program_is_started_for_what_is_called_an_image(at):
     """Pillow runs Ghostscript for an EPS, whatever it is called."""
     put(at / "bin/gs", b"#!/bin/sh\ntouch %s\n" % os.fsencode(at / "started")).chmod(0o755)

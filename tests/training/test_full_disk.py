@@ -70,6 +70,7 @@ def outcome(stage_job, size, method):
         process.join()
 
 
+@pytest.mark.slow
 @needs_mounts
 @pytest.mark.parametrize("share", [0.002, 0.4, 1.3, 2.4])
 def test_a_full_disk_ends_training_with_one_line_and_room_lets_it_go_on(root, unbroken, share):

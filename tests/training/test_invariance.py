@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed_testing import run_distributed
 
 from unifork.batch import pack
@@ -91,16 +90,10 @@ CASES = [
 ]
 
 
-def _rank(rank, workers, folder):
-    """All cases on four ranks, then on two; each of two pairs does the latter, which saves new processes."""
-    import deepspeed
-
-    four = [step(rank, workers, *case) for case in CASES]
-    dist.destroy_process_group()
-    deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None  # what it remembers of the group
-    dist.init_process_group("gloo", init_method=f"file://{folder}/pair-{rank // 2}", rank=rank % 2, world_size=2)
-    two = [step(rank % 2, 2, *case) for case in CASES]
-    return {4: four, 2: two} if rank == 0 else None
+def _rank(rank, workers):
+    """All cases in one process group."""
+    found = [step(rank, workers, *case) for case in CASES]
+    return found if rank == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +115,8 @@ def test_documents_one_by_one_or_all_in_one_row(reference, dtype):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return run_distributed(_rank, 4, str(tmp_path_factory.mktemp("pairs")))[0]
+def shared():
+    return {workers: run_distributed(_rank, workers)[0] for workers in (2, 4)}
 
 
 @pytest.mark.parametrize("workers", [2, 4])

@@ -42,7 +42,7 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
     assert all(devices for devices in seen)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_loss_out_of_its_band_ends_the_run_at_once_with_its_message(ray_session, root, workers):
     stage_job = job(root, resources=resources(workers), loss_band=LossBand(stop=0.9))
     with pytest.raises(UniForkError, match=r"step 0: text_loss .* is above 0\.9 x 5\.991") as caught:

@@ -153,6 +153,7 @@ def _trained(plain):
         os._exit(stopped.code)
 
 
+@pytest.mark.slow
 def test_a_signal_at_a_random_moment(root, unbroken):
     """In a process of its own; then on to the end."""
     stage_job, stops = job(root, checkpoint_every=100), 0

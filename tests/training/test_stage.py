@@ -231,6 +231,7 @@ def test_norms_of_the_parts_make_up_the_whole_and_tensorboard_has_them(root, unb
     assert b"joint/gradient_norm_trunk" in events.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_workers_give_the_weights_of_one_within_reduction_noise(root, unbroken, strategy):
     """In the stage with two tracks, which train other parameters in turns."""

@@ -94,6 +94,6 @@ def prepare_job(card: Card, chosen: PreparedSet, codes: Path, folder: Path, toke
     inputs = made_with(chosen.text, template_named(chosen.template, str(folder)), TextTokenizer(tokenizer))
     inputs["held_out"] = card.held_out
     lineage = {**inputs, "codes": manifest_sha256(codes)}
-    tasks = [ShardTask.from_shard(shard) for shard in present(codes).shards]
+    tasks = [ShardTask(shard=shard) for shard in present(codes).shards]
     columns, name = columns_of(documents_schema()), "part-{index:05d}" + ARROW
     return ShardJob("documents", chosen.dataset, folder, columns, inputs, lineage, tasks, codes, shard_name=name)

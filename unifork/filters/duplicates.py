@@ -80,7 +80,7 @@ def sign_job(card: Card, measured: Path, folder: Path) -> ShardJob:
     """The plan of pass 1: one task for each measured shard."""
     made_with = {"signatures": SIGNATURES_VERSION, "texts": text_columns(card), **filter_fingerprint(alone(card))}
     columns = {field.name: str(field.type) for field in SCHEMA}
-    tasks = [ShardTask.from_shard(shard) for shard in present(measured).shards]
+    tasks = [ShardTask(shard=shard) for shard in present(measured).shards]
     return ShardJob("signatures", card.name, folder, columns, made_with, {}, tasks, measured, may_be_empty=True)
 
 

@@ -60,5 +60,5 @@ def measure_job(card: Card, raw: Path, folder: Path) -> ShardJob:
     """The plan of measuring: one task for each image-text shard. Raises DataError."""
     schema = measured_schema(card)
     made_with = {"version": MEASURE_VERSION, "columns": columns_of(schema)}
-    tasks = [ShardTask.from_shard(shard) for shard in present(raw).shards]
+    tasks = [ShardTask(shard=shard) for shard in present(raw).shards]
     return ShardJob("measured", card.name, folder, columns_of(schema), made_with, {}, tasks, raw)

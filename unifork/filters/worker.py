@@ -88,10 +88,8 @@ def filter_job(card: Card, measured: Path, folder: Path, duplicates: dict[int, s
         raise ConfigError(
             f"card {card.name}: the rule {needing[0]} looks at other rows; run python -m pipelines.filter"
         )
-    tasks = [
-        ShardTask.to_filter(shard, (duplicates or {}).get(number))
-        for number, shard in enumerate(present(measured).shards)
-    ]
+    lists = duplicates or {}
+    tasks = [ShardTask(shard=shard, duplicates=lists.get(n)) for n, shard in enumerate(present(measured).shards)]
     made_with = filter_fingerprint(card)
     lineage = {name: value for name, value in made_with.items() if name != "version"}
     columns = columns_of(filtered_schema(card))

@@ -101,7 +101,7 @@ def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: 
     made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
     tasks = [
-        ShardTask.to_encode(raw, kept, rows.filtered, task)
+        ShardTask(shard=raw, kept=kept, kept_folder=str(rows.filtered.absolute()), use=task)
         for raw, kept in zip(rows.raw_shards, rows.shards, strict=True)
     ]
     return ShardJob("codes", card.name, folder, columns, made_with, {**identity, "task": task}, tasks, rows.raw)

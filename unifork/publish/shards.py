@@ -50,7 +50,7 @@ def publish_job(card: Card, task: Task, codes: Path, folder: Path, withdrawn: di
     about |= {"dataset": card.name, "task": task, "view": card.tasks[task].view, "layout": LAYOUT}
     schema = read_table(codes, origin.shards[0]).schema
     about["shape"] = codes_meta(schema, str(codes))["shape"]
-    tasks = [ShardTask.to_publish(shard, tuple(withdrawn.get(shard.path, ()))) for shard in origin.shards]
+    tasks = [ShardTask(shard=shard, withdrawn=tuple(withdrawn.get(shard.path, ()))) for shard in origin.shards]
     columns = {**columns_of(schema), "codes": str(CODE_LIST)}
     made_with = {"version": PUBLISH_VERSION, "about": about}
     lineage = {"about": about, "codes": origin.content()}
@@ -92,7 +92,7 @@ def fetch_job(published: Manifest, name: str, uri: str, prefix: str, folder: Pat
         here = Published(
             uri, f"{prefix}/{shard.path}", shard.sha256, shard.rows, gone, {**old.dropped, **shard.dropped}
         )
-        tasks.append(ShardTask.to_fetch(here, "" if gone else old.inputs))
+        tasks.append(ShardTask(published=here, inputs="" if gone else old.inputs))
     made_with = {"version": PUBLISH_VERSION}
     return ShardJob("codes", name, folder, origin.columns, made_with, origin.lineage, tasks)
 

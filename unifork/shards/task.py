@@ -56,7 +56,11 @@ class Published:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to make. What it is made from is one of `piece`, `shard` and `published`."""
+    """One shard to make. What it is made from is one of `piece`, `shard` and `published`.
+
+    Download says `piece` and `seed`, measuring, signatures, prepare `shard`, the filter `duplicates` besides, encode
+    `kept`, `kept_folder` and `use`, publish `withdrawn`; fetch says `published`.
+    """
 
     piece: Slice | None = None
     """A slice of the source."""
@@ -83,37 +87,7 @@ class ShardTask:
     store: str | None = None
     """Folder of a store that it goes to; None leaves it where it is written."""
     inputs: str = ""
-    """Fingerprint of everything it is made from."""
-
-    @classmethod
-    def from_source(cls, piece: Slice, seed: int) -> Self:
-        """Download: a slice of a source."""
-        return cls(piece=piece, seed=seed)
-
-    @classmethod
-    def from_shard(cls, shard: Shard) -> Self:
-        """Measurements and signatures: a shard."""
-        return cls(shard=shard)
-
-    @classmethod
-    def to_filter(cls, shard: Shard, duplicates: str | None) -> Self:
-        """Filter: a measured shard, and which of its rows have an earlier duplicate."""
-        return cls(shard=shard, duplicates=duplicates)
-
-    @classmethod
-    def to_encode(cls, shard: Shard, kept: Shard, kept_folder: Path, use: Task) -> Self:
-        """Encode: an image-text shard, which of its rows were kept, and the task whose view becomes codes."""
-        return cls(shard=shard, kept=kept, kept_folder=str(kept_folder.absolute()), use=use)
-
-    @classmethod
-    def to_publish(cls, shard: Shard, withdrawn: tuple[str, ...]) -> Self:
-        """Publish: a shard of codes, and the keys that stay out."""
-        return cls(shard=shard, withdrawn=withdrawn)
-
-    @classmethod
-    def to_fetch(cls, published: Published, inputs: str = "") -> Self:
-        """Fetch: a published shard. inputs: the fingerprint of the shard it was, where it is that shard again."""
-        return cls(published=published, inputs=inputs)
+    """Fingerprint of everything it is made from; of a fetched shard that is the one it was, known beforehand."""
 
     @property
     def rows(self) -> int:

@@ -126,7 +126,7 @@ def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[Shard
     try:
         for piece in source.slices(options, shard_rows):
             stop = piece.stop if rows is None else min(piece.stop, piece.start + rows - taken)
-            tasks.append(ShardTask.from_source(replace(piece, stop=stop), seed if source.seeded else 0))
+            tasks.append(ShardTask(piece=replace(piece, stop=stop), seed=seed if source.seeded else 0))
             taken += stop - piece.start
             if taken == rows:
                 break

@@ -27,7 +27,7 @@ from unifork.config import TrainResources, cluster_file
 from unifork.errors import ConfigError, Stopped, UniForkError
 from unifork.training.history import LOG
 from unifork.training.loop import WorkerContext
-from unifork.training.requests import Requests, signals
+from unifork.training.requests import Messages, Requests, signals
 from unifork.training.stage import StageJob, train_stage
 
 if TYPE_CHECKING:
@@ -62,28 +62,6 @@ def scaling(resources: TrainResources) -> "ScalingConfig":
         use_gpu=resources.gpus > 0,
         resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
     )
-
-
-class Messages:
-    """What workers and the program that launched them leave for each other; an actor."""
-
-    def __init__(self) -> None:
-        self.end: tuple[str, str] | None = None
-        """Type and text of the UniForkError or Stopped that ended a worker first."""
-        self.signal = 0
-        """What the program received."""
-
-    def read(self) -> tuple[tuple[str, str] | None, int]:
-        """(end, signal)"""
-        return self.end, self.signal
-
-    def leave(self, error: str, text: str) -> None:
-        """The error that ended a worker."""
-        self.end = self.end or (error, text)
-
-    def announce(self, number: int) -> None:
-        """A signal."""
-        self.signal = number
 
 
 def _fit(job: StageJob, requests: Requests) -> None:

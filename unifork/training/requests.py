@@ -77,3 +77,28 @@ def signals(receive: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Messages:
+    """What workers and the program that launched them leave for each other.
+
+    An actor, whose process has to import this module alone: it stands here because that is quick.
+    """
+
+    def __init__(self) -> None:
+        self.end: tuple[str, str] | None = None
+        """Type and text of the UniForkError or Stopped that ended a worker first."""
+        self.signal = 0
+        """What the program received."""
+
+    def read(self) -> tuple[tuple[str, str] | None, int]:
+        """(end, signal)"""
+        return self.end, self.signal
+
+    def leave(self, error: str, text: str) -> None:
+        """The error that ended a worker."""
+        self.end = self.end or (error, text)
+
+    def announce(self, number: int) -> None:
+        """A signal."""
+        self.signal = number
