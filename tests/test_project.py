@@ -26,7 +26,7 @@ LEVELS = [
     {"training", "evaluation"},
     {"shapes"},
     {"report", "planning", "publish"},
-    {"experiments"},
+    {"experiments", "doctor"},
     {"commands"},
     {"cli", "pipelines"},
 ]

@@ -126,6 +126,7 @@ DECIDES_NOTHING = {
     "unifork/training/history.py": "writes down what happened",
     "unifork/commands/*.py": "commands for people",
     "unifork/cli.py": "commands for people",
+    "unifork/doctor.py": "looks at the machine",
     "unifork/planning.py": "numbers for people",
     "unifork/inspection.py": "texts for people",
     "pipelines/__init__.py": "refuses a Python that lacks the libraries",

@@ -9,6 +9,7 @@ import typer
 
 from unifork.commands import model as model_group
 from unifork.commands import tokenizer
+from unifork.commands.doctor import doctor
 from unifork.commands.inspect import inspect
 from unifork.commands.plan import plan
 from unifork.commands.publish import fetch, publish, takedown
@@ -27,6 +28,7 @@ app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes"
 app.command()(fetch)
 app.command(epilog="Example: unifork takedown laion_en takedown.txt")(takedown)
 app.command()(status)
+app.command()(doctor)
 app.command(epilog="Example: unifork verify data/codes --repair")(verify)
 
 ModelDirectory = Annotated[Path, typer.Option(help="model directory, for example models/unifork-s3")]
