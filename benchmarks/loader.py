@@ -82,14 +82,14 @@ def main() -> None:
         optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
         track = Track(mixture=entries, steps=given.steps, batch_documents=given.batch_documents,
                       trainable=("*",), optimizer=optimizer, prompt_drop=0.1)  # fmt: skip
-        started = time.process_time()
+        started, card = time.process_time(), load_card("shapes", CARDS)
         for entry in entries:
             chosen = PreparedSet(
                 dataset=entry.dataset, text=entry.text, template=entry.template,
                 codes=f"data/codes/shapes/{VIEW_OF_TASK[entry.task]}",
             )  # fmt: skip
-            job = prepare_job(chosen, root / chosen.codes, Layout(root).prepared / entry.prepared, root / "text")
-            run_jobs([job], Prepare, chosen.text, TEMPLATES[chosen.template], root / "text")
+            job = prepare_job(card, chosen, root / chosen.codes, Layout(root).prepared / entry.prepared, root / "text")
+            run_jobs([job], Prepare, card, chosen.text, TEMPLATES[chosen.template], root / "text")
         preparing = time.process_time() - started
         loader = TrackLoader(
             "joint", track, Layout(root), tokenizer, CodesIdentity(GRID**2, DEPTH, "c" * 16, "e" * 16),

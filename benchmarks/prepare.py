@@ -93,14 +93,15 @@ def write_codes(root: Path, text: str, template: str, rows: int, shard_rows: int
 
 def rates(kind: str, rows: int) -> list[str]:
     """A row of the first table."""
+    card = load_card("shapes", ROOT / "datasets")
     text, template = KINDS[kind]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         tokenizer = write_tokenizer(root / "text")
         chosen = write_codes(root, text, template, rows, 2500, 24)
         worker, job = (
-            Prepare(text, TEMPLATES[template], tokenizer),
-            prepare_job(chosen, Path(chosen.codes), root / "alone", tokenizer),
+            Prepare(card, text, TEMPLATES[template], tokenizer),
+            prepare_job(card, chosen, Path(chosen.codes), root / "alone", tokenizer),
         )
         tasks = job.missing()
         worker(tasks[0])
@@ -110,11 +111,12 @@ def rates(kind: str, rows: int) -> list[str]:
         cells = [kind, f"{(rows - 2500) / (time.process_time() - started):,.0f}"]
         for workers in (0, 1, 2):
             cluster = Cluster(name="benchmark", cpus=2, jobs={"prepare": JobResources(workers=workers, cpus=1)})
-            job = prepare_job(chosen, Path(chosen.codes), root / f"job{workers}", tokenizer)
+            job = prepare_job(card, chosen, Path(chosen.codes), root / f"job{workers}", tokenizer)
             with local_ray(cluster, needed=workers > 0), open(os.devnull, "w") as nowhere:
                 started, printed, sys.stdout = time.perf_counter(), sys.stdout, nowhere
                 try:
-                    run_jobs([job], Prepare, text, TEMPLATES[template], tokenizer, cluster=cluster, step="prepare")
+                    form = TEMPLATES[template]
+                    run_jobs([job], Prepare, card, text, form, tokenizer, cluster=cluster, step="prepare")
                 finally:
                     sys.stdout = printed
                 cells.append(f"{rows / (time.perf_counter() - started):,.0f}")
@@ -170,13 +172,15 @@ def opened(root: Path) -> dict[str, float]:
 
 def growth(sizes: list[int]) -> list[list[str]]:
     """The rows of the second table."""
+    card = load_card("shapes", ROOT / "datasets")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         tokenizer = write_tokenizer(root / "text")
         chosen = write_codes(root, "caption", "generate", SHARD_ROWS, SHARD_ROWS, 1)
-        job = prepare_job(chosen, Path(chosen.codes), Layout(root).prepared / "shapes-caption-generate", tokenizer)
-        job.add(Prepare("caption", TEMPLATES["generate"], tokenizer)(job.missing()[0]))
+        prepared = Layout(root).prepared / "shapes-caption-generate"
+        job = prepare_job(card, chosen, Path(chosen.codes), prepared, tokenizer)
+        job.add(Prepare(card, "caption", TEMPLATES["generate"], tokenizer)(job.missing()[0]))
         job.finish()
         for size in sizes:
             grow(root, size // SHARD_ROWS)

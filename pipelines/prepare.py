@@ -4,7 +4,7 @@ Stages with other contexts, steps or weights share the result; training only map
 """
 
 from unifork.cluster import run_jobs
-from unifork.config import load_cluster, load_experiment
+from unifork.config import load_card, load_cluster, load_experiment
 from unifork.documents.prepare import Prepare, prepare_job
 from unifork.documents.prompts import template_named
 from unifork.errors import unknown
@@ -19,9 +19,10 @@ def main(name: str) -> None:
     if name not in params.prepared:
         raise unknown("prepared set", name, params.prepared, "params.yaml: prepared")
     chosen, tokenizer = params.prepared[name], LAYOUT.text_tokenizer.absolute()
-    job = prepare_job(chosen, LAYOUT.root / chosen.codes, LAYOUT.prepared / name, tokenizer)
+    card = load_card(chosen.dataset, LAYOUT.cards)
+    job = prepare_job(card, chosen, LAYOUT.root / chosen.codes, LAYOUT.prepared / name, tokenizer)
     template = template_named(chosen.template, f"params.yaml: prepared.{name}")
-    (manifest,) = run_jobs([job], Prepare, chosen.text, template, tokenizer, cluster=cluster, step="prepare")
+    (manifest,) = run_jobs([job], Prepare, card, chosen.text, template, tokenizer, cluster=cluster, step="prepare")
     print(manifest.summary(job.folder))
 
 

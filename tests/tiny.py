@@ -68,10 +68,20 @@ def write_experiment(root: Path, changes: dict | None = None) -> Experiment:
     for name in ("datasets", "experiments", "clusters"):
         if not (root / name).exists():
             shutil.copytree(REPOSITORY / name, root / name)
+            if name == "datasets":  # few rows: all are trained on, unless a test wants otherwise
+                hold_out(root, None)
     (root / "experiments" / "tiny.yaml").write_text(yaml.safe_dump({"extends": "micro", **CHANGES, **(changes or {})}))
     experiment = resolve("tiny", root / "experiments", root / "datasets")
     (root / "params.yaml").write_text(params_text(experiment))
     return load(Experiment, root / "params.yaml")
+
+
+def hold_out(root: Path, share: float | None) -> None:
+    """Have the card `shapes` hold out a share of its rows."""
+    path = root / "datasets" / "shapes.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("held_out:")]
+    path.unlink()  # it may be a link to another root's
+    path.write_text("\n".join([*lines, *([f"held_out: {share}"] if share else [])]) + "\n")
 
 
 def fresh_tokenizer(experiment: Experiment, directory: Path) -> ImageTokenizer:
@@ -116,8 +126,9 @@ def prepare_set(root: Path, dataset: str, text: str, template: str) -> Manifest:
     layout, form = Layout(root), TEMPLATES[template]
     codes = layout.codes / dataset / VIEW_OF_TASK[form.task]
     chosen = PreparedSet(dataset=dataset, text=text, template=template, codes=str(codes))
-    job = prepare_job(chosen, codes, layout.prepared / f"{dataset}-{text}-{template}", layout.text_tokenizer)
-    (manifest,) = run_here([job], Prepare(text, form, layout.text_tokenizer))
+    card = load_card(dataset, layout.cards)
+    job = prepare_job(card, chosen, codes, layout.prepared / f"{dataset}-{text}-{template}", layout.text_tokenizer)
+    (manifest,) = run_here([job], Prepare(card, text, form, layout.text_tokenizer))
     return manifest
 
 

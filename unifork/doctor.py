@@ -189,6 +189,14 @@ def attention(here: Here) -> Finding:
     return ("ok" if right else "failed"), f"largest error on {here.device}: {', '.join(errors)}"
 
 
+def flash_attention(here: Here) -> Finding:
+    """Whether the extra `flash` is installed, which only a GPU can use."""
+    if here.device == "cpu":
+        return "not run", "no GPU"
+    found = find_spec("flash_attn") is not None
+    return ("ok", "installed") if found else ("warning", "not installed: torch's kernel takes its place")
+
+
 def bfloat16_step(here: Here) -> Finding:
     """Losses, gradients and weights of one optimizer step."""
     model = _model().to(here.device)
@@ -283,8 +291,8 @@ def _reached(addresses: list[str]) -> Finding:
 
 
 CHECKS: dict[str, Callable[[Here], Finding]] = {check.__name__.replace("_", " "): check for check in (
-    machine, versions, free_disk, write_speed, file_locks, attention, bfloat16_step, captured_generation, all_reduce,
-    cpus_and_gpus, deepspeed, store, job_server, web,
+    machine, versions, free_disk, write_speed, file_locks, attention, flash_attention, bfloat16_step,
+    captured_generation, all_reduce, cpus_and_gpus, deepspeed, store, job_server, web,
 )}  # fmt: skip
 """Name: the check."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unifork.batch import Document
 from unifork.config import Sampling, parse
 from unifork.documents.mixture import Skeleton, skeleton
 from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Template, question, template_named, written
@@ -79,12 +80,16 @@ class Engine:
         """
         config = self.model.config
         codes_BND = codes.astype(np.int64).reshape(-1, config.positions, config.depth)
-        form, stop = _template(template, "understanding"), self.tokenizer.id_of(TURN_END)
+        form = _template(template, "understanding")
         prompts = [
             self._asked(form, question_text).with_codes("", "understanding", codes_ND)
             for question_text, codes_ND in zip(questions, codes_BND, strict=True)
         ]
-        answers: list[str] = [""] * len(prompts)
+        return self.answer_documents(prompts, max_new_tokens)
+
+    def answer_documents(self, prompts: Sequence[Document], max_new_tokens: int) -> list[str]:
+        """The likeliest continuation of each document up to the end of the turn."""
+        answers, stop = [""] * len(prompts), self.tokenizer.id_of(TURN_END)
         # prompts of one length side by side: padding costs time, not correctness
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
         for numbers in self._batches(order):

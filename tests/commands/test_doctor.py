@@ -85,7 +85,7 @@ def test_write_speed(here, monkeypatch, tmp_path):
     assert examine("write speed", here)[0] == "ok"
     monkeypatch.setattr(doctor, "SLOW_MB_PER_SECOND", 50)
     monkeypatch.setattr(os, "fsync", lambda _: time.sleep(1.5))
-    assert examine("write speed", here) == ("warning", examine("write speed", here)[1])
+    assert examine("write speed", here)[0] == "warning"
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", raising(OSError(errno.EROFS, "Read-only file system")))
     assert examine("write speed", here) == ("failed", "OSError: [Errno 30] Read-only file system")
     assert list(tmp_path.iterdir()) == [], "nothing is left"
@@ -122,6 +122,16 @@ def test_a_kernel_that_gives_wrong_numbers(here, monkeypatch, wrong):
     assert verdict == "failed", text
 
 
+def test_flash_attention(here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert examine("flash attention", here) == ("not run", "no GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: object())
+    assert examine("flash attention", here)[0] == "ok"
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    assert examine("flash attention", here)[0] == "warning"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_is_wrong_in_one_number_type(here, monkeypatch, dtype):
     monkeypatch.setattr(masks, "one_by_one", lambda q, *rest: RIGHT(q, *rest) * (1.2 if q.dtype == dtype else 1))
@@ -143,6 +153,7 @@ def test_a_bfloat16_step_that_gives_nan(here, monkeypatch):
 
 def test_captured_generation(here, monkeypatch):
     """The model stays on the CPU, and generation is one that a GPU might do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert examine("captured generation", here) == ("not run", "no GPU")
     model, flips = doctor._model(), 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

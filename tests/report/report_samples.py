@@ -198,6 +198,23 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
     (folder / "history.csv").write_text("\n".join(lines) + "\n")
     codes = np.arange(len(this.sample_prompts) * 4 * DEPTH).reshape(-1, 4, DEPTH) % 16
     np.savez(folder / "samples.npz", codes=codes)
+    if "joint" in this.tracks:  # the only stage that holds rows out
+        numbers = {"part": "world-caption-caption", "answers": 2, "exact_match": 0.5, "token_f1": 0.625}
+        errors = {"exact_match_standard_error": 0.35, "token_f1_standard_error": 0.125}
+        answers = [
+            {"part": "world-caption-caption", "key": f"row-{number}", "expected": "a dot", "answer": given}
+            | {"exact_match": float(number), "token_f1": float(number)}
+            for number, given in enumerate([NASTY, "a dot"])
+        ]
+        prompts = [{"part": "world-caption-generate", "prompt": prompt} for prompt in ("a held-out star", NASTY)]
+        write_json(folder / "held_out.json", {"scores": [numbers | errors], "answers": answers, "prompts": prompts})
+        held = np.arange(2 * 4 * DEPTH).reshape(2, 4, DEPTH) % 16
+        np.savez(folder / "held_out.npz", codes=held, drawn=15 - held)
+        lines = ["finished_steps,track,part,dataset,task,documents,text_loss,image_loss"]
+        for step in (0, 3):
+            lines += [f"{step},joint,world-caption-generate,world,generation,2,,{3 - step / 10}"]
+            lines += [f"{step},joint,world-caption-caption,world,understanding,2,{2 - step / 10},"]
+        (folder / "validation.csv").write_text("\n".join(lines) + "\n")
     write_json(where.run(key) / "finished.json", {"seconds": 90.0, "code": "x", "fingerprint": "y"})
 
 

@@ -71,6 +71,17 @@ def test_it_says_what_was_run_and_what_came_out(whole):
     assert "not a git checkout" in text
 
 
+def test_it_shows_what_held_out_rows_gave(whole):
+    text = words(whole[0])
+    assert "world-caption-caption 2 0.500 ± 0.350 0.625 ± 0.125" in text
+    assert f"row-0 world-caption-caption a dot ✗ {NASTY}" in text
+    assert "a held-out star" in text
+    titles = {image["alt"] for image in Page(whole[0]).images}
+    assert "Text loss, held out over 3 steps. joint: world-caption-caption: 2 to 1.7" in titles
+    assert "a held-out star, held out" in titles
+    assert "a held-out star, drawn" in titles
+
+
 def test_it_shows_the_data_with_drops_and_quarantine(whole):
     text = words(whole[0])
     assert "empty: 1, min_side: 1, undecodable: 1" in text
@@ -124,7 +135,7 @@ def test_it_needs_no_network_and_no_other_file(whole):
         svg = base64.b64decode(drawing).decode()
         assert not re.search(r"(href|src)=\"(?!#)", svg)
         assert "currentColor" in svg
-    assert len(drawings) == 12
+    assert len(drawings) == 14
     assert len(whole[0]) < 1_000_000
 
 

@@ -93,7 +93,7 @@ def test_another_version_of_the_code_never_continues_old_weights(root, monkeypat
     (stage_job.run_folder / "latest").write_text("step-1")
     stage._make_room(stage_job, first, lambda line: None)
     assert (stage_job.run_folder / "latest").exists()
-    monkeypatch.setattr(stage, version, 2)
+    monkeypatch.setattr(stage, version, getattr(stage, version) + 1)
     assert stage_job.fingerprint() != first
     stage._make_room(stage_job, stage_job.fingerprint(), lambda line: None)
     assert not (stage_job.run_folder / "latest").exists()

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt
 
 from unifork.config.base import Fraction01, StrictModel, load
 from unifork.errors import ConfigError, unknown
+from unifork.randomness import uniform
 from unifork.vocabulary import Task, View
 
 
@@ -89,9 +90,15 @@ class Card(StrictModel):
     """Above them download and filter print a warning, which the report shows too."""
     shrink: Shrink | None = None
     """None: images are kept as received."""
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the rows that nothing is trained on, chosen by hash of the key; stages are validated on them."""
     reader: str | None = None
     """Reads what an image shows, to say how much of it survives the codes: a name of
     `unifork.image_tokenizer.readers.READERS` or MODULE:OBJECT; None where images cannot be read exactly."""
+
+    def holds_out(self, key: str) -> bool:
+        """Whether a row is held out: the same in every experiment, and a larger share adds rows."""
+        return uniform("held out", key) < self.held_out
 
     def __hash__(self) -> int:
         return hash(self.name)  # options are dicts; equal cards have equal names

@@ -281,6 +281,19 @@ class LossBand(StrictModel):
     """Multiple of a uniform prediction above which any step's loss stops the run."""
 
 
+class Validation(StrictModel):
+    """What a stage measures on the rows that the cards of its data sets hold out; without such rows nothing."""
+
+    every: PositiveInt = 500
+    """Steps (over all tracks) between validations; the first and the last state are always looked at."""
+    documents: PositiveInt = 128
+    """Held-out documents of each part of a mixture whose losses are taken, at most; evenly spaced in file order."""
+    answers: NonNegativeInt = 64
+    """Of those, how many are also answered at the end, for exact match and token F1."""
+    prompts: NonNegativeInt = 10
+    """Held-out prompts of the stage that are drawn at its end."""
+
+
 class Stage(StrictModel):
     """One training run: its tracks and how they take turns."""
 
@@ -296,6 +309,8 @@ class Stage(StrictModel):
     """A checkpoint is also made when the last one is that many minutes old; None: by steps alone."""
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept on disk; the newest always is. With 1 there is none to fall back to where it is damaged."""
+    validation: Validation = Validation()
+    """What is measured on held-out rows."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts whose images show the progress of generation after the stage."""
     sampling: Sampling = Sampling()

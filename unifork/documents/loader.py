@@ -1,7 +1,8 @@
-"""A track's step -> the packed microbatches of one worker.
+"""Documents of a mixture -> the packed microbatches of one worker.
 
 Everything about a step follows from (seed, track, step): which documents, which prompts are
 dropped, how they are packed and who gets which rows. A worker reads only the codes it needs.
+Held-out documents are packed by the same code.
 """
 
 from collections import Counter
@@ -37,42 +38,32 @@ class StepPlan:
     fill: float
 
 
-class TrackLoader:
-    """The documents of one track, for one worker of many."""
+class PackedDocuments:
+    """Any documents of the parts of a mixture, packed for a number of workers."""
 
     def __init__(
         self,
-        name: str,
         track: Track,
         layout: Layout,
         tokenizer: TextTokenizer,
         identity: CodesIdentity,
         *,
-        seed: int,
         context: int,
         row_tokens: int,
         rows_per_microbatch: int,
+        held_out: bool = False,
     ) -> None:
-        self.name, self.track, self.seed, self.identity = name, track, seed, identity
+        """held_out: of the documents that nothing is trained on; parts may then be empty."""
+        self.track, self.identity = track, identity
         self.row_tokens, self.rows_per_microbatch = row_tokens, rows_per_microbatch
-        self.parts = [MixturePart(entry, layout, tokenizer, identity, context) for entry in track.mixture]
-        self.order = MixtureOrder(
-            [entry.weight for entry in track.mixture],
-            [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)],
-            track.batch_documents,
-        )
+        self.parts = [
+            MixturePart(entry, layout, tokenizer, identity, context, held_out=held_out) for entry in track.mixture
+        ]
         self.unconditional: Skeleton = unconditional(tokenizer, identity.positions)
         self.supervised_positions = track.supervised_positions or identity.positions
-        if self.supervised_positions > identity.positions:
-            raise ConfigError(
-                f"track {name}: supervised_positions is {self.supervised_positions}; "
-                f"an image has {identity.positions} positions"
-            )
 
-    def plan(self, step: int, workers: int) -> StepPlan:
-        """Everything about a step but the codes."""
-        slots = self.order.documents(step)
-        dropped = [self._drops(slot, step, number) for number, slot in enumerate(slots)]
+    def pack(self, slots: list[Slot], dropped: list[bool], workers: int) -> StepPlan:
+        """How some documents are packed, those with a dropped prompt without it: everything but the codes."""
         parts = [self.parts[slot.part] for slot in slots]
         lengths = [
             len(self.unconditional.kinds_T) if drop else part.length(slot.document)
@@ -94,6 +85,59 @@ class TrackLoader:
             fill=packing.fill,
         )
 
+    def batches(self, plan: StepPlan, worker: int) -> Iterator[Batch]:
+        """The microbatches of one worker, in order."""
+        for rows in plan.microbatches[worker]:
+            documents = [[self.document(plan, number) for number in row] for row in rows]
+            yield pack(documents, plan.row_tokens, self.identity.depth)
+
+    def document(self, plan: StepPlan, number: int) -> Document:
+        """One document of a step, its prompt dropped or not as the plan says."""
+        slot = plan.slots[number]
+        part = self.parts[slot.part]
+        if not plan.dropped[number]:
+            return part.document(slot.document, self.supervised_positions)
+        key, codes_ND = part.key(slot.document), part.codes(slot.document)
+        return self.unconditional.with_codes(key, part.task, codes_ND, self.supervised_positions)
+
+
+class TrackLoader(PackedDocuments):
+    """The documents of one track in their order, for one worker of many."""
+
+    def __init__(
+        self,
+        name: str,
+        track: Track,
+        layout: Layout,
+        tokenizer: TextTokenizer,
+        identity: CodesIdentity,
+        *,
+        seed: int,
+        context: int,
+        row_tokens: int,
+        rows_per_microbatch: int,
+    ) -> None:
+        super().__init__(
+            track, layout, tokenizer, identity,
+            context=context, row_tokens=row_tokens, rows_per_microbatch=rows_per_microbatch,
+        )  # fmt: skip
+        self.name, self.seed = name, seed
+        self.order = MixtureOrder(
+            [entry.weight for entry in track.mixture],
+            [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)],
+            track.batch_documents,
+        )
+        if self.supervised_positions > identity.positions:
+            raise ConfigError(
+                f"track {name}: supervised_positions is {self.supervised_positions}; "
+                f"an image has {identity.positions} positions"
+            )
+
+    def plan(self, step: int, workers: int) -> StepPlan:
+        """Everything about a step but the codes."""
+        slots = self.order.documents(step)
+        return self.pack(slots, [self._drops(slot, step, number) for number, slot in enumerate(slots)], workers)
+
     @property
     def quarantined(self) -> Counter[str]:
         """Rows of all parts that are not trained on, as `data set: reason`."""
@@ -109,21 +153,6 @@ class TrackLoader:
             name = f"documents_{part.task}_{part.entry.dataset}"
             counts[name] = counts.get(name, 0) + served
         return counts
-
-    def batches(self, plan: StepPlan, worker: int) -> Iterator[Batch]:
-        """The microbatches of one worker, in order."""
-        for rows in plan.microbatches[worker]:
-            documents = [[self.document(plan, number) for number in row] for row in rows]
-            yield pack(documents, plan.row_tokens, self.identity.depth)
-
-    def document(self, plan: StepPlan, number: int) -> Document:
-        """One document of a step, its prompt dropped or not as the plan says."""
-        slot = plan.slots[number]
-        part = self.parts[slot.part]
-        if not plan.dropped[number]:
-            return part.document(slot.document, self.supervised_positions)
-        key, codes_ND = part.key(slot.document), part.codes(slot.document)
-        return self.unconditional.with_codes(key, part.task, codes_ND, self.supervised_positions)
 
     def _drops(self, slot: Slot, step: int, number: int) -> bool:
         part = self.parts[slot.part]

@@ -40,7 +40,7 @@ from unifork.shards.manifest import (
 from unifork.shards.schema import NO_IMAGE, codes_array, codes_meta
 from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION, Task
 
-DOCUMENTS_VERSION = 1
+DOCUMENTS_VERSION = 2
 """Raise when the same row would become another document, or prepared shards would look otherwise."""
 GROUPS_AT_HAND, DOCUMENTS_AT_HAND = 128, 4096
 """Shards that stay mapped and row groups whose codes stay in memory (neighbors of the order lie in 64), and documents
@@ -113,6 +113,7 @@ class Documents(NamedTuple):
     image_at_R: np.ndarray
     tokens_R: np.ndarray
     supervised_R: np.ndarray
+    held_out_R: np.ndarray
     row_group_R: np.ndarray
     row_R: np.ndarray
 
@@ -121,21 +122,31 @@ class Documents(NamedTuple):
         """Those of a file with at least one row."""
         table = mapped_table(path)
         column = {name: table[name].chunk(0) for name in table.column_names}
-        texts, numbers = column["text_ids"], ("image_at", "tokens", "supervised", "row_group", "row")
+        texts, numbers = column["text_ids"], ("image_at", "tokens", "supervised", "held_out", "row_group", "row")
         views = [texts.values, column["loss_mask"].values, texts.offsets, *map(column.get, numbers)]
         text_ids_S, loss_mask_S, *others = (view.to_numpy() for view in views)
         codes = codes_meta(table.schema, str(path))
         return cls(column["key"], codes, text_ids_S, loss_mask_S.view(bool), *others)
 
+    def usable(self, context: int, held_out: bool, rows: slice = slice(None)) -> np.ndarray:
+        """Mask over some rows: documents that a context can hold, of those to train on or of those held out."""
+        mask: np.ndarray = (self.tokens_R[rows] <= context) & (self.held_out_R[rows] == held_out)
+        return mask
+
 
 class MixturePart:
-    """One part of a mixture: its documents 0 to len-1 that a context can hold, in file order."""
+    """One part of a mixture: its documents 0 to len-1 that a context can hold, in file order.
+
+    Those that are held out are a part of their own, which may be empty.
+    """
 
     def __init__(
-        self, entry: MixtureEntry, layout: Layout, tokenizer: TextTokenizer, identity: CodesIdentity, context: int
-    ) -> None:
+        self, entry: MixtureEntry, layout: Layout, tokenizer: TextTokenizer, identity: CodesIdentity, context: int,
+        *, held_out: bool = False,
+    ) -> None:  # fmt: skip
         """Raises ConfigError, DataError, IdentityError, all before a document is read."""
         self.entry, self.task, self.identity, self.context = entry, entry.task, identity, context
+        self.held_out = held_out
         template = template_for(entry, f"mixture entry of {entry.dataset}")
         codes, self.folder = layout.codes / entry.dataset / VIEW_OF_TASK[entry.task], layout.prepared / entry.prepared
         if not (self.folder / MANIFEST).exists():
@@ -161,21 +172,23 @@ class MixturePart:
 
     def _open(self, manifest: Manifest) -> None:
         """Count what the context can hold, a shard at a time."""
-        groups = [np.zeros((0, 4), np.int64)]
+        groups, too_long = [np.zeros((0, 4), np.int64)], 0
         for number, shard in enumerate(self.shards):
             if shard.rows:
                 documents = self._documents(number)
                 self._check_identity(documents.codes, str(self.folder / shard.path))
                 first_G = np.flatnonzero(np.diff(documents.row_group_R, prepend=-1))
-                usable_G = np.add.reduceat(documents.tokens_R <= self.context, first_G, dtype=np.int64)
+                usable_R = documents.usable(self.context, self.held_out)
+                usable_G = np.add.reduceat(usable_R, first_G, dtype=np.int64)
+                too_long += int((documents.tokens_R > self.context).sum())
                 stop_G = np.append(first_G[1:], shard.rows)
                 groups.append(np.stack([np.full(len(first_G), number), first_G, stop_G, usable_G], 1)[usable_G > 0])
         shard_G, first_G, stop_G, self.group_sizes = np.concatenate(groups).T
         self._groups_G3, self._ends_G = np.stack([shard_G, first_G, stop_G], 1), np.cumsum(self.group_sizes)
-        too_long = {f"longer than the context of {self.context} tokens": manifest.rows - len(self)}
-        self.quarantined = Counter({reason: n for reason, n in {**manifest.dropped, **too_long}.items() if n})
-        """Rows that are not trained on, by reason."""
-        if not len(self):
+        lost = {**manifest.dropped, f"longer than the context of {self.context} tokens": too_long}
+        self.quarantined = Counter({reason: n for reason, n in lost.items() if n})
+        """Rows of which no document is used, by reason."""
+        if not len(self) and not self.held_out:
             few = dict(self.quarantined.most_common(3))
             raise DataError(f"{self.folder}: none of its rows can be used with this context: {few}")
 
@@ -230,7 +243,7 @@ class MixturePart:
         """The shard of a row group, and the rows of those of its documents that the context can hold."""
         shard, first, stop = self._groups_G3[group].tolist()
         documents = self._documents(shard)
-        return documents, first + np.flatnonzero(documents.tokens_R[first:stop] <= self.context)
+        return documents, first + np.flatnonzero(documents.usable(self.context, self.held_out, slice(first, stop)))
 
     def _map(self, shard: int) -> Documents:
         return Documents.mapped(self.folder / self.shards[shard].path)

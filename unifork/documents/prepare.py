@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from unifork.batch import BEGIN_IMAGE, TEXT
-from unifork.config import PreparedSet
+from unifork.config import Card, PreparedSet
 from unifork.documents.mixture import made_with, skeleton
 from unifork.documents.prompts import Template, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -27,24 +27,25 @@ from unifork.shards.task import ShardResult, ShardTask
 class Prepare:
     """Shard of codes -> shard of documents: a text column, written with a template and tokenized."""
 
-    def __init__(self, text: str, template: Template, tokenizer: Path) -> None:
-        self.text, self.template, self.tokenizer = text, template, TextTokenizer(tokenizer)
+    def __init__(self, card: Card, text: str, template: Template, tokenizer: Path) -> None:
+        self.card, self.text, self.template, self.tokenizer = card, text, template, TextTokenizer(tokenizer)
 
     def __call__(self, task: ShardTask) -> ShardResult:
         assert task.shard is not None, f"{task.output}: a task that is made from no shard"
         folder = Path(task.folder)
-        file, place = pq.ParquetFile(checked(folder, task.shard)), str(folder / task.shard.path)
+        file, source = pq.ParquetFile(checked(folder, task.shard)), str(folder / task.shard.path)
         schema = file.schema_arrow
         if self.text not in schema.names:
-            raise unknown("text column", self.text, set(schema.names) - {"key", "codes"}, place)
-        image_tokens = codes_meta(schema, place)["shape"][0] + 2
+            raise unknown("text column", self.text, set(schema.names) - {"key", "codes"}, source)
+        image_tokens = codes_meta(schema, source)["shape"][0] + 2
         documents, rejected = [], []
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, columns=["key", self.text]).to_pylist()
             for number, (row, images) in enumerate(zip(rows, _images(file, group), strict=True)):
-                place_of_codes = {"key": row["key"], "row_group": group, "row": number}
+                place = {"key": row["key"], "row_group": group, "row": number}
                 try:
-                    documents.append({**place_of_codes, **self._document(row[self.text], images, image_tokens)})
+                    document = self._document(row[self.text], images, image_tokens)
+                    documents.append({**place, **document, "held_out": int(self.card.holds_out(row["key"]))})
                 except Unusable as problem:
                     rejected.append({"key": row["key"], "reason": problem.reason, "detail": str(problem)})
                 except UniForkError:
@@ -85,12 +86,13 @@ def _images(file: pq.ParquetFile, group: int) -> list[int]:
     return [int(valid) for valid in present_R.to_pylist()]
 
 
-def prepare_job(chosen: PreparedSet, codes: Path, folder: Path, tokenizer: Path) -> ShardJob:
+def prepare_job(card: Card, chosen: PreparedSet, codes: Path, folder: Path, tokenizer: Path) -> ShardJob:
     """The plan of preparing one text column of a data set for one template: one task for each shard of codes.
 
     The manifest says of which codes and with what the documents were made; training compares it.
     """
     inputs = made_with(chosen.text, template_named(chosen.template, str(folder)), TextTokenizer(tokenizer))
+    inputs["held_out"] = card.held_out
     lineage = {**inputs, "codes": manifest_sha256(codes)}
     tasks = [ShardTask.from_shard(shard) for shard in present(codes).shards]
     columns, name = columns_of(documents_schema()), "part-{index:05d}" + ARROW

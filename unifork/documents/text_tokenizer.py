@@ -208,8 +208,10 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path)
 
 
 def texts_of(rows: KeptRows, card: Card) -> Iterator[str]:
-    """Every text of a set's kept rows, dialogues turn by turn."""
-    for table in rows.tables(text_columns(card)):
+    """Every text of a set's kept rows that are not held out, dialogues turn by turn."""
+    for table in rows.tables(["key", *text_columns(card)]):
         for row in table.to_pylist():
+            if card.holds_out(row.pop("key")):
+                continue
             for value in row.values():
                 yield from [value] if isinstance(value, str) else (turn["text"] for turn in value or [])

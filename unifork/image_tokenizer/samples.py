@@ -22,22 +22,27 @@ def sample_sets(datasets: Iterable[str], layout: Layout, size: int, seed: int, m
     views: dict[str, np.ndarray] = {}
     for name in datasets:
         card, rows = load_card(name, layout.cards), KeptRows(layout, name)
-        views |= {f"{name}/{view}": seen for view, seen in sample_views(rows, card, size, seed, most).items()}
+        views |= {f"{name}/{view}": images for view, images in sample_views(rows, card, size, seed, most).items()}
     return without_repeats(views)  # square images look the same in both views
 
 
 def sample_views(rows: KeptRows, card: Card, size: int, seed: int, most: int = MAX_IMAGES) -> dict[View, np.ndarray]:
-    """The views of a set's images in a seeded order, each uint8 (n, S, S, 3), n at most `most`; decoded once."""
+    """The views of a set's images in a seeded order, none held out, each uint8 (n, S, S, 3), n at most `most`.
+
+    An image is decoded once for all of them.
+    """
     chosen = set(keyed(seed, card.name).permutation(rows.manifest.rows)[:most].tolist())
-    seen: dict[View, list[np.ndarray]] = {use.view: [] for use in card.tasks.values()}
+    views: dict[View, list[np.ndarray]] = {use.view: [] for use in card.tasks.values()}
     first = 0
     for number, shard in enumerate(rows.shards):
         wanted = [row for row in range(shard.rows) if first + row in chosen]
-        column = rows.table(number, ["image"]).column("image") if wanted else []
+        columns = rows.table(number, ["key", "image"]) if wanted else {}
         for row in wanted:
-            image = open_image(column[row].as_py())
-            for view, images in seen.items():
+            if card.holds_out(columns["key"][row].as_py()):
+                continue
+            image = open_image(columns["image"][row].as_py())
+            for view, images in views.items():
                 images.append(np.asarray(VIEWS[view](image, size, card.matte), np.uint8))
         first += shard.rows
-    order = keyed(seed, card.name, "order").permutation(len(chosen))
-    return {view: np.stack(images)[order] for view, images in seen.items()}
+    orders = {view: keyed(seed, card.name, "order").permutation(len(images)) for view, images in views.items()}
+    return {view: np.stack([images[place] for place in orders[view]]) for view, images in views.items()}

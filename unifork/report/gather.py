@@ -7,6 +7,7 @@ variant. A stage that has not run leaves None or nothing; a damaged file raises 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from unifork.config import Experiment, load_card
@@ -16,8 +17,8 @@ from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
 from unifork.report.codec import LoadCodec
-from unifork.report.images import answered_samples, data_images, drawn_samples, shown_images, views_of
-from unifork.report.plots import score_plot, training_plots
+from unifork.report.images import ANSWERED, answered_samples, data_images, drawn_samples, shown_images, views_of
+from unifork.report.plots import score_plot, training_plots, validation_plots
 from unifork.report.reading import Found, read_codes, read_history, read_json, read_records, read_scores
 from unifork.shards.manifest import MANIFEST, elsewhere, read_manifest
 from unifork.shards.quarantine import warnings_of
@@ -99,8 +100,33 @@ def stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCode
         "seconds": finished["seconds"] if finished else None,
         "plots": training_plots(history_of(key, layout)),
         "drawn": dict(zip(prompts, drawn, strict=False)),
+        "held_out": held_out(folder, load_codec) if summary else None,
         "parts": parts_of(summary["tensors"]) if summary else {},
     }
+
+
+def held_out(model: Path, load_codec: LoadCodec) -> dict[str, Any] | None:
+    """What a stage lost on held-out rows, and what its model made of them; None where nothing was held out."""
+    folder = model / "training"
+    found = read_json(folder / "held_out.json")
+    if found is None:
+        return None
+    prompts, strips = found["prompts"], []
+    for name, title in (("codes", "held out"), ("drawn", "drawn")):
+        codes = read_codes(folder / "held_out.npz", len(prompts), name) if prompts else None
+        if codes is not None:
+            strips.append((title, shown_images(load_codec(model / MODEL_IMAGE_TOKENIZER).decode(codes))))
+    return {
+        "plots": validation_plots(read_history(folder / "validation.csv")),
+        "scores": found["scores"],
+        "answers": [row for part in found["scores"] for row in _of(part["part"], found["answers"])[:ANSWERED]],
+        "prompts": [row["prompt"] for row in prompts],
+        "strips": strips,
+    }
+
+
+def _of(part: str, rows: Sequence[Found]) -> list[Found]:
+    return [row for row in rows if row["part"] == part]
 
 
 def evaluation(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:

@@ -55,6 +55,13 @@ def training_plots(history: Sequence[Step]) -> list[Plot]:
     return [_over_steps(title, curves) for title, curves in wanted.items() if curves]
 
 
+def validation_plots(rows: Sequence[Step]) -> list[Plot]:
+    """Losses on held-out rows over the steps of a stage, a curve for each part of a mixture."""
+    wanted = {"Text loss, held out": "text_loss", "Image loss, held out": "image_loss"}
+    found = {title: _parts(rows, name) for title, name in wanted.items()}
+    return [_over_steps(title, curves, "steps done") for title, curves in found.items() if curves]
+
+
 def whole_line(stages: Sequence[tuple[str, Sequence[Step]]]) -> bytes:
     """Both losses over all stages of a variant, one after the other, as a PNG for `dvc plots`."""
     steps = [step for _, history in stages for step in history]
@@ -126,12 +133,21 @@ def _tracks(history: Sequence[Step], name: str) -> list[Curve]:
     return list(points.items())
 
 
-def _over_steps(title: str, curves: Sequence[Curve]) -> Plot:
+def _parts(rows: Sequence[Step], name: str) -> list[Curve]:
+    """One curve for each track and part that has the value, over the steps of all tracks."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if name in row:
+            points.setdefault(f"{row['track']}: {row['part']}", []).append((row["finished_steps"], row[name]))
+    return list(points.items())
+
+
+def _over_steps(title: str, curves: Sequence[Curve], steps: str = "step of the track") -> Plot:
     with matplotlib.rc_context(fname=LOOK):
         figure = Figure(figsize=(3.6, 2.3))
         axes = figure.add_axes((0.14, 0.19, 0.84, 0.74))  # a layout engine would draw everything twice
         _draw(axes, curves)
-        axes.set_xlabel("step of the track")
+        axes.set_xlabel(steps)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         ranges = "; ".join(f"{label}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in curves)

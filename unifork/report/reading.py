@@ -24,7 +24,7 @@ from unifork.evaluation.statistics import Score
 Content = TypeVar("Content")
 DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile)
 """What reading bytes raises that are not what they should be."""
-WORDS = ("track", "documents_hash")
+WORDS = ("track", "documents_hash", "part", "dataset", "task")
 """Columns of a history that hold no numbers."""
 
 
@@ -97,11 +97,11 @@ def read_history(path: Path) -> list[Found]:
     return read(path, steps) or []
 
 
-def read_codes(path: Path, images: int) -> np.ndarray | None:
+def read_codes(path: Path, images: int, name: str = "codes") -> np.ndarray | None:
     """The codes (images, N, D) of an `.npz` file. Raises DataError when there are more or fewer images."""
 
     def codes(data: bytes) -> np.ndarray:
-        found: np.ndarray = np.load(BytesIO(data))["codes"]
+        found: np.ndarray = np.load(BytesIO(data))[name]
         if found.ndim != 3 or len(found) != images or found.dtype.kind not in "iu":
             raise ValueError(f"{found.dtype} of shape {found.shape}; allowed are integers of shape ({images}, N, D)")
         return found

@@ -39,6 +39,7 @@ DOCUMENT_COLUMNS: dict[str, pa.DataType] = {
     "image_at": pa.int32(),  # text tokens before the image, or NO_IMAGE
     "tokens": pa.int32(),  # length of the document, its image included
     "supervised": pa.int32(),  # text tokens
+    "held_out": pa.uint8(),  # 1: nothing is trained on it
     "row_group": pa.int32(),  # of the shard of codes
     "row": pa.int32(),  # of the row group
 }

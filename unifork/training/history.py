@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,26 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from unifork.errors import writing
+from unifork.shards.manifest import write_atomically
 
-FILE = "history.jsonl"
+FILE, VALIDATION = "history.jsonl", "validation.jsonl"
 BOARD = "tensorboard"
 
 
 class History:
-    """The record of a run; one process writes it: `history.jsonl`, and the same numbers for TensorBoard.
+    """The record of a run; one process writes it: `history.jsonl`, `validation.jsonl`, and both for TensorBoard.
 
     Raises MachineError where the disk takes nothing more.
     """
 
     def __init__(self, folder: Path, finished: int) -> None:
         """finished: steps (of all tracks) that the file holds; without any it begins anew."""
-        self.path, self._done = folder / FILE, finished
+        self.path, self.validation, self._done = folder / FILE, folder / VALIDATION, finished
         board = folder / BOARD
         with writing(self.path):
             self._handle = open(self.path, "a" if finished else "w")  # noqa: SIM115 - lives as long as the run
+            kept = [row for row in read(folder, VALIDATION) if row["finished_steps"] < finished]  # the rest comes again
+            write_atomically(self.validation, lambda path: path.write_text("".join(map(_line, kept))))
             board.mkdir(exist_ok=True)
             self._board = EventsWriter(str(board / "events"), f".{os.getpid()}")
             # what an attempt before this one wrote after the checkpoint is hidden
@@ -49,10 +52,20 @@ class History:
         self._done += 1
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         with writing(self.path):
-            self._handle.write(json.dumps(row) + "\n")
+            self._handle.write(_line(row))
             self._handle.flush()
             for name, value in numbers.items():
                 self._write_event(step=self._done, summary=scalar(f"{row['track']}/{name}", value))
+
+    def add_validation(self, rows: Sequence[dict[str, Any]]) -> None:
+        """The losses of every part of the mixtures on its held-out documents."""
+        with writing(self.validation), open(self.validation, "a") as handle:
+            handle.write("".join(map(_line, rows)))
+            for row in rows:
+                numbers = {name: value for name, value in row.items() if "loss" in name and value is not None}
+                for name, value in numbers.items():
+                    tag = f"validation/{row['track']}/{row['part']}/{name}"
+                    self._write_event(step=row["finished_steps"], summary=scalar(tag, value))
 
     def sync(self) -> None:
         """Bring every step so far to the disk; a checkpoint must not know steps that the history does not."""
@@ -67,9 +80,13 @@ class History:
                 file.close()
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The steps recorded so far; a line that a kill cut short is left out."""
-    path = folder / FILE
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read(folder: Path, name: str = FILE) -> list[dict[str, Any]]:
+    """The steps (or validations) recorded so far; a line that a kill cut short is left out."""
+    path = folder / name
     if not path.exists():
         return []
     rows = []

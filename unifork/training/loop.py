@@ -19,12 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unifork.batch import Batch
 from unifork.config import Stage, Track
-from unifork.documents.loader import StepPlan, TrackLoader
+from unifork.documents.loader import PackedDocuments, StepPlan, TrackLoader
+from unifork.documents.order import Slot
 from unifork.models.layer_plan import BRANCHES
+from unifork.models.modeling import Losses
 from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
 from unifork.training.requests import Requests
 from unifork.training.strategies import Strategy, summed
+
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,15 +139,34 @@ class TrackRun:
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)
         sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64, device=run.device)
         for batch in self.loader.batches(plan, run.rank):
-            with torch.autocast(sums.device.type, torch.bfloat16, enabled=self.track.precision == "bfloat16"):
-                losses = wrapped(batch.to(run.device))
-            (losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale).backward()
-            sums += torch.cat([losses.text_loss_sum.reshape(1), losses.image_loss_sum_D]).detach().double()
+            losses = self._forward(wrapped, batch, run)
+            loss = losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums += _sums(losses)
         flags = [sums.new_full((1,), flag) for flag in run.requests.flags()]  # filled there: nothing is copied
         return summed(torch.cat([sums, *flags]))
 
+    @torch.no_grad()
+    def losses(self, wrapped: nn.Module, documents: PackedDocuments, slots: list[Slot], run: WorkerContext) -> Metrics:
+        """The losses of some documents, which nothing is learned from; every worker must call this."""
+        self.strategy.turn(self.name)
+        plan = documents.pack(slots, [False] * len(slots), run.workers)
+        sums = torch.zeros(1 + documents.identity.depth, dtype=torch.float64, device=run.device)
+        for batch in documents.batches(plan, run.rank):
+            sums += _sums(self._forward(wrapped, batch, run))
+        return {name: value for name, value in _losses(summed(sums).tolist(), plan).items() if name != "loss"}
 
-def _losses(sums: list[float], plan: StepPlan) -> dict[str, Any]:
+    def _forward(self, wrapped: nn.Module, batch: Batch, run: WorkerContext) -> Losses:
+        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=self.track.precision == "bfloat16"):
+            losses: Losses = wrapped(batch.to(run.device))
+        return losses
+
+
+def _sums(losses: Losses) -> Tensor:
+    return torch.cat([losses.text_loss_sum.reshape(1), losses.image_loss_sum_D]).detach().double()
+
+
+def _losses(sums: list[float], plan: StepPlan) -> Metrics:
     text = sums[0] / plan.text_targets if plan.text_targets else None
     depths = [loss_sum / plan.image_targets for loss_sum in sums[1:]] if plan.image_targets else []
     image = sum(depths) / len(depths) if depths else None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from unifork.config import Experiment, Stage, StrictModel, TrainResources, fingerprint
-from unifork.documents.loader import TrackLoader
+from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import MachineError, writing
@@ -31,20 +31,22 @@ from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
-from unifork.training.history import History, Log, Progress, Startup, read, write_csv
+from unifork.training.history import VALIDATION, History, Log, Progress, Startup, read, write_csv
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import freeze_all_but
 from unifork.training.recovery import settle
 from unifork.training.strategies import Strategy, barrier, strategy
+from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
-from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION
+from unifork.vocabulary import VOCABULARY_VERSION
 
 TRAIN_VERSION = 1
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
 TRAINING = "training"
 """Folder of a model that says how it was trained; a fresh one has none."""
 NOT_IN_THE_WEIGHTS = {
-    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "sample_prompts", "sampling", "loss_band",
+    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "validation", "sample_prompts", "sampling",
+    "loss_band",
 }  # fmt: skip
 """Fields of a stage that decide nothing about its weights."""
 
@@ -86,12 +88,10 @@ class StageJob(StrictModel):
 
     def fingerprint(self) -> str:
         """Of everything that decides the weights: versions, stage, start model, codes, text tokenizer."""
-        codes = self.layout.codes
         data = {
-            str(folder.relative_to(codes)): manifest_sha256(folder)
+            entry.prepared: manifest_sha256(self.layout.prepared / entry.prepared)
             for track in self.stage.tracks.values()
             for entry in track.mixture
-            for folder in [codes / entry.dataset / VIEW_OF_TASK[entry.task]]
         }
         return fingerprint(
             {
@@ -142,6 +142,14 @@ def _train(job: StageJob, run: WorkerContext) -> None:
         )
         for name, track in stage.tracks.items()
     }  # fmt: skip
+    held_out = {
+        name: PackedDocuments(
+            track, job.layout, tokenizer, identity, context=stage.context, row_tokens=job.resources.row_tokens,
+            rows_per_microbatch=job.resources.rows_per_microbatch, held_out=True,
+        )
+        for name, track in stage.tracks.items()
+    }  # fmt: skip
+    validation = Validation(stage, held_out)
     startup.mark("opening documents")
     trained = {parameter for name, track in stage.tracks.items() for parameter in trained_by(name, track, model)}
     freeze_all_but(model, trained)
@@ -156,11 +164,11 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     if lead:
         _announce(log, model, tracks, state, len(order))
     startup.mark("reading the checkpoint")
-    state = _steps(job, run, mark, model, wrapped, tracks, sharing, state, watch, log, startup)
+    state = _steps(job, run, mark, model, wrapped, tracks, sharing, state, watch, validation, log, startup)
     if lead:
         with writing(job.model_folder):
             try:
-                _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks)
+                _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks, validation, log)
             except SafetensorError as error:  # its own word for what a disk says
                 raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
         _report_seen(log, tracks, read(job.run_folder))
@@ -180,6 +188,7 @@ def _steps(
     sharing: Strategy,
     state: State,
     watch: Watch,
+    validation: Validation,
     log: Log,
     startup: Startup,
 ) -> State:
@@ -193,12 +202,21 @@ def _steps(
     interval = 60 * stage.checkpoint_minutes if stage.checkpoint_minutes and lead else math.inf
     run.requests.save_at = time.monotonic() + interval
     wrapped.train()
+
+    def validate() -> None:
+        if validation.due(state.total, len(order)):
+            rows = validation.losses(state.total, tracks, wrapped, run)
+            if history:
+                history.add_validation(rows)
+                log(f"held-out losses after step {state.total}: {summary_of(rows)}")
+
     with (
         run.requests.defer(),
         closing(history) if history else nullcontext(),
         checkpoint.Saver(job.run_folder, trained, mark, stage.keep_checkpoints, lead) as saver,
     ):
         for name, step in order[state.total :]:
+            validate()
             unread.append(tracks[name].step(model, wrapped, step, run))
             state = State({**state.steps, name: step + 1})
             looked_at = _read(unread, 1, watch, history, progress)  # what was asked for is read one step later
@@ -224,6 +242,8 @@ def _steps(
                 if lead:
                     log(f"stopped by a signal after step {state.total} of {len(order)}, which is saved")
                 break
+        else:
+            validate()
     return state
 
 
@@ -276,7 +296,9 @@ def _report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any
         log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
 
 
-def _export(job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[str, TrackRun]) -> None:
+def _export(
+    job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[str, TrackRun], validation: Validation, log: Log
+) -> None:
     """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
     temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -285,8 +307,19 @@ def _export(job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[st
     for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
         if (job.start / name).exists():
             shutil.copytree(job.start / name, temporary / name)
-    training = temporary / TRAINING
+    training, engine = temporary / TRAINING, Engine(model, tokenizer)
     write_csv(read(job.run_folder), training / "history.csv")
+    if validation.parts:
+        examined = validation.examine(engine)
+        for row in examined.scores:
+            log(
+                f"held out, {row['part']}: exact match {row['exact_match']:.3f}, token F1 {row['token_f1']:.3f} "
+                f"of {row['answers']} answers"
+            )
+        write_csv(read(job.run_folder, VALIDATION), training / "validation.csv")
+        words = {"scores": examined.scores, "answers": examined.answers, "prompts": examined.prompts}
+        write_json(training / "held_out.json", words)
+        np.savez(training / "held_out.npz", codes=examined.codes_BND, drawn=examined.drawn_BND)
     write_json(
         training / "summary.json",
         {
@@ -304,13 +337,13 @@ def _export(job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[st
         },
     )
     if job.stage.sample_prompts:
-        np.savez(training / "samples.npz", codes=_sample(model, tokenizer, job.stage))
+        np.savez(training / "samples.npz", codes=_sample(engine, job.stage))
     shutil.rmtree(job.model_folder, ignore_errors=True)
     temporary.rename(job.model_folder)
 
 
-def _sample(model: UniForkModel, tokenizer: TextTokenizer, stage: Stage) -> np.ndarray:
+def _sample(engine: Engine, stage: Stage) -> np.ndarray:
     """Codes (prompts, N, D) for the stage's prompts, written as the stage writes them."""
     entries = [entry for track in stage.tracks.values() for entry in track.mixture if entry.task == "generation"]
     template = entries[0].template if entries else "generate"
-    return Engine(model, tokenizer).generate_images(stage.sample_prompts, stage.sampling, template)
+    return engine.generate_images(stage.sample_prompts, stage.sampling, template)

@@ -1,0 +1,167 @@
+"""What a stage loses on held-out rows while it trains, and what its model makes of them at its end.
+
+In: the parts of the mixtures whose cards hold rows out. Out: one row of losses for each part and validation, by all
+workers; at the end, by one of them, answers beside what was expected and images beside those that were held out.
+Nothing here draws numbers that training reads, so weights do not depend on it.
+
+Shape suffixes: B images, N image positions, D code depth.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from unifork.batch import BEGIN_IMAGE, IMAGE, Document
+from unifork.config import Stage
+from unifork.documents.loader import PackedDocuments
+from unifork.documents.mixture import MixturePart
+from unifork.documents.order import Slot
+from unifork.documents.prompts import TEMPLATES
+from unifork.inference import Engine
+from unifork.shards.schema import IMAGE_MARK
+from unifork.training.loop import TrackRun, WorkerContext
+from unifork.vocabulary import TURN_START
+
+LONGER = 16
+"""Tokens that an answer may have beyond the longest expected one of its part."""
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+"""A word; where none are written apart, a character."""
+
+Row = dict[str, Any]
+
+
+class Examined(NamedTuple):
+    """What a finished model makes of held-out documents."""
+
+    scores: list[Row]
+    """Exact match and token F1 of each part, with standard errors."""
+    answers: list[Row]
+    prompts: list[Row]
+    """Those of the images, by part."""
+    codes_BND: np.ndarray
+    """The images that were held out."""
+    drawn_BND: np.ndarray
+    """The images that the model drew."""
+
+
+class Validation:
+    """The held-out documents of a stage, by track."""
+
+    def __init__(self, stage: Stage, documents: Mapping[str, PackedDocuments]) -> None:
+        self.stage, self.config, self.documents = stage, stage.validation, documents
+        held_out = [part for track in documents.values() for part in track.parts if len(part)]
+        self.parts = {part.entry.prepared: part for part in held_out}
+
+    def due(self, finished: int, total: int) -> bool:
+        """Whether losses are taken after a number of steps."""
+        return bool(self.parts) and (finished % self.config.every == 0 or finished == total)
+
+    def losses(
+        self, finished: int, tracks: Mapping[str, TrackRun], wrapped: nn.Module, run: WorkerContext
+    ) -> list[Row]:
+        """One row for each part of each track, after a number of steps. Every worker must call this."""
+        rows = []
+        for name, documents in self.documents.items():
+            for number, part in enumerate(documents.parts):
+                slots = [Slot(number, index) for index in spread(len(part), self.config.documents)]
+                if slots:
+                    place = {"finished_steps": finished, "track": name, **_named(part), "documents": len(slots)}
+                    rows.append({**place, **tracks[name].losses(wrapped, documents, slots, run)})
+        return rows
+
+    def examine(self, engine: Engine) -> Examined:
+        """What a finished model answers and draws."""
+        by_task: dict[str, list[MixturePart]] = {"understanding": [], "generation": []}
+        for part in self.parts.values():
+            by_task[part.task].append(part)
+        answers = {part: _answers(engine, part, self.config.answers) for part in by_task["understanding"]}
+        scores = [{**_named(part), **_scores(found)} for part, found in answers.items() if found]
+        share = math.ceil(self.config.prompts / max(len(by_task["generation"]), 1))
+        prompts: list[Row] = []
+        codes, drawn = [], []
+        for part in by_task["generation"]:
+            if not (indices := spread(len(part), share)):
+                continue
+            texts = [_caption(engine, part.entry.template, part.document(index)) for index in indices]
+            prompts += [{"part": part.entry.prepared, "prompt": text} for text in texts]
+            codes.append(np.stack([part.codes(index) for index in indices]))
+            drawn.append(engine.generate_images(texts, self.stage.sampling, part.entry.template))
+        rows = [row for found in answers.values() for row in found]
+        images = (np.concatenate(group)[: self.config.prompts] if group else np.zeros(0) for group in (codes, drawn))
+        return Examined(scores, rows, prompts[: self.config.prompts], *images)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` evenly spaced numbers below `length`."""
+    return sorted({i * length // count for i in range(count)}) if length else []
+
+
+def summary_of(rows: Sequence[Row]) -> str:
+    """Text and image losses of every part, as a line for people."""
+    losses = ((row["part"], row["text_loss"] if row["task"] == "understanding" else row["image_loss"]) for row in rows)
+    return ", ".join(f"{part} {loss:.3f}" for part, loss in losses)
+
+
+def _named(part: MixturePart) -> Row:
+    return {"part": part.entry.prepared, "dataset": part.entry.dataset, "task": part.task}
+
+
+def _answers(engine: Engine, part: MixturePart, count: int) -> list[Row]:
+    """The first supervised stretch of each document as it stands there, and as the model writes it."""
+    documents = [part.document(index) for index in spread(len(part), count)]
+    starts = [int(document.loss_mask_T.argmax()) for document in documents]
+    stretches = [_stretch(document, start) for document, start in zip(documents, starts, strict=True)]
+    longest = max(map(len, stretches), default=0) + LONGER
+    begun = [_until(document, start) for document, start in zip(documents, starts, strict=True)]
+    given = engine.answer_documents(begun, longest)
+    expected = [engine.tokenizer.decode(ids).strip() for ids in stretches]
+    return [
+        {"part": part.entry.prepared, "key": document.key, "expected": right, "answer": answer,
+         "exact_match": float(_words(answer) == _words(right)), "token_f1": token_f1(answer, right)}
+        for document, right, answer in zip(documents, expected, given, strict=True)
+    ]  # fmt: skip
+
+
+def _stretch(document: Document, start: int) -> list[int]:
+    """Ids of the supervised tokens from a place on, up to the next that is given."""
+    length = int(np.argmin([*document.loss_mask_T[start:], False]))
+    return [int(number) for number in document.text_ids_T[start : start + length]]
+
+
+def _until(document: Document, stop: int) -> Document:
+    """The beginning of a document, without its image where that comes later."""
+    kinds_T, codes_ND = document.kinds_T[:stop], document.codes_ND
+    codes_ND = codes_ND if (kinds_T == IMAGE).any() else codes_ND[:0]
+    return Document(document.key, document.task, kinds_T, document.text_ids_T[:stop], np.zeros(stop, bool), codes_ND)
+
+
+def _caption(engine: Engine, template: str, document: Document) -> str:
+    """The text that a generation document was written with."""
+    until_image = document.text_ids_T[: int((document.kinds_T == BEGIN_IMAGE).argmax())]
+    before, _, after = TEMPLATES[template].text.replace(TURN_START, "").replace(IMAGE_MARK, "").partition("{caption}")
+    return engine.tokenizer.decode(until_image.tolist()).removeprefix(before).removesuffix(after)
+
+
+def _scores(rows: Sequence[Row]) -> Row:
+    """Means over independent rows, with their standard errors."""
+    scores: Row = {"answers": len(rows)}
+    for name in ("exact_match", "token_f1"):
+        values = np.array([row[name] for row in rows])
+        scores |= {name: float(values.mean()), f"{name}_standard_error": float(values.std() / math.sqrt(len(values)))}
+    return scores
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def token_f1(answer: str, expected: str) -> float:
+    """F1 of the words of an answer, counted as often as they occur in both; as in SQuAD, but articles count."""
+    given, right = _words(answer), _words(expected)
+    common = (Counter(given) & Counter(right)).total()
+    return 2 * common / (len(given) + len(right)) if common else float(given == right)
