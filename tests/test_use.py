@@ -192,3 +192,63 @@ def test_an_unknown_key_is_told_with_the_known_ones(here, changes, message):
     own(changes)
     with pytest.raises(ConfigError, match=message):
         resolve("own")
+
+
+# --------------------------------------------------------------------------- stages that extend others
+
+MORE = {
+    "variants/unifork/stages": ["s1-captions", "s2-pretrain", "s2-more", "s3"],
+    "stages/s2-more/extend": "s2-pretrain",
+}
+
+
+def test_an_extending_stage_takes_what_it_does_not_say_but_does_not_warm_up(here):
+    rate = {"stages/s2-more/tracks/joint/optimizer/learning_rate": 0.0001}
+    use(own({**MORE, **rate, "stages/s2-more/tracks/joint/steps": 7, "stages/s2-pretrain/ema": {"decay": 0.99}}))
+    experiment = load(Experiment, "params.yaml")
+    first, more = experiment.stages["s2-pretrain"], experiment.stages["s2-more"]
+    joint, own_track = first.tracks["joint"], more.tracks["joint"]
+    assert joint.optimizer.warmup_steps == 50
+    changed = joint.optimizer.model_copy(update={"learning_rate": 0.0001, "warmup_steps": 0})
+    assert own_track == joint.model_copy(update={"steps": 7, "optimizer": changed})
+    assert more == first.model_copy(update={"extend": "s2-pretrain", "tracks": {"joint": own_track}})
+    assert experiment.steps_before("s2-more") == {"joint": 25}
+    assert experiment.runs["unifork-s2-more"].after == "models/unifork-s2-pretrain"
+    assert experiment.runs["unifork-s3"].after == "models/unifork-s2-more"
+
+
+def test_two_stages_may_extend_the_same(here):
+    stages = ["s1-captions", "s2-pretrain", "s2-more", "s2-again", "s3"]
+    again = {"variants/unifork/stages": stages, "stages/s2-again": {"extend": "s2-pretrain"}}
+    runs = resolve(own({**MORE, **again})).runs
+    assert runs["unifork-s2-again"].after == "models/unifork-s2-pretrain"
+    assert runs["unifork-s3"].after == "models/unifork-s2-again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"stages/s2-more/extend": "s2-pretain"},
+            r"stages\.s2-more\.extend: unknown stage .*Did you mean 's2-pretrain'",
+        ),
+        ({"stages/s2-pretrain/extend": "s2-more"}, r"extends itself by way of s2-pretrain -> s2-more -> s2-pretrain"),
+        (
+            {"variants/unifork/stages": ["s2-more", "s2-pretrain"]},
+            r"s2-more extends s2-pretrain, which must stand before",
+        ),
+        ({"stages/s2-more/seed": 3, "stages/s2-more/context": 100}, r"not as in s2-pretrain, .*: context, seed\."),
+        ({"stages/s2-more/tracks/joint/mixture": [CAPTION]}, r"which it extends: tracks\.joint\.mixture\. Order"),
+        ({"stages/s2-more/tracks/joint/trainable": ["image_head.*"]}, r"which it extends: tracks\.joint\.trainable\."),
+        ({"stages/s2-more/tracks/joint/batch_documents": 4}, r"which it extends: tracks\.joint\.batch_documents\."),
+        (
+            {"stages/s2-more/tracks/joint": None},
+            r"which it extends: tracks\.joint\.batch_documents, tracks\.joint\.mix",
+        ),
+        ({"stages/s2-pretrain/steps": 3}, r"stages\.s2-pretrain: unknown key 'steps'"),
+        ({"stages/s2-more/ema": {"decay": 1.0}}, r"stages\.s2-more\.ema\.decay: .*less than 1"),
+    ],
+)
+def test_a_stage_that_cannot_go_on_is_refused(here, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(own({**MORE, **changes}))

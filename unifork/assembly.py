@@ -12,11 +12,12 @@ from pathlib import Path
 
 from unifork.config import Variant
 from unifork.documents.text_tokenizer import TextTokenizer, import_text_tokenizer
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, IdentityError
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import create_model
+from unifork.weights import local_folder
 
 
 def create(variant: Variant, image_tokenizer: Path, text_tokenizer: Path, out: Path) -> UniForkModel:
@@ -30,6 +31,9 @@ def create(variant: Variant, image_tokenizer: Path, text_tokenizer: Path, out: P
     model = create_model(
         variant, codebook, shape.depth, shape.grid, images.encoder_id, text.vocab_size, text.special_tokens
     )
+    read_before = local_folder(variant.warm_start) / MODEL_TEXT_TOKENIZER if variant.warm_start else Path()
+    if variant.warm_start and read_before.is_dir() and TextTokenizer(read_before).identity != text.identity:
+        raise IdentityError(f"{text_tokenizer} is not {read_before}, which the model reads; import that one")
     with new_folder(out) as partial:
         model.save_pretrained(partial)
         shutil.copytree(image_tokenizer, partial / MODEL_IMAGE_TOKENIZER)

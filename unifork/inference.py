@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from unifork.batch import Document
 from unifork.config import Sampling, parse
 from unifork.documents.mixture import Skeleton, skeleton
-from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Template, question, template_named, written
+from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Exchange, Template, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError
 from unifork.layout import MODEL_TEXT_TOKENIZER
@@ -44,9 +45,10 @@ class Engine:
     """Images or questions processed together."""
 
     @classmethod
-    def load(cls, directory: Path) -> "Engine":
+    def load(cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "Engine":
         """A model directory with its text tokenizer. Raises CheckpointError or DataError."""
-        return cls(load_model(directory), TextTokenizer(directory / MODEL_TEXT_TOKENIZER))
+        model = load_model(directory, dtype).to(device)  # type: ignore[arg-type]
+        return cls(model, TextTokenizer(directory / MODEL_TEXT_TOKENIZER))
 
     def generate_images(
         self,
@@ -87,6 +89,17 @@ class Engine:
         ]
         return self.answer_documents(prompts, max_new_tokens)
 
+    def answer_turn(
+        self, codes: np.ndarray | None, before: Sequence[Exchange], question_text: str, max_new_tokens: int
+    ) -> str:
+        """The likeliest answer in a dialogue, about an image of codes (N, D) or about none. Raises ConfigError."""
+        shape = (self.model.config.positions, self.model.config.depth)
+        codes_ND = np.zeros((0, shape[1])) if codes is None else codes.reshape(shape)
+        form = _template("answer", "understanding")
+        doc = self._asked(form, question_text, before, image=codes is not None and not before)
+        document = doc.with_codes("", "understanding", codes_ND.astype(np.int64))
+        return self.answer_documents([document], max_new_tokens)[0]
+
     def answer_documents(self, prompts: Sequence[Document], max_new_tokens: int) -> list[str]:
         """The likeliest continuation of each document up to the end of the turn."""
         answers, stop = [""] * len(prompts), self.tokenizer.id_of(TURN_END)
@@ -106,9 +119,12 @@ class Engine:
             self._check_room(len(ids) + self.model.config.positions)
         return ids
 
-    def _asked(self, form: Template, question_text: str) -> Skeleton:
+    def _asked(
+        self, form: Template, question_text: str, before: Sequence[Exchange] = (), image: bool = True
+    ) -> Skeleton:
         with _naming("question", question_text):
-            doc = skeleton(question(form, question_text), self.tokenizer, self.model.config.positions)
+            pieces = question(form, question_text, before, image)
+            doc = skeleton(pieces, self.tokenizer, self.model.config.positions)
             self._check_room(len(doc.kinds_T))
         return doc
 

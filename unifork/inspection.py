@@ -62,7 +62,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
             seed=chosen.seed, context=chosen.context, row_tokens=resources.row_tokens,
             rows_per_microbatch=resources.rows_per_microbatch,
         )  # fmt: skip
-        plan = loader.plan(step, workers)
+        plan = loader.plan(params.steps_before(stage)[name] + step, workers)
         batch = next(loader.batches(plan, 0))
         loaded = {number: loader.document(plan, number) for row in plan.microbatches[0][0] for number in row}
         title = f"{variant}, stage {stage}, track {name}, step {step} of {track.steps}"

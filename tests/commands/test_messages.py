@@ -45,9 +45,11 @@ def run(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
 def test_an_image_that_cannot_be_read_is_named(model, tmp_path, capsys, monkeypatch, image):
     words, cut = tmp_path / "words.png", tmp_path / "cut.png"
     words.write_text("no image")
+    (tmp_path / "folder").mkdir()
     cut.write_bytes(image.read_bytes()[:60])
     expected = {
-        tmp_path: f"error: {tmp_path}: a folder, not an image\n",
+        tmp_path / "folder": f"error: {tmp_path / 'folder'}: no image files in this folder"
+        " (.bmp, .gif, .jpeg, .jpg, .png, .webp)\n",
         tmp_path / "none.png": f"error: {tmp_path / 'none.png'}: no such file\n",
         words: f"error: {words} cannot be read: no image of a known format: it begins with b'no image'\n",
     }

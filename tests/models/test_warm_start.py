@@ -1,6 +1,8 @@
 """Dense models as beginnings: every copy of every part is warm, and a branch learns while the other are frozen."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -13,10 +15,14 @@ from model_samples import (
     rows,
     understanding,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from unifork.config import OptimizerConfig, Sampling
-from unifork.errors import CheckpointError
+from unifork.assembly import create
+from unifork.config import Experiment, OptimizerConfig, Sampling, load
+from unifork.errors import CheckpointError, ConfigError, IdentityError
+from unifork.image_tokenizer.conversion import read_official
+from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.generation import generate_images
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.warm_start import warm_start, without_branch
@@ -133,3 +139,34 @@ def test_vila_u_unifork_learns_to_understand_and_generates_as_before(vila_u):
     with torch.no_grad():
         assert not torch.equal(model.hidden(lesson), read)
     assert all(torch.equal(found, want) for found, want in zip(everything_generated(model), wanted, strict=True))
+
+
+def test_a_variant_starts_from_a_model_directory_with_its_tokenizers(tiny_root, tmp_path):
+    variant, model = load(Experiment, tiny_root / "params.yaml").variants["unifork"], tiny_root / "models/unifork-init"
+    variant = variant.model_copy(update={"warm_start": str(model), "backbone": {}, "seed": 7})
+    images, texts = tmp_path / "image", model / "text_tokenizer"
+    read_official(model / "image_tokenizer", 48).save(images)
+    create(variant, images, texts, tmp_path / "out")
+    start, found = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert start.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in start.items())
+    with pytest.raises(CheckpointError, match="its image_size is 48, not 64"):
+        read_official(model / "image_tokenizer", 64)
+    other = ImageTokenizer.load(images)
+    other.quantizer.codebook[0, 0] += 1
+    other.save(tmp_path / "other")
+    for changes, names, message in [
+        ({"plan": "shared*2"}, (images, texts), "its layer_plan is shared task norm:task, the experiment's is shared"),
+        ({"head": variant.head.model_copy(update={"head_dim": 8})}, (images, texts), "its head_config is"),
+        ({}, (tmp_path / "other", texts), "its codebook_id is"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            create(variant.model_copy(update=changes), *names, tmp_path / "refused")
+    shutil.copytree(texts, tmp_path / "text")
+    path = tmp_path / "text/tokenizer.json"
+    plain = json.loads(path.read_text())
+    plain["model"]["merges"][-2:] = plain["model"]["merges"][:-3:-1]
+    path.write_text(json.dumps(plain))
+    with pytest.raises(IdentityError, match="which the model reads; import that one"):
+        create(variant, images, tmp_path / "text", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

@@ -21,8 +21,6 @@ VisionTower = Annotated[
 ]
 AllowPickle = Annotated[bool, typer.Option(help="read .bin and .pt files, which safetensors replace")]
 TokenizerDirectory = Annotated[Path, typer.Option(help="tokenizer directory, for example tokenizers/image")]
-MATTE = (255, 255, 255)
-"""Behind transparent pixels."""
 BATCH_IMAGES = 8
 
 
@@ -122,5 +120,6 @@ def check_files(images: Iterable[Path]) -> None:
 def code_encoder(directory: Path, view: str) -> "CodeEncoder":
     """The image tokenizer of a directory, as the commands use it."""
     from unifork.image_tokenizer.code_encoder import CodeEncoder
+    from unifork.image_tokenizer.views import MATTE
 
     return CodeEncoder(directory, view, MATTE, BATCH_IMAGES)

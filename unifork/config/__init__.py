@@ -26,15 +26,12 @@ from unifork.config.cluster import (
     load_cluster,
 )
 from unifork.config.experiment import (
+    Averaging,
     Benchmark,
     DatasetUse,
-    DecoderConfig,
-    EncoderConfig,
     Experiment,
     Followed,
     HeadConfig,
-    ImageTokenizerConfig,
-    ImportedTokenizer,
     LossBand,
     MixtureEntry,
     OptimizerConfig,
@@ -42,10 +39,16 @@ from unifork.config.experiment import (
     Sampling,
     Stage,
     StageRun,
-    TextTokenizerConfig,
-    TextTokenizerImport,
-    TokenizerTraining,
     Track,
     Variant,
     load_experiment,
+)
+from unifork.config.tokenizers import (
+    DecoderConfig,
+    EncoderConfig,
+    ImageTokenizerConfig,
+    ImportedTokenizer,
+    TextTokenizerConfig,
+    TextTokenizerImport,
+    TokenizerTraining,
 )

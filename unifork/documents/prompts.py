@@ -226,11 +226,18 @@ def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
     return [piece if supervisable else replace(piece, supervised=False) for part in parts for piece in part]
 
 
-def question(template: Template, user: str) -> list[Piece]:
-    """What a model is given to answer about an image: the sample up to the supervised part."""
-    form = template.opening + template.turn if template.turn else template.text
-    fields = {"system": SYSTEM, "user": _without_mark(user), "assistant": "", "caption": ""}
-    return list(takewhile(lambda piece: not piece.supervised, laid_out(form, fields)))
+def question(template: Template, user: str, before: Sequence[Exchange] = (), image: bool = True) -> list[Piece]:
+    """What a model is given to answer: the sample up to the supervised part.
+
+    before: the exchanges of the dialogue so far. image: whether this question has the image in front of it.
+    """
+    if template.text:
+        last = laid_out(template.text, {"caption": ""})
+    else:
+        last = _exchange(template, Exchange(_without_mark(user), "", image))
+    written = laid_out(template.opening, {"system": SYSTEM}) if template.turn else []
+    written += [piece for exchange in before for piece in _exchange(template, exchange)]
+    return written + list(takewhile(lambda piece: not piece.supervised, last))
 
 
 def _exchange(template: Template, exchange: Exchange) -> list[Piece]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, PreparedSet, StageRun, fingerprint, load_card, parse, read_yaml
+from unifork.config import Card, Experiment, PreparedSet, Stage, StageRun, fingerprint, load_card, parse, read_yaml
 from unifork.errors import ConfigError, unknown
 from unifork.experiments import checks
 from unifork.experiments.followed import followed
@@ -97,6 +97,8 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     """The experiment with all that is derived, and its cards; every name it uses is known."""
     path = folder / f"{name}.yaml"
     plain = {"name": name, **_inherited(name, folder, ())}
+    if isinstance(stages := plain.get("stages"), dict):
+        plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
     experiment = parse(Experiment, {**plain, "prepared": {}, "runs": {}, "evaluations": {}}, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     checks.check_names(experiment, loaded, str(path))
@@ -126,6 +128,22 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _extended(name: str, stages: dict[str, Any], place: str, heirs: tuple[str, ...]) -> Any:
+    """A stage with all that it takes from the one it extends, which has warmed up."""
+    over, heirs = stages[name], (*heirs, name)
+    if not isinstance(over, dict) or "extend" not in over:
+        return over
+    if (base := str(over["extend"])) not in stages:
+        raise unknown("stage", base, stages, f"{place}: stages.{name}.extend")
+    if base in heirs:
+        raise ConfigError(f"{place}: stages.{name}: extends itself by way of {' -> '.join((*heirs, base))}")
+    typed = parse(Stage, _extended(base, stages, place, heirs), place, f"stages.{base}")
+    plain = typed.model_dump(mode="json")
+    for track in plain["tracks"].values():
+        track["optimizer"]["warmup_steps"] = 0
+    return _merged(plain, over)
+
+
 def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
     datasets = {
         name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
@@ -136,6 +154,8 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
         for stage in variant.stages:
+            if extended := experiment.stages[stage].extend:
+                before = f"models/{name}-{extended}"
             entries = [entry for track in experiment.stages[stage].tracks.values() for entry in track.mixture]
             codes = _deepest("data/codes", (entry.dataset for entry in entries))
             documents = _deepest("data/prepared", (entry.prepared for entry in entries))

@@ -7,6 +7,7 @@ is still on the Hub.
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from unifork.config import (
     CLUSTER,
@@ -14,6 +15,7 @@ from unifork.config import (
     Cluster,
     Experiment,
     ImageTokenizerConfig,
+    Stage,
     TextTokenizerConfig,
     Track,
     Variant,
@@ -46,8 +48,11 @@ def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[s
         for dataset in datasets:
             yield "data set", dataset, experiment.datasets, f"{place}: {part}.datasets"
     for name, variant in experiment.variants.items():
-        for stage in variant.stages:
+        for number, stage in enumerate(variant.stages):
             yield "stage", stage, experiment.stages, f"{place}: variants.{name}.stages"
+            if extended := experiment.stages[stage].extend:
+                where = f"{place}: variants.{name}.stages: {stage} extends {extended}, which must stand before it"
+                yield "earlier stage", extended, variant.stages[:number], where
     for where, track in _tracks(experiment, place):
         for entry in track.mixture:
             yield "data set", entry.dataset, experiment.datasets, f"{where}.mixture"
@@ -66,6 +71,7 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
             READERS.find(card.reader, f"card {name}: reader")
     for name, benchmark in experiment.benchmarks.items():
         BENCHMARKS.find(benchmark.kind, f"{place}: benchmarks.{name}")
+    _check_extended(experiment, place)
     images = experiment.image_tokenizer
     positions = images.grid**2 if isinstance(images, ImageTokenizerConfig) else None
     for where, track in _tracks(experiment, place):
@@ -80,6 +86,23 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
         for group in images.training.shares:
             if group not in groups:
                 raise unknown("group of images", group, groups, f"{place}: image_tokenizer.training.shares")
+
+
+def _check_extended(experiment: Experiment, place: str) -> None:
+    """That a stage and the one it extends have the same order of documents, and moments of the same parameters."""
+    for name, stage in experiment.stages.items():
+        ours, theirs = map(_what_goes_on, (stage, experiment.stages[stage.extend or name]))
+        if differ := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+            raise ConfigError(
+                f"{place}: stages.{name}: not as in {stage.extend}, which it extends: {', '.join(differ)}. Order and "
+                "optimizer state go on only with the same; without `extend` a stage begins with new ones"
+            )
+
+
+def _what_goes_on(stage: Stage) -> dict[str, Any]:
+    keys = ("mixture", "batch_documents", "trainable")
+    tracks = {f"tracks.{name}.{key}": getattr(t, key) for name, t in stage.tracks.items() for key in keys}
+    return {"seed": stage.seed, "context": stage.context, **tracks}
 
 
 def check_models(experiment: Experiment, place: str) -> None:

@@ -120,12 +120,17 @@ def read_official(
 ) -> ImageTokenizer:
     """The tokenizer of an official folder, for images of `image_size` (the tower's own if None).
 
-    source: a `vision_tower` folder or a UniFork checkpoint. vision_tower: for the latter, the folder
-    with the tower's configuration, where the checkpoint's own `mm_vision_tower` names none. Raises
+    source: a `vision_tower` folder, a UniFork checkpoint, or a directory of `ImageTokenizer.save`. vision_tower:
+    for a checkpoint, the folder with the tower's configuration, where its own `mm_vision_tower` names none. Raises
     CheckpointError for anything missing, damaged, unknown or not fitting; then nothing is loaded.
     """
     files = ["*.json", "*.safetensors", *(f"*{suffix}" for suffix in PICKLED if allow_pickle)]
     folder = local_folder(source, files=files)
+    if "architecture" in read_json(folder / CONFIG_FILE):
+        own = ImageTokenizer.load(folder)
+        if image_size not in (None, own.architecture.image_size):
+            raise CheckpointError(f"{folder}: its image_size is {own.architecture.image_size}, not {image_size}")
+        return own
     tower, prefix = tower_of(folder, vision_tower)
     try:
         architecture = _architecture(tower, image_size)

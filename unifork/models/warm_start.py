@@ -21,7 +21,7 @@ from unifork.errors import ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
 from unifork.models.layer_plan import BRANCHES
-from unifork.models.modeling import UniForkModel
+from unifork.models.modeling import UniForkModel, load_model
 from unifork.weights import StoredWeights, check_fit, local_folder, read_json, shapes_of
 
 _NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
@@ -61,7 +61,8 @@ def model_config(
     if variant.warm_start is not None and not backbone:
         path = local_folder(variant.warm_start) / "config.json"
         plain = read_json(path)
-        backbone = backbone_of(plain, str(plain.get("model_type", "(missing)")), str(path))
+        kind = str(plain.get("model_type", "(missing)"))
+        backbone = plain["backbone"] if kind == UniForkConfig.model_type else backbone_of(plain, kind, str(path))
     named = backbone.get("vocab_size", vocab_size)
     if named < vocab_size:
         raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
@@ -90,17 +91,31 @@ def create_model(
 ) -> UniForkModel:
     """A new model of a variant around a frozen codebook.
 
-    Raises ConfigError or CheckpointError when the dense model of `warm_start` does not fit.
+    Raises ConfigError or CheckpointError when the model of `warm_start` does not fit.
     """
     identity = codebook_identity(codebook_KC, depth, grid)
     K, C = codebook_KC.shape
     config = model_config(variant, K, C, depth, grid, vocab_size, identity, encoder_id, special_tokens)
+    start = local_folder(variant.warm_start) if variant.warm_start is not None else None
+    if start and read_json(start / "config.json").get("model_type") == UniForkConfig.model_type:
+        return _same_model(start, config)
     with torch.random.fork_rng(devices=[]):
         model = UniForkModel(config)
     initialize(model, variant.seed)
-    if variant.warm_start is not None:
-        warm_start(model, local_folder(variant.warm_start))
+    if start:
+        warm_start(model, start)
     model.codebook.copy_(codebook_KC)
+    return model
+
+
+def _same_model(folder: Path, wanted: UniForkConfig) -> UniForkModel:
+    """The model of a directory. Raises ConfigError where it is not what a variant and its tokenizer ask for."""
+    model = load_model(folder)
+    for what in ("layer_plan", "head_config", "backbone_config", "codebook_id", "encoder_id"):
+        ours, theirs = (getattr(config, what) for config in (wanted, model.config))
+        ours, theirs = (ours(), theirs()) if callable(ours) else (ours, theirs)
+        if str(ours) != str(theirs):
+            raise ConfigError(f"warm_start {folder}: its {what} is {theirs}, the experiment's is {ours}")
     return model
 
 

@@ -1,8 +1,9 @@
 """Checkpoints are ours alone: `step-N` folders and a `latest` that is renamed into place.
 
-A checkpoint holds every tensor, trained or frozen, the optimizer state of every track by parameter
-name, the counters of every track, the fingerprint of what it belongs to, a list of its tensors, the
-history up to it, and a hash of every file. Which one training goes on from is decided in `recovery`.
+A checkpoint holds every tensor, trained or frozen, the averages of the trained ones where the stage has
+them, the optimizer state of every track by parameter name, the counters of every track, the fingerprint
+of what it belongs to, a list of its tensors, the history up to it, and a hash of every file. Which one
+training goes on from is decided in `recovery`.
 Every worker writes and reads its own shards (torch.distributed.checkpoint): no worker ever holds the
 whole of a sharded model, and training can go on with another number of workers or another strategy.
 """
@@ -33,7 +34,7 @@ from unifork.errors import CheckpointError, MachineError, writing
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.training.history import FILE
-from unifork.training.optimizer import Optimizers
+from unifork.training.optimizer import Average, Optimizers
 from unifork.training.strategies import Strategy
 from unifork.weights import check_fit, read_json
 
@@ -51,6 +52,13 @@ class State:
 
     steps: dict[str, int]
     """Finished steps of each track."""
+    extends: bool = False
+    """Whether the optimizers go on from another run."""
+
+    @property
+    def begun(self) -> list[str]:
+        """The tracks that have optimizer state."""
+        return [name for name, steps in self.steps.items() if steps or self.extends]
 
     @property
     def total(self) -> int:
@@ -98,11 +106,13 @@ class Saver:
         if kind is None:
             self.wait()
 
-    def save(self, model: nn.Module, strategy: Strategy, state: State) -> None:
+    def save(self, model: nn.Module, strategy: Strategy, state: State, average: Average | None = None) -> None:
         """Copy everything to the CPU and begin to write it. Raises what went wrong with the one before."""
         self.wait()
         tensors = {f"model/{name}": tensor.detach() for name, tensor in strategy.weights(all_tensors(model)).items()}
-        for track in (name for name, steps in state.steps.items() if steps):
+        if average:
+            tensors |= {f"ema/{name}": value for name, value in average.values.items()}
+        for track in state.begun:
             tensors |= {f"optimizer/{track}/{name}": moment for name, moment in strategy.moments(track).items()}
         copies = cast(dict[str, Tensor], self.stager.stage(tensors))
         history = self.folder / FILE
@@ -218,30 +228,41 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def start(
-    found: tuple[Path, dict[str, Any]] | None, model: nn.Module, optimizers: Optimizers, strategy: Strategy
-) -> State:
+    found: tuple[Path, dict[str, Any]] | None, model: nn.Module, optimizers: Optimizers, strategy: Strategy,
+    average: Average | None = None, extended: Path | None = None,
+) -> State:  # fmt: skip
     """Begin where a checkpoint ends, if there is one; it is loaded strictly, a worker reads what it needs.
 
-    Raises CheckpointError when names, shapes or dtypes differ, ConfigError as `Strategy.start`.
+    extended: the run folder that a run without a checkpoint goes on from. Raises CheckpointError when names, shapes or
+    dtypes differ, ConfigError as `Strategy.start` and `Average.start`.
     """
-    if found is None:
-        strategy.start(optimizers)
-        return State(dict.fromkeys(optimizers, 0))
-    path, plain = found
-    _read(path, "model", all_tensors(model))
+    begun = found or (latest(extended) if extended else None)
+    if begun:
+        _read(begun[0], "model", all_tensors(model))
     strategy.start(optimizers)
-    for track in (name for name in optimizers if plain["steps"][name]):
-        strategy.read_moments(track, partial(_read, path))
-    return State(dict(plain["steps"]))
+    if average:
+        average.start()
+    state = State(dict(found[1]["steps"]) if found else dict.fromkeys(optimizers, 0), extends=extended is not None)
+    if begun:
+        path, _ = begun
+        for track in state.begun:
+            strategy.read_moments(track, partial(_read, path))
+        if average and _stored(FileSystemReader(path), "ema"):
+            _read(path, "ema", average.values)
+    return state
 
 
-def whole_model(path: Path, start: Path) -> UniForkModel:
+def whole_model(path: Path, start: Path, averaged: bool = False) -> UniForkModel:
     """The model of a checkpoint in one piece on the CPU, whatever strategy wrote it.
 
-    start: model directory the run began with, which has the configuration. Raises CheckpointError.
+    start: model directory the run began with, which has the configuration. averaged: with the average of what was
+    trained. Raises CheckpointError.
     """
     model = load_model(start)
-    _read(path, "model", all_tensors(model))
+    tensors = all_tensors(model)
+    _read(path, "model", tensors)
+    if averaged:
+        _read(path, "ema", {name: tensors[name] for name in _stored(FileSystemReader(path), "ema")})
     return model
 
 

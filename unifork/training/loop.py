@@ -103,7 +103,11 @@ class Done:
 class TrackRun:
     """One track's optimizer over its trained parameters."""
 
-    def __init__(self, name: str, track: Track, loader: TrackLoader, model: nn.Module, strategy: Strategy) -> None:
+    def __init__(
+        self, name: str, track: Track, loader: TrackLoader, model: nn.Module, strategy: Strategy, before: int = 0
+    ) -> None:
+        """before: steps of the track in the stages that this one extends."""
+        self.before = before
         self.name, self.track, self.loader, self.strategy = name, track, loader, strategy
         named = dict(model.named_parameters())
         self.parameters = {parameter_name: named[parameter_name] for parameter_name in trained_by(name, track, model)}
@@ -113,8 +117,9 @@ class TrackRun:
         self.optimizer = make_optimizer(track.optimizer, self.parameters.values())
 
     def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: WorkerContext) -> Done:
-        """One optimizer step."""
+        """One optimizer step, counted from 0 in this stage; the schedule is the stage's own, the order goes on."""
         rate = learning_rate(self.track.optimizer, step, self.track.steps)
+        step += self.before
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         plan = self.loader.plan(step, run.workers)
@@ -132,6 +137,10 @@ class TrackRun:
             **self.loader.seen(step + 1),
         }
         return Done(host_metrics, plan, sums_R, norms)
+
+    def served(self) -> list[int]:
+        """Documents of each part of the mixture at the end of the stage, those of the stages before it included."""
+        return self.loader.order.served(self.before + self.track.steps)
 
     def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: WorkerContext) -> Tensor:
         """Backward over all microbatches; sums over all workers: losses of text and each depth, flags of requests."""

@@ -1,4 +1,4 @@
-"""What is trained, and how: name patterns, AdamW and its schedule."""
+"""What is trained, and how: name patterns, AdamW and its schedule, the average of weights."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from unifork.config import OptimizerConfig
 from unifork.errors import ConfigError
@@ -71,3 +72,28 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
     ]
     used = [group for group in groups if group["params"]]
     return torch.optim.AdamW(used, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+class Average:
+    """The exponential moving average of what a stage trains, in float32; sharded where the weights are (FSDP2).
+
+    Every optimizer step moves the averages of the parameters that its track trains. The decay warms up as in
+    TensorFlow's `ExponentialMovingAverage(num_updates)`: a short stage forgets the weights that it began with, too.
+    """
+
+    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        """parameters: those that any track trains, by name."""
+        self.decay, self.parameters = decay, parameters
+        self.values: dict[str, Tensor] = {}
+        """The averages by name, from `start` on."""
+
+    def start(self) -> None:
+        """Begin with the weights as they are. Raises ConfigError where DeepSpeed has taken them apart."""
+        if any(hasattr(parameter, "ds_tensor") for parameter in self.parameters.values()):
+            raise ConfigError("cluster file: ema: not with deepspeed-3, whose weights are in pieces; use fsdp2")
+        self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()}
+
+    def update(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        """After a step of a track that trains `parameters`, counted from 0 over all stages that it extends."""
+        averages, weights = [self.values[name] for name in parameters], [p.detach() for p in parameters.values()]
+        get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))(averages, weights, 0)  # type: ignore[no-untyped-call]

@@ -12,11 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from unifork.config import fingerprint
 from unifork.errors import CheckpointError
 from unifork.shards.manifest import TEMPORARY, write_atomically
-from unifork.training.checkpoint import FORMAT, HASH, LATEST, STATE, is_intact, read_state, step_folders, written_file
-from unifork.training.history import FILE, Log
-from unifork.weights import LISTED
+from unifork.training.checkpoint import (
+    FORMAT,
+    HASH,
+    LATEST,
+    STATE,
+    is_intact,
+    latest,
+    read_state,
+    step_folders,
+    written_file,
+)
+from unifork.training.history import FILE, Log, read
+from unifork.weights import LISTED, read_json
 
 
 def settle(folder: Path, mark: str, order: Sequence[str], log: Log) -> None:
@@ -59,6 +70,26 @@ def settle(folder: Path, mark: str, order: Sequence[str], log: Log) -> None:
         moved = [set_aside(newer, f".{newer.name}").name for newer in above]
         log(f"{', '.join(p.name for p in above)} not continued from; moved to {', '.join(moved)}, delete at any time")
     _restore_history(folder, path, log)
+
+
+def check_extended(folder: Path, order: Sequence[str], summary: Path) -> None:
+    """Raise CheckpointError unless the last checkpoint of a finished run is whole and the one of its model.
+
+    order: the track of every step of that run. summary: `training/summary.json` of its model.
+    """
+    try:
+        if (found := latest(folder)) is None:
+            raise CheckpointError(f"{folder}: no checkpoint there")
+        path, plain = found
+        _check(path, plain, order)
+        if path.name != f"step-{len(order)}" or fingerprint(read(path)) != read_json(summary).get("history"):
+            raise CheckpointError(f"{path}: not the end of the run that {summary.parent.parent} was made by")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. Extending a stage needs the optimizer state at its end, which DVC does not keep: bring the "
+            f"folder from where the stage was trained, or train it again: dvc repro --force --single-item "
+            f"train@{folder.name}"
+        ) from None
 
 
 def set_aside(folder: Path, name: str = "") -> Path:

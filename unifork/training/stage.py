@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter, deque
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.history import VALIDATION, History, Log, Progress, Startup, read, write_csv
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
-from unifork.training.optimizer import freeze_all_but
-from unifork.training.recovery import settle
+from unifork.training.optimizer import Average, freeze_all_but
+from unifork.training.recovery import check_extended, settle
 from unifork.training.strategies import Strategy, barrier, strategy
 from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
@@ -42,11 +43,11 @@ from unifork.vocabulary import VOCABULARY_VERSION
 
 TRAIN_VERSION = 1
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
-TRAINING = "training"
-"""Folder of a model that says how it was trained; a fresh one has none."""
-NOT_IN_THE_WEIGHTS = {
-    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "validation", "sample_prompts", "sampling",
-    "loss_band",
+TRAINING, SUMMARY = "training", "summary.json"
+"""Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
+NOT_IN_THE_WEIGHTS: dict[str, Any] = {
+    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
+    "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
 }  # fmt: skip
 """Fields of a stage that decide nothing about its weights."""
 
@@ -65,6 +66,12 @@ class StageJob(StrictModel):
     def stage(self) -> Stage:
         """The stage's configuration."""
         return self.experiment.stages[self.experiment.runs[self.key].stage]
+
+    @property
+    def extended(self) -> "StageJob | None":
+        """The run of the same variant that this one goes on from, optimizers and all."""
+        key = f"{self.experiment.runs[self.key].variant}-{self.stage.extend}"
+        return self.model_copy(update={"key": key}) if self.stage.extend else None
 
     @property
     def start(self) -> Path:
@@ -158,13 +165,19 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     fresh = not (job.start / TRAINING).exists()
     words = model.config.backbone_config().vocab_size
     watch = Watch(stage.loss_band, words, model.config.codebook_size, fresh, job.run_folder, lead, log)
-    tracks = {name: TrackRun(name, track, loaders[name], model, sharing) for name, track in stage.tracks.items()}
+    before = job.experiment.steps_before(job.experiment.runs[job.key].stage)
+    tracks = {
+        name: TrackRun(name, track, loaders[name], model, sharing, before[name]) for name, track in stage.tracks.items()
+    }
     pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
-    state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing)
+    every = {name: parameter for track in tracks.values() for name, parameter in track.parameters.items()}
+    average = Average(stage.ema.decay, every) if stage.ema else None
+    extended = job.extended.run_folder if job.extended else None
+    state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing, average, extended)
     if lead:
         _announce(log, model, tracks, state, len(order))
     startup.mark("reading the checkpoint")
-    state = _steps(job, run, mark, model, wrapped, tracks, sharing, state, watch, validation, log, startup)
+    state = _steps(job, run, mark, model, wrapped, tracks, sharing, average, state, watch, validation, log, startup)
     if lead:
         with writing(job.model_folder):
             try:
@@ -186,6 +199,7 @@ def _steps(
     wrapped: nn.Module,
     tracks: dict[str, TrackRun],
     sharing: Strategy,
+    average: Average | None,
     state: State,
     watch: Watch,
     validation: Validation,
@@ -218,7 +232,9 @@ def _steps(
         for name, step in order[state.total :]:
             validate()
             unread.append(tracks[name].step(model, wrapped, step, run))
-            state = State({**state.steps, name: step + 1})
+            if average:
+                average.update(tracks[name].parameters, tracks[name].before + step)
+            state = replace(state, steps={**state.steps, name: step + 1})
             looked_at = _read(unread, 1, watch, history, progress)  # what was asked for is read one step later
             ends = alone and run.requests.signal > 0
             due = any(done.ends or done.saves for done, _ in looked_at)
@@ -227,7 +243,7 @@ def _steps(
                 ends |= any(done.ends for done, _ in looked_at)
                 if history:
                     history.sync()
-                saver.save(model, sharing, state)
+                saver.save(model, sharing, state, average)
                 run.requests.save_at = time.monotonic() + interval
                 metrics = {k: v for k, v in looked_at[-1][1].items() if v is not None}
                 run.report({"finished_steps": state.total, **metrics})
@@ -267,6 +283,9 @@ def _make_room(job: StageJob, mark: str, log: Log) -> None:
     """Decide what an existing run folder is worth; one made otherwise is moved aside."""
     if job.run_folder.exists():
         settle(job.run_folder, mark, [track for track, _ in turns(job.stage)], log)
+    if (extended := job.extended) and checkpoint.latest(job.run_folder) is None:
+        order = [track for track, _ in turns(extended.stage)]
+        check_extended(extended.run_folder, order, extended.model_folder / TRAINING / SUMMARY)
     with writing(job.run_folder):
         job.run_folder.mkdir(parents=True, exist_ok=True)
 
@@ -290,7 +309,7 @@ def _announce(log: Log, model: nn.Module, tracks: dict[str, TrackRun], state: St
 
 def _report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any]]) -> None:
     for name, track in tracks.items():
-        parts = zip(track.loader.parts, track.loader.order.served(track.track.steps), strict=True)
+        parts = zip(track.loader.parts, track.served(), strict=True)
         seen = ", ".join(f"{n} {p.entry.dataset} ({p.entry.template}), {n / len(p):.2f} passes" for p, n in parts)
         fills = [row["fill"] for row in rows if row["track"] == name]
         log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
@@ -302,13 +321,13 @@ def _export(
     """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
     temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = checkpoint.whole_model(path, job.start)
+    model = checkpoint.whole_model(path, job.start, averaged=job.stage.ema is not None and job.stage.ema.export)
     model.save_pretrained(temporary)
     for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
         if (job.start / name).exists():
             shutil.copytree(job.start / name, temporary / name)
-    training, engine = temporary / TRAINING, Engine(model, tokenizer)
-    write_csv(read(job.run_folder), training / "history.csv")
+    training, engine, rows = temporary / TRAINING, Engine(model, tokenizer), read(job.run_folder)
+    write_csv(rows, training / "history.csv")
     if validation.parts:
         examined = validation.examine(engine)
         for row in examined.scores:
@@ -321,15 +340,16 @@ def _export(
         write_json(training / "held_out.json", words)
         np.savez(training / "held_out.npz", codes=examined.codes_BND, drawn=examined.drawn_BND)
     write_json(
-        training / "summary.json",
+        training / SUMMARY,
         {
             "run": job.key,
+            "history": fingerprint(rows),
             "stage": job.stage.model_dump(mode="json"),
             "quarantined": _quarantined(tracks),
             "documents": {
                 name: [
                     {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
-                    for p, seen in zip(track.loader.parts, track.loader.order.served(track.track.steps), strict=True)
+                    for p, seen in zip(track.loader.parts, track.served(), strict=True)
                 ]
                 for name, track in tracks.items()
             },
