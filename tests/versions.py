@@ -127,6 +127,7 @@ DECIDES_NOTHING = {
     "unifork/training/history.py": "writes down what happened",
     "unifork/commands/*.py": "commands for people",
     "unifork/cli.py": "commands for people",
+    "unifork/doctor.py": "looks at the machine",
     "unifork/devices.py": "names of devices",
     "unifork/library.py": "for people's programs",
     "unifork/serving.py": "a page for people",

@@ -9,6 +9,7 @@ import typer
 
 from unifork.commands import model as model_group
 from unifork.commands import tokenizer
+from unifork.commands.doctor import doctor
 from unifork.commands.infer import describe, generate, serve
 from unifork.commands.inspect import inspect
 from unifork.commands.plan import plan
@@ -32,6 +33,7 @@ app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes"
 app.command()(fetch)
 app.command(epilog="Example: unifork takedown laion_en takedown.txt")(takedown)
 app.command()(status)
+app.command()(doctor)
 app.command(epilog="Example: unifork verify data/codes --repair")(verify)
 
 
