@@ -23,6 +23,7 @@ from threading import Lock
 from typing import Any
 
 from unifork.config import Cluster, JobResources, cluster_file, in_job
+from unifork.devices import chosen_device
 from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError
 from unifork.layout import Layout
 from unifork.shards.job import ShardJob
@@ -123,6 +124,8 @@ def run_jobs(
     """
     cluster = cluster or Cluster(name="here")
     resources = cluster.jobs.get(step, JobResources())
+    if resources.gpus and not resources.workers:  # actors are counted where they start
+        chosen_device("cuda", f"{cluster_file()}: jobs.{step}.gpus:")
     job_of: dict[str, ShardJob] = {}
     tasks: list[ShardTask] = []
     for job in jobs:
