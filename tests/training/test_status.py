@@ -9,11 +9,14 @@ from stage_runs import job
 from test_signals import signal_in_step
 from typer.testing import CliRunner
 
+from unifork.batch import TEXT
 from unifork.cli import app
 from unifork.errors import Stopped, UniForkError
+from unifork.models.modeling import UniForkModel, load_model
 from unifork.processes import exclusive, lock_path
 from unifork.shards.progress import PROGRESS, read_progress, write_progress
 from unifork.training import history, stage
+from unifork.training.flops import Length, document_flops
 from unifork.training.launch import launch
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
@@ -91,14 +94,6 @@ def test_what_a_run_writes_of_its_progress_is_what_its_log_says(root, monkeypatc
     assert len(steps) == 16
 
 
-def test_the_share_of_a_chips_peak_is_that_of_the_planned_flops(root, monkeypatch):
-    monkeypatch.setattr(stage, "_token_shares", lambda *_: {"joint": 1e-6})
-    launch(job(root))
-    row = run_of()
-    assert row["mfu"] == pytest.approx(1e-6 * row["tokens_per_second"])
-    assert f"  MFU {row['mfu']:.1%}" in (root / "runs" / KEY / "log.txt").read_text()
-
-
 def test_an_error_is_the_reason_and_a_kill_has_none(root, monkeypatch):
     def out_of_bounds(*_):
         raise UniForkError("track joint, step 3: loss nan\nand more")
@@ -134,3 +129,36 @@ def test_validation_is_the_mean_over_the_parts_of_the_newest(root):
     row = run_of()
     assert (row["validation_text_loss"], row["validation_image_loss"]) == (1.5, 4.5)
     assert "1.500     4.500" in shown()
+
+
+def test_the_share_of_a_peak_is_that_of_the_planned_flops(root):
+    stage_job = job(root)
+    model, found = load_model(stage_job.start), {}
+    original, shares = stage.flops_per_token, stage._token_shares
+
+    def counting(model, loader, trained):
+        plan = loader.plan(0, 1)
+        found["documents"] = [loader.document(plan, number) for number in range(len(plan.slots))]
+        found["each"] = original(model, loader, trained)
+        found["trained"] = set(trained)
+        return found["each"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "flops_per_token", counting)
+        patch.setattr(stage, "peak_flops", lambda name: 1e12)
+        patch.setattr(stage.torch.cuda, "get_device_name", lambda device: "a chip")
+        patch.setattr(stage, "_token_shares", lambda _, *rest: shares("cuda", *rest))
+        train_stage(stage_job, WorkerContext())
+    outline = UniForkModel(model.config).to("meta")
+    total = 0.0
+    for document in found["documents"]:
+        image = int((document.kinds_T != TEXT).sum())
+        positions = len(document.codes_ND) * (document.task == "generation")
+        length = Length(len(document) - image, image, int(document.loss_mask_T.sum()), positions)
+        total += document_flops(outline, document.task, length, found["trained"])
+    tokens = sum(map(len, found["documents"]))
+    assert {document.task for document in found["documents"]} == {"understanding", "generation"}
+    assert found["each"] == pytest.approx(total / tokens, rel=2e-3)
+    row = run_of()
+    assert row["mfu"] == pytest.approx(found["each"] * row["tokens_per_second"] / 1e12)
+    assert f"  MFU {row['mfu']:.1%}" in (stage_job.run_folder / "log.txt").read_text()

@@ -30,13 +30,14 @@ class WeightsAndBiases(Logger):
 
     def _work(self) -> None:
         try:
-            name, limit = self.folder.name, wandb.Settings(finish_timeout=PATIENCE_SECONDS / 2)
-            run = wandb.init(name=name, group=name, dir=str(self.folder), settings=limit)
+            name, limit = self.folder.name, PATIENCE_SECONDS / 2
+            limits = wandb.Settings(init_timeout=limit, finish_timeout=limit)
+            run = wandb.init(name=name, group=name, dir=str(self.folder), settings=limits)
             while (item := self._waiting.get()) is not None:
                 run.log(item[1], step=item[0])
             run.finish()
         except Exception as error:  # whatever it is, it is no part of training
-            self._leave_out(f"{type(error).__name__}: {error}")
+            self._leave_out(f"{type(error).__name__}: {error}".splitlines()[0])
 
     def _leave_out(self, reason: str) -> None:
         if self.alive:
