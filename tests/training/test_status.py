@@ -1,6 +1,7 @@
 """What `unifork status` shows of a run that is stopped, going, finished, or gone wrong; from its files alone."""
 
 import json
+import re
 import signal
 import time
 
@@ -114,8 +115,9 @@ def test_a_lock_of_another_machine_is_not_taken_for_a_dead_one(root):
     (folder / PROGRESS).write_text(json.dumps({**plain, "written": time.time() - 40}))
     lock_path(folder).write_text("process 7 on elsewhere")
     row = run_of()
-    assert [row["state"], round(row["seen"])] == ["unknown", 40]
-    assert "0:00:40 ago" in shown()
+    assert row["state"] == "unknown"
+    assert 40 <= row["seen"] < 100
+    assert re.search(r"unknown .* 0:0[01]:\d\d ago", shown())
     assert f"{KEY}: the lock of process 7 on elsewhere is not held" in shown()
 
 

@@ -41,11 +41,8 @@ class History:
     def add(self, row: dict[str, Any]) -> None:
         """One step."""
         self._done += 1
-        numbers = {
-            f"{row['track']}/{name}": value
-            for name, value in row.items()
-            if isinstance(value, int | float) and name != "step"
-        }
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        numbers = {f"{row['track']}/{name}": value for name, value in numbers.items()}
         with writing(self.path):
             self._handle.write(json.dumps(row) + "\n")
             self._handle.flush()
@@ -127,16 +124,12 @@ class Progress:
             return
         self.shown = now
         rate = (self.done - self.first) / max(now - self.started, 1e-9)
-        share = self.token_shares.get(row["track"])
+        tokens, share = rate * row["tokens"], self.token_shares.get(row["track"])
         facts = {
-            **{name: row[name] for name in ("track", "fill", "learning_rate")},
-            **self.losses,
-            "documents_per_second": rate * documents,
-            "tokens_per_second": rate * row["tokens"],
-            "seconds_left": (self.total - self.done) / rate,
-            "memory_gib": peak_memory(self.device) / 2**30,
-            "mfu": share and share * rate * row["tokens"],
-        }
+            "track": row["track"], "fill": row["fill"], "learning_rate": row["learning_rate"], **self.losses,
+            "documents_per_second": rate * documents, "tokens_per_second": tokens, "mfu": share and share * tokens,
+            "seconds_left": (self.total - self.done) / rate, "memory_gib": peak_memory(self.device) / 2**30,
+        }  # fmt: skip
         self.write(**facts)
         losses = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items() if row[name] is not None)
         mfu = f"  MFU {facts['mfu']:.1%}" if share else ""
@@ -144,7 +137,7 @@ class Progress:
         self.log(
             f"step {self.done}/{self.total} [{row['track']}]  {losses}  "
             f"lr {row['learning_rate']:.2e}  fill {row['fill']:.2f}  {facts['documents_per_second']:.0f} documents/s  "
-            f"{facts['tokens_per_second']:.0f} tokens/s  memory {facts['memory_gib']:.2f} GiB{mfu}{eta}"
+            f"{tokens:.0f} tokens/s  memory {facts['memory_gib']:.2f} GiB{mfu}{eta}"
         )
 
     def write(self, **facts: Any) -> None:
