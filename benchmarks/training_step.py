@@ -21,7 +21,6 @@ Shape suffixes: B rows, T tokens, X = B*T, M image positions, D code depth, K co
 
 import argparse
 import copy
-import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from unifork.documents.order import pack_step
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import create_model
-from unifork.planning import PEAK_TFLOPS, Length, document_flops
+from unifork.training.flops import Length, document_flops, peak_flops
 from unifork.training.optimizer import make_optimizer
 from unifork.vocabulary import TASKS
 
@@ -233,13 +232,6 @@ def ladder(ours: UniForkModel, documents: list[Document], row_tokens: int, dtype
     }
 
 
-def peak_tflops(device_name: str) -> float | None:
-    """Peak of a device by the name its driver gives, as `NVIDIA H100 PCIe`; None for one that is not known."""
-    plain = re.sub("[^a-z0-9]", "", device_name.lower())
-    fitting = [chip for chip in PEAK_TFLOPS if chip.replace("-", "") in plain]
-    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
-
-
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,7 +265,7 @@ def main() -> None:
         interval(seconds["single forward (ours)"]),
         sum(int(doc.loss_mask_T.sum()) + doc.codes_ND.size * (doc.task == "generation") for doc in documents),
     )
-    peak = None if device == "cpu" else peak_tflops(torch.cuda.get_device_name())
+    peak = None if device == "cpu" else peak_flops(torch.cuda.get_device_name())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = memory if device == "cpu" else torch.cuda.max_memory_allocated()
     count = sum(parameter.numel() for parameter in ours.parameters())
@@ -286,7 +278,7 @@ def main() -> None:
         ["tokens a second", f"{tokens / step.median:,.0f}"],
         ["TFLOPs by formula", f"{useful / 1e12:.3f}"],
         ["TFLOP/s", f"{useful / step.median / 1e12:.3f}"],
-        ["MFU", f"{useful / step.median / peak / 1e12:.1%}" if peak else "unknown"],
+        ["MFU", f"{useful / step.median / peak:.1%}" if peak else "unknown"],
         ["peak memory of the process, GiB", f"{memory / 2**30:.2f}"],
     ]))  # fmt: skip
     if given.ours_only:

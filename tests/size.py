@@ -26,7 +26,8 @@ BESIDE = {
     ),
     "what a run leaves behind, and what a trained model does": (
         "training/checkpoint", "training/recovery", "training/history", "training/watch", "training/requests",
-        "training/optimizer", "training/zero",
+        "training/optimizer", "training/zero", "training/loggers", "training/service", "training/flops",
+        "shards/progress",
         "models/generation", "inference",
     ),
 }  # fmt: skip

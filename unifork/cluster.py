@@ -28,6 +28,7 @@ from unifork.errors import ConfigError, IdentityError, MachineError, UniForkErro
 from unifork.layout import Layout
 from unifork.shards.job import ShardJob
 from unifork.shards.manifest import Manifest
+from unifork.shards.progress import places, stop_noted
 from unifork.shards.task import ShardResult, ShardTask
 
 Worker = Callable[[ShardTask], ShardResult]
@@ -134,7 +135,11 @@ def run_jobs(
         tasks += left
         job_of |= {task.output: job for task in left}
         print(job, flush=True)
+        if left:
+            job.noted = next((place for lock, place in places(job.folder) if lock.exists()), None)
+            job.note()
     with (
+        stop_noted(*[job.noted for job in jobs if job.noted]),
         local_ray(cluster, needed=resources.workers > 0 and bool(tasks)),  # not started where nothing is left to do
         closing(map_shards(tasks, worker_class, arguments, resources)) as results,
     ):
@@ -143,7 +148,8 @@ def run_jobs(
                 print(f"{result.output}: {result.traceback}", file=sys.stderr, flush=True)
             job_of[result.output].add(result)
             print(job_of[result.output], flush=True)
-    return [job.finish() for job in jobs]
+            job_of[result.output].note()
+        return [job.finish() for job in jobs]
 
 
 def map_shards(

@@ -16,6 +16,7 @@ from unifork.errors import MachineError
 from unifork.training import checkpoint
 from unifork.training.history import History, read
 from unifork.training.launch import launch
+from unifork.training.loggers import TensorBoard
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
@@ -105,7 +106,7 @@ def fails(*args, **content):
 
 
 WRITERS = {
-    "events": (History, "_write_event"),
+    "events": (TensorBoard, "_write_event"),
     "checkpoint": (checkpoint, "fsync_tree"),
     "state": (checkpoint, "write_json"),
 }

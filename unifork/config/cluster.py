@@ -60,6 +60,8 @@ class TrainResources(StrictModel):
     """How workers share the model; one worker needs none."""
     max_restarts: NonNegativeInt = 0
     """How often a failed worker group is started again from the last checkpoint."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where the numbers of each step go beside `history.jsonl`: `tensorboard`, `wandb`, or MODULE:OBJECT."""
 
 
 class Cluster(StrictModel):

@@ -32,7 +32,9 @@ from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
+from unifork.training.flops import flops_per_token, peak_flops
 from unifork.training.history import VALIDATION, History, Log, Progress, Startup, read, write_csv
+from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import Average, freeze_all_but
 from unifork.training.recovery import check_extended, settle
@@ -209,8 +211,11 @@ def _steps(
     """All steps that are left; the last state, which is saved. Raises Stopped once a state is saved after a signal."""
     lead, stage, order = run.rank == 0, job.stage, turns(job.stage)
     trained = {name for track in tracks.values() for name in track.parameters}
-    history = History(job.run_folder, state.total) if lead else None
-    progress = Progress(log, state.total, len(order))
+    history = History(job.run_folder, state.total, log, find_loggers(job.resources.loggers)) if lead else None
+    progress = Progress(log, state.total, len(order), run.device)
+    if lead:
+        progress.write()
+        progress.token_shares = _token_shares(run.device, run.workers, model, tracks)
     unread: deque[Done] = deque()
     alone, started_up = run.workers == 1, not lead
     interval = 60 * stage.checkpoint_minutes if stage.checkpoint_minutes and lead else math.inf
@@ -261,6 +266,15 @@ def _steps(
         else:
             validate()
     return state
+
+
+def _token_shares(device: str, workers: int, model: UniForkModel, tracks: dict[str, TrackRun]) -> dict[str, float]:
+    """Of the peak of all workers' chips that a token a second of each track is; nothing for one without a peak."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device != "cpu" else None
+    if peak is None:
+        return {}
+    costs = {name: flops_per_token(model, run.loader, run.parameters) for name, run in tracks.items()}
+    return {name: flops / (peak * workers) for name, flops in costs.items()}
 
 
 def _read(
