@@ -34,6 +34,8 @@ class WorkerContext:
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
+    node_workers: int = 1
+    """Workers on this worker's node."""
     report: Callable[[dict[str, Any]], None] = lambda _: None
     """Called by every worker equally often, with the metrics of a step."""
     requests: Requests = field(default_factory=Requests)
@@ -133,8 +135,11 @@ class TrackRun:
         text_scale = run.workers / max(plan.text_targets, 1)
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)
         sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64, device=run.device)
-        for batch in self.loader.batches(plan, run.rank):
-            with torch.autocast(sums.device.type, torch.bfloat16, enabled=self.track.precision == "bfloat16"):
+        batches = list(self.loader.batches(plan, run.rank))
+        autocast = self.strategy.autocast and self.track.precision == "bfloat16"
+        for number, batch in enumerate(batches, 1):
+            self.strategy.begin(number == len(batches))
+            with torch.autocast(sums.device.type, torch.bfloat16, enabled=autocast):
                 losses = wrapped(batch.to(run.device))
             (losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale).backward()
             sums += torch.cat([losses.text_loss_sum.reshape(1), losses.image_loss_sum_D]).detach().double()

@@ -35,11 +35,11 @@ from unifork.training.history import History, Log, Progress, Startup, read, writ
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import freeze_all_but
 from unifork.training.recovery import settle
-from unifork.training.strategies import Strategy, barrier, strategy
+from unifork.training.strategies import Strategy, barrier, group_of_one, strategy
 from unifork.training.watch import STOPPED, Watch
 from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
 TRAINING = "training"
 """Folder of a model that says how it was trained; a fresh one has none."""
@@ -63,6 +63,11 @@ class StageJob(StrictModel):
     def stage(self) -> Stage:
         """The stage's configuration."""
         return self.experiment.stages[self.experiment.runs[self.key].stage]
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether every track is of bfloat16, so that the model may be."""
+        return all(track.precision == "bfloat16" for track in self.stage.tracks.values())
 
     @property
     def start(self) -> Path:
@@ -112,7 +117,8 @@ def train_stage(job: StageJob, run: WorkerContext) -> None:
     have a signal; then every finished step is saved.
     """
     torch.set_num_threads(job.resources.threads)
-    with exclusive(job.run_folder) if run.rank == 0 else nullcontext():
+    group = group_of_one(run.device, job.is_bfloat16 and run.workers == 1)
+    with exclusive(job.run_folder) if run.rank == 0 else nullcontext(), group:
         _train(job, run)
 
 
@@ -145,7 +151,7 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     startup.mark("opening documents")
     trained = {parameter for name, track in stage.tracks.items() for parameter in trained_by(name, track, model)}
     freeze_all_but(model, trained)
-    sharing = strategy(job.resources.strategy, run.workers)
+    sharing = strategy(job.resources.shard, run.workers, job.is_bfloat16, run.node_workers)
     wrapped = sharing.wrap(model)
     fresh = not (job.start / TRAINING).exists()
     words = model.config.backbone_config().vocab_size
