@@ -83,8 +83,8 @@ RUNGS = {
 """What each rung multiplies beyond its model: whether rows are padded, text logits whole."""
 
 
-def make_model(size: Size, device: str) -> UniForkModel:
-    """A fresh UniFork model: half of the layers shared, half twice."""
+def make_variant(size: Size) -> Variant:
+    """A UniFork model: half of the layers shared, half twice."""
     backbone = {
         "model_type": "qwen2", "hidden_size": size.hidden, "intermediate_size": size.mlp,
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
@@ -93,9 +93,13 @@ def make_model(size: Size, device: str) -> UniForkModel:
     }  # fmt: skip
     half = size.layers // 2
     plan = f"shared*{half} task*{size.layers - half} norm:task"
-    variant = Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
+    return Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
+
+
+def make_model(size: Size, device: str) -> UniForkModel:
+    """A fresh one."""
     codebook = torch.randn(size.codes, size.channels, generator=torch.Generator().manual_seed(0))
-    model = create_model(variant, codebook, DEPTH, size.grid, "benchmark", size.words).train()
+    model = create_model(make_variant(size), codebook, DEPTH, size.grid, "benchmark", size.words).train()
     model.to(torch.device(device))  # type: ignore[arg-type]
     model.set_attn_implementation(VARLEN)
     return model

@@ -114,7 +114,6 @@ class Family:
 
     attention: Callable[..., nn.Module]
     mlp: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
     rotary: Callable[..., nn.Module]
     rotate: Callable[..., tuple[Tensor, Tensor]]
     eager_attention: Callable[..., Any]
@@ -124,10 +123,8 @@ def family(model_type: str) -> Family:
     """The parts of a dense family of FAMILIES."""
     modeling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     prefix = FAMILIES[model_type]
-    attention, mlp, norm, rotary = (
-        getattr(modeling, prefix + part) for part in ("Attention", "MLP", "RMSNorm", "RotaryEmbedding")
-    )
-    return Family(attention, mlp, norm, rotary, modeling.apply_rotary_pos_emb, modeling.eager_attention_forward)
+    attention, mlp, rotary = (getattr(modeling, prefix + part) for part in ("Attention", "MLP", "RotaryEmbedding"))
+    return Family(attention, mlp, rotary, modeling.apply_rotary_pos_emb, modeling.eager_attention_forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,9 +152,9 @@ class Block(nn.Module):
         self.index = index
         self.parts = parts
         self.activation_checkpointing = False
-        self.input_layernorm = norms(attention, config, parts)
+        self.input_layernorm = norms(attention, config)
         self.self_attn = nn.ModuleDict({branch: parts.attention(config, index) for branch in attention})
-        self.post_attention_layernorm = norms(mlp, config, parts)
+        self.post_attention_layernorm = norms(mlp, config)
         self.mlp = nn.ModuleDict({branch: parts.mlp(config) for branch in mlp})
 
     def forward(self, x_XH: Tensor, reading: AttentionContext) -> Tensor:
@@ -198,9 +195,9 @@ def _project(attention: Any, x_XH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention.q_proj(x_XH), attention.k_proj(x_XH), attention.v_proj(x_XH)
 
 
-def norms(branches: tuple[str, ...], config: PreTrainedConfig, parts: Family) -> nn.ModuleDict:
-    """One norm of the hidden size per branch."""
-    return nn.ModuleDict({branch: parts.norm(config.hidden_size, eps=config.rms_norm_eps) for branch in branches})
+def norms(branches: tuple[str, ...], config: PreTrainedConfig) -> nn.ModuleDict:
+    """One RMSNorm of the hidden size per branch: the families' own function in one kernel, where a device has it."""
+    return nn.ModuleDict({branch: nn.RMSNorm(config.hidden_size, config.rms_norm_eps) for branch in branches})
 
 
 def isolated_by(kind: Kind) -> RouteBy:

@@ -48,7 +48,7 @@ from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 """Raise when the same weights would compute something else, or the same seed draw other weights."""
 
 
@@ -109,7 +109,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.embed_tokens = nn.Embedding(dense.vocab_size, H)
         self.connector = Connector(config.code_channels, H)
         self.layers = nn.ModuleList([Block(name, dense, index, parts) for index, name in enumerate(plan.layers)])
-        self.norm = norms(BRANCHES[plan.norm_route], dense, parts)
+        self.norm = norms(BRANCHES[plan.norm_route], dense)
         self.rotary_emb = parts.rotary(config=dense)
         self.lm_head = nn.Linear(H, dense.vocab_size, bias=False)
         self.image_head = ImageHead(config.head_config(), H, config.code_channels, config.codebook_size, config.depth)
