@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from timing import table
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -122,7 +122,7 @@ class Attention(torch.autograd.Function):
             return torch.empty_like(query)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, _):
         ctx.count.add("attention backward", 1, ())
         with ctx.count.pause():
             return *map(torch.empty_like, ctx.saved_tensors), None
@@ -137,7 +137,7 @@ def microbatch(size: Size, documents: int, row_tokens: int, bfloat16: str) -> Tr
     (batch, *_) = packed(make_documents(size, documents), row_tokens)
     count = Traffic()
 
-    def norm(x_XH, shape, weight_H=None, eps=None):
+    def norm(x_XH, _shape, weight_H, _eps):
         return Norm.apply(x_XH, weight_H, count)
 
     def attention(query, key, value, *_, **__):

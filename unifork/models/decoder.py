@@ -8,14 +8,14 @@ is a ModuleDict by branch name, so names carry the branch:
 
 Which branch a token goes to is a `Route`, an argument of every forward, never a state of a module.
 All counts are known before anything reaches the device, so that routing never waits for it; where
-tokens already come branch by branch it is slicing. Every branch is called even when it gets no
-token: a branch that one rank leaves out of the graph makes sharded gradients silently wrong.
+tokens already come branch by branch it is slicing. A branch that gets no token is left out, unless the
+model is wrapped: what one rank leaves out of the graph makes reduced gradients silently wrong.
 
 Shape suffixes: B rows, T tokens of a row, X = B*T, H hidden size, E head size, S keys.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -40,17 +40,24 @@ class Route:
     """The way of X tokens into branches. `counts` are tokens per branch, in the order of BRANCHES.
 
     order_X sorts the tokens by branch and inverse_X puts them back; both are None when the tokens
-    already come branch by branch.
+    already come branch by branch. every: whether branches without tokens are called, too.
     """
 
     counts: tuple[int, ...]
     order_X: Tensor | None = None
     inverse_X: Tensor | None = None
+    every: bool = True
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Tokens (X, ...) as one tensor per branch."""
         ordered = tokens if self.order_X is None else tokens.index_select(0, self.order_X)
         return torch.split(ordered, list(self.counts))
+
+    def parts(self, branches: Mapping[str, Branch], tokens: Tensor) -> Iterator[tuple[str, Branch, Tensor]]:
+        """Name, branch and tokens of what is called."""
+        for (name, branch), part in zip(branches.items(), self.split(tokens), strict=True):
+            if self.every or len(part) or not len(tokens):
+                yield name, branch, part
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """One tensor per branch as tokens (X, ...) in their own order; undoes `split`."""
@@ -66,9 +73,7 @@ def routed(
     branches: Mapping[str, Branch], route: Route, apply: Callable[[Branch, Tensor], Tensor], tokens: Tensor
 ) -> Tensor:
     """Apply each branch to its own tokens (X, ...) and put the results back in place."""
-    return route.join(
-        [apply(branch, part) for branch, part in zip(branches.values(), route.split(tokens), strict=True)]
-    )
+    return route.join([apply(branch, part) for _, branch, part in route.parts(branches, tokens)])
 
 
 def gathered(branches_X: Tensor, counts: tuple[int, ...]) -> Route:
@@ -80,18 +85,18 @@ def gathered(branches_X: Tensor, counts: tuple[int, ...]) -> Route:
 
 def uniform(tokens: int, branch: int, branches: int) -> Route:
     """A route of tokens that all go to the same branch."""
-    return Route(tuple(tokens if number == branch else 0 for number in range(branches)))
+    return Route(tuple(tokens if number == branch else 0 for number in range(branches)), every=False)
 
 
-def batch_routes(batch: Batch, needed: frozenset[RouteBy]) -> Routes:
-    """The routes of packed rows, as far as a plan needs them."""
+def batch_routes(batch: Batch, needed: frozenset[RouteBy], every: bool = True) -> Routes:
+    """The routes of packed rows, as far as a plan needs them. every: see `Route`."""
     routes: dict[RouteBy, Route] = {"none": uniform(batch.kinds_BT.numel(), 0, 1)}
     if "task" in needed:
         slices = batch.tasks_grouped
         routes["task"] = Route(batch.task_counts) if slices else gathered(batch.tasks_BT.flatten(), batch.task_counts)
     if "modality" in needed:
         routes["modality"] = gathered(modalities(batch.kinds_BT).flatten(), batch.modality_counts)
-    return routes
+    return {name: replace(route, every=every) for name, route in routes.items()}
 
 
 def step_routes(tokens: int, task: int, modality: int) -> Routes:
@@ -173,8 +178,8 @@ class Block(nn.Module):
     def _attend(self, x_XH: Tensor, reading: AttentionContext) -> Tensor:
         route = reading.routes[self.kind.route_of("attention")]
         attentions: dict[str, Any] = dict(self.self_attn.items())
-        parts = zip(attentions.items(), route.split(x_XH), strict=True)
-        projected = [_project(attention, self.input_layernorm[name](part)) for (name, attention), part in parts]
+        parts = route.parts(attentions, x_XH)
+        projected = [_project(attention, self.input_layernorm[name](part)) for name, attention, part in parts]
         module = next(iter(attentions.values()))
         B, T, E = *reading.cos_BTE.shape[:2], module.head_dim
         query, key, value = (

@@ -5,8 +5,8 @@ computed inside the root module's forward so that sharded and tied weights are w
 used; in decoding hidden states, with a cache. An image token enters as the sum of its D code vectors
 through the connector; the codebook is a frozen table in the model, so codes are all it needs.
 
-Both heads and every branch take part in every forward, with zero loss where they have no tokens:
-sharded gradients are silently wrong otherwise. There is no dropout anywhere.
+Both heads take part in every forward, with zero loss where they have no tokens, and so does every branch of
+a model that is wrapped: reduced gradients are silently wrong otherwise. There is no dropout anywhere.
 
 Shape suffixes: B rows, T tokens of a row, X = B*T, S keys or supervised text tokens, N image tokens,
 M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, V words.
@@ -97,6 +97,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
     _keep_in_fp32_modules_strict = ["codebook"]
+    every_branch = True
+    """Whether branches without tokens are called in training, too."""
 
     def __init__(self, config: UniForkConfig) -> None:
         super().__init__(config)
@@ -128,7 +130,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
         """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
-        routes = batch_routes(batch, self.routes_needed)
+        routes = batch_routes(batch, self.routes_needed, self.every_branch and torch.is_grad_enabled())
         T = batch.kinds_BT.shape[1]
         masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts)
         return self._forward_layers(self.embed(batch), batch.positions_BT, routes, masks, cache)

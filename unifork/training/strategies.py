@@ -63,6 +63,7 @@ class SingleWorker:
         self.track = ""
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        model.every_branch = False  # type: ignore[assignment]
         return model
 
     def start(self, optimizers: Optimizers) -> None:
@@ -86,9 +87,12 @@ class SingleWorker:
         pass
 
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
+        optimizer, parameters = self.optimizers[self.track]
+        for parameter in parameters.values():
+            if parameter.grad is None:  # of a branch without tokens in this step, which decays all the same
+                parameter.grad = torch.zeros_like(parameter)
         norms_P = self.combined(torch.stack([nn.utils.get_total_norm(_gradients(part)) for part in parts.values()]))
         total, norms = torch.linalg.vector_norm(norms_P), zip(parts, norms_P, strict=True)
-        optimizer, parameters = self.optimizers[self.track]
         nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, total)
         optimizer.step()
         return {"gradient_norm": total, **{f"gradient_norm_{name}": norm for name, norm in norms}}
