@@ -13,14 +13,17 @@ seen by nobody else.
 order that brings the tokens of a sequence together, and their lengths. Where nothing is isolated the
 documents already follow each other and nothing is sorted; for isolated layers tokens are sorted by
 document and branch. Causal attention within each sequence is then exactly what the masks say. On a
-CUDA device in half precision this is torch's variable-length kernel, else one call per sequence, which
-is the reference the kernel is tested against.
+CUDA device in half precision this is a variable-length kernel (flash-attn's or torch's), else one call per
+sequence, which is the reference that kernels are tested against.
 
 Shape suffixes: B rows, T queries (all tokens of a packed row), S keys, X = B*T, E head size, A attention
 heads, G key heads, Q1 sequences and one more, L tokens of a sequence.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from itertools import accumulate, chain
 from typing import Any, cast
 
@@ -40,7 +43,11 @@ VARLEN, EAGER = "varlen", "eager"
 Counts = tuple[tuple[int, ...], ...]
 """Tokens of each document of packed rows by branch (`Batch.document_counts`)."""
 
+KERNEL = "flash-attn" if find_spec("flash_attn") else "torch"
+"""Whose variable-length kernel is used: that of the extra `flash`, where it is installed."""
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_TORCH_SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters
+"""Not in every release that has the kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,22 +144,26 @@ def attend(
     if isinstance(attention_mask, Tensor):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     B, A, T, E = query.shape
-    groups = A // key.shape[1]
     query_XAE, key_XGE, value_XGE = map(attention_mask.gather, (query, key, value))
-    # every release of torch with the kernel takes as many key heads as query heads, not all take fewer
-    key_XAE, value_XAE = key_XGE.repeat_interleave(groups, 1), value_XGE.repeat_interleave(groups, 1)
     kernel = by_kernel if query.is_cuda and query.dtype in _KERNEL_DTYPES else one_by_one
-    attended_XAE = kernel(query_XAE, key_XAE, value_XAE, attention_mask, scaling)
+    attended_XAE = kernel(query_XAE, key_XGE, value_XGE, attention_mask, scaling)
     return attention_mask.scatter(attended_XAE).reshape(B, T, A, E), None
 
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
-    """Causal attention (X, A, E) within each sequence, in one call of torch's kernel."""
+    """Causal attention (X, A, E) within each sequence, in one call: of flash-attn where it is installed, else torch's.
+
+    Heads of keys and values (G) are shared by A/G query heads each.
+    """
     starts_Q1, longest = mask.starts_Q1, max(mask.lengths)
-    attended = varlen_attn(
-        query, key, value, starts_Q1, starts_Q1, longest, longest, scale=scaling, window_size=(-1, 0)
-    )
-    return cast(Tensor, attended)
+    bounds = (starts_Q1, starts_Q1, longest, longest)
+    if KERNEL == "flash-attn":
+        flash = import_module("flash_attn").flash_attn_varlen_func
+        return cast(Tensor, flash(query, key, value, *bounds, softmax_scale=scaling, causal=True))
+    shared: dict[str, Any] = {"enable_gqa": True} if _TORCH_SHARES_HEADS else {}
+    if not shared:
+        key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], 1) for heads in (key, value))
+    return cast(Tensor, varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **shared))
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
@@ -162,7 +173,7 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scali
     """
     parts_1ALE = (torch.split(heads.transpose(0, 1)[None], list(mask.lengths), 2) for heads in (query, key, value))
     attended_1ALE = [
-        F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
+        F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
         for queries, keys, values in zip(*parts_1ALE, strict=True)
     ]
     return torch.cat(attended_1ALE, 2)[0].transpose(0, 1)

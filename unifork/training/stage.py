@@ -25,7 +25,7 @@ from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import MachineError, writing
 from unifork.inference import Engine
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
-from unifork.models.masks import VARLEN
+from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
 from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
@@ -266,6 +266,8 @@ def _announce(log: Log, model: nn.Module, tracks: dict[str, TrackRun], state: St
     where = f"continuing from step {state.total} of {total}" if state.total else f"starting, {total} steps"
     every = sum(p.numel() for p in model.parameters())
     log(f"{where}; {every / 1e6:.2f} M parameters")
+    if next(model.parameters()).is_cuda:
+        log(f"attention in bfloat16: the kernel of {KERNEL}")
     for name, track in tracks.items():
         count = sum(p.numel() for p in track.parameters.values())
         sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
