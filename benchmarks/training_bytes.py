@@ -128,12 +128,12 @@ class Attention(torch.autograd.Function):
             return *map(torch.empty_like, ctx.saved_tensors), None
 
 
-def microbatch(size: Size, documents: int, row_tokens: int, bfloat16: str) -> Traffic:
-    """What a forward and a backward pass of a fresh UniFork model dispatch.
+def microbatch(size: Size, documents: int, row_tokens: int, bfloat16: str, plan: str | None = None) -> Traffic:
+    """What a forward and a backward pass of a fresh model dispatch, of UniFork's without another plan.
 
     bfloat16: `none`, `autocast`, or `parameters`, which is what a bfloat16 stage has (its codebook is float32).
     """
-    config = model_config(make_variant(size), size.codes, size.channels, DEPTH, size.grid, size.words)
+    config = model_config(make_variant(size, plan), size.codes, size.channels, DEPTH, size.grid, size.words)
     (batch, *_) = packed(make_documents(size, documents), row_tokens)
     count = Traffic()
 
@@ -171,10 +171,12 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--row-tokens", type=int, default=16_384)
     parser.add_argument("--documents", type=int, default=22)
+    parser.add_argument("--plan", help="another layer plan, such as mot or uni-x:6:6")
     parser.add_argument("--operators", type=int, default=16, help="how many of the largest operators to list")
     given = parser.parse_args()
     counts = {
-        name: microbatch(SIZES[given.size], given.documents, given.row_tokens, way) for name, way in RUNGS.items()
+        name: microbatch(SIZES[given.size], given.documents, given.row_tokens, way, given.plan)
+        for name, way in RUNGS.items()
     }
     print(table(["microbatch", "kernels", "GB beside products and attention"], [
         [name, f"{count.kernels.total():,}", f"{count.bytes.total() / 1e9:,.1f}"] for name, count in counts.items()

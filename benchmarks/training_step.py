@@ -83,8 +83,8 @@ RUNGS = {
 """What each rung multiplies beyond its model: whether rows are padded, text logits whole."""
 
 
-def make_variant(size: Size) -> Variant:
-    """A UniFork model: half of the layers shared, half twice."""
+def make_variant(size: Size, plan: str | None = None) -> Variant:
+    """A model of a plan; without one UniFork's, half of the layers shared, half twice."""
     backbone = {
         "model_type": "qwen2", "hidden_size": size.hidden, "intermediate_size": size.mlp,
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
@@ -92,7 +92,7 @@ def make_variant(size: Size) -> Variant:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }  # fmt: skip
     half = size.layers // 2
-    plan = f"shared*{half} task*{size.layers - half} norm:task"
+    plan = plan or f"shared*{half} task*{size.layers - half} norm:task"
     return Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
 
 

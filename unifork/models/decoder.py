@@ -88,6 +88,17 @@ def uniform(tokens: int, branch: int, branches: int) -> Route:
     return Route(tuple(tokens if number == branch else 0 for number in range(branches)), every=False)
 
 
+def by_modality(batch: Batch) -> Batch:
+    """The tokens of packed rows as one row that is sorted by modality, so that routes by modality are slices."""
+    route = gathered(modalities(batch.kinds_BT).flatten(), batch.modality_counts)
+    places: Any = (route.order_X, route.inverse_X)
+    tokens = ("text_ids_BT", "kinds_BT", "documents_BT", "positions_BT", "tasks_BT")
+    moved: dict[str, Any] = {name: getattr(batch, name).take(places[0])[None] for name in tokens}
+    for name in ("image_index_N", "text_source_S", "image_source_M"):
+        moved[name] = places[1][getattr(batch, name)]
+    return replace(batch, places=places, tasks_grouped=False, **moved)
+
+
 def batch_routes(batch: Batch, needed: frozenset[RouteBy], every: bool = True) -> Routes:
     """The routes of packed rows, as far as a plan needs them. every: see `Route`."""
     routes: dict[RouteBy, Route] = {"none": uniform(batch.kinds_BT.numel(), 0, 1)}
@@ -95,7 +106,8 @@ def batch_routes(batch: Batch, needed: frozenset[RouteBy], every: bool = True) -
         slices = batch.tasks_grouped
         routes["task"] = Route(batch.task_counts) if slices else gathered(batch.tasks_BT.flatten(), batch.task_counts)
     if "modality" in needed:
-        routes["modality"] = gathered(modalities(batch.kinds_BT).flatten(), batch.modality_counts)
+        counts, grouped = batch.modality_counts, batch.places is not None
+        routes["modality"] = Route(counts) if grouped else gathered(modalities(batch.kinds_BT).flatten(), counts)
     return {name: replace(route, every=every) for name, route in routes.items()}
 
 

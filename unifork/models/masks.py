@@ -45,6 +45,7 @@ Counts = tuple[tuple[int, ...], ...]
 
 KERNEL = "flash-attn" if find_spec("flash_attn") else "torch"
 """Whose variable-length kernel is used: that of the extra `flash`, where it is installed."""
+Places = tuple[Tensor, Tensor] | None
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _TORCH_SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters
 """Not in every release that has the kernel."""
@@ -71,12 +72,18 @@ class Sequences:
         return tokens_XAE if self.inverse_X is None else tokens_XAE.index_select(0, self.inverse_X)
 
 
-def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts) -> Sequences:
-    """The sequences of packed rows. `counts` come from the batch, so the device is never waited for."""
-    lengths = tuple(map(sum, counts)) if branches_BT is None else tuple(filter(None, chain.from_iterable(counts)))
+def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts, places: Places = None) -> Sequences:
+    """The sequences of packed rows. `counts` come from the batch, so the device is never waited for.
+
+    places: of tokens that were sorted by branch, where each stood in the rows, and the inverse.
+    """
+    runs = counts if places is None else zip(*counts, strict=True)
+    lengths = tuple(map(sum, counts)) if branches_BT is None else tuple(filter(None, chain.from_iterable(runs)))
     starts_Q1 = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     starts_Q1 = starts_Q1.to(documents_BT.device, non_blocking=True)
-    if branches_BT is None:
+    if branches_BT is None and places is not None:
+        return Sequences(lengths, starts_Q1, *reversed(places))
+    if branches_BT is None or places is not None:
         return Sequences(lengths, starts_Q1)
     B, T = documents_BT.shape
     last_BT = torch.where(documents_BT == NO_DOCUMENT, T, documents_BT)
@@ -110,17 +117,18 @@ def attention_mask(
     queries: int,
     dtype: torch.dtype,
     counts: Counts = (),
+    places: Places = None,
 ) -> Mask:
     """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown.
 
     For sdpa (B, 1, T, S), True where a key is seen; for eager attention the same with 0 where a key is seen, else
-    the lowest number of the dtype. counts: of packed rows, which `varlen` takes as sequences; without them, in a
-    step of decoding, it takes sdpa's mask.
+    the lowest number of the dtype. counts: of packed rows, which `varlen` takes as sequences (places as there);
+    without them, in a step of decoding, it takes sdpa's mask.
     """
     if implementation not in MASKS:
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
     if implementation == VARLEN and counts:
-        return sequences(documents_BS, branches_BS, counts)
+        return sequences(documents_BS, branches_BS, counts, places)
     seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
     if implementation == EAGER:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

@@ -32,6 +32,7 @@ from unifork.models.decoder import (
     Block,
     Routes,
     batch_routes,
+    by_modality,
     family,
     masks_of,
     modalities,
@@ -43,7 +44,7 @@ from unifork.models.decoder import (
 from unifork.models.image_head import HEAD, HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
-from unifork.models.masks import Counts, Mask, attention_mask
+from unifork.models.masks import VARLEN, Counts, Mask, Places, attention_mask
 from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
@@ -121,6 +122,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch) -> Losses:
         """Both losses of packed rows, summed over their supervised targets."""
+        if self.routes_needed - {"none"} == {"modality"} and self.config._attn_implementation == VARLEN:
+            batch = by_modality(batch)
         hidden_XH = self.hidden(batch).flatten(0, 1)
         text_SH = hidden_XH.index_select(0, batch.text_source_S)
         text_loss_S = linear_cross_entropy(text_SH, self.lm_head.weight, None, batch.text_target_S)
@@ -132,7 +135,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
         routes = batch_routes(batch, self.routes_needed, self.every_branch and torch.is_grad_enabled())
         T = batch.kinds_BT.shape[1]
-        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts)
+        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts, batch.places)
         return self._forward_layers(self.embed(batch), batch.positions_BT, routes, masks, cache)
 
     def prefill(self, batch: Batch) -> tuple[Tensor, Context]:
@@ -188,13 +191,13 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                 module.activation_checkpointing = module.kind_name in kinds
 
     def _masks(
-        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = ()
+        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = (), places: Places = None
     ) -> dict[RouteBy, Mask]:
         # documents have one task each, so isolation by task is what every mask already says
         branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": modalities_BS}
         name, dtype = self.config._attn_implementation, self.embed_tokens.weight.dtype
         return {
-            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts)
+            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts, places)
             for route in self.masks_needed
         }
 
