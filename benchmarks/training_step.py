@@ -105,16 +105,6 @@ def make_model(size: Size, device: str) -> UniForkModel:
     return model
 
 
-def compile_parts(model: UniForkModel) -> None:
-    """torch.compile for norms, MLPs and the head's blocks, for any number of tokens; attention stays as it is."""
-    for block in model.image_head.blocks:
-        block._layer = torch.compile(block._layer, dynamic=True)
-    for layer in model.layers:
-        for parts in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            for part in parts.values():
-                part.forward = torch.compile(part.forward, dynamic=True)
-
-
 def make_documents(size: Size, count: int) -> list[Document]:
     """The length mix of the module's first lines, the two tasks in turns."""
     rng = np.random.default_rng(0)
@@ -269,7 +259,7 @@ def main() -> None:
         ways = {**ladder(ours, documents, given.row_tokens, dtype), **ways}
     if given.compile:
         compiled = copy.deepcopy(ours)
-        compile_parts(compiled)
+        compiled.compile_parts()
         ways[COMPILED] = Step(compiled, rows, fused, dtype)
     seconds = alternate(ways, given.pairs, device)
     tokens, useful = sum(map(len, documents)), products(ours, documents, *RUNGS["single forward (ours)"])

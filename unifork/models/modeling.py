@@ -190,6 +190,19 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             if isinstance(module, Block | HeadBlock):
                 module.activation_checkpointing = module.kind_name in kinds
 
+    def compile_parts(self) -> None:
+        """Compile what is position-wise, for any number of tokens: norms, MLPs, the head's blocks; weights are inputs.
+
+        Attention, routes and losses stay as they are, and parameters keep their names. Once, after they are placed.
+        """
+        for module in self.modules():
+            if isinstance(module, HeadBlock):
+                module._layer = torch.compile(module._layer, dynamic=True)  # type: ignore[method-assign]
+            elif isinstance(module, Block):
+                for parts in (module.mlp, module.input_layernorm, module.post_attention_layernorm):
+                    for part in parts.values():
+                        part.compile(dynamic=True)
+
     def _masks(
         self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = (), places: Places = None
     ) -> dict[RouteBy, Mask]:

@@ -136,6 +136,8 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
     model.set_activation_checkpointing(job.resources.activation_checkpointing)
+    if job.resources.compile:
+        model.compile_parts()
     tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
     config = model.config
     identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
