@@ -82,8 +82,8 @@ RUNGS = {
 """What each rung multiplies beyond its model: whether rows are padded, text logits whole."""
 
 
-def make_model(size: Size, device: str) -> UniForkModel:
-    """A fresh UniFork model: half of the layers shared, half twice."""
+def make_variant(size: Size, plan: str | None = None) -> Variant:
+    """A model of a plan; without one UniFork's, half of the layers shared, half twice."""
     backbone = {
         "model_type": "qwen2", "hidden_size": size.hidden, "intermediate_size": size.mlp,
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
@@ -91,23 +91,17 @@ def make_model(size: Size, device: str) -> UniForkModel:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }  # fmt: skip
     half = size.layers // 2
-    plan = f"shared*{half} task*{size.layers - half} norm:task"
-    variant = Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
+    plan = plan or f"shared*{half} task*{size.layers - half} norm:task"
+    return Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
+
+
+def make_model(size: Size, device: str) -> UniForkModel:
+    """A fresh one."""
     codebook = torch.randn(size.codes, size.channels, generator=torch.Generator().manual_seed(0))
-    model = create_model(variant, codebook, DEPTH, size.grid, "benchmark", size.words).train()
+    model = create_model(make_variant(size), codebook, DEPTH, size.grid, "benchmark", size.words).train()
     model.to(torch.device(device))  # type: ignore[arg-type]
     model.set_attn_implementation(VARLEN)
     return model
-
-
-def compile_parts(model: UniForkModel) -> None:
-    """torch.compile for norms, MLPs and the head's blocks, for any number of tokens; attention stays as it is."""
-    for block in model.image_head.blocks:
-        block._layer = torch.compile(block._layer, dynamic=True)
-    for layer in model.layers:
-        for parts in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            for part in parts.values():
-                part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def make_documents(size: Size, count: int) -> list[Document]:
@@ -257,7 +251,7 @@ def main() -> None:
         ways = {**ladder(ours, documents, given.row_tokens, dtype), **ways}
     if given.compile:
         compiled = copy.deepcopy(ours)
-        compile_parts(compiled)
+        compiled.compile_parts()
         ways[COMPILED] = Step(compiled, rows, fused, dtype)
     seconds = alternate(ways, given.pairs, device)
     tokens, useful = sum(map(len, documents)), products(ours, documents, *RUNGS["single forward (ours)"])

@@ -20,7 +20,7 @@ from unifork.models import generation, masks
 
 OK = {"machine", "versions", "attention", "bfloat16 step", "cpus and gpus", "file locks"}
 DEMO = load(Experiment, "params.yaml")
-ZERO = {"workers": 2, "strategy": "deepspeed-2"}
+ZERO = {"workers": 2, "shard": "deepspeed-2"}
 
 
 @pytest.fixture

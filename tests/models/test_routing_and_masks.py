@@ -45,7 +45,13 @@ def test_every_branch_is_called_even_without_tokens():
         torch.ones(3, 1),
     )
     assert calls == [(0, 3), (1, 0)]
-    assert step_routes(5, task=1, modality=1)["task"].counts == (0, 5)
+
+
+def test_where_nothing_is_reduced_a_branch_without_tokens_is_left_out():
+    calls = []
+    for route in (Route((3, 0), every=False), step_routes(3, task=1, modality=1)["task"]):
+        routed({"a": 0, "b": 1}, route, lambda branch, part: calls.append((branch, len(part))) or part, torch.ones(3))
+    assert calls == [(0, 3), (1, 3)]
 
 
 def test_packed_visibility_is_the_plain_rule():

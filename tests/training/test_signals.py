@@ -192,7 +192,7 @@ def test_checkpoint_minutes_save_between_the_steps_of_checkpoint_every(root, mon
 
 def test_two_ray_workers_save_after_the_same_step_and_end_as_unbroken(ray_session, root, tiny_root, tmp_path):
     """No restart is spent; the run goes on with the same command and has the bytes of two workers without a signal."""
-    resources = TrainResources(workers=2, cpus=0.5, threads=1, row_tokens=384, strategy="ddp", max_restarts=2)
+    resources = TrainResources(workers=2, cpus=0.5, threads=1, row_tokens=384, max_restarts=2)
     stage_job, alone = (
         job(place, resources=resources, checkpoint_every=1000, steps=150)
         for place in (root, copy_of(tiny_root, tmp_path / "alone"))

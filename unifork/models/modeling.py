@@ -5,8 +5,8 @@ computed inside the root module's forward so that sharded and tied weights are w
 used; in decoding hidden states, with a cache. An image token enters as the sum of its D code vectors
 through the connector; the codebook is a frozen table in the model, so codes are all it needs.
 
-Both heads and every branch take part in every forward, with zero loss where they have no tokens:
-sharded gradients are silently wrong otherwise. There is no dropout anywhere.
+Both heads take part in every forward, with zero loss where they have no tokens, and so does every branch of
+a model that is wrapped: reduced gradients are silently wrong otherwise. There is no dropout anywhere.
 
 Shape suffixes: B rows, T tokens of a row, X = B*T, S keys or supervised text tokens, N image tokens,
 M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, V words.
@@ -32,6 +32,7 @@ from unifork.models.decoder import (
     Block,
     Routes,
     batch_routes,
+    by_modality,
     family,
     masks_of,
     modalities,
@@ -43,12 +44,12 @@ from unifork.models.decoder import (
 from unifork.models.image_head import HEAD, HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
-from unifork.models.masks import Counts, Mask, attention_mask
+from unifork.models.masks import VARLEN, Counts, Mask, Places, attention_mask
 from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 """Raise when the same weights would compute something else, or the same seed draw other weights."""
 
 
@@ -97,6 +98,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
     _keep_in_fp32_modules_strict = ["codebook"]
+    every_branch = True
+    """Whether branches without tokens are called in training, too."""
 
     def __init__(self, config: UniForkConfig) -> None:
         super().__init__(config)
@@ -109,7 +112,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.embed_tokens = nn.Embedding(dense.vocab_size, H)
         self.connector = Connector(config.code_channels, H)
         self.layers = nn.ModuleList([Block(name, dense, index, parts) for index, name in enumerate(plan.layers)])
-        self.norm = norms(BRANCHES[plan.norm_route], dense, parts)
+        self.norm = norms(BRANCHES[plan.norm_route], dense)
         self.rotary_emb = parts.rotary(config=dense)
         self.lm_head = nn.Linear(H, dense.vocab_size, bias=False)
         self.image_head = ImageHead(config.head_config(), H, config.code_channels, config.codebook_size, config.depth)
@@ -119,6 +122,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch) -> Losses:
         """Both losses of packed rows, summed over their supervised targets."""
+        if self.routes_needed - {"none"} == {"modality"} and self.config._attn_implementation == VARLEN:
+            batch = by_modality(batch)
         hidden_XH = self.hidden(batch).flatten(0, 1)
         text_SH = hidden_XH.index_select(0, batch.text_source_S)
         text_loss_S = linear_cross_entropy(text_SH, self.lm_head.weight, None, batch.text_target_S)
@@ -128,9 +133,9 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
         """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
-        routes = batch_routes(batch, self.routes_needed)
+        routes = batch_routes(batch, self.routes_needed, self.every_branch and torch.is_grad_enabled())
         T = batch.kinds_BT.shape[1]
-        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts)
+        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts, batch.places)
         return self._forward_layers(self.embed(batch), batch.positions_BT, routes, masks, cache)
 
     def prefill(self, batch: Batch) -> tuple[Tensor, Context]:
@@ -185,14 +190,27 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             if isinstance(module, Block | HeadBlock):
                 module.activation_checkpointing = module.kind_name in kinds
 
+    def compile_parts(self) -> None:
+        """Compile what is position-wise, for any number of tokens: norms, MLPs, the head's blocks; weights are inputs.
+
+        Attention, routes and losses stay as they are, and parameters keep their names. Once, after they are placed.
+        """
+        for module in self.modules():
+            if isinstance(module, HeadBlock):
+                module._layer = torch.compile(module._layer, dynamic=True)  # type: ignore[method-assign]
+            elif isinstance(module, Block):
+                for parts in (module.mlp, module.input_layernorm, module.post_attention_layernorm):
+                    for part in parts.values():
+                        part.compile(dynamic=True)
+
     def _masks(
-        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = ()
+        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = (), places: Places = None
     ) -> dict[RouteBy, Mask]:
         # documents have one task each, so isolation by task is what every mask already says
         branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": modalities_BS}
         name, dtype = self.config._attn_implementation, self.embed_tokens.weight.dtype
         return {
-            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts)
+            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts, places)
             for route in self.masks_needed
         }
 

@@ -134,6 +134,7 @@ def _worker(config: dict[str, Any]) -> None:
     run = WorkerContext(
         rank=context.get_world_rank(),
         workers=job.resources.workers,
+        node_workers=context.get_local_world_size(),
         device=str(ray.train.torch.get_device()) if job.resources.gpus else "cpu",
         report=ray.train.report,
     )

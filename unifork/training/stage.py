@@ -26,7 +26,8 @@ from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import MachineError, writing
 from unifork.inference import Engine
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
-from unifork.models.masks import VARLEN
+from unifork.models.configuration import UniForkConfig
+from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
 from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
@@ -38,12 +39,12 @@ from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import Average, freeze_all_but
 from unifork.training.recovery import check_extended, settle
-from unifork.training.strategies import Strategy, barrier, strategy
+from unifork.training.strategies import Strategy, barrier, group_of_one, strategy
 from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
 from unifork.vocabulary import VOCABULARY_VERSION
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
 TRAINING, SUMMARY = "training", "summary.json"
 """Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
@@ -74,6 +75,11 @@ class StageJob(StrictModel):
         """The run of the same variant that this one goes on from, optimizers and all."""
         key = f"{self.experiment.runs[self.key].variant}-{self.stage.extend}"
         return self.model_copy(update={"key": key}) if self.stage.extend else None
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether every track is of bfloat16, so that the model may be."""
+        return all(track.precision == "bfloat16" for track in self.stage.tracks.values())
 
     @property
     def start(self) -> Path:
@@ -121,7 +127,8 @@ def train_stage(job: StageJob, run: WorkerContext) -> None:
     have a signal; then every finished step is saved.
     """
     torch.set_num_threads(job.resources.threads)
-    with exclusive(job.run_folder) if run.rank == 0 else nullcontext():
+    group = group_of_one(run.device, job.is_bfloat16 and run.workers == 1)
+    with exclusive(job.run_folder) if run.rank == 0 else nullcontext(), group:
         _train(job, run)
 
 
@@ -139,30 +146,15 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
     model.set_activation_checkpointing(job.resources.activation_checkpointing)
+    if job.resources.compile:
+        model.compile_parts()
     tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
-    config = model.config
-    identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
     startup.mark("model")
-    loaders = {
-        name: TrackLoader(
-            name, track, job.layout, tokenizer, identity,
-            seed=stage.seed, context=stage.context, row_tokens=job.resources.row_tokens,
-            rows_per_microbatch=job.resources.rows_per_microbatch,
-        )
-        for name, track in stage.tracks.items()
-    }  # fmt: skip
-    held_out = {
-        name: PackedDocuments(
-            track, job.layout, tokenizer, identity, context=stage.context, row_tokens=job.resources.row_tokens,
-            rows_per_microbatch=job.resources.rows_per_microbatch, held_out=True,
-        )
-        for name, track in stage.tracks.items()
-    }  # fmt: skip
-    validation = Validation(stage, held_out)
+    loaders, validation = _open_documents(job, tokenizer, model.config)
     startup.mark("opening documents")
     trained = {parameter for name, track in stage.tracks.items() for parameter in trained_by(name, track, model)}
     freeze_all_but(model, trained)
-    sharing = strategy(job.resources.strategy, run.workers)
+    sharing = strategy(job.resources.shard, run.workers, job.is_bfloat16, run.node_workers)
     wrapped = sharing.wrap(model)
     fresh = not (job.start / TRAINING).exists()
     words = model.config.backbone_config().vocab_size
@@ -191,6 +183,24 @@ def _train(job: StageJob, run: WorkerContext) -> None:
         write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "seconds": seconds})
         (job.run_folder / STOPPED).unlink(missing_ok=True)
         log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
+
+
+def _open_documents(
+    job: StageJob, tokenizer: TextTokenizer, config: UniForkConfig
+) -> tuple[dict[str, TrackLoader], Validation]:
+    """What each track reads, and what is held out of it."""
+    identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
+    sizes = {
+        "context": job.stage.context,
+        "row_tokens": job.resources.row_tokens,
+        "rows_per_microbatch": job.resources.rows_per_microbatch,
+    }
+    loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
+    for name, track in job.stage.tracks.items():
+        place = (track, job.layout, tokenizer, identity)
+        loaders[name] = TrackLoader(name, *place, seed=job.stage.seed, **sizes)
+        held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
+    return loaders, Validation(job.stage, held_out)
 
 
 def _steps(
@@ -313,6 +323,8 @@ def _announce(log: Log, model: nn.Module, tracks: dict[str, TrackRun], state: St
     where = f"continuing from step {state.total} of {total}" if state.total else f"starting, {total} steps"
     every = sum(p.numel() for p in model.parameters())
     log(f"{where}; {every / 1e6:.2f} M parameters")
+    if next(model.parameters()).is_cuda:
+        log(f"attention in bfloat16: the kernel of {KERNEL}")
     for name, track in tracks.items():
         count = sum(p.numel() for p in track.parameters.values())
         sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
