@@ -152,7 +152,7 @@ class TrackRun:
         batches = list(self.loader.batches(plan, run.rank))
         for number, batch in enumerate(batches, 1):
             self.strategy.begin(number == len(batches))
-            losses = self._forward(wrapped, batch, run)
+            losses = _forward(self, wrapped, batch, run)
             loss = losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale
             loss.backward()  # type: ignore[no-untyped-call]
             sums += _sums(losses)
@@ -166,14 +166,15 @@ class TrackRun:
         plan = documents.pack(slots, [False] * len(slots), run.workers)
         sums = torch.zeros(1 + documents.identity.depth, dtype=torch.float64, device=run.device)
         for batch in documents.batches(plan, run.rank):
-            sums += _sums(self._forward(wrapped, batch, run))
+            sums += _sums(_forward(self, wrapped, batch, run))
         return {name: value for name, value in _losses(summed(sums).tolist(), plan).items() if name != "loss"}
 
-    def _forward(self, wrapped: nn.Module, batch: Batch, run: WorkerContext) -> Losses:
-        autocast = self.strategy.autocast and self.track.precision == "bfloat16"
-        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=autocast):
-            losses: Losses = wrapped(batch.to(run.device))
-        return losses
+
+def _forward(track: TrackRun, wrapped: nn.Module, batch: Batch, run: WorkerContext) -> Losses:
+    autocast = track.strategy.autocast and track.track.precision == "bfloat16"
+    with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=autocast):
+        losses: Losses = wrapped(batch.to(run.device))
+    return losses
 
 
 def _sums(losses: Losses) -> Tensor:

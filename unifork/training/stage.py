@@ -190,14 +190,14 @@ def _open_documents(
 ) -> tuple[dict[str, TrackLoader], Validation]:
     """What each track reads, and what is held out of it."""
     identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
-    sizes = {
+    sizes: dict[str, Any] = {
         "context": job.stage.context,
         "row_tokens": job.resources.row_tokens,
         "rows_per_microbatch": job.resources.rows_per_microbatch,
     }
     loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
     for name, track in job.stage.tracks.items():
-        place = (track, job.layout, tokenizer, identity)
+        place: tuple[Any, ...] = (track, job.layout, tokenizer, identity)
         loaders[name] = TrackLoader(name, *place, seed=job.stage.seed, **sizes)
         held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
     return loaders, Validation(job.stage, held_out)
