@@ -123,7 +123,7 @@ class Track(StrictModel):
     supervised_positions: PositiveInt | None = None
     """Positions of a generated image that are supervised, the first in reading order; None learns all."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the products (autocast); weights, gradients, optimizer and losses are float32 in both."""
+    """Number type of products and activations; weights, optimizer and losses are float32 in both."""
 
 
 class Sampling(StrictModel):
