@@ -83,8 +83,8 @@ RUNGS = {
 """What each rung multiplies beyond its model: whether rows are padded, text logits whole."""
 
 
-def make_model(size: Size, device: str) -> UniForkModel:
-    """A fresh UniFork model: half of the layers shared, half twice."""
+def make_model(size: Size, device: str, plan: str = "") -> UniForkModel:
+    """A fresh model; without a plan UniFork: half of the layers shared, half twice."""
     backbone = {
         "model_type": "qwen2", "hidden_size": size.hidden, "intermediate_size": size.mlp,
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
@@ -92,7 +92,7 @@ def make_model(size: Size, device: str) -> UniForkModel:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }  # fmt: skip
     half = size.layers // 2
-    plan = f"shared*{half} task*{size.layers - half} norm:task"
+    plan = plan or f"shared*{half} task*{size.layers - half} norm:task"
     variant = Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
     codebook = torch.randn(size.codes, size.channels, generator=torch.Generator().manual_seed(0))
     model = create_model(variant, codebook, DEPTH, size.grid, "benchmark", size.words).train()

@@ -36,7 +36,7 @@ def test_grouped_tokens_are_sliced_and_equal_gathered_ones():
     assert batch_routes(mixed_batch(), NEEDED)["task"].order_X is not None
 
 
-def test_every_branch_is_called_even_without_tokens():
+def test_every_branch_is_called_even_without_tokens_when_there_are_gradients():
     calls = []
     routed(
         {"a": 0, "b": 1},
@@ -45,6 +45,9 @@ def test_every_branch_is_called_even_without_tokens():
         torch.ones(3, 1),
     )
     assert calls == [(0, 3), (1, 0)]
+    with torch.no_grad():  # where there is nothing to be wrong
+        routed({"a": 0, "b": 1}, Route((0, 3)), lambda branch, part: calls.append(branch) or part, torch.ones(3, 1))
+    assert calls[2:] == [1]
     assert step_routes(5, task=1, modality=1)["task"].counts == (0, 5)
 
 

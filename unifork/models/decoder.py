@@ -8,24 +8,27 @@ is a ModuleDict by branch name, so names carry the branch:
 
 Which branch a token goes to is a `Route`, an argument of every forward, never a state of a module.
 All counts are known before anything reaches the device, so that routing never waits for it; where
-tokens already come branch by branch it is slicing. Every branch is called even when it gets no
-token: a branch that one rank leaves out of the graph makes sharded gradients silently wrong.
+tokens already come branch by branch it is slicing. With gradients every branch is called even when it
+gets no token: a branch that one rank leaves out of the graph makes sharded gradients silently wrong.
 
-Shape suffixes: B rows, T tokens of a row, X = B*T, H hidden size, E head size, S keys.
+`Cache` holds the keys and values of decoding in buffers that stay where they are.
+
+Shape suffixes: B or R rows, T tokens of a row, X = B*T, H hidden size, E head size, G key heads, S keys or slots.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from unifork.batch import TEXT, Batch
+from unifork.batch import NO_DOCUMENT, TEXT, Batch
 from unifork.models.layer_plan import BRANCHES, KINDS, Kind, LayerPlan, RouteBy
 from unifork.models.masks import Mask
 
@@ -57,6 +60,19 @@ class Route:
         joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         return joined if self.inverse_X is None else joined.index_select(0, self.inverse_X)
 
+    def apart(self, branches: Mapping[str, Branch], tokens: Tensor) -> list[tuple[str, Branch, Tensor]]:
+        """Name, branch and tokens of every branch; without gradients of none but the only one with tokens."""
+        if self.only is not None and not torch.is_grad_enabled():
+            name = list(branches)[self.only]
+            return [(name, branches[name], tokens)]
+        return [(*item, part) for item, part in zip(branches.items(), self.split(tokens), strict=True)]
+
+    @cached_property
+    def only(self) -> int | None:
+        """The branch that all tokens go to, if there is such a branch."""
+        used = [branch for branch, count in enumerate(self.counts) if count]
+        return used[0] if len(used) == 1 and self.order_X is None else None
+
 
 Routes = Mapping[RouteBy, Route]
 """One route for everything a plan may route by."""
@@ -66,9 +82,7 @@ def routed(
     branches: Mapping[str, Branch], route: Route, apply: Callable[[Branch, Tensor], Tensor], tokens: Tensor
 ) -> Tensor:
     """Apply each branch to its own tokens (X, ...) and put the results back in place."""
-    return route.join(
-        [apply(branch, part) for branch, part in zip(branches.values(), route.split(tokens), strict=True)]
-    )
+    return route.join([apply(branch, part) for _, branch, part in route.apart(branches, tokens)])
 
 
 def gathered(branches_X: Tensor, counts: tuple[int, ...]) -> Route:
@@ -130,6 +144,64 @@ def family(model_type: str) -> Family:
     return Family(attention, mlp, norm, rotary, modeling.apply_rotary_pos_emb, modeling.eager_attention_forward)
 
 
+@dataclass(eq=False)
+class Cache:
+    """What decoding has read so far: R rows of S slots, the same slot for the next token of every row.
+
+    Nothing is moved when tokens are read, and where they go is on the device, so a step can be captured.
+    """
+
+    keys: list[Tensor]
+    """(R, G, S, E) of each layer; values likewise."""
+    values: list[Tensor]
+    documents_RS: Tensor
+    """NO_DOCUMENT in slots of padding and in those that nothing was read into; `step`s do not update it."""
+    modalities_RS: Tensor
+    lengths_R: Tensor
+    """Tokens of each row without padding, which is also the next rotary position."""
+    slots_T: Tensor
+    """Where the tokens go that are being read."""
+    filled: int = 0
+    """Slots in use."""
+    reach: int = 0
+    """Slots that attention looks at."""
+
+    @classmethod
+    def empty(cls, layers: int, shape: tuple[int, int, int, int], like: Tensor) -> "Cache":
+        """Room for (R, G, S, E) keys and as many values a layer, with the dtype and on the device of `like`."""
+        # zeros, since what is masked is multiplied by nothing and must be a number
+        keys, values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
+        R, S = shape[0], shape[2]
+        numbers_RS = torch.full((R, S), NO_DOCUMENT, device=like.device)
+        return cls(keys, values, numbers_RS, numbers_RS.clone(), numbers_RS.new_zeros(R), numbers_RS.new_zeros(1))
+
+    def spread(self, rows_R: Tensor, slots: int) -> "Cache":
+        """A cache of these rows, any of them many times over, with free slots behind what was read."""
+        _, G, _, E = self.keys[0].shape
+        wider = Cache.empty(len(self.keys), (len(rows_R), G, self.filled + slots, E), self.keys[0])
+        wider.filled, wider.lengths_R = self.filled, self.lengths_R[rows_R]
+        for new, old in zip([*wider.keys, *wider.values], [*self.keys, *self.values], strict=True):
+            new[:, :, : self.filled] = old[rows_R, :, : self.filled]
+        wider.documents_RS[:, : self.filled] = self.documents_RS[rows_R, : self.filled]
+        wider.modalities_RS[:, : self.filled] = self.modalities_RS[rows_R, : self.filled]
+        return wider
+
+    def extend(self, documents_RT: Tensor, modalities_RT: Tensor) -> None:
+        """Give the next T slots to tokens that are about to be read."""
+        start, self.filled = self.filled, self.filled + documents_RT.shape[1]
+        self.documents_RS[:, start : self.filled] = documents_RT
+        self.modalities_RS[:, start : self.filled] = modalities_RT
+        self.lengths_R += (documents_RT != NO_DOCUMENT).sum(1)
+        self.slots_T = torch.arange(start, self.filled, device=documents_RT.device)
+        self.reach = self.filled
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write what a layer computed of the new tokens; returns all keys and values within reach."""
+        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+            stored.index_copy_(2, self.slots_T, new)
+        return self.keys[layer][:, :, : self.reach], self.values[layer][:, :, : self.reach]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
     """Everything a block needs to know about the tokens it is given."""
@@ -141,7 +213,7 @@ class AttentionContext:
     sin_BTE: Tensor
     attention: str
     """Name of transformers' attention implementation."""
-    cache: DynamicCache | None = None
+    cache: Cache | None = None
 
 
 class Block(nn.Module):
@@ -176,8 +248,8 @@ class Block(nn.Module):
     def _attend(self, x_XH: Tensor, reading: AttentionContext) -> Tensor:
         route = reading.routes[self.kind.route_of("attention")]
         attentions: dict[str, Any] = dict(self.self_attn.items())
-        parts = zip(attentions.items(), route.split(x_XH), strict=True)
-        projected = [_project(attention, self.input_layernorm[name](part)) for (name, attention), part in parts]
+        parts = route.apart(attentions, x_XH)
+        projected = [_project(attention, self.input_layernorm[name](part)) for name, attention, part in parts]
         module = next(iter(attentions.values()))
         B, T, E = *reading.cos_BTE.shape[:2], module.head_dim
         query, key, value = (
@@ -186,7 +258,7 @@ class Block(nn.Module):
         query, key = self.parts.rotate(query, key, reading.cos_BTE, reading.sin_BTE)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if reading.cache is not None:
-            key, value = reading.cache.update(key, value, self.index)
+            key, value = reading.cache.update(self.index, key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, self.parts.eager_attention)
         mask = reading.masks[isolated_by(self.kind)]
         attended, _ = attend(module, query, key, value, mask, dropout=0.0, scaling=module.scaling)
