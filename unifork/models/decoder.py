@@ -177,8 +177,8 @@ class Cache:
 
     def spread(self, rows_R: Tensor, slots: int) -> "Cache":
         """A cache of these rows, any of them many times over, with free slots behind what was read."""
-        _, G, _, E = self.keys[0].shape
-        wider = Cache.empty(len(self.keys), (len(rows_R), G, self.filled + slots, E), self.keys[0])
+        shape = (len(rows_R), self.keys[0].shape[1], self.filled + slots, self.keys[0].shape[3])
+        wider = Cache.empty(len(self.keys), shape, self.keys[0])
         wider.filled, wider.lengths_R = self.filled, self.lengths_R[rows_R]
         for new, old in zip([*wider.keys, *wider.values], [*self.keys, *self.values], strict=True):
             new[:, :, : self.filled] = old[rows_R, :, : self.filled]

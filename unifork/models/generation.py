@@ -18,6 +18,7 @@ H hidden size, K codebook rows, W candidates, T tokens.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -173,9 +174,9 @@ def common_starts(prompts: Sequence[Document]) -> tuple[list[Document], list[int
 
 def _part(document: Document, start: int, stop: int) -> Document:
     images = [int((document.kinds_T[:end] == IMAGE).sum()) for end in (start, stop)]
-    part = slice(start, stop)
-    tokens = (document.kinds_T[part], document.text_ids_T[part], document.loss_mask_T[part])
-    return Document(document.key, document.task, *tokens, document.codes_ND[slice(*images)])
+    names = ("kinds_T", "text_ids_T", "loss_mask_T")
+    tokens = {name: getattr(document, name)[start:stop] for name in names}
+    return replace(document, **tokens, codes_ND=document.codes_ND[slice(*images)])
 
 
 def guide(logits_RK: Tensor, scale: float) -> Tensor:

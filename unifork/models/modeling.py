@@ -126,7 +126,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         x_BTH = self.embed(batch)
         cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions)
         routes = batch_routes(batch, self.routes_needed)
-        return self._forward_layers(x_BTH, AttentionContext(routes, masks, cos_BTE, sin_BTE, self._attention, cache))
+        name = self.config._attn_implementation
+        return self._forward_layers(x_BTH, AttentionContext(routes, masks, cos_BTE, sin_BTE, name, cache))
 
     def read(self, batch: Batch, cache: Cache) -> Tensor:
         """Read the next tokens of documents, one a row. Returns the last one's hidden state (B, H)."""
@@ -150,9 +151,9 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         weight = self.embed_tokens.weight
         routes = step_routes(R, task, modality)
         unseen_RS = cache.documents_RS == NO_DOCUMENT
-        hidden_by = {"none": unseen_RS, "task": unseen_RS, "modality": unseen_RS | (cache.modalities_RS != modality)}
-        unseen = torch.stack([hidden_by[route][:, None, None] for route in self.masks_needed], -1)
-        masks = weight.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)  # of all routes in one tensor
+        other_RS = unseen_RS | (cache.modalities_RS != modality)
+        unseen = [(other_RS if route == "modality" else unseen_RS)[:, None, None] for route in self.masks_needed]
+        masks = weight.new_zeros(len(unseen), R, 1, 1, S).masked_fill_(torch.stack(unseen), -torch.inf)
         tables_SE = [angles[0] for angles in self.rotary_emb(weight, torch.arange(S, device=weight.device)[None])]
         cache.slots_T, cache.reach = torch.tensor([cache.filled], device=weight.device), S
 
@@ -160,10 +161,10 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             cache.filled += 1
             if not whole:
                 cache.reach = cache.filled
-            masks.index_fill_(3, cache.slots_T, 0.0)
+            masks.index_fill_(4, cache.slots_T, 0.0)
             cos_R1E, sin_R1E = (table_SE.index_select(0, cache.lengths_R)[:, None] for table_SE in tables_SE)
-            within = dict(zip(self.masks_needed, masks[..., : cache.reach, :].unbind(-1), strict=True))
-            reading = AttentionContext(routes, within, cos_R1E, sin_R1E, self._attention, cache)
+            within = dict(zip(self.masks_needed, masks[..., : cache.reach].unbind(), strict=True))
+            reading = AttentionContext(routes, within, cos_R1E, sin_R1E, self.config._attn_implementation, cache)
             hidden_RH = self._forward_layers(x_RH[:, None], reading)[:, 0]
             cache.lengths_R += 1
             cache.slots_T += 1
@@ -204,7 +205,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> dict[RouteBy, Mask]:
         # documents have one task each, so isolation by task is what every mask already says
         branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": modalities_BS}
-        name, dtype = self._attention, self.embed_tokens.weight.dtype
+        name, dtype = self.config._attn_implementation, self.embed_tokens.weight.dtype
         return {
             route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts)
             for route in self.masks_needed
@@ -217,10 +218,6 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         branches: dict[str, Any] = dict(self.norm.items())
         x_XH = routed(branches, reading.routes[self.plan.norm_route], lambda norm, part: norm(part), x_XH)
         return x_XH.view_as(x_BTH)
-
-    @property
-    def _attention(self) -> str:
-        return cast(str, self.config._attn_implementation)
 
 
 AutoModel.register(UniForkConfig, UniForkModel, exist_ok=True)
