@@ -73,10 +73,10 @@ def questions(size: Size, count: int) -> list[Document]:
     return documents
 
 
-def work(grid: int) -> None:
+def work(grid: int, words: int) -> None:
     """Do what the lines of standard input name, one after the other; print seconds and results."""
     drawing, rng = noisy(make_model(replace(IMAGES, grid=grid), "cpu")), np.random.default_rng(1)
-    prompts = [rng.integers(0, IMAGES.words, rng.integers(12, 45)).tolist() for _ in range(65)]
+    prompts = [rng.integers(0, IMAGES.words, words + rng.integers(33)).tolist() for _ in range(65)]
     answering, documents = noisy(make_model(SIZES["small"], "cpu")), questions(SIZES["small"], 8)
     ways: dict[str, Callable[[], Any]] = {
         "answers": lambda: answer_texts(answering, documents, NEW_TOKENS, -1),
@@ -96,8 +96,8 @@ def work(grid: int) -> None:
 class Tree:
     """A process that works with the library of one tree."""
 
-    def __init__(self, root: Path, grid: int) -> None:
-        command = [sys.executable, __file__, "--work", "--grid", str(grid)]
+    def __init__(self, root: Path, *options: str) -> None:
+        command = [sys.executable, __file__, "--work", *options]
         environment = {**os.environ, "PYTHONPATH": str(root)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
@@ -111,13 +111,13 @@ class Tree:
         return seconds, found
 
 
-def compare(commit: str, grid: int, names: list[str], pairs: int) -> list[list[object]]:
+def compare(commit: str, options: list[str], names: list[str], pairs: int) -> list[list[object]]:
     """One line for each piece of work: seconds of both trees, their ratio, whether all results are equal."""
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "tree"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--detach", str(other), commit], check=True, capture_output=True)
-        trees = [Tree(other, grid), Tree(ROOT, grid)]
+        trees = [Tree(other, *options), Tree(ROOT, *options)]
         try:
             lines = []
             for name in names:
@@ -168,18 +168,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="COMMIT", help="the tree to compare with")
     parser.add_argument("--grid", type=int, default=24, help="rows and columns of positions of a generated image")
+    parser.add_argument("--words", type=int, default=12, help="tokens of the shortest prompt; the longest has 32 more")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--ways", nargs="*", default=["images 1", "images 16", "answers", "answers, one at a time"])
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.work:
-        work(given.grid)
+        work(given.grid, given.words)
         return
-    print(f"{machine('cpu')}; float32; {given.grid}x{given.grid} positions; {given.pairs} pairs\n")
+    what = f"{given.grid}x{given.grid} positions; prompts of {given.words} to {given.words + 32} tokens"
+    print(f"{machine('cpu')}; float32; {what}; {given.pairs} pairs\n")
+    options = ["--grid", str(given.grid), "--words", str(given.words)]
     if given.against:
         head = ["work", f"CPU seconds at {given.against}", "here", "times faster", "codes or ids equal"]
-        print(table(head, compare(given.against, given.grid, given.ways, given.pairs)), "\n")
+        print(table(head, compare(given.against, options, given.ways, given.pairs)), "\n")
     print(table(["plan", "kernels of a position"], [[plan, kernels(plan)] for plan in PLANS]))
 
 

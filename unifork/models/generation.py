@@ -197,7 +197,7 @@ def probabilities(logits_BK: Tensor, sampling: Sampling, width: int) -> tuple[Te
     codes as likely as the top k's last have found no room (B). The code whose probability crosses top_p is kept;
     of equal logits at the border of the top k all are kept.
     """
-    logits_BK = logits_BK.float() / sampling.temperature
+    logits_BK = logits_BK if sampling.temperature == 1.0 else logits_BK / sampling.temperature
     codes_BW = torch.arange(width, device=logits_BK.device).expand(len(logits_BK), -1)
     if width < logits_BK.shape[1]:
         logits_BK, codes_BW = logits_BK.topk(width, sorted=False)
