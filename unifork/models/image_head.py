@@ -107,7 +107,7 @@ class HeadBlock(nn.Module):
     def _heads(self, x_MLH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.in_proj(self.attention_norm(x_MLH))
         query, key, value = (
-            project(normed).view(*x_MLH.shape[:2], -1, self.head_dim).transpose(1, 2)
+            project(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return query, key, value
