@@ -95,10 +95,10 @@ def make_variant(size: Size, plan: str | None = None) -> Variant:
     return Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
 
 
-def make_model(size: Size, device: str) -> UniForkModel:
-    """A fresh one."""
+def make_model(size: Size, device: str, plan: str | None = None) -> UniForkModel:
+    """A fresh model of a plan."""
     codebook = torch.randn(size.codes, size.channels, generator=torch.Generator().manual_seed(0))
-    model = create_model(make_variant(size), codebook, DEPTH, size.grid, "benchmark", size.words).train()
+    model = create_model(make_variant(size, plan), codebook, DEPTH, size.grid, "benchmark", size.words).train()
     model.to(torch.device(device))  # type: ignore[arg-type]
     model.set_attn_implementation(VARLEN)
     return model

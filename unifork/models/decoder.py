@@ -11,7 +11,9 @@ All counts are known before anything reaches the device, so that routing never w
 tokens already come branch by branch it is slicing. A branch that gets no token is left out, unless the
 model is wrapped: what one rank leaves out of the graph makes reduced gradients silently wrong.
 
-Shape suffixes: B rows, T tokens of a row, X = B*T, H hidden size, E head size, S keys.
+`Cache` holds the keys and values of decoding in buffers that stay where they are.
+
+Shape suffixes: B or R rows, T tokens of a row, X = B*T, H hidden size, E head size, G key heads, S keys or slots.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +24,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from unifork.batch import TEXT, Batch
+from unifork.batch import NO_DOCUMENT, TEXT, Batch
 from unifork.models.layer_plan import BRANCHES, KINDS, Kind, LayerPlan, RouteBy
 from unifork.models.masks import Mask
 
@@ -144,6 +146,64 @@ def family(model_type: str) -> Family:
     return Family(attention, mlp, rotary, modeling.apply_rotary_pos_emb, modeling.eager_attention_forward)
 
 
+@dataclass(eq=False)
+class Cache:
+    """What decoding has read so far: R rows of S slots, the same slot for the next token of every row.
+
+    Nothing is moved when tokens are read, and where they go is on the device, so a step can be captured.
+    """
+
+    keys: list[Tensor]
+    """(R, G, S, E) of each layer; values likewise."""
+    values: list[Tensor]
+    documents_RS: Tensor
+    """NO_DOCUMENT in slots of padding and in those that nothing was read into; `step`s do not update it."""
+    modalities_RS: Tensor
+    lengths_R: Tensor
+    """Tokens of each row without padding, which is also the next rotary position."""
+    slots_T: Tensor
+    """Where the tokens go that are being read."""
+    filled: int = 0
+    """Slots in use."""
+    reach: int = 0
+    """Slots that attention looks at."""
+
+    @classmethod
+    def empty(cls, layers: int, shape: tuple[int, int, int, int], like: Tensor) -> "Cache":
+        """Room for (R, G, S, E) keys and as many values a layer, with the dtype and on the device of `like`."""
+        # zeros, since what is masked is multiplied by nothing and must be a number
+        keys, values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
+        R, S = shape[0], shape[2]
+        numbers_RS = torch.full((R, S), NO_DOCUMENT, device=like.device)
+        return cls(keys, values, numbers_RS, numbers_RS.clone(), numbers_RS.new_zeros(R), numbers_RS.new_zeros(1))
+
+    def spread(self, rows_R: Tensor, slots: int) -> "Cache":
+        """A cache of these rows, any of them many times over, with free slots behind what was read."""
+        shape = (len(rows_R), self.keys[0].shape[1], self.filled + slots, self.keys[0].shape[3])
+        wider = Cache.empty(len(self.keys), shape, self.keys[0])
+        wider.filled, wider.lengths_R = self.filled, self.lengths_R[rows_R]
+        for new, old in zip([*wider.keys, *wider.values], [*self.keys, *self.values], strict=True):
+            new[:, :, : self.filled] = old[rows_R, :, : self.filled]
+        wider.documents_RS[:, : self.filled] = self.documents_RS[rows_R, : self.filled]
+        wider.modalities_RS[:, : self.filled] = self.modalities_RS[rows_R, : self.filled]
+        return wider
+
+    def extend(self, documents_RT: Tensor, modalities_RT: Tensor) -> None:
+        """Give the next T slots to tokens that are about to be read."""
+        start, self.filled = self.filled, self.filled + documents_RT.shape[1]
+        self.documents_RS[:, start : self.filled] = documents_RT
+        self.modalities_RS[:, start : self.filled] = modalities_RT
+        self.lengths_R += (documents_RT != NO_DOCUMENT).sum(1)
+        self.slots_T = torch.arange(start, self.filled, device=documents_RT.device)
+        self.reach = self.filled
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write what a layer computed of the new tokens; returns all keys and values within reach."""
+        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+            stored.index_copy_(2, self.slots_T, new)
+        return self.keys[layer][:, :, : self.reach], self.values[layer][:, :, : self.reach]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
     """Everything a block needs to know about the tokens it is given."""
@@ -155,7 +215,7 @@ class AttentionContext:
     sin_BTE: Tensor
     attention: str
     """Name of transformers' attention implementation."""
-    cache: DynamicCache | None = None
+    cache: Cache | None = None
 
 
 class Block(nn.Module):
@@ -200,7 +260,7 @@ class Block(nn.Module):
         query, key = self.parts.rotate(query, key, reading.cos_BTE, reading.sin_BTE)
         query, key = query.to(value.dtype), key.to(value.dtype)
         if reading.cache is not None:
-            key, value = reading.cache.update(key, value, self.index)
+            key, value = reading.cache.update(self.index, key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, self.parts.eager_attention)
         mask = reading.masks[isolated_by(self.kind)]
         attended, _ = attend(module, query, key, value, mask, dropout=0.0, scaling=module.scaling)

@@ -8,19 +8,18 @@ through the connector; the codebook is a frozen table in the model, so codes are
 Both heads take part in every forward, with zero loss where they have no tokens, and so does every branch of
 a model that is wrapped: reduced gradients are silently wrong otherwise. There is no dropout anywhere.
 
-Shape suffixes: B rows, T tokens of a row, X = B*T, S keys or supervised text tokens, N image tokens,
-M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, V words.
+Shape suffixes: B or R rows, T tokens of a row, X = B*T, S keys or supervised text tokens, N image tokens,
+M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, E head size, V words.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
@@ -30,7 +29,7 @@ from unifork.models.configuration import UniForkConfig, read_config
 from unifork.models.decoder import (
     AttentionContext,
     Block,
-    Routes,
+    Cache,
     batch_routes,
     by_modality,
     family,
@@ -58,18 +57,6 @@ class Losses(NamedTuple):
 
     text_loss_sum: Tensor
     image_loss_sum_D: Tensor
-
-
-@dataclass(eq=False)
-class Context:
-    """What a decoding run has read so far; `step` moves it on."""
-
-    cache: DynamicCache
-    documents_BS: Tensor
-    modalities_BS: Tensor
-    lengths_B: Tensor
-    """Tokens of each row without padding, which is also the next rotary position."""
-    task: int
 
 
 class Connector(nn.Module):
@@ -131,36 +118,64 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         image_loss_MD = self.image_head.loss(image_MH, batch.image_target_MD, self.codebook)
         return Losses(text_loss_S.sum(), image_loss_MD.sum(0))
 
-    def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
-        """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
+    def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Normed hidden states (B, T, H) of packed rows; with a cache, of the tokens that follow those in it."""
+        documents, kinds, positions = batch.documents_BT, modalities(batch.kinds_BT), batch.positions_BT
+        counts = batch.document_counts
+        if cache is not None:
+            counts = counts if cache.filled == 0 else ()
+            positions = positions + cache.lengths_R[:, None]
+            cache.extend(documents, kinds)
+            documents, kinds = cache.documents_RS[:, : cache.reach], cache.modalities_RS[:, : cache.reach]
+        masks = self._masks(documents, kinds, positions.shape[1], counts, batch.places)
+        x_BTH = self.embed(batch)
+        cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions)
         routes = batch_routes(batch, self.routes_needed, self.every_branch and torch.is_grad_enabled())
-        T = batch.kinds_BT.shape[1]
-        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts, batch.places)
-        return self._forward_layers(self.embed(batch), batch.positions_BT, routes, masks, cache)
+        name = self.config._attn_implementation
+        return self._forward_layers(x_BTH, AttentionContext(routes, masks, cos_BTE, sin_BTE, name, cache))
 
-    def prefill(self, batch: Batch) -> tuple[Tensor, Context]:
-        """Read prompts, one document a row, all of one task. Returns the last token's hidden state (B, H)."""
-        used = [task for task, count in enumerate(batch.task_counts) if count]
-        if len(used) != 1:
-            raise ValueError(f"prompts of {len(used)} tasks in one batch; decoding takes exactly one")
-        cache = DynamicCache()
-        hidden_BTH = self.hidden(batch, cache)
-        lengths_B = (batch.documents_BT != NO_DOCUMENT).sum(1)
-        context = Context(cache, batch.documents_BT, modalities(batch.kinds_BT), lengths_B, used[0])
-        rows = torch.arange(len(lengths_B), device=lengths_B.device)
-        return hidden_BTH[rows, lengths_B - 1], context
+    def read(self, batch: Batch, cache: Cache) -> Tensor:
+        """Read the next tokens of documents, one a row. Returns the last one's hidden state (B, H)."""
+        last_B = (batch.documents_BT != NO_DOCUMENT).sum(1) - 1
+        return self.hidden(batch, cache)[torch.arange(len(last_B), device=last_B.device), last_B]
 
-    def step(self, x_BH: Tensor, modality: int, context: Context) -> Tensor:
-        """Read one more token a row, all of one modality. Returns its hidden state (B, H), moves the context."""
-        B = len(x_BH)
-        new_B1 = context.documents_BS.new_zeros(B, 1)
-        context.documents_BS = torch.cat([context.documents_BS, new_B1], 1)
-        context.modalities_BS = torch.cat([context.modalities_BS, new_B1 + modality], 1)
-        masks = self._masks(context.documents_BS, context.modalities_BS, 1)
-        routes = step_routes(B, context.task, modality)
-        hidden_B1H = self._forward_layers(x_BH[:, None], context.lengths_B[:, None], routes, masks, context.cache)
-        context.lengths_B = context.lengths_B + 1
-        return hidden_B1H[:, 0]
+    def new_cache(self, rows: int, slots: int) -> Cache:
+        """An empty cache for `rows` documents of `slots` tokens at most."""
+        dense = self.config.backbone_config()
+        attention: Any = next(iter(cast(Block, self.layers[0]).self_attn.values()))
+        shape = (rows, dense.num_key_value_heads, slots, attention.head_dim)
+        return Cache.empty(len(self.layers), shape, self.embed_tokens.weight)
+
+    def decoder(self, cache: Cache, task: int, modality: int, *, whole: bool = False) -> Callable[[Tensor], Tensor]:
+        """A function that reads one more token a row (R, H) and returns its hidden state (R, H).
+
+        All tokens are of one task and one modality. Nothing is read from the device; with `whole` attention
+        looks at all slots and every step does the same to the same memory, so it can be captured and replayed.
+        """
+        R, S = cache.documents_RS.shape
+        weight = self.embed_tokens.weight
+        routes = step_routes(R, task, modality)
+        unseen_RS = cache.documents_RS == NO_DOCUMENT
+        other_RS = unseen_RS | (cache.modalities_RS != modality)
+        unseen = [(other_RS if route == "modality" else unseen_RS)[:, None, None] for route in self.masks_needed]
+        masks = weight.new_zeros(len(unseen), R, 1, 1, S).masked_fill_(torch.stack(unseen), -torch.inf)
+        tables_SE = [angles[0] for angles in self.rotary_emb(weight, torch.arange(S, device=weight.device)[None])]
+        cache.slots_T, cache.reach = torch.tensor([cache.filled], device=weight.device), S
+
+        def step(x_RH: Tensor) -> Tensor:
+            cache.filled += 1
+            if not whole:
+                cache.reach = cache.filled
+            masks.index_fill_(4, cache.slots_T, 0.0)
+            cos_R1E, sin_R1E = (table_SE.index_select(0, cache.lengths_R)[:, None] for table_SE in tables_SE)
+            within = dict(zip(self.masks_needed, masks[..., : cache.reach].unbind(), strict=True))
+            reading = AttentionContext(routes, within, cos_R1E, sin_R1E, self.config._attn_implementation, cache)
+            hidden_RH = self._forward_layers(x_RH[:, None], reading)[:, 0]
+            cache.lengths_R += 1
+            cache.slots_T += 1
+            return hidden_RH
+
+        return step
 
     def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer (B, T, H): words, borders of images, and codes."""
@@ -214,21 +229,12 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             for route in self.masks_needed
         }
 
-    def _forward_layers(
-        self,
-        x_BTH: Tensor,
-        positions_BT: Tensor,
-        routes: Routes,
-        masks: Mapping[RouteBy, Mask],
-        cache: DynamicCache | None,
-    ) -> Tensor:
-        cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions_BT)
-        reading = AttentionContext(routes, masks, cos_BTE, sin_BTE, self.config._attn_implementation, cache)
+    def _forward_layers(self, x_BTH: Tensor, reading: AttentionContext) -> Tensor:
         x_XH = x_BTH.flatten(0, 1)
         for layer in self.layers:
             x_XH = layer(x_XH, reading)
         branches: dict[str, Any] = dict(self.norm.items())
-        x_XH = routed(branches, routes[self.plan.norm_route], lambda norm, part: norm(part), x_XH)
+        x_XH = routed(branches, reading.routes[self.plan.norm_route], lambda norm, part: norm(part), x_XH)
         return x_XH.view_as(x_BTH)
 
 
