@@ -82,7 +82,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         "unifork/training/stage.py",
         [
             *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch", "zero"),
-            "unifork/training/validation.py",
+            *within("unifork/training", "validation", "export"),
             *within("unifork/documents", "loader", "order"),
             *within("unifork", "batch", "inference"),  # a stage ends with samples
             "pipelines/train.py",

@@ -15,7 +15,7 @@ from tiny import copy_of
 
 from unifork.config import TrainResources
 from unifork.errors import Stopped
-from unifork.training import stage
+from unifork.training import export, stage
 from unifork.training.history import History, read
 from unifork.training.launch import launch
 from unifork.training.loop import WorkerContext
@@ -77,7 +77,7 @@ def test_a_signal_saves_the_step_that_is_under_way_and_the_run_ends_as_unbroken(
     assert_unbroken(stage_job, unbroken)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(stage, "TrackLoader"), (stage, "_export"), (stage, "write_csv")])
+@pytest.mark.parametrize(("owner", "name"), [(stage, "TrackLoader"), (stage, "export"), (export, "write_csv")])
 def test_a_signal_outside_the_steps_ends_at_once(root, monkeypatch, unbroken, owner, name):
     stage_job = job(root)
     signal_at(monkeypatch, owner, name, signal.SIGTERM)
@@ -184,7 +184,7 @@ def test_checkpoint_minutes_save_between_the_steps_of_checkpoint_every(root, mon
     stage_job = job(root, checkpoint_every=100, checkpoint_minutes=1e-9)
     saved = []
     monkeypatch.setattr(stage.checkpoint.Saver, "save", lambda self, model, strategy, state: saved.append(state.total))
-    monkeypatch.setattr(stage, "_export", lambda *args: None)
+    monkeypatch.setattr(stage, "export", lambda *args: None)
     train_stage(stage_job, WorkerContext())
     assert saved == [2, 4, 6, 8]  # asked for in one step, read in the next
     assert stage_job.fingerprint() == job(root).fingerprint()
