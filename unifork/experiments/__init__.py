@@ -12,8 +12,22 @@ from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, PreparedSet, StageRun, fingerprint, load_card, parse, read_yaml
+from unifork.config import (
+    Benchmark,
+    Card,
+    EvalCard,
+    Experiment,
+    PreparedSet,
+    StageRun,
+    fingerprint,
+    load_card,
+    load_eval,
+    parse,
+    read_yaml,
+)
+from unifork.documents.prompts import template_named
 from unifork.errors import ConfigError, unknown
+from unifork.evaluation.suites import suite_of
 from unifork.experiments import checks
 from unifork.experiments.followed import followed
 from unifork.experiments.tracking import write_ignore_rules
@@ -97,10 +111,12 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     """The experiment with all that is derived, and its cards; every name it uses is known."""
     path = folder / f"{name}.yaml"
     plain = {"name": name, **_inherited(name, folder, ())}
-    experiment = parse(Experiment, {**plain, "prepared": {}, "runs": {}, "evaluations": {}}, str(path))
+    derived: dict[str, Any] = {key: {} for key in ("prepared", "runs", "evaluations", "scored")}
+    experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
+    evals = {name: load_eval(name, cards / HERE.evals.name) for name in experiment.benchmarks}
     checks.check_names(experiment, loaded, str(path))
-    return experiment.model_copy(update=_derived(experiment, loaded)), loaded
+    return experiment.model_copy(update=_derived(experiment, loaded, evals)), loaded
 
 
 def _inherited(name: str, folder: Path, heirs: tuple[str, ...]) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
+def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, EvalCard]) -> dict[str, Any]:
     datasets = {
         name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
         for name, use in experiment.datasets.items()
@@ -153,7 +169,16 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
-    return {"datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations}
+    benchmarks: dict[str, Benchmark] = {}
+    for name, use in experiment.benchmarks.items():
+        suite_of(evals[name].used(use))
+        template_named(evals[name].answer.template, f"card {name}: answer.template")
+        archive, card = evals[name].items.archive, (HERE.evals / f"{name}.yaml").as_posix()
+        benchmarks[name] = use.model_copy(update={"follows": archive if archive and Path(archive).is_dir() else card})
+    return {
+        "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
+        "scored": {name: tuple(benchmarks) for name in experiment.variants if benchmarks},
+    }  # fmt: skip
 
 
 def _deepest(folder: str, names: Iterable[str]) -> str:
