@@ -17,7 +17,7 @@ def main(name: str) -> None:
     params = load_experiment()
     card = load_eval(name).used(params.benchmarks[name])
     suite, options = suite_of(card)
-    archive, folder = Archive(card), LAYOUT.items(name)
+    archive, folder = Archive(card, options), LAYOUT.items(name)
     if archive.absent:
         write_items(card, [], archive.image, folder, {ABSENT: archive.absent})
         print(f"{name}: not here: {archive.absent}")

@@ -9,7 +9,8 @@ import yaml
 from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, faults, files, state, version
 
 STAGES_OF = {
-    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer score report",
+    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
+    "score report",
     "DOWNLOAD_VERSION": "download filter items score report",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer items score",

@@ -36,7 +36,7 @@ def _all_items(name: str, archive: Path | None) -> "tuple[EvalCard, list[Item]]"
 
     card = load_eval(name)
     suite, options = suite_of(card)
-    files, table = Files(card, archive), Layout().items(name)
+    files, table = Files(card, options, archive), Layout().items(name)
     if (files.absent or not card.items.archive) and (table / MANIFEST).exists():
         return card, read_items(table)
     if files.absent:
@@ -66,8 +66,9 @@ def score(
     if rule:
         card = card.model_copy(update={"score": card.score.model_copy(update={"rules": tuple(rule)})})
         suite_of(card)
+    chosen = selected(card, items)
     found = join(card, items, read_answers(answers), str(answers), partial)
-    scores, lines = score_answers(card, selected(card, items), found, origin_of(answers))
+    scores, lines = score_answers(card, chosen, found, origin_of(answers))
     print(
         "\n".join(map(str, scores))
         or f"{suite}: its truths are not public; `unifork answers export` writes a submission"

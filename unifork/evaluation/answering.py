@@ -4,7 +4,6 @@ A shard is answered at once and written when it is, so a run that is killed goes
 same answers. The text that a model was given stands beside each answer.
 """
 
-import io
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow as pa
 from unifork.config import AnswerPart, EvalCard
 from unifork.documents.prompts import template_named
 from unifork.evaluation.items import ABSENT
+from unifork.images import png
 from unifork.layout import MODEL_IMAGE_TOKENIZER
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import file_sha256, read_manifest
@@ -66,10 +66,7 @@ class Answerer:
         """What is drawn depends on the prompt and the item's number alone."""
         first = rows[0]["number"]
         codes = self.engine.generate_images(prompts, self.request.sampling, self.request.template, first=first)
-        files = []
-        for image in self.tokenizer.decode_codes(codes):
-            image.save(stream := io.BytesIO(), "PNG")
-            files.append(stream.getvalue())
+        files = [png(image) for image in self.tokenizer.decode_codes(codes)]
         return [
             {"image": file, "codes": code.astype(CODE_DTYPE).tobytes()} for file, code in zip(files, codes, strict=True)
         ]

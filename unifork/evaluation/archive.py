@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from unifork.config import EvalCard
+from unifork.config import EvalCard, StrictModel
 from unifork.errors import DataError
 from unifork.shards.manifest import file_sha256
 from unifork.sources import MAX_IMAGE_BYTES, leaves
@@ -30,10 +30,10 @@ LONGEST_INDEX = 64
 class Archive:
     """A benchmark's folder."""
 
-    def __init__(self, card: EvalCard, folder: Path | None = None) -> None:
-        """folder: another than the card's."""
+    def __init__(self, card: EvalCard, options: StrictModel, folder: Path | None = None) -> None:
+        """options: of its suite; `images` among them is the folder of the images. folder: another than the card's."""
         self.card, self.folder = card, (folder or Path(card.items.archive or "."))
-        self.images = str(card.items.options.get("images", ""))
+        self.images = str(getattr(options, "images", ""))
 
     @property
     def absent(self) -> str | None:
@@ -67,7 +67,7 @@ class Archive:
                 yield f"{path.relative_to(self.folder)}#{number}", row
 
     def image(self, name: str) -> bytes:
-        """The bytes of an image. Raises DataError naming it."""
+        """The bytes of an image. Raises DataError."""
         file, mark, number = name.partition("#")
         try:
             if mark:
@@ -76,7 +76,7 @@ class Archive:
                 raise DataError("leads out of the folder")
             return read_below((self.folder / self.images).resolve(), name, MAX_IMAGE_BYTES)
         except (OSError, ValueError, TypeError, LookupError, EOFError, Unreadable, DataError) as error:
-            raise DataError(f"{name}: {error}") from None
+            raise DataError(str(error)) from None
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from unifork.config import EvalCard, fingerprint
 from unifork.errors import DataError
-from unifork.images import ImageError, measure
+from unifork.images import measure
 from unifork.shards.job import read_table, table_of, write_shard
 from unifork.shards.manifest import Manifest, Shard, read_manifest, write_manifest
 from unifork.shards.schema import columns_of
@@ -94,7 +94,7 @@ def write_items(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
-    wrong: list[str] = []
+    wrong: dict[str, str] = {}
     for index, part in enumerate(given_together(items)):
         rows: list[dict[str, Any]] = []
         had: set[str] = set()
@@ -104,8 +104,8 @@ def write_items(
             if item.image:
                 try:
                     measure(data := image(item.image))
-                except (ImageError, DataError) as error:
-                    wrong.append(str(error))
+                except DataError as error:
+                    wrong[item.image] = f"{item.image}: {error}"
                     continue
                 row["sha256"] = sha256(data).hexdigest()
                 row["bytes"] = None if row["sha256"] in had else data
@@ -115,7 +115,7 @@ def write_items(
         if not wrong and (shard := write_shard(task, table_of(rows, SCHEMA), {}).shard):
             shards.append(shard)
     if wrong:
-        raise DataError(f"{card.name}: {faults('images cannot be used', wrong)}")
+        raise DataError(f"{card.name}: {faults('images cannot be used', list(wrong.values()))}")
     lineage = {"items": identity(items), **lineage}
     columns = columns_of(SCHEMA)
     manifest = Manifest(kind="items", dataset=card.name, columns=columns, shards=tuple(shards), lineage=lineage)

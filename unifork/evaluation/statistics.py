@@ -12,6 +12,7 @@ Shape suffixes: I items, C clusters, S exchanges.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import NamedTuple
 
 import numpy as np
@@ -140,7 +141,7 @@ def together(right_I: np.ndarray, groups: Sequence[str], members_I: np.ndarray, 
 
 def value(ratios: Iterable[Ratio]) -> float:
     """The sum of some ratios."""
-    return float(sum(_part(ratio) for ratio in ratios))
+    return fsum(_part(ratio) for ratio in ratios)
 
 
 def estimate(measure: Measure, clusters: Sequence[str]) -> Estimate:
@@ -153,7 +154,7 @@ def estimate(measure: Measure, clusters: Sequence[str]) -> Estimate:
     found, numbers_I = value(measure.ratios), numbered(clusters)
     count = len(np.unique(numbers_I[measure.members_I]))
     error = _length(influence(measure.ratios, numbers_I)) if count > 1 else None
-    scale = sum(ratio.weight for ratio in measure.ratios)
+    scale = fsum(ratio.weight for ratio in measure.ratios)
     # what holds for all of them is uncertain as far as there are few
     interval = _wilson(found / scale, count, scale) if error == 0 and found in (0, scale) else None
     return Estimate(found, error, interval, int(measure.members_I.sum()), count)

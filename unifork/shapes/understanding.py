@@ -8,7 +8,6 @@ held-out compositions, none of which training names, not even to deny it.
 Chance is measured: it is what the right answers to other questions of the same kind and split score.
 """
 
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -25,6 +24,7 @@ from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, binary, share
 from unifork.evaluation.suites import Answer, Rule, Suite, Verdict
 from unifork.evaluation.understanding.answers import normalized, pope_yes, strict_yes, yes_no
+from unifork.images import png
 from unifork.shapes.language import full_caption
 from unifork.shapes.questions import Question, pick_question
 from unifork.shapes.world import ASKED_SPLITS, Draws, Scene, Split, draw, scene
@@ -66,9 +66,7 @@ def read(_: Archive, options: Options, seed: int) -> list[Item]:
 def image(_: Archive, name: str) -> bytes:
     """The image of a name."""
     seed, split, index = name.split("/")
-    stream = io.BytesIO()
-    draw(scene(int(seed), int(index), "seen" if split == "seen" else "held_out")).save(stream, "PNG")
-    return stream.getvalue()
+    return png(draw(scene(int(seed), int(index), "seen" if split == "seen" else "held_out")))
 
 
 def rule(read_yes: Callable[[str], bool | None]) -> Rule:
