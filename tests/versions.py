@@ -91,7 +91,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         f"{EVALUATION}/items.py",
         [
             *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
-            *(f"{EVALUATION}/{folder}/*.py" for folder in ("generation", "understanding")),
+            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
             "unifork/documents/prompts.py",  # a question about whole images
             *within("unifork/shapes", "generation", "understanding"),
             *IMAGES,
@@ -106,7 +106,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         f"{EVALUATION}/scoring.py",
         [
             *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
-            *(f"{EVALUATION}/{folder}/*.py" for folder in ("generation", "understanding")),
+            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
             *within("unifork/shapes", "detector", "generation", "understanding"),
             "pipelines/score.py",
         ],

@@ -157,11 +157,10 @@ def test_captions_of_crops_are_wrong_on_many_whole_images():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_find_the_scores_that_are_there(name):
-    suite, _ = suite_of(load_eval(name))
-    items = items_of(name)
+    show, items = load_eval(name).show, items_of(name)
     found, _ = scores(name, items, perfect(name, items))
-    assert {score.split for score in found} == set(suite.splits)
-    assert {*suite.first_scores, *suite.headlines} <= {score.name for score in found}
+    assert {score.split for score in found} == set(show.splits)
+    assert {*show.scores, *show.headlines} <= {score.name for score in found}
 
 
 def test_a_suite_is_a_suite():

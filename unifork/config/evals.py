@@ -58,6 +58,19 @@ class ScorePart(StrictModel):
     """Rules of the suite; scores of the first have plain names, those of others end in the rule's name."""
 
 
+class ShowPart(StrictModel):
+    """How a page shows what came out."""
+
+    splits: tuple[str, ...] = ()
+    """Splits in the order of columns; others follow by name."""
+    scores: tuple[str, ...] = ()
+    """Scores in the order of rows; others follow by name."""
+    headlines: dict[str, str] = {}
+    """Scores of a summary, by name, with a title for people."""
+    note: str = ""
+    """What people must know to read them, in whole sentences."""
+
+
 class EvalCard(StrictModel):
     """One benchmark."""
 
@@ -72,6 +85,7 @@ class EvalCard(StrictModel):
     items: ItemsPart
     answer: AnswerPart = AnswerPart()
     score: ScorePart = ScorePart()
+    show: ShowPart = ShowPart()
 
     def used(self, benchmark: Benchmark) -> "EvalCard":
         """The card with what an experiment changes."""

@@ -6,7 +6,7 @@ over items are its scores. Its functions are pure: no model, no network, no torc
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ Measures = Callable[[Sequence[Item], np.ndarray, np.ndarray], list[Measure]]
 
 @dataclass(frozen=True)
 class Suite:
-    """One benchmark: its functions, and what a page must know to show what came out."""
+    """One benchmark: its functions."""
 
     read: Callable[[Archive, Any, int], list[Item]]
     """Items in their official order, from files, options and a seed."""
@@ -60,14 +60,6 @@ class Suite:
     """What a card may say in `items.options`."""
     image: Callable[[Archive, str], bytes] = Archive.image
     """The bytes of an image by its name."""
-    splits: tuple[str, ...] = ("all",)
-    """Its splits, in the order of columns."""
-    first_scores: tuple[str, ...] = ()
-    """Its scores in the order of rows; others follow by name."""
-    headlines: Mapping[str, str] = field(default_factory=dict)
-    """Scores of a summary, by name, with a title for people."""
-    note: str = ""
-    """What people must know to read them, in whole sentences."""
 
     def rule(self, name: str, place: str) -> Rule:
         """A rule by name. Raises ConfigError naming the place and the rules that there are."""

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from unifork.config import Experiment, load_card, load_eval
+from unifork.config import EvalCard, Experiment, load_card, load_eval
 from unifork.evaluation.scoring import METRICS, VERDICTS
-from unifork.evaluation.suites import Suite, suite_of
 from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
@@ -27,9 +26,9 @@ PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "
 """Order of the rows; branches come after the shared trunk."""
 
 
-def suites(experiment: Experiment, layout: Layout) -> dict[str, Suite]:
-    """The experiment's benchmarks by name. Raises ConfigError for an unknown card or suite."""
-    return {name: suite_of(load_eval(name, layout.evals))[0] for name in experiment.benchmarks}
+def benchmarks(experiment: Experiment, layout: Layout) -> dict[str, EvalCard]:
+    """The cards of the experiment's benchmarks. Raises ConfigError for an unknown one."""
+    return {name: load_eval(name, layout.evals) for name in experiment.benchmarks}
 
 
 def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
@@ -108,11 +107,11 @@ def evaluation(key: str, experiment: Experiment, layout: Layout) -> dict[str, An
     """
     entry = experiment.evaluations[key]
     name = entry["benchmark"]
-    suite, folder = suites(experiment, layout)[name], layout.scores(entry["variant"]) / name
+    show, folder = benchmarks(experiment, layout)[name].show, layout.scores(entry["variant"]) / name
     found = read_scores(folder / METRICS)
-    scores = {split: found[split] for split in _ordered(found, suite.splits)}
+    scores = {split: found[split] for split in _ordered(found, show.splits)}
     every = [score for table in scores.values() for score in table.values()]
-    names = _ordered({score.name for score in every}, suite.first_scores)
+    names = _ordered({score.name for score in every}, show.scores)
     records = read_records(folder / VERDICTS)
     prompts = [record for record in records if not record["image"]]
     questions = [record for record in records if record["image"]]

@@ -123,13 +123,4 @@ def _other_answers(kind: Kind, split: Split, seed: int) -> dict[str, float]:
     return {answer: number / CHANCE_QUESTIONS for answer, number in counts.items()}
 
 
-SUITE = Suite(
-    read,
-    {"official": rule(pope_yes), "strict": rule(strict_yes)},
-    measures,
-    Options,
-    image,
-    splits=ASKED_SPLITS,
-    first_scores=tuple(f"yes_no_{name}" for name in ("accuracy", "f1", "precision", "recall", "yes_ratio")),
-    headlines={"yes_no_accuracy": "Yes/no questions, accuracy"},
-)
+SUITE = Suite(read, {"official": rule(pope_yes), "strict": rule(strict_yes)}, measures, Options, image)

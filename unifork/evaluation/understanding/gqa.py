@@ -74,4 +74,4 @@ def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[
     return found
 
 
-SUITE = Suite(read, {"official": official, "strict": strict}, measures, Options, headlines={"accuracy": "GQA"})
+SUITE = Suite(read, {"official": official, "strict": strict}, measures, Options)

@@ -21,11 +21,7 @@ ROTATION = 1_000_000
 MARKS = re.compile(r"[.()\[\],:;!*#{}]")
 
 
-class Options(StrictModel):
-    """Of its card: nothing."""
-
-
-def read(archive: Archive, _: Options, __: int) -> list[Item]:
+def read(archive: Archive, _: StrictModel, __: int) -> list[Item]:
     """All rows; those of one question are a cluster."""
     items = []
     for place, row in [*archive.table("**/*.parquet"), *archive.table("**/*.tsv")]:
@@ -59,12 +55,4 @@ def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[
     return [Measure(name, (ratio,), all_I) for name, ratio in ratios.items()]
 
 
-SUITE = Suite(
-    read,
-    {"official": letter(lone_letter), "strict": letter(strict_letter)},
-    measures,
-    Options,
-    first_scores=("circular", "accuracy"),
-    headlines={"circular": "MMBench, all rotations right"},
-    note="MMBench: `circular` asks for all rotations of a question, `accuracy` counts rows; never compare the two.",
-)
+SUITE = Suite(read, {"official": letter(lone_letter), "strict": letter(strict_letter)}, measures)

@@ -24,11 +24,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 ENDINGS = (".jpg", ".png", ".jpeg")
 
 
-class Options(StrictModel):
-    """Of its card: nothing."""
-
-
-def read(archive: Archive, _: Options, __: int) -> list[Item]:
+def read(archive: Archive, _: StrictModel, __: int) -> list[Item]:
     """All questions, the two of an image one after the other."""
     items: list[Item] = []
     for task, image, place, question, truth in _rows(archive):
@@ -91,12 +87,4 @@ def export(_: EvalCard, rows: Rows) -> dict[str, str]:
     return files
 
 
-SUITE = Suite(
-    read,
-    {"official": yes_no(mme_yes), "strict": yes_no(strict_yes)},
-    measures,
-    Options,
-    first_scores=("perception", "cognition", *PERCEPTION, *COGNITION),
-    headlines={"perception": "MME, perception (of 2000)"},
-    note="MME adds the accuracy of questions and of whole images, each in percent: always yes earns 500 of 2000.",
-)
+SUITE = Suite(read, {"official": yes_no(mme_yes), "strict": yes_no(strict_yes)}, measures)

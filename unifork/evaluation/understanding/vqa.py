@@ -8,6 +8,7 @@ full stops. What models write goes through LLaVA's own processor first, as paper
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -26,18 +27,9 @@ DIGITS = "zero one two three four five six seven eight nine ten"
 NUMBERS = {word: str(n) for n, word in enumerate(DIGITS.split())}
 NUMBERS["none"] = "0"
 ARTICLES = ("a", "an", "the")
-CONTRACTED = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
-oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
-y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-"""
 CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
-    for word in CONTRACTED.split()
+    for word in Path(__file__).with_name("contractions.txt").read_text().split()
     for place, mark in enumerate(word)
     if mark == "'"
 } | {"somebody'd": "somebodyd"}
@@ -143,10 +135,4 @@ def export(_: EvalCard, rows: Rows) -> dict[str, str]:
     return {"vqa.json": json.dumps(plain)}
 
 
-SUITE = Suite(
-    read,
-    {"official": official, "strict": strict},
-    measures,
-    Options,
-    headlines={"accuracy": "VQAv2 (of 100)"},
-)
+SUITE = Suite(read, {"official": official, "strict": strict}, measures, Options)
