@@ -167,6 +167,15 @@ def test_a_question_that_comes_again_under_its_id_is_another_item(tmp_path):
     assert [found[item.id].text for item in items] == [str(number) for number in range(8)]
 
 
+def test_the_sheet_that_is_sent_to_mmbench_is_read(tmp_path):
+    OFFICIAL["mmbench_dev"](tmp_path)
+    card, _, items = items_of("mmbench_dev", tmp_path)
+    rows = ["index\tprediction", *(f"{item.id}\t{item.truth}." for item in items)]
+    write(tmp_path / "sheet" / "answers.tsv", "\n".join(rows) + "\n")
+    found = join(card, items, read_answers(tmp_path / "sheet" / "answers.tsv"), "test")
+    assert scores_of(card, items, lambda item: found[item.id].text)[0]["all", "circular"].value == 1.0
+
+
 def test_only_the_dimension_of_rotations_differs_between_the_two_scores_of_mmbench(tmp_path):
     OFFICIAL["mmbench_dev"](tmp_path)
     card, _, items = items_of("mmbench_dev", tmp_path)

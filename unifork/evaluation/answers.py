@@ -14,7 +14,7 @@ from typing import Any
 
 from unifork.config import EvalCard
 from unifork.errors import DataError
-from unifork.evaluation.archive import read_json
+from unifork.evaluation.archive import read_json, table_rows
 from unifork.evaluation.items import Item, faults
 from unifork.evaluation.suites import Answer
 from unifork.registry import Registry
@@ -23,8 +23,9 @@ from unifork.shards.manifest import MANIFEST, read_manifest
 
 FIELDS = (
     ("question_id", "text"), ("question_id", "answer"), ("questionId", "prediction"), ("question_id", "prediction"),
+    ("index", "prediction"),
 )  # fmt: skip
-"""Names of id and answer: LLaVA's answers; submissions for VQA, GQA and SEED-Bench, which a converter has been over."""
+"""Names of id and answer: LLaVA's answers; submissions for VQA, GQA, SEED-Bench and MMBench, after a converter."""
 MME_TAIL = "Please answer yes or no."
 ESCAPES = {"\\": "\\", "\t": "t", "\n": "n", "\r": "r"}
 """Letters that would break a line of MME's tool, and what stands for them after a backslash."""
@@ -46,7 +47,7 @@ def read_answers(path: Path) -> list[Answer]:
         return list(_own(path))
     if path.is_dir():
         return [answer for file in sorted(path.glob("*.txt")) for answer in _mme(file)]
-    plain = read_json(path)
+    plain = table_rows(path) if path.suffix == ".tsv" else read_json(path)
     rows = plain if isinstance(plain, list) else [plain]
     keys = set.intersection(*({*row} if isinstance(row, dict) else set() for row in rows)) if rows else set()
     fields = next((names for names in FIELDS if keys.issuperset(names)), None)

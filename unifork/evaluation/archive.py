@@ -63,7 +63,7 @@ class Archive:
     def table(self, pattern: str = "**/*.parquet") -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows of all Parquet or TSV files without their images, each with the name of its image."""
         for path in sorted(self.folder.glob(pattern)):
-            for number, row in enumerate(_rows(path)):
+            for number, row in enumerate(table_rows(path)):
                 yield f"{path.relative_to(self.folder)}#{number}", row
 
     def image(self, name: str) -> bytes:
@@ -96,8 +96,8 @@ def read_json(path: Path) -> Any:
 
 
 @lru_cache(2)
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """A table without its images; of a TSV, whose rows are texts, with them."""
+def table_rows(path: Path) -> list[dict[str, Any]]:
+    """A Parquet file without its images, or a TSV, whose rows are texts, with them."""
     if path.suffix == ".tsv":
         csv.field_size_limit(2 * MAX_IMAGE_BYTES)
         with open(path, newline="", encoding="utf-8") as file:
@@ -117,7 +117,7 @@ def _held(path: Path, number: int) -> bytes:
         held = _column(path)[number].as_py()
         held = held[0] if isinstance(held, list) else held
         return bytes(held["bytes"] if isinstance(held, dict) else held)
-    text = _rows(path)[number][HELD]
+    text = table_rows(path)[number][HELD]
     if len(text) <= LONGEST_INDEX:
-        text = next(row[HELD] for row in _rows(path) if row["index"] == text)
+        text = next(row[HELD] for row in table_rows(path) if row["index"] == text)
     return base64.b64decode(text, validate=True)

@@ -96,21 +96,21 @@ def write_items(
     shards: list[Shard] = []
     wrong: dict[str, str] = {}
     for index, part in enumerate(given_together(items)):
+        hashes: dict[str, str | None] = {"": None}
         rows: list[dict[str, Any]] = []
-        had: set[str] = set()
         for number, item in part:
             row = {"number": number, **{name: getattr(item, name) for name in (*TEXTS, "chance")}}
             row |= {"truth": json.dumps(item.truth), "about": json.dumps(item.about)}
-            if item.image:
+            if item.image not in hashes:
                 try:
                     measure(data := image(item.image))
                 except DataError as error:
                     wrong[item.image] = f"{item.image}: {error}"
                     continue
-                row["sha256"] = sha256(data).hexdigest()
-                row["bytes"] = None if row["sha256"] in had else data
-                had.add(row["sha256"])
-            rows.append(row)
+                digest = sha256(data).hexdigest()
+                row["bytes"] = None if digest in hashes.values() else data
+                hashes[item.image] = digest
+            rows.append(row | {"sha256": hashes[item.image]})
         task = ShardTask().placed(None, folder / f"part-{index:05d}.parquet", None, "")
         if not wrong and (shard := write_shard(task, table_of(rows, SCHEMA), {}).shard):
             shards.append(shard)

@@ -53,14 +53,15 @@ def score_answers(
     suite, _ = suite_of(card)
     scored = [item for item in items if item.id in answers]
     texts = [None if answers[item.id].image else answers[item.id].text for item in scored]
-    lines = [{**asdict(item), "answer": text, "verdicts": {}} for item, text in zip(scored, texts, strict=True)]
+    lines = [{**vars(item), "answer": text, "verdicts": {}} for item, text in zip(scored, texts, strict=True)]
+    shared = {"missing": len(items) - len(scored), "items_hash": identity(items), **asdict(origin)}
     scores: list[Score] = []
     for rule in card.score.rules if all(item.truth is not None for item in scored) else ():
         verdicts = [suite.rules[rule](item, answers[item.id]) for item in scored]
         for line, verdict in zip(lines, verdicts, strict=True):
             line["verdicts"][rule] = verdict._asdict()
-        shared = {"rule": rule, "missing": len(items) - len(scored), "items_hash": identity(items), **asdict(origin)}
-        scores += _scores(suite, scored, verdicts, "" if rule == card.score.rules[0] else f"_{rule}", shared)
+        suffix = "" if rule == card.score.rules[0] else f"_{rule}"
+        scores += _scores(suite, scored, verdicts, suffix, {"rule": rule, **shared})
     return scores, lines
 
 

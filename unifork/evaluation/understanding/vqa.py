@@ -8,6 +8,7 @@ full stops. What models write goes through LLaVA's own processor first, as paper
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +79,15 @@ def accuracy(response: str, answers: Sequence[str]) -> float:
     """The makers' accuracy of a response, 0 to 1: over the ten, min(1, equal answers among the other nine / 3)."""
     response, *truths = (text.replace("\n", " ").replace("\t", " ").strip() for text in (response, *answers))
     if len(set(truths)) > 1:
-        response, *truths = (words(unmarked(text)) for text in (response, *truths))
+        response, *truths = (plain(text) for text in (response, *truths))
     equal = [truth == response for truth in truths]
     return sum(min(1.0, (sum(equal) - here) / 3) for here in equal) / len(equal)
+
+
+@lru_cache(2**16)  # people give the same answers over and over
+def plain(text: str) -> str:
+    """A text as the makers compare it."""
+    return words(unmarked(text))
 
 
 def unmarked(text: str) -> str:
@@ -100,8 +107,8 @@ def words(text: str) -> str:
 
 def processed(text: str) -> str:
     """LLaVA's processor of answers before they are submitted: `it's` becomes `it 's`, which nobody ever answers."""
-    plain = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return words(unmarked(plain.replace("\n", " ").replace("\t", " ").strip()))
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return plain(text.replace("\n", " ").replace("\t", " ").strip())
 
 
 def converted(answer: Answer) -> str:
@@ -131,8 +138,8 @@ def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[
 
 def export(_: EvalCard, rows: Rows) -> dict[str, str]:
     """A submission: every question, with an empty answer where there is none."""
-    plain = [{"question_id": int(item.id), "answer": converted(answer) if answer else ""} for item, answer in rows]
-    return {"vqa.json": json.dumps(plain)}
+    entries = [{"question_id": int(item.id), "answer": converted(answer) if answer else ""} for item, answer in rows]
+    return {"vqa.json": json.dumps(entries)}
 
 
 SUITE = Suite(read, {"official": official, "strict": strict}, measures, Options)
