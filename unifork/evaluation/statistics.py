@@ -7,7 +7,7 @@ the C clusters of each ratio. For a plain proportion p of n independent items it
 items agree the error is 0, which says that none disagreed, not that the score is certain: a Wilson interval of the
 clusters stands beside it.
 
-Shape suffixes: I items, C clusters, S exchanges.
+Shape suffixes: I items, C clusters, R ratios (both sums of each), S exchanges.
 """
 
 from collections.abc import Iterable, Sequence
@@ -187,15 +187,16 @@ def difference(first: Measure, second: Measure, clusters: Sequence[str]) -> Diff
     """`first` less `second`, paired: the same items, answers exchanged cluster by cluster."""
     observed, numbers_I = value(first.ratios) - value(second.ratios), numbered(clusters)
     error = _length(influence(first.ratios, numbers_I) - influence(second.ratios, numbers_I))
+    pairs = list(zip(first.ratios, second.ratios, strict=True))
+    moves_RC = np.array([np.bincount(numbers_I, b[n] - a[n]) for a, b in pairs for n in (0, 1)])
+    moves_RC = moves_RC[:, moves_RC.any(axis=0)]  # to exchange equal answers changes nothing
     rng, least, extreme = np.random.default_rng(0), abs(observed) * (1 - 1e-9) - 1e-12, 0
     for _ in range(SWAPS // SWAPS_AT_ONCE):
-        swaps_SC = (rng.random((SWAPS_AT_ONCE, numbers_I.max() + 1)) < 0.5).astype(np.float64)
+        moved_RS = moves_RC @ (rng.random((moves_RC.shape[1], SWAPS_AT_ONCE)) < 0.5)
         found_S = np.zeros(SWAPS_AT_ONCE)
-        for a, b in zip(first.ratios, second.ratios, strict=True):
-            counted, among = ((x, swaps_SC @ np.bincount(numbers_I, y - x)) for x, y in zip(a[:2], b[:2], strict=True))
-            ones = _divided(counted[0].sum() + counted[1], among[0].sum() + among[1])
-            others = _divided(b.counted_I.sum() - counted[1], b.among_I.sum() - among[1])
-            found_S += a.weight * (ones - others)
+        for (a, b), counted_S, among_S in zip(pairs, moved_RS[::2], moved_RS[1::2], strict=True):
+            ours_S = _divided(a.counted_I.sum() + counted_S, a.among_I.sum() + among_S)
+            found_S += a.weight * (ours_S - _divided(b.counted_I.sum() - counted_S, b.among_I.sum() - among_S))
         extreme += int((np.abs(found_S) >= least).sum())
     return Difference(observed, error, (1 + extreme) / (1 + SWAPS))
 
