@@ -89,7 +89,7 @@ def repository(tmp_path_factory):
     from dvc.repo import Repo
 
     root = tmp_path_factory.mktemp("repository")
-    for name in ("dvc.yaml", "params.yaml", "datasets", "unifork"):
+    for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

@@ -1,4 +1,4 @@
-"""`datasets/evals/*.yaml`: what a benchmark is, in three parts, one for each program that reads it."""
+"""`evals/*.yaml`: what a benchmark is, in three parts, one for each program that reads it."""
 
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class EvalCard(StrictModel):
         return self.model_copy(update={"items": items, "answer": self.answer.model_copy(update=answer)})
 
 
-def load_eval(name: str, folder: Path | str = "datasets/evals") -> EvalCard:
+def load_eval(name: str, folder: Path | str = "evals") -> EvalCard:
     """The card of a benchmark. Raises ConfigError when the file and its name disagree."""
     path = Path(folder) / f"{name}.yaml"
     if not path.exists():

@@ -307,14 +307,14 @@ class Stage(StrictModel):
 
 
 class Benchmark(StrictModel):
-    """What an experiment changes of a benchmark, a card of `datasets/evals`."""
+    """What an experiment changes of a benchmark, a card of `evals`."""
 
     options: dict[str, Any] = {}
     """Options of the suite instead of the card's, such as `samples`."""
     sampling: Sampling | None = None
     """How images are drawn; None: as the card says."""
     follows: str | None = None
-    """Written by `unifork use`: the folder of the benchmark's files, the card where that is not there yet."""
+    """Written by `unifork use`: the folder of the benchmark's files; a page of text where none is there."""
 
 
 class StageRun(StrictModel):
@@ -354,7 +354,7 @@ class Experiment(StrictModel):
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
-    """Cards of `datasets/evals`, and what is changed of them."""
+    """Cards of `evals`, and what is changed of them."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}

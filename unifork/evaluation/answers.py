@@ -107,6 +107,7 @@ def join(
 ) -> dict[str, Answer]:
     """The answer of each item, by its id.
 
+    A prompt may lack the tail of the card's form: LLaVA's files for MMBench do.
     items: all of the benchmark, also those that are not scored. partial: items may lack answers. Raises DataError
     that counts and names answers of another prompt, doubled and unknown ones, and items without an answer.
     """

@@ -114,15 +114,15 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     derived: dict[str, Any] = {key: {} for key in ("prepared", "runs", "evaluations", "scored")}
     experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
-    evals = {name: _eval(name, use, cards / HERE.evals.name, str(path)) for name, use in experiment.benchmarks.items()}
+    evals = {name: _eval(name, use, str(path)) for name, use in experiment.benchmarks.items()}
     checks.check_names(experiment, loaded, str(path))
     return experiment.model_copy(update=_derived(experiment, loaded, evals)), loaded
 
 
-def _eval(name: str, use: Benchmark, folder: Path, place: str) -> EvalCard:
+def _eval(name: str, use: Benchmark, place: str) -> EvalCard:
     """The card of a benchmark as it is used; its suite, options, rules and template are known."""
     try:
-        card = load_eval(name, folder).used(use)
+        card = load_eval(name, HERE.evals).used(use)
         suite_of(card)
         template_named(card.answer.template, f"card {name}: answer.template")
     except ConfigError as error:
@@ -182,8 +182,10 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
     }
     benchmarks: dict[str, Benchmark] = {}
     for name, use in experiment.benchmarks.items():
-        archive, card = evals[name].items.archive, (HERE.evals / f"{name}.yaml").as_posix()
-        benchmarks[name] = use.model_copy(update={"follows": archive if archive and Path(archive).is_dir() else card})
+        archive, nothing = evals[name].items.archive, (HERE.evals / "README.md").as_posix()
+        benchmarks[name] = use.model_copy(
+            update={"follows": archive if archive and Path(archive).is_dir() else nothing}
+        )
     return {
         "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
         "scored": {name: tuple(benchmarks) for name in experiment.variants if benchmarks},
