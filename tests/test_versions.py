@@ -9,20 +9,23 @@ import yaml
 from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, faults, files, state, version
 
 STAGES_OF = {
-    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train evaluate report",
-    "DOWNLOAD_VERSION": "download filter",
+    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
+    "score report",
+    "DOWNLOAD_VERSION": "download filter items score report",
     "WEB_VERSION": "download",
-    "WORLD_VERSION": "download image_tokenizer evaluate",
+    "WORLD_VERSION": "download image_tokenizer items score",
     "FILTER_VERSION": "download filter",
     "MEASURE_VERSION": "filter",
     "SIGNATURES_VERSION": "filter",
-    "TOKENIZER_VERSION": "image_tokenizer encode init evaluate report",
+    "TOKENIZER_VERSION": "image_tokenizer encode init items answer score report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
-    "DOCUMENTS_VERSION": "text_tokenizer prepare init train evaluate",
-    "MODEL_VERSION": "init train evaluate report",
+    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer",
+    "MODEL_VERSION": "init train answer report",
     "TRAIN_VERSION": "train",
-    "EVALUATE_VERSION": "evaluate report",
+    "ITEMS_VERSION": "items answer score report",
+    "ANSWER_VERSION": "answer",
+    "SCORE_VERSION": "score report",
     "REPORT_VERSION": "report",
 }
 """What DVC runs again when a constant is raised, beside all that follows from it."""
@@ -86,7 +89,7 @@ def repository(tmp_path_factory):
     from dvc.repo import Repo
 
     root = tmp_path_factory.mktemp("repository")
-    for name in ("dvc.yaml", "params.yaml", "datasets", "unifork"):
+    for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

@@ -20,7 +20,7 @@ def within(folder: str, *names: str) -> list[str]:
     return [f"{folder}/{name}.py" for name in names]
 
 
-TOKENIZER = "unifork/image_tokenizer"
+TOKENIZER, EVALUATION = "unifork/image_tokenizer", "unifork/evaluation"
 IMAGES = ["unifork/images.py"]
 NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model", "views"), *IMAGES]
 """Images to codes."""
@@ -88,13 +88,28 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             "pipelines/train.py",
         ],
     ),
-    "EVALUATE_VERSION": (
-        "unifork/evaluation/benchmarks.py",
+    "ITEMS_VERSION": (
+        f"{EVALUATION}/items.py",
         [
-            "unifork/evaluation/**/*.py",
-            *within("unifork/shapes", "detector", "generation", "questions", "understanding"),
-            *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
-            "pipelines/evaluate.py",
+            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
+            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            "unifork/documents/prompts.py",  # a question about whole images
+            *within("unifork/shapes", "generation", "understanding"),
+            *IMAGES,
+            "pipelines/items.py",
+        ],
+    ),
+    "ANSWER_VERSION": (
+        f"{EVALUATION}/answering.py",
+        [*within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"), "pipelines/answer.py"],
+    ),
+    "SCORE_VERSION": (
+        f"{EVALUATION}/scoring.py",
+        [
+            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
+            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            *within("unifork/shapes", "detector", "generation", "understanding"),
+            "pipelines/score.py",
         ],
     ),
     "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "pipelines/report.py"]),

@@ -63,8 +63,9 @@ class Engine:
         sampling: Sampling,
         template: str = "generate",
         progress: Callable[[int], None] = lambda _: None,
+        first: int = 0,
     ) -> np.ndarray:
-        """Codes (B, N, D) of one image per prompt; image i depends on prompt i, i and the seed alone.
+        """Codes (B, N, D) of one image per prompt; image i depends on prompt i, first + i and the seed alone.
 
         Raises ConfigError for a template of another task, and for a prompt that the model has no positions for.
         """
@@ -76,7 +77,7 @@ class Engine:
         tokens = [2 * (max(len(prompt_ids), len(away)) + config.positions) for prompt_ids in ids]
         for numbers in self._batches(range(len(prompts)), tokens):
             chosen = [ids[n] for n in numbers]
-            codes = generate_images(self.model, chosen, away, sampling, image_numbers=list(numbers))
+            codes = generate_images(self.model, chosen, away, sampling, image_numbers=[first + n for n in numbers])
             generated.append(codes.cpu().numpy())
             progress(numbers[-1] + 1)
         return np.concatenate(generated)

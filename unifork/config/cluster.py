@@ -102,8 +102,8 @@ class Cluster(StrictModel):
     the folders here keep the manifests, which name them. One experiment, one store. Credentials come from the
     environment of every node. None keeps shards beside their manifests."""
     jobs: dict[str, JobResources] = {}
-    """Resources of `download`, `filter`, `encode` and `prepare`, whose workers read texts and need a CPU each; the CPUs
-    of `image_tokenizer` are the threads of its training, its GPUs whether that runs on one."""
+    """Resources of `download`, `filter`, `encode`, `answer` and of `prepare`, whose workers read texts and need a CPU
+    each; the CPUs of `image_tokenizer` are the threads of its training, its GPUs whether that runs on one."""
     web: WebAccess = WebAccess()
     train: TrainResources = TrainResources()
     train_stages: dict[str, TrainResources] = {}

@@ -208,14 +208,14 @@ class Stage(StrictModel):
 
 
 class Benchmark(StrictModel):
-    """One evaluation."""
+    """What an experiment changes of a benchmark, a card of `evals`."""
 
-    kind: str
-    """A name of `unifork.evaluation.benchmarks.BENCHMARKS`, or MODULE:OBJECT."""
-    samples: PositiveInt
-    """Prompts or questions per score and split."""
-    sampling: Sampling = Sampling()
-    """Used by benchmarks that generate images; text is decoded greedily."""
+    options: dict[str, Any] = {}
+    """Options of the suite instead of the card's, such as `samples`."""
+    sampling: Sampling | None = None
+    """How images are drawn; None: as the card says."""
+    follows: str | None = None
+    """Written by `unifork use`: the folder of the benchmark's files; a page of text where none is there."""
 
 
 class StageRun(StrictModel):
@@ -255,12 +255,15 @@ class Experiment(StrictModel):
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
+    """Cards of `evals`, and what is changed of them."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
     """Written by `unifork use`: every stage of every variant, with its inputs."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""
+    scored: dict[str, tuple[str, ...]] = {}
+    """Written by `unifork use`: the benchmarks of every variant."""
 
     def dataset(self, name: str) -> DatasetUse:
         """How the experiment uses a data set. Raises ConfigError when it does not."""
