@@ -1,7 +1,7 @@
 """`evals/*.yaml`: what a benchmark is, in three parts, one for each program that reads it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
@@ -45,6 +45,8 @@ class AnswerPart(StrictModel):
     """Longest answer; text is decoded greedily."""
     sampling: Sampling = Sampling()
     """How images are drawn."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the model, which may decide an answer; where it runs is the cluster file's affair."""
 
     def form(self, question: str) -> str:
         """The prompt of a question."""

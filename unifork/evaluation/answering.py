@@ -4,6 +4,7 @@ A shard is answered at once and written when it is, so a run that is killed goes
 same answers. The text that a model was given stands beside each answer.
 """
 
+import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from unifork.config import AnswerPart, EvalCard
+from unifork.devices import chosen_dtype
 from unifork.documents.prompts import template_named
 from unifork.evaluation.items import ABSENT
 from unifork.images import png
@@ -30,6 +32,8 @@ SCHEMA = pa.schema(
     [*((name, pa.string()) for name in ("id", "prompt", "text")), *((name, pa.binary()) for name in ("image", "codes"))]
 )
 """`text` of a question, `image` (PNG) and `codes` of a prompt; the others are null."""
+MADE_ON = "unifork.made_on"
+"""Schema metadata of a shard: JSON with the device, number type and torch that its answers come from."""
 
 
 class Answerer:
@@ -37,11 +41,14 @@ class Answerer:
 
     def __init__(self, model: Path, request: AnswerPart, device: str) -> None:
         # only workers wait for torch and transformers
+        import torch  # noqa: PLC0415
+
         from unifork.image_tokenizer.code_encoder import CodeEncoder  # noqa: PLC0415
         from unifork.inference import Engine  # noqa: PLC0415
 
-        self.request, self.engine = request, Engine.load(model)
-        self.engine.model.to(device)  # type: ignore[arg-type]
+        self.request, self.engine = request, Engine.load(model, device, chosen_dtype(request.dtype, "answer.dtype"))
+        here = {"device": torch.device(device).type, "dtype": request.dtype, "torch": torch.__version__}
+        self.schema = SCHEMA.with_metadata({MADE_ON: json.dumps(here)})
         self.tokenizer = CodeEncoder(model / MODEL_IMAGE_TOKENIZER, "pad", MATTE, BATCH_IMAGES, device)
 
     def __call__(self, task: ShardTask) -> ShardResult:
@@ -52,7 +59,7 @@ class Answerer:
             {"id": row["id"], "prompt": prompt, **answer}
             for row, prompt, answer in zip(rows, prompts, answered, strict=True)
         ]
-        return write_shard(task, table_of(out, SCHEMA), {})
+        return write_shard(task, table_of(out, self.schema), {})
 
     def _texts(self, rows: list[dict[str, Any]], prompts: list[str]) -> list[dict[str, Any]]:
         """Every image is encoded once, in the padded view; its questions stand side by side."""
@@ -81,13 +88,14 @@ def answer_job(card: EvalCard, items: Path, folder: Path, model: Path, seed: int
     """The plan of answering all items of a benchmark: one task for each shard; none where its files are not here."""
     source = read_manifest(items)
     sampling = card.answer.sampling.model_dump()
+    greedy = f"greedy, at most {card.answer.max_new_tokens} tokens"
     drawn = "sampled: " + ", ".join(f"{name} {value}" for name, value in sampling.items())
     lineage = {
         "model": identity(model),
         "items": source.lineage.get("items"),
         "prompt": card.answer.prompt,
         "template": card.answer.template,
-        "decoding": drawn if draws(card.answer) else f"greedy, at most {card.answer.max_new_tokens} tokens",
+        "decoding": f"{drawn if draws(card.answer) else greedy}, {card.answer.dtype}",
         "seed": seed,
         **({ABSENT: source.lineage[ABSENT]} if ABSENT in source.lineage else {}),
     }
