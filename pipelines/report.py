@@ -7,8 +7,10 @@ from pathlib import Path
 from unifork.config import load_experiment
 from unifork.jobs import program
 from unifork.layout import Layout
-from unifork.report.build import build, loss_images
+from unifork.report.build import build
 from unifork.report.codec import load_codec
+from unifork.report.plots import loss_images
+from unifork.report.training import lines_of
 from unifork.shards.manifest import write_atomically
 
 LAYOUT = Layout()
@@ -19,7 +21,7 @@ def main(_: str) -> None:
     params = load_experiment()
     folder = LAYOUT.report(params.name)
     files = {"index.html": build(params, LAYOUT, load_codec).encode()}
-    files |= {f"losses/{name}.png": plot for name, plot in loss_images(params, LAYOUT).items()}
+    files |= {f"losses/{name}": plot for name, plot in loss_images(lines_of(params, LAYOUT)).items()}
     for name, data in files.items():
         write_atomically(folder / name, partial(Path.write_bytes, data=data))
     page = folder / "index.html"

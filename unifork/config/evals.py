@@ -69,6 +69,8 @@ class ShowPart(StrictModel):
     """Scores in the order of rows; others follow by name."""
     headlines: dict[str, str] = {}
     """Scores of a summary, by name, with a title for people."""
+    scales: dict[str, tuple[float, float]] = {}
+    """Pattern of names of scores: their worst and best value (`[100, 0]` where lower is better); else 0 to 1."""
     note: str = ""
     """What people must know to read them, in whole sentences."""
 

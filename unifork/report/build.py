@@ -4,6 +4,8 @@ In: an experiment, its folders and a way to load image tokenizers. Out: the text
 has not run yet is said to be missing, so that a page can be made at any time; damaged files raise a UniForkError.
 """
 
+import json
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,16 +13,19 @@ import jinja2
 import yaml
 
 from unifork.config import Experiment
-from unifork.image_tokenizer.architecture import architecture_of
 from unifork.layout import Layout
+from unifork.report import training
 from unifork.report.codec import LoadCodec
-from unifork.report.gather import benchmarks, dataset, history_of, runs_of, variant
-from unifork.report.plots import whole_line, worded
-from unifork.report.reading import read_json
+from unifork.report.gather import dataset, tokenizer
+from unifork.report.plots import training_plots
+from unifork.report.scores import benchmark
 from unifork.report.surroundings import surroundings
+from unifork.report.tables import data_uri
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 """Raise when the same experiment should be shown otherwise."""
+FIRST = 8
+"""Images of the last stage on the first screen, for each variant."""
 
 
 def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
@@ -32,50 +37,31 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"worded": worded, "count": count, "duration": duration}
     datasets = [dataset(name, experiment, layout, load_codec) for name in experiment.datasets]
+    stages = training.stages_of(experiment, layout, load_codec)
+    last = {stage.variant: stage for stage in stages if stage.drawn}
+    ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
+    benchmarks = [benchmark(name, experiment, layout) for name in experiment.benchmarks]
+    numbers = {one["name"]: one["numbers"] for one in benchmarks}
     return environment.get_template("page.html").render(
         experiment=experiment,
         params=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
         program=version("unifork"),
         here=surroundings(layout.root),
-        benchmarks=benchmarks(experiment, layout),
+        ended=f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d}" if ended else "not known",
+        time=training.total([stage.seconds for stage in stages]),
+        first=training.grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
+        numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
+        benchmarks=benchmarks,
         datasets=datasets,
-        detector_here={
-            f"{gathered['name']}/{view}": same
-            for gathered in datasets
-            if gathered["shown"]
-            for view, same in gathered["shown"]["detector"].items()
-        },
-        measures=read_json(layout.image_tokenizer / "report.json"),
-        tokenizer=architecture_of(experiment.image_tokenizer, layout.image_tokenizer),
-        variants=[variant(name, experiment, layout, load_codec) for name in experiment.variants],
+        tokenizer=tokenizer(experiment, layout, datasets),
+        variants=training.overview(experiment, stages),
+        runs=training.runs_table(stages),
+        plots=training_plots(training.lines_of(experiment, layout)),
+        parameters=training.parameters_table(stages),
+        mixtures=training.mixtures_table(stages),
+        quarantined=training.quarantined(stages),
+        held_out=training.held_out_tables(stages),
+        held_out_images=training.held_out_images(stages),
+        images=training.images_after_stages(stages),
     )
-
-
-def loss_images(experiment: Experiment, layout: Layout) -> dict[str, bytes]:
-    """For each variant that has been trained, its losses over all stages, as a PNG."""
-    lines = {
-        name: [
-            (experiment.runs[key].stage, steps)
-            for key in runs_of(name, experiment)
-            if (steps := history_of(key, layout))
-        ]
-        for name in experiment.variants
-    }
-    return {name: whole_line(stages) for name, stages in lines.items() if stages}
-
-
-def count(number: int) -> str:
-    """A number of things: exact up to a million, with thin spaces; millions above."""
-    return f"{number:,}".replace(",", "\u202f") if number < 1_000_000 else f"{number / 1e6:.2f}\u202fM"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return "not measured"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,13 +1,14 @@
 """Numbers to small plots: SVG as data URIs, whose ink follows the light or dark mode of the reader.
 
-In: the steps of a training stage, or the scores of a benchmark. Out: `Plot`s with a title and a text that says the
-same to those who cannot see it. Equal numbers give equal bytes: no clock, no random names, no pyplot state.
-How they look is in `plots.mplstyle`.
+In: what the stages of every variant recorded. Out: one `Plot` for each quantity, a color for each variant, with a text
+that says the same to those who cannot see it and a link to its points. Equal numbers give equal bytes: no clock, no
+random names, no pyplot state. How plots look is in `plots.mplstyle`.
 """
 
-import base64
+import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,159 +16,158 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from unifork.evaluation.statistics import Score
+from unifork.report.tables import data_uri
 
 LOOK = Path(__file__).with_name("plots.mplstyle")
 INK = "#010203"
 """The text color of LOOK, which in an SVG becomes that of the reader's mode."""
 MODES = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
-CHANCE: dict[str, Any] = {"color": INK, "linestyle": (0, (1.5, 1)), "linewidth": 2}
 MOST_POINTS = 250
 """Points per curve; longer histories are averaged, so that a page of long runs stays small."""
+DASHES: Sequence[Any] = ("-", (0, (4, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)), (0, (8, 2)), (0, (3, 3)))
+"""What tells the curves of a variant apart."""
+CHARTS = {
+    "Text loss": ("text_loss", False), "Image loss": ("image_loss", False),
+    "Image loss by code depth": ("image_loss_depth_*", False), "Gradient norm": ("gradient_norm", True),
+    "Learning rate": ("learning_rate", True), "Tokens per step": ("tokens", True), "Fill of rows": ("fill", True),
+}  # fmt: skip
+"""Title: columns of a history, and whether each track has a curve of its own."""
+LOSSES = ("Text loss", "Image loss")
 
 Step = Mapping[str, Any]
 """`track`, `step`, and the values that the step has, by name."""
-Curve = tuple[str, Sequence[tuple[float, float]]]
-"""A name, and points."""
+
+
+class Recorded(NamedTuple):
+    """What a finished stage recorded: its steps, and losses on held-out rows."""
+
+    stage: str
+    history: Sequence[Step]
+    validation: Sequence[Step] = ()
+
+
+Lines = Mapping[str, Sequence[Recorded]]
+"""The finished stages of each variant, in order."""
+Curves = Mapping[tuple[str, str], np.ndarray]
+"""By variant and what it is of (nothing for the value itself): steps of the line and values, (points, 2)."""
 
 
 class Plot(NamedTuple):
-    """An image of numbers."""
+    """An image of numbers, and the numbers."""
 
     title: str
     src: str
     alt: str
+    csv: str
 
 
-def training_plots(history: Sequence[Step]) -> list[Plot]:
-    """Losses, gradient norm and learning rate over the steps of a stage; what it does not have is left out."""
-    depths = dict.fromkeys(name for step in history for name in step if name.startswith("image_loss_depth_"))
-    by_depth = [(f"depth {name.rpartition('_')[2]}", points) for name in depths for _, points in _tracks(history, name)]
-    wanted = {
-        "Text loss": _tracks(history, "text_loss"),
-        "Image loss": _tracks(history, "image_loss"),
-        "Image loss by code depth": by_depth,
-        "Gradient norm": _tracks(history, "gradient_norm"),
-        "Learning rate": _tracks(history, "learning_rate"),
+def training_plots(lines: Lines) -> list[Plot]:
+    """A plot for each quantity that a history has."""
+    found = []
+    for title in CHARTS:
+        if curves := curves_of(lines, title):
+            ranges = "; ".join(f"{_named(*key)}: {a[0, 1]:.3g} to {a[-1, 1]:.3g}" for key, a in curves.items())
+            alt = f"{title} over {max(a[-1, 0] for a in curves.values()):.0f} steps. {ranges}"
+            svg = _saved(curves, lines, "svg", transparent=True, metadata={"Date": None, "Creator": None})
+            svg = svg.replace(b"<defs>", f"{MODES}<defs>".encode(), 1).replace(INK.encode(), b"currentColor")
+            found.append(Plot(title, data_uri("image/svg+xml", svg), alt, data_uri("text/csv", _table(curves))))
+    return found
+
+
+def loss_images(lines: Lines) -> dict[str, bytes]:
+    """The plots of the losses as PNG, by file name."""
+    found = {title: curves_of(lines, title) for title in LOSSES}
+    return {
+        f"{title.lower().replace(' ', '_')}.png": _saved(curves, lines, "png", dpi=110)
+        for title, curves in found.items()
+        if curves
     }
-    return [_over_steps(title, curves) for title, curves in wanted.items() if curves]
 
 
-def validation_plots(rows: Sequence[Step]) -> list[Plot]:
-    """Losses on held-out rows over the steps of a stage, a curve for each part of a mixture."""
-    wanted = {"Text loss, held out": "text_loss", "Image loss, held out": "image_loss"}
-    found = {title: _parts(rows, name) for title, name in wanted.items()}
-    return [_over_steps(title, curves, "steps done") for title, curves in found.items() if curves]
+def curves_of(lines: Lines, title: str) -> Curves:
+    """The curves of a plot, each of at most MOST_POINTS points, which are means of neighboring steps."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    column, by_track = CHARTS[title]
+    for variant, start, stage in _started(lines):
+        for number, step in enumerate(stage.history, start + 1):
+            for name in matching(step, column):
+                part = step["track"] if by_track else name.replace(column.rstrip("*"), "depth ") * ("*" in column)
+                points.setdefault((variant, part), []).append((number, step[name]))
+        for row in stage.validation:
+            if column in row:
+                place = (start + row["finished_steps"], row[column])
+                points.setdefault((variant, f"held out: {row['part']}"), []).append(place)
+    return {
+        key: np.array([part.mean(axis=0) for part in np.array_split(found, min(len(found), MOST_POINTS))])
+        for key, found in points.items()
+    }
 
 
-def whole_line(stages: Sequence[tuple[str, Sequence[Step]]]) -> bytes:
-    """Both losses over all stages of a variant, one after the other, as a PNG for `dvc plots`."""
-    steps = [step for _, history in stages for step in history]
-    with matplotlib.rc_context(fname=LOOK):
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        axes = figure.add_subplot()
-        curves = [
-            (name.replace("_", " "), [(place, step[name]) for place, step in enumerate(steps) if name in step])
-            for name in ("text_loss", "image_loss")
-        ]
-        _draw(axes, curves)
+def _started(lines: Lines) -> Iterator[tuple[str, int, Recorded]]:
+    """Every stage with its variant and the steps before it."""
+    for variant, stages in lines.items():
         start = 0
-        for name, history in stages:
-            axes.axvline(start, color="0.7", linewidth=0.8)
-            axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
-            start += len(history)
-        axes.set_xlabel("step of the line")
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-        return stream.getvalue()
+        for stage in stages:
+            yield variant, start, stage
+            start += len(stage.history)
 
 
-def score_plot(title: str, scores: Mapping[str, Mapping[str, Score]], names: Sequence[str]) -> Plot:
-    """Bars with standard errors, the splits side by side, and a mark at the chance level of each.
-
-    scores: by split and name. names: of all scores, in the order of the rows.
-    """
-    with matplotlib.rc_context(fname=LOOK):
-        figure = Figure(figsize=(5.2, 0.7 + 0.2 * len(names) * len(scores) + 0.1 * len(names)), layout="constrained")
-        axes = figure.add_subplot()
-        thickness = 0.8 / len(scores)
-        for number, (split, found) in enumerate(scores.items()):
-            places = np.array([names.index(name) for name in found]) + (number + 0.5) * thickness - 0.4
-            axes.barh(
-                places,
-                [score.value for score in found.values()],
-                thickness * 0.9,
-                xerr=[score.standard_error or 0.0 for score in found.values()],
-                error_kw={"ecolor": INK, "capsize": 2, "elinewidth": 1},
-                label=worded(split),
-            )
-            chances = [score.chance for score in found.values()]
-            axes.vlines(chances, places - thickness * 0.45, places + thickness * 0.45, **CHANCE)
-        axes.plot([], [], **CHANCE, label="chance")
-        axes.set_yticks(range(len(names)), [worded(name) for name in names])
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(0, 1)
-        figure.legend(loc="outside upper right", ncols=len(scores) + 1)
-        alt = f"{title}: the scores of the table above as bars, with standard errors and chance levels."
-        return Plot(title, _svg(figure), alt)
+def _named(variant: str, part: str) -> str:
+    return f"{variant}, {part}" if part else variant
 
 
-def worded(name: str) -> str:
-    """A name of a score or split as people write it."""
-    spoken = {"held_out": "held-out", "yes_no": "yes/no", "_f1": " F1", "_attr": " attribution"}
-    for written, words in spoken.items():
-        name = name.replace(written, words)
-    return name.replace("_", " ")
-
-
-def _tracks(history: Sequence[Step], name: str) -> list[Curve]:
-    """One curve for each track that has the value, over the track's own steps."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for step in history:
-        if name in step:
-            points.setdefault(step["track"], []).append((step["step"] + 1, step[name]))
-    return list(points.items())
-
-
-def _parts(rows: Sequence[Step], name: str) -> list[Curve]:
-    """One curve for each track and part that has the value, over the steps of all tracks."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if name in row:
-            points.setdefault(f"{row['track']}: {row['part']}", []).append((row["finished_steps"], row[name]))
-    return list(points.items())
-
-
-def _over_steps(title: str, curves: Sequence[Curve], steps: str = "step of the track") -> Plot:
-    with matplotlib.rc_context(fname=LOOK):
-        figure = Figure(figsize=(3.6, 2.3))
-        axes = figure.add_axes((0.14, 0.19, 0.84, 0.74))  # a layout engine would draw everything twice
-        _draw(axes, curves)
-        axes.set_xlabel(steps)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
-        ranges = "; ".join(f"{label}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in curves)
-        last = max(points[-1][0] for _, points in curves)
-        return Plot(title, _svg(figure), f"{title} over {last:.0f} steps. {ranges}")
-
-
-def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Every curve in a color of its own, with at most MOST_POINTS points: each the mean of neighbouring ones."""
-    for number, (label, points) in enumerate(curves):
-        if points:
-            parts = np.array_split(np.array(points), min(len(points), MOST_POINTS))
-            axes.plot(*np.transpose([part.mean(axis=0) for part in parts]), color=f"C{number}", label=label)
-    if len(curves) > 1:
-        axes.legend(ncols=2 if len(curves) > 2 else 1, handlelength=1.2, columnspacing=1.0)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as a data URI; its ink becomes the color of the reader's mode."""
+def _table(curves: Curves) -> bytes:
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = stream.getvalue().replace("<defs>", f"{MODES}<defs>", 1).replace(INK, "currentColor")
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["variant", "of", "step", "value"])
+    writer.writerows([*key, f"{x:g}", f"{y:.6g}"] for key, found in curves.items() for x, y in found)
+    return stream.getvalue().encode()
+
+
+def _tokens_above(axes: Axes, per_step: Sequence[float], label: str) -> None:
+    """A second axis: how many tokens were read after each step; a mean step beyond the last one."""
+    tokens, mean = np.array([0.0, *np.cumsum(per_step)]), float(np.mean(per_step))
+    steps = np.arange(len(tokens), dtype=float)
+    far = len(steps) * np.array([-1.0, 1.0]) * 9
+    steps, tokens = (
+        np.array([far[0], *steps, steps[-1] + far[1]]),
+        np.array([far[0] * mean, *tokens, tokens[-1] + far[1] * mean]),
+    )
+    above = axes.secondary_xaxis(
+        "top", functions=(lambda x: np.interp(x, steps, tokens), lambda t: np.interp(t, tokens, steps))
+    )
+    above.set_xlabel(label)
+    above.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
+    """A figure: variants by color, parts by dashes, stages by marks; tokens above where they were recorded."""
+    variants, parts = (list(dict.fromkeys(names)) for names in zip(*curves, strict=True))
+    with matplotlib.rc_context(fname=LOOK):
+        figure = Figure(figsize=(5.4, 3.1))
+        axes = figure.add_axes((0.1, 0.14, 0.88, 0.62))  # a layout engine would draw everything twice
+        for (variant, part), found in curves.items():
+            dash = DASHES[parts.index(part) % len(DASHES)]
+            axes.plot(*found.T, color=f"C{list(lines).index(variant)}", linestyle=dash, alpha=0.9)
+        for start, name in dict.fromkeys((start, stage.stage) for _, start, stage in _started(lines)):
+            axes.axvline(start, color=INK, linewidth=0.6, alpha=0.4)
+            axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
+        axes.set_xlim(0, max(found[-1, 0] for found in curves.values()) + 0.5)
+        axes.set_xlabel("step of all stages")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
+        tokens = [step.get("tokens") for stage in lines[variants[0]] for step in stage.history]
+        if None not in tokens:
+            _tokens_above(axes, tokens, f"tokens of {variants[0]}" if len(lines) > 1 else "tokens")
+        marks = [(f"C{list(lines).index(name)}", "-", name) for name in variants] * (len(variants) > 1)
+        marks += [(INK, DASHES[parts.index(name) % len(DASHES)], name or "trained on") for name in parts] * (
+            len(parts) > 1
+        )
+        handles = [Line2D([], [], color=color, linestyle=dash, label=label) for color, dash, label in marks]
+        figure.legend(handles=handles, loc="upper left", ncols=3, handlelength=2.4, columnspacing=1.0)
+        stream = io.BytesIO()
+        figure.savefig(stream, format=kind, **how)
+        return stream.getvalue()

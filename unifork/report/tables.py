@@ -1,0 +1,62 @@
+"""What a page is built of: tables whose cells are texts, numbers, images, verdicts and scores.
+
+In: plain values. Out: `Table`s, which the macros show in rows on a desk and as cards on a phone; and numbers as people
+write them.
+"""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Table(NamedTuple):
+    """Rows of cells, the first of each names it. A cell that is None is not there yet; a list stands in one cell."""
+
+    label: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+class Judged(NamedTuple):
+    """A text and whether it is right."""
+
+    good: bool
+    text: str
+
+
+class Measured(NamedTuple):
+    """A score in words, and its place and that of chance between worst (0) and best (1), where both have one."""
+
+    text: str
+    place: float | None
+    chance: float | None
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """Bytes as an address that holds them."""
+    return f"data:{kind};base64,{b64encode(data).decode()}"
+
+
+def count(number: int) -> str:
+    """A number of things: exact up to a million, with thin spaces; millions above."""
+    return f"{number:,}".replace(",", "\u202f") if number < 1_000_000 else f"{number / 1e6:.2f}\u202fM"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them."""
+    if seconds is None:
+        return "not measured"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def real(number: float) -> str:
+    """A score: three digits after the point, one for large ones."""
+    return f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}"
+
+
+def words(name: str) -> str:
+    """A name in a file as people write it."""
+    return name.replace("_", " ")

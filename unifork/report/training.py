@@ -1,0 +1,243 @@
+"""The training stages of all variants side by side, as tables and images for the template.
+
+In: what stages exported, and their run folders. Out: one `Trained` for each stage of each variant, and tables over all of
+them. A stage that has not run is said to be missing; a damaged file raises a UniForkError.
+
+Shape suffixes: B images, S side in pixels, C channels (RGB).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from unifork.config import Experiment, Stage
+from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
+from unifork.models.warm_start import branch_of
+from unifork.report.codec import LoadCodec
+from unifork.report.images import ShownImage, grid, shown_images
+from unifork.report.plots import Lines, Recorded
+from unifork.report.reading import Found, read_codes, read_history, read_json
+from unifork.report.tables import Judged, Table, count, duration
+from unifork.shards.progress import PROGRESS, read_progress
+from unifork.training.checkpoint import FINISHED
+from unifork.training.export import SUMMARY, TRAINING
+
+PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
+"""Order of the rows; branches come after the shared trunk."""
+ANSWERED = 3
+"""Answers shown for each held-out part."""
+LAST = " (last attempt)"
+
+
+class Trained(NamedTuple):
+    """One stage of one variant; `summary` is None where it has not run."""
+
+    variant: str
+    name: str
+    settings: Stage
+    summary: Found | None
+    seconds: float | None
+    progress: Mapping[str, Any]
+    """Of the last attempt; no two runs leave the same."""
+    recorded: Recorded
+    parts: Mapping[str, tuple[int, int]]
+    """Frozen and trained parameters."""
+    drawn: list[tuple[str, ShownImage]]
+    """Prompts and what was drawn for them."""
+    held_out: Found | None
+    strips: Mapping[str, list[tuple[str, ShownImage]]]
+    """Images that were held out, and those drawn for their texts."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant}, {self.name}"
+
+
+def stages_of(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> list[Trained]:
+    """All stages of all variants, in order."""
+    return [_stage(key, experiment, layout, load_codec) for name in experiment.variants
+            for key, run in experiment.runs.items() if run.variant == name]  # fmt: skip
+
+
+def lines_of(experiment: Experiment, layout: Layout) -> Lines:
+    """What the finished stages of each variant recorded."""
+    found: dict[str, list[Recorded]] = {name: [] for name in experiment.variants}
+    for key, run in experiment.runs.items():
+        if (one := _recorded(key, run.stage, layout)).history:
+            found[run.variant].append(one)
+    return found
+
+
+def _recorded(key: str, stage: str, layout: Layout) -> Recorded:
+    folder = layout.model(key) / TRAINING
+    return Recorded(stage, read_history(folder / "history.csv"), read_history(folder / "validation.csv"))
+
+
+def _stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> Trained:
+    run, folder = experiment.runs[key], layout.model(key) / TRAINING
+    summary, finished = read_json(folder / SUMMARY), read_json(layout.run(key) / FINISHED)
+    settings = experiment.stages[run.stage]
+    prompts = summary["stage"]["sample_prompts"] if summary else settings.sample_prompts
+    held_out = read_json(folder / "held_out.json") if summary else None
+
+    def drawn(file: str, texts: list[str], name: str) -> list[tuple[str, ShownImage]]:
+        codes = read_codes(folder / file, len(texts), name) if texts else None
+        if codes is None:
+            return []
+        pixels_BSSC = load_codec(layout.model(key) / MODEL_IMAGE_TOKENIZER).decode(codes)
+        return list(zip(texts, shown_images(pixels_BSSC), strict=True))
+
+    texts = [row["prompt"] for row in held_out["prompts"]] if held_out else []
+    return Trained(
+        run.variant,
+        run.stage,
+        settings,
+        summary,
+        finished["seconds"] if finished else None,
+        read_progress(layout.run(key) / PROGRESS),
+        _recorded(key, run.stage, layout),
+        parts_of(summary["tensors"]) if summary else {},
+        drawn("samples.npz", list(prompts), "codes"),
+        held_out,
+        {name: drawn("held_out.npz", texts, name) for name in ("codes", "drawn")},
+    )
+
+
+def overview(experiment: Experiment, stages: Sequence[Trained]) -> Table:
+    """A row for each variant."""
+    rows = []
+    for name, variant in experiment.variants.items():
+        own = [stage for stage in stages if stage.variant == name]
+        times = [stage.seconds for stage in own]
+        parameters = sum(frozen + trained for frozen, trained in _parts(own).values())
+        done = f"{sum(bool(stage.summary) for stage in own)} of {len(own)}"
+        rows.append([name, variant.plan, count(parameters) if parameters else "not known yet", done, total(times)])
+    return Table("Variants", ["Variant", "Layer plan", "Parameters", "Stages done", "Training time"], rows)
+
+
+def total(times: Sequence[float | None]) -> str:
+    """The sum of some seconds in words, where all of them were measured."""
+    known_S = [seconds for seconds in times if seconds is not None]
+    return duration(sum(known_S) if len(known_S) == len(times) and times else None)
+
+
+def runs_table(stages: Sequence[Trained]) -> Table:
+    """What each stage did and how fast its last attempt was, which no two runs repeat."""
+    rows = []
+    for stage in stages:
+        tracks = (
+            f"{name}: {count(track.steps)} steps of {count(track.batch_documents)} documents"
+            for name, track in stage.settings.tracks.items()
+        )
+        speed = [stage.progress.get(name) for name in ("tokens_per_second", "mfu", "memory_gib")]
+        shown = [form(value) if value else "-" for form, value in zip(SPEED.values(), speed, strict=True)]
+        rest = ["; ".join(tracks), duration(stage.seconds), *shown] if stage.summary else [None]
+        rows.append([stage.title, *rest])
+    return Table("Stages", ["Stage", "Tracks", "Time", *(name + LAST for name in SPEED)], rows)
+
+
+SPEED = {
+    "Tokens/s": lambda rate: count(round(rate)),
+    "MFU": lambda share: f"{share:.1%}",
+    "Memory": lambda gib: f"{gib:.2f} GiB",
+}
+
+
+def parameters_table(stages: Sequence[Trained]) -> Table:
+    """Parameters of each part of each variant, and what of them each stage trained."""
+    names = list(dict.fromkeys(stage.name for stage in stages))
+    rows = []
+    for variant in dict.fromkeys(stage.variant for stage in stages):
+        own = {stage.name: stage for stage in stages if stage.variant == variant}
+        for part, counts in _parts(list(own.values())).items():
+            cells = [_trained(own[name], part) if name in own else "" for name in names]
+            rows.append([f"{variant}: {part}", count(sum(counts)), *cells])
+    return Table("Parameters", ["Part", "Parameters", *names], rows)
+
+
+def _trained(stage: Trained, part: str) -> str | None:
+    frozen, trained = stage.parts.get(part, (0, 0))
+    if not stage.summary:
+        return None
+    return "frozen" if not trained else f"{count(trained)} trained" if frozen else "trained"
+
+
+def mixtures_table(stages: Sequence[Trained]) -> Table:
+    """Documents of each part of a mixture that could be used, and how many were seen."""
+    rows = [
+        [stage.title, track, part["dataset"], part["template"], count(part["usable"]), count(part["seen"])]
+        for stage in stages
+        if stage.summary
+        for track, parts in stage.summary["documents"].items()
+        for part in parts
+    ]
+    return Table("Mixtures as trained", ["Stage", "Track", "Data set", "Template", "Usable", "Seen"], rows)
+
+
+def quarantined(stages: Sequence[Trained]) -> list[str]:
+    """What each stage left out, in words."""
+    return [
+        f"{stage.title}: " + ", ".join(f"{count(number)} × {reason}" for reason, number in left_out.items())
+        for stage in stages
+        if stage.summary and (left_out := stage.summary["quarantined"])
+    ]
+
+
+def held_out_tables(stages: Sequence[Trained]) -> list[Table]:
+    """Scores of answers for held-out rows, and the first answers of each part."""
+    scores, answers = [], []
+    for stage in stages:
+        for part in stage.held_out["scores"] if stage.held_out else ():
+            rates = (f"{part[name]:.3f} ± {part[f'{name}_standard_error']:.3f}" for name in ("exact_match", "token_f1"))
+            scores.append([f"{stage.title}: {part['part']}", count(part["answers"]), *rates])
+            rows = [row for row in stage.held_out["answers"] if row["part"] == part["part"]]
+            for row in rows[:ANSWERED]:
+                mark = Judged(bool(row["exact_match"]), row["answer"])
+                answers.append([f"{stage.title}: {row['key']}", row["part"], row["expected"], mark])
+    return [
+        Table("Answers for held-out rows", ["Part", "Answers", "Exact match", "Token F1"], scores),
+        Table("The first answers of each part", ["Row", "Part", "Expected", "Answered"], answers),
+    ]
+
+
+def images_after_stages(stages: Sequence[Trained]) -> Table:
+    """The same prompts and seeds after each stage of each variant."""
+    found = grid("Images after each stage", [(stage.title, stage.drawn) for stage in stages])
+    missing = {stage.title for stage in stages if not stage.summary}
+    rows = [[row[0], None] if row[0] in missing else row for row in found.rows]
+    return found._replace(rows=rows)
+
+
+def held_out_images(stages: Sequence[Trained]) -> Table:
+    """Images that were held out, and what each stage drew for their texts."""
+    pairs = [(title, strip) for stage in stages for title, strip in
+             (("held out", stage.strips["codes"]), (f"{stage.title}, drawn", stage.strips["drawn"]))]  # fmt: skip
+    shown: dict[str, list[tuple[str, ShownImage]]] = {}
+    for title, strip in pairs:
+        if strip and (title != "held out" or title not in shown):
+            shown[title] = strip
+    return grid("Images for held-out prompts", shown.items())
+
+
+def _parts(stages: Sequence[Trained]) -> dict[str, tuple[int, int]]:
+    """The parts of a variant's model, as its last finished stage says."""
+    return {part: counts for stage in stages for part, counts in stage.parts.items()}
+
+
+def parts_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The frozen and the trained parameters of each part of a model, in a fixed order."""
+    counts: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+    for name, tensor in tensors.items():
+        counts[tensor["trained"]][part_of(name)] += prod(tensor["shape"])
+    found = {part_of(name) for name in tensors}
+    order = [*PARTS[:3], *sorted(found - {*PARTS}), *PARTS[3:]]
+    return {part: (counts[False][part], counts[True][part]) for part in order if part in found}
+
+
+def part_of(tensor: str) -> str:
+    """The part of a model that a tensor belongs to: `layers.14.mlp.generation.up_proj.weight` to a branch."""
+    branch, start = branch_of(tensor), tensor.partition(".")[0]
+    if branch:
+        return "shared trunk" if branch == "shared" else f"{branch} branch"
+    return {"embed_tokens": "embeddings", "lm_head": "text head"}.get(start, start.replace("_", " "))
