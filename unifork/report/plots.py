@@ -139,19 +139,23 @@ def _tokens_above(axes: Axes, per_step: Sequence[float], label: str) -> None:
     above = axes.secondary_xaxis(
         "top", functions=(lambda x: np.interp(x, steps, tokens), lambda t: np.interp(t, tokens, steps))
     )
-    above.set_xlabel(label)
+    above.set_xlabel(label, fontsize=8)
     above.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
     """A figure: variants by color, parts by dashes, stages by marks; tokens above where they were recorded."""
     variants, parts = (list(dict.fromkeys(names)) for names in zip(*curves, strict=True))
+    color = {name: f"C{number}" for number, name in enumerate(lines)}
+    dash = {name: DASHES[number % len(DASHES)] for number, name in enumerate(parts)}
     with matplotlib.rc_context(fname=LOOK):
-        figure = Figure(figsize=(5.4, 3.1))
-        axes = figure.add_axes((0.1, 0.14, 0.88, 0.62))  # a layout engine would draw everything twice
+        marks = [(color[name], "-", name) for name in variants] * (len(variants) > 1)
+        marks += [(INK, dash[name], name or "trained on") for name in parts] * (len(parts) > 1)
+        height = 2.9 + 0.16 * -(-len(marks) // 2)
+        figure = Figure(figsize=(5.4, height))
+        axes = figure.add_axes((0.1, 0.42 / height, 0.88, 2.0 / height))  # a layout engine would draw everything twice
         for (variant, part), found in curves.items():
-            dash = DASHES[parts.index(part) % len(DASHES)]
-            axes.plot(*found.T, color=f"C{list(lines).index(variant)}", linestyle=dash, alpha=0.9)
+            axes.plot(*found.T, color=color[variant], linestyle=dash[part], alpha=0.9)
         for start, name in dict.fromkeys((start, stage.stage) for _, start, stage in _started(lines)):
             axes.axvline(start, color=INK, linewidth=0.6, alpha=0.4)
             axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
@@ -162,12 +166,8 @@ def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
         tokens = [step.get("tokens") for stage in lines[variants[0]] for step in stage.history]
         if None not in tokens:
             _tokens_above(axes, tokens, f"tokens of {variants[0]}" if len(lines) > 1 else "tokens")
-        marks = [(f"C{list(lines).index(name)}", "-", name) for name in variants] * (len(variants) > 1)
-        marks += [(INK, DASHES[parts.index(name) % len(DASHES)], name or "trained on") for name in parts] * (
-            len(parts) > 1
-        )
-        handles = [Line2D([], [], color=color, linestyle=dash, label=label) for color, dash, label in marks]
-        figure.legend(handles=handles, loc="upper left", ncols=3, handlelength=2.4, columnspacing=1.0)
+        handles = [Line2D([], [], color=ink, linestyle=style, label=label) for ink, style, label in marks]
+        figure.legend(handles=handles, loc="upper left", ncols=2, handlelength=2.4)
         stream = io.BytesIO()
         figure.savefig(stream, format=kind, **how)
         return stream.getvalue()

@@ -1,7 +1,7 @@
 """Benchmarks for the page: scores of all variants side by side, paired differences, first and worst items.
 
 In: what `score` wrote, by variant and benchmark, and the cards. Out: tables. Nothing here knows a benchmark: what is
-shown, and on which scale, is said by its card. Items are the first ones and the worst, never the best.
+shown, and on which scale, its card says. Items are the first ones and the worst, never the best.
 """
 
 import json
@@ -44,7 +44,7 @@ def benchmark(name: str, experiment: Experiment, layout: Layout) -> dict[str, An
         "card": card,
         "missing": [variant for variant in variants if not found[variant]],
         "seeds": sorted({score.seed for score in every if score.seed is not None}),
-        "scores": _table(card, found, differences) if every else None,
+        "scores": {rule: _table(card, found, rule, differences) for rule in dict.fromkeys(one.rule for one in every)},
         "refused": refused,
         "headlines": _headlines(card, found),
         "items": _items(name, records, layout) if records else {},
@@ -86,22 +86,26 @@ def _headlines(card: EvalCard, found: dict[str, Scores]) -> list[dict[str, Any]]
     return [{"title": title, "lines": lines[name]} for name, title in card.show.headlines.items()]
 
 
-def _table(card: EvalCard, found: dict[str, Scores], differences: dict[str, dict[str, str]]) -> Table:
-    """A row for each score of each split; columns for variants, and for their differences."""
+def _table(card: EvalCard, found: dict[str, Scores], rule: str, differences: dict[str, dict[str, str]]) -> Table:
+    """A row for each score of a rule, split by split; columns for variants, and for their differences by that rule."""
+    differences = differences if rule == card.score.rules[0] else {}
     rows = []
-    scored = {
-        split: dict.fromkeys(name for scores in found.values() for name in scores.get(split, {}))
-        for split in dict.fromkeys(split for scores in found.values() for split in scores)
+    first = {
+        (split, name): score
+        for scores in reversed(found.values())
+        for split, table in scores.items()
+        for name, score in table.items()
+        if score.rule == rule
     }
-    for split in _ordered(scored, card.show.splits):
-        for name in _ordered(scored[split], card.show.scores):
+    for split in _ordered({split for split, _ in first}, card.show.splits):
+        for name in _ordered({name for place, name in first if place == split}, card.show.scores):
             scores = [table.get(split, {}).get(name) for table in found.values()]
-            first = next(score for score in scores if score)
             cells = [score and measured(score, card) for score in scores]
             paired = [column.get(f"{split} {name}", "") for column in differences.values()]
             title = words(name) if split == "all" else f"{words(split)}: {words(name)}"
-            rows.append([title, *cells, real(first.chance), count(first.items), *paired])
-    return Table(f"Scores of {card.name}", ["Score", *found, "Chance", "Items", *differences], rows)
+            chance, items = first[split, name].chance, first[split, name].items
+            rows.append([title, *cells, real(chance), count(items), *paired])
+    return Table(f"Scores of {card.name} by rule {rule}", ["Score", *found, "Chance", "Items", *differences], rows)
 
 
 def _differences(variants: Sequence[str], name: str, layout: Layout) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -159,7 +163,8 @@ def _items(name: str, records: dict[str, list[Found]], layout: Layout) -> dict[s
     def row(key: str) -> list[Any]:
         line = every[key]
         image = [shown_image(open_image(asked[key]), f"the image {line['image']}")] if key in asked else []
-        return [[*image, line["question"]], _expected(line["truth"]), *(given(variant, key) for variant in lines)]
+        expected = _expected(line["truth"]) if line["image"] else "an image"  # what is wrong with it a verdict says
+        return [[*image, line["question"]], expected, *(given(variant, key) for variant in lines)]
 
     columns = ["Item", "Expected", *lines]
     return {
