@@ -189,12 +189,12 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
     summary = {"run": key, "stage": this.model_dump(mode="json"), "documents": documents, "tensors": tensors}
     write_json(folder / "summary.json", {**summary, "quarantined": {"world: too long": 7}})
     lines = [
-        "track,step,loss,text_loss,image_loss,image_loss_depth_0,image_loss_depth_1,learning_rate,gradient_norm,fill,documents_hash"
+        "track,step,loss,text_loss,image_loss,image_loss_depth_0,image_loss_depth_1,learning_rate,gradient_norm,tokens,fill,documents_hash"
     ]
     for name in this.tracks:
         image = "2.0,2.1,1.9" if name != "understanding" else ",,"
         text = "3.0" if name != "generation" else ""
-        lines += [f"{name},{step},5.0,{text},{image},0.001,{1 + step},0.9,1e0f78bca484d44c" for step in range(3)]
+        lines += [f"{name},{step},5.0,{text},{image},0.001,{1 + step},640,0.9,1e0f78bca484d44c" for step in range(3)]
     (folder / "history.csv").write_text("\n".join(lines) + "\n")
     codes = np.arange(len(this.sample_prompts) * 4 * DEPTH).reshape(-1, 4, DEPTH) % 16
     np.savez(folder / "samples.npz", codes=codes)
@@ -216,6 +216,8 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
             lines += [f"{step},joint,world-caption-caption,world,understanding,2,{2 - step / 10},"]
         (folder / "validation.csv").write_text("\n".join(lines) + "\n")
     write_json(where.run(key) / "finished.json", {"seconds": 90.0, "code": "x", "fingerprint": "y"})
+    speed = {"tokens_per_second": 4321.0, "memory_gib": 0.75, "mfu": None, "written": 1_700_000_000.0}
+    write_json(where.run(key) / "progress.json", speed)
 
 
 def write_scores(where: Layout, variant: str, benchmark: str, names: tuple[str, ...], lines: list[dict]) -> None:
@@ -228,7 +230,9 @@ def write_scores(where: Layout, variant: str, benchmark: str, names: tuple[str, 
     }
     folder = where.scores(variant) / benchmark
     write_json(folder / "metrics.json", table)
-    (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "verdicts.jsonl").write_text(
+        "".join(json.dumps({"benchmark": benchmark} | line) + "\n" for line in lines)
+    )
     drawn = not lines[0]["image"]
     place, column = (where.answers(variant) / benchmark, "image") if drawn else (where.items(benchmark), "bytes")
     rows = {"id": [line["id"] for line in lines], column: [png(Image.new("RGB", (48, 48), "red"))] * len(lines)}
@@ -240,6 +244,7 @@ def write_scores(where: Layout, variant: str, benchmark: str, names: tuple[str, 
 def line_of(number: int, question: str, kind: str, split: str, image: str, **verdict: object) -> dict:
     """A line of `verdicts.jsonl`."""
     item = {"id": str(number), "question": question, "truth": verdict.pop("truth", None), "image": image}
+    item |= {"cluster": str(number), "chance": 0.5, "number": number}
     official = {"reading": None, "faults": [], **verdict}
     answer = official.pop("answer", None)
     return {**item, "split": split, "about": {"kind": kind}, "answer": answer, "verdicts": {"official": official}}

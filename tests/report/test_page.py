@@ -1,6 +1,7 @@
 """The whole page: what it says, that it needs nothing else, that it is there at any time, and what it refuses."""
 
 import base64
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.resources, self.images, self.text = [], [], [], [], ""
+        self.open, self.tags, self.resources, self.images, self.links, self.text = [], [], [], [], [], ""
         self.feed(text)
         assert self.open == []
 
@@ -29,6 +30,8 @@ class Page(HTMLParser):
         self.text += " "
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "a":
+            self.links.append(values)
         if tag == "img":
             self.images.append(values)
         if tag in ("img", "script", "link", "iframe", "object", "source"):
@@ -55,7 +58,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Pages without the plots of training, which take most of the time."""
-    monkeypatch.setattr("unifork.report.gather.training_plots", lambda history: [])
+    monkeypatch.setattr("unifork.report.build.training_plots", lambda lines: [])
 
 
 def test_it_says_what_was_run_and_what_came_out(whole):
@@ -64,21 +67,23 @@ def test_it_says_what_was_run_and_what_came_out(whole):
     assert "shared*1 task*1 norm:task" in text
     assert "0.750 ± 0.062" in text
     assert "0.250 ± 0.062" in text
-    assert "chance 0.12" in text
-    assert "seed 5; samples 2" in text
-    assert "3 min" in text  # two stages of 90 s
+    assert "seen: overall 0.750 ± 0.062 0.125 2" in text  # value, error, chance, items
+    assert "seed 5" in text
+    assert "Trained until 2023-11-14; training took 3 min" in text  # two stages of 90 s
+    assert "unifork use tiny && dvc repro" in text
     assert "not a git checkout" in text
 
 
 def test_it_shows_what_held_out_rows_gave(whole):
     text = words(whole[0])
-    assert "world-caption-caption 2 0.500 ± 0.350 0.625 ± 0.125" in text
-    assert f"row-0 world-caption-caption a dot ✗ {NASTY}" in text
+    assert "fork, s1: world-caption-caption 2 0.500 ± 0.350 0.625 ± 0.125" in text
+    assert f"fork, s1: row-0 world-caption-caption a dot ✗ {NASTY}" in text
     assert "a held-out star" in text
     titles = {image["alt"] for image in Page(whole[0]).images}
-    assert "Text loss, held out over 3 steps. joint: world-caption-caption: 2 to 1.7" in titles
+    ranges = "fork: 3 to 3; fork, held out: world-caption-caption: 2 to 1.7"
+    assert f"Text loss over 9 steps. {ranges}" in titles
     assert "a held-out star, held out" in titles
-    assert "a held-out star, drawn" in titles
+    assert "a held-out star, fork, s1, drawn" in titles
 
 
 def test_it_shows_the_data_with_drops_and_quarantine(whole):
@@ -105,19 +110,32 @@ def test_it_shows_the_tokenizer(whole):
 def test_it_shows_training_and_samples(whole):
     page = Page(whole[0])
     alts = [image["alt"] for image in page.images]
-    assert "a red circle, drawn after s1" in alts
-    assert "a red circle, drawn after s3" in alts
-    for title in ("Text loss", "Image loss", "Image loss by code depth", "Gradient norm", "Learning rate"):
-        assert sum(alt.startswith(f"{title} over 3 steps") for alt in alts) == 2
+    assert "a red circle, fork, s1" in alts
+    assert alts.count("a red circle, fork, s3") == 2  # on the first screen, too
+    losses = ("Text loss", "Image loss", "Image loss by code depth")
+    for title in (*losses, "Gradient norm", "Learning rate", "Tokens per step", "Fill of rows"):
+        assert sum(alt.startswith(f"{title} over ") for alt in alts) == 1
     text = words(whole[0])
-    assert "generation branch 8 trained trained" in text
-    assert "understanding branch 6 frozen frozen" in text
+    assert "fork: generation branch 8 trained trained" in text
+    assert "fork: understanding branch 6 frozen frozen" in text
+    assert "Tokens/s (last attempt)" in text
+    assert "4 321 - 0.75 GiB" in text
+
+
+def test_its_numbers_can_be_taken_away(whole):
+    links = {values["download"]: values["href"] for values in Page(whole[0]).links if "download" in values}
+    taken = {name: base64.b64decode(link.partition(",")[2]).decode() for name, link in links.items()}
+    scores = json.loads(taken["scores.json"])
+    assert scores["shapes-generation"]["fork"]["seen"]["overall"]["value"] == 0.75
+    assert taken["Image loss.csv"].splitlines()[:3] == ["variant,of,step,value", "fork,,1,2", "fork,,2,2"]
+    assert "fork,held out: world-caption-caption,3,1.7" in taken["Text loss.csv"]
 
 
 def test_it_shows_samples_with_verdicts(whole):
     text = words(whole[0])
-    assert "a cross ✓ correct" in text
-    assert f"{NASTY} ✗ no <i>" in text
+    assert "a cross an image ✓ as wanted" in text
+    assert f"{NASTY} an image ✗ no <i>" in text
+    assert "Is there a cross? yes ✓ yes" in text
     assert "the image 0/seen/0" in [image["alt"] for image in Page(whole[0]).images]
 
 
@@ -134,7 +152,7 @@ def test_it_needs_no_network_and_no_other_file(whole):
         svg = base64.b64decode(drawing).decode()
         assert not re.search(r"(href|src)=\"(?!#)", svg)
         assert "currentColor" in svg
-    assert len(drawings) == 14
+    assert len(drawings) == 7
     assert len(whole[0]) < 1_000_000
 
 
@@ -171,8 +189,24 @@ def test_a_variant_that_has_not_run_stands_beside_one_that_has(tmp_path):
     text = words(build(plan, write_all(tmp_path, plan, "fork"), FakeCodec))
     assert "dense shared*1 task*1 norm:task not known yet 0 of 2 not measured" in text
     assert "2 of 2 3 min" in text
-    assert "Scores of dense-shapes-generation: not there yet" in text
-    assert "seen, fork 0.75" in text
+    assert "Scores of dense on shapes-generation: not there yet" in text
+    assert "seen, fork 0.750" in text
+    assert "dense, s1 not there yet" in text
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_variants_are_compared_on_the_same_items(tmp_path):
+    plan = experiment(("dense", "fork"))
+    where = write_all(tmp_path, plan, "dense")
+    assert write_all(tmp_path, plan, "fork") == where
+    verdicts = where.scores("fork") / "shapes-understanding" / "verdicts.jsonl"
+    verdicts.write_text(verdicts.read_text().replace('"right": 0.0', '"right": 1.0'))
+    text = words(build(plan, where, FakeCodec))
+    assert "fork less dense" in text
+    assert re.search(r"seen: yes no accuracy 0.750 ± 0.062 0.750 ± 0.062 0.125 2 0.500 \(-?[\d.]+ to [\d.]+\), p", text)
+    assert f"Is there a cross? no ✗ {NASTY} ✓ {NASTY}" in text
+    verdicts.write_text(verdicts.read_text().replace('"id": "1"', '"id": "0"'))
+    assert "No difference: fork less dense" in words(build(plan, where, FakeCodec))
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -238,8 +272,8 @@ def test_a_benchmark_without_verdicts_has_no_samples(tmp_path):
     where = write_all(tmp_path, plan)
     (where.scores("fork") / "shapes-generation" / "verdicts.jsonl").unlink()
     text = words(build(plan, where, FakeCodec))
-    assert "What it answered" in text
-    assert "What it drew" not in text
+    assert "Is there a cross?" in text
+    assert "an image ✓" not in text
 
 
 def test_a_verdict_without_its_image_is_refused(tmp_path):

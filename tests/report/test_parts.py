@@ -9,15 +9,19 @@ import pytest
 from PIL import Image
 from report_samples import experiment
 
+from unifork.config import load_eval
+from unifork.config.evals import ShowPart
 from unifork.errors import DataError
+from unifork.evaluation.statistics import Score
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.report.build import count, duration
 from unifork.report.codec import load_codec
-from unifork.report.gather import part_of
 from unifork.report.images import LARGEST, shown_image
-from unifork.report.plots import MOST_POINTS, training_plots
+from unifork.report.plots import MOST_POINTS, Recorded, training_plots
+from unifork.report.scores import measured
 from unifork.report.surroundings import revision, surroundings
+from unifork.report.tables import count, duration
+from unifork.report.training import part_of
 
 
 @pytest.mark.parametrize(
@@ -55,9 +59,29 @@ def test_transparency_survives():
 
 def test_long_histories_make_small_plots():
     history = [{"track": "joint", "step": step, "text_loss": 1 / (1 + step)} for step in range(20_000)]
-    (plot,) = training_plots(history)
+    (plot,) = training_plots({"fork": [Recorded("s1", history)]})
     assert len(plot.src) < 60 * MOST_POINTS + 10_000
     assert "20000 steps" in plot.alt
+
+
+@pytest.mark.parametrize(
+    ("card", "name", "value", "chance", "text", "place"),
+    [
+        ("mme", "perception", 1500.0, 500.0, "1500.0 ± 0.100", (0.75, 0.25)),
+        ("mme", "count", 50.0, 100.0, "50.0 ± 0.100", (0.25, 0.5)),
+        ("pope", "pope", 0.8, 0.5, "0.800 ± 0.100", (0.8, 0.5)),
+        ("pope", "pope", 7.5, 0.5, "7.500 ± 0.100", (None, None)),
+        ("lower", "fid", 25.0, 150.0, "25.0 ± 0.100", (0.75, 0.0)),
+    ],
+)
+def test_scores_stand_on_the_scale_of_their_card(card, name, value, chance, text, place):
+    shown = load_eval("mme" if card == "lower" else card)
+    if card == "lower":
+        shown = shown.model_copy(update={"show": ShowPart(scales={"fid": (100.0, 0.0)})})
+    rest = {"items": 2, "clusters": 2, "rule": "official", "unread": 0.0, "missing": 0, "items_hash": "a"}
+    rest |= {"model": "b", "decoding": "c", "seed": None, "interval": None}
+    found = measured(Score(name, "all", value, 0.1, chance=chance, **rest), shown)
+    assert found == (text, *(pytest.approx(number) if number is not None else None for number in place))
 
 
 def test_numbers_as_people_write_them():

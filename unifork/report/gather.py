@@ -1,7 +1,7 @@
 """Data sets and the image tokenizer, as tables and images for the template.
 
-In: the experiment, its folders and a way to load image tokenizers. Out: what the page shows of them. A stage that has not run leaves None or
-nothing; a damaged file raises a UniForkError.
+In: the experiment, its folders and a way to load image tokenizers. Out: what the page shows of them. What has not run
+is said to be missing; a damaged file raises a UniForkError.
 """
 
 from collections.abc import Iterable, Mapping

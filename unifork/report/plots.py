@@ -88,7 +88,7 @@ def loss_images(lines: Lines) -> dict[str, bytes]:
 
 
 def curves_of(lines: Lines, title: str) -> Curves:
-    """The curves of a plot, each of at most MOST_POINTS points, which are means of neighboring steps."""
+    """The curves of a plot."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     column, by_track = CHARTS[title]
     for variant, start, stage in _started(lines):
@@ -100,10 +100,12 @@ def curves_of(lines: Lines, title: str) -> Curves:
             if column in row:
                 place = (start + row["finished_steps"], row[column])
                 points.setdefault((variant, f"held out: {row['part']}"), []).append(place)
-    return {
-        key: np.array([part.mean(axis=0) for part in np.array_split(found, min(len(found), MOST_POINTS))])
-        for key, found in points.items()
-    }
+    return {key: np.array(found) for key, found in points.items()}
+
+
+def _short(points: np.ndarray) -> np.ndarray:
+    """At most MOST_POINTS points, which are means of neighboring ones."""
+    return np.array([part.mean(axis=0) for part in np.array_split(points, min(len(points), MOST_POINTS))])
 
 
 def _started(lines: Lines) -> Iterator[tuple[str, int, Recorded]]:
@@ -123,7 +125,7 @@ def _table(curves: Curves) -> bytes:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["variant", "of", "step", "value"])
-    writer.writerows([*key, f"{x:g}", f"{y:.6g}"] for key, found in curves.items() for x, y in found)
+    writer.writerows([*key, f"{x:g}", f"{y:.6g}"] for key, found in curves.items() for x, y in _short(found))
     return stream.getvalue().encode()
 
 
@@ -151,11 +153,12 @@ def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
     with matplotlib.rc_context(fname=LOOK):
         marks = [(color[name], "-", name) for name in variants] * (len(variants) > 1)
         marks += [(INK, dash[name], name or "trained on") for name in parts] * (len(parts) > 1)
-        height = 2.9 + 0.16 * -(-len(marks) // 2)
+        columns = 1 if any(len(label) > 30 for *_, label in marks) else 2
+        height = 2.9 + 0.16 * -(-len(marks) // columns)
         figure = Figure(figsize=(5.4, height))
         axes = figure.add_axes((0.1, 0.42 / height, 0.88, 2.0 / height))  # a layout engine would draw everything twice
         for (variant, part), found in curves.items():
-            axes.plot(*found.T, color=color[variant], linestyle=dash[part], alpha=0.9)
+            axes.plot(*_short(found).T, color=color[variant], linestyle=dash[part], alpha=0.9)
         for start, name in dict.fromkeys((start, stage.stage) for _, start, stage in _started(lines)):
             axes.axvline(start, color=INK, linewidth=0.6, alpha=0.4)
             axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
@@ -167,7 +170,7 @@ def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
         if None not in tokens:
             _tokens_above(axes, tokens, f"tokens of {variants[0]}" if len(lines) > 1 else "tokens")
         handles = [Line2D([], [], color=ink, linestyle=style, label=label) for ink, style, label in marks]
-        figure.legend(handles=handles, loc="upper left", ncols=2, handlelength=2.4)
+        figure.legend(handles=handles, loc="upper left", ncols=columns, handlelength=2.4)
         stream = io.BytesIO()
         figure.savefig(stream, format=kind, **how)
         return stream.getvalue()

@@ -1,6 +1,6 @@
 """The training stages of all variants side by side, as tables and images for the template.
 
-In: what stages exported, and their run folders. Out: one `Trained` for each stage of each variant, and tables over all of
+In: what stages exported, and their run folders. Out: one `Trained` for each stage of each variant, and tables over
 them. A stage that has not run is said to be missing; a damaged file raises a UniForkError.
 
 Shape suffixes: B images, S side in pixels, C channels (RGB).
@@ -206,7 +206,7 @@ def images_after_stages(stages: Sequence[Trained]) -> Table:
     found = grid("Images after each stage", [(stage.title, stage.drawn) for stage in stages])
     missing = {stage.title for stage in stages if not stage.summary}
     rows = [[row[0], None] if row[0] in missing else row for row in found.rows]
-    return found._replace(rows=rows)
+    return found._replace(columns=["", *(found.columns[1:] or ["Images"])], rows=rows)
 
 
 def held_out_images(stages: Sequence[Trained]) -> Table:
