@@ -118,8 +118,8 @@ def test_it_shows_training_and_samples(whole):
     text = words(whole[0])
     assert "fork: generation branch 8 trained trained" in text
     assert "fork: understanding branch 6 frozen frozen" in text
-    assert "Tokens/s (last attempt)" in text
-    assert "4 321 - 0.75 GiB" in text
+    assert "Tokens/s of the last attempt" in text
+    assert "4321 - 0.75 GiB" in text
 
 
 def test_its_numbers_can_be_taken_away(whole):

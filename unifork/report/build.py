@@ -17,6 +17,7 @@ from unifork.layout import Layout
 from unifork.report import training
 from unifork.report.codec import LoadCodec
 from unifork.report.gather import dataset, tokenizer
+from unifork.report.images import grid
 from unifork.report.plots import training_plots
 from unifork.report.scores import benchmark
 from unifork.report.surroundings import surroundings
@@ -50,7 +51,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         here=surroundings(layout.root),
         ended=f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d}" if ended else "not known",
         time=training.total([stage.seconds for stage in stages]),
-        first=training.grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
+        first=grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
         numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
         benchmarks=benchmarks,
         datasets=datasets,

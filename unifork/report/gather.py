@@ -63,7 +63,7 @@ def tokenizer(experiment: Experiment, layout: Layout, datasets: Iterable[Mapping
         if gathered["shown"]
         for view, same in gathered["shown"]["detector"].items()
     }
-    own = (measures or {}).get("detector")
+    own = measures.get("detector") if measures else None
     columns = ["Images", "Error, gray levels", "PSNR, dB", "Rows used", "Rows used by depth", "Perplexity by depth",
                "Bits per position"]  # fmt: skip
     rows = [

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -129,29 +128,13 @@ def _table(curves: Curves) -> bytes:
     return stream.getvalue().encode()
 
 
-def _tokens_above(axes: Axes, per_step: Sequence[float], label: str) -> None:
-    """A second axis: how many tokens were read after each step; a mean step beyond the last one."""
-    tokens, mean = np.array([0.0, *np.cumsum(per_step)]), float(np.mean(per_step))
-    steps = np.arange(len(tokens), dtype=float)
-    far = len(steps) * np.array([-1.0, 1.0]) * 9
-    steps, tokens = (
-        np.array([far[0], *steps, steps[-1] + far[1]]),
-        np.array([far[0] * mean, *tokens, tokens[-1] + far[1] * mean]),
-    )
-    above = axes.secondary_xaxis(
-        "top", functions=(lambda x: np.interp(x, steps, tokens), lambda t: np.interp(t, tokens, steps))
-    )
-    above.set_xlabel(label, fontsize=8)
-    above.xaxis.set_major_locator(MaxNLocator(5))
-
-
 def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
     """A figure: variants by color, parts by dashes, stages by marks; tokens above where they were recorded."""
     variants, parts = (list(dict.fromkeys(names)) for names in zip(*curves, strict=True))
     color = {name: f"C{number}" for number, name in enumerate(lines)}
     dash = {name: DASHES[number % len(DASHES)] for number, name in enumerate(parts)}
     with matplotlib.rc_context(fname=LOOK):
-        marks = [(color[name], "-", name) for name in variants] * (len(variants) > 1)
+        marks: list[tuple[str, Any, str]] = [(color[name], "-", name) for name in variants] * (len(variants) > 1)
         marks += [(INK, dash[name], name or "trained on") for name in parts] * (len(parts) > 1)
         columns = 1 if any(len(label) > 30 for *_, label in marks) else 2
         height = 2.9 + 0.16 * -(-len(marks) // columns)
@@ -166,9 +149,13 @@ def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
         axes.set_xlabel("step of all stages")
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
-        tokens = [step.get("tokens") for stage in lines[variants[0]] for step in stage.history]
-        if None not in tokens:
-            _tokens_above(axes, tokens, f"tokens of {variants[0]}" if len(lines) > 1 else "tokens")
+        counts = [step.get("tokens", 0.0) for stage in lines[variants[0]] for step in stage.history]
+        if all(counts):
+            tokens = np.array([0, *np.cumsum(counts)])
+            ticks = [tick for tick in MaxNLocator(4).tick_values(0, tokens[-1]) if tick <= tokens[-1]]
+            above = axes.secondary_xaxis("top")
+            above.set_ticks(np.interp(ticks, tokens, np.arange(len(tokens))).tolist(), [f"{tick:g}" for tick in ticks])
+            above.set_xlabel(f"tokens of {variants[0]}" if len(lines) > 1 else "tokens", fontsize=8)
         handles = [Line2D([], [], color=ink, linestyle=style, label=label) for ink, style, label in marks]
         figure.legend(handles=handles, loc="upper left", ncols=columns, handlelength=2.4)
         stream = io.BytesIO()

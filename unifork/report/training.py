@@ -27,7 +27,12 @@ PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "
 """Order of the rows; branches come after the shared trunk."""
 ANSWERED = 3
 """Answers shown for each held-out part."""
-LAST = " (last attempt)"
+SPEED = {
+    "Tokens/s of the last attempt": ("tokens_per_second", "{:.0f}"),
+    "MFU": ("mfu", "{:.1%}"),
+    "Memory": ("memory_gib", "{:.2f} GiB"),
+}
+"""Columns of numbers that no two runs repeat: their key in the progress of a run, and how they are written."""
 
 
 class Trained(NamedTuple):
@@ -130,18 +135,10 @@ def runs_table(stages: Sequence[Trained]) -> Table:
             f"{name}: {count(track.steps)} steps of {count(track.batch_documents)} documents"
             for name, track in stage.settings.tracks.items()
         )
-        speed = [stage.progress.get(name) for name in ("tokens_per_second", "mfu", "memory_gib")]
-        shown = [form(value) if value else "-" for form, value in zip(SPEED.values(), speed, strict=True)]
+        shown = [form.format(value) if (value := stage.progress.get(key)) else "-" for key, form in SPEED.values()]
         rest = ["; ".join(tracks), duration(stage.seconds), *shown] if stage.summary else [None]
         rows.append([stage.title, *rest])
-    return Table("Stages", ["Stage", "Tracks", "Time", *(name + LAST for name in SPEED)], rows)
-
-
-SPEED = {
-    "Tokens/s": lambda rate: count(round(rate)),
-    "MFU": lambda share: f"{share:.1%}",
-    "Memory": lambda gib: f"{gib:.2f} GiB",
-}
+    return Table("Stages", ["Stage", "Tracks", "Time", *SPEED], rows)
 
 
 def parameters_table(stages: Sequence[Trained]) -> Table:
@@ -188,10 +185,11 @@ def held_out_tables(stages: Sequence[Trained]) -> list[Table]:
     """Scores of answers for held-out rows, and the first answers of each part."""
     scores, answers = [], []
     for stage in stages:
-        for part in stage.held_out["scores"] if stage.held_out else ():
+        held_out = stage.held_out or {"scores": (), "answers": ()}
+        for part in held_out["scores"]:
             rates = (f"{part[name]:.3f} ± {part[f'{name}_standard_error']:.3f}" for name in ("exact_match", "token_f1"))
             scores.append([f"{stage.title}: {part['part']}", count(part["answers"]), *rates])
-            rows = [row for row in stage.held_out["answers"] if row["part"] == part["part"]]
+            rows = [row for row in held_out["answers"] if row["part"] == part["part"]]
             for row in rows[:ANSWERED]:
                 mark = Judged(bool(row["exact_match"]), row["answer"])
                 answers.append([f"{stage.title}: {row['key']}", row["part"], row["expected"], mark])
