@@ -43,7 +43,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     last = {stage.variant: stage for stage in stages if stage.drawn}
     ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
     benchmarks = [benchmark(name, experiment, layout) for name in experiment.benchmarks]
-    numbers = {one["name"]: one["numbers"] for one in benchmarks}
+    numbers = {shown["card"].name: shown["numbers"] for shown in benchmarks}
     return environment.get_template("page.html").render(
         experiment=experiment,
         params=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),

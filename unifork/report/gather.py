@@ -67,15 +67,16 @@ def tokenizer(experiment: Experiment, layout: Layout, datasets: Iterable[Mapping
     columns = ["Images", "Error, gray levels", "PSNR, dB", "Rows used", "Rows used by depth", "Perplexity by depth",
                "Bits per position"]  # fmt: skip
     rows = [
-        [name, f"{one['mean_absolute_levels']:.1f}", f"{one['psnr_db']:.1f}", count(one["codes"]["codebook_usage"]),
-         ", ".join(str(depth["codebook_usage"]) for depth in one["codes"]["depths"]),
-         ", ".join(f"{depth['perplexity']:.1f}" for depth in one["codes"]["depths"]),
-         f"{one['codes']['bits_per_position']:.2f}"]
-        for name, one in groups.items()
+        [name, f"{group['mean_absolute_levels']:.1f}", f"{group['psnr_db']:.1f}",
+         count(group["codes"]["codebook_usage"]),
+         ", ".join(str(depth["codebook_usage"]) for depth in group["codes"]["depths"]),
+         ", ".join(f"{depth['perplexity']:.1f}" for depth in group["codes"]["depths"]),
+         f"{group['codes']['bits_per_position']:.2f}"]
+        for name, group in groups.items()
     ]  # fmt: skip
     read = [
-        [name, f"{count(one['same'])} of {count(one['total'])}", f"{one['same'] / max(one['total'], 1):.3f}"]
-        for name, one in (own or here).items()
+        [name, f"{count(group['same'])} of {count(group['total'])}", f"{group['same'] / max(group['total'], 1):.3f}"]
+        for name, group in (own or here).items()
     ]
     return {
         "form": architecture_of(experiment.image_tokenizer, layout.image_tokenizer),

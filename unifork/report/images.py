@@ -7,7 +7,7 @@ Shape suffixes: B images, S side in pixels, C channels (RGB), N positions, D cod
 """
 
 import io
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,20 +154,20 @@ def rejected_rows(kept: KeptRows) -> list[dict[str, Any]]:
     return shown
 
 
-def stored_images(folder: Path, ids: Collection[str], column: str) -> dict[str, bytes]:
-    """Images of a table of items or answers, by id. Raises DataError for one that is not there."""
-    found: dict[str, bytes] = {}
-    shards = iter(read_manifest(folder).shards if ids else ())
-    while missing := set(ids) - found.keys():
+def stored_images(folder: Path, alts: Mapping[str, str], column: str) -> dict[str, ShownImage]:
+    """Images of a table of items or answers, by id. Raises DataError where they lack it. alts: what they show."""
+    found: dict[str, ShownImage] = {}
+    shards = iter(read_manifest(folder).shards if alts else ())
+    while missing := alts.keys() - found.keys():
         shard = next(shards, None)
         if shard is None:
             raise DataError(f"{folder}: no image of {min(missing)}; run the stage that writes it again")
-        table = read_table(folder, shard)
-        last: dict[str | None, bytes] = {}
-        for row in table.to_pylist() if missing & set(table["id"].to_pylist()) else ():
-            image = last.setdefault(row.get("sha256"), row[column]) if row.get("sha256") else row[column]
+        last: dict[str | None, bytes] = {}  # an image that a shard has had already is null there
+        rows = read_table(folder, shard).to_pylist()
+        for row in rows if any(row["id"] in missing for row in rows) else ():
+            image = last.setdefault(row.get("sha256") or row["id"], row[column])
             if row["id"] in missing:
-                found[row["id"]] = image
+                found[row["id"]] = shown_image(open_image(image), alts[row["id"]])
     return found
 
 

@@ -72,13 +72,14 @@ def read_records(path: Path) -> list[Found]:
     return read(path, lambda data: [_found(path, line) for line in data.splitlines()]) or []
 
 
-def read_scores(path: Path) -> dict[str, dict[str, Score]]:
+def read_scores(path: Path) -> dict[tuple[str, str], Score]:
     """The scores of a benchmark by split and name."""
-    score = TypeAdapter(Score)
+    form = TypeAdapter(Score)
     with undamaged(path):
         return {
-            split: {name: score.validate_python({**row, "name": name, "split": split}) for name, row in table.items()}
+            (split, name): form.validate_python({**row, "name": name, "split": split})
             for split, table in (read_json(path) or {}).items()
+            for name, row in table.items()
         }
 
 

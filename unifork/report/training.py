@@ -45,7 +45,6 @@ class Trained(NamedTuple):
     seconds: float | None
     progress: Mapping[str, Any]
     """Of the last attempt; no two runs leave the same."""
-    recorded: Recorded
     parts: Mapping[str, tuple[int, int]]
     """Frozen and trained parameters."""
     drawn: list[tuple[str, ShownImage]]
@@ -69,14 +68,11 @@ def lines_of(experiment: Experiment, layout: Layout) -> Lines:
     """What the finished stages of each variant recorded."""
     found: dict[str, list[Recorded]] = {name: [] for name in experiment.variants}
     for key, run in experiment.runs.items():
-        if (one := _recorded(key, run.stage, layout)).history:
-            found[run.variant].append(one)
+        history, validation = (
+            read_history(layout.model(key) / TRAINING / f"{name}.csv") for name in ("history", "validation")
+        )
+        found[run.variant] += [Recorded(run.stage, history, validation)] if history else []
     return found
-
-
-def _recorded(key: str, stage: str, layout: Layout) -> Recorded:
-    folder = layout.model(key) / TRAINING
-    return Recorded(stage, read_history(folder / "history.csv"), read_history(folder / "validation.csv"))
 
 
 def _stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> Trained:
@@ -101,7 +97,6 @@ def _stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCod
         summary,
         finished["seconds"] if finished else None,
         read_progress(layout.run(key) / PROGRESS),
-        _recorded(key, run.stage, layout),
         parts_of(summary["tensors"]) if summary else {},
         drawn("samples.npz", list(prompts), "codes"),
         held_out,
