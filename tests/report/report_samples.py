@@ -164,8 +164,11 @@ def write_data(where: Layout) -> None:
 def write_tokenizer(where: Layout) -> None:
     depth = {"codebook_usage": 12, "perplexity": 7.25}
     use = {"codebook_usage": 13, "bits_per_position": 4.5, "depths": [depth] * DEPTH}
+    read = {f"world/{view}": {"same": 4, "total": 4} for view in ("crop", "pad")}
     group = {"mean_absolute_levels": 3.5, "psnr_db": 27.25, "codes": use}
-    write_json(where.image_tokenizer / "report.json", {**group, "images": 8, "groups": {"world/crop": group}})
+    write_json(
+        where.image_tokenizer / "report.json", {**group, "images": 8, "groups": {"world/crop": group}, "detector": read}
+    )
     write_json(where.image_tokenizer / "config.json", {})
 
 

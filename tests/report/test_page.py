@@ -105,6 +105,8 @@ def test_it_shows_the_tokenizer(whole):
     assert "7.2, 7.2" in text
     assert "world/crop 4 of 4 1.000" in text
     assert "world/pad 4 of 4 1.000" in text
+    alts = {image["alt"] for image in Page(whole[0]).images}
+    assert {"one, as received", "one, crop view", "one, crop view, decoded from codes"} <= alts
 
 
 def test_it_shows_training_and_samples(whole):

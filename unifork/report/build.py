@@ -38,7 +38,6 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    datasets = [dataset(name, experiment, layout, load_codec) for name in experiment.datasets]
     stages = training.stages_of(experiment, layout, load_codec)
     last = {stage.variant: stage for stage in stages if stage.drawn}
     ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
@@ -54,8 +53,8 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         first=grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
         numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
         benchmarks=benchmarks,
-        datasets=datasets,
-        tokenizer=tokenizer(experiment, layout, datasets),
+        datasets=[dataset(name, experiment, layout, load_codec) for name in experiment.datasets],
+        tokenizer=tokenizer(experiment, layout),
         variants=training.overview(experiment, stages),
         runs=training.runs_table(stages),
         plots=training_plots(training.lines_of(experiment, layout)),

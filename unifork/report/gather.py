@@ -4,7 +4,6 @@ In: the experiment, its folders and a way to load image tokenizers. Out: what th
 is said to be missing; a damaged file raises a UniForkError.
 """
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from unifork.config import Experiment, load_card
@@ -12,7 +11,7 @@ from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.architecture import CONFIG_FILE, architecture_of
 from unifork.layout import Layout
 from unifork.report.codec import LoadCodec
-from unifork.report.images import data_images, views_of
+from unifork.report.images import data_images, rejected_rows, views_of
 from unifork.report.reading import read_json
 from unifork.report.tables import Table, count
 from unifork.shards.manifest import MANIFEST, elsewhere, read_manifest
@@ -27,11 +26,12 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
     found = {
         stage: read_manifest(folder) if (folder / MANIFEST).exists() else None for stage, folder in folders.items()
     }
-    shown = None
+    shown, rejected = None, []
     if found["filter"] and not elsewhere(layout.raw(name)):
         tokenizer, size = layout.image_tokenizer, experiment.image_tokenizer.image_size
         codec = load_codec(tokenizer) if (tokenizer / CONFIG_FILE).exists() else None
-        shown = data_images(card, KeptRows(layout, name), size, codec)
+        kept = KeptRows(layout, name)
+        shown, rejected = data_images(card, kept, size, codec), rejected_rows(kept)
     rows = [
         [stage, count(made.rows), count(len(made.shards)), f"{sum(shard.bytes for shard in made.shards) / 1e6:.2f} MB",
          ", ".join(f"{reason}: {count(number)}" for reason, number in made.dropped.items()) or "none"]
@@ -43,7 +43,8 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         "card": card,
         "stages": Table(f"Stages of {name}", ["Stage", "Rows", "Shards", "Size", "Dropped, by reason"], rows),
         "lineages": {stage: made.lineage for stage, made in found.items() if made and made.lineage.get("encoding")},
-        "shown": shown,
+        "images": shown,
+        "rejected": rejected,
         "warnings": [
             line
             for stage in ("download", "filter")
@@ -53,17 +54,10 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
     }
 
 
-def tokenizer(experiment: Experiment, layout: Layout, datasets: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def tokenizer(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     """The image tokenizer: its form, what codes lose, and what readers of data sets read after decoding."""
     measures = read_json(layout.image_tokenizer / "report.json")
     groups = {**measures["groups"], "all": measures} if measures else {}
-    here = {
-        f"{gathered['name']}/{view}": same
-        for gathered in datasets
-        if gathered["shown"]
-        for view, same in gathered["shown"]["detector"].items()
-    }
-    own = measures.get("detector") if measures else None
     columns = ["Images", "Error, gray levels", "PSNR, dB", "Rows used", "Rows used by depth", "Perplexity by depth",
                "Bits per position"]  # fmt: skip
     rows = [
@@ -76,12 +70,11 @@ def tokenizer(experiment: Experiment, layout: Layout, datasets: Iterable[Mapping
     ]  # fmt: skip
     read = [
         [name, f"{count(group['same'])} of {count(group['total'])}", f"{group['same'] / max(group['total'], 1):.3f}"]
-        for name, group in (own or here).items()
+        for name, group in (measures.get("detector", {}) if measures else {}).items()
     ]
     return {
         "form": architecture_of(experiment.image_tokenizer, layout.image_tokenizer),
         "images": measures and measures["images"],
         "measures": Table("Reconstruction and codebook use", columns, rows),
         "readers": Table("Readers on reconstructions", ["Images", "The same", "Share"], read),
-        "own": bool(own),
     }

@@ -19,7 +19,6 @@ from PIL import Image
 from unifork.config import Card
 from unifork.errors import DataError
 from unifork.filters.kept import KeptRows
-from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.views import VARIANTS
 from unifork.images import MAX_PIXELS, open_image
 from unifork.report.codec import Codec
@@ -37,8 +36,6 @@ SAMPLED_SHARDS = 3
 """Shards that are opened for it; a large set has thousands."""
 QUARANTINED = 8
 """Quarantined rows shown, in turn from all reasons."""
-MEASURED = 64
-"""Images on which a data set's reader is held against reconstructions."""
 LARGEST_EXACT, LARGEST = 96, 192
 """Images up to the first side in pixels are kept exactly (PNG), larger ones become JPEG of at most the second."""
 
@@ -75,34 +72,21 @@ def views_of(card: Card) -> list[View]:
     return [view for view in VIEWS if any(use.view == view for use in card.tasks.values())]
 
 
-def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> dict[str, Any]:
-    """What is shown of a data set. Raises DataError for damaged shards.
+def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> Table | None:
+    """Images of a data set as received, in each view, and decoded from codes. Raises DataError for damaged shards.
 
-    size: side of the views in pixels. codec: None leaves out reconstructions.
-    The grids have a row for each form of the images; `detector` says by view how many of them a card's reader reads
-    the same from their codes.
+    size: side of the views in pixels. codec: None leaves out what is decoded.
     """
-    rows = sample_rows(kept, MEASURED, card)
+    rows = sample_rows(kept, SAMPLES, card)
     images = [open_image(row["image"]) for row in rows]
-    received = [shown_image(image) for image in images[:SAMPLES]]
-    grids: dict[str, list[tuple[str, list[ShownImage]]]] = {"strips": [("as received", received)], "decoded": []}
-    detector: dict[str, dict[str, int]] = {}
+    strips = [("as received", [shown_image(image) for image in images])]
     for view in views_of(card) if images else []:
         pixels_BSSC = np.stack([VARIANTS[view](image, size, card.matte) for image in images])
-        grids["strips"].append((f"{view} view", shown_images(pixels_BSSC[:SAMPLES])))
+        strips.append((f"{view} view", shown_images(pixels_BSSC)))
         if codec is not None:
-            drawn_BSSC = codec.reconstruct(pixels_BSSC)
-            grids["decoded"].append((f"{view}, original", grids["strips"][-1][1]))
-            grids["decoded"].append((f"{view}, decoded from codes", shown_images(drawn_BSSC[:SAMPLES])))
-            if card.reader:
-                detector[view] = read_back(card, pixels_BSSC, drawn_BSSC)
-    texts = [row["text"] for row in rows[:SAMPLES]]
-    tables = {
-        name: grid(name, [(title, zip(texts, strip, strict=True)) for title, strip in strips])
-        for name, strips in grids.items()
-        if texts and strips
-    }
-    return {**{name: tables.get(name) for name in grids}, "detector": detector, "rejected": rejected_rows(kept)}
+            strips.append((f"{view} view, decoded from codes", shown_images(codec.reconstruct(pixels_BSSC))))
+    texts = [row["text"] for row in rows]
+    return grid("Images", [(title, zip(texts, strip, strict=True)) for title, strip in strips]) if rows else None
 
 
 def grid(label: str, rows: Iterable[tuple[str, Iterable[tuple[str, ShownImage]]]]) -> Table:

@@ -90,18 +90,12 @@ def _stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCod
         return list(zip(texts, shown_images(pixels_BSSC), strict=True))
 
     texts = [row["prompt"] for row in held_out["prompts"]] if held_out else []
+    strips = {name: drawn("held_out.npz", texts, name) for name in ("codes", "drawn")}
     return Trained(
-        run.variant,
-        run.stage,
-        settings,
-        summary,
-        finished["seconds"] if finished else None,
-        read_progress(layout.run(key) / PROGRESS),
-        parts_of(summary["tensors"]) if summary else {},
-        drawn("samples.npz", list(prompts), "codes"),
-        held_out,
-        {name: drawn("held_out.npz", texts, name) for name in ("codes", "drawn")},
-    )
+        run.variant, run.stage, settings, summary, finished["seconds"] if finished else None,
+        read_progress(layout.run(key) / PROGRESS), parts_of(summary["tensors"]) if summary else {},
+        drawn("samples.npz", list(prompts), "codes"), held_out, strips,
+    )  # fmt: skip
 
 
 def overview(experiment: Experiment, stages: Sequence[Trained]) -> Table:
@@ -204,13 +198,12 @@ def images_after_stages(stages: Sequence[Trained]) -> Table:
 
 def held_out_images(stages: Sequence[Trained]) -> Table:
     """Images that were held out, and what each stage drew for their texts."""
-    pairs = [(title, strip) for stage in stages for title, strip in
-             (("held out", stage.strips["codes"]), (f"{stage.title}, drawn", stage.strips["drawn"]))]  # fmt: skip
-    shown: dict[str, list[tuple[str, ShownImage]]] = {}
-    for title, strip in pairs:
-        if strip and (title != "held out" or title not in shown):
-            shown[title] = strip
-    return grid("Images for held-out prompts", shown.items())
+    originals: list[tuple[str, ShownImage]] = []
+    for stage in stages:
+        shown = {text for text, _ in originals}
+        originals += [pair for pair in stage.strips["codes"] if pair[0] not in shown]
+    drawn = [(f"{stage.title}, drawn", stage.strips["drawn"]) for stage in stages]
+    return grid("Images for held-out prompts", [row for row in [("held out", originals), *drawn] if row[1]])
 
 
 def _parts(stages: Sequence[Trained]) -> dict[str, tuple[int, int]]:
