@@ -33,24 +33,25 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         kept = KeptRows(layout, name)
         shown, rejected = data_images(card, kept, size, codec), rejected_rows(kept)
     rows = [
-        [stage, count(made.rows), count(len(made.shards)), f"{sum(shard.bytes for shard in made.shards) / 1e6:.2f} MB",
-         ", ".join(f"{reason}: {count(number)}" for reason, number in made.dropped.items()) or "none"]
-        if made else [stage, None]
-        for stage, made in found.items()
+        [stage, count(manifest.rows), count(len(manifest.shards)), f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.2f} MB",
+         ", ".join(f"{reason}: {count(number)}" for reason, number in manifest.dropped.items()) or "none"]
+        if manifest else [stage, None]
+        for stage, manifest in found.items()
     ]  # fmt: skip
+    manifests = [(stage, manifest) for stage in ("download", "filter") if (manifest := found[stage])]
+    warnings = [line for stage, manifest in manifests for line in warnings_of(manifest, stage, card.losses)]
     return {
         "name": name,
         "card": card,
         "stages": Table(f"Stages of {name}", ["Stage", "Rows", "Shards", "Size", "Dropped, by reason"], rows),
-        "lineages": {stage: made.lineage for stage, made in found.items() if made and made.lineage.get("encoding")},
+        "lineages": {
+            stage: manifest.lineage
+            for stage, manifest in found.items()
+            if manifest and manifest.lineage.get("encoding")
+        },
         "images": shown,
         "rejected": rejected,
-        "warnings": [
-            line
-            for stage in ("download", "filter")
-            if (made := found[stage])
-            for line in warnings_of(made, stage, card.losses)
-        ],
+        "warnings": warnings,
     }
 
 

@@ -77,7 +77,7 @@ def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> T
 
     size: side of the views in pixels. codec: None leaves out what is decoded.
     """
-    rows = sample_rows(kept, SAMPLES, card)
+    rows = sample_rows(kept, card)
     images = [open_image(row["image"]) for row in rows]
     strips = [("as received", [shown_image(image) for image in images])]
     for view in views_of(card) if images else []:
@@ -102,19 +102,16 @@ def grid(label: str, rows: Iterable[tuple[str, Iterable[tuple[str, ShownImage]]]
     return Table(label, texts, [[title, *(row.get(key, "") for key in columns)] for title, row in found.items()])
 
 
-def sample_rows(kept: KeptRows, count: int, card: Card) -> list[dict[str, Any]]:
-    """Evenly spaced rows of evenly spaced shards, those to show first: key, image, and the first text a row has."""
+def sample_rows(kept: KeptRows, card: Card) -> list[dict[str, Any]]:
+    """Evenly spaced rows of evenly spaced shards: key, image, and the first text a row has."""
     texts = list(dict.fromkeys(text for use in card.tasks.values() for text in use.texts if text != "conversations"))
     filled = [number for number, shard in enumerate(kept.shards) if shard.rows]
     shards = [filled[i] for i in spread(len(filled), SAMPLED_SHARDS)]
     found: list[dict[str, Any]] = []
     for number, shard in enumerate(shards):
-        share = (count + number) // len(shards)
         table = kept.table(shard, ["key", "image", *texts])
-        found += table.take(spread(table.num_rows, share)).to_pylist()
-    shown = spread(len(found), SAMPLES)
-    rows = [found[i] for i in [*shown, *sorted(set(range(len(found))) - set(shown))]]
-    return [row | {"text": next((row[name] for name in texts if row[name]), row["key"])} for row in rows]
+        found += table.take(spread(table.num_rows, (SAMPLES + number) // len(shards))).to_pylist()
+    return [row | {"text": next((row[name] for name in texts if row[name]), row["key"])} for row in found]
 
 
 def rejected_rows(kept: KeptRows) -> list[dict[str, Any]]:

@@ -68,7 +68,9 @@ def training_plots(lines: Lines) -> list[Plot]:
     found = []
     for title in CHARTS:
         if curves := curves_of(lines, title):
-            ranges = "; ".join(f"{_named(*key)}: {a[0, 1]:.3g} to {a[-1, 1]:.3g}" for key, a in curves.items())
+            ranges = "; ".join(
+                f"{', '.join(filter(None, key))}: {a[0, 1]:.3g} to {a[-1, 1]:.3g}" for key, a in curves.items()
+            )
             alt = f"{title} over {max(a[-1, 0] for a in curves.values()):.0f} steps. {ranges}"
             svg = _saved(curves, lines, "svg", transparent=True, metadata={"Date": None, "Creator": None})
             svg = svg.replace(b"<defs>", f"{MODES}<defs>".encode(), 1).replace(INK.encode(), b"currentColor")
@@ -80,7 +82,7 @@ def loss_images(lines: Lines) -> dict[str, bytes]:
     """The plots of the losses as PNG, by file name."""
     found = {title: curves_of(lines, title) for title in LOSSES}
     return {
-        f"{title.lower().replace(' ', '_')}.png": _saved(curves, lines, "png", dpi=110)
+        f"{title.lower().replace(' ', '_')}.png": _saved(curves, lines, "png", dpi=110, metadata={"Software": None})
         for title, curves in found.items()
         if curves
     }
@@ -114,10 +116,6 @@ def _started(lines: Lines) -> Iterator[tuple[str, int, Recorded]]:
         for stage in stages:
             yield variant, start, stage
             start += len(stage.history)
-
-
-def _named(variant: str, part: str) -> str:
-    return f"{variant}, {part}" if part else variant
 
 
 def _table(curves: Curves) -> bytes:

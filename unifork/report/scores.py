@@ -121,19 +121,21 @@ def _items(name: str, records: Mapping[str, Sequence[Found]], layout: Layout) ->
     chosen = {"The first items": first, "The worst of the others": sorted(wrong, key=right.__getitem__)[:SHOWN]}
     shown = [key for keys in chosen.values() for key in keys]
     about = {key: f"the image {every[key]['image']}" for key in shown if every[key]["image"]}
-    asked = stored_images(layout.items(name), about, "bytes")
+    sources = stored_images(layout.items(name), about, "bytes")
     cells: dict[str, list[list[Any]]] = {
-        key: [[*([asked[key]] if key in asked else []), every[key]["question"]], [_expected(every[key])]]
+        key: [[*([sources[key]] if key in sources else []), every[key]["question"]], [_expected(every[key])]]
         for key in shown
     }
     for variant, table in lines.items():
         about = {
-            key: f"{every[key]['question']}, drawn by {variant}" for key in shown if key not in asked and key in table
+            key: f"{every[key]['question']}, drawn by {variant}" for key in shown if key not in sources and key in table
         }
         drawn = stored_images(layout.answers(variant) / name, about, "image")
         for key in shown:
             verdict = _verdict(table[key]) if key in table else None
-            text = table[key]["answer"] if verdict and key in asked else "; ".join(verdict["faults"]) if verdict else ""
+            text = (
+                table[key]["answer"] if verdict and key in sources else "; ".join(verdict["faults"]) if verdict else ""
+            )
             image = [drawn[key]] if key in drawn else []
             cells[key].append([*image, Judged(verdict["right"] >= 1, text)] if verdict else [])
     return [

@@ -38,12 +38,9 @@ def revision(root: Path) -> str:
     commit = _said("git", "-C", str(root), "rev-parse", "HEAD")
     if commit is None:
         return "not a git checkout"
-    # the lock file is rewritten by the very `dvc repro` that writes this page
-    paths = ("--", ":/", ":(exclude,top)dvc.lock")
+    paths = ("--", ":/", ":(exclude,top)dvc.lock")  # which the very `dvc repro` that writes this page writes anew
     changed = _said("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", *paths)
-    if changed is None:
-        return commit
-    files = len(changed.splitlines())
+    files = len((changed or "").splitlines())
     return f"{commit} with uncommitted changes in {files} file{'s' * (files != 1)}" if files else f"{commit}, clean"
 
 

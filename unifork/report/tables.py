@@ -1,8 +1,4 @@
-"""What a page is built of: tables whose cells are texts, numbers, images, verdicts and scores.
-
-In: plain values. Out: `Table`s, which the macros show in rows on a desk and as cards on a phone; and numbers as people
-write them.
-"""
+"""What a page is built of: plain values go in; tables, which a phone shows as cards, and numbers in words come out."""
 
 from base64 import b64encode
 from collections.abc import Sequence

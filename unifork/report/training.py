@@ -28,7 +28,7 @@ PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "
 ANSWERED = 3
 """Answers shown for each held-out part."""
 SPEED = {
-    "Tokens/s of the last attempt": ("tokens_per_second", "{:.0f}"),
+    "Tokens/s": ("tokens_per_second", "{:.0f}"),
     "MFU": ("mfu", "{:.1%}"),
     "Memory": ("memory_gib", "{:.2f} GiB"),
 }
@@ -60,17 +60,16 @@ class Trained(NamedTuple):
 
 def stages_of(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> list[Trained]:
     """All stages of all variants, in order."""
-    return [_stage(key, experiment, layout, load_codec) for name in experiment.variants
-            for key, run in experiment.runs.items() if run.variant == name]  # fmt: skip
+    keys = sorted(experiment.runs, key=lambda key: [*experiment.variants].index(experiment.runs[key].variant))
+    return [_stage(key, experiment, layout, load_codec) for key in keys]
 
 
 def lines_of(experiment: Experiment, layout: Layout) -> Lines:
     """What the finished stages of each variant recorded."""
     found: dict[str, list[Recorded]] = {name: [] for name in experiment.variants}
     for key, run in experiment.runs.items():
-        history, validation = (
-            read_history(layout.model(key) / TRAINING / f"{name}.csv") for name in ("history", "validation")
-        )
+        folder = layout.model(key) / TRAINING
+        history, validation = (read_history(folder / f"{name}.csv") for name in ("history", "validation"))
         found[run.variant] += [Recorded(run.stage, history, validation)] if history else []
     return found
 
@@ -112,8 +111,7 @@ def overview(experiment: Experiment, stages: Sequence[Trained]) -> Table:
 
 def total(times: Sequence[float | None]) -> str:
     """The sum of some seconds in words, where all of them were measured."""
-    known_S = [seconds for seconds in times if seconds is not None]
-    return duration(sum(known_S) if len(known_S) == len(times) and times else None)
+    return duration(sum(time or 0 for time in times) if times and None not in times else None)
 
 
 def runs_table(stages: Sequence[Trained]) -> Table:
