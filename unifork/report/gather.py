@@ -33,7 +33,8 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         kept = KeptRows(layout, name)
         shown, rejected = data_images(card, kept, size, codec), rejected_rows(kept)
     rows = [
-        [stage, count(manifest.rows), count(len(manifest.shards)), f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.2f} MB",
+        [stage, count(manifest.rows), count(len(manifest.shards)),
+         f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.2f} MB",
          ", ".join(f"{reason}: {count(number)}" for reason, number in manifest.dropped.items()) or "none"]
         if manifest else [stage, None]
         for stage, manifest in found.items()
