@@ -16,6 +16,7 @@ import torch
 
 from unifork.batch import Document
 from unifork.config import Sampling, parse
+from unifork.devices import is_capture_trusted
 from unifork.documents.mixture import Skeleton, skeleton
 from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Exchange, Template, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -72,12 +73,14 @@ class Engine:
         form = _template(template, "generation")
         ids = [self._until_image(form, prompt) for prompt in prompts]
         away = self._until_image(form, sampling.negative_prompt)
-        config = self.model.config
+        config, capture = self.model.config, is_capture_trusted(self.model.device)
         generated = [np.zeros((0, config.positions, config.depth), np.int64)]
         tokens = [2 * (max(len(prompt_ids), len(away)) + config.positions) for prompt_ids in ids]
         for numbers in self._batches(range(len(prompts)), tokens):
             chosen = [ids[n] for n in numbers]
-            codes = generate_images(self.model, chosen, away, sampling, image_numbers=[first + n for n in numbers])
+            codes = generate_images(
+                self.model, chosen, away, sampling, image_numbers=[first + n for n in numbers], capture=capture
+            )
             generated.append(codes.cpu().numpy())
             progress(numbers[-1] + 1)
         return np.concatenate(generated)
