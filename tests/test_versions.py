@@ -9,20 +9,22 @@ import yaml
 from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, faults, files, state, version
 
 STAGES_OF = {
-    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train evaluate report",
+    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train evaluate analyze "
+    "report",
     "DOWNLOAD_VERSION": "download filter",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer evaluate",
     "FILTER_VERSION": "download filter",
     "MEASURE_VERSION": "filter",
     "SIGNATURES_VERSION": "filter",
-    "TOKENIZER_VERSION": "image_tokenizer encode init evaluate report",
+    "TOKENIZER_VERSION": "image_tokenizer encode init evaluate analyze report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
-    "DOCUMENTS_VERSION": "text_tokenizer prepare init train evaluate",
-    "MODEL_VERSION": "init train evaluate report",
+    "DOCUMENTS_VERSION": "text_tokenizer prepare init train evaluate analyze",
+    "MODEL_VERSION": "init train evaluate analyze report",
     "TRAIN_VERSION": "train",
     "EVALUATE_VERSION": "evaluate report",
+    "ANALYZE_VERSION": "analyze",
     "REPORT_VERSION": "report",
 }
 """What DVC runs again when a constant is raised, beside all that follows from it."""

@@ -85,6 +85,8 @@ class Layout:
     """What Ray Train keeps for itself."""
     scores = Places("scores")
     """Outputs and scores of an evaluation, `<variant>-<benchmark>`."""
+    analysis = Places("scores/analyses")
+    """What was found inside the model of a run, `<variant>-<stage>`."""
     reports = Place("reports")
     """The pages of all experiments."""
     report = Places("reports")

@@ -23,7 +23,7 @@ CHANGES = {
 def stages(root: Path) -> list[str]:
     """Every stage of `dvc.yaml`, in its order, as commands of an experiment with one data set, variant and stage."""
     params = yaml.safe_load((root / "params.yaml").read_text())
-    loops = {f"${{{name}}}": name for name in ("datasets", "prepared", "variants", "runs", "evaluations")}
+    loops = {f"${{{name}}}": name for name in ("datasets", "prepared", "variants", "runs", "evaluations", "analyzed")}
     commands = []
     for stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].values():
         keys = params[loops[stage["foreach"]]] if "foreach" in stage else [""]

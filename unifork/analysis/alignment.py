@@ -12,21 +12,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from unifork.analysis.documents import drawn
+from unifork.analysis.runs import drawn
 from unifork.batch import IMAGE, TEXT, Document, pack
-from unifork.config import Sampling, StrictModel, fingerprint
+from unifork.config import Analysis, Sampling, fingerprint
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import IMAGE_PIECE, Piece, question, template_named, written
 from unifork.errors import ConfigError
-from unifork.identity import weights_identity
 from unifork.inference import Engine
 from unifork.library import Model
 from unifork.models.modeling import UniForkModel
@@ -35,6 +33,18 @@ from unifork.vocabulary import Task
 PERMUTATIONS, HALVES = 300, 200
 """Random pairings whose scores are chance; half samples of the prompts whose scores spread by the standard error."""
 CENTRAL = (0.025, 0.975)
+LAST = {"raw": -2, "normed": -1}
+FIXED = {
+    "pooling": "mean over tokens, inside the pass",
+    "image tokens": "those with codes, without begin and end",
+    "text tokens": "those of the prompt, without its template",
+    "layer 0": "input of the first layer",
+    "images of understanding": "drawn ones, decoded and encoded again in the padded view",
+    "untrained": "reads the images of the trained model",
+}
+"""What else the paper leaves open, and how it is done here."""
+Masked = tuple[Document, np.ndarray]
+"""A document and masks of its tokens (S, T)."""
 ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda x_NC: normalize(x_NC, dim=-1),
     "raw": lambda x_NC: x_NC,
@@ -45,27 +55,8 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
 """What is done to states before inner products are taken: nothing or unit length, before that centered or clamped."""
 
 
-class Choices(StrictModel):
-    """What the paper leaves open."""
-
-    k: PositiveInt = 10
-    """Neighbors."""
-    rows: Literal["l2", "raw", "centered-l2", "clamped-l2", "row-clamped-l2"] = "l2"
-    """A key of ROWS."""
-    text: Literal["branch", "generation", "query"] = "branch"
-    """Whose text an image is compared with: the prompt as the task of the curve reads it, the prompt as generation
-    reads it in both curves, or for understanding the query behind the image, which attention lets see the image."""
-    last: Literal["normed", "raw"] = "normed"
-    """Whether the last state is taken after the final norm; also that of the text."""
-    generation_template: str = "generate"
-    understanding_template: str = "answer"
-    query: str = "Provide a one-sentence caption for the image:"
-    seed: NonNegativeInt = 0
-    """Of pairings and half samples."""
-
-
 def neighbors(similar_NN: Tensor, k: int) -> Tensor:
-    """The k most similar other rows of each row (..., N, k), the most similar first. Raises ConfigError for a large k."""
+    """The k other rows nearest to each row (..., N, k), nearest first. Raises ConfigError where N is too small."""
     if not 1 <= k < (N := similar_NN.shape[-1]):
         raise ConfigError(f"k is {k}; among {N} prompts each has {N - 1} neighbors, allowed are 1 to {N - 1}")
     itself = torch.eye(N, dtype=torch.bool)
@@ -80,34 +71,32 @@ def similarities(states_NC: Tensor, rows: str = "l2") -> Tensor:
 
 def overlaps(similar_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
     """The share of its k neighbors that a row has in common in both (..., N); their mean is the alignment score."""
-    return _members(other_NN, k).gather(-1, neighbors(similar_NN, k)).double().mean(-1)
+    found_Nk = neighbors(similar_NN, k)
+    return _members(other_NN, k).expand_as(similar_NN).gather(-1, found_Nk).double().mean(-1)
 
 
-def curve(states_LNC: Tensor, text_NC: Tensor, choices: Choices) -> list[dict[str, float]]:
+def curve(states_LNC: Tensor, text_NC: Tensor, choices: Analysis) -> dict[str, list[float]]:
     """Score, standard error and chance of every state of image tokens against one state of the text.
 
-    Chance is the score of randomly paired prompts. The standard error is the spread over halves of the prompts, with
-    half of k, so that neighbors stay the same share of all.
+    Chance is the score of randomly paired prompts. The standard error is the spread over halves of the prompts, which
+    is rather too large: neighbors are shared between rows, and a half has half of them.
     """
     similar_LNN, text_NN = similarities(states_LNC, choices.rows), similarities(text_NC, choices.rows)
-    (L, N, _), k = similar_LNN.shape, choices.k
-    found_LNk, generator = neighbors(similar_LNN, k), torch.Generator().manual_seed(choices.seed)
-    member_NN = _members(text_NN, k)
-    scores_L = member_NN.expand(L, N, N).gather(-1, found_LNk).double().mean((-1, -2))
+    (_, N, _), k = similar_LNN.shape, choices.k
+    found_LNk, member_NN = neighbors(similar_LNN, k), _members(text_NN, k)
+    generator = torch.Generator().manual_seed(choices.seed)
     chance, halves = [], []
     for _ in range(PERMUTATIONS):
         pairing_N = torch.randperm(N, generator=generator)
         chance.append(member_NN[pairing_N[:, None], pairing_N[found_LNk]].double().mean((-1, -2)))
-    for _ in range(HALVES if N >= 4 else 0):  # noqa: PLR2004
+    for _ in range(HALVES):
         half = torch.randperm(N, generator=generator)[: N // 2]
-        some_LNN, text_half_NN = similar_LNN[:, half][:, :, half], text_NN[half][:, half].expand(L, -1, -1)
-        halves.append(overlaps(some_LNN, text_half_NN, min(max(1, round(k / 2)), N // 2 - 1)).mean(-1))
-    low_L, high_L = torch.quantile(torch.stack(chance), torch.tensor(CENTRAL, dtype=torch.float64), dim=0)
-    errors_L = torch.stack(halves).std(0) * (N // 2 / (N - N // 2)) ** 0.5 if halves else torch.full((L,), torch.nan)
-    columns = {"score": scores_L, "standard_error": errors_L, "chance": torch.stack(chance).mean(0)}
+        halves.append(overlaps(similar_LNN[:, half][:, :, half], text_NN[half][:, half], k).mean(-1))
+    low_L, high_L = torch.stack(chance).quantile(torch.tensor(CENTRAL, dtype=torch.float64), dim=0)
+    columns = {"score": overlaps(similar_LNN, text_NN, k).mean(-1), "chance": torch.stack(chance).mean(0)}
+    columns |= {"standard_error": torch.stack(halves).std(0) * (N // 2 / (N - N // 2)) ** 0.5}
     columns |= {"chance_low": low_L, "chance_high": high_L}
-    lists = {name: column_L.tolist() for name, column_L in columns.items()}
-    return [{"layer": layer, **{name: values[layer] for name, values in lists.items()}} for layer in range(L)]
+    return {name: column_L.tolist() for name, column_L in columns.items()}
 
 
 def masked_means(x_BTC: Tensor, masks_BST: Tensor) -> Tensor:
@@ -117,101 +106,89 @@ def masked_means(x_BTC: Tensor, masks_BST: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pooled_states(model: UniForkModel, documents: Sequence[tuple[Document, np.ndarray]], batch: int) -> Tensor:
-    """States of all layers, averaged inside the pass over the masks (S, T) of each document: (L, N, S, C), float32.
+def pooled_states(model: UniForkModel, documents: Sequence[Masked]) -> Tensor:
+    """States of all layers, averaged inside the pass over the masks of each document: (L, B, S, C), float32.
 
     The last two are those of the last layer, without and with the final norm.
     """
-    found = []
-    for start in range(0, len(documents), batch):
-        some = documents[start : start + batch]
-        longest = max(len(document) for document, _ in some)
-        masks_BST = torch.zeros(len(some), len(some[0][1]), longest, dtype=torch.bool)
-        for row, (document, mask_ST) in enumerate(some):
-            masks_BST[row, :, : len(document)] = torch.from_numpy(mask_ST)
-        means: list[Tensor] = []
+    longest = max(len(document) for document, _ in documents)
+    masks = [np.pad(mask_ST, ((0, 0), (0, longest - mask_ST.shape[1]))) for _, mask_ST in documents]
+    masks_BST, means = torch.from_numpy(np.stack(masks)).to(model.device), []
 
-        def pool(x: Tensor, masks_BST: Tensor = masks_BST, means: list[Tensor] = means) -> None:
-            x_BTC = x.view(len(masks_BST), masks_BST.shape[-1], -1).float()
-            means.append(masked_means(x_BTC, masks_BST.to(x.device)).cpu())
+    def pool(x: Tensor) -> None:
+        means.append(masked_means(x.view(len(documents), longest, -1).float(), masks_BST).cpu())
 
-        hooks = [layer.register_forward_pre_hook(lambda _, given, pool=pool: pool(given[0])) for layer in model.layers]
-        hooks += [model.layers[-1].register_forward_hook(lambda _, __, output, pool=pool: pool(output))]
-        try:
-            rows = pack([[document] for document, _ in some], longest, model.config.depth)
-            pool(model.hidden(rows.to(model.device)))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        found.append(torch.stack(means))
-    return torch.cat(found, 1)
+    hooks = [layer.register_forward_pre_hook(lambda _, given: pool(given[0])) for layer in model.layers]
+    hooks.append(model.layers[-1].register_forward_hook(lambda _, __, output: pool(output)))
+    try:
+        rows = pack([[document] for document, _ in documents], longest, model.config.depth)
+        pool(model.hidden(rows.to(model.device)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(means)
 
 
 def alignment(
-    model: Model, prompts: Sequence[str], sampling: Sampling, choices: Choices, untrained: Model | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+    model: Model, prompts: Sequence[str], sampling: Sampling, choices: Analysis, untrained: Model | None = None
+) -> dict[str, Any]:
     """Everything that is written as `alignment.json`. untrained: a control, which reads the images of `model`.
 
-    Raises ConfigError for a prompt that occurs twice, and where there are no more prompts than neighbors.
+    Raises ConfigError for a prompt that occurs twice, and where half of the prompts are no more than neighbors.
     """
-    if repeated := [text for number, text in enumerate(prompts) if text in prompts[:number]]:
-        raise ConfigError(f"{len(repeated)} prompts occur twice, first {repeated[0]!r}; equal prompts are neighbors")
-    neighbors(torch.zeros(len(prompts), len(prompts)), choices.k)  # before anything is drawn
-    engine, plan = model.engine, model.engine.model.plan
-    drawn_BPD = engine.generate_images(prompts, sampling, choices.generation_template, progress)
+    if len(set(prompts)) < len(prompts):
+        text, count = Counter(prompts).most_common(1)[0]
+        raise ConfigError(f"prompt {text!r} occurs {count} times; each must differ, since equal prompts are neighbors")
+    neighbors(torch.zeros(len(prompts) // 2, len(prompts) // 2), choices.k)  # before anything is drawn
+    engine = model.engine
+    drawn_BPD = engine.generate_images(prompts, sampling, choices.generation_template)
     seen_BPD = model.images.encode_images(model.images.decode_codes(drawn_BPD)).reshape(drawn_BPD.shape)
     codes: dict[Task, np.ndarray] = {"generation": drawn_BPD, "understanding": seen_BPD.astype(np.int64)}
     curves, bag = _curves(engine, prompts, codes, choices)
-    controls: dict[str, Any] = {"bag_of_words": bag}
-    if untrained:
-        controls["untrained"] = _curves(untrained.engine, prompts, codes, choices)[0]
+    layers = enumerate(engine.model.plan.kinds)
     return {
-        "model": str(model.directory),
-        "weights": weights_identity(engine.model.state_dict()),
         "prompts": len(prompts),
         "prompts_hash": fingerprint(list(prompts)),
-        "choices": {**choices.model_dump(), "pooling": "mean inside the pass", "image_tokens": "those with codes",
-                    "text_tokens": "those of the prompt, without its frame", "layer_0": "input of the first layer",
-                    "understanding_codes": "drawn, decoded and encoded again in the padded view",
-                    "untrained_reads": "the images of the trained model"},
         "sampling": sampling.model_dump(),
-        "batch": engine.batch,
-        "fork": next((number for number, kind in enumerate(plan.kinds) if kind.route == "task"), None),
+        "fixed": FIXED,
+        "fork": next((number for number, kind in layers if kind.route == "task"), None),
         "curves": curves,
-        "controls": controls,
-    }  # fmt: skip
+        "bag_of_words": bag,
+        "untrained": _curves(untrained.engine, prompts, codes, choices)[0] if untrained else {},
+    }
 
 
-def figure(found: dict[str, Any]) -> str:
+def figure(found: dict[str, Any], choices: Analysis) -> str:
     """The curves of both tasks with chance, controls and the fork's depth, as SVG."""
     curves = []
-    for number, (task, points) in enumerate(found["curves"].items()):
-        x, y, error = ([point[name] for point in points] for name in ("layer", "score", "standard_error"))
-        curves.append({"x": x, "y": y, "error": error, "color": f"C{number}", "label": task})
-        if untrained := found["controls"].get("untrained"):
-            y = [point["score"] for point in untrained[task]]
-            style = {"color": f"C{number}", "linestyle": "--", "alpha": 0.6, "label": f"{task}, untrained"}
-            curves.append({"x": x, "y": y, **style})
-    limits = [[tuple(point[name] for point in layer) for layer in zip(*found["curves"].values(), strict=True)]
-              for name in ("chance_low", "chance_high")]  # fmt: skip
-    band = [list(map(min, limits[0])), list(map(max, limits[1]))]
-    return drawn(curves, ("layer", f"mutual kNN, k = {found['choices']['k']}"), band, found["fork"])
+    for number, (task, columns) in enumerate(found["curves"].items()):
+        style = {"x": range(len(columns["score"])), "color": f"C{number}"}
+        curves.append({**style, "y": columns["score"], "error": columns["standard_error"], "label": task})
+        if found["untrained"]:
+            control = {"y": found["untrained"][task]["score"], "label": f"{task}, untrained"}
+            curves.append({**style, **control, "linestyle": "--", "alpha": 0.6})
+    tasks = found["curves"].values()
+    band = (
+        [*map(min, *(columns["chance_low"] for columns in tasks))],
+        [*map(max, *(columns["chance_high"] for columns in tasks))],
+    )
+    return drawn(curves, ("layer", f"mutual kNN, k = {choices.k}"), band, found["fork"])
 
 
 def _curves(
-    engine: Engine, prompts: Sequence[str], codes: dict[Task, np.ndarray], choices: Choices
+    engine: Engine, prompts: Sequence[str], codes: dict[Task, np.ndarray], choices: Analysis
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The curve of each task, and how well words of the prompts are aligned with the text of each."""
     form, frame = (template_named(n, "template") for n in (choices.generation_template, choices.understanding_template))
     prompted = [written(form, text) for text in prompts]
     asked_for = question(frame, choices.query)
     before = [pieces[: pieces.index(IMAGE_PIECE)] for pieces in prompted]
-    kept = [*range(len(engine.model.layers)), -1 if choices.last == "normed" else -2]
+    kept = [*range(len(engine.model.layers)), LAST[choices.last]]
 
     def read(task: Task, texts: Sequence[Sequence[Piece]], codes_BPD: np.ndarray) -> Tensor:
         rows = [_masked(engine, task, *row) for row in zip(texts, codes_BPD, strict=True)]
-        return pooled_states(engine.model, rows, engine.batch)[kept]
+        parts = (rows[start : start + engine.batch] for start in range(0, len(rows), engine.batch))
+        return torch.cat([pooled_states(engine.model, part) for part in parts], 1)[kept]
 
     drawn_LNSC = read("generation", prompted, codes["generation"])
     seen_LNSC = read("understanding", [asked_for] * len(prompts), codes["understanding"])
@@ -231,7 +208,7 @@ def _curves(
     return {task: curve(images[task], text_NC, choices) for task, text_NC in texts.items()}, bag
 
 
-def _masked(engine: Engine, task: Task, pieces: Sequence[Piece], codes_PD: np.ndarray) -> tuple[Document, np.ndarray]:
+def _masked(engine: Engine, task: Task, pieces: Sequence[Piece], codes_PD: np.ndarray) -> Masked:
     """A document, and masks (2, T) of its image tokens and of its tokens that hold text which is not the template's.
 
     Behind an image only what follows it counts. A token on the border between both counts as text.

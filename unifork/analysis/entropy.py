@@ -1,30 +1,30 @@
 """Conditional entropy of token sequences, as the Uni-X paper compares languages and image codes (its section 3.1).
 
-In: sequences of ids. Out: H1, H2, H3 in bits: how uncertain a token is after the 0, 1, 2 tokens before it, with the
-frequencies of the sequence itself. That underestimates: the more, the longer the context and the fewer the tokens.
-Sequences are therefore cut to equal lengths before they are compared.
+In: documents. Out: H1, H2, H3 in bits of their text tokens and of their codes at each depth: how uncertain a token is
+after the 0, 1, 2 tokens before it, with the frequencies of the sequence itself. That underestimates: the more, the
+longer the context and the fewer the tokens. All sequences are therefore cut to the length of the shortest.
 
-Shape suffixes: T tokens.
+Shape suffixes: T tokens, N image positions, D code depth.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from unifork.analysis.documents import drawn
+from unifork.analysis.runs import drawn
+from unifork.batch import TEXT, Document
+from unifork.config import Analysis
 from unifork.errors import DataError
 
-ORDERS = 3
+ORDERS = (1, 2, 3)
 
 
 def conditional_entropy(ids_T: np.ndarray, n: int, whole: bool = False) -> float:
-    """-sum p(n-gram) log2(count(n-gram) / count(its first n - 1)), n from 1; nan for fewer tokens than n.
+    """-sum p(n-gram) log2(count(n-gram) / count(its first n - 1 tokens)) of a sequence of at least n tokens.
 
-    whole: prefixes are counted in the whole sequence and not in its n-grams, which is one more (released code).
+    whole: prefixes are counted in the whole sequence, which has one more of them than n-grams (released code).
     """
-    if len(ids_T) < n:
-        return float("nan")
     words, ids_T = np.unique(ids_T, return_inverse=True)
     labels = np.zeros(len(ids_T), np.int64)
     for length in range(1, n + 1):
@@ -34,20 +34,21 @@ def conditional_entropy(ids_T: np.ndarray, n: int, whole: bool = False) -> float
     return float(np.log2(np.bincount(before if whole else prefixes)[prefixes] / counts[labels]).mean())
 
 
-def entropies(sequences: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Everything that is written as `entropy.json`: H1 to H3 of sequences, all cut to the shortest that is there."""
-    lengths = {name: len(ids_T) for name, ids_T in sequences.items() if len(ids_T)}
-    if not lengths:
-        raise DataError("no tokens to count: the documents are empty")
-    shortest = min(lengths.values())
-    found = {
-        name: [conditional_entropy(sequences[name][:shortest], n) for n in range(1, ORDERS + 1)] for name in lengths
-    }
-    return {"tokens": shortest, "available": lengths, "prefixes": "of the n-grams",
-            "documents": "one after the other, n-grams cross their borders", "bits": found}  # fmt: skip
+def entropies(documents: Iterable[Document]) -> dict[str, Any]:
+    """Everything that is written as `entropy.json`. Raises DataError where there are fewer tokens than n."""
+    every = list(documents)
+    parts = {"text": [document.text_ids_T[document.kinds_T == TEXT] for document in every]}
+    images = [document.codes_ND for document in every if len(document.codes_ND)]
+    for depth in range(images[0].shape[1] if images else 0):
+        parts[f"codes, depth {depth}"] = [codes_ND[:, depth] for codes_ND in images]
+    sequences = {name: np.concatenate(part) for name, part in parts.items() if part}
+    tokens = min(map(len, sequences.values()), default=0)
+    if tokens < max(ORDERS):
+        raise DataError(f"{len(every)} documents with {tokens} tokens of each kind; at least {max(ORDERS)} are needed")
+    bits = {name: [conditional_entropy(ids_T[:tokens], n) for n in ORDERS] for name, ids_T in sequences.items()}
+    return {"tokens": tokens, "prefixes": "of the n-grams", "n-grams": "cross borders of documents", "bits": bits}
 
 
-def figure(found: dict[str, Any]) -> str:
+def figure(found: dict[str, Any], _: Analysis) -> str:
     """Bits over n, a curve for each sequence, as SVG."""
-    curves = [{"x": range(1, len(bits) + 1), "y": bits, "label": name} for name, bits in found["bits"].items()]
-    return drawn(curves, ("n", "bits"))
+    return drawn([{"x": ORDERS, "y": y, "label": name} for name, y in found["bits"].items()], ("n", "bits"))

@@ -26,6 +26,9 @@ from unifork.config.cluster import (
     load_cluster,
 )
 from unifork.config.experiment import (
+    ANALYSES,
+    Analysis,
+    AnalyzedRun,
     Averaging,
     Benchmark,
     DatasetUse,

@@ -12,7 +12,19 @@ from typing import Any
 
 import yaml
 
-from unifork.config import Card, Experiment, PreparedSet, Stage, StageRun, fingerprint, load_card, parse, read_yaml
+from unifork.config import (
+    AnalyzedRun,
+    Card,
+    Experiment,
+    MixtureEntry,
+    PreparedSet,
+    Stage,
+    StageRun,
+    fingerprint,
+    load_card,
+    parse,
+    read_yaml,
+)
 from unifork.errors import ConfigError, unknown
 from unifork.experiments import checks
 from unifork.experiments.followed import followed
@@ -99,7 +111,7 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     plain = {"name": name, **_inherited(name, folder, ())}
     if isinstance(stages := plain.get("stages"), dict):
         plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
-    experiment = parse(Experiment, {**plain, "prepared": {}, "runs": {}, "evaluations": {}}, str(path))
+    experiment = parse(Experiment, {**plain, "prepared": {}, "runs": {}, "analyzed": {}, "evaluations": {}}, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     checks.check_names(experiment, loaded, str(path))
     return experiment.model_copy(update=_derived(experiment, loaded)), loaded
@@ -151,14 +163,14 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
     }
     prepared: dict[str, PreparedSet] = {}
     runs: dict[str, StageRun] = {}
+    analyzed: dict[str, AnalyzedRun] = {}
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
         for stage in variant.stages:
             if extended := experiment.stages[stage].extend:
                 before = f"models/{name}-{extended}"
-            entries = [entry for track in experiment.stages[stage].tracks.values() for entry in track.mixture]
-            codes = _deepest("data/codes", (entry.dataset for entry in entries))
-            documents = _deepest("data/prepared", (entry.prepared for entry in entries))
+            entries = experiment.stages[stage].entries
+            codes, documents = _folders(entries)
             runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes, prepared=documents)
             for entry in entries:
                 chosen = PreparedSet(
@@ -168,12 +180,23 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
                 if prepared.setdefault(entry.prepared, chosen) != chosen:
                     raise ConfigError(f"stages.{stage}: two sets of prepared documents are called {entry.prepared!r}")
             before = f"models/{name}-{stage}"
+            if kinds := experiment.analyses.of_stage(stage):
+                codes, documents = _folders([*entries, *experiment.stages[variant.stages[-1]].entries])
+                analyzed[f"{name}-{stage}"] = AnalyzedRun(
+                    kinds=kinds, start=f"models/{name}-init", codes=codes, prepared=documents
+                )
     evaluations = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
-    return {"datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations}
+    return {"datasets": datasets, "prepared": prepared, "runs": runs, "analyzed": analyzed, "evaluations": evaluations}
+
+
+def _folders(entries: Iterable[MixtureEntry]) -> tuple[str, str]:
+    """The deepest folders of all codes and of all prepared documents of some parts of mixtures."""
+    names = [(entry.dataset, entry.prepared) for entry in entries]
+    return _deepest("data/codes", (name for name, _ in names)), _deepest("data/prepared", (name for _, name in names))
 
 
 def _deepest(folder: str, names: Iterable[str]) -> str:
