@@ -103,5 +103,5 @@ def drawn(
             axes.axvline(mark, color="0.5", linestyle=":", label="fork")
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper center", ncols=3)
+        figure.legend(loc="outside upper center", ncols=2)
         return svg(figure)
