@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from unifork.analysis.kinds import analyze
+from unifork.analysis.runs import RunDocuments
 from unifork.config import load_experiment
 from unifork.errors import unknown
 from unifork.jobs import program
@@ -19,10 +20,11 @@ def main(name: str) -> None:
         raise unknown("analyzed run", name, params.analyzed, "params.yaml: analyzed")
     wanted = params.analyzed[name]
     model, untrained = Model.load(LAYOUT.model(name), "cpu"), Model.load(Path(wanted.start), "cpu")
+    documents = RunDocuments(name, model, params.analyses)
 
     # out: numbers and a figure of each kind
     for kind in wanted.kinds:
-        analyze(kind, model, name, params.analyses, LAYOUT.analysis(name), untrained=untrained)
+        analyze(kind, documents, LAYOUT.analysis(name), untrained=untrained)
         print(f"{name}: {kind} -> {LAYOUT.analysis(name) / kind}.json", flush=True)
 
 

@@ -11,7 +11,7 @@ from tiny import REPOSITORY, copy_of
 
 from unifork.analysis import alignment
 from unifork.analysis.alignment import pooled_states
-from unifork.analysis.gradients import gradient_conflict
+from unifork.analysis.gradients import conflicts
 from unifork.analysis.runs import RunDocuments
 from unifork.batch import IMAGE, TEXT
 from unifork.cli import main
@@ -140,16 +140,16 @@ def test_gradient_conflict_is_of_shared_matrices_and_needs_two_kinds(tiny_root, 
     model = Model.load("models/unifork-init", "cpu")
     of = RunDocuments("unifork-s3", model, Analysis(pairs=8, documents=60))
     every = list(of.documents())
-    found = gradient_conflict(model.engine, every, of.choices)
+    found = conflicts(model.engine, every, of.choices)
     assert found["documents"] == {"understanding": 8, "generation": 8}
-    assert {row["layer"] for row in found["rows"]} == {0}  # the fork is behind it
-    assert len(found["rows"]) == 7
-    assert all(row["conflict"] == row["baseline"] - row["similarity"] for row in found["rows"])
-    small = gradient_conflict(replace(model.engine, batch=1000), every, of.choices)
-    same = [row["baseline"] for row in small["rows"]]
-    assert same == pytest.approx([row["baseline"] for row in found["rows"]], abs=1e-5)  # one batch is one batch
+    assert {name.split(".")[1] for name in found["matrices"]} == {"0"}  # the fork is behind it
+    assert len(found["matrices"]) == 7
+    assert all(row["conflict"] == row["baseline"] - row["similarity"] for row in found["matrices"].values())
+    small = conflicts(replace(model.engine, batch=1000), every, of.choices)
+    for name, row in small["matrices"].items():
+        assert row == pytest.approx(found["matrices"][name], abs=1e-5)  # of eight documents both are one batch
     with pytest.raises(DataError, match=r"between images: documents of two kinds are needed, found \['with image'\]"):
-        gradient_conflict(model.engine, every, Analysis(between="images"))
+        conflicts(model.engine, every, Analysis(between="images"))
 
 
 def run(capsys, *words):
@@ -187,8 +187,8 @@ def test_the_command_from_a_checkpoint_to_numbers_and_figures(root, monkeypatch,
         code, printed = run(capsys, "analyze", kind, *words)
         assert code == 0, printed.err
         assert (tmp_path / f"{kind}.svg").exists()
-    rows = json.loads((tmp_path / "conflict.json").read_text())["rows"]
-    assert all(isfinite(row["conflict"]) for row in rows)
+    matrices = json.loads((tmp_path / "conflict.json").read_text())["matrices"]
+    assert all(isfinite(row["conflict"]) for row in matrices.values())
     bits = json.loads((tmp_path / "entropy.json").read_text())["bits"]
     assert all(h1 >= h2 >= h3 >= 0 for h1, h2, h3 in bits.values())
 
@@ -214,5 +214,4 @@ def test_an_experiment_names_the_stages_that_are_analyzed():
     assert [*experiment.analyzed] == [*experiment.runs]
     first = experiment.analyzed["unifork-s1-classes"]
     assert (first.kinds, first.start) == (("alignment",), "models/unifork-init")
-    assert (first.codes, first.prepared) == ("data/codes", "data/prepared")  # also those of the last stage
     assert resolve("paper", REPOSITORY / "experiments", REPOSITORY / "datasets").analyzed == {}

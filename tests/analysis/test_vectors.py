@@ -115,7 +115,7 @@ def test_gradient_conflict():
         torch.tensor(values, dtype=torch.float64)
         for values in ((1, 0, 2, 1), (0, 1, 2, -1), (1, 1, 2, 0), (1, 0, 2, 0.5))
     )
-    found = conflict((text, multi), halves)
+    found = conflict((text, multi), tuple(halves))
     assert found["baseline"] == pytest.approx(0.890870806375, abs=1e-9)
     assert found["similarity"] == pytest.approx(0.5, abs=1e-9)
     assert found["conflict"] == pytest.approx(0.390870806375, abs=1e-9)

@@ -49,8 +49,8 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda x_NC: normalize(x_NC, dim=-1),
     "raw": lambda x_NC: x_NC,
     "centered-l2": lambda x_NC: normalize(x_NC - x_NC.mean(-2, keepdim=True), dim=-1),
-    "clamped-l2": lambda x_NC: _clamped(x_NC, _exact_quantile(x_NC.abs().flatten(-2))),
-    "row-clamped-l2": lambda x_NC: _clamped(x_NC, torch.quantile(x_NC.abs(), 0.95, dim=-1).mean(-1)),
+    "clamped-l2": lambda x_NC: _clamped(x_NC, _of_all(x_NC.abs().flatten(-2))),
+    "row-clamped-l2": lambda x_NC: _clamped(x_NC, _of_rows(x_NC.abs())),
 }
 """What is done to states before inner products are taken: nothing or unit length, before that centered or clamped."""
 
@@ -163,16 +163,12 @@ def figure(found: dict[str, Any], choices: Analysis) -> str:
     curves = []
     for number, (task, columns) in enumerate(found["curves"].items()):
         style = {"x": range(len(columns["score"])), "color": f"C{number}"}
-        curves.append({**style, "y": columns["score"], "error": columns["standard_error"], "label": task})
+        band = (columns["chance_low"], columns["chance_high"])
+        curves.append({**style, "y": columns["score"], "error": columns["standard_error"], "band": band, "label": task})
         if found["untrained"]:
             control = {"y": found["untrained"][task]["score"], "label": f"{task}, untrained"}
             curves.append({**style, **control, "linestyle": "--", "alpha": 0.6})
-    tasks = found["curves"].values()
-    band = (
-        [*map(min, *(columns["chance_low"] for columns in tasks))],
-        [*map(max, *(columns["chance_high"] for columns in tasks))],
-    )
-    return drawn(curves, ("layer", f"mutual kNN, k = {choices.k}"), band, found["fork"])
+    return drawn(curves, "layer", f"mutual kNN, k = {choices.k}", found["fork"])
 
 
 def _curves(
@@ -200,10 +196,8 @@ def _curves(
     words = [Counter(re.findall(r"\w+", text.lower())) for text in prompts]
     every = sorted(set().union(*words))
     bag_NN = similarities(torch.tensor([[count[word] for word in every] for count in words]))
-    bag = {
-        task: float(overlaps(bag_NN, similarities(text_NC, choices.rows), choices.k).mean())
-        for task, text_NC in texts.items()
-    }
+    texts_NN = {task: similarities(text_NC, choices.rows) for task, text_NC in texts.items()}
+    bag = {task: float(overlaps(bag_NN, text_NN, choices.k).mean()) for task, text_NN in texts_NN.items()}
     images = {"generation": drawn_LNSC[:, :, 0], "understanding": seen_LNSC[:, :, 0]}
     return {task: curve(images[task], text_NC, choices) for task, text_NC in texts.items()}, bag
 
@@ -226,9 +220,14 @@ def _clamped(x_NC: Tensor, most: Tensor) -> Tensor:
     return normalize(x_NC.clamp(-most, most), dim=-1)
 
 
-def _exact_quantile(values: Tensor) -> Tensor:
+def _of_all(values: Tensor) -> Tensor:
     """The element at 95 % of all sorted values, not interpolated."""
     return values.sort(-1).values[..., int(0.95 * values.shape[-1])]
+
+
+def _of_rows(x_NC: Tensor) -> Tensor:
+    """The mean of the rows' quantiles at 95 %, interpolated; torch has none for many values."""
+    return torch.as_tensor(np.quantile(x_NC.numpy(), 0.95, axis=-1).mean(-1))
 
 
 def _members(similar_NN: Tensor, k: int) -> Tensor:

@@ -51,4 +51,4 @@ def entropies(documents: Iterable[Document]) -> dict[str, Any]:
 
 def figure(found: dict[str, Any], _: Analysis) -> str:
     """Bits over n, a curve for each sequence, as SVG."""
-    return drawn([{"x": ORDERS, "y": y, "label": name} for name, y in found["bits"].items()], ("n", "bits"))
+    return drawn([{"x": ORDERS, "y": y, "label": name} for name, y in found["bits"].items()], "n", "bits")

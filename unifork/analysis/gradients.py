@@ -6,6 +6,7 @@ positive in a conflict. A matrix is one vector; a mini-batch counts as much as a
 documents as each kind, so that they are no noisier than what they are compared with.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from unifork.errors import DataError
 from unifork.inference import Engine
 from unifork.models.modeling import UniForkModel
 
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHARED = re.compile(r"layers\.(\d+)\..*\bshared\.([qkvo]_proj|gate_proj|up_proj|down_proj)\.weight")
 SHOWN = ("down_proj", "o_proj", "v_proj")
 """Matrices of the paper's figures."""
 KINDS: dict[str, Callable[[Document], str]] = {
@@ -29,19 +30,16 @@ KINDS: dict[str, Callable[[Document], str]] = {
 }
 
 
-def conflict(kinds: Sequence[Tensor], halves: Sequence[Tensor]) -> dict[str, float]:
-    """Conflict and both cosines of one matrix, from two pairs of gradients."""
-    similar, baseline = (
-        float(cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0))
-        for first, second in (kinds, halves)
-    )
+def conflict(kinds: tuple[Tensor, Tensor], halves: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Conflict and both cosines of one matrix, from two pairs of gradients as vectors."""
+    similar, baseline = (float(cosine_similarity(*pair, dim=0)) for pair in (kinds, halves))
     return {"similarity": similar, "baseline": baseline, "conflict": baseline - similar}
 
 
 def mean_gradients(
     model: UniForkModel, documents: Sequence[Document], batch: int, weights: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Gradients of the loss of training, the mean over mini-batches of `batch` documents."""
+    """Gradients of the loss of training as vectors in float64, the mean over mini-batches of `batch` documents."""
     model.zero_grad(set_to_none=True)
     parts = [documents[start : start + batch] for start in range(0, len(documents), batch)]
     for part in parts:
@@ -50,13 +48,14 @@ def mean_gradients(
         text_mean = text_sum / max(len(rows.text_target_S), 1)
         loss = text_mean + image_sum_D.sum() / max(rows.image_target_MD.numel(), 1)
         (loss / len(parts)).backward()
-    return {name: cast(Tensor, weight.grad).cpu() for name, weight in weights.items()}
+    return {name: cast(Tensor, weight.grad).flatten().double().cpu() for name, weight in weights.items()}
 
 
-def gradient_conflict(engine: Engine, documents: Iterable[Document], choices: Analysis) -> dict[str, Any]:
+def conflicts(engine: Engine, documents: Iterable[Document], choices: Analysis) -> dict[str, Any]:
     """Everything that is written as `conflict.json`: of the first `pairs` documents of each kind, equally many.
 
-    Raises DataError where there are not two kinds, or where they share no layer.
+    The model has no other gradients switched on afterwards. Raises DataError where there are not two kinds, or where
+    they share no layer.
     """
     kinds: dict[str, list[Document]] = {}
     for document in documents:
@@ -68,31 +67,27 @@ def gradient_conflict(engine: Engine, documents: Iterable[Document], choices: An
     mixed = np.random.default_rng(choices.seed).permutation(len(every))
     orders = [*np.split(np.arange(len(every)), 2), *np.split(mixed, 2)]
     model, batch = engine.model, engine.batch
-    weights = {name: parameter for name, parameter in model.named_parameters() if _shared(name)}
+    weights = {name: parameter for name, parameter in model.named_parameters() if SHARED.fullmatch(name)}
     model.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
     if not weights:
         raise DataError(f"plan {model.config.plan}: no layer is shared, so nothing can be in conflict")
-    groups = [mean_gradients(model, [every[number] for number in order], batch, weights) for order in orders]
-    found = {name: [group[name] for group in groups] for name in weights}
-    rows = [
-        {"layer": int(name.split(".")[1]), "matrix": name.split(".")[-2], **conflict(gradients[:2], gradients[2:])}
-        for name, gradients in found.items()
-    ]
-    return {"documents": dict.fromkeys(kinds, count), "loss": "mean over mini-batches", "batch": batch, "rows": rows}
+    a, b, *halves = (mean_gradients(model, [every[number] for number in order], batch, weights) for order in orders)
+    found = {name: conflict((a[name], b[name]), (halves[0][name], halves[1][name])) for name in weights}
+    return {
+        "documents": dict.fromkeys(kinds, count),
+        "loss": "mean over mini-batches",
+        "batch": batch,
+        "matrices": found,
+    }
 
 
 def figure(found: dict[str, Any], _: Analysis) -> str:
     """Conflict over layers, a curve for each of SHOWN, as SVG."""
     curves = []
     for matrix in SHOWN:
-        points = [(row["layer"], row["conflict"]) for row in found["rows"] if row["matrix"] == matrix]
-        if points:
-            curves.append({**dict(zip("xy", zip(*points, strict=True), strict=True)), "label": matrix})
-    return drawn(curves, ("layer", "gradient conflict"))
-
-
-def _shared(name: str) -> bool:
-    words = name.split(".")
-    return words[0] == "layers" and "shared" in words and words[-2] in MATRICES and words[-1] == "weight"
+        rows = [(SHARED.fullmatch(name), row["conflict"]) for name, row in found["matrices"].items()]
+        points = {int(place[1]): value for place, value in rows if place and place[2] == matrix}
+        curves.append({"x": [*points], "y": [*points.values()], "label": matrix})
+    return drawn(curves, "layer", "gradient conflict")

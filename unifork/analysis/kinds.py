@@ -18,25 +18,19 @@ ANALYZE_VERSION = 1
 
 
 def analyze(
-    kind: str,
-    model: Model,
-    run: str,
-    choices: Analysis,
-    out: Path,
-    prompts: Sequence[str] | None = None,
-    untrained: Model | None = None,
+    kind: str, of: RunDocuments, out: Path, prompts: Sequence[str] | None = None, untrained: Model | None = None
 ) -> None:
-    """Write an analysis of a model. run: whose documents are read; not looked at where prompts are given.
+    """Write an analysis of a model. of: it, and the run whose documents are read where no prompts are given.
 
     Raises ConfigError or DataError where there is nothing to analyze.
     """
     if kind not in KINDS:
         raise unknown("analysis", kind, KINDS)
     work, figure = KINDS[kind]
-    found = work(RunDocuments(run, model, choices), prompts, untrained)
-    weights = weights_identity(model.engine.model.state_dict())
-    found = {"model": str(model.directory), "weights": weights, "choices": choices.model_dump(), **found}
-    write_atomically(out / f"{kind}.svg", lambda path: path.write_text(figure(found, choices)))
+    found = work(of, prompts, untrained)
+    weights = weights_identity(of.model.engine.model.state_dict())
+    found = {"model": str(of.model.directory), "weights": weights, "choices": of.choices.model_dump(), **found}
+    write_atomically(out / f"{kind}.svg", lambda path: path.write_text(figure(found, of.choices)))
     write_json(out / f"{kind}.json", found)
 
 
@@ -48,6 +42,6 @@ def _alignment(of: RunDocuments, prompts: Sequence[str] | None, untrained: Model
 
 KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any], Analysis], str]]] = {
     "alignment": (_alignment, alignment.figure),
-    "conflict": (lambda of, *_: gradients.gradient_conflict(of.engine, of.documents(), of.choices), gradients.figure),
+    "conflict": (lambda of, *_: gradients.conflicts(of.model.engine, of.documents(), of.choices), gradients.figure),
     "entropy": (lambda of, *_: entropy.entropies(of.documents()), entropy.figure),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import matplotlib
@@ -15,7 +15,6 @@ from unifork.config import Analysis, Experiment, load_experiment
 from unifork.documents.mixture import CodesIdentity, MixturePart
 from unifork.errors import DataError, unknown
 from unifork.figures import LOOK, svg
-from unifork.inference import Engine
 from unifork.layout import Layout
 from unifork.library import Model
 from unifork.vocabulary import Task
@@ -30,11 +29,6 @@ class RunDocuments:
     run: str
     model: Model
     choices: Analysis
-
-    @property
-    def engine(self) -> Engine:
-        """The model without its image tokenizer."""
-        return self.model.engine
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -58,7 +52,7 @@ class RunDocuments:
         for rows, held_out in {"held out": True, "trained on": False}.items():
             found: dict[str, None] = {}
             for part, index in self._places(stage, held_out=held_out, task="generation"):
-                found[self.engine.caption(part.entry.template, part.document(index))] = None
+                found[self.model.engine.caption(part.entry.template, part.document(index))] = None
                 if len(found) == self.choices.pairs:
                     break
             if found:
@@ -68,13 +62,13 @@ class RunDocuments:
     def _places(
         self, stage_name: str, *, held_out: bool, task: Task | None = None
     ) -> Iterator[tuple[MixturePart, int]]:
-        stage, model = self.experiment.stages[stage_name], self.engine.model.config
-        identity = CodesIdentity(model.positions, model.depth, model.codebook_id, model.encoder_id, model.codebook_size)
-        entries = {e.prepared: e for track in stage.tracks.values() for e in track.mixture if task in (None, e.task)}
-        parts = [
-            MixturePart(entry, Layout(), self.engine.tokenizer, identity, stage.context, held_out=held_out)
-            for entry in entries.values()
-        ]
+        stage, engine = self.experiment.stages[stage_name], self.model.engine
+        text, config = engine.tokenizer, engine.model.config
+        shape, names = (config.positions, config.depth), (config.codebook_id, config.encoder_id)
+        identity = CodesIdentity(*shape, *names, config.codebook_size)
+        entries = {entry.prepared: entry for entry in stage.entries if task in (None, entry.task)}
+        opened = partial(MixturePart, layout=Layout(), tokenizer=text, identity=identity, context=stage.context)
+        parts = [opened(entry, held_out=held_out) for entry in entries.values()]
         ends = np.cumsum([len(part) for part in parts])
         total, random = int(ends[-1]) if parts else 0, np.random.default_rng(self.choices.seed)
         for number in random.choice(total, min(total, self.choices.documents), replace=False) if total else ():
@@ -82,26 +76,19 @@ class RunDocuments:
             yield parts[part], int(number - ends[part]) + len(parts[part])
 
 
-def drawn(
-    curves: Sequence[Mapping[str, Any]],
-    labels: tuple[str, str],
-    band: tuple[Sequence[float], Sequence[float]] | None = None,
-    mark: float | None = None,
-) -> str:
-    """Curves as SVG: `x`, `y`, standard errors as `error`, and how they look. band: low and high of chance. mark: x."""
+def drawn(curves: Sequence[Mapping[str, Any]], x: str, y: str, fork: float | None = None) -> str:
+    """Curves as SVG: `x`, `y`, standard errors as `error`, low and high of chance as `band`, and how they look."""
     with matplotlib.rc_context(fname=LOOK):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
             style = {"marker": ".", "capsize": 2, **curve}
+            if band := style.pop("band", None):
+                axes.fill_between(curve["x"], band[0], band[1], color="0.5", alpha=0.2, linewidth=0)
             axes.errorbar(style.pop("x"), style.pop("y"), yerr=style.pop("error", None), **style)
-        if band:
-            axes.fill_between(
-                curves[0]["x"], band[0], band[1], color="0.5", alpha=0.3, linewidth=0, label="chance, 95 %"
-            )
-        if mark is not None:
-            axes.axvline(mark, color="0.5", linestyle=":", label="fork")
-        axes.set(xlabel=labels[0], ylabel=labels[1])
+        if fork is not None:
+            axes.axvline(fork, color="0.5", linestyle=":", label="fork")
+        axes.set(xlabel=x, ylabel=y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper center", ncols=2)
         return svg(figure)

@@ -28,6 +28,7 @@ def analyze(
     import numpy as np
 
     from unifork.analysis.kinds import analyze as analyzed
+    from unifork.analysis.runs import RunDocuments
     from unifork.config import Analysis, parse
     from unifork.library import Model
 
@@ -35,12 +36,10 @@ def analyze(
     choices = parse(Analysis, {"pairs": pairs, **given}, "--choose")
     if kind == "alignment" and bool(prompts) == held_out:
         raise ConfigError("whose alignment: give either --prompts FILE or --held-out")
-    texts = [*dict.fromkeys(lines(prompts))] if prompts else None
-    if texts:
-        order = np.random.default_rng(choices.seed).permutation(len(texts))
-        texts = [texts[number] for number in order[:pairs]]
+    every = [*dict.fromkeys(lines(prompts))] if prompts else []
+    texts = [every[number] for number in np.random.default_rng(choices.seed).permutation(len(every))[:pairs]]
     loaded = Model.load(model, device, dtype)
     loaded = replace(loaded, engine=replace(loaded.engine, batch=batch))
     control = Model.load(untrained, device, dtype) if untrained else None
-    analyzed(kind, loaded, run or model.name, choices, out, texts, control)
+    analyzed(kind, RunDocuments(run or model.name, loaded, choices), out, texts, control)
     print(out / f"{kind}.svg")

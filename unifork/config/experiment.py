@@ -270,8 +270,6 @@ class AnalyzedRun(StrictModel):
     kinds: tuple[str, ...]
     start: str
     """Folder of the untrained model."""
-    codes: str
-    prepared: str
 
 
 class StageRun(StrictModel):

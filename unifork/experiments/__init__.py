@@ -16,7 +16,6 @@ from unifork.config import (
     AnalyzedRun,
     Card,
     Experiment,
-    MixtureEntry,
     PreparedSet,
     Stage,
     StageRun,
@@ -170,7 +169,8 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
             if extended := experiment.stages[stage].extend:
                 before = f"models/{name}-{extended}"
             entries = experiment.stages[stage].entries
-            codes, documents = _folders(entries)
+            codes = _deepest("data/codes", (entry.dataset for entry in entries))
+            documents = _deepest("data/prepared", (entry.prepared for entry in entries))
             runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes, prepared=documents)
             for entry in entries:
                 chosen = PreparedSet(
@@ -181,22 +181,13 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
                     raise ConfigError(f"stages.{stage}: two sets of prepared documents are called {entry.prepared!r}")
             before = f"models/{name}-{stage}"
             if kinds := experiment.analyses.of_stage(stage):
-                codes, documents = _folders([*entries, *experiment.stages[variant.stages[-1]].entries])
-                analyzed[f"{name}-{stage}"] = AnalyzedRun(
-                    kinds=kinds, start=f"models/{name}-init", codes=codes, prepared=documents
-                )
+                analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
     evaluations = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
     return {"datasets": datasets, "prepared": prepared, "runs": runs, "analyzed": analyzed, "evaluations": evaluations}
-
-
-def _folders(entries: Iterable[MixtureEntry]) -> tuple[str, str]:
-    """The deepest folders of all codes and of all prepared documents of some parts of mixtures."""
-    names = [(entry.dataset, entry.prepared) for entry in entries]
-    return _deepest("data/codes", (name for name, _ in names)), _deepest("data/prepared", (name for _, name in names))
 
 
 def _deepest(folder: str, names: Iterable[str]) -> str:
