@@ -103,7 +103,8 @@ def test_entropies_are_of_equally_many_tokens():
     kinds, ids = np.array([TEXT] * 9), np.arange(9) % 2
     codes = np.stack([np.arange(4), np.zeros(4, int)], 1)
     document = Document("", "understanding", kinds, ids, np.zeros(9, bool), codes)
-    found = entropies([document])
+    again = Document("", "understanding", kinds[:0], ids[:0], np.zeros(0, bool), codes)
+    found = entropies([document, again])  # with the same image
     assert found["tokens"] == 4
     assert found["bits"] == {"text": [1, 0, 0], "codes, depth 0": [2, 0, 0], "codes, depth 1": [0, 0, 0]}
     with pytest.raises(DataError, match="0 documents with 0 tokens"):

@@ -38,9 +38,10 @@ def entropies(documents: Iterable[Document]) -> dict[str, Any]:
     """Everything that is written as `entropy.json`. Raises DataError where there are fewer tokens than n."""
     every = list(documents)
     parts = {"text": [document.text_ids_T[document.kinds_T == TEXT] for document in every]}
-    images = [document.codes_ND for document in every if len(document.codes_ND)]
-    for depth in range(images[0].shape[1] if images else 0):
-        parts[f"codes, depth {depth}"] = [codes_ND[:, depth] for codes_ND in images]
+    images = {document.codes_ND.tobytes(): document.codes_ND for document in every if len(document.codes_ND)}
+    for codes_ND in images.values():  # each once, in however many documents it is
+        for depth, codes_N in enumerate(codes_ND.T):
+            parts.setdefault(f"codes, depth {depth}", []).append(codes_N)
     sequences = {name: np.concatenate(part) for name, part in parts.items() if part}
     tokens = min(map(len, sequences.values()), default=0)
     if tokens < max(ORDERS):
