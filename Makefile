@@ -45,4 +45,4 @@ lock:
 	rm -rf .venv-lock build unifork.egg-info
 
 clean:                          ## everything that dvc repro makes; the cache stays
-	rm -rf data tokenizers models runs scores reports
+	rm -rf data tokenizers models runs answers scores reports

@@ -21,7 +21,6 @@ Shape suffixes: B rows, T tokens, X = B*T, M image positions, D code depth, K co
 
 import argparse
 import copy
-import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from unifork.documents.order import pack_step
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import create_model
-from unifork.planning import PEAK_TFLOPS, Length, document_flops
+from unifork.training.flops import Length, document_flops, peak_flops
 from unifork.training.optimizer import make_optimizer
 from unifork.vocabulary import TASKS
 
@@ -83,8 +82,8 @@ RUNGS = {
 """What each rung multiplies beyond its model: whether rows are padded, text logits whole."""
 
 
-def make_model(size: Size, device: str) -> UniForkModel:
-    """A fresh UniFork model: half of the layers shared, half twice."""
+def make_variant(size: Size, plan: str | None = None) -> Variant:
+    """A model of a plan; without one UniFork's, half of the layers shared, half twice."""
     backbone = {
         "model_type": "qwen2", "hidden_size": size.hidden, "intermediate_size": size.mlp,
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
@@ -92,23 +91,17 @@ def make_model(size: Size, device: str) -> UniForkModel:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }  # fmt: skip
     half = size.layers // 2
-    plan = f"shared*{half} task*{size.layers - half} norm:task"
-    variant = Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
+    plan = plan or f"shared*{half} task*{size.layers - half} norm:task"
+    return Variant(plan=plan, backbone=backbone, head=size.head, stages=(), seed=0)
+
+
+def make_model(size: Size, device: str, plan: str | None = None) -> UniForkModel:
+    """A fresh model of a plan."""
     codebook = torch.randn(size.codes, size.channels, generator=torch.Generator().manual_seed(0))
-    model = create_model(variant, codebook, DEPTH, size.grid, "benchmark", size.words).train()
+    model = create_model(make_variant(size, plan), codebook, DEPTH, size.grid, "benchmark", size.words).train()
     model.to(torch.device(device))  # type: ignore[arg-type]
     model.set_attn_implementation(VARLEN)
     return model
-
-
-def compile_parts(model: UniForkModel) -> None:
-    """torch.compile for norms, MLPs and the head's blocks, for any number of tokens; attention stays as it is."""
-    for block in model.image_head.blocks:
-        block._layer = torch.compile(block._layer, dynamic=True)
-    for layer in model.layers:
-        for parts in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            for part in parts.values():
-                part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def make_documents(size: Size, count: int) -> list[Document]:
@@ -233,13 +226,6 @@ def ladder(ours: UniForkModel, documents: list[Document], row_tokens: int, dtype
     }
 
 
-def peak_tflops(device_name: str) -> float | None:
-    """Peak of a device by the name its driver gives, as `NVIDIA H100 PCIe`; None for one that is not known."""
-    plain = re.sub("[^a-z0-9]", "", device_name.lower())
-    fitting = [chip for chip in PEAK_TFLOPS if chip.replace("-", "") in plain]
-    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
-
-
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,7 +251,7 @@ def main() -> None:
         ways = {**ladder(ours, documents, given.row_tokens, dtype), **ways}
     if given.compile:
         compiled = copy.deepcopy(ours)
-        compile_parts(compiled)
+        compiled.compile_parts()
         ways[COMPILED] = Step(compiled, rows, fused, dtype)
     seconds = alternate(ways, given.pairs, device)
     tokens, useful = sum(map(len, documents)), products(ours, documents, *RUNGS["single forward (ours)"])
@@ -273,7 +259,7 @@ def main() -> None:
         interval(seconds["single forward (ours)"]),
         sum(int(doc.loss_mask_T.sum()) + doc.codes_ND.size * (doc.task == "generation") for doc in documents),
     )
-    peak = None if device == "cpu" else peak_tflops(torch.cuda.get_device_name())
+    peak = None if device == "cpu" else peak_flops(torch.cuda.get_device_name())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = memory if device == "cpu" else torch.cuda.max_memory_allocated()
     count = sum(parameter.numel() for parameter in ours.parameters())
@@ -286,7 +272,7 @@ def main() -> None:
         ["tokens a second", f"{tokens / step.median:,.0f}"],
         ["TFLOPs by formula", f"{useful / 1e12:.3f}"],
         ["TFLOP/s", f"{useful / step.median / 1e12:.3f}"],
-        ["MFU", f"{useful / step.median / peak / 1e12:.1%}" if peak else "unknown"],
+        ["MFU", f"{useful / step.median / peak:.1%}" if peak else "unknown"],
         ["peak memory of the process, GiB", f"{memory / 2**30:.2f}"],
     ]))  # fmt: skip
     if given.ours_only:

@@ -1,11 +1,13 @@
 """The image tokenizer: a small one trained on filtered images, or an official one imported."""
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
 
-from unifork.config import ImportedTokenizer, JobResources, load_card, load_cluster, load_experiment
+from unifork.config import ImportedTokenizer, JobResources, cluster_file, load_card, load_cluster, load_experiment
+from unifork.devices import chosen_device
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
@@ -21,7 +23,9 @@ MEASURED_IMAGES = 32
 
 
 def main(_: str) -> None:
-    torch.set_num_threads(int(load_cluster().jobs.get("image_tokenizer", JobResources()).cpus))
+    resources = load_cluster().jobs.get("image_tokenizer", JobResources())
+    torch.set_num_threads(max(1, int(resources.cpus)))
+    device = chosen_device("cuda" if resources.gpus else "cpu", f"{cluster_file()}: jobs.image_tokenizer.gpus:")
     params, folder = load_experiment(), LAYOUT.image_tokenizer
     config = params.image_tokenizer
     report: dict[str, Any]
@@ -43,7 +47,7 @@ def main(_: str) -> None:
         print(", ".join(f"{len(group)} {name}" for name, group in images.items()), flush=True)
         held_out = {name: group[: training.held_out_images] for name, group in images.items()}
         trained_on = {name: group[training.held_out_images :] for name, group in images.items()}
-        report = train_tokenizer(config, trained_on, held_out, folder, lambda progress: print(progress, flush=True))
+        report = train_tokenizer(config, trained_on, held_out, folder, partial(print, flush=True), device)
 
     # out, beside the tokenizer: what codes lose, and how much of what images show survives them
     tokenizer = ImageTokenizer.load(folder)

@@ -18,11 +18,14 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 IMPORTED_BY_NAME = {
     "pipelines/download.py": ["unifork/sources/*.py", "unifork/shapes/source.py"],
     "pipelines/image_tokenizer.py": ["unifork/image_tokenizer/readers.py", "unifork/shapes/detector.py"],
-    "pipelines/evaluate.py": [
-        "unifork/evaluation/*/*.py",
-        "unifork/shapes/generation.py",
-        "unifork/shapes/understanding.py",
-    ],
+    **{
+        f"pipelines/{name}.py": [
+            "unifork/evaluation/*/*.py",
+            "unifork/shapes/generation.py",
+            "unifork/shapes/understanding.py",
+        ]
+        for name in ("items", "score")
+    },
 }
 """What a program imports only when a card or an experiment names it; tables of names import nothing by themselves."""
 
@@ -61,7 +64,8 @@ def closure(path: Path, seen: set[Path]) -> set[Path]:
 def versions_of(name: str) -> dict[str, str]:
     """The version constants among a stage's parameters, with the files they are read from."""
     places = (entry for entry in stage(name)["params"] if isinstance(entry, dict))
-    return {constant: file for place in places for file, constants in place.items() for constant in constants}
+    pairs = [(name, file) for place in places for file, names in place.items() for name in names]
+    return {name: file for name, file in pairs if name.endswith("_VERSION")}
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))
@@ -87,7 +91,7 @@ def test_no_stage_depends_on_files_of_code(name):
 
 
 def test_what_a_job_can_go_on_from_is_kept():
-    for name in ("download", "filter", "encode", "prepare"):
+    for name in ("download", "filter", "encode", "prepare", "answer"):
         assert all(next(iter(out.values()))["persist"] for out in stage(name)["outs"])
 
 

@@ -26,7 +26,7 @@ CLUSTER = {
     "name": "test",
     "cpus": 2,
     "object_store_mb": 80,
-    "jobs": {"encode": {"workers": 2, "cpus": 0.5}},
+    "jobs": {"encode": {"workers": 2, "cpus": 0.5}, "answer": {"workers": 2, "cpus": 0.5}},
     "train": {"workers": 0, "threads": 1, "row_tokens": 384},
     "train_stages": {"s2-pretrain": {"workers": 1, "cpus": 1, "threads": 1, "row_tokens": 384}},
 }
@@ -132,10 +132,13 @@ def test_it_ends_with_the_weights_of_an_unbroken_run(reproduced, tmp_path):
 def test_everything_is_there(reproduced):
     for view in ("crop", "pad"):
         assert read_manifest(reproduced / "data/codes/shapes" / view).rows == 600
-    metrics = json.loads((reproduced / "scores/unifork-shapes-generation/metrics.json").read_text())
+    assert read_manifest(reproduced / "answers/unifork/shapes-understanding").rows == 80
+    every = json.loads((reproduced / "scores/unifork.json").read_text())
+    metrics = json.loads((reproduced / "scores/unifork/shapes-generation/metrics.json").read_text())
+    assert every["shapes-generation"] == metrics
     assert set(metrics) == {"seen", "held_out"}
     for name in ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"):
-        assert {"value", "standard_error", "chance", "samples", "seed"} <= set(metrics["seen"][name])
+        assert {"value", "standard_error", "chance", "items", "clusters", "rule", "model"} <= set(metrics["seen"][name])
     page = (reproduced / "reports/micro/index.html").read_text()
     assert len(page) > 50_000
 
@@ -175,12 +178,19 @@ def test_damaged_code_shards_are_noticed_and_only_they_are_made_again(reproduced
 
 
 def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
-    params = reproduced / "params.yaml"
-    original = params.read_text()
+    params, card = reproduced / "params.yaml", reproduced / "evals/shapes-understanding.yaml"
+    original, rules = params.read_text(), card.read_text()
+    card.write_text(rules.replace("[official, strict]", "[strict]"))
+    assert ran(run(reproduced, "dvc", "repro")) == ["score@unifork", "report"]
+    card.write_text(rules.replace("max_new_tokens: 32", "max_new_tokens: 3"))
+    assert ran(run(reproduced, "dvc", "repro", "--dry"))[0] == "answer@unifork-shapes-understanding"
+    card.write_text(rules)
     plain = yaml.safe_load(original)
-    plain["benchmarks"]["shapes-understanding"]["samples"] = 6
+    plain["benchmarks"]["shapes-understanding"]["options"]["samples"] = 6
     params.write_text(yaml.safe_dump(plain, sort_keys=False))
-    assert ran(run(reproduced, "dvc", "repro")) == ["evaluate@unifork-shapes-understanding", "report"]
+    name = "shapes-understanding"
+    expected = [f"items@{name}", f"answer@unifork-{name}", "score@unifork", "report"]
+    assert ran(run(reproduced, "dvc", "repro")) == expected
     plain["stages"]["s3"]["seed"] = 5
     params.write_text(yaml.safe_dump(plain, sort_keys=False))
     assert ran(run(reproduced, "dvc", "repro", "--dry"))[0] == "train@unifork-s3"

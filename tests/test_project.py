@@ -27,7 +27,7 @@ LEVELS = [
     {"training", "evaluation"},
     {"shapes", "analysis"},
     {"report", "planning", "publish", "serving"},
-    {"experiments"},
+    {"experiments", "doctor"},
     {"commands"},
     {"cli", "pipelines"},
 ]

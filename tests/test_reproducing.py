@@ -40,7 +40,7 @@ NOT_IN_THE_PAPER = {
         "MixtureEntry.text",
     ),  # its shape
     *("Stage.checkpoint_every", "Stage.checkpoint_minutes", "Stage.keep_checkpoints"),
-    *("Stage.sample_prompts", "Stage.sampling"),
+    *("Stage.sample_prompts", "Stage.sampling", "Stage.validation", "Stage.extend"),
     *("Stage.loss_band", "Stage.seed", "Sampling.seed"),  # they decide no weights, or nothing that anybody published
 }
 """Fields without a counterpart in the paper or the official code."""

@@ -9,21 +9,23 @@ import yaml
 from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, faults, files, state, version
 
 STAGES_OF = {
-    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train evaluate analyze "
-    "report",
-    "DOWNLOAD_VERSION": "download filter",
+    "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
+    "score analyze report",
+    "DOWNLOAD_VERSION": "download filter items score report",
     "WEB_VERSION": "download",
-    "WORLD_VERSION": "download image_tokenizer evaluate",
+    "WORLD_VERSION": "download image_tokenizer items score",
     "FILTER_VERSION": "download filter",
     "MEASURE_VERSION": "filter",
     "SIGNATURES_VERSION": "filter",
-    "TOKENIZER_VERSION": "image_tokenizer encode init evaluate analyze report",
+    "TOKENIZER_VERSION": "image_tokenizer encode init items answer score analyze report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
-    "DOCUMENTS_VERSION": "text_tokenizer prepare init train evaluate analyze",
-    "MODEL_VERSION": "init train evaluate analyze report",
+    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer analyze",
+    "MODEL_VERSION": "init train answer analyze report",
     "TRAIN_VERSION": "train",
-    "EVALUATE_VERSION": "evaluate report",
+    "ITEMS_VERSION": "items answer score report",
+    "ANSWER_VERSION": "answer",
+    "SCORE_VERSION": "score report",
     "ANALYZE_VERSION": "analyze",
     "REPORT_VERSION": "report",
 }
@@ -65,7 +67,7 @@ def test_every_constant_stands_in_the_file_that_it_covers_alone():
     [
         ("import math\n", "import math  # a comment\n\n\n", False),
         ('"""The order of all', '"""Another docstring of all', False),
-        ("TRAIN_VERSION = 1\n", "TRAIN_VERSION = 2\n", False),
+        ("TRAIN_VERSION = ", "TRAIN_VERSION = 9", False),
         ("warmup_steps) if", "warmup_steps + 1) if", True),
     ],
 )
@@ -88,7 +90,7 @@ def repository(tmp_path_factory):
     from dvc.repo import Repo
 
     root = tmp_path_factory.mktemp("repository")
-    for name in ("dvc.yaml", "params.yaml", "datasets", "unifork"):
+    for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

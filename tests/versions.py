@@ -20,7 +20,7 @@ def within(folder: str, *names: str) -> list[str]:
     return [f"{folder}/{name}.py" for name in names]
 
 
-TOKENIZER = "unifork/image_tokenizer"
+TOKENIZER, EVALUATION = "unifork/image_tokenizer", "unifork/evaluation"
 IMAGES = ["unifork/images.py"]
 NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model", "views"), *IMAGES]
 """Images to codes."""
@@ -82,19 +82,34 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         "unifork/training/stage.py",
         [
             *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch", "zero"),
-            "unifork/training/validation.py",
+            *within("unifork/training", "validation", "export"),
             *within("unifork/documents", "loader", "order"),
             *within("unifork", "batch", "inference"),  # a stage ends with samples
             "pipelines/train.py",
         ],
     ),
-    "EVALUATE_VERSION": (
-        "unifork/evaluation/benchmarks.py",
+    "ITEMS_VERSION": (
+        f"{EVALUATION}/items.py",
         [
-            "unifork/evaluation/**/*.py",
-            *within("unifork/shapes", "detector", "generation", "questions", "understanding"),
-            *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
-            "pipelines/evaluate.py",
+            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
+            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            "unifork/documents/prompts.py",  # a question about whole images
+            *within("unifork/shapes", "generation", "understanding"),
+            *IMAGES,
+            "pipelines/items.py",
+        ],
+    ),
+    "ANSWER_VERSION": (
+        f"{EVALUATION}/answering.py",
+        [*within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"), "pipelines/answer.py"],
+    ),
+    "SCORE_VERSION": (
+        f"{EVALUATION}/scoring.py",
+        [
+            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
+            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            *within("unifork/shapes", "detector", "generation", "understanding"),
+            "pipelines/score.py",
         ],
     ),
     "ANALYZE_VERSION": (
@@ -134,8 +149,13 @@ DECIDES_NOTHING = {
     "unifork/training/launch.py": "where a stage runs",
     "unifork/training/requests.py": "when a run ends or saves, not with what",
     "unifork/training/history.py": "writes down what happened",
+    "unifork/training/loggers.py": "writes down what happened",
+    "unifork/training/service.py": "writes down what happened",
+    "unifork/training/flops.py": "numbers for people",
+    "unifork/shards/progress.py": "says how far a program is",
     "unifork/commands/*.py": "commands for people",
     "unifork/cli.py": "commands for people",
+    "unifork/doctor.py": "looks at the machine",
     "unifork/devices.py": "names of devices",
     "unifork/library.py": "for people's programs",
     "unifork/serving.py": "a page for people",

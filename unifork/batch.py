@@ -79,6 +79,8 @@ class Batch:
     """Tokens of each document per modality, row by row; the padding that ends a row follows as text."""
     tasks_grouped: bool = False
     """Whether the flattened tokens come task by task, so that a task route is slices."""
+    places: "tuple[Tensor, Tensor] | None" = None
+    """Of tokens that were sorted by modality, where each stood in the rows (X), and where each token of the rows is."""
 
     def to(self, device: "torch.device | str") -> Self:
         """The same batch with every tensor on `device`; from pinned memory, so that no copy waits for the device."""

@@ -10,10 +10,13 @@ import typer
 from unifork.commands import model as model_group
 from unifork.commands import tokenizer
 from unifork.commands.analyze import analyze
+from unifork.commands.doctor import doctor
 from unifork.commands.infer import describe, generate, serve
 from unifork.commands.inspect import inspect
 from unifork.commands.plan import plan
 from unifork.commands.publish import fetch, publish, takedown
+from unifork.commands.score import answers_app
+from unifork.commands.score import app as score_app
 from unifork.commands.status import status
 from unifork.commands.verify import verify
 from unifork.errors import UniForkError
@@ -27,6 +30,8 @@ app.command(epilog="Example: unifork describe --model models/unifork-s3 --image 
     describe
 )
 app.command(epilog="Example: unifork serve --model models/unifork-s3")(serve)
+app.add_typer(score_app, name="score")
+app.add_typer(answers_app, name="answers")
 app.command()(inspect)
 app.command(epilog="Example: unifork analyze alignment models/unifork-s3 --held-out --out found")(analyze)
 app.command(epilog="Example: unifork plan paper --chip h100 --mfu 0.4")(plan)
@@ -34,6 +39,7 @@ app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes"
 app.command()(fetch)
 app.command(epilog="Example: unifork takedown laion_en takedown.txt")(takedown)
 app.command()(status)
+app.command()(doctor)
 app.command(epilog="Example: unifork verify data/codes --repair")(verify)
 
 
@@ -44,7 +50,7 @@ def use(
 ) -> None:
     """Write params.yaml from experiments/NAME.yaml; `dvc repro` then runs it."""
     from unifork import experiments
-    from unifork.config import load_card
+    from unifork.config import load_card, load_eval
 
     if name is None:
         for experiment_name, about in experiments.names().items():
@@ -55,6 +61,9 @@ def use(
         if taken.follows and not Path(taken.follows.source).exists():
             access = load_card(dataset).source.options.get("access", "see its card")
             print(f"{taken.follows.source} is not there yet, for {dataset}: {access}")
+    for benchmark, use in experiment.benchmarks.items():
+        if (card := load_eval(benchmark)).items.archive and use.follows != card.items.archive:
+            print(f"{card.items.archive} is not there yet, for {benchmark}: {card.items.access}")
     print(f"params.yaml: {name}, data sets {', '.join(experiment.datasets)}, runs {', '.join(experiment.runs)}")
 
 

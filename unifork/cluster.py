@@ -23,10 +23,12 @@ from threading import Lock
 from typing import Any
 
 from unifork.config import Cluster, JobResources, cluster_file, in_job
+from unifork.devices import chosen_device
 from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError
 from unifork.layout import Layout
 from unifork.shards.job import ShardJob
 from unifork.shards.manifest import Manifest
+from unifork.shards.progress import places, stop_noted
 from unifork.shards.task import ShardResult, ShardTask
 
 Worker = Callable[[ShardTask], ShardResult]
@@ -123,6 +125,8 @@ def run_jobs(
     """
     cluster = cluster or Cluster(name="here")
     resources = cluster.jobs.get(step, JobResources())
+    if resources.gpus and not resources.workers:  # actors are counted where they start
+        chosen_device("cuda", f"{cluster_file()}: jobs.{step}.gpus:")
     job_of: dict[str, ShardJob] = {}
     tasks: list[ShardTask] = []
     for job in jobs:
@@ -131,7 +135,11 @@ def run_jobs(
         tasks += left
         job_of |= {task.output: job for task in left}
         print(job, flush=True)
+        if left:
+            job.noted = next((place for lock, place in places(job.folder) if lock.exists()), None)
+            job.note()
     with (
+        stop_noted(*[job.noted for job in jobs if job.noted]),
         local_ray(cluster, needed=resources.workers > 0 and bool(tasks)),  # not started where nothing is left to do
         closing(map_shards(tasks, worker_class, arguments, resources)) as results,
     ):
@@ -140,7 +148,8 @@ def run_jobs(
                 print(f"{result.output}: {result.traceback}", file=sys.stderr, flush=True)
             job_of[result.output].add(result)
             print(job_of[result.output], flush=True)
-    return [job.finish() for job in jobs]
+            job_of[result.output].note()
+        return [job.finish() for job in jobs]
 
 
 def map_shards(

@@ -77,6 +77,13 @@ def open_image(data: bytes) -> Image.Image:
         raise _undecodable(error) from None
 
 
+def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG, which loses nothing."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
 def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> Measured:
     """Decode an image whole and say what it measures.
 

@@ -26,6 +26,13 @@ from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.schema import IMAGE_MARK, Unusable
 from unifork.vocabulary import TURN_END, TURN_START, Task
 
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Images or questions processed together on a kind of device; more gain nothing."""
+MOST_TOKENS = 2**17
+"""Tokens of all rows together where the free memory is not known."""
+MEMORY_SHARE = 0.8
+"""Of the free memory of a device, what tokens may take."""
+
 
 def stage_sampling(model: Path) -> Sampling:
     """How the stage that made a model directory draws its samples; the defaults where no stage made it."""
@@ -41,8 +48,8 @@ class Engine:
 
     model: UniForkModel
     tokenizer: TextTokenizer
-    batch: int = 64
-    """Images or questions processed together."""
+    batch: int | None = None
+    """Images or questions processed together at most; None: what fits the device. Results do not depend on it."""
 
     @classmethod
     def load(cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "Engine":
@@ -56,8 +63,9 @@ class Engine:
         sampling: Sampling,
         template: str = "generate",
         progress: Callable[[int], None] = lambda _: None,
+        first: int = 0,
     ) -> np.ndarray:
-        """Codes (B, N, D) of one image per prompt; image i depends on prompt i, i and the seed alone.
+        """Codes (B, N, D) of one image per prompt; image i depends on prompt i, first + i and the seed alone.
 
         Raises ConfigError for a template of another task, and for a prompt that the model has no positions for.
         """
@@ -66,9 +74,10 @@ class Engine:
         away = self._until_image(form, sampling.negative_prompt)
         config = self.model.config
         generated = [np.zeros((0, config.positions, config.depth), np.int64)]
-        for numbers in self._batches(range(len(prompts))):
+        tokens = [2 * (max(len(prompt_ids), len(away)) + config.positions) for prompt_ids in ids]
+        for numbers in self._batches(range(len(prompts)), tokens):
             chosen = [ids[n] for n in numbers]
-            codes = generate_images(self.model, chosen, away, sampling, image_numbers=list(numbers))
+            codes = generate_images(self.model, chosen, away, sampling, image_numbers=[first + n for n in numbers])
             generated.append(codes.cpu().numpy())
             progress(numbers[-1] + 1)
         return np.concatenate(generated)
@@ -103,9 +112,13 @@ class Engine:
     def answer_documents(self, prompts: Sequence[Document], max_new_tokens: int) -> list[str]:
         """The likeliest continuation of each document up to the end of the turn."""
         answers, stop = [""] * len(prompts), self.tokenizer.id_of(TURN_END)
-        # prompts of one length side by side: padding costs time, not correctness
-        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-        for numbers in self._batches(order):
+        # questions about one image side by side, which is read once; but long ones apart: they pad all others
+        images: dict[bytes, int] = {}
+        places = [images.setdefault(prompt.codes_ND.tobytes(), len(images)) for prompt in prompts]
+        tokens = [len(prompt) + max_new_tokens for prompt in prompts]
+        long = [(count - self.model.config.positions).bit_length() for count in tokens]
+        order = sorted(range(len(prompts)), key=lambda n: (long[n], places[n], tokens[n]))
+        for numbers in self._batches(order, tokens):
             answered = answer_texts(self.model, [prompts[n] for n in numbers], max_new_tokens, stop)
             for n, ids in zip(numbers, answered, strict=True):
                 answers[n] = self.tokenizer.decode(ids).strip()
@@ -140,8 +153,33 @@ class Engine:
         if tokens > room:
             raise Unusable(f"{tokens} tokens with its image; the model reads at most {room} (max_position_embeddings)")
 
-    def _batches(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        return (numbers[start : start + self.batch] for start in range(0, len(numbers), self.batch))
+    def _batches(self, numbers: Sequence[int], tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Parts of `numbers` that fit the device; number n takes `tokens[n]`, or as many as the longest beside it."""
+        most = self.batch or MOST_ROWS.get(self.model.device.type, MOST_ROWS["cpu"])
+        most_tokens, start, longest = most_tokens_at_once(self.model), 0, 0
+        for end, number in enumerate(numbers):
+            longest = max(longest, tokens[number])
+            if end > start and (end - start == most or (end - start + 1) * longest > most_tokens):
+                yield numbers[start:end]
+                start, longest = end, tokens[number]
+        if len(numbers):
+            yield numbers[start:]
+
+
+def most_tokens_at_once(model: UniForkModel) -> int:
+    """How many tokens the device has memory for: their keys and values, and what an MLP holds while they are read."""
+    if model.device.type != "cuda":
+        return MOST_TOKENS
+    cache, weight = model.new_cache(1, 1), model.embed_tokens.weight
+    bytes_each = 4 * model.config.backbone_config().intermediate_size * weight.element_size()
+    bytes_each += sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    return int(MEMORY_SHARE * free_bytes(model.device) / bytes_each)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device that nobody uses, with what torch holds back for later."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _template(name: str, task: Task) -> Template:

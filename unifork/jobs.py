@@ -147,7 +147,9 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
         **cluster.runtime_env.get("env_vars", {}),
     }
     packages = [import_module(name).__path__[0] for name in sorted({"unifork", module.partition(".")[0]})]
+    step = cluster.jobs.get(module.rpartition(".")[2])
     job: str = client.submit_job(
+        entrypoint_num_gpus=step.gpus if step and not step.workers else None,  # the program itself computes
         entrypoint=shlex.join([cluster.python or sys.executable, "-m", module, *argv]),
         submission_id=f"{module.rpartition('.')[2]}-{uuid.uuid4().hex[:8]}",
         runtime_env={

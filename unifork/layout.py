@@ -13,7 +13,7 @@ MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER = "image_tokenizer", "text_tokenizer
 
 STAGE_OF_FOLDER = {
     "raw": "download", "measured": "filter", "signatures": "filter", "filtered": "filter", "codes": "encode",
-    "prepared": "prepare",
+    "prepared": "prepare", "evals": "items",
 }  # fmt: skip
 """Folder below `data`: the stage of `dvc.yaml` that writes it, one entry for each data set (or prepared documents)."""
 
@@ -83,8 +83,14 @@ class Layout:
     """Checkpoints and history of a run, `<variant>-<stage>`."""
     ray_train = Place("runs/.ray")
     """What Ray Train keeps for itself."""
+    evals = Place("evals")
+    """One card for each benchmark."""
+    items = Places("data/evals")
+    """Of a benchmark: its questions, truths and images."""
+    answers = Places("answers")
+    """Of `<variant>/<benchmark>`: what the model answered or drew."""
     scores = Places("scores")
-    """Outputs and scores of an evaluation, `<variant>-<benchmark>`."""
+    """Of a variant: a folder of scores and verdicts for each benchmark."""
     analysis = Places("scores/analyses")
     """What was found inside the model of a run, `<variant>-<stage>`."""
     reports = Place("reports")

@@ -2,46 +2,30 @@
 
 In: an experiment with its cards. Out: plain numbers. Models are built on the meta device, so a count
 is of the model that would be trained. What cannot be counted before there is data is an assumption
-(`Assumptions`); GPU hours exist only for a chip of `PEAK_TFLOPS` at an utilization that is given.
-
-FLOPs are counted by torch while the model's own code runs on one average document of each mixture
-entry, forward and backward, with the parameters of the track trained and all others frozen: every
-matrix product at two FLOPs per multiplication, the vocabulary at supervised text tokens alone, the
-image head with all its depths at supervised positions. Of attention the causal half of the square
-counts. Embeddings, norms and whatever is element by element are not counted; padding and recomputed
-activations are not either, they lower the utilization.
+(`Assumptions`); `training/flops.py` says how FLOPs are counted. GPU hours exist only for a chip of
+`PEAK_TFLOPS` at an utilization that is given.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from pydantic import PositiveInt
-from torch.utils.flop_counter import FlopCounterMode
 
-from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document, pack
 from unifork.config import Card, Experiment, ImageTokenizerConfig, MixtureEntry, Track, Variant
 from unifork.config.base import Fraction01, StrictModel
 from unifork.documents.prompts import SYSTEM, template_named
 from unifork.errors import ConfigError, unknown
 from unifork.models.configuration import UniForkConfig
-from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
 from unifork.models.parameters import paper_counts, parts, with_head
 from unifork.models.warm_start import model_config
+from unifork.training.flops import BORDER_TOKENS, PEAK_TFLOPS, Length, document_flops
 from unifork.training.optimizer import trainable_names
 from unifork.vocabulary import CODE_DTYPE, TASKS, VIEW_OF_TASK, Task
 
-PEAK_TFLOPS: dict[str, float] = yaml.safe_load(Path(__file__).with_name("chips.yaml").read_text())
-"""Dense bfloat16 peak of a chip in TFLOP/s."""
-
-BORDER_TOKENS = 2
-"""Begin and end of an image."""
 CHARACTERS_PER_TOKEN = 4
 """Of what a template writes around its fields."""
 FLOAT32_BYTES, ADAM_BYTES = 4, 8
@@ -59,16 +43,6 @@ class Assumptions(StrictModel):
     """Tokens of a dialogue, without the frame of its template."""
     answer_share: Fraction01 = 0.5
     """Share of a dialogue's tokens that is supervised."""
-
-
-@dataclass(frozen=True)
-class Length:
-    """Tokens of an average document of a mixture entry."""
-
-    text: int
-    image: int
-    supervised_text: int
-    supervised_positions: int
 
 
 @dataclass(frozen=True)
@@ -139,38 +113,6 @@ def average_length(
     if entry.task == "generation":
         return Length(text, image, 0, track.supervised_positions or positions)
     return Length(text, image, min(round(fields * (assumed.answer_share if template.turn else 1)), text), 0)
-
-
-def document_flops(model: UniForkModel, task: Task, length: Length, trained: set[str]) -> float:
-    """FLOPs of one document of a task, forward and backward. The model is on the meta device, and stays so trained."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-    model.set_attn_implementation(VARLEN)  # each document, in isolated layers each modality, by itself
-    document = _document(task, length, model.config.depth)
-    batch = pack([[document]], len(document), model.config.depth).to("meta")
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _causal_flops}) as counter:
-        hidden_XH = model.hidden(batch).flatten(0, 1)
-        # logits whole, which cost nothing here: the losses make them in chunks, again in the backward pass
-        text_SV = model.text_logits(hidden_XH[batch.text_source_S])
-        image_MDK = model.image_head(hidden_XH[batch.image_source_M], batch.image_target_MD, model.codebook)
-        if trained:
-            (text_SV.sum() + image_MDK.sum()).backward()
-    return float(counter.get_total_flops())
-
-
-def _causal_flops(left: Sequence[int], right: Sequence[int], **_: Any) -> int:
-    """The batched products are attention's, a square of which only the causal half is needed."""
-    batch, rows, inner = left
-    return batch * rows * inner * right[-1]
-
-
-def _document(task: Task, length: Length, depth: int) -> Document:
-    positions = length.image - BORDER_TOKENS
-    image, text = [BEGIN_IMAGE, *[IMAGE] * positions, END_IMAGE], [TEXT] * length.text
-    kinds_T = np.array(text + image if task == "generation" else image + text)
-    loss_mask_T = np.arange(len(kinds_T)) >= len(kinds_T) - length.supervised_text
-    codes_ND = np.zeros((positions, depth), np.int64)
-    return Document("", task, kinds_T, np.zeros_like(kinds_T), loss_mask_T, codes_ND, length.supervised_positions)
 
 
 def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:

@@ -1,4 +1,4 @@
-"""What keeps two programs from writing one folder: dying with the parent, and a lock beside the folder.
+"""What keeps two programs from writing one folder: dying with the parent, and a lock beside the folder. And `meet`.
 
 In: the folder a program is about to write. Out: nothing; either the program may write, or it is told who does.
 
@@ -105,3 +105,19 @@ def _holder(path: Path) -> str:
         return path.read_text().strip() or "another process"
     except OSError:
         return "another process"
+
+
+def meet(rank: int, workers: int, backend: str, folder: str) -> None:
+    """Add numbers up over processes, each of which calls this; here, where starting one imports nothing but torch.
+
+    backend: `gloo`, or `nccl` with a GPU for each. folder: an empty one. Raises RuntimeError for a wrong sum.
+    """
+    import torch  # noqa: PLC0415
+
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    value = torch.full((1024,), rank + 1.0, device=device)
+    torch.distributed.all_reduce(value)
+    torch.distributed.destroy_process_group()
+    if not bool((value == workers * (workers + 1) / 2).all()):
+        raise RuntimeError(f"the sum of 1 to {workers} came out as {float(value[0])}")

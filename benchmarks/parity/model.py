@@ -117,7 +117,9 @@ def _head(original: Original) -> Iterator[Comparison]:
     filters = r"(sampling\.filtered_probs_(?:temp([\d.]+)_)?topk(\d+)_topp([\d.]+))"
     for name, temperature, top_k, top_p in given.matching(filters):
         sampling = Sampling(temperature=float(temperature or 1), top_k=int(top_k), top_p=float(top_p))
-        yield from given.compare({name: probabilities(given["sampling.logits"], sampling)}, NUMBERS)
+        logits_BK = given["sampling.logits"]
+        codes_BW, likely_BW, _ = probabilities(logits_BK, sampling, logits_BK.shape[1])
+        yield from given.compare({name: torch.zeros_like(logits_BK).scatter(1, codes_BW, likely_BW)}, NUMBERS)
 
 
 def _likeliest(scale: float, logits_RK: Tensor, _depth: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Analyses of small models: what is read, what batches and padding change (nothing), and the command."""
 
 import json
-from dataclasses import replace
 from math import isfinite
 
 import numpy as np
@@ -86,12 +85,12 @@ def test_batch_size_and_padding_change_nothing(model, codes):
     alone = states(model, found, 1)
     torch.testing.assert_close(states(model, found, 5), alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states(model, found, len(found)), alone, rtol=1e-5, atol=1e-5)
-    curves = [alignment._curves(replace(model.engine, batch=size), PROMPTS, codes, CHOICES) for size in (1, 7, 64)]
+    curves = [alignment._curves(model.engine, PROMPTS, codes, Analysis(k=4, batch=size)) for size in (1, 7, 64)]
     assert curves[0] == curves[1] == curves[2]
 
 
 def test_a_model_whose_image_states_are_text_states_scores_1_at_every_layer(model, codes, monkeypatch):
-    network, engine = model.engine.model, replace(model.engine, batch=len(PROMPTS))
+    network = model.engine.model
     text_BC, batches = states(model, documents(model, codes), len(PROMPTS))[-1, :, 1], []
     hidden = UniForkModel.hidden
 
@@ -109,7 +108,7 @@ def test_a_model_whose_image_states_are_text_states_scores_1_at_every_layer(mode
         layer.register_forward_pre_hook(lambda _, given: (replaced(given[0]), *given[1:])) for layer in network.layers
     ]
     try:
-        curves, _ = alignment._curves(engine, PROMPTS, codes, Analysis(k=4, text="generation"))
+        curves, _ = alignment._curves(model.engine, PROMPTS, codes, Analysis(k=4, text="generation"))
     finally:
         for hook in hooks:
             hook.remove()
@@ -140,16 +139,16 @@ def test_gradient_conflict_is_of_shared_matrices_and_needs_two_kinds(tiny_root, 
     model = Model.load("models/unifork-init", "cpu")
     of = RunDocuments("unifork-s3", model, Analysis(pairs=8, documents=60))
     every = list(of.documents())
-    found = conflicts(model.engine, every, of.choices)
+    found = conflicts(model.engine.model, every, of.choices)
     assert found["documents"] == {"understanding": 8, "generation": 8}
     assert {name.split(".")[1] for name in found["matrices"]} == {"0"}  # the fork is behind it
     assert len(found["matrices"]) == 7
     assert all(row["conflict"] == row["baseline"] - row["similarity"] for row in found["matrices"].values())
-    small = conflicts(replace(model.engine, batch=1000), every, of.choices)
+    small = conflicts(model.engine.model, every, Analysis(pairs=8, batch=1000))
     for name, row in small["matrices"].items():
         assert row == pytest.approx(found["matrices"][name], abs=1e-5)  # of eight documents both are one batch
     with pytest.raises(DataError, match=r"between images: documents of two kinds are needed, found \['with image'\]"):
-        conflicts(model.engine, every, Analysis(between="images"))
+        conflicts(model.engine.model, every, Analysis(between="images"))
 
 
 def run(capsys, *words):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unifork.config import Cluster, load, load_cluster
+from unifork.config import Cluster, load, load_cluster, parse
 from unifork.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,13 @@ def test_the_local_one_starts_on_two_cores() -> None:
     for resources in [*cluster.jobs.values(), cluster.train, *cluster.train_stages.values()]:
         assert resources.workers * resources.cpus <= 2
         assert resources.gpus == 0
+
+
+@pytest.mark.parametrize(("before", "now"), [("ddp", "none"), ("fsdp2", "all"), ("deepspeed-3", "deepspeed-3")])
+def test_what_was_a_strategy_names_what_it_is_now(before: str, now: str) -> None:
+    with pytest.raises(ConfigError, match=f"train: `strategy: {before}` is `shard: {now}` now$"):
+        parse(Cluster, {"name": "x", "train": {"strategy": before}}, "file")
+    assert parse(Cluster, {"name": "x", "train": {"shard": now}}, "file").train.shard == now
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Every program of the pipeline runs as a submitted job, whose working directory is not the experiment's root."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,18 +17,25 @@ pytestmark = pytest.mark.slow
 CHANGES = {
     "datasets": {"shapes": {"rows": 64, "shard_rows": 32}},
     "image_tokenizer": {"training": {"steps": 12, "quantize_from_step": 6, "held_out_images": 8}},
-    "benchmarks": {"shapes-generation": {"samples": 1}, "shapes-understanding": {"samples": 2}},
+    "benchmarks": {
+        name: {"options": {"samples": count}} for name, count in (("shapes-generation", 1), ("shapes-understanding", 2))
+    },
 }
 
 
 def stages(root: Path) -> list[str]:
     """Every stage of `dvc.yaml`, in its order, as commands of an experiment with one data set, variant and stage."""
     params = yaml.safe_load((root / "params.yaml").read_text())
-    loops = {f"${{{name}}}": name for name in ("datasets", "prepared", "variants", "runs", "evaluations", "analyzed")}
+    names = ("datasets", "prepared", "variants", "runs", "benchmarks", "evaluations", "scored", "analyzed")
+    loops = {f"${{{name}}}": name for name in names}
     commands = []
     for stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].values():
-        keys = params[loops[stage["foreach"]]] if "foreach" in stage else [""]
-        commands += [stage.get("do", stage)["cmd"].replace("${key}", key) for key in keys]
+        entries = params[loops[stage["foreach"]]] if "foreach" in stage else {"": {}}
+        for key, item in entries.items():
+            command = stage.get("do", stage)["cmd"].replace("${key}", key)
+            for field in re.findall(r"\$\{item\.(\w+)\}", command):
+                command = command.replace(f"${{item.{field}}}", item[field])
+            commands.append(command)
     return commands
 
 
@@ -38,7 +46,7 @@ def test_every_stage_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None
     write_experiment(root, CHANGES)
     (root / "clusters" / "far.yaml").write_text(
         f"name: far\naddress: {head.address}\n"
-        "jobs: {encode: {workers: 1, cpus: 0.5}, prepare: {workers: 1, cpus: 0.5}}\n"
+        "jobs: {encode: {workers: 1, cpus: 0.5}, prepare: {workers: 1, cpus: 0.5}, answer: {workers: 1, cpus: 0.5}}\n"
         "train: {row_tokens: 2048}\ntrain_stages: {s1-captions: {workers: 1, cpus: 0.5, row_tokens: 2048}}\n"
     )
     for package in ("unifork", "pipelines"):
@@ -52,4 +60,4 @@ def test_every_stage_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert len(commands) >= 10
     assert (root / "reports/tiny/index.html").stat().st_size > 100_000
-    assert json.loads((root / "scores/unifork-shapes-generation/metrics.json").read_text())
+    assert json.loads((root / "scores/unifork/shapes-generation/metrics.json").read_text())

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -18,7 +20,6 @@ from model_samples import (
     understanding,
     warm_model,
 )
-from transformers import DynamicCache
 
 from unifork.batch import TEXT, pack
 from unifork.models import masks
@@ -142,7 +143,7 @@ def test_transformers_leaks_between_packed_documents_and_ours_does_not(family):
         found["mask of ones"].append(dense(**packed, attention_mask=ones, use_cache=False).logits)
         found["neither"].append(dense(**packed, use_cache=False).logits)
         found["ours"].append(model.text_logits(model.hidden(batch)))
-        found["ours with a cache"].append(model.text_logits(model.hidden(batch, DynamicCache())))
+        found["ours with a cache"].append(model.text_logits(model.hidden(batch, model.new_cache(1, 22))))
     isolated = {name for name, (logits, other) in found.items() if torch.equal(logits[:, 12:], other[:, 12:])}
     assert isolated == {"neither", "ours", "ours with a cache"}
 
@@ -191,23 +192,57 @@ def test_sequences_are_the_documents_and_their_branches_in_order(batch, isolated
 
 
 def random_heads(sequence, dtype=torch.float32, device="cpu"):
+    """Queries of four heads, keys and values of two."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(sum(sequence.lengths), 4, 8, generator=generator).to(device, dtype) for _ in range(3)]
+    X = sum(sequence.lengths)
+    return [torch.randn(X, heads, 8, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
+
+
+def plain(query, key, value, cu_seqlens, scale):
+    """Attention by a mask; heads of keys are repeated."""
+    number_X = torch.bucketize(torch.arange(len(query)), cu_seqlens[1:], right=True)
+    seen = (number_X[:, None] == number_X).tril()
+    heads = [part.repeat_interleave(len(query[0]) // len(part[0]), 1).transpose(0, 1) for part in (query, key, value)]
+    return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale).transpose(0, 1)
+
+
+def torch_with_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    return plain(query, key, value, cu_seq_q, scale)
+
+
+def torch_without(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    assert query.shape == key.shape == value.shape
+    return torch_with_groups(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=True
+    )
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None,
+):  # fmt: skip
+    """With the names of flash-attn 2.8; grouped heads are its default."""
+    assert causal
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert cu_seqlens_q.dtype == torch.int32
+    assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+    return plain(q, k, v, cu_seqlens_q, softmax_scale)
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_the_kernel_is_given_what_one_call_per_sequence_reads(isolated, monkeypatch):
-    """A stand-in with the kernel's arguments: where sequences start, the longest, a causal window."""
-
-    def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-        assert window_size == (-1, 0)
-        assert max_q == max_k == int(cu_seq_q.diff().max())
-        number_X = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:], right=True)
-        seen = (number_X[:, None] == number_X).tril()
-        heads = (part.transpose(0, 1) for part in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale).transpose(0, 1)
-
-    monkeypatch.setattr(masks, "varlen_attn", stand_in)
+@pytest.mark.parametrize("kernel", [torch_with_groups, torch_without, flash_attn_varlen_func])
+def test_a_kernel_is_given_what_one_call_per_sequence_reads(isolated, kernel, monkeypatch):
+    """Stand-ins with the kernels' arguments: where sequences start, the longest, what is causal, shared heads."""
+    if kernel is flash_attn_varlen_func:
+        monkeypatch.setattr(masks, "KERNEL", "flash-attn")
+        monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=kernel))
+    else:
+        monkeypatch.setattr(masks, "varlen_attn", kernel)
+        monkeypatch.setattr(masks, "_TORCH_SHARES_HEADS", kernel is torch_with_groups)
     batch = awkward_batch()
     kinds_BT = modalities(batch.kinds_BT) if isolated else None
     found = sequences(batch.documents_BT, kinds_BT, batch.document_counts)

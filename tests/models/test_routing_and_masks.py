@@ -36,7 +36,7 @@ def test_grouped_tokens_are_sliced_and_equal_gathered_ones():
     assert batch_routes(mixed_batch(), NEEDED)["task"].order_X is not None
 
 
-def test_every_branch_is_called_even_without_tokens():
+def test_every_branch_is_called_even_without_tokens_when_there_are_gradients():
     calls = []
     routed(
         {"a": 0, "b": 1},
@@ -45,6 +45,13 @@ def test_every_branch_is_called_even_without_tokens():
         torch.ones(3, 1),
     )
     assert calls == [(0, 3), (1, 0)]
+
+
+def test_where_nothing_is_reduced_a_branch_without_tokens_is_left_out():
+    calls = []
+    for route in (Route((3, 0), every=False), step_routes(3, task=1, modality=1)["task"]):
+        routed({"a": 0, "b": 1}, route, lambda branch, part: calls.append((branch, len(part))) or part, torch.ones(3))
+    assert calls == [(0, 3), (1, 3)]
     assert step_routes(5, task=1, modality=1)["task"].counts == (0, 5)
 
 

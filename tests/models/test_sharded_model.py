@@ -30,9 +30,8 @@ def sharded(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
     for plan, checkpointing in CASES:
         model = noisy_model(plan).train()
         model.set_activation_checkpointing(checkpointing)
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        for module in (*model.layers, *model.image_head.blocks, model):
+            fully_shard(module)
         backward(model, rows(DOCUMENTS[rank]), world_size)
         found.append({name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()})
     return found

@@ -18,8 +18,9 @@ from unifork.shards.manifest import read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")]  # inside DVC
 STAGES = ("download@shapes", "filter@shapes", "text_tokenizer")
-MADE, EVALUATION = ("image_tokenizer", "init@unifork"), "evaluate@unifork-shapes-understanding"
-SCORES = "scores/unifork-shapes-understanding"
+BENCHMARK = "shapes-understanding"
+MADE, EVALUATION = ("image_tokenizer", "init@unifork"), f"answer@unifork-{BENCHMARK}"
+ANSWERS = f"answers/unifork/{BENCHMARK}"
 FILES = ("lists/urls.tsv", "lists/fetched.tsv")
 ROWS, SHARD_ROWS = 24, 8
 
@@ -65,7 +66,7 @@ def origin(tmp_path_factory, dvc, s3_server) -> Path:
         copy(REPOSITORY / name, root / name)
     changes = {
         "datasets": {"shapes": {"rows": ROWS, "shard_rows": SHARD_ROWS}},
-        "benchmarks": {"shapes-understanding": {"samples": 2}},
+        "benchmarks": {BENCHMARK: {"options": {"samples": 2}}},
     }
     experiment = write_experiment(root, changes)
     model = "models/unifork-init"
@@ -117,15 +118,17 @@ def test_another_clone_evaluates_the_model_it_pulled(origin, dvc, tmp_path, capf
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(origin), str(clone))
     dvc(clone, "pull", "-q", *STAGES, *MADE)
-    assert not (clone / SCORES).exists()
+    assert not (clone / ANSWERS).exists()
     capfd.readouterr()
     dvc(clone, "repro", EVALUATION)
     output = capfd.readouterr().out  # of programs; what DVC logs goes elsewhere
-    assert set(re.findall(r"^([\w-]+): \w+ \w+ [\d.]+ \+-", output, re.MULTILINE)) == {SCORES.removeprefix("scores/")}
-    assert not re.search("shards|->", output)
-    scores = bytes_of(clone / SCORES)
-    assert set(scores) == {"metrics.json", "outputs/samples.jsonl"}
-    assert scores == bytes_of(origin / SCORES)
+    assert {line.partition(":")[0] for line in output.splitlines() if ": " in line} == {
+        f"data/evals/{BENCHMARK}",
+        ANSWERS,
+    }
+    answers = bytes_of(clone / ANSWERS)
+    assert set(answers) == {"manifest.json", "part-00000.parquet"}
+    assert answers == bytes_of(origin / ANSWERS)
     dvc(clone, "status", *STAGES, *MADE, EVALUATION)
     assert "up to date" in capfd.readouterr().out
     assert subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, check=True).stdout == b""

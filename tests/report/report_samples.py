@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import image_text_schema
 from unifork.shards.task import ShardTask
 
+REPOSITORY = Path(__file__).parents[2]
 NASTY = "<script>alert('a')</script> & <b>"
 DEPTH = 2
 
@@ -97,10 +99,7 @@ def experiment(variants=("fork",)) -> Experiment:
                 "s1": stage("joint", prompts=["a red circle", NASTY]),
                 "s3": stage("generation", "understanding", prompts=["a red circle"]),
             },
-            "benchmarks": {
-                f"shapes-{kind}": {"kind": f"unifork.shapes.{kind}:BENCHMARK", "samples": 2}
-                for kind in ("generation", "understanding")
-            },
+            "benchmarks": {f"shapes-{kind}": {"options": {"samples": 2}} for kind in ("generation", "understanding")},
             "runs": {
                 f"{name}-{stage_id}": {"variant": name, "stage": stage_id, "after": "models/x", "codes": "data/codes"}
                 | {"prepared": "data/prepared"}
@@ -120,6 +119,7 @@ def experiment(variants=("fork",)) -> Experiment:
 def layout(root: Path) -> Layout:
     (root / "datasets").mkdir(parents=True, exist_ok=True)
     (root / "datasets" / "world.yaml").write_text(yaml.safe_dump(CARD))
+    shutil.copytree(REPOSITORY / "evals", root / "evals", dirs_exist_ok=True)
     return Layout(root)
 
 
@@ -218,18 +218,31 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
     write_json(where.run(key) / "finished.json", {"seconds": 90.0, "code": "x", "fingerprint": "y"})
 
 
-def write_scores(where: Layout, key: str, names: tuple[str, ...], samples: list[dict], codes: bool) -> None:
-    row = {"standard_error": 0.0625, "chance": 0.125, "samples": 2, "seed": 5}
+def write_scores(where: Layout, variant: str, benchmark: str, names: tuple[str, ...], lines: list[dict]) -> None:
+    """Scores and verdicts of a benchmark, and the table of what was drawn or asked about."""
+    row = {"standard_error": 0.0625, "chance": 0.125, "items": 2, "clusters": 2, "seed": 5, "interval": None}
+    row |= {"rule": "official", "unread": 0.0, "missing": 0, "items_hash": "a", "model": "b", "decoding": "c"}
     table = {
         "held_out": {name: {**row, "value": 0.25} for name in names},
         "seen": {name: {**row, "value": 0.75} for name in names},
     }
-    write_json(where.scores(key) / "metrics.json", table)
-    outputs = where.scores(key) / "outputs"
-    outputs.mkdir()
-    (outputs / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    if codes:
-        np.savez(outputs / "codes.npz", codes=np.ones((len(samples), 4, DEPTH), dtype=np.int64))
+    folder = where.scores(variant) / benchmark
+    write_json(folder / "metrics.json", table)
+    (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = not lines[0]["image"]
+    place, column = (where.answers(variant) / benchmark, "image") if drawn else (where.items(benchmark), "bytes")
+    rows = {"id": [line["id"] for line in lines], column: [png(Image.new("RGB", (48, 48), "red"))] * len(lines)}
+    task = ShardTask().placed(None, place / "part-00000.parquet", None, "made")
+    shard = write_shard(task, pa.table(rows), {}).shard
+    write_manifest(place, Manifest(kind="any", dataset=benchmark, columns={}, shards=(shard,)))
+
+
+def line_of(number: int, question: str, kind: str, split: str, image: str, **verdict: object) -> dict:
+    """A line of `verdicts.jsonl`."""
+    item = {"id": str(number), "question": question, "truth": verdict.pop("truth", None), "image": image}
+    official = {"reading": None, "faults": [], **verdict}
+    answer = official.pop("answer", None)
+    return {**item, "split": split, "about": {"kind": kind}, "answer": answer, "verdicts": {"official": official}}
 
 
 def write_all(root: Path, plan: Experiment, variant: str = "fork") -> Layout:
@@ -241,16 +254,16 @@ def write_all(root: Path, plan: Experiment, variant: str = "fork") -> Layout:
         if run.variant == variant:
             write_stage(where, key, plan)
     drawn = [
-        {"prompt": "a cross", "kind": "single_object", "split": "seen", "objects": [], "correct": True, "faults": []},
-        {"prompt": NASTY, "kind": "colors", "split": "held_out", "objects": [], "correct": False, "faults": ["no <i>"]},
+        line_of(0, "a cross", "single_object", "seen", "", right=1.0),
+        line_of(1, NASTY, "colors", "held_out", "", right=0.0, faults=["no <i>"]),
     ]
-    write_scores(where, f"{variant}-shapes-generation", ("overall", "single_object", "colors"), drawn, codes=True)
-    item = {"image": "seen-00000000", "kind": "yes_no", "split": "seen", "question": "Is there a cross?"}
+    write_scores(where, variant, "shapes-generation", ("overall", "single_object", "colors"), drawn)
+    about = ("Is there a cross?", "yes_no", "seen", "0/seen/0")
     answered = [
-        {**item, "expected": "yes", "answer": "yes", "correct": True},
-        {**item, "expected": "no", "answer": NASTY, "correct": False},
+        line_of(0, *about, right=1.0, truth="yes", answer="yes"),
+        line_of(1, *about, right=0.0, truth="no", answer=NASTY),
     ]
-    write_scores(where, f"{variant}-shapes-understanding", ("yes_no_accuracy",), answered, codes=False)
+    write_scores(where, variant, "shapes-understanding", ("yes_no_accuracy",), answered)
     return where
 
 

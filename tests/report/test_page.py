@@ -1,7 +1,6 @@
 """The whole page: what it says, that it needs nothing else, that it is there at any time, and what it refuses."""
 
 import base64
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -122,7 +121,7 @@ def test_it_shows_samples_with_verdicts(whole):
     text = words(whole[0])
     assert "a cross ✓ correct" in text
     assert f"{NASTY} ✗ no <i>" in text
-    assert "the image seen-00000000" in [image["alt"] for image in Page(whole[0]).images]
+    assert "the image 0/seen/0" in [image["alt"] for image in Page(whole[0]).images]
 
 
 def test_it_needs_no_network_and_no_other_file(whole):
@@ -199,9 +198,10 @@ def test_any_stage_may_be_missing(whole, tmp_path, missing):
         "models/fork-s1/training/history.csv",
         "models/fork-s1/training/samples.npz",
         "runs/fork-s1/finished.json",
-        "scores/fork-shapes-generation/metrics.json",
-        "scores/fork-shapes-generation/outputs/samples.jsonl",
-        "scores/fork-shapes-generation/outputs/codes.npz",
+        "scores/fork/shapes-generation/metrics.json",
+        "scores/fork/shapes-generation/verdicts.jsonl",
+        "answers/fork/shapes-generation/part-00000.parquet",
+        "data/evals/shapes-understanding/manifest.json",
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, file):
@@ -221,9 +221,9 @@ def test_damaged_files_are_refused_by_name(tmp_path, file):
         ("models/fork-s1/training/summary.json", "documents"),
         ("models/fork-s1/training/summary.json", "trained"),
         ("runs/fork-s1/finished.json", "seconds"),
-        ("scores/fork-shapes-generation/metrics.json", "chance"),
-        ("scores/fork-shapes-generation/outputs/samples.jsonl", "faults"),
-        ("scores/fork-shapes-understanding/outputs/samples.jsonl", "expected"),
+        ("scores/fork/shapes-generation/metrics.json", "chance"),
+        ("scores/fork/shapes-generation/verdicts.jsonl", "faults"),
+        ("scores/fork/shapes-understanding/verdicts.jsonl", "truth"),
     ],
 )
 def test_files_that_lack_a_value_are_refused_by_name(tmp_path, file, key):
@@ -236,21 +236,21 @@ def test_files_that_lack_a_value_are_refused_by_name(tmp_path, file, key):
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_a_benchmark_that_a_report_does_not_know_has_no_samples(tmp_path):
+def test_a_benchmark_without_verdicts_has_no_samples(tmp_path):
     plan = experiment()
     where = write_all(tmp_path, plan)
-    (where.scores("fork-shapes-generation") / "outputs/samples.jsonl").write_text(json.dumps({"frames": 3}) + "\n")
+    (where.scores("fork") / "shapes-generation" / "verdicts.jsonl").unlink()
     text = words(build(plan, where, FakeCodec))
     assert "What it answered" in text
     assert "What it drew" not in text
 
 
-def test_fewer_images_than_prompts_are_refused(tmp_path):
+def test_a_verdict_without_its_image_is_refused(tmp_path):
     plan = experiment()
     where = write_all(tmp_path, plan)
-    samples = where.scores("fork-shapes-generation") / "outputs/samples.jsonl"
-    samples.write_text(samples.read_text().splitlines(keepends=True)[0])
-    with pytest.raises(UniForkError, match="allowed are integers of shape"):
+    verdicts = where.scores("fork") / "shapes-generation" / "verdicts.jsonl"
+    verdicts.write_text(verdicts.read_text().replace('"id": "1"', '"id": "7"'))
+    with pytest.raises(UniForkError, match="shapes-generation: no image of 7"):
         build(plan, where, FakeCodec)
 
 

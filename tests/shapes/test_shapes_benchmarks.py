@@ -1,23 +1,49 @@
 """A perfect model scores one, a random one chance, a constant one what its constancy earns."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import shapes_oracle
 from PIL import Image
 
-from unifork.config import Benchmark
-from unifork.errors import ConfigError, DataError
-from unifork.evaluation.benchmarks import BENCHMARKS, Model, evaluate
+from unifork.config import load_eval
+from unifork.errors import ConfigError
+from unifork.evaluation.archive import Archive
+from unifork.evaluation.scoring import Origin, by_split, score_answers
+from unifork.evaluation.suites import Answer, suite_of
 from unifork.image_tokenizer.views import crop_view, pad_view
-from unifork.shapes import generation, understanding
+from unifork.images import open_image, png
+from unifork.shapes import understanding
 from unifork.shapes.world import ASKED_SPLITS, KINDS, SINGLE_KINDS, Draws, crop_objects, draw, scene
 
-GENERATION = Benchmark(kind="unifork.shapes.generation:BENCHMARK", samples=40)
-UNDERSTANDING = Benchmark(kind="unifork.shapes.understanding:BENCHMARK", samples=40)
-PERFECT = Model(shapes_oracle.generate_images, shapes_oracle.answer)
+NAMES = ("shapes-generation", "shapes-understanding")
+SAMPLES = 40
+
+
+def items_of(name, seed=0):
+    card = load_eval(name)
+    suite, _ = suite_of(card)
+    return suite.read(None, suite.options(samples=SAMPLES), seed)
+
+
+def image_of(item):
+    return open_image(understanding.image(Archive, item.image))
+
+
+def scores(name, items, outputs):
+    """Scores and verdicts of texts or images."""
+    answers = {}
+    for item, output in zip(items, outputs, strict=True):
+        text, image = (output, None) if isinstance(output, str) else ("", png(output))
+        answers[item.id] = Answer(item.id, text, image)
+    return score_answers(load_eval(name), items, answers, Origin("test"))
+
+
+def perfect(name, items):
+    if name == NAMES[0]:
+        return shapes_oracle.generate_images([item.question for item in items])
+    return shapes_oracle.answer([image_of(item) for item in items], [item.question for item in items])
 
 
 def random_images(items):
@@ -29,12 +55,12 @@ def random_images(items):
 def random_answers(items):
     """Right answers to other questions of the same kind and split."""
     others = {
-        (kind, split): understanding._items(kind, split, 80, 99)
+        (kind, split): understanding._questions(kind, split, 80, 99)
         for kind in understanding.KINDS
         for split in ASKED_SPLITS
     }
     return [
-        Draws("random", number).pick(others[item.kind, item.scene.split]).answer for number, item in enumerate(items)
+        Draws("random", number).pick(others[item.about["kind"], item.split]).answer for number, item in enumerate(items)
     ]
 
 
@@ -44,71 +70,77 @@ def by_name(scores, split):
 
 def assert_near_chance(score):
     """Within three standard errors, those that a score at chance would have if it was larger."""
-    error = max((score.chance * (1 - score.chance) / score.samples) ** 0.5, score.standard_error, 0.01)
+    error = max((score.chance * (1 - score.chance) / score.items) ** 0.5, score.standard_error, 0.01)
     assert abs(score.value - score.chance) <= 3 * error, score
 
 
-@pytest.mark.parametrize("config", [GENERATION, UNDERSTANDING], ids=lambda config: config.kind)
-def test_a_perfect_model_scores_one(config):
-    records, scores = evaluate(config, 0, PERFECT, "test")
-    assert {score.value for score in scores if not score.name.endswith("yes_ratio")} == {1.0}
-    assert {score.value for score in scores if score.name.endswith("yes_ratio")} <= {0.5}
-    assert all(record["correct"] for record in records)
-    json.dumps([records, [asdict(score) for score in scores]])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_perfect_model_scores_one(name):
+    items = items_of(name)
+    found, verdicts = scores(name, items, perfect(name, items))
+    assert {score.value for score in found if "yes_ratio" not in score.name} == {1.0}
+    assert {score.value for score in found if "yes_ratio" in score.name} <= {0.5}
+    assert all(verdict["verdicts"]["official"]["right"] == 1.0 for verdict in verdicts)
+    json.dumps([verdicts, by_split(found)])
 
 
 def test_images_generated_without_reading_the_prompt_score_chance():
-    items = generation.prepare(GENERATION, 0)
-    scores = generation.score(items, random_images(items))
+    items = items_of(NAMES[0])
+    found, _ = scores(NAMES[0], items, random_images(items))
     for split in ("seen", "held_out"):
-        names = by_name(scores, split)
+        names = by_name(found, split)
         for kind in KINDS:
             assert_near_chance(names[kind])
         assert names["overall"].value == pytest.approx(np.mean([names[kind].value for kind in KINDS]))
-        assert names["overall"].samples == 6 * names["composed"].samples / 5 == 240
+        assert names["overall"].chance == pytest.approx(np.mean([names[kind].chance for kind in KINDS]))
+        assert names["overall"].items == 6 * names["composed"].items / 5 == 240
         assert names["single_object"].chance > names["color_attr"].chance
 
 
 def test_answers_to_other_questions_score_chance():
-    items = understanding.prepare(UNDERSTANDING, 0)
-    for score in understanding.score(items, random_answers(items)):
+    items = items_of(NAMES[1])
+    for score in scores(NAMES[1], items, random_answers(items))[0]:
         assert_near_chance(score)
 
 
 def test_a_constant_yes_earns_half_and_a_constant_image_no_composition():
-    yes = Model(shapes_oracle.generate_images, lambda images, questions: ["yes"] * len(questions))
-    names = by_name(evaluate(UNDERSTANDING, 0, yes, "test")[1], "seen")
+    items = items_of(NAMES[1])
+    names = by_name(scores(NAMES[1], items, ["yes"] * len(items))[0], "seen")
     assert [names[f"yes_no_{name}"].value for name in ("accuracy", "recall", "yes_ratio")] == [0.5, 1.0, 1.0]
     assert names["color_exact"].value == names["caption_exact"].value == 0.0
-    blank = Model(lambda texts: [Image.new("RGB", (48, 48), "white")] * len(texts), shapes_oracle.answer)
-    assert {score.value for score in evaluate(GENERATION, 0, blank, "test")[1]} == {0.0}
+    items = items_of(NAMES[0])
+    blank = [Image.new("RGB", (48, 48), "white")] * len(items)
+    assert {score.value for score in scores(NAMES[0], items, blank)[0]} == {0.0}
 
 
 def test_an_empty_answer_is_yes_for_pope_and_nothing_for_the_strict_reading():
-    items = understanding.prepare(UNDERSTANDING, 0)
-    names = by_name(understanding.score(items, [""] * len(items)), "seen")
+    items = items_of(NAMES[1])
+    names = by_name(scores(NAMES[1], items, [""] * len(items))[0], "seen")
     assert names["yes_no_accuracy"].value == 0.5
-    assert names["yes_no_strict_accuracy"].value == 0.0
+    assert names["yes_no_accuracy_strict"].value == 0.0
+    assert names["yes_no_accuracy_strict"].unread == 1.0
 
 
 def test_items_are_balanced_new_images_and_about_what_their_split_says():
-    items = understanding.prepare(UNDERSTANDING, 0)
-    assert len(items) == 2 * 5 * 40
+    items = items_of(NAMES[1])
+    assert len(items) == len({item.id for item in items}) == 2 * 5 * 40
     for split in ("seen", "held_out"):
-        answers = [item.answer for item in items if item.kind == "yes_no" and item.scene.split == split]
+        answers = [item.truth for item in items if item.about["kind"] == "yes_no" and item.split == split]
         assert answers.count("yes") == answers.count("no") == 20
-    assert all(shapes_oracle.is_held_out(item.scene) == (item.scene.split == "held_out") for item in items)
-    assert items == understanding.prepare(UNDERSTANDING, 0) != understanding.prepare(UNDERSTANDING, 1)
+    for item in items:
+        seed, split, index = item.image.split("/")
+        assert shapes_oracle.is_held_out(scene(int(seed), int(index), split)) == (split == "held_out")
+    assert items == items_of(NAMES[1]) != items_of(NAMES[1], 1)
 
 
 def test_understanding_from_crops_of_wide_images_fails_and_from_pads_does_not():
     """What swapping the two views costs: outside the crop are objects the questions speak of."""
-    items = [item for item in understanding.prepare(UNDERSTANDING, 0) if item.scene.width != item.scene.height]
+    wide = [(item, image) for item in items_of(NAMES[1]) if (image := image_of(item)).width != image.height]
 
     def right(view):
-        images = [Image.fromarray(view(draw(item.scene), 48, None)) for item in items]
-        answers = shapes_oracle.answer(images, [item.question for item in items])
-        return np.mean([answer == item.answer for answer, item in zip(answers, items, strict=True)])
+        images = [Image.fromarray(view(image, 48, None)) for _, image in wide]
+        answers = shapes_oracle.answer(images, [item.question for item, _ in wide])
+        return np.mean([answer == item.truth for answer, (item, _) in zip(answers, wide, strict=True)])
 
     assert right(pad_view) == 1.0
     assert right(crop_view) < 0.7
@@ -123,34 +155,16 @@ def test_captions_of_crops_are_wrong_on_many_whole_images():
     assert np.mean(shapes) > 0.5
 
 
-def test_outputs_must_be_complete():
-    lazy = Model(lambda texts: [], lambda images, questions: ["yes"])
-    with pytest.raises(DataError, match="x: 0 outputs for 480 items"):
-        evaluate(GENERATION, 0, lazy, "x")
-    with pytest.raises(DataError, match="x: 1 outputs for 400 items"):
-        evaluate(UNDERSTANDING, 0, lazy, "x")
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_find_the_scores_that_are_there(name):
+    show, items = load_eval(name).show, items_of(name)
+    found, _ = scores(name, items, perfect(name, items))
+    assert {score.split for score in found} == set(show.splits)
+    assert {*show.scores, *show.headlines} <= {score.name for score in found}
 
 
-@pytest.mark.parametrize("config", [GENERATION, UNDERSTANDING], ids=lambda config: config.kind)
-def test_pages_are_told_of_scores_that_are_there(config):
-    program = BENCHMARKS.find(config.kind, "test")
-    _, scores = evaluate(config, 0, PERFECT, "test")
-    assert {score.split for score in scores} == set(program.splits)
-    assert {*program.first_scores, *program.headlines} <= {score.name for score in scores}
-
-
-def test_the_image_of_a_record_is_the_one_that_was_asked_about():
-    (records, _), items = evaluate(UNDERSTANDING, 3, PERFECT, "test"), understanding.prepare(UNDERSTANDING, 3)
-    for record, item in list(zip(records, items, strict=True))[::25]:
-        assert understanding.BENCHMARK.image(record["image"], 3) == draw(item.scene)
-    assert understanding.BENCHMARK.image("train-of-thought", 3) is None
-
-
-@pytest.mark.parametrize(
-    "use", [lambda config: BENCHMARKS.find(config.kind, "x"), lambda config: evaluate(config, 0, PERFECT, "x")]
-)
-def test_an_unknown_kind_of_benchmark_is_named_with_what_is_known(use):
-    with pytest.raises(ConfigError, match=r"x: unknown kind of benchmark 'shapes'.*Known: .*MODULE:OBJECT"):
-        use(Benchmark(kind="shapes", samples=1))
-    with pytest.raises(ConfigError, match=r"'unifork\.shapes\.detector:READER' is a Reader, not a Program"):
-        use(Benchmark(kind="unifork.shapes.detector:READER", samples=1))
+def test_a_suite_is_a_suite():
+    card = load_eval(NAMES[0])
+    wrong = card.model_copy(update={"items": card.items.model_copy(update={"suite": "unifork.shapes.detector:READER"})})
+    with pytest.raises(ConfigError, match=r"'unifork\.shapes\.detector:READER' is a Reader, not a Suite"):
+        suite_of(wrong)

@@ -18,8 +18,7 @@ KILLS = 30
 DEATHS = [signal.SIGKILL] * 15 + [signal.SIGTERM] * 5
 CLUSTERS = {
     "here": "name: here\ntrain: {workers: 0, threads: 1, row_tokens: 384}\n",
-    "two": "name: two\ncpus: 2\nobject_store_mb: 80\n"
-    "train: {workers: 2, cpus: 0.5, threads: 1, row_tokens: 384, strategy: ddp}\n",
+    "two": "name: two\ncpus: 2\nobject_store_mb: 80\ntrain: {workers: 2, cpus: 0.5, threads: 1, row_tokens: 384}\n",
     "actors": "name: actors\ncpus: 2\njobs: {download: {workers: 2, cpus: 0.5}}\n",
 }
 CHANGES = {

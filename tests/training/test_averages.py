@@ -96,11 +96,11 @@ def test_killed_twice_the_average_is_the_same(root, averaged, where):
     assert_equal(weights(stage_job), weights(averaged))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed-2"])
-def test_two_workers_average_as_one_and_go_on_bit_equal(tiny_root, tmp_path, averaged, strategy):
+@pytest.mark.parametrize("shard", ["none", "all", "deepspeed-2"])
+def test_two_workers_average_as_one_and_go_on_bit_equal(tiny_root, tmp_path, averaged, shard):
     from tiny import copy_of
 
-    resources = RESOURCES.model_copy(update={"workers": 2, "strategy": strategy})
+    resources = RESOURCES.model_copy(update={"workers": 2, "shard": shard})
     whole, broken = (
         job(copy_of(tiny_root, tmp_path / name), "unifork-s3", resources, ema=EMA) for name in ("whole", "broken")
     )

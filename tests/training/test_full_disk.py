@@ -16,6 +16,7 @@ from unifork.errors import MachineError
 from unifork.training import checkpoint
 from unifork.training.history import History, read
 from unifork.training.launch import launch
+from unifork.training.loggers import TensorBoard
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
@@ -89,7 +90,7 @@ def test_a_full_disk_ends_training_with_one_line_and_room_lets_it_go_on(root, un
 @pytest.mark.slow
 @pytest.mark.soak
 def test_a_full_disk_ends_two_workers_and_is_no_failure_to_ray(root):
-    resources = RESOURCES.model_copy(update={"workers": 2, "cpus": 0.5, "strategy": "ddp", "max_restarts": 3})
+    resources = RESOURCES.model_copy(update={"workers": 2, "cpus": 0.5, "max_restarts": 3})
     stage_job = job(root, checkpoint_every=2, resources=resources)
     error, waited, latest, log, history = outcome(stage_job, int(1.3 * STEP_BYTES), "spawn")
     assert "cannot be written" in error
@@ -105,7 +106,7 @@ def fails(*args, **content):
 
 
 WRITERS = {
-    "events": (History, "_write_event"),
+    "events": (TensorBoard, "_write_event"),
     "checkpoint": (checkpoint, "fsync_tree"),
     "state": (checkpoint, "write_json"),
 }

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_testing import run_distributed
 
 from unifork.batch import pack
 from unifork.config import OptimizerConfig
 from unifork.documents.order import assign_rows_to_workers
+from unifork.errors import ConfigError
 from unifork.models import losses
 from unifork.training.loop import TrackRun, WorkerContext
 from unifork.training.optimizer import make_optimizer
@@ -58,7 +60,7 @@ def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision=
     """Loss sums and whole gradients of one step, by the loop's own rule."""
     losses.CHUNK_LOGITS = chunk
     model = noisy_model(PLAN).to(dtype).train()
-    sharing = strategy(name, workers)
+    sharing = strategy(name, workers, precision == "bfloat16", node_workers=2)
     wrapped = sharing.wrap(model)
     constant = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0)
     sharing.start({"all": (make_optimizer(constant, model.parameters()), dict(model.named_parameters()))})
@@ -68,7 +70,7 @@ def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision=
         text_targets=sum(int(document.loss_mask_T.sum()) for document in DOCUMENTS),
         image_targets=sum(len(document.codes_ND) for document in DOCUMENTS if document.task == "generation"),
     )
-    track = SimpleNamespace(loader=Loader(rows), track=SimpleNamespace(precision=precision))
+    track = SimpleNamespace(loader=Loader(rows), strategy=sharing, track=SimpleNamespace(precision=precision))
     sums_1D = TrackRun._accumulate(track, wrapped, plan, WorkerContext(rank, workers))
     return sums_1D, whole_gradients(model, name, sharing)
 
@@ -76,14 +78,15 @@ def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision=
 SMALL = 100
 """Logits at a time that make the losses of every step chunked: one row of 97 words, four of 23 codes."""
 CASES = [
-    ("ddp", PACKED, torch.float64),
-    ("ddp", PACKED, torch.float32),
-    ("ddp", ONE_BY_ONE, torch.float64),
-    ("ddp", PACKED, torch.float64, SMALL),
-    ("fsdp2", PACKED, torch.float64),
-    ("fsdp2", PACKED, torch.float32),
-    ("fsdp2", ONE_BY_ONE, torch.float64),
-    ("fsdp2", PACKED, torch.float64, SMALL),
+    ("none", PACKED, torch.float64),
+    ("none", PACKED, torch.float32),
+    ("none", ONE_BY_ONE, torch.float64),
+    ("none", PACKED, torch.float64, SMALL),
+    ("all", PACKED, torch.float64),
+    ("all", PACKED, torch.float32),
+    ("all", ONE_BY_ONE, torch.float64),
+    ("all", PACKED, torch.float64, SMALL),
+    ("node", PACKED, torch.float64),  # of four ranks two replicas of two shards
     ("deepspeed-1", PACKED, torch.float32),  # float32 is all it has
     ("deepspeed-2", ONE_BY_ONE, torch.float32),
     ("deepspeed-3", PACKED, torch.float32),
@@ -100,7 +103,7 @@ def _rank(rank, workers):
 def reference():
     """One worker, eight packed microbatches."""
     torch.set_num_threads(1)
-    return {dtype: step(0, 1, "ddp", PACKED, dtype) for dtype in TOLERANCES}
+    return {dtype: step(0, 1, "none", PACKED, dtype) for dtype in TOLERANCES}
 
 
 def assert_same(found, wanted, dtype):
@@ -111,7 +114,7 @@ def assert_same(found, wanted, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_documents_one_by_one_or_all_in_one_row(reference, dtype):
-    assert_same(step(0, 1, "ddp", ONE_BY_ONE, dtype), reference[dtype], dtype)
+    assert_same(step(0, 1, "none", ONE_BY_ONE, dtype), reference[dtype], dtype)
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +128,49 @@ def test_ranks_and_accumulation_under_every_strategy(reference, shared, workers)
         assert_same(found, reference[case[2]], case[2])
 
 
-def test_bfloat16_products_keep_float32_gradients_near_those_of_float32(reference):
-    sums_1D, found = step(0, 1, "ddp", PACKED, torch.float32, precision="bfloat16")
+REDUCTIONS = [name for name in dir(dist) if name.startswith(("all_reduce", "reduce_scatter"))]
+
+
+def _bfloat16(rank, workers):
+    """A step under each way to shard, with how often something was reduced."""
+    found, calls = {}, []
+    for name in REDUCTIONS:
+        call = getattr(dist, name)
+        setattr(dist, name, lambda *args, call=call, **kwargs: calls.append(call.__name__) or call(*args, **kwargs))
+    for shard in ("none", "all"):
+        calls.clear()
+        sums_1D, grads = step(rank, workers, shard, PACKED, torch.float32, precision="bfloat16")
+        found[shard] = sums_1D, grads, len(calls)
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    return {workers: run_distributed(_bfloat16, workers)[0] for workers in (1, 2)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_bfloat16_keeps_float32_gradients_near_those_of_float32(reference, in_bfloat16, workers, shard):
+    sums_1D, found, _ = in_bfloat16[workers][shard]
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
     assert torch.allclose(sums_1D, reference[torch.float32][0], rtol=2e-2)
     assert not torch.allclose(sums_1D, reference[torch.float32][0], rtol=1e-6)
     difference, name = largest_difference(found, reference[torch.float32][1])
     assert difference < 0.2, name
+
+
+def test_nothing_is_reduced_before_the_last_microbatch(in_bfloat16):
+    """Four microbatches a worker: one reduction for each of four layers, two blocks of the head and the rest."""
+    with_that_of_the_losses = 7 + 1
+    assert [in_bfloat16[2][shard][2] for shard in ("none", "all")] == [with_that_of_the_losses] * 2
+    assert in_bfloat16[1]["none"][2] == 1
+
+
+def test_nodes_with_different_numbers_of_workers_cannot_hold_a_replica_each(monkeypatch):
+    monkeypatch.setattr(dist, "all_gather_object", lambda every, own: every.__setitem__(slice(None), [3, 3, 3, 1]))
+    with pytest.raises(ConfigError, match="shard is node, but nodes have 1 to 3 of the 4 workers"):
+        strategy("node", 4, node_workers=3)
 
 
 def test_a_wrong_rule_is_found(reference):

@@ -12,7 +12,7 @@ from unifork.training import launch
 
 
 def resources(workers, **more):
-    return RESOURCES.model_copy(update={"workers": workers, "cpus": 0.5, "strategy": "ddp", "max_restarts": 2, **more})
+    return RESOURCES.model_copy(update={"workers": workers, "cpus": 0.5, "max_restarts": 2, **more})
 
 
 def log_of(stage_job):

@@ -1,12 +1,20 @@
-"""Patterns, schedules, turns."""
+"""Patterns, schedules, turns, and what an update does to a branch without tokens."""
+
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from unifork.config import Experiment, OptimizerConfig
 from unifork.errors import ConfigError
 from unifork.experiments import resolve
 from unifork.training.loop import turns
-from unifork.training.optimizer import learning_rate, trainable_names
+from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
+from unifork.training.strategies import strategy
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+from model_samples import generation, noisy_model, rows, understanding
 
 NAMES = ["connector.first.weight", "layers.0.mlp.shared.up.weight", "layers.1.mlp.generation.up.weight", "norm.weight"]
 
@@ -51,3 +59,26 @@ def test_how_tracks_take_turns():
     assert turns(stage(1, g=2, u=2)) == [("g", 0), ("u", 0), ("g", 1), ("u", 1)]
     assert turns(stage(2, g=3, u=1)) == [("g", 0), ("g", 1), ("u", 0), ("g", 2)]
     assert turns(stage("concurrent", g=4, u=2)) == [("g", 0), ("g", 1), ("u", 0), ("g", 2), ("g", 3), ("u", 1)]
+
+
+def test_a_branch_that_is_left_out_decays_as_with_a_gradient_of_zero():
+    found = []
+    for every in (True, False):
+        model = noisy_model("shared*2 task*2 norm:task").train()
+        sharing = strategy("none", 1)
+        sharing.wrap(model)
+        assert model.every_branch is False
+        model.every_branch = every
+        named = dict(model.named_parameters())
+        optimizer = make_optimizer(
+            OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0), named.values()
+        )
+        sharing.start({"all": (optimizer, named)})
+        sharing.turn("all")
+        for document in (generation(1), understanding(1), understanding(2)):  # then none of generation
+            losses = model(rows([document]))
+            (losses.text_loss_sum + losses.image_loss_sum_D.sum()).backward()
+            sharing.update({"all": list(named.values())}, 1.0)
+            model.zero_grad()
+        found.append({name: parameter.detach().clone() for name, parameter in named.items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

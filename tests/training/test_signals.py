@@ -15,7 +15,7 @@ from tiny import copy_of
 
 from unifork.config import TrainResources
 from unifork.errors import Stopped
-from unifork.training import stage
+from unifork.training import export, stage
 from unifork.training.history import History, read
 from unifork.training.launch import launch
 from unifork.training.loop import WorkerContext
@@ -77,7 +77,7 @@ def test_a_signal_saves_the_step_that_is_under_way_and_the_run_ends_as_unbroken(
     assert_unbroken(stage_job, unbroken)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(stage, "TrackLoader"), (stage, "_export"), (stage, "write_csv")])
+@pytest.mark.parametrize(("owner", "name"), [(stage, "TrackLoader"), (stage, "export"), (export, "write_csv")])
 def test_a_signal_outside_the_steps_ends_at_once(root, monkeypatch, unbroken, owner, name):
     stage_job = job(root)
     signal_at(monkeypatch, owner, name, signal.SIGTERM)
@@ -183,8 +183,8 @@ def test_a_signal_at_a_random_moment(root, unbroken):
 def test_checkpoint_minutes_save_between_the_steps_of_checkpoint_every(root, monkeypatch, unbroken):
     stage_job = job(root, checkpoint_every=100, checkpoint_minutes=1e-9)
     saved = []
-    monkeypatch.setattr(stage.checkpoint.Saver, "save", lambda self, model, strategy, state: saved.append(state.total))
-    monkeypatch.setattr(stage, "_export", lambda *args: None)
+    monkeypatch.setattr(stage.checkpoint.Saver, "save", lambda *args: saved.append(args[3].total))
+    monkeypatch.setattr(stage, "export", lambda *args: None)
     train_stage(stage_job, WorkerContext())
     assert saved == [2, 4, 6, 8]  # asked for in one step, read in the next
     assert stage_job.fingerprint() == job(root).fingerprint()
@@ -192,7 +192,7 @@ def test_checkpoint_minutes_save_between_the_steps_of_checkpoint_every(root, mon
 
 def test_two_ray_workers_save_after_the_same_step_and_end_as_unbroken(ray_session, root, tiny_root, tmp_path):
     """No restart is spent; the run goes on with the same command and has the bytes of two workers without a signal."""
-    resources = TrainResources(workers=2, cpus=0.5, threads=1, row_tokens=384, strategy="ddp", max_restarts=2)
+    resources = TrainResources(workers=2, cpus=0.5, threads=1, row_tokens=384, max_restarts=2)
     stage_job, alone = (
         job(place, resources=resources, checkpoint_every=1000, steps=150)
         for place in (root, copy_of(tiny_root, tmp_path / "alone"))

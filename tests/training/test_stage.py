@@ -232,10 +232,10 @@ def test_norms_of_the_parts_make_up_the_whole_and_tensorboard_has_them(root, unb
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_workers_give_the_weights_of_one_within_reduction_noise(root, unbroken, strategy):
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_two_workers_give_the_weights_of_one_within_reduction_noise(root, unbroken, shard):
     """In the stage with two tracks, which train other parameters in turns."""
-    resources = RESOURCES.model_copy(update={"workers": 2, "strategy": strategy})
+    resources = RESOURCES.model_copy(update={"workers": 2, "shard": shard})
     stage_job = job(root, "unifork-s3", resources=resources)
     run_distributed(worker, 2, stage_job.model_dump(mode="json"))
     expected, history = unbroken["unifork-s3"]

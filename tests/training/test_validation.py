@@ -18,12 +18,13 @@ from unifork.config.experiment import Validation
 from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
+from unifork.inference import Engine
 from unifork.layout import Layout
 from unifork.models.modeling import load_model
-from unifork.training import stage
 from unifork.training.history import VALIDATION, read
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
+from unifork.training.validation import Validation as HeldOut
 from unifork.training.validation import spread, token_f1
 
 SHARE = 0.15
@@ -135,9 +136,9 @@ def test_after_a_kill_the_record_is_the_same(root, finished, where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_workers_find_the_same_losses(root, finished, strategy):
-    stage_job = job(root, resources=RESOURCES.model_copy(update={"strategy": strategy}), validation=OFTEN)
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_two_workers_find_the_same_losses(root, finished, shard):
+    stage_job = job(root, resources=RESOURCES.model_copy(update={"shard": shard}), validation=OFTEN)
     run_distributed(worker, 2, stage_job.model_dump(mode="json"))
     for row, other in zip(read(stage_job.run_folder, VALIDATION), read(finished.run_folder, VALIDATION), strict=True):
         assert row.keys() == other.keys()
@@ -180,7 +181,7 @@ def test_without_held_out_rows_nothing_is_measured(root, finished):
 
 def test_a_perfect_model_is_right(finished, monkeypatch):
     """Answers that continue every document as it stands give 1."""
-    original = stage.Engine.answer_documents
+    original = Engine.answer_documents
 
     def perfect(self, begun, most):
         documents = parts_of(finished.layout.root, held_out=True)
@@ -194,10 +195,10 @@ def test_a_perfect_model_is_right(finished, monkeypatch):
         assert len(original(self, begun, most)) == len(begun)
         return [right[document.key, len(document)] for document in begun]
 
-    monkeypatch.setattr(stage.Engine, "answer_documents", perfect)
+    monkeypatch.setattr(Engine, "answer_documents", perfect)
     documents = {"joint": parts_of(finished.layout.root, held_out=True)}
-    engine = stage.Engine.load(finished.model_folder)
-    examined = stage.Validation(finished.stage.model_copy(update={"validation": OFTEN}), documents).examine(engine)
+    engine = Engine.load(finished.model_folder)
+    examined = HeldOut(finished.stage.model_copy(update={"validation": OFTEN}), documents).examine(engine)
     assert examined.scores
     assert all(score["exact_match"] == score["token_f1"] == 1.0 for score in examined.scores)
 

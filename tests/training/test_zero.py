@@ -72,7 +72,7 @@ def steps(rank, workers, name):
     )
     norms = []
     for track in ("one", "other", "one"):
-        run = SimpleNamespace(loader=Loader(), track=SimpleNamespace(precision="float32"))
+        run = SimpleNamespace(loader=Loader(), strategy=sharing, track=SimpleNamespace(precision="float32"))
         sharing.turn(track)
         TrackRun._accumulate(run, wrapped, plan, WorkerContext(rank, workers))
         norms.append(float(sharing.update({"all": list(pairs[track][1].values())}, CLIP)["gradient_norm"]))
@@ -102,8 +102,8 @@ def train(plain, rank=0, workers=1, until=None):
         return
 
 
-def plain_job(root, strategy="ddp"):
-    resources = RESOURCES.model_copy(update={"workers": 2, "strategy": strategy})
+def plain_job(root, shard="none"):
+    resources = RESOURCES.model_copy(update={"workers": 2, "shard": shard})
     return job(root, "unifork-s3", resources, steps=3, checkpoint_every=1).model_dump(mode="json")
 
 
@@ -141,7 +141,7 @@ def done(folder, name):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_steps_equal_those_of_one_worker_with_one_task_per_worker(shared, stage):
-    norms, expected = steps(0, 1, "ddp")
+    norms, expected = steps(0, 1, "none")
     kept = {name: tensor for found in shared for name, tensor in found[stage][1].items()}
     assert kept.keys() == expected.keys()
     assert min(norms) > CLIP
@@ -177,7 +177,7 @@ def test_a_run_goes_on_with_other_workers_and_stages(folder, shared):
 
 def test_inside_ray_train_with_bfloat16_products(ray_session, tiny_root, tmp_path):
     root = copy_of(tiny_root, tmp_path / "root")
-    resources = RESOURCES.model_copy(update={"workers": 2, "cpus": 0.5, "strategy": "deepspeed-3"})
+    resources = RESOURCES.model_copy(update={"workers": 2, "cpus": 0.5, "shard": "deepspeed-3"})
     stage_job = job(root, "unifork-s3", resources, steps=1)
     stage = stage_job.experiment.stages["s3"]
     tracks = {name: track.model_copy(update={"precision": "bfloat16"}) for name, track in stage.tracks.items()}
@@ -202,12 +202,12 @@ def test_tracks_must_not_share_a_parameter():
     model = torch.nn.Linear(2, 2)
     sharing.wrap(model)
     pair = torch.optim.AdamW(model.parameters()), dict(model.named_parameters())
-    with pytest.raises(ConfigError, match=r"deepspeed-2: the tracks one and other both train weight"):
+    with pytest.raises(ConfigError, match=r"shard: deepspeed-2: the tracks one and other both train weight"):
         sharing.start({"one": pair, "other": pair})
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(zero, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"deepspeed-3 needs DeepSpeed.*unifork\[deepspeed\]"):
+    with pytest.raises(ConfigError, match=r"shard: deepspeed-3 needs DeepSpeed.*unifork\[deepspeed\]"):
         strategy("deepspeed-3", 2)
     assert strategy("deepspeed-3", 1).wrap(torch.nn.Linear(1, 1))

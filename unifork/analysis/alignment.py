@@ -183,7 +183,7 @@ def _curves(
 
     def read(task: Task, texts: Sequence[Sequence[Piece]], codes_BPD: np.ndarray) -> Tensor:
         rows = [_masked(engine, task, *row) for row in zip(texts, codes_BPD, strict=True)]
-        parts = (rows[start : start + engine.batch] for start in range(0, len(rows), engine.batch))
+        parts = (rows[start : start + choices.batch] for start in range(0, len(rows), choices.batch))
         return torch.cat([pooled_states(engine.model, part) for part in parts], 1)[kept]
 
     drawn_LNSC = read("generation", prompted, codes["generation"])

@@ -18,7 +18,6 @@ from unifork.analysis.runs import drawn
 from unifork.batch import Document, pack
 from unifork.config import Analysis
 from unifork.errors import DataError
-from unifork.inference import Engine
 from unifork.models.modeling import UniForkModel
 
 SHARED = re.compile(r"layers\.(\d+)\..*\bshared\.([qkvo]_proj|gate_proj|up_proj|down_proj)\.weight")
@@ -51,7 +50,7 @@ def mean_gradients(
     return {name: cast(Tensor, weight.grad).flatten().double().cpu() for name, weight in weights.items()}
 
 
-def conflicts(engine: Engine, documents: Iterable[Document], choices: Analysis) -> dict[str, Any]:
+def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analysis) -> dict[str, Any]:
     """Everything that is written as `conflict.json`: of the first `pairs` documents of each kind, equally many.
 
     The model has no other gradients switched on afterwards. Raises DataError where there are not two kinds, or where
@@ -66,19 +65,17 @@ def conflicts(engine: Engine, documents: Iterable[Document], choices: Analysis) 
     every = [document for found in kinds.values() for document in found[:count]]
     mixed = np.random.default_rng(choices.seed).permutation(len(every))
     orders = [*np.split(np.arange(len(every)), 2), *np.split(mixed, 2)]
-    model, batch = engine.model, engine.batch
     weights = {name: parameter for name, parameter in model.named_parameters() if SHARED.fullmatch(name)}
     model.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
     if not weights:
         raise DataError(f"plan {model.config.plan}: no layer is shared, so nothing can be in conflict")
-    a, b, *halves = (mean_gradients(model, [every[number] for number in order], batch, weights) for order in orders)
+    a, b, *halves = (mean_gradients(model, [every[n] for n in order], choices.batch, weights) for order in orders)
     found = {name: conflict((a[name], b[name]), (halves[0][name], halves[1][name])) for name in weights}
     return {
         "documents": dict.fromkeys(kinds, count),
         "loss": "mean over mini-batches",
-        "batch": batch,
         "matrices": found,
     }
 

@@ -42,6 +42,9 @@ def _alignment(of: RunDocuments, prompts: Sequence[str] | None, untrained: Model
 
 KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any], Analysis], str]]] = {
     "alignment": (_alignment, alignment.figure),
-    "conflict": (lambda of, *_: gradients.conflicts(of.model.engine, of.documents(), of.choices), gradients.figure),
+    "conflict": (
+        lambda of, *_: gradients.conflicts(of.model.engine.model, of.documents(), of.choices),
+        gradients.figure,
+    ),
     "entropy": (lambda of, *_: entropy.entropies(of.documents()), entropy.figure),
 }

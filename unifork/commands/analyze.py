@@ -1,6 +1,5 @@
 """`unifork analyze`: what the papers look at inside a model."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,13 +32,12 @@ def analyze(
     from unifork.library import Model
 
     given = dict(pair.partition("=")[::2] for pair in choose or [])
-    choices = parse(Analysis, {"pairs": pairs, **given}, "--choose")
+    choices = parse(Analysis, {"pairs": pairs, "batch": batch, **given}, "--choose")
     if kind == "alignment" and bool(prompts) == held_out:
         raise ConfigError("whose alignment: give either --prompts FILE or --held-out")
     every = [*dict.fromkeys(lines(prompts))] if prompts else []
     texts = [every[number] for number in np.random.default_rng(choices.seed).permutation(len(every))[:pairs]]
     loaded = Model.load(model, device, dtype)
-    loaded = replace(loaded, engine=replace(loaded.engine, batch=batch))
     control = Model.load(untrained, device, dtype) if untrained else None
     analyzed(kind, RunDocuments(run or model.name, loaded, choices), out, texts, control)
     print(out / f"{kind}.svg")

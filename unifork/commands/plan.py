@@ -29,6 +29,7 @@ def plan(
     from unifork import planning
     from unifork.config import Experiment, load, load_card
     from unifork.experiments import resolve
+    from unifork.training.flops import PEAK_TFLOPS
 
     named = Path(experiment)
     params = load(Experiment, named) if named.suffix == ".yaml" else resolve(experiment)
@@ -74,7 +75,7 @@ def plan(
     _table(title, ["what", "one", "kept", "all"], disk)
     time = "not measured; --chip and --mfu give an estimate"
     if chip and mfu:
-        peak = f"{planning.PEAK_TFLOPS[chip]:g} TFLOP/s, the dense bfloat16 peak of {chip}"
+        peak = f"{PEAK_TFLOPS[chip]:g} TFLOP/s, the dense bfloat16 peak of {chip}"
         time = f"of one GPU, FLOPs / ({mfu:g} of {peak}); not measured here"
     print(NOTES.read_text().format(**assumed.model_dump(), frame=planning.CHARACTERS_PER_TOKEN, time=time), end="")
 

@@ -1,68 +1,162 @@
-"""`unifork status`: how the runs of this folder are, from their files alone."""
+"""`unifork status`: how the jobs and runs of this folder are, from their files alone.
+
+In: manifests, histories, `progress.json`, locks. Out: two tables, or JSON. A program runs where its lock is held. On
+another machine a lock may not be seen as held; a program there that left its lock is shown as `unknown`, with the time
+of its last sign of life.
+"""
 
 import fcntl
 import json
-import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from unifork.layout import Layout
+import typer
+from yaml import YAMLError, safe_load
+
+from unifork.layout import STAGE_OF_FOLDER, Layout
 from unifork.processes import lock_path
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
+from unifork.shards.progress import PROGRESS, places, read_progress
 
-COLUMNS = ("run", "state", "step", "text", "image", "fill", "rate", "left", "checkpoint")
-_TOTAL = re.compile(r"(?:starting, |step \d+ of |step \d+/)(\d+)")
-_RATE = re.compile(r"(\d+ documents/s)  \d+ tokens/s(?:  (\d+) s to go)?")
+Row = dict[str, Any]
+FOLDERS = {
+    "raw/*": "datasets", "measured/*": "", "signatures/*": "", "filtered/*": "datasets", "codes/*/*": "datasets",
+    "prepared/*": "prepared", "published/*/*": "",
+}  # fmt: skip
+"""Of jobs, below `data`, and what in `params.yaml` names those that will be there."""
+TAIL = 100
+"""Steps at the end of a history in which the last loss of each task is looked for."""
 
 
-def status() -> None:
-    """Show every run of this folder: step, losses, fill, rate, time left, last checkpoint, and why it stopped.
+JOBS = {
+    "stage": "{stage}", "job": "{name}", "state": "{state}", "shards": "{done}/{total}", "rows": "{rows}",
+    "rate": "{rows_per_second:.0f} rows/s", "left": "{left}", "seen": "{seen} ago",
+}  # fmt: skip
+RUNS = {
+    "run": "{name}", "state": "{state}", "step": "{done}/{total}", "text": "{text_loss:.3f}",
+    "image": "{image_loss:.3f}", "val text": "{validation_text_loss:.3f}", "val image": "{validation_image_loss:.3f}",
+    "fill": "{fill:.3f}", "rate": "{documents_per_second:.0f} documents/s", "memory": "{memory_gib:.2f} GiB",
+    "mfu": "{mfu:.1%}", "left": "{left}", "seen": "{seen} ago", "checkpoint": "{checkpoint}",
+}  # fmt: skip
+"""Columns of the tables, as formats over a row. What is missing is a dash."""
 
-    Reads files alone, so it works from any terminal or machine that sees the folder, while runs go on.
+
+def status(as_json: Annotated[bool, typer.Option("--json", help="one list, for programs")] = False) -> None:
+    """Show every job and run of this folder: how far, losses, rate, memory, time left, and why it stopped.
+
+    Reads files alone, so it works from any terminal or machine that sees the folder, while programs go on.
     """
-    rows: list[tuple[str, ...]] = [COLUMNS]
-    reasons: list[str] = []
-    for log in sorted(Layout().run("").glob("*/log.txt")):
-        rows.append(row := _row(log.parent, log.read_text()))
-        if row[1] == "stopped":
-            with suppress(OSError, ValueError, KeyError):
-                log_end = log.read_text().splitlines()[-1].removeprefix(f"{row[0]}: ")
-                stopped = log.parent / "stopped.json"
-                reasons.append(
-                    f"{row[0]}: {json.loads(stopped.read_text())['reason'] if stopped.exists() else log_end}"
-                )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
-    print("\n".join(reasons), end="\n" * bool(reasons))
+    layout, planned = Layout(), dict[str, Any]()
+    with suppress(OSError, YAMLError):
+        planned = safe_load(layout.params.read_text())
+    rows = [*_jobs(layout, planned), *_runs(layout, planned)]
+    print(json.dumps(rows, indent=1) if as_json else _text(rows))
 
 
-def _row(folder: Path, log: str) -> tuple[str, ...]:
-    """The cells of a run; what is not there yet is a dash."""
-    history, latest = folder / "history.jsonl", folder / "latest"
-    whole = history.read_text().rpartition("\n")[0].splitlines() if history.exists() else []
-    step: dict[str, Any] = json.loads(whole[-1]) if whole else {}
-    values = [step.get(name) for name in ("text_loss", "image_loss", "fill")]
-    running, finished = _is_locked(lock_path(folder)), (folder / "finished.json").exists()
-    rate, left = (_RATE.findall(log) or [("-", "")])[-1]
-    return (
-        folder.name,
-        "running" if running else "finished" if finished else "stopped",
-        f"{len(whole)}/{(_TOTAL.findall(log) or ['?'])[-1]}",
-        *("-" if value is None else f"{value:.3f}" for value in values),
-        rate,
-        f"{left} s" if left and running else "-",
-        latest.read_text() if latest.exists() else "-",
-    )
+def _jobs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
+    """Data sets and documents: folders that are there, and those that the experiment will make."""
+    for pattern, named_by in FOLDERS.items():
+        place = pattern.partition("/")[0]
+        found = {folder for folder in layout.data.glob(pattern) if folder.is_dir() and folder.name[0] != "."}
+        begun = found | {folder.parent for folder in found}
+        for folder in sorted(found | ({layout.data / place / name for name in planned.get(named_by, ())} - begun)):
+            yield _job(folder, STAGE_OF_FOLDER.get(place, "publish"), folder.relative_to(layout.data).as_posix())
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a program writes a folder; a lock that was left by a dead one is held by nobody."""
+def _job(folder: Path, stage: str, name: str) -> Row:
+    head = {"stage": stage, "name": name}
+    if manifest := read_progress(folder / MANIFEST):  # no lock matters: what is made again has none
+        facts = {"total": len(manifest["shards"]), "rows": sum(shard["rows"] for shard in manifest["shards"])}
+        return {**head, "done": facts["total"], **facts, **_state([], True, True, facts)}
+    locks, beside = zip(*places(folder), strict=True)
+    progress = {"done": sum(1 for _ in folder.glob(f"*{RECORD_SUFFIX}")), **read_progress(*beside)}
+    return {**head, **progress, **_state(locks, False, folder.exists(), progress)}
+
+
+def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
+    """Training runs: folders that are there, and those that the experiment will make."""
+    there = {folder.parent.name for name in (PROGRESS, "log.txt") for folder in layout.run("").glob(f"*/{name}")}
+    for name in sorted({*there, *planned.get("runs", ())}):
+        folder, latest = layout.run(name), layout.run(name) / "latest"
+        progress = {"done": 0, "total": None, **read_progress(folder / PROGRESS)}
+        with suppress(OSError):
+            whole = (folder / "history.jsonl").read_bytes().split(b"\n")[:-1]
+            progress["done"] = len(whole)
+            for row in map(json.loads, whole[-TAIL:]):
+                progress |= {key: row[key] for key in ("text_loss", "image_loss", "fill") if row.get(key) is not None}
+        locks = [lock_path(folder), lock_path(layout.model(name))]
+        progress |= _validation(folder / "validation.jsonl")
+        progress["checkpoint"] = latest.read_text() if latest.exists() else None
+        state = _state(locks, (folder / "finished.json").exists(), name in there, progress)
+        yield {"stage": "train", "name": name, **progress, **state}
+
+
+def _validation(path: Path) -> Row:
+    """The losses of the newest validation, each a mean over the parts that have it."""
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    newest, means = max((row["finished_steps"] for row in rows), default=0), dict[str, float]()
+    for name in ("text_loss", "image_loss"):
+        if values := [row[name] for row in rows if row["finished_steps"] == newest and row[name] is not None]:
+            means[f"validation_{name}"] = sum(values) / len(values)
+    return means
+
+
+def _state(locks: Sequence[Path], finished: bool, begun: bool, progress: Row) -> Row:
+    """running, finished, stopped, waiting or unknown, with the reason; seconds left and since the last sign of life."""
+    holders = [_holder(lock) for lock in locks if lock.exists()]
+    elsewhere = [text for _, text in holders if text and not text.endswith(f" on {socket.gethostname()}")]
+    state, reason = "waiting", None
+    if any(held for held, _ in holders):
+        state = "running"
+    elif finished:
+        state = "finished"
+    elif elsewhere:
+        state, reason = "unknown", f"the lock of {elsewhere[0]} is not held as far as this machine sees"
+    elif begun or holders:
+        state = "stopped"
+        reason = progress.get("stopped", "without a word, as by SIGKILL or a machine that went down")
+    facts: Row = {"state": state, "reason": reason}
+    if state in ("running", "unknown") and "written" in progress:
+        facts |= {"left": progress.get("seconds_left"), "seen": max(0.0, time.time() - progress["written"])}
+    return facts
+
+
+def _holder(path: Path) -> tuple[bool, str]:
+    """Whether a lock is held, and who wrote it; one that was left by a dead program is held by nobody."""
+    text = ""
     try:
         with open(path) as handle:
+            text = handle.read().strip()
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    except OSError:
+        return True, text
+    except OSError:  # gone while we looked; a file system without locks
         pass
-    return False
+    return False, text
+
+
+def _text(rows: list[Row]) -> str:
+    """Two tables, and why what stopped did."""
+    blocks = []
+    for columns, is_run in ((JOBS, False), (RUNS, True)):
+        table = [[_cell(row, form) for form in columns.values()] for row in rows if (row["stage"] == "train") == is_run]
+        widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in ([*columns], *table)]
+        blocks += ["\n".join(lines)] * bool(table)
+    reasons = [f"{row['name']}: {row['reason']}" for row in rows if row["reason"]]
+    return "\n\n".join([*blocks, *["\n".join(reasons)] * bool(reasons)])
+
+
+def _cell(row: Row, form: str) -> str:
+    """A column's format over what a row knows; a dash where it does not."""
+    values = {name: value for name, value in row.items() if value is not None}
+    values |= {name: timedelta(seconds=round(row[name])) for name in values.keys() & {"left", "seen"}}
+    try:
+        return form.format_map({"total": "?", **values})
+    except KeyError:
+        return "-"

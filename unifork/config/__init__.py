@@ -1,7 +1,8 @@
 """What a user writes, typed: data cards, experiments and clusters.
 
-Three kinds of file, three owners: `datasets/*.yaml` says what the data is, `params.yaml` (written
-by `unifork use NAME` from `experiments/`) what the experiment is, `clusters/*.yaml` where it runs.
+Three kinds of file, three owners: `datasets/*.yaml` says what the data is (`evals/*.yaml` the benchmarks),
+`params.yaml` (written by `unifork use NAME` from `experiments/`) what the experiment is, `clusters/*.yaml` where it
+runs.
 No key lives in two of them. Everything is frozen, unknown keys are errors.
 """
 
@@ -25,6 +26,7 @@ from unifork.config.cluster import (
     in_job,
     load_cluster,
 )
+from unifork.config.evals import AnswerPart, EvalCard, load_eval
 from unifork.config.experiment import (
     ANALYSES,
     Analysis,

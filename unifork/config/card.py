@@ -76,6 +76,10 @@ class Card(StrictModel):
     source: Source
     matte: tuple[int, int, int] = (255, 255, 255)
     """RGB color (0 to 255) put behind transparent images."""
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", exclude_if=lambda dtype: dtype == "float32"
+    )
+    """Number type of the image tokenizer's encoder for this set's codes; in half precision some are others."""
     columns: tuple[str, ...] = ()
     """Source columns kept beside the fixed ones."""
     tasks: dict[Task, TaskUse]

@@ -3,9 +3,10 @@
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from unifork.config.base import StrictModel, load
+from unifork.config.base import UNKNOWN_KEY, StrictModel, load
 
 CLUSTER = "UNIFORK_CLUSTER"
 """Environment: path of the cluster file."""
@@ -56,10 +57,26 @@ class TrainResources(StrictModel):
     activation_checkpointing: tuple[str, ...] = ()
     """Kinds of layers (`shared`, `task`, ... as in a plan, and `head`) that are computed again in the backward pass
     instead of kept: less memory, more time, the same numbers."""
-    strategy: Literal["ddp", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3"] = "fsdp2"
-    """How workers share the model; one worker needs none."""
+    shard: Literal["none", "node", "all", "deepspeed-1", "deepspeed-2", "deepspeed-3"] = "none"
+    """What shares a model that does not fit on every worker: nothing, the workers of a node, or all of them (torch), or
+    all of them with DeepSpeed. One worker needs none."""
+    compile: bool = False
+    """Whether torch compiles the position-wise parts of the model, for GPUs: less memory traffic, a slower start,
+    the same numbers within rounding."""
     max_restarts: NonNegativeInt = 0
     """How often a failed worker group is started again from the last checkpoint."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where the numbers of each step go beside `history.jsonl`: `tensorboard`, `wandb`, or MODULE:OBJECT."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_key_of_strategies(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "strategy" in values:
+            given = values["strategy"]
+            now = {"ddp": "none", "fsdp2": "all"}.get(given, given)
+            problem = f"`strategy: {given}` is `shard: {now}` now"
+            raise PydanticCustomError(UNKNOWN_KEY, "{problem}", {"problem": problem})
+        return values
 
 
 class Cluster(StrictModel):
@@ -85,8 +102,8 @@ class Cluster(StrictModel):
     the folders here keep the manifests, which name them. One experiment, one store. Credentials come from the
     environment of every node. None keeps shards beside their manifests."""
     jobs: dict[str, JobResources] = {}
-    """Resources of `download`, `filter`, `encode` and `prepare`, whose workers read texts and need a CPU each; the CPUs
-    of `image_tokenizer` are the threads of its training."""
+    """Resources of `download`, `filter`, `encode`, `answer` and of `prepare`, whose workers read texts and need a CPU
+    each; the CPUs of `image_tokenizer` are the threads of its training, its GPUs whether that runs on one."""
     web: WebAccess = WebAccess()
     train: TrainResources = TrainResources()
     train_stages: dict[str, TrainResources] = {}

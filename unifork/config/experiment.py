@@ -123,7 +123,7 @@ class Track(StrictModel):
     supervised_positions: PositiveInt | None = None
     """Positions of a generated image that are supervised, the first in reading order; None learns all."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the products (autocast); weights, gradients, optimizer and losses are float32 in both."""
+    """Number type of products and activations; weights, optimizer and losses are float32 in both."""
 
 
 class Sampling(StrictModel):
@@ -213,14 +213,14 @@ class Stage(StrictModel):
 
 
 class Benchmark(StrictModel):
-    """One evaluation."""
+    """What an experiment changes of a benchmark, a card of `evals`."""
 
-    kind: str
-    """A name of `unifork.evaluation.benchmarks.BENCHMARKS`, or MODULE:OBJECT."""
-    samples: PositiveInt
-    """Prompts or questions per score and split."""
-    sampling: Sampling = Sampling()
-    """Used by benchmarks that generate images; text is decoded greedily."""
+    options: dict[str, Any] = {}
+    """Options of the suite instead of the card's, such as `samples`."""
+    sampling: Sampling | None = None
+    """How images are drawn; None: as the card says."""
+    follows: str | None = None
+    """Written by `unifork use`: the folder of the benchmark's files; a page of text where none is there."""
 
 
 ANALYSES = ("alignment", "conflict", "entropy")
@@ -258,6 +258,8 @@ class Analysis(StrictModel):
     """Kinds of documents whose gradients are compared: of the two tasks, or text alone and with an image."""
     seed: NonNegativeInt = 0
     """Of prompts, documents, pairings and halves."""
+    batch: PositiveInt = 64
+    """Documents of one call; in a gradient conflict those of a mini-batch."""
 
     def of_stage(self, stage: str) -> tuple[str, ...]:
         """The analyses that follow a stage."""
@@ -309,6 +311,7 @@ class Experiment(StrictModel):
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
+    """Cards of `evals`, and what is changed of them."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
@@ -319,6 +322,8 @@ class Experiment(StrictModel):
     """Written by `unifork use`: every run that is analyzed, with what that reads."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""
+    scored: dict[str, tuple[str, ...]] = {}
+    """Written by `unifork use`: the benchmarks of every variant."""
 
     def dataset(self, name: str) -> DatasetUse:
         """How the experiment uses a data set. Raises ConfigError when it does not."""

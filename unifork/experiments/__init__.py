@@ -14,17 +14,22 @@ import yaml
 
 from unifork.config import (
     AnalyzedRun,
+    Benchmark,
     Card,
+    EvalCard,
     Experiment,
     PreparedSet,
     Stage,
     StageRun,
     fingerprint,
     load_card,
+    load_eval,
     parse,
     read_yaml,
 )
+from unifork.documents.prompts import template_named
 from unifork.errors import ConfigError, unknown
+from unifork.evaluation.suites import suite_of
 from unifork.experiments import checks
 from unifork.experiments.followed import followed
 from unifork.experiments.tracking import write_ignore_rules
@@ -110,10 +115,23 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     plain = {"name": name, **_inherited(name, folder, ())}
     if isinstance(stages := plain.get("stages"), dict):
         plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
-    experiment = parse(Experiment, {**plain, "prepared": {}, "runs": {}, "analyzed": {}, "evaluations": {}}, str(path))
+    derived: dict[str, Any] = {key: {} for key in ("prepared", "runs", "analyzed", "evaluations", "scored")}
+    experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
+    evals = {name: _eval(name, use, str(path)) for name, use in experiment.benchmarks.items()}
     checks.check_names(experiment, loaded, str(path))
-    return experiment.model_copy(update=_derived(experiment, loaded)), loaded
+    return experiment.model_copy(update=_derived(experiment, loaded, evals)), loaded
+
+
+def _eval(name: str, use: Benchmark, place: str) -> EvalCard:
+    """The card of a benchmark as it is used; its suite, options, rules and template are known."""
+    try:
+        card = load_eval(name, HERE.evals).used(use)
+        suite_of(card)
+        template_named(card.answer.template, f"card {name}: answer.template")
+    except ConfigError as error:
+        raise ConfigError(f"{place}: benchmarks.{name}: {error}") from None
+    return card
 
 
 def _inherited(name: str, folder: Path, heirs: tuple[str, ...]) -> dict[str, Any]:
@@ -155,7 +173,7 @@ def _extended(name: str, stages: dict[str, Any], place: str, heirs: tuple[str, .
     return _merged(plain, over)
 
 
-def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
+def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, EvalCard]) -> dict[str, Any]:
     datasets = {
         name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
         for name, use in experiment.datasets.items()
@@ -187,7 +205,17 @@ def _derived(experiment: Experiment, cards: dict[str, Card]) -> dict[str, Any]:
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
-    return {"datasets": datasets, "prepared": prepared, "runs": runs, "analyzed": analyzed, "evaluations": evaluations}
+    benchmarks: dict[str, Benchmark] = {}
+    for name, use in experiment.benchmarks.items():
+        archive, nothing = evals[name].items.archive, (HERE.evals / "README.md").as_posix()
+        benchmarks[name] = use.model_copy(
+            update={"follows": archive if archive and Path(archive).is_dir() else nothing}
+        )
+    return {
+        "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
+        "analyzed": analyzed,
+        "scored": {name: tuple(benchmarks) for name in experiment.variants if benchmarks},
+    }  # fmt: skip
 
 
 def _deepest(folder: str, names: Iterable[str]) -> str:

@@ -25,7 +25,6 @@ from unifork.config import (
 )
 from unifork.documents.prompts import template_for
 from unifork.errors import CheckpointError, ConfigError, unknown
-from unifork.evaluation.benchmarks import BENCHMARKS
 from unifork.image_tokenizer.readers import READERS
 
 Cards = Mapping[str, Card]
@@ -66,15 +65,13 @@ def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[s
 
 
 def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
-    """Readers, kinds of benchmark, templates, and what follows from the grid and the views.
+    """Readers, templates, and what follows from the grid and the views.
 
-    Sources and filter rules of the cards were looked at by `followed`.
+    Sources and filter rules of the cards were looked at by `followed`, suites where entries are derived.
     """
     for name, card in cards.items():
         if card.reader:
             READERS.find(card.reader, f"card {name}: reader")
-    for name, benchmark in experiment.benchmarks.items():
-        BENCHMARKS.find(benchmark.kind, f"{place}: benchmarks.{name}")
     _check_extended(experiment, place)
     images = experiment.image_tokenizer
     positions = images.grid**2 if isinstance(images, ImageTokenizerConfig) else None

@@ -64,8 +64,8 @@ def write(directory: Path, size: int, encode: Encode, here: Mapping[str, Any]) -
     write_json(directory / FACTS_FILE, {**here, "batch_shape": list(pixels_BSSC.shape)})
 
 
-def check(directory: Path, encode: Encode, here: Mapping[str, Any]) -> None:
-    """Encode the stored canaries again; `here` says with what: `device_class`, `dtype` and `libraries`.
+def check(directory: Path, encode: Encode, here: Mapping[str, Any]) -> float:
+    """Encode the stored canaries again; the share of codes that differ. `here`: `device_class`, `dtype`, `libraries`.
 
     Raises IdentityError where any code differs on the device class and dtype they were made with, or
     more than LARGEST_FLIP_RATE elsewhere; CheckpointError where the files are missing or damaged.
@@ -86,3 +86,4 @@ def check(directory: Path, encode: Encode, here: Mapping[str, Any]) -> None:
         raise IdentityError(found)
     if not same_place:
         logger.warning(found)
+    return flip_rate

@@ -19,10 +19,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from unifork.errors import DataError, unknown
-from unifork.image_tokenizer.model import ImageTokenizer, to_bytes, to_tensor
+from unifork.image_tokenizer.model import ImageTokenizer, to_bytes
 from unifork.image_tokenizer.views import RGB, VARIANTS, declared
 from unifork.images import ImageError, decoding, open_image
 from unifork.vocabulary import CODE_DTYPE
@@ -71,8 +70,9 @@ class CodeEncoder:
     def encoding(self) -> dict[str, Any]:
         """StrictModel data: everything beside the tokenizer's identities that a code depends on."""
         size = self.tokenizer.architecture.image_size
-        here = self.tokenizer.environment
-        return {**declared(self.view, self.matte, self.batch_images, size, here["dtype"]), **here}
+        here, flips = self.tokenizer.environment, self.tokenizer.canary_flips
+        declares = declared(self.view, self.matte, self.batch_images, size, here["dtype"])
+        return {**declares, **here, **({"canary_flips": flips} if flips else {})}
 
     def encode_images(self, images: Sequence[ImageInput]) -> np.ndarray:
         """Codes (n, N * D), uint16, of images in order. Raises DataError naming an unreadable image or its file."""
@@ -80,9 +80,9 @@ class CodeEncoder:
         width = architecture.grid**2 * architecture.depth
         codes = np.zeros((len(images), width), dtype=CODE_DTYPE)
         done = 0
-        for batch_BCSS in self._batches(images):
+        for batch_BSSC in self._batches(images):
             with self._network:
-                codes_BND = self.tokenizer.encode(batch_BCSS).cpu().numpy()
+                codes_BND = self.tokenizer.encode_bytes(batch_BSSC).numpy()
             count = min(self.batch_images, len(images) - done)
             codes[done : done + count] = codes_BND[:count].reshape(count, width)
             done += count
@@ -111,16 +111,16 @@ class CodeEncoder:
             decoded += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
         return decoded
 
-    def _batches(self, images: Sequence[ImageInput]) -> Iterator[Tensor]:
-        """Batches (B, C, S, S) in order, the last filled up with black; made in the threads, not far ahead."""
+    def _batches(self, images: Sequence[ImageInput]) -> Iterator[np.ndarray]:
+        """Batches (B, S, S, C) of bytes in order, the last filled up with black; made in the threads, not far ahead."""
         size, batch = self.tokenizer.architecture.image_size, self.batch_images
-        ahead: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        ahead: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         try:
             for start in range(0, len(images) + BATCHES_AHEAD * batch, batch):
-                batch_BCSS = torch.full((batch, 3, size, size), -1.0)
+                batch_BSSC = np.zeros((batch, size, size, 3), np.uint8)
                 part = enumerate(images[start : start + batch])
-                filling = [self._pool.submit(self._fill, batch_BCSS[row], image, start + row) for row, image in part]
-                ahead.append((batch_BCSS, filling))
+                filling = [self._pool.submit(self._fill, batch_BSSC[row], image, start + row) for row, image in part]
+                ahead.append((batch_BSSC, filling))
                 if len(ahead) > BATCHES_AHEAD:
                     for filled in ahead[0][1]:
                         filled.result()
@@ -130,8 +130,8 @@ class CodeEncoder:
                 for future in filling:
                     future.cancel()
 
-    def _fill(self, row_CSS: Tensor, source: ImageInput, index: int) -> None:
-        row_CSS.copy_(to_tensor(self._view(source, index)[None])[0])
+    def _fill(self, row_SSC: np.ndarray, source: ImageInput, index: int) -> None:
+        row_SSC[:] = self._view(source, index)
 
     def _view(self, source: ImageInput, index: int) -> np.ndarray:
         """The view of one image, which may be encoded bytes or a file."""

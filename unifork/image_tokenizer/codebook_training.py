@@ -104,6 +104,6 @@ class CodebookAverages:
 
 
 def _draw(error_M: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` vectors, those with a large error more often; all alike where there is no error."""
-    weights_M = error_M + 1e-12
+    """`count` vectors, those with a large error more often; all alike where there is no error. Drawn on the CPU."""
+    weights_M = error_M.cpu() + 1e-12
     return torch.multinomial(weights_M, count, replacement=count > weights_M.numel(), generator=generator)

@@ -27,8 +27,6 @@ ENCODE_VERSION = 1
 
 BATCH_IMAGES = 64
 """Images per call of the network; in low precision part of what decides the codes."""
-DTYPE = "float32"
-"""Of the network."""
 UNENCODABLE = "unencodable"
 """Reason of a row whose image no view can be made of, although the filter could decode it."""
 
@@ -55,10 +53,13 @@ class Encode:
 
     def __init__(self, card: Card, tokenizer: Path, device: str, threads: int = 1) -> None:
         # only workers wait for torch and transformers
+        import torch  # noqa: PLC0415
+
         from unifork.image_tokenizer.code_encoder import CodeEncoder  # noqa: PLC0415
 
         first = next(iter(card.tasks.values())).view
-        encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, threads=threads)
+        dtype = getattr(torch, card.encoder_dtype)
+        encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, dtype, threads)
         self.views = {task: View(card, task, encoder) for task in card.tasks}
 
     def __call__(self, task: ShardTask) -> ShardResult:
@@ -97,7 +98,9 @@ def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: 
     """
     use, description = card.tasks[task], describe(tokenizer)
     shape = description.architecture
-    identity = _identity(description, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, DTYPE))
+    identity = _identity(
+        description, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, card.encoder_dtype)
+    )
     made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
     tasks = [

@@ -1,4 +1,4 @@
-"""Kept images as the image tokenizer learns from them: of one view."""
+"""Kept images as the image tokenizer learns from them: in the views of their set."""
 
 from collections.abc import Iterable
 
@@ -22,15 +22,18 @@ def sample_sets(datasets: Iterable[str], layout: Layout, size: int, seed: int, m
     views: dict[str, np.ndarray] = {}
     for name in datasets:
         card, rows = load_card(name, layout.cards), KeptRows(layout, name)
-        for use in card.tasks.values():
-            views[f"{name}/{use.view}"] = sample_views(rows, card, use.view, size, seed, most)
+        views |= {f"{name}/{view}": images for view, images in sample_views(rows, card, size, seed, most).items()}
     return without_repeats(views)  # square images look the same in both views
 
 
-def sample_views(rows: KeptRows, card: Card, view: View, size: int, seed: int, most: int = MAX_IMAGES) -> np.ndarray:
-    """One view of a set's images in a seeded order, none held out, uint8 (n, S, S, 3), n at most `most`."""
+def sample_views(rows: KeptRows, card: Card, size: int, seed: int, most: int = MAX_IMAGES) -> dict[View, np.ndarray]:
+    """The views of a set's images in a seeded order, none held out, each uint8 (n, S, S, 3), n at most `most`.
+
+    An image is decoded once for all of them.
+    """
     chosen = set(keyed(seed, card.name).permutation(rows.manifest.rows)[:most].tolist())
-    images, first = [], 0
+    views: dict[View, list[np.ndarray]] = {use.view: [] for use in card.tasks.values()}
+    first = 0
     for number, shard in enumerate(rows.shards):
         wanted = [row for row in range(shard.rows) if first + row in chosen]
         columns = rows.table(number, ["key", "image"]) if wanted else {}
@@ -38,7 +41,8 @@ def sample_views(rows: KeptRows, card: Card, view: View, size: int, seed: int, m
             if card.holds_out(columns["key"][row].as_py()):
                 continue
             image = open_image(columns["image"][row].as_py())
-            images.append(np.asarray(VIEWS[view](image, size, card.matte), np.uint8))
+            for view, images in views.items():
+                images.append(np.asarray(VIEWS[view](image, size, card.matte), np.uint8))
         first += shard.rows
-    order = keyed(seed, card.name, "order").permutation(len(images))
-    return np.stack(images)[order]
+    orders = {view: keyed(seed, card.name, "order").permutation(len(images)) for view, images in views.items()}
+    return {view: np.stack([images[place] for place in orders[view]]) for view, images in views.items()}

@@ -55,10 +55,12 @@ def train_tokenizer(
     held_out: Groups,
     directory: Path | str,
     progress: Callable[[str], None] = print,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Train, write the tokenizer directory, and return the report (see `measure`).
 
-    progress: takes a line every few seconds. Raises DataError for images of another size than the configuration's.
+    progress: takes a line every few seconds. Codes are always found on the CPU in the end. Raises DataError for images
+    of another size than the configuration's.
     """
     side = config.image_size
     for where, groups in (("images", images), ("held_out", held_out)):
@@ -72,7 +74,7 @@ def train_tokenizer(
             f"image_tokenizer.training.quantize_from_step {config.training.quantize_from_step} must be "
             f"below steps {config.training.steps}"
         )
-    trainer = TokenizerTrainer(config, without_repeats(images))
+    trainer = TokenizerTrainer(config, without_repeats(images), device)
     steps = config.training.steps
     started = reported = time.monotonic()
     for step in range(1, steps + 1):
@@ -85,7 +87,7 @@ def train_tokenizer(
                 f"{config.training.batch_images / each:.0f} images/s, {now - started:.0f} s, "
                 f"ETA {each * (steps - step):.0f} s"
             )
-    trainer.tokenizer.save(directory)
+    trainer.tokenizer.to(torch.device("cpu")).save(directory)
     return measure(trainer.tokenizer, held_out)
 
 
@@ -117,8 +119,8 @@ def decode_all(tokenizer: ImageTokenizer, codes_BND: np.ndarray) -> np.ndarray:
 class TokenizerTrainer:
     """A tokenizer, its optimizer and its codebook's averages; `step` is one optimizer step."""
 
-    def __init__(self, config: ImageTokenizerConfig, images: Groups) -> None:
-        self.training = config.training
+    def __init__(self, config: ImageTokenizerConfig, images: Groups, device: torch.device | str = "cpu") -> None:
+        self.training, self.device = config.training, torch.device(device)
         self.batches = Batches(images, config.training.batch_images, config.seed, config.training.shares)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -126,6 +128,7 @@ class TokenizerTrainer:
         self.tokenizer.requires_grad_(True)
         self.tokenizer.encoder.start_local(stay=config.training.local)
         zero_last_convolutions(self.tokenizer.decoder)
+        self.tokenizer.to(self.device)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.averages: CodebookAverages | None = None
         learning = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
@@ -139,10 +142,10 @@ class TokenizerTrainer:
             group["lr"] = self.training.learning_rate * _schedule(step, self.training.warmup_steps, self.training.steps)
         if step == self.training.quantize_from_step:
             self._start_codebook(step)
-        pixels_BCSS = to_tensor(self.batches.take(step))
+        pixels_BCSS = self._pixels(step)
         with torch.set_grad_enabled(not decoder_alone):
             features_BNC = self.tokenizer.encoder(pixels_BCSS)
-        commitment = torch.zeros(())
+        commitment = torch.zeros((), device=self.device)
         if self.averages is not None:
             features_BNC, commitment = self._quantize(features_BNC, share, learn=not decoder_alone)
         drawn_BCSS = self.tokenizer.draw(features_BNC)
@@ -153,13 +156,16 @@ class TokenizerTrainer:
         self.optimizer.step()
         return float(loss.detach())
 
+    def _pixels(self, step: int) -> Tensor:
+        return to_tensor(torch.from_numpy(self.batches.take(step)).to(self.device))
+
     def _start_codebook(self, step: int) -> None:
         """Residual k-means on the features of the images that come next."""
         config = self.tokenizer.architecture
         vectors_per_batch = self.training.batch_images * config.grid**2
         batches = math.ceil(config.codebook_size * KMEANS_VECTORS_PER_ROW / vectors_per_batch)
         with torch.no_grad():
-            features = [self.tokenizer.encoder(to_tensor(self.batches.take(step + i))) for i in range(batches)]
+            features = [self.tokenizer.encoder(self._pixels(step + i)) for i in range(batches)]
         features_MC = torch.cat(features).flatten(0, 1)
         self.averages = CodebookAverages(self.tokenizer.quantizer, features_MC, self.training.ema_decay, self.generator)
 

@@ -75,12 +75,15 @@ class _Chunked(torch.autograd.Function):
         bias_grad_V = torch.zeros_like(bias_V, dtype=normalizer_R.dtype) if wants_bias else None
         with torch.autocast(hidden_RH.device.type, enabled=False):
             for c in _chunks(len(hidden_RH), len(weight_VH)):
-                slope_cV = _wide(F.linear(hidden_RH[c], weight_VH, bias_V))
-                slope_cV.sub_(normalizer_R[c, None]).exp_().mul_(grad_R[c, None])
-                slope_cV.scatter_add_(1, target_R[c, None], -grad_R[c, None])
+                # each line reads and writes all logits of a chunk: widened where they are subtracted from, narrowed
+                # where they are weighted
+                logits_cV = F.linear(hidden_RH[c], weight_VH, bias_V)
+                in_place = logits_cV if logits_cV.dtype == normalizer_R.dtype else None
+                slope_cV = torch.sub(logits_cV, normalizer_R[c, None], out=in_place).exp_()
+                slope_cV.scatter_add_(1, target_R[c, None], -torch.ones_like(grad_R[c, None]))
                 if bias_grad_V is not None:
-                    bias_grad_V += slope_cV.sum(0)
-                narrow_cV = slope_cV.to(hidden_RH.dtype)
+                    bias_grad_V += grad_R[c] @ slope_cV
+                narrow_cV = torch.mul(slope_cV, grad_R[c, None], out=logits_cV)
                 if hidden_grad_RH is not None:
                     hidden_grad_RH[c] = narrow_cV @ weight_VH
                 if weight_grad_VH is not None:

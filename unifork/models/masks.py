@@ -13,14 +13,17 @@ seen by nobody else.
 order that brings the tokens of a sequence together, and their lengths. Where nothing is isolated the
 documents already follow each other and nothing is sorted; for isolated layers tokens are sorted by
 document and branch. Causal attention within each sequence is then exactly what the masks say. On a
-CUDA device in half precision this is torch's variable-length kernel, else one call per sequence, which
-is the reference the kernel is tested against.
+CUDA device in half precision this is a variable-length kernel (flash-attn's or torch's), else one call per
+sequence, which is the reference that kernels are tested against.
 
 Shape suffixes: B rows, T queries (all tokens of a packed row), S keys, X = B*T, E head size, A attention
 heads, G key heads, Q1 sequences and one more, L tokens of a sequence.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from itertools import accumulate, chain
 from typing import Any, cast
 
@@ -40,7 +43,12 @@ VARLEN, EAGER = "varlen", "eager"
 Counts = tuple[tuple[int, ...], ...]
 """Tokens of each document of packed rows by branch (`Batch.document_counts`)."""
 
+KERNEL = "flash-attn" if find_spec("flash_attn") else "torch"
+"""Whose variable-length kernel is used: that of the extra `flash`, where it is installed."""
+Places = tuple[Tensor, Tensor] | None
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_TORCH_SHARES_HEADS = "enable_gqa" in signature(varlen_attn).parameters
+"""Not in every release that has the kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +72,18 @@ class Sequences:
         return tokens_XAE if self.inverse_X is None else tokens_XAE.index_select(0, self.inverse_X)
 
 
-def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts) -> Sequences:
-    """The sequences of packed rows. `counts` come from the batch, so the device is never waited for."""
-    lengths = tuple(map(sum, counts)) if branches_BT is None else tuple(filter(None, chain.from_iterable(counts)))
+def sequences(documents_BT: Tensor, branches_BT: Tensor | None, counts: Counts, places: Places = None) -> Sequences:
+    """The sequences of packed rows. `counts` come from the batch, so the device is never waited for.
+
+    places: of tokens that were sorted by branch, where each stood in the rows, and the inverse.
+    """
+    runs = counts if places is None else zip(*counts, strict=True)
+    lengths = tuple(map(sum, counts)) if branches_BT is None else tuple(filter(None, chain.from_iterable(runs)))
     starts_Q1 = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     starts_Q1 = starts_Q1.to(documents_BT.device, non_blocking=True)
-    if branches_BT is None:
+    if branches_BT is None and places is not None:
+        return Sequences(lengths, starts_Q1, *reversed(places))
+    if branches_BT is None or places is not None:
         return Sequences(lengths, starts_Q1)
     B, T = documents_BT.shape
     last_BT = torch.where(documents_BT == NO_DOCUMENT, T, documents_BT)
@@ -103,17 +117,18 @@ def attention_mask(
     queries: int,
     dtype: torch.dtype,
     counts: Counts = (),
+    places: Places = None,
 ) -> Mask:
     """The mask of the last `queries` tokens for an attention implementation. Raises ConfigError if unknown.
 
     For sdpa (B, 1, T, S), True where a key is seen; for eager attention the same with 0 where a key is seen, else
-    the lowest number of the dtype. counts: of packed rows, which `varlen` takes as sequences; without them, in a
-    step of decoding, it takes sdpa's mask.
+    the lowest number of the dtype. counts: of packed rows, which `varlen` takes as sequences (places as there);
+    without them, in a step of decoding, it takes sdpa's mask.
     """
     if implementation not in MASKS:
         raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
     if implementation == VARLEN and counts:
-        return sequences(documents_BS, branches_BS, counts)
+        return sequences(documents_BS, branches_BS, counts, places)
     seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
     if implementation == EAGER:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
@@ -137,22 +152,26 @@ def attend(
     if isinstance(attention_mask, Tensor):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     B, A, T, E = query.shape
-    groups = A // key.shape[1]
     query_XAE, key_XGE, value_XGE = map(attention_mask.gather, (query, key, value))
-    # every release of torch with the kernel takes as many key heads as query heads, not all take fewer
-    key_XAE, value_XAE = key_XGE.repeat_interleave(groups, 1), value_XGE.repeat_interleave(groups, 1)
     kernel = by_kernel if query.is_cuda and query.dtype in _KERNEL_DTYPES else one_by_one
-    attended_XAE = kernel(query_XAE, key_XAE, value_XAE, attention_mask, scaling)
+    attended_XAE = kernel(query_XAE, key_XGE, value_XGE, attention_mask, scaling)
     return attention_mask.scatter(attended_XAE).reshape(B, T, A, E), None
 
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
-    """Causal attention (X, A, E) within each sequence, in one call of torch's kernel."""
+    """Causal attention (X, A, E) within each sequence, in one call: of flash-attn where it is installed, else torch's.
+
+    Heads of keys and values (G) are shared by A/G query heads each.
+    """
     starts_Q1, longest = mask.starts_Q1, max(mask.lengths)
-    attended = varlen_attn(
-        query, key, value, starts_Q1, starts_Q1, longest, longest, scale=scaling, window_size=(-1, 0)
-    )
-    return cast(Tensor, attended)
+    bounds = (starts_Q1, starts_Q1, longest, longest)
+    if KERNEL == "flash-attn":
+        flash = import_module("flash_attn").flash_attn_varlen_func
+        return cast(Tensor, flash(query, key, value, *bounds, softmax_scale=scaling, causal=True))
+    shared: dict[str, Any] = {"enable_gqa": True} if _TORCH_SHARES_HEADS else {}
+    if not shared:
+        key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], 1) for heads in (key, value))
+    return cast(Tensor, varlen_attn(query, key, value, *bounds, scale=scaling, window_size=(-1, 0), **shared))
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scaling: float | None) -> Tensor:
@@ -162,7 +181,7 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: Sequences, scali
     """
     parts_1ALE = (torch.split(heads.transpose(0, 1)[None], list(mask.lengths), 2) for heads in (query, key, value))
     attended_1ALE = [
-        F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
+        F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
         for queries, keys, values in zip(*parts_1ALE, strict=True)
     ]
     return torch.cat(attended_1ALE, 2)[0].transpose(0, 1)

@@ -5,22 +5,21 @@ computed inside the root module's forward so that sharded and tied weights are w
 used; in decoding hidden states, with a cache. An image token enters as the sum of its D code vectors
 through the connector; the codebook is a frozen table in the model, so codes are all it needs.
 
-Both heads and every branch take part in every forward, with zero loss where they have no tokens:
-sharded gradients are silently wrong otherwise. There is no dropout anywhere.
+Both heads take part in every forward, with zero loss where they have no tokens, and so does every branch of
+a model that is wrapped: reduced gradients are silently wrong otherwise. There is no dropout anywhere.
 
-Shape suffixes: B rows, T tokens of a row, X = B*T, S keys or supervised text tokens, N image tokens,
-M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, V words.
+Shape suffixes: B or R rows, T tokens of a row, X = B*T, S keys or supervised text tokens, N image tokens,
+M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, E head size, V words.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
@@ -30,8 +29,9 @@ from unifork.models.configuration import UniForkConfig, read_config
 from unifork.models.decoder import (
     AttentionContext,
     Block,
-    Routes,
+    Cache,
     batch_routes,
+    by_modality,
     family,
     masks_of,
     modalities,
@@ -43,12 +43,12 @@ from unifork.models.decoder import (
 from unifork.models.image_head import HEAD, HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
-from unifork.models.masks import Counts, Mask, attention_mask
+from unifork.models.masks import VARLEN, Counts, Mask, Places, attention_mask
 from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
 
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 """Raise when the same weights would compute something else, or the same seed draw other weights."""
 
 
@@ -57,18 +57,6 @@ class Losses(NamedTuple):
 
     text_loss_sum: Tensor
     image_loss_sum_D: Tensor
-
-
-@dataclass(eq=False)
-class Context:
-    """What a decoding run has read so far; `step` moves it on."""
-
-    cache: DynamicCache
-    documents_BS: Tensor
-    modalities_BS: Tensor
-    lengths_B: Tensor
-    """Tokens of each row without padding, which is also the next rotary position."""
-    task: int
 
 
 class Connector(nn.Module):
@@ -97,6 +85,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
     _keep_in_fp32_modules_strict = ["codebook"]
+    every_branch = True
+    """Whether branches without tokens are called in training, too."""
 
     def __init__(self, config: UniForkConfig) -> None:
         super().__init__(config)
@@ -109,7 +99,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.embed_tokens = nn.Embedding(dense.vocab_size, H)
         self.connector = Connector(config.code_channels, H)
         self.layers = nn.ModuleList([Block(name, dense, index, parts) for index, name in enumerate(plan.layers)])
-        self.norm = norms(BRANCHES[plan.norm_route], dense, parts)
+        self.norm = norms(BRANCHES[plan.norm_route], dense)
         self.rotary_emb = parts.rotary(config=dense)
         self.lm_head = nn.Linear(H, dense.vocab_size, bias=False)
         self.image_head = ImageHead(config.head_config(), H, config.code_channels, config.codebook_size, config.depth)
@@ -119,6 +109,8 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch) -> Losses:
         """Both losses of packed rows, summed over their supervised targets."""
+        if self.routes_needed - {"none"} == {"modality"} and self.config._attn_implementation == VARLEN:
+            batch = by_modality(batch)
         hidden_XH = self.hidden(batch).flatten(0, 1)
         text_SH = hidden_XH.index_select(0, batch.text_source_S)
         text_loss_S = linear_cross_entropy(text_SH, self.lm_head.weight, None, batch.text_target_S)
@@ -126,36 +118,64 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         image_loss_MD = self.image_head.loss(image_MH, batch.image_target_MD, self.codebook)
         return Losses(text_loss_S.sum(), image_loss_MD.sum(0))
 
-    def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
-        """Normed hidden states (B, T, H) of packed rows; fills the cache if one is given."""
-        routes = batch_routes(batch, self.routes_needed)
-        T = batch.kinds_BT.shape[1]
-        masks = self._masks(batch.documents_BT, modalities(batch.kinds_BT), T, batch.document_counts)
-        return self._forward_layers(self.embed(batch), batch.positions_BT, routes, masks, cache)
+    def hidden(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Normed hidden states (B, T, H) of packed rows; with a cache, of the tokens that follow those in it."""
+        documents, kinds, positions = batch.documents_BT, modalities(batch.kinds_BT), batch.positions_BT
+        counts = batch.document_counts
+        if cache is not None:
+            counts = counts if cache.filled == 0 else ()
+            positions = positions + cache.lengths_R[:, None]
+            cache.extend(documents, kinds)
+            documents, kinds = cache.documents_RS[:, : cache.reach], cache.modalities_RS[:, : cache.reach]
+        masks = self._masks(documents, kinds, positions.shape[1], counts, batch.places)
+        x_BTH = self.embed(batch)
+        cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions)
+        routes = batch_routes(batch, self.routes_needed, self.every_branch and torch.is_grad_enabled())
+        name = self.config._attn_implementation
+        return self._forward_layers(x_BTH, AttentionContext(routes, masks, cos_BTE, sin_BTE, name, cache))
 
-    def prefill(self, batch: Batch) -> tuple[Tensor, Context]:
-        """Read prompts, one document a row, all of one task. Returns the last token's hidden state (B, H)."""
-        used = [task for task, count in enumerate(batch.task_counts) if count]
-        if len(used) != 1:
-            raise ValueError(f"prompts of {len(used)} tasks in one batch; decoding takes exactly one")
-        cache = DynamicCache()
-        hidden_BTH = self.hidden(batch, cache)
-        lengths_B = (batch.documents_BT != NO_DOCUMENT).sum(1)
-        context = Context(cache, batch.documents_BT, modalities(batch.kinds_BT), lengths_B, used[0])
-        rows = torch.arange(len(lengths_B), device=lengths_B.device)
-        return hidden_BTH[rows, lengths_B - 1], context
+    def read(self, batch: Batch, cache: Cache) -> Tensor:
+        """Read the next tokens of documents, one a row. Returns the last one's hidden state (B, H)."""
+        last_B = (batch.documents_BT != NO_DOCUMENT).sum(1) - 1
+        return self.hidden(batch, cache)[torch.arange(len(last_B), device=last_B.device), last_B]
 
-    def step(self, x_BH: Tensor, modality: int, context: Context) -> Tensor:
-        """Read one more token a row, all of one modality. Returns its hidden state (B, H), moves the context."""
-        B = len(x_BH)
-        new_B1 = context.documents_BS.new_zeros(B, 1)
-        context.documents_BS = torch.cat([context.documents_BS, new_B1], 1)
-        context.modalities_BS = torch.cat([context.modalities_BS, new_B1 + modality], 1)
-        masks = self._masks(context.documents_BS, context.modalities_BS, 1)
-        routes = step_routes(B, context.task, modality)
-        hidden_B1H = self._forward_layers(x_BH[:, None], context.lengths_B[:, None], routes, masks, context.cache)
-        context.lengths_B = context.lengths_B + 1
-        return hidden_B1H[:, 0]
+    def new_cache(self, rows: int, slots: int) -> Cache:
+        """An empty cache for `rows` documents of `slots` tokens at most."""
+        dense = self.config.backbone_config()
+        attention: Any = next(iter(cast(Block, self.layers[0]).self_attn.values()))
+        shape = (rows, dense.num_key_value_heads, slots, attention.head_dim)
+        return Cache.empty(len(self.layers), shape, self.embed_tokens.weight)
+
+    def decoder(self, cache: Cache, task: int, modality: int, *, whole: bool = False) -> Callable[[Tensor], Tensor]:
+        """A function that reads one more token a row (R, H) and returns its hidden state (R, H).
+
+        All tokens are of one task and one modality. Nothing is read from the device; with `whole` attention
+        looks at all slots and every step does the same to the same memory, so it can be captured and replayed.
+        """
+        R, S = cache.documents_RS.shape
+        weight = self.embed_tokens.weight
+        routes = step_routes(R, task, modality)
+        unseen_RS = cache.documents_RS == NO_DOCUMENT
+        other_RS = unseen_RS | (cache.modalities_RS != modality)
+        unseen = [(other_RS if route == "modality" else unseen_RS)[:, None, None] for route in self.masks_needed]
+        masks = weight.new_zeros(len(unseen), R, 1, 1, S).masked_fill_(torch.stack(unseen), -torch.inf)
+        tables_SE = [angles[0] for angles in self.rotary_emb(weight, torch.arange(S, device=weight.device)[None])]
+        cache.slots_T, cache.reach = torch.tensor([cache.filled], device=weight.device), S
+
+        def step(x_RH: Tensor) -> Tensor:
+            cache.filled += 1
+            if not whole:
+                cache.reach = cache.filled
+            masks.index_fill_(4, cache.slots_T, 0.0)
+            cos_R1E, sin_R1E = (table_SE.index_select(0, cache.lengths_R)[:, None] for table_SE in tables_SE)
+            within = dict(zip(self.masks_needed, masks[..., : cache.reach].unbind(), strict=True))
+            reading = AttentionContext(routes, within, cos_R1E, sin_R1E, self.config._attn_implementation, cache)
+            hidden_RH = self._forward_layers(x_RH[:, None], reading)[:, 0]
+            cache.lengths_R += 1
+            cache.slots_T += 1
+            return hidden_RH
+
+        return step
 
     def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer (B, T, H): words, borders of images, and codes."""
@@ -185,32 +205,36 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             if isinstance(module, Block | HeadBlock):
                 module.activation_checkpointing = module.kind_name in kinds
 
+    def compile_parts(self) -> None:
+        """Compile what is position-wise, for any number of tokens: norms, MLPs, the head's blocks; weights are inputs.
+
+        Attention, routes and losses stay as they are, and parameters keep their names. Once, after they are placed.
+        """
+        for module in self.modules():
+            if isinstance(module, HeadBlock):
+                module._layer = torch.compile(module._layer, dynamic=True)  # type: ignore[method-assign]
+            elif isinstance(module, Block):
+                for parts in (module.mlp, module.input_layernorm, module.post_attention_layernorm):
+                    for part in parts.values():
+                        part.compile(dynamic=True)
+
     def _masks(
-        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = ()
+        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = (), places: Places = None
     ) -> dict[RouteBy, Mask]:
         # documents have one task each, so isolation by task is what every mask already says
         branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": modalities_BS}
         name, dtype = self.config._attn_implementation, self.embed_tokens.weight.dtype
         return {
-            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts)
+            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts, places)
             for route in self.masks_needed
         }
 
-    def _forward_layers(
-        self,
-        x_BTH: Tensor,
-        positions_BT: Tensor,
-        routes: Routes,
-        masks: Mapping[RouteBy, Mask],
-        cache: DynamicCache | None,
-    ) -> Tensor:
-        cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions_BT)
-        reading = AttentionContext(routes, masks, cos_BTE, sin_BTE, self.config._attn_implementation, cache)
+    def _forward_layers(self, x_BTH: Tensor, reading: AttentionContext) -> Tensor:
         x_XH = x_BTH.flatten(0, 1)
         for layer in self.layers:
             x_XH = layer(x_XH, reading)
         branches: dict[str, Any] = dict(self.norm.items())
-        x_XH = routed(branches, routes[self.plan.norm_route], lambda norm, part: norm(part), x_XH)
+        x_XH = routed(branches, reading.routes[self.plan.norm_route], lambda norm, part: norm(part), x_XH)
         return x_XH.view_as(x_BTH)
 
 

@@ -14,7 +14,7 @@ from unifork.config import Experiment
 from unifork.image_tokenizer.architecture import architecture_of
 from unifork.layout import Layout
 from unifork.report.codec import LoadCodec
-from unifork.report.gather import dataset, history_of, programs, runs_of, variant
+from unifork.report.gather import benchmarks, dataset, history_of, runs_of, variant
 from unifork.report.plots import whole_line, worded
 from unifork.report.reading import read_json
 from unifork.report.surroundings import surroundings
@@ -39,7 +39,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         params=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
         program=version("unifork"),
         here=surroundings(layout.root),
-        benchmarks=programs(experiment),
+        benchmarks=benchmarks(experiment, layout),
         datasets=datasets,
         detector_here={
             f"{gathered['name']}/{view}": same

@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from unifork.config import Experiment, load_card
-from unifork.evaluation.benchmarks import BENCHMARKS, Program
+from unifork.config import EvalCard, Experiment, load_card, load_eval
+from unifork.evaluation.scoring import METRICS, VERDICTS
 from unifork.figures import data_uri
 from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.architecture import CONFIG_FILE
@@ -28,12 +28,9 @@ PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "
 """Order of the rows; branches come after the shared trunk."""
 
 
-def programs(experiment: Experiment) -> dict[str, Program]:
-    """The experiment's benchmarks by name. Raises ConfigError for an unknown kind."""
-    return {
-        name: BENCHMARKS.find(benchmark.kind, f"params.yaml: benchmarks.{name}.kind")
-        for name, benchmark in experiment.benchmarks.items()
-    }
+def benchmarks(experiment: Experiment, layout: Layout) -> dict[str, EvalCard]:
+    """The cards of the experiment's benchmarks. Raises ConfigError for an unknown one."""
+    return {name: load_eval(name, layout.evals) for name in experiment.benchmarks}
 
 
 def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
@@ -68,7 +65,7 @@ def variant(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         "parts": {part: sum(counts) for run in stages for part, counts in run["parts"].items()},
         "prompts": list(dict.fromkeys(prompt for run in stages for prompt in run["settings"]["sample_prompts"])),
         "evaluations": {
-            entry["benchmark"]: evaluation(key, experiment, layout, load_codec)
+            entry["benchmark"]: evaluation(key, experiment, layout)
             for key, entry in experiment.evaluations.items()
             if entry["variant"] == name
         },
@@ -141,33 +138,31 @@ def _of(part: str, rows: Sequence[Found]) -> list[Found]:
     return [row for row in rows if row["part"] == part]
 
 
-def evaluation(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
-    """One benchmark, from its scores and its outputs; without scores where it has not run.
+def evaluation(key: str, experiment: Experiment, layout: Layout) -> dict[str, Any]:
+    """One benchmark, from its scores, verdicts and answers; without scores where it has not run.
 
     `scores` are by split and name, `names` those of all rows, both in the order of the benchmark.
     """
     entry = experiment.evaluations[key]
-    program, folder = programs(experiment)[entry["benchmark"]], layout.scores(key)
-    found = read_scores(folder / "metrics.json")
-    scores = {split: found[split] for split in _ordered(found, program.splits)}
+    name = entry["benchmark"]
+    show, folder = benchmarks(experiment, layout)[name].show, layout.scores(entry["variant"]) / name
+    found = read_scores(folder / METRICS)
+    scores = {split: found[split] for split in _ordered(found, show.splits)}
     every = [score for table in scores.values() for score in table.values()]
-    names = _ordered({score.name for score in every}, program.first_scores)
-    seeds = sorted({score.seed for score in every})
-    records = read_records(folder / "outputs" / "samples.jsonl")
-    prompts = [record for record in records if "prompt" in record]
-    questions = [record for record in records if "question" in record]
-    codes = read_codes(folder / "outputs" / "codes.npz", len(prompts)) if prompts else None
-    decoder = layout.root / entry["model"] / MODEL_IMAGE_TOKENIZER
+    names = _ordered({score.name for score in every}, show.scores)
+    records = read_records(folder / VERDICTS)
+    prompts = [record for record in records if not record["image"]]
+    questions = [record for record in records if record["image"]]
     return {
         "key": key,
-        "name": entry["benchmark"],
+        "name": name,
         "scores": scores,
         "names": names,
-        "seeds": seeds,
-        "samples": sorted({score.samples for score in every}),
+        "seeds": sorted({score.seed for score in every if score.seed is not None}),
+        "samples": sorted({score.items for score in every}),
         "plot": score_plot(key, scores, names) if scores else None,
-        "drawn": {} if codes is None else drawn_samples(prompts, codes, load_codec(decoder)),
-        "answered": answered_samples(questions, program, seeds),
+        "drawn": drawn_samples(prompts, layout.answers(entry["variant"]) / name),
+        "answered": answered_samples(questions, layout.items(name)),
     }
 
 

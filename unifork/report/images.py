@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,13 +18,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from unifork.config import Card
-from unifork.evaluation.benchmarks import Program
+from unifork.errors import DataError
 from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.views import VARIANTS
 from unifork.images import MAX_PIXELS, open_image
 from unifork.report.codec import Codec
 from unifork.report.reading import Found, undamaged
+from unifork.shards.job import read_table
+from unifork.shards.manifest import read_manifest
 from unifork.shards.quarantine import QUARANTINE, quarantine_of
 from unifork.vocabulary import VIEWS, View
 
@@ -141,27 +144,50 @@ def rejected_rows(kept: KeptRows) -> list[dict[str, Any]]:
     return shown
 
 
-def drawn_samples(records: Sequence[Found], codes_BND: np.ndarray, codec: Codec) -> dict[str, dict[str, list[Found]]]:
-    """The first of every kind of prompt, by kind and split, each with the image that was drawn for it."""
-    chosen = _first(records, DRAWN)
+def samples(records: Sequence[Found], count: int) -> list[Found]:
+    """The first items of every kind and split, with what the first rule of their benchmark says of them."""
+    groups: dict[tuple[str, str], list[Found]] = {}
+    for record in records:
+        record["kind"] = record["about"].get("kind", "all")
+        groups.setdefault((record["kind"], record["split"]), []).append(record)
+    shown = [record for group in groups.values() for record in group[:count]]
+    for record in shown:
+        verdict = next(iter(record["verdicts"].values()), {"right": 0.0, "faults": ["no public truth"]})
+        record["correct"], record["faults"] = bool(verdict["right"]), verdict["faults"]
+    return shown
+
+
+def drawn_samples(records: Sequence[Found], answers: Path) -> dict[str, dict[str, list[Found]]]:
+    """Samples of prompts by kind and split, each with the image that was drawn for it."""
     shown: dict[str, dict[str, list[Found]]] = {}
-    for number, drawn in zip(chosen, shown_images(codec.decode(codes_BND[chosen])), strict=True):
-        record = records[number]
-        record["drawn"] = drawn
+    chosen = samples(records, DRAWN)
+    for record, data in zip(chosen, stored_images(answers, [record["id"] for record in chosen], "image"), strict=True):
+        record["drawn"] = shown_image(open_image(data))
         shown.setdefault(record["kind"], {}).setdefault(record["split"], []).append(record)
     return shown
 
 
-def answered_samples(records: Sequence[Found], program: Program, seeds: Sequence[int]) -> list[Found]:
-    """The first questions of every kind and split, each with its image where the benchmark can make that again.
+def answered_samples(records: Sequence[Found], items: Path) -> list[Found]:
+    """Samples of questions, each with its image."""
+    chosen = samples(records, ANSWERED)
+    for record, data in zip(chosen, stored_images(items, [record["id"] for record in chosen], "bytes"), strict=True):
+        record["asked_about"] = shown_image(open_image(data))
+    return chosen
 
-    seeds: all those of the scores; with more than one it is not known which made the image.
-    """
-    shown = [records[number] for number in _first(records, ANSWERED)]
-    for record in shown:
-        image = program.image(record["image"], seeds[0]) if program.image and len(seeds) == 1 else None
-        record["asked_about"] = shown_image(image) if image else None
-    return shown
+
+def stored_images(folder: Path, ids: Sequence[str], column: str) -> list[bytes]:
+    """Images of a table of items or answers, by id. Raises DataError for one that is not there."""
+    found: dict[str, bytes] = {}
+    shards = iter(read_manifest(folder).shards if ids else ())
+    while missing := set(ids) - found.keys():
+        shard = next(shards, None)
+        if shard is None:
+            raise DataError(f"{folder}: no image of {sorted(missing)[0]}; run the stage that writes it again")
+        last: dict[str | None, bytes] = {}
+        for row in read_table(folder, shard).to_pylist():
+            image = last.setdefault(row.get("sha256"), row[column]) if row.get("sha256") else row[column]
+            found[row["id"]] = image
+    return [found[name] for name in ids]
 
 
 def _perhaps(data: bytes | None) -> ShownImage | str:
@@ -171,14 +197,6 @@ def _perhaps(data: bytes | None) -> ShownImage | str:
             return shown_image(image) if image.width * image.height <= MAX_PIXELS else "too large to be shown"
     except Exception:  # any decoder may raise anything on bytes that were rejected for this very reason
         return "cannot be read"
-
-
-def _first(records: Sequence[Found], count: int) -> list[int]:
-    """Positions of the first samples of every kind and split."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for number, record in enumerate(records):
-        groups.setdefault((record["kind"], record["split"]), []).append(number)
-    return [number for group in groups.values() for number in group[:count]]
 
 
 def _spread(length: int, count: int) -> list[int]:

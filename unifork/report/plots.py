@@ -93,7 +93,7 @@ def score_plot(title: str, scores: Mapping[str, Mapping[str, Score]], names: Seq
                 places,
                 [score.value for score in found.values()],
                 thickness * 0.9,
-                xerr=[score.standard_error for score in found.values()],
+                xerr=[score.standard_error or 0.0 for score in found.values()],
                 error_kw={"ecolor": INK, "capsize": 2, "elinewidth": 1},
                 label=worded(split),
             )

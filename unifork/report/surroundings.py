@@ -21,7 +21,7 @@ def surroundings(root: Path) -> dict[str, Any]:
 
     The stages ran here too unless a cluster file sent them elsewhere.
     """
-    gpus = _said("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    gpus = _said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return {
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "revision": revision(root),

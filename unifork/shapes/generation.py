@@ -10,14 +10,19 @@ to compare between the splits, and `overall` is GenEval's mean of all six.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import asdict
 
-from PIL import Image
+import numpy as np
+from pydantic import PositiveInt
 
-from unifork.config import Benchmark
-from unifork.evaluation.benchmarks import Model, Program
-from unifork.evaluation.generation.geneval import Found, Verdict, judge
-from unifork.evaluation.statistics import Score, mean, proportion
+from unifork.config import StrictModel
+from unifork.evaluation.archive import Archive
+from unifork.evaluation.generation.geneval import Clause, Found, Verdict, judge
+from unifork.evaluation.items import Item
+from unifork.evaluation.statistics import Measure, mean, share
+from unifork.evaluation.suites import Answer, Suite
+from unifork.evaluation.suites import Verdict as Judged
+from unifork.images import open_image
 from unifork.shapes.detector import detect
 from unifork.shapes.language import Prompt, prompts
 from unifork.shapes.world import ASKED_SPLITS, KINDS, Draws, Object, Split, crop_objects, scene
@@ -28,59 +33,59 @@ CHANCE_START = 1_000_000
 """Number of the first of them, far from those of any data set."""
 
 
-def prepare(config: Benchmark, seed: int) -> list[Prompt]:
+class Options(StrictModel):
+    """Of its card."""
+
+    samples: PositiveInt = 50
+    """Prompts for each kind and split."""
+
+
+def read(_: Archive, options: Options, seed: int) -> list[Item]:
     """`samples` prompts for each kind and split."""
-    return [prompt for split in ASKED_SPLITS for kind in KINDS for prompt in prompts(kind, split, config.samples, seed)]
+    every = [
+        prompt for split in ASKED_SPLITS for kind in KINDS for prompt in prompts(kind, split, options.samples, seed)
+    ]
+    chances, items = _chances(every, seed), []
+    for number, prompt in enumerate(every):
+        truth = {"include": [*map(asdict, prompt.include)], "exclude": [*map(asdict, prompt.exclude)]}
+        name, about = str(number), {"kind": prompt.kind}
+        items.append(Item(name, prompt.text, truth, name, prompt.split, "", chances[prompt], about))
+    return items
 
 
-def run(items: Sequence[Prompt], model: Model) -> list[Image.Image]:
-    """The images a model generates for the prompts."""
-    return model.generate_images([prompt.text for prompt in items])
+def official(item: Item, answer: Answer) -> Judged:
+    """GenEval's verdict on what the detector finds."""
+    objects = detect(open_image(answer.image or b""))
+    include, exclude = ([Clause(**clause) for clause in item.truth[part]] for part in ("include", "exclude"))
+    correct, faults = _verdict(include, exclude, objects)
+    return Judged([thing._asdict() for thing in objects], float(correct), faults)
 
 
-def record(prompt: Prompt, image: Image.Image) -> dict[str, Any]:
-    """What is worth keeping of one sample, as plain data."""
-    objects = detect(image)
-    correct, faults = _verdict(prompt, objects)
-    return {
-        "prompt": prompt.text,
-        "kind": prompt.kind,
-        "split": prompt.split,
-        "objects": [thing._asdict() for thing in objects],
-        "correct": correct,
-        "faults": list(faults),
-    }
-
-
-def score(items: Sequence[Prompt], images: Sequence[Image.Image]) -> list[Score]:
+def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
     """The six scores, `overall` and `composed`, for each split."""
-    verdicts = [_verdict(prompt, detect(image)) for prompt, image in zip(items, images, strict=True)]
-    seed, chances = items[0].seed, _chances(items)
-    scores = []
+    names = np.array([(item.split, item.about["kind"]) for item in items])
+    found = []
     for split in ASKED_SPLITS:
-        kinds = []
-        for kind in KINDS:
-            rows = [i for i, prompt in enumerate(items) if (prompt.split, prompt.kind) == (split, kind)]
-            chance = sum(chances[items[i]] for i in rows) / len(rows)
-            estimate = proportion([verdicts[i].correct for i in rows])
-            kinds.append(Score(kind, *estimate, chance, len(rows), seed, split))
-        composed = mean("composed", [score for score in kinds if score.name != "single_object"])
-        scores += [*kinds, mean("overall", kinds), composed]
-    return scores
+        members = {kind: (names == (split, kind)).all(axis=1) for kind in KINDS}
+        kinds = [Measure(kind, (share(right_I, of_I),), of_I, split) for kind, of_I in members.items()]
+        composed = mean("composed", [kind for kind in kinds if kind.name != "single_object"])
+        found += [*kinds, mean("overall", kinds), composed]
+    return found
 
 
-def _verdict(prompt: Prompt, objects: Iterable[Object]) -> Verdict:
-    """Whether these objects, the surest first, are what a prompt asks for."""
-    return judge(prompt.include, prompt.exclude, [Found(*thing) for thing in objects])
+def _verdict(include: Sequence[Clause], exclude: Sequence[Clause], objects: Iterable[Object]) -> Verdict:
+    """Whether these objects, the surest first, are what is asked for."""
+    return judge(include, exclude, [Found(*thing) for thing in objects])
 
 
-def _chances(items: Sequence[Prompt]) -> dict[Prompt, float]:
+def _chances(every: Sequence[Prompt], seed: int) -> dict[Prompt, float]:
     """For each prompt the share of other images of its split that would be right for it by accident."""
-    seed = items[0].seed
     images = {split: [_accident(seed, number, split) for number in range(CHANCE_IMAGES)] for split in ASKED_SPLITS}
     return {
-        prompt: proportion([_verdict(prompt, objects).correct for objects in images[prompt.split]]).value
-        for prompt in set(items)
+        prompt: float(
+            np.mean([_verdict(prompt.include, prompt.exclude, held).correct for held in images[prompt.split]])
+        )
+        for prompt in set(every)
     }
 
 
@@ -90,17 +95,4 @@ def _accident(seed: int, number: int, split: Split) -> list[Object]:
     return Draws("chance", seed, split, number).shuffled(objects)
 
 
-BENCHMARK = Program(
-    prepare,
-    run,
-    score,
-    record,
-    splits=ASKED_SPLITS,
-    first_scores=("overall", "composed", *KINDS),
-    headlines={
-        "overall": "Images from text, mean of the six kinds",
-        "single_object": "Images from text, single object",
-    },
-    note="Held-out compositions never occur in training; a single object is no composition, so there both splits ask "
-    "for the same.",
-)
+SUITE = Suite(read, {"official": official}, measures, Options)

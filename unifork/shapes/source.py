@@ -5,7 +5,6 @@ function of (seed, index) and of the installed Pillow, whose PNG compression dec
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from itertools import count
@@ -13,6 +12,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
+from unifork.images import png
 from unifork.shapes.language import class_name, crop_caption, full_caption
 from unifork.shapes.questions import conversations
 from unifork.shapes.world import SINGLE_KINDS, Draws, Split, draw, scene
@@ -51,9 +51,8 @@ def rows(options: ShapesOptions, piece: Slice, seed: int) -> Iterator[Row]:
 def _row(seed: int, index: int, split: Split, single: bool, damaged: bool) -> Row:
     kind = Draws("single", seed, split, index).pick(SINGLE_KINDS) if single else None
     this = scene(seed, index, split, kind, alone=single)
-    buffer = io.BytesIO()
-    draw(this).save(buffer, "PNG")
-    data = buffer.getvalue()[: buffer.tell() // 2 if damaged else None]
+    data = png(draw(this))
+    data = data[: len(data) // 2 if damaged else None]
     return {
         "key": f"shapes-{index:08d}",
         "image": data,

@@ -1,27 +1,30 @@
 """Questions about the world `shapes`: images and questions go out, answers come back, scores come out.
 
 Yes/no questions are balanced exactly and have hard negatives; they are scored by POPE's own reading
-of an answer (`yes_no_*`) and by a strict one (`yes_no_strict_*`). Questions about color, number and
+of an answer (rule `official`) and by a strict one. Questions about color, number and
 position and the caption of the whole image are scored by exact match. Held-out questions are about
 held-out compositions, none of which training names, not even to deny it.
 
 Chance is measured: it is what the right answers to other questions of the same kind and split score.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count
-from typing import Any, Literal, NamedTuple, get_args
+from itertools import count, product
+from typing import Literal, NamedTuple, get_args
 
-from PIL import Image
+import numpy as np
+from pydantic import PositiveInt
 
-from unifork.config import Benchmark
+from unifork.config import StrictModel
 from unifork.documents.prompts import INSTRUCTION
-from unifork.evaluation.benchmarks import Model, Program
-from unifork.evaluation.statistics import Estimate, Score, binary, proportion
-from unifork.evaluation.understanding.answers import normalized, pope_yes, strict_yes
+from unifork.evaluation.archive import Archive
+from unifork.evaluation.items import Item
+from unifork.evaluation.statistics import Measure, binary, share
+from unifork.evaluation.suites import Answer, Rule, Suite, Verdict
+from unifork.evaluation.understanding.answers import normalized, pope_yes, strict_yes, yes_no
+from unifork.images import png
 from unifork.shapes.language import full_caption
 from unifork.shapes.questions import Question, pick_question
 from unifork.shapes.world import ASKED_SPLITS, Draws, Scene, Split, draw, scene
@@ -32,101 +35,78 @@ CHANCE_QUESTIONS = 500
 """Other questions of each kind and split, whose answers make the chance level."""
 CHANCE_START = 1_000_000
 """Number of the first scene they are about, far from those of any data set."""
-IMAGE_NAME = re.compile(r"(seen|held_out)-(\d{8})")
 
 
-class Item(NamedTuple):
+class Options(StrictModel):
+    """Of its card."""
+
+    samples: PositiveInt = 200
+    """Questions for each kind and split."""
+
+
+class Asked(NamedTuple):
     """One question about one image."""
 
     scene: Scene
-    kind: Kind
     question: str
     answer: str
 
 
-def prepare(config: Benchmark, seed: int) -> list[Item]:
+def read(_: Archive, options: Options, seed: int) -> list[Item]:
     """`samples` questions for each kind and split, yes and no in turn."""
-    return [item for split in ASKED_SPLITS for kind in KINDS for item in _items(kind, split, config.samples, seed)]
+    items = []
+    for split, kind in product(ASKED_SPLITS, KINDS):
+        for number, (this, question, answer) in enumerate(_questions(kind, split, options.samples, seed)):
+            shown, chance = f"{split}-{this.index}", _other_answers(kind, split, seed).get(answer, 0.0)
+            name, image_name = f"{split}/{kind}/{number}", f"{seed}/{split}/{this.index}"
+            items.append(Item(name, question, answer, shown, split, image_name, chance, {"kind": kind}))
+    return items
 
 
-def run(items: Sequence[Item], model: Model) -> list[str]:
-    """The answers a model gives to the items; it makes its own view of the images."""
-    return model.answer([draw(item.scene) for item in items], [item.question for item in items])
+def image(_: Archive, name: str) -> bytes:
+    """The image of a name."""
+    seed, split, index = name.split("/")
+    return png(draw(scene(int(seed), int(index), "seen" if split == "seen" else "held_out")))
 
 
-def record(item: Item, answer: str) -> dict[str, Any]:
-    """What is worth keeping of one sample, as plain data."""
-    return {
-        "image": f"{item.scene.split}-{item.scene.index:08d}",
-        "kind": item.kind,
-        "split": item.scene.split,
-        "question": item.question,
-        "expected": item.answer,
-        "answer": answer,
-        "correct": _right(item, answer),
-    }
+def rule(read_yes: Callable[[str], bool | None]) -> Rule:
+    """Yes and no by a reading, everything else by exact match."""
+    decided = yes_no(read_yes)
+
+    def judge(item: Item, answer: Answer) -> Verdict:
+        if item.about["kind"] == "yes_no":
+            return decided(item, answer)
+        reading = normalized(answer.text)
+        return Verdict(reading or None, float(reading == item.truth))
+
+    return judge
 
 
-def image(name: str, seed: int) -> Image.Image | None:
-    """The image that a record names."""
-    found = IMAGE_NAME.fullmatch(name)
-    return draw(scene(seed, int(found[2]), "seen" if found[1] == "seen" else "held_out")) if found else None
-
-
-def score(items: Sequence[Item], answers: Sequence[str]) -> list[Score]:
-    """Ten yes/no scores and four exact matches for each split."""
-    scores, seed = [], items[0].scene.seed
+def measures(items: Sequence[Item], right_I: np.ndarray, yes_I: np.ndarray) -> list[Measure]:
+    """Five yes/no scores and four exact matches for each split."""
+    names = np.array([(item.split, item.about["kind"]) for item in items])
+    labels_I = np.array([item.truth == "yes" for item in items], dtype=np.float64)
+    found = []
     for split in ASKED_SPLITS:
         for kind in KINDS:
-            both = zip(items, answers, strict=True)
-            pairs = [pair for pair in both if (pair[0].scene.split, pair[0].kind) == (split, kind)]
-            judged = _yes_no if kind == "yes_no" else _exact
-            for name, estimate, chance in judged(pairs, _other_answers(kind, split, seed)):
-                scores.append(Score(f"{kind}_{name}", *estimate, chance, len(pairs), seed, split))
-    return scores
+            members_I = (names == (split, kind)).all(axis=1)
+            ratios = {"exact": share(right_I, members_I)}
+            if kind == "yes_no":
+                ratios = binary(yes_I, labels_I, right_I, members_I)
+            found += [Measure(f"{kind}_{name}", (ratio,), members_I, split) for name, ratio in ratios.items()]
+    return found
 
 
-def _yes_no(pairs: Sequence[tuple[Item, str]], others: Mapping[str, float]) -> Iterator[tuple[str, Estimate, float]]:
-    """Scores of yes/no questions with their chances. others: how often each answer is right to other questions."""
-    labels = [item.answer == "yes" for item, _ in pairs]
-    chances = _coin(others["yes"], sum(labels) / len(labels))
-    for prefix, read in {"": pope_yes, "strict_": strict_yes}.items():
-        for name, estimate in binary([read(answer) for _, answer in pairs], labels).items():
-            yield prefix + name, estimate, chances[name]
-
-
-def _exact(pairs: Sequence[tuple[Item, str]], others: Mapping[str, float]) -> Iterator[tuple[str, Estimate, float]]:
-    """Exact match of other questions."""
-    chance = sum(others.get(item.answer, 0.0) for item, _ in pairs) / len(pairs)
-    yield "exact", proportion([_right(*pair) for pair in pairs]), chance
-
-
-def _coin(says_yes: float, is_yes: float) -> dict[str, float]:
-    """What a coin that says yes with one probability scores on questions of which another share is yes."""
-    return {
-        "accuracy": says_yes * is_yes + (1 - says_yes) * (1 - is_yes),
-        "precision": is_yes,
-        "recall": says_yes,
-        "f1": 2 * says_yes * is_yes / (says_yes + is_yes) if says_yes + is_yes else 0.0,
-        "yes_ratio": says_yes,
-    }
-
-
-def _right(item: Item, answer: str) -> bool:
-    """Whether an answer is right, read strictly."""
-    return normalized(answer) == item.answer
-
-
-def _items(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[Item]:
+def _questions(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[Asked]:
     """The first questions of a kind that the scenes of a split allow."""
-    found: list[Item] = []
+    found: list[Asked] = []
     numbers = count(start)
     while len(found) < samples:
         this = scene(seed, next(numbers), split)
         wanted = ("yes", "no")[len(found) % 2] if kind == "yes_no" else None
         question = _question(this, kind, wanted)
         if question is not None:
-            found.append(Item(this, kind, *question))
+            found.append(Asked(this, *question))
     return found
 
 
@@ -139,17 +119,8 @@ def _question(this: Scene, kind: Kind, wanted: str | None) -> Question | None:
 @cache
 def _other_answers(kind: Kind, split: Split, seed: int) -> dict[str, float]:
     """How often each answer is right, among other questions of a kind and split."""
-    counts = Counter(item.answer for item in _items(kind, split, CHANCE_QUESTIONS, seed, CHANCE_START))
+    counts = Counter(other.answer for other in _questions(kind, split, CHANCE_QUESTIONS, seed, CHANCE_START))
     return {answer: number / CHANCE_QUESTIONS for answer, number in counts.items()}
 
 
-BENCHMARK = Program(
-    prepare,
-    run,
-    score,
-    record,
-    splits=ASKED_SPLITS,
-    first_scores=tuple(f"yes_no_{name}" for name in ("accuracy", "f1", "precision", "recall", "yes_ratio")),
-    headlines={"yes_no_accuracy": "Yes/no questions, accuracy"},
-    image=image,
-)
+SUITE = Suite(read, {"official": rule(pope_yes), "strict": rule(strict_yes)}, measures, Options, image)

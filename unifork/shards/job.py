@@ -14,6 +14,7 @@ in this order; a kept shard stays where it is.
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -42,12 +43,14 @@ from unifork.shards.manifest import (
     write_json,
     write_manifest,
 )
+from unifork.shards.progress import places, write_progress
 from unifork.shards.quarantine import QUARANTINE, nothing_kept, parquet_name
 from unifork.shards.stores import Store, deliver, open_store
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import ROW_GROUP
 
 ARROW = ".arrow"
+NOTED_SECONDS = 5.0
 MOST_FAILED = 20
 """Shards of a job that may fail before it stops: the others are worth finishing, a fault of all of them is not."""
 
@@ -84,6 +87,9 @@ class ShardJob:
     rows_known: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
+    noted: Path | None = None
+    """Where others see how far it is, None where nobody looks: beside no lock."""
+    noted_at: float = -math.inf
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +155,25 @@ class ShardJob:
         write_manifest(self.folder, manifest)
         if self.store:
             self._tidy(open_store(self.store), manifest)
+        for _, place in places(self.folder):
+            place.unlink(missing_ok=True)
         return manifest
+
+    def note(self) -> None:
+        """Have others see how far it is, where that was not done a moment ago."""
+        if self.noted and time.monotonic() - self.noted_at > NOTED_SECONDS:
+            self.noted_at = time.monotonic()
+            write_progress(self.noted, **self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """How far it is, as numbers."""
+        done, seconds = self.rows_done + self.dropped.total(), time.monotonic() - self.started
+        rate = done / seconds if seconds > 0 else 0.0
+        left = (self.rows_known - done) / rate if rate else None
+        return {
+            "done": len(self.finished), "total": len(self.tasks), "failed": len(self.failed),
+            "rows": done, "rows_total": self.rows_known, "rows_per_second": rate, "seconds_left": left,
+        }  # fmt: skip
 
     def _failure(self) -> DataError:
         shown = "; ".join(f"{name}: {problem}" for name, problem in sorted(self.failed.items())[:5])
@@ -169,14 +193,13 @@ class ShardJob:
         store.remove([name for name in ours if name not in named])
 
     def __str__(self) -> str:
-        done, total, seconds = len(self.finished), len(self.tasks), time.monotonic() - self.started
-        new = self.rows_done + self.dropped.total()
-        rate = new / seconds if seconds > 0 else 0.0
-        eta = f", {(self.rows_known - new) / rate:.0f} s to go" if rate and done < total else ""
+        facts = self.facts()
+        done, total, rate, left = (facts[name] for name in ("done", "total", "rows_per_second", "seconds_left"))
+        eta = f", {left:.0f} s to go" if left is not None and done < total else ""
         drops = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         kept = f" ({self.kept} kept from before)" if self.kept else ""
         failed = f", {len(self.failed)} failed" if self.failed else ""
-        rows = f", {new}/{self.rows_known} rows, {rate:.0f} rows/s" if self.rows_known else ""
+        rows = f", {facts['rows']}/{self.rows_known} rows, {rate:.0f} rows/s" if self.rows_known else ""
         return f"{self.folder}: {done}/{total} shards{kept}{failed}{rows}{eta}{drops and '; dropped ' + drops}"
 
 

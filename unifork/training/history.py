@@ -2,82 +2,80 @@
 
 `history.jsonl` has one line per step and survives a kill: on resume it becomes what it was at the
 checkpoint, so the file never shows a step twice. Everything in it is reproducible; rates and clocks
-go to the progress line only. Nothing is written by a thread: a disk that is full is an error at once.
+go to the progress line and `progress.json`. Nothing on this disk is written by a thread: one that is full is an error
+at once.
 """
 
 import csv
 import json
 import os
+import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+import torch
 
 from unifork.errors import writing
 from unifork.shards.manifest import write_atomically
+from unifork.shards.progress import PROGRESS, write_progress
+from unifork.training.loggers import Logger
 
 FILE, VALIDATION = "history.jsonl", "validation.jsonl"
-BOARD = "tensorboard"
 
 
 class History:
-    """The record of a run; one process writes it: `history.jsonl`, `validation.jsonl`, and both for TensorBoard.
+    """The record of a run; one process writes it: `history.jsonl`, `validation.jsonl`, and both for its loggers.
 
     Raises MachineError where the disk takes nothing more.
     """
 
-    def __init__(self, folder: Path, finished: int) -> None:
+    def __init__(self, folder: Path, finished: int, log: "Log", loggers: Iterable[type[Logger]] = ()) -> None:
         """finished: steps (of all tracks) that the file holds; without any it begins anew."""
         self.path, self.validation, self._done = folder / FILE, folder / VALIDATION, finished
-        board = folder / BOARD
         with writing(self.path):
             self._handle = open(self.path, "a" if finished else "w")  # noqa: SIM115 - lives as long as the run
             kept = [row for row in read(folder, VALIDATION) if row["finished_steps"] < finished]  # the rest comes again
             write_atomically(self.validation, lambda path: path.write_text("".join(map(_line, kept))))
-            board.mkdir(exist_ok=True)
-            self._board = EventsWriter(str(board / "events"), f".{os.getpid()}")
-            # what an attempt before this one wrote after the checkpoint is hidden
-            self._write_event(step=finished + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def _write_event(self, **content: Any) -> None:
-        self._board.write_event(Event(wall_time=time.time(), **content))
+            self._loggers = [logger(folder, finished, log) for logger in loggers]
 
     def add(self, row: dict[str, Any]) -> None:
         """One step."""
         self._done += 1
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        numbers = {f"{row['track']}/{name}": value for name, value in numbers.items()}
         with writing(self.path):
             self._handle.write(_line(row))
             self._handle.flush()
-            for name, value in numbers.items():
-                self._write_event(step=self._done, summary=scalar(f"{row['track']}/{name}", value))
+            for logger in self._loggers:
+                logger.add(self._done, numbers)
 
     def add_validation(self, rows: Sequence[dict[str, Any]]) -> None:
         """The losses of every part of the mixtures on its held-out documents."""
         with writing(self.validation), open(self.validation, "a") as handle:
             handle.write("".join(map(_line, rows)))
             for row in rows:
-                numbers = {name: value for name, value in row.items() if "loss" in name and value is not None}
-                for name, value in numbers.items():
-                    tag = f"validation/{row['track']}/{row['part']}/{name}"
-                    self._write_event(step=row["finished_steps"], summary=scalar(tag, value))
+                place = f"validation/{row['track']}/{row['part']}"
+                losses = {
+                    f"{place}/{name}": value for name, value in row.items() if "loss" in name and value is not None
+                }
+                for logger in self._loggers:
+                    logger.add(row["finished_steps"], losses)
 
     def sync(self) -> None:
         """Bring every step so far to the disk; a checkpoint must not know steps that the history does not."""
         with writing(self.path):
             os.fsync(self._handle.fileno())
-            self._board.flush()
+            for logger in self._loggers:
+                logger.sync()
 
     def close(self) -> None:
         """No more steps. What was not synced may be lost."""
-        for file in (self._handle, self._board):
+        for close in (self._handle.close, *[logger.close for logger in self._loggers]):
             with suppress(OSError):
-                file.close()
+                close()
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -127,28 +125,50 @@ class Log:
 
 
 class Progress:
-    """A line every few seconds: steps done of steps known, losses, rate and ETA."""
+    """A line every few seconds, and the same in `progress.json`: steps done, losses, rate, ETA, peak memory, MFU."""
 
-    def __init__(self, log: Log, done: int, total: int, every_seconds: float = 10.0) -> None:
+    def __init__(self, log: Log, done: int, total: int, device: str = "cpu", every_seconds: float = 10.0) -> None:
         self.log, self.done, self.first, self.total, self.every = log, done, done, total, every_seconds
+        self.device = torch.device(device)
+        self.token_shares: Mapping[str, float] = {}
+        """Of the peak of all workers' chips that one token a second of a track is; without it no MFU is shown."""
+        self.losses: dict[str, float] = {}
         self.started = self.shown = time.monotonic()
 
     def show(self, row: dict[str, Any], documents: int) -> None:
         """One more step; write the line if it is time for one, and always at the end."""
         self.done, now = self.done + 1, time.monotonic()
+        self.losses |= {name: row[name] for name in ("text_loss", "image_loss") if row.get(name) is not None}
         if self.done < self.total and now - self.shown < self.every:
             return
         self.shown = now
         rate = (self.done - self.first) / max(now - self.started, 1e-9)
-        losses = "  ".join(
-            f"{name} {row[name]:.3f}" for name in ("text_loss", "image_loss") if row.get(name) is not None
-        )
-        eta = f"  {(self.total - self.done) / rate:.0f} s to go" if self.done < self.total else ""
+        tokens, share = rate * row["tokens"], self.token_shares.get(row["track"])
+        facts = {
+            "track": row["track"], "fill": row["fill"], "learning_rate": row["learning_rate"], **self.losses,
+            "documents_per_second": rate * documents, "tokens_per_second": tokens, "mfu": share and share * tokens,
+            "seconds_left": (self.total - self.done) / rate, "memory_gib": peak_memory(self.device) / 2**30,
+        }  # fmt: skip
+        self.write(**facts)
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items() if row[name] is not None)
+        mfu = f"  MFU {facts['mfu']:.1%}" if share else ""
+        eta = f"  {facts['seconds_left']:.0f} s to go" if self.done < self.total else ""
         self.log(
             f"step {self.done}/{self.total} [{row['track']}]  {losses}  "
-            f"lr {row['learning_rate']:.2e}  fill {row['fill']:.2f}  "
-            f"{rate * documents:.0f} documents/s  {rate * row['tokens']:.0f} tokens/s{eta}"
+            f"lr {row['learning_rate']:.2e}  fill {row['fill']:.2f}  {facts['documents_per_second']:.0f} documents/s  "
+            f"{tokens:.0f} tokens/s  memory {facts['memory_gib']:.2f} GiB{mfu}{eta}"
         )
+
+    def write(self, **facts: Any) -> None:
+        """Put `progress.json` into the run folder. Raises MachineError where the disk takes nothing more."""
+        write_progress(self.log.path.with_name(PROGRESS), done=self.done, total=self.total, **facts)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on a GPU; on a CPU, that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Startup:

@@ -25,8 +25,10 @@ from unifork import errors
 from unifork.cluster import check_room
 from unifork.config import TrainResources, cluster_file
 from unifork.errors import ConfigError, Stopped, UniForkError
+from unifork.shards.progress import PROGRESS, stop_noted, write_progress
 from unifork.training.history import LOG
-from unifork.training.loop import WorkerContext
+from unifork.training.loggers import find_loggers
+from unifork.training.loop import WorkerContext, turns
 from unifork.training.requests import Messages, Requests, signals
 from unifork.training.stage import StageJob, train_stage
 
@@ -43,8 +45,10 @@ def launch(job: StageJob) -> None:
     Raises ConfigError for resources that this machine does not have, the UniForkError that ended a worker, Stopped
     after SIGTERM or SIGINT, and Ray's own error where workers were lost or failed more often than `max_restarts`.
     """
-    requests = Requests()
-    with _shown(job.run_folder / LOG), signals(requests.receive):
+    requests, progress = Requests(), job.run_folder / PROGRESS
+    find_loggers(job.resources.loggers)
+    write_progress(progress, total=len(turns(job.stage)))
+    with stop_noted(progress), _shown(job.run_folder / LOG), signals(requests.receive):
         if job.resources.workers:
             _fit(job, requests)
         elif job.resources.gpus and not torch.cuda.is_available():
@@ -130,6 +134,7 @@ def _worker(config: dict[str, Any]) -> None:
     run = WorkerContext(
         rank=context.get_world_rank(),
         workers=job.resources.workers,
+        node_workers=context.get_local_world_size(),
         device=str(ray.train.torch.get_device()) if job.resources.gpus else "cpu",
         report=ray.train.report,
     )

@@ -39,6 +39,8 @@ class WorkerContext:
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
+    node_workers: int = 1
+    """Workers on this worker's node."""
     report: Callable[[dict[str, Any]], None] = lambda _: None
     """Called by every worker equally often, with the metrics of a step."""
     requests: Requests = field(default_factory=Requests)
@@ -147,8 +149,10 @@ class TrackRun:
         text_scale = run.workers / max(plan.text_targets, 1)
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)
         sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64, device=run.device)
-        for batch in self.loader.batches(plan, run.rank):
-            losses = self._forward(wrapped, batch, run)
+        batches = list(self.loader.batches(plan, run.rank))
+        for number, batch in enumerate(batches, 1):
+            self.strategy.begin(number == len(batches))
+            losses = _forward(self, wrapped, batch, run)
             loss = losses.text_loss_sum * text_scale + losses.image_loss_sum_D.sum() * image_scale
             loss.backward()  # type: ignore[no-untyped-call]
             sums += _sums(losses)
@@ -162,13 +166,15 @@ class TrackRun:
         plan = documents.pack(slots, [False] * len(slots), run.workers)
         sums = torch.zeros(1 + documents.identity.depth, dtype=torch.float64, device=run.device)
         for batch in documents.batches(plan, run.rank):
-            sums += _sums(self._forward(wrapped, batch, run))
+            sums += _sums(_forward(self, wrapped, batch, run))
         return {name: value for name, value in _losses(summed(sums).tolist(), plan).items() if name != "loss"}
 
-    def _forward(self, wrapped: nn.Module, batch: Batch, run: WorkerContext) -> Losses:
-        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=self.track.precision == "bfloat16"):
-            losses: Losses = wrapped(batch.to(run.device))
-        return losses
+
+def _forward(track: TrackRun, wrapped: nn.Module, batch: Batch, run: WorkerContext) -> Losses:
+    autocast = track.strategy.autocast and track.track.precision == "bfloat16"
+    with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=autocast):
+        losses: Losses = wrapped(batch.to(run.device))
+    return losses
 
 
 def _sums(losses: Losses) -> Tensor:

@@ -43,7 +43,7 @@ def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -
 def freeze_all_but(model: nn.Module, names: Iterable[str]) -> None:
     """Switch gradients on for `names` alone, once for a whole stage.
 
-    What is trained by any track keeps its gradients in all of them: DDP and FSDP2 fix at the start
+    What is trained by any track keeps its gradients in all of them: sharding fixes at the start
     which parameters have some. Each track's optimizer then updates its own parameters alone.
     """
     wanted = set(names)

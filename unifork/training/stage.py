@@ -5,16 +5,14 @@ model folder (`models/<key>`) is what later stages and people read; it appears w
 """
 
 import math
-import shutil
 import signal
 import time
-from collections import Counter, deque
+from collections import deque
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -24,27 +22,28 @@ from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import MachineError, writing
-from unifork.inference import Engine
-from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
-from unifork.models.masks import VARLEN
+from unifork.layout import MODEL_TEXT_TOKENIZER, Layout
+from unifork.models.configuration import UniForkConfig
+from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
 from unifork.processes import exclusive
 from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
-from unifork.training.history import VALIDATION, History, Log, Progress, Startup, read, write_csv
+from unifork.training.export import SUMMARY, TRAINING, export, quarantined, report_seen
+from unifork.training.flops import flops_per_token, peak_flops
+from unifork.training.history import History, Log, Progress, Startup, read
+from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import Average, freeze_all_but
 from unifork.training.recovery import check_extended, settle
-from unifork.training.strategies import Strategy, barrier, strategy
+from unifork.training.strategies import Strategy, barrier, group_of_one, strategy
 from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
 from unifork.vocabulary import VOCABULARY_VERSION
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
-TRAINING, SUMMARY = "training", "summary.json"
-"""Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
 NOT_IN_THE_WEIGHTS: dict[str, Any] = {
     "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
     "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
@@ -72,6 +71,11 @@ class StageJob(StrictModel):
         """The run of the same variant that this one goes on from, optimizers and all."""
         key = f"{self.experiment.runs[self.key].variant}-{self.stage.extend}"
         return self.model_copy(update={"key": key}) if self.stage.extend else None
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether every track is of bfloat16, so that the model may be."""
+        return all(track.precision == "bfloat16" for track in self.stage.tracks.values())
 
     @property
     def start(self) -> Path:
@@ -119,7 +123,8 @@ def train_stage(job: StageJob, run: WorkerContext) -> None:
     have a signal; then every finished step is saved.
     """
     torch.set_num_threads(job.resources.threads)
-    with exclusive(job.run_folder) if run.rank == 0 else nullcontext():
+    group = group_of_one(run.device, job.is_bfloat16 and run.workers == 1)
+    with exclusive(job.run_folder) if run.rank == 0 else nullcontext(), group:
         _train(job, run)
 
 
@@ -137,30 +142,15 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     model = load_model(job.start, attention=VARLEN)
     model.to(torch.device(run.device))  # type: ignore[arg-type]
     model.set_activation_checkpointing(job.resources.activation_checkpointing)
+    if job.resources.compile:
+        model.compile_parts()
     tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
-    config = model.config
-    identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
     startup.mark("model")
-    loaders = {
-        name: TrackLoader(
-            name, track, job.layout, tokenizer, identity,
-            seed=stage.seed, context=stage.context, row_tokens=job.resources.row_tokens,
-            rows_per_microbatch=job.resources.rows_per_microbatch,
-        )
-        for name, track in stage.tracks.items()
-    }  # fmt: skip
-    held_out = {
-        name: PackedDocuments(
-            track, job.layout, tokenizer, identity, context=stage.context, row_tokens=job.resources.row_tokens,
-            rows_per_microbatch=job.resources.rows_per_microbatch, held_out=True,
-        )
-        for name, track in stage.tracks.items()
-    }  # fmt: skip
-    validation = Validation(stage, held_out)
+    loaders, validation = _open_documents(job, tokenizer, model.config)
     startup.mark("opening documents")
     trained = {parameter for name, track in stage.tracks.items() for parameter in trained_by(name, track, model)}
     freeze_all_but(model, trained)
-    sharing = strategy(job.resources.strategy, run.workers)
+    sharing = strategy(job.resources.shard, run.workers, job.is_bfloat16, run.node_workers)
     wrapped = sharing.wrap(model)
     fresh = not (job.start / TRAINING).exists()
     words = model.config.backbone_config().vocab_size
@@ -181,14 +171,32 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     if lead:
         with writing(job.model_folder):
             try:
-                _export(job, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks, validation, log)
+                export(job, run, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks, validation, log)
             except SafetensorError as error:  # its own word for what a disk says
                 raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
-        _report_seen(log, tracks, read(job.run_folder))
+        report_seen(log, tracks, read(job.run_folder))
         seconds = time.monotonic() - started
         write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "seconds": seconds})
         (job.run_folder / STOPPED).unlink(missing_ok=True)
         log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
+
+
+def _open_documents(
+    job: StageJob, tokenizer: TextTokenizer, config: UniForkConfig
+) -> tuple[dict[str, TrackLoader], Validation]:
+    """What each track reads, and what is held out of it."""
+    identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
+    sizes: dict[str, Any] = {
+        "context": job.stage.context,
+        "row_tokens": job.resources.row_tokens,
+        "rows_per_microbatch": job.resources.rows_per_microbatch,
+    }
+    loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
+    for name, track in job.stage.tracks.items():
+        place: tuple[Any, ...] = (track, job.layout, tokenizer, identity)
+        loaders[name] = TrackLoader(name, *place, seed=job.stage.seed, **sizes)
+        held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
+    return loaders, Validation(job.stage, held_out)
 
 
 def _steps(
@@ -209,8 +217,11 @@ def _steps(
     """All steps that are left; the last state, which is saved. Raises Stopped once a state is saved after a signal."""
     lead, stage, order = run.rank == 0, job.stage, turns(job.stage)
     trained = {name for track in tracks.values() for name in track.parameters}
-    history = History(job.run_folder, state.total) if lead else None
-    progress = Progress(log, state.total, len(order))
+    history = History(job.run_folder, state.total, log, find_loggers(job.resources.loggers)) if lead else None
+    progress = Progress(log, state.total, len(order), run.device)
+    if lead:
+        progress.write()
+        progress.token_shares = _token_shares(run.device, run.workers, model, tracks)
     unread: deque[Done] = deque()
     alone, started_up = run.workers == 1, not lead
     interval = 60 * stage.checkpoint_minutes if stage.checkpoint_minutes and lead else math.inf
@@ -263,6 +274,15 @@ def _steps(
     return state
 
 
+def _token_shares(device: str, workers: int, model: UniForkModel, tracks: dict[str, TrackRun]) -> dict[str, float]:
+    """Of the peak of all workers' chips that a token a second of each track is; nothing for one without a peak."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device != "cpu" else None
+    if peak is None:
+        return {}
+    costs = {name: flops_per_token(model, run.loader, run.parameters) for name, run in tracks.items()}
+    return {name: flops / (peak * workers) for name, flops in costs.items()}
+
+
 def _read(
     unread: deque[Done], leave: int, watch: Watch, history: History | None, progress: Progress
 ) -> list[tuple[Done, dict[str, Any]]]:
@@ -290,80 +310,15 @@ def _make_room(job: StageJob, mark: str, log: Log) -> None:
         job.run_folder.mkdir(parents=True, exist_ok=True)
 
 
-def _quarantined(tracks: dict[str, TrackRun]) -> dict[str, int]:
-    """Rows that are not trained on, as `data set: reason`, most frequent first."""
-    return dict(sum((track.loader.quarantined for track in tracks.values()), Counter()).most_common())
-
-
 def _announce(log: Log, model: nn.Module, tracks: dict[str, TrackRun], state: State, total: int) -> None:
     where = f"continuing from step {state.total} of {total}" if state.total else f"starting, {total} steps"
     every = sum(p.numel() for p in model.parameters())
     log(f"{where}; {every / 1e6:.2f} M parameters")
+    if next(model.parameters()).is_cuda:
+        log(f"attention in bfloat16: the kernel of {KERNEL}")
     for name, track in tracks.items():
         count = sum(p.numel() for p in track.parameters.values())
         sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
         log(f"track {name}: {count / 1e6:.2f} M trained; documents: {sets}")
-    for reason, count in _quarantined(tracks).items():
+    for reason, count in quarantined(tracks).items():
         log(f"quarantined: {count} x {reason}")
-
-
-def _report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any]]) -> None:
-    for name, track in tracks.items():
-        parts = zip(track.loader.parts, track.served(), strict=True)
-        seen = ", ".join(f"{n} {p.entry.dataset} ({p.entry.template}), {n / len(p):.2f} passes" for p, n in parts)
-        fills = [row["fill"] for row in rows if row["track"] == name]
-        log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
-
-
-def _export(
-    job: StageJob, path: Path, tokenizer: TextTokenizer, tracks: dict[str, TrackRun], validation: Validation, log: Log
-) -> None:
-    """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
-    temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model = checkpoint.whole_model(path, job.start, averaged=job.stage.ema is not None and job.stage.ema.export)
-    model.save_pretrained(temporary)
-    for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
-        if (job.start / name).exists():
-            shutil.copytree(job.start / name, temporary / name)
-    training, engine, rows = temporary / TRAINING, Engine(model, tokenizer), read(job.run_folder)
-    write_csv(rows, training / "history.csv")
-    if validation.parts:
-        examined = validation.examine(engine)
-        for row in examined.scores:
-            log(
-                f"held out, {row['part']}: exact match {row['exact_match']:.3f}, token F1 {row['token_f1']:.3f} "
-                f"of {row['answers']} answers"
-            )
-        write_csv(read(job.run_folder, VALIDATION), training / "validation.csv")
-        words = {"scores": examined.scores, "answers": examined.answers, "prompts": examined.prompts}
-        write_json(training / "held_out.json", words)
-        np.savez(training / "held_out.npz", codes=examined.codes_BND, drawn=examined.drawn_BND)
-    write_json(
-        training / SUMMARY,
-        {
-            "run": job.key,
-            "history": fingerprint(rows),
-            "stage": job.stage.model_dump(mode="json"),
-            "quarantined": _quarantined(tracks),
-            "documents": {
-                name: [
-                    {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
-                    for p, seen in zip(track.loader.parts, track.served(), strict=True)
-                ]
-                for name, track in tracks.items()
-            },
-            "tensors": checkpoint.read_state(path)["tensors"],
-        },
-    )
-    if job.stage.sample_prompts:
-        np.savez(training / "samples.npz", codes=_sample(engine, job.stage))
-    shutil.rmtree(job.model_folder, ignore_errors=True)
-    temporary.rename(job.model_folder)
-
-
-def _sample(engine: Engine, stage: Stage) -> np.ndarray:
-    """Codes (prompts, N, D) for the stage's prompts, written as the stage writes them."""
-    entries = [entry for track in stage.tracks.values() for entry in track.mixture if entry.task == "generation"]
-    template = entries[0].template if entries else "generate"
-    return engine.generate_images(stage.sample_prompts, stage.sampling, template)

@@ -4,23 +4,26 @@ All of them average gradients over workers, so a worker's loss is multiplied by 
 before the backward pass (FSDP2's own divide factor does not work on gloo).
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from unifork.errors import unknown
+from unifork.errors import ConfigError
 from unifork.training.optimizer import MOMENTS, Optimizers, Parts, Read
 from unifork.training.zero import ZeRO
 
 
 class Strategy(Protocol):
     """What a run needs to know of a way to share a model, in the order in which it asks."""
+
+    autocast: bool
+    """Whether tracks of bfloat16 are autocast; otherwise the wrapped model computes in it by itself."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call; the names of `model`'s parameters stay as they are. Optimizers are made after it."""
@@ -33,6 +36,9 @@ class Strategy(Protocol):
 
     def turn(self, track: str) -> None:
         """The next step is one of this track."""
+
+    def begin(self, last: bool) -> None:
+        """A microbatch follows, the step's last or not; what is reduced is reduced with the last."""
 
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
         """One step of the optimizer with the whole gradient clipped; the norms before that, by name, on the device.
@@ -50,11 +56,14 @@ class Strategy(Protocol):
 class SingleWorker:
     """One worker: nothing to share."""
 
+    autocast = True
+
     def __init__(self) -> None:
         self.optimizers: Optimizers = {}
         self.track = ""
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        model.every_branch = False  # type: ignore[assignment]
         return model
 
     def start(self, optimizers: Optimizers) -> None:
@@ -74,16 +83,23 @@ class SingleWorker:
     def turn(self, track: str) -> None:
         self.track = track
 
+    def begin(self, last: bool) -> None:
+        pass
+
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
-        norms = {
-            f"gradient_norm_{name}": whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]))
-            for name, part in parts.items()
-        }
-        total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         optimizer, parameters = self.optimizers[self.track]
+        for parameter in parameters.values():
+            if parameter.grad is None:  # of a branch without tokens in this step, which decays all the same
+                parameter.grad = torch.zeros_like(parameter)
+        norms_P = self.combined(torch.stack([nn.utils.get_total_norm(_gradients(part)) for part in parts.values()]))
+        total, norms = torch.linalg.vector_norm(norms_P), zip(parts, norms_P, strict=True)
         nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, total)
         optimizer.step()
-        return {"gradient_norm": total, **norms}
+        return {"gradient_norm": total, **{f"gradient_norm_{name}": norm for name, norm in norms}}
+
+    def combined(self, norms_P: Tensor) -> Tensor:
+        """Norms of P parts of the gradient from those of this worker's shards of them."""
+        return norms_P
 
     def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
@@ -93,42 +109,91 @@ class SingleWorker:
         return {f"{name}/{m}": optimizer.state[parameter][m] for name, parameter in parameters.items() for m in MOMENTS}
 
 
-class DDP(SingleWorker):
-    """Every worker holds the whole model."""
+class Sharded(SingleWorker):
+    """torch's `fully_shard`: replicas of the model, each in shards on so many workers; resharding is loading.
+
+    A stage of bfloat16 tracks multiplies bfloat16 copies of the weights; shards, their gradients and the reduction are
+    float32. What is replicated alone (one worker is a replica, too) keeps its copies until the step ends.
+    """
+
+    def __init__(self, shards: int, workers: int, bfloat16: bool) -> None:
+        """shards: workers that share a replica; a divisor of `workers`."""
+        super().__init__()
+        self.replicas, self.shards, self.autocast = workers // shards, shards, not bfloat16
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model)
+        from torch.distributed.fsdp import (  # noqa: PLC0415  slow to import, and one worker does without
+            MixedPrecisionPolicy,
+            fully_shard,
+        )
 
-
-class FSDP2(SingleWorker):
-    """Parameters, gradients and optimizer state are sharded; resharding is loading."""
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  slow to import, and one worker does without
-
-        for block in model.layers:  # type: ignore[union-attr]
-            fully_shard(block)
-        fully_shard(model)
+        device = next(model.parameters()).device.type
+        self.mesh = init_device_mesh(device, (self.replicas, self.shards), mesh_dim_names=("replicate", "shard"))
+        mesh = self.mesh if self.replicas > 1 else self.mesh["shard"]  # a replica alone is not reduced over
+        policy = MixedPrecisionPolicy() if self.autocast else MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        again = None if self.shards > 1 else False  # None: all but the root's are gathered again in the backward pass
+        for module in (*model.layers, *model.image_head.blocks, model):  # type: ignore[misc, union-attr]
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        self.wrapped: Any = model
         return model
 
+    def begin(self, last: bool) -> None:
+        self.wrapped.set_requires_gradient_sync(last)
+        self.wrapped.set_reshard_after_backward(last or self.shards > 1)
 
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "ddp": DDP,
-    "fsdp2": FSDP2,
-    **{f"deepspeed-{stage}": partial(ZeRO, stage) for stage in (1, 2, 3)},
-}
-
-
-def strategy(name: str, workers: int) -> Strategy:
-    """The strategy by name; one worker shares with nobody, whatever the name."""
-    if name not in STRATEGIES:
-        raise unknown("strategy", name, STRATEGIES, "cluster file")
-    return STRATEGIES[name]() if workers > 1 else SingleWorker()
+    def combined(self, norms_P: Tensor) -> Tensor:
+        if self.shards == 1:
+            return norms_P
+        squares_P = norms_P.square()
+        dist.all_reduce(squares_P, group=self.mesh["shard"].get_group())
+        return squares_P.sqrt()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A small tensor that may be sharded, in full. Every worker must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+DEEPSPEED = {f"deepspeed-{stage}": stage for stage in (1, 2, 3)}
+
+
+def strategy(shard: str, workers: int, bfloat16: bool = False, node_workers: int = 1) -> Strategy:
+    """The strategy by `shard` of the cluster file; one worker shares with nobody, whatever it says.
+
+    bfloat16: whether all tracks of the stage are. node_workers: workers on this worker's node. Raises ConfigError.
+    """
+    if workers == 1:
+        return Sharded(1, 1, bfloat16) if bfloat16 else SingleWorker()
+    if shard in DEEPSPEED:
+        return ZeRO(DEEPSPEED[shard])
+    shards = {"none": 1, "all": workers}.get(shard) or _on_every_node(node_workers, workers)
+    return Sharded(shards, workers, bfloat16)
+
+
+def _on_every_node(node_workers: int, workers: int) -> int:
+    every = [0] * workers
+    dist.all_gather_object(every, node_workers)
+    if len(set(every)) > 1:
+        raise ConfigError(
+            f"cluster file: shard is node, but nodes have {min(every)} to {max(every)} of the {workers} workers; "
+            f"give every node as many, or shard over none or all"
+        )
+    return node_workers
+
+
+@contextmanager
+def group_of_one(device: str, needed: bool) -> Iterator[None]:
+    """A process group of this worker alone, where it is needed and there is none."""
+    own = needed and not dist.is_initialized()
+    if own:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """What this worker holds of the gradients."""
+    found = (parameter.grad for parameter in parameters)
+    return [g.to_local() if isinstance(g, DTensor) else g for g in found if g is not None]
 
 
 def summed(values: Tensor) -> Tensor:

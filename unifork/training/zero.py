@@ -69,11 +69,13 @@ class Shared(nn.Module):
 class ZeRO:
     """DeepSpeed with one of its stages. The norms of the gradient's parts are left out: no worker holds them."""
 
+    autocast = True
+
     def __init__(self, stage: int) -> None:
         """stage: 1, 2 or 3. Raises ConfigError when DeepSpeed is not installed."""
         if find_spec("deepspeed") is None:
             raise ConfigError(
-                f"cluster file: strategy deepspeed-{stage} needs DeepSpeed, which is not installed; "
+                f"cluster file: shard: deepspeed-{stage} needs DeepSpeed, which is not installed; "
                 f"it comes with the extra: pip install 'unifork[deepspeed]'"
             )
         self.stage = stage
@@ -94,8 +96,8 @@ class ZeRO:
             for name in parameters:
                 if owners.setdefault(name, track) != track:
                     raise ConfigError(
-                        f"cluster file: strategy deepspeed-{self.stage}: the tracks {owners[name]} and {track} both "
-                        f"train {name}, but DeepSpeed has one optimizer state for a parameter; use ddp or fsdp2"
+                        f"cluster file: shard: deepspeed-{self.stage}: the tracks {owners[name]} and {track} both "
+                        f"train {name}, but DeepSpeed has one optimizer state for a parameter; use none, node or all"
                     )
         model = self.shared.called.model
         self.optimizers = optimizers
@@ -143,6 +145,9 @@ class ZeRO:
         for name, (_, parameters) in self.optimizers.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(name == track)  # what has no gradient is not part of the norm
+
+    def begin(self, last: bool) -> None:
+        """Stages 2 and 3 reduce after every microbatch, and 1 does as they do."""
 
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
         del parts

@@ -1,13 +1,33 @@
-"""What an answer says: a model's text goes in, yes, no or a normalized text comes out."""
+"""What an answer says: a text goes in; yes, no, a letter or a normalized text comes out, None for anything else.
+
+Rules of benchmarks are built from these readings. Those of their makers are kept as published, because reported numbers
+rest on them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from unifork.evaluation.items import Item
+from unifork.evaluation.suites import Answer, Rule, Verdict
+
+NONE = {"", "nan", "NaN", "None", "none", "null", "NULL", "N/A", "NA", "n/a", "<NA>"}
+"""What the field of a table reads that holds nothing."""
 
 
 def pope_yes(answer: str) -> bool:
     """POPE's own rule: no if the first sentence has the word `No`, `no` or `not`, otherwise yes.
 
-    Kept as published, because reported numbers rest on it: an empty answer, `NO` and `no!` are all yes.
+    An empty answer, `NO` and `no!` are all yes.
     """
     words = answer.split(".", maxsplit=1)[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
+
+
+def mme_yes(answer: str) -> bool | None:
+    """MME's own rule: yes or no in the first four letters, nothing stripped: `nothing` is no, `oh yes` is neither."""
+    begin = answer.lower()[:4]
+    return True if "yes" in begin else False if "no" in begin else None
 
 
 def strict_yes(answer: str) -> bool | None:
@@ -18,3 +38,63 @@ def strict_yes(answer: str) -> bool | None:
 def normalized(answer: str) -> str:
     """Lower case, single spaces, no full stop at the end."""
     return " ".join(answer.lower().split()).removesuffix(".").rstrip()
+
+
+def yes_no(read: Callable[[str], bool | None]) -> Rule:
+    """The rule of questions whose truth is `yes` or `no`."""
+
+    def rule(item: Item, answer: Answer) -> Verdict:
+        says = read(answer.text)
+        reading = None if says is None else "yes" if says else "no"
+        return Verdict(reading, float(reading == item.truth))
+
+    return rule
+
+
+def letter(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
+    """The rule of questions with choices, `about["options"]` by letter, whose truth is a letter."""
+
+    def rule(item: Item, answer: Answer) -> Verdict:
+        reading = read(answer.text, item.about["options"])
+        return Verdict(reading, float(reading == item.truth))
+
+    return rule
+
+
+def strict_letter(answer: str, options: Mapping[str, str]) -> str | None:
+    """The bare letter, in any case and with or without a full stop."""
+    found = normalized(answer).upper()
+    return found if found in options else None
+
+
+def exact_letter(answer: str, options: Mapping[str, str]) -> str | None:
+    """The text is the letter and nothing else (LLaVA's converter for SEED-Bench): `B.` and `c` are none."""
+    return answer if answer in options else None
+
+
+def choices(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, str]:
+    """The choices of a row, by letter, up to the first column that holds nothing."""
+    options: dict[str, str] = {}
+    for mark, column in zip("ABCDEFGH", columns, strict=False):
+        if (text := given(row.get(column))) is None:
+            break
+        options[mark] = text
+    return options
+
+
+def given(value: Any) -> str | None:
+    """The text of a field, None where it holds nothing."""
+    return None if value is None or str(value) in NONE else str(value)
+
+
+def with_choices(question: str, options: Mapping[str, str]) -> str:
+    """A question with a line for every choice."""
+    return "\n".join([question, *(f"{mark}. {text}" for mark, text in options.items())])
+
+
+def commonest(groups: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
+    """The most common answer of every group: what a model that sees nothing of an item but its group would say."""
+    counts: dict[str, Counter[str]] = {}
+    for group, answer in zip(groups, answers, strict=True):
+        counts.setdefault(group, Counter())[answer] += 1
+    return {group: min(found, key=lambda text: (-found[text], text)) for group, found in counts.items()}

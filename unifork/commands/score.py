@@ -1,0 +1,112 @@
+"""`unifork score` and `unifork answers`: answers in any official layout, scored without a model, and written back."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from unifork.config import EvalCard
+    from unifork.evaluation.items import Item
+
+
+class SuiteOrCommand(TyperGroup):
+    """Commands of which the one called SUITE is run with any other word."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["SUITE", *args])
+
+
+app = typer.Typer(cls=SuiteOrCommand, no_args_is_help=True, help="Score answers by the rules of a benchmark.")
+answers_app = typer.Typer(no_args_is_help=True, help="Answers of a model.")
+Suite = Annotated[str, typer.Argument(help="benchmark, a card of evals")]
+Archive = Annotated[Path | None, typer.Option(help="folder of the official files, if it is not the card's")]
+
+
+def _all_items(name: str, archive: Path | None) -> "tuple[EvalCard, list[Item]]":
+    """A card and all its items: from the official files, or from the table where these are not here."""
+    from unifork.config import load_eval
+    from unifork.errors import DataError
+    from unifork.evaluation.archive import Archive as Files
+    from unifork.evaluation.items import read_items
+    from unifork.evaluation.suites import suite_of
+    from unifork.layout import Layout
+    from unifork.shards.manifest import MANIFEST
+
+    card = load_eval(name)
+    suite, options = suite_of(card)
+    files, table = Files(card, options, archive), Layout().items(name)
+    if (files.absent or not card.items.archive) and (table / MANIFEST).exists():
+        return card, read_items(table)
+    if files.absent:
+        raise DataError(f"{name}: not here: {files.absent}")
+    files.check()
+    return card, suite.read(files, options, 0)
+
+
+@app.command("SUITE", epilog="Example: unifork score pope --answers llava_pope.jsonl --rule official")
+def score(
+    suite: Suite,
+    answers: Annotated[Path, typer.Option(help="file of answers in any supported format, or a folder of answers/")],
+    rule: Annotated[
+        list[str] | None, typer.Option(help="rule of the benchmark; the default are those of its card")
+    ] = None,
+    archive: Archive = None,
+    out: Annotated[Path | None, typer.Option(help="folder for metrics.json and verdicts.jsonl")] = None,
+    partial: Annotated[bool, typer.Option(help="score what has an answer; all scores are marked")] = False,
+) -> None:
+    """Score answers in a file: no model, no network."""
+    from unifork.evaluation.answers import join, read_answers
+    from unifork.evaluation.items import selected
+    from unifork.evaluation.scoring import origin_of, score_answers, write_scores
+    from unifork.evaluation.suites import suite_of
+
+    card, items = _all_items(suite, archive)
+    if rule:
+        card = card.model_copy(update={"score": card.score.model_copy(update={"rules": tuple(rule)})})
+        suite_of(card)
+    chosen = selected(card, items)
+    found = join(card, items, read_answers(answers), str(answers), partial)
+    scores, lines = score_answers(card, chosen, found, origin_of(answers))
+    print(
+        "\n".join(map(str, scores))
+        or f"{suite}: its truths are not public; `unifork answers export` writes a submission"
+    )
+    if out:
+        write_scores(out, card, scores, lines)
+
+
+@app.command(epilog="Example: unifork score compare scores/a/pope scores/b/pope")
+def compare(
+    first: Annotated[Path, typer.Argument(help="folder with verdicts.jsonl")],
+    second: Annotated[Path, typer.Argument(help="another, of the same items")],
+    rule: Annotated[
+        str | None, typer.Option(help="rule whose verdicts are compared; the default is the card's first")
+    ] = None,
+) -> None:
+    """What one model scores above another on the same items, with its error and p."""
+    from unifork.evaluation import scoring
+
+    for name, a, b, (above, error, p) in scoring.compare(first, second, rule):
+        print(f"{name}: {a:.6g} - {b:.6g} = {above:.6g} +- {error:.4g} (p {p:.4f})")
+
+
+@answers_app.command(epilog="Example: unifork answers export vqav2_test --format vqa --out submission")
+def export(
+    suite: Suite,
+    format: Annotated[str, typer.Option(help="llava, mme, vqa, gqa, seed, or MODULE:OBJECT")],
+    answers: Annotated[Path, typer.Option(help="folder below answers/, or a file in another format")],
+    out: Annotated[Path, typer.Option(help="folder for the files")],
+    archive: Archive = None,
+) -> None:
+    """Write answers in an official layout."""
+    from unifork.evaluation.answers import EXPORTS, join, read_answers
+
+    write = EXPORTS.find(format, "--format")
+    card, items = _all_items(suite, archive)
+    found = join(card, items, read_answers(answers), str(answers))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in write(card, [(item, found.get(item.id)) for item in items]).items():
+        (out / name).write_text(text, errors="surrogateescape")
+        print(out / name)

@@ -1,0 +1,108 @@
+"""`evals/*.yaml`: what a benchmark is, in three parts, one for each program that reads it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+
+from unifork.config.base import StrictModel, load
+from unifork.config.experiment import Benchmark, Sampling
+from unifork.errors import ConfigError, unknown
+
+QUESTION = "{question}"
+"""In a prompt form: where the item's question (or the text that an image is generated for) stands."""
+
+
+class ItemsPart(StrictModel):
+    """What `items` reads."""
+
+    suite: str
+    """A key of `unifork.evaluation.suites.SUITES`, or `MODULE:OBJECT` of your own code."""
+    archive: str | None = None
+    """Folder with the files as their makers give them; None for items that are made from the seed."""
+    access: str = ""
+    """What to put there, and where it comes from."""
+    options: dict[str, Any] = {}
+    """What this suite needs to know; checked by the suite itself."""
+    splits: tuple[str, ...] = ()
+    """Splits that are answered and scored; none named: all of them."""
+    revision: str = ""
+    """Commit, date or version of the files, for the record."""
+    rows: PositiveInt | None = None
+    """Items that there must be, over the splits named."""
+    sha256: dict[str, str] = {}
+    """Hashes of files of the archive, by name; another file is refused."""
+
+
+class AnswerPart(StrictModel):
+    """How a model is asked."""
+
+    prompt: str = QUESTION
+    """The text that a model is given, with `{question}` where the item's own stands."""
+    template: str = "answer"
+    """Prompt template around it, a key of `unifork.documents.prompts.TEMPLATES`; its task says what is asked for."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer; text is decoded greedily."""
+    sampling: Sampling = Sampling()
+    """How images are drawn."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the model, which may decide an answer; where it runs is the cluster file's affair."""
+
+    def form(self, question: str) -> str:
+        """The prompt of a question."""
+        return self.prompt.replace(QUESTION, question)
+
+
+class ScorePart(StrictModel):
+    """How answers are read."""
+
+    rules: tuple[str, ...] = ("official",)
+    """Rules of the suite; scores of the first have plain names, those of others end in the rule's name."""
+
+
+class ShowPart(StrictModel):
+    """How a page shows what came out."""
+
+    splits: tuple[str, ...] = ()
+    """Splits in the order of columns; others follow by name."""
+    scores: tuple[str, ...] = ()
+    """Scores in the order of rows; others follow by name."""
+    headlines: dict[str, str] = {}
+    """Scores of a summary, by name, with a title for people."""
+    note: str = ""
+    """What people must know to read them, in whole sentences."""
+
+
+class EvalCard(StrictModel):
+    """One benchmark."""
+
+    name: str
+    """The file is called the same."""
+    title: str
+    """One line for people."""
+    homepage: str
+    """Where its makers describe it."""
+    license: str
+    """SPDX identifier, or a short name where none exists."""
+    items: ItemsPart
+    answer: AnswerPart = AnswerPart()
+    score: ScorePart = ScorePart()
+    show: ShowPart = ShowPart()
+
+    def used(self, benchmark: Benchmark) -> "EvalCard":
+        """The card with what an experiment changes."""
+        options = {**self.items.options, **benchmark.options}
+        sampling = benchmark.sampling or self.answer.sampling
+        items, answer = self.items.model_copy(update={"options": options}), {"sampling": sampling}
+        return self.model_copy(update={"items": items, "answer": self.answer.model_copy(update=answer)})
+
+
+def load_eval(name: str, folder: Path | str = "evals") -> EvalCard:
+    """The card of a benchmark. Raises ConfigError when the file and its name disagree."""
+    path = Path(folder) / f"{name}.yaml"
+    if not path.exists():
+        raise unknown("benchmark", name, (p.stem for p in Path(folder).glob("*.yaml")), str(folder))
+    card = load(EvalCard, path)
+    if card.name != name or QUESTION not in card.answer.prompt:
+        raise ConfigError(f"{path}: name must be {name!r}, the file's, and answer.prompt contain {QUESTION}")
+    return card

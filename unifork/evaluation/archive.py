@@ -1,0 +1,123 @@
+"""The files of a benchmark as a person downloaded them: JSON, lines of it, TSV, Parquet, and images.
+
+In: a card and its folder. Out: rows, and the bytes of images by name. Nothing is fetched, and no path or link leads out
+of the folder. An image has a name by which it is found again: its path, or `FILE#ROW` of a table that holds it.
+"""
+
+import base64
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from unifork.config import EvalCard, StrictModel
+from unifork.errors import DataError
+from unifork.shards.manifest import file_sha256
+from unifork.sources import MAX_IMAGE_BYTES, leaves
+from unifork.sources.archives import Unreadable, read_below
+
+HELD = "image"
+"""Column of a table that holds images; read only when one is wanted."""
+LONGEST_INDEX = 64
+"""Letters: a longer text in the column `image` of a TSV is an image, a shorter one the index of the row that has it."""
+
+
+class Archive:
+    """A benchmark's folder."""
+
+    def __init__(self, card: EvalCard, options: StrictModel, folder: Path | None = None) -> None:
+        """options: of its suite; `images` among them is the folder of the images. folder: another than the card's."""
+        self.card, self.folder = card, (folder or Path(card.items.archive or "."))
+        self.images = str(getattr(options, "images", ""))
+
+    @property
+    def absent(self) -> str | None:
+        """What to put where, if nothing is there."""
+        needed = self.card.items.archive is not None and not (self.folder.is_dir() and any(self.folder.iterdir()))
+        return f"put {self.card.items.access} into {self.folder}, then `unifork use` again" if needed else None
+
+    def path(self, *patterns: str) -> Path:
+        """The first file that one of some globs names. Raises DataError where there is none."""
+        found = [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
+        if not found:
+            raise DataError(f"{self.folder}: no {' or '.join(patterns)}: put {self.card.items.access} there")
+        return found[0]
+
+    def check(self) -> dict[str, str]:
+        """Hashes of the files that the card names. Raises DataError for another file."""
+        found = {name: file_sha256(self.path(name)) for name in self.card.items.sha256}
+        for name, digest in found.items():
+            if digest != (wanted := self.card.items.sha256[name]):
+                raise DataError(f"{self.folder / name}: sha256 is {digest}, the card {self.card.name} wants {wanted}")
+        return found
+
+    def json(self, *patterns: str) -> Any:
+        """The content of the first file that is found."""
+        return read_json(self.path(*patterns))
+
+    def table(self, pattern: str = "**/*.parquet") -> Iterator[tuple[str, dict[str, Any]]]:
+        """Rows of all Parquet or TSV files without their images, each with the name of its image."""
+        for path in sorted(self.folder.glob(pattern)):
+            for number, row in enumerate(table_rows(path)):
+                yield f"{path.relative_to(self.folder)}#{number}", row
+
+    def image(self, name: str) -> bytes:
+        """The bytes of an image. Raises DataError."""
+        file, mark, number = name.partition("#")
+        try:
+            if mark:
+                return _held(self.folder / file, int(number))
+            if leaves(name):
+                raise DataError("leads out of the folder")
+            return read_below((self.folder / self.images).resolve(), name, MAX_IMAGE_BYTES)
+        except (OSError, ValueError, TypeError, LookupError, EOFError, Unreadable, DataError) as error:
+            raise DataError(str(error)) from None
+
+
+def read_json(path: Path) -> Any:
+    """A file of JSON, or a list of one value per line; perhaps compressed by gzip. Raises DataError naming it.
+
+    What is not UTF-8 is kept as lone surrogates: an answer may hold anything.
+    """
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode(errors="surrogateescape")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: neither JSON nor a JSON value per line: {error}") from None
+
+
+@lru_cache(2)
+def table_rows(path: Path) -> list[dict[str, Any]]:
+    """A Parquet file without its images, or a TSV, whose rows are texts, with them."""
+    if path.suffix == ".tsv":
+        csv.field_size_limit(2 * MAX_IMAGE_BYTES)
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file, delimiter="\t"))
+    columns = [name for name in pq.read_schema(path).names if name != HELD]
+    return list(pq.read_table(path, columns=columns).to_pylist())
+
+
+@lru_cache(2)
+def _column(path: Path) -> Any:
+    return pq.read_table(path, columns=[HELD])[HELD]
+
+
+def _held(path: Path, number: int) -> bytes:
+    """The image of a row: of bytes, of the Hub's structure, the first of a list of them, or base64."""
+    if path.suffix != ".tsv":
+        held = _column(path)[number].as_py()
+        held = held[0] if isinstance(held, list) else held
+        return bytes(held["bytes"] if isinstance(held, dict) else held)
+    text = table_rows(path)[number][HELD]
+    if len(text) <= LONGEST_INDEX:
+        text = next(row[HELD] for row in table_rows(path) if row["index"] == text)
+    return base64.b64decode(text, validate=True)

@@ -1,0 +1,77 @@
+"""SEED-Bench: questions with four choices; the image part is what papers call SEED-I.
+
+Files: `SEED-Bench.json` (questions with answer, choice_a to choice_d, data_id, question_type_id), or the Hub's Parquet.
+LLaVA's way, which UniFork takes, lets the model write a letter; the makers' own ranks choices by likelihood.
+"""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from unifork.config import EvalCard, StrictModel
+from unifork.evaluation.answers import Rows
+from unifork.evaluation.archive import Archive
+from unifork.evaluation.items import Item
+from unifork.evaluation.statistics import Measure, mean, share
+from unifork.evaluation.suites import Suite
+from unifork.evaluation.understanding.answers import choices, exact_letter, letter, strict_letter, with_choices
+
+COLUMNS = ("choice_a", "choice_b", "choice_c", "choice_d")
+TYPES = (
+    "scene_understanding", "instance_identity", "instance_attributes", "instance_location", "instances_counting",
+    "spatial_relation", "instance_interaction", "visual_reasoning", "text_understanding", "action_recognition",
+    "action_prediction", "procedure_understanding",
+)  # fmt: skip
+"""By question_type_id, from 1; the last three are of videos."""
+
+
+class Options(StrictModel):
+    """Of its card."""
+
+    images: str = "SEED-Bench-image"
+    """Folder of the images, below that of the file."""
+
+
+def read(archive: Archive, _: Options, __: int) -> list[Item]:
+    """All questions, of videos too, whose split is `video`. An id that comes again is told apart by a number."""
+    rows = list(archive.table())
+    if not rows:
+        rows = [(str(row["data_id"]), row) for row in archive.json("**/SEED-Bench*.json")["questions"]]
+    items, seen = [], dict[str, int]()
+    for place, row in rows:
+        name = str(row["question_id"])
+        seen[name] = seen.get(name, 0) + 1
+        options = choices(row, COLUMNS)
+        about = {"question_id": name, "type": int(row["question_type_id"]), "options": options}
+        items.append(
+            Item(
+                name if seen[name] == 1 else f"{name}#{seen[name]}", with_choices(row["question"], options),
+                row["answer"], str(row["data_id"]), row["data_type"], place, 1 / len(options), about,
+            )
+        )  # fmt: skip
+    return items
+
+
+def export(_: EvalCard, rows: Rows) -> dict[str, str]:
+    """A submission: an object a line."""
+    lines = [{"question_id": item.about["question_id"], "prediction": answer.text} for item, answer in rows if answer]
+    return {"seed.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}
+
+
+def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
+    """Accuracy over questions (SEED-I), its mean over types, and that of each type, by image and video."""
+    found = []
+    for split in sorted({item.split for item in items}):
+        members_I = np.array([item.split == split for item in items])
+        types_I = np.array([item.about["type"] for item in items])
+        kinds = []
+        for number in sorted({*types_I[members_I].tolist()}):
+            of_type_I = members_I & (types_I == number)
+            kinds.append(Measure(TYPES[number - 1], (share(right_I, of_type_I),), of_type_I, split))
+        found += [Measure("accuracy", (share(right_I, members_I),), members_I, split), mean("mean_of_types", kinds)]
+        found += kinds
+    return found
+
+
+SUITE = Suite(read, {"official": letter(exact_letter), "strict": letter(strict_letter)}, measures, Options)

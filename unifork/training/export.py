@@ -1,0 +1,106 @@
+"""What a finished stage leaves: the model directory that later stages and people read.
+
+In: a checkpoint of its last step. Out: weights, tokenizers, and `training/` with history, summary, samples, and what
+held-out rows gave. The directory appears whole or not at all.
+
+Shape suffixes: N image positions, D code depth.
+"""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from unifork.config import Stage, fingerprint
+from unifork.documents.text_tokenizer import TextTokenizer
+from unifork.inference import Engine
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
+from unifork.shards.manifest import write_json
+from unifork.training import checkpoint
+from unifork.training.history import VALIDATION, Log, read, write_csv
+from unifork.training.loop import TrackRun, WorkerContext
+from unifork.training.validation import Validation
+
+if TYPE_CHECKING:
+    from unifork.training.stage import StageJob
+
+TRAINING, SUMMARY = "training", "summary.json"
+"""Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
+
+
+def export(
+    job: "StageJob",
+    run: WorkerContext,
+    path: Path,
+    tokenizer: TextTokenizer,
+    tracks: dict[str, TrackRun],
+    validation: Validation,
+    log: Log,
+) -> None:
+    """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
+    temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model = checkpoint.whole_model(path, job.start, averaged=job.stage.ema is not None and job.stage.ema.export)
+    model.save_pretrained(temporary)
+    for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
+        if (job.start / name).exists():
+            shutil.copytree(job.start / name, temporary / name)
+    model.to(torch.device(run.device))  # type: ignore[arg-type]
+    training, engine, rows = temporary / TRAINING, Engine(model, tokenizer), read(job.run_folder)
+    write_csv(rows, training / "history.csv")
+    if validation.parts:
+        examined = validation.examine(engine)
+        for row in examined.scores:
+            log(
+                f"held out, {row['part']}: exact match {row['exact_match']:.3f}, token F1 {row['token_f1']:.3f} "
+                f"of {row['answers']} answers"
+            )
+        write_csv(read(job.run_folder, VALIDATION), training / "validation.csv")
+        words = {"scores": examined.scores, "answers": examined.answers, "prompts": examined.prompts}
+        write_json(training / "held_out.json", words)
+        np.savez(training / "held_out.npz", codes=examined.codes_BND, drawn=examined.drawn_BND)
+    write_json(
+        training / SUMMARY,
+        {
+            "run": job.key,
+            "history": fingerprint(rows),
+            "stage": job.stage.model_dump(mode="json"),
+            "quarantined": quarantined(tracks),
+            "documents": {
+                name: [
+                    {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
+                    for p, seen in zip(track.loader.parts, track.served(), strict=True)
+                ]
+                for name, track in tracks.items()
+            },
+            "tensors": checkpoint.read_state(path)["tensors"],
+        },
+    )
+    if job.stage.sample_prompts:
+        np.savez(training / "samples.npz", codes=_sample(engine, job.stage))
+    shutil.rmtree(job.model_folder, ignore_errors=True)
+    temporary.rename(job.model_folder)
+
+
+def _sample(engine: Engine, stage: Stage) -> np.ndarray:
+    """Codes (prompts, N, D) for the stage's prompts, written as the stage writes them."""
+    entries = [entry for track in stage.tracks.values() for entry in track.mixture if entry.task == "generation"]
+    template = entries[0].template if entries else "generate"
+    return engine.generate_images(stage.sample_prompts, stage.sampling, template)
+
+
+def report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any]]) -> None:
+    """Say how often each part was seen, and how full rows were."""
+    for name, track in tracks.items():
+        parts = zip(track.loader.parts, track.served(), strict=True)
+        seen = ", ".join(f"{n} {p.entry.dataset} ({p.entry.template}), {n / len(p):.2f} passes" for p, n in parts)
+        fills = [row["fill"] for row in rows if row["track"] == name]
+        log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
+
+
+def quarantined(tracks: dict[str, TrackRun]) -> dict[str, int]:
+    """Rows that are not trained on, as `data set: reason`, most frequent first."""
+    return dict(sum((track.loader.quarantined for track in tracks.values()), Counter()).most_common())
