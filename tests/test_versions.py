@@ -10,22 +10,23 @@ from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, f
 
 STAGES_OF = {
     "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
-    "score report",
+    "score analyze report",
     "DOWNLOAD_VERSION": "download filter items score report",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer items score",
     "FILTER_VERSION": "download filter",
     "MEASURE_VERSION": "filter",
     "SIGNATURES_VERSION": "filter",
-    "TOKENIZER_VERSION": "image_tokenizer encode init items answer score report",
+    "TOKENIZER_VERSION": "image_tokenizer encode init items answer score analyze report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
-    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer",
-    "MODEL_VERSION": "init train answer report",
+    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer analyze",
+    "MODEL_VERSION": "init train answer analyze report",
     "TRAIN_VERSION": "train",
     "ITEMS_VERSION": "items answer score report",
     "ANSWER_VERSION": "answer",
     "SCORE_VERSION": "score report",
+    "ANALYZE_VERSION": "analyze",
     "REPORT_VERSION": "report",
 }
 """What DVC runs again when a constant is raised, beside all that follows from it."""

@@ -112,7 +112,16 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             "pipelines/score.py",
         ],
     ),
-    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "pipelines/report.py"]),
+    "ANALYZE_VERSION": (
+        "unifork/analysis/kinds.py",
+        [
+            "unifork/analysis/*.py",
+            "unifork/figures.*",
+            *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
+            "pipelines/analyze.py",
+        ],
+    ),
+    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "unifork/figures.*", "pipelines/report.py"]),
     "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
 }
 """Constant: the file it stands in, and what it covers besides."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unifork.batch import Document
+from unifork.batch import BEGIN_IMAGE, Document
 from unifork.config import Sampling, parse
 from unifork.devices import is_capture_trusted
 from unifork.documents.mixture import Skeleton, skeleton
@@ -24,8 +24,8 @@ from unifork.errors import ConfigError
 from unifork.layout import MODEL_TEXT_TOKENIZER
 from unifork.models.generation import answer_texts, generate_images
 from unifork.models.modeling import UniForkModel, load_model
-from unifork.shards.schema import Unusable
-from unifork.vocabulary import TURN_END, Task
+from unifork.shards.schema import IMAGE_MARK, Unusable
+from unifork.vocabulary import TURN_END, TURN_START, Task
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 """Images or questions processed together on a kind of device; more gain nothing."""
@@ -126,6 +126,13 @@ class Engine:
             for n, ids in zip(numbers, answered, strict=True):
                 answers[n] = self.tokenizer.decode(ids).strip()
         return answers
+
+    def caption(self, template: str, document: Document) -> str:
+        """The text that a generation document was written with."""
+        until_image = document.text_ids_T[: int((document.kinds_T == BEGIN_IMAGE).argmax())]
+        form = _template(template, "generation").text.replace(TURN_START, "").replace(IMAGE_MARK, "")
+        before, _, after = form.partition("{caption}")
+        return self.tokenizer.decode(until_image.tolist()).removeprefix(before).removesuffix(after)
 
     def _until_image(self, form: Template, prompt: str | None) -> list[int]:
         """Token ids up to the image; of the dropped prompt for None."""

@@ -26,7 +26,7 @@ CHANGES = {
 def stages(root: Path) -> list[str]:
     """Every stage of `dvc.yaml`, in its order, as commands of an experiment with one data set, variant and stage."""
     params = yaml.safe_load((root / "params.yaml").read_text())
-    names = ("datasets", "prepared", "variants", "runs", "benchmarks", "evaluations", "scored")
+    names = ("datasets", "prepared", "variants", "runs", "benchmarks", "evaluations", "scored", "analyzed")
     loops = {f"${{{name}}}": name for name in names}
     commands = []
     for stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].values():

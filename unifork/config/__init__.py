@@ -28,6 +28,9 @@ from unifork.config.cluster import (
 )
 from unifork.config.evals import AnswerPart, EvalCard, load_eval
 from unifork.config.experiment import (
+    ANALYSES,
+    Analysis,
+    AnalyzedRun,
     Averaging,
     Benchmark,
     DatasetUse,

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from unifork.config import (
+    AnalyzedRun,
     Benchmark,
     Card,
     EvalCard,
@@ -114,7 +115,7 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     plain = {"name": name, **_inherited(name, folder, ())}
     if isinstance(stages := plain.get("stages"), dict):
         plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
-    derived: dict[str, Any] = {key: {} for key in ("prepared", "runs", "evaluations", "scored")}
+    derived: dict[str, Any] = {key: {} for key in ("prepared", "runs", "analyzed", "evaluations", "scored")}
     experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     evals = {name: _eval(name, use, str(path)) for name, use in experiment.benchmarks.items()}
@@ -179,12 +180,13 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
     }
     prepared: dict[str, PreparedSet] = {}
     runs: dict[str, StageRun] = {}
+    analyzed: dict[str, AnalyzedRun] = {}
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
         for stage in variant.stages:
             if extended := experiment.stages[stage].extend:
                 before = f"models/{name}-{extended}"
-            entries = [entry for track in experiment.stages[stage].tracks.values() for entry in track.mixture]
+            entries = experiment.stages[stage].entries
             codes = _deepest("data/codes", (entry.dataset for entry in entries))
             documents = _deepest("data/prepared", (entry.prepared for entry in entries))
             runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes, prepared=documents)
@@ -196,6 +198,8 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
                 if prepared.setdefault(entry.prepared, chosen) != chosen:
                     raise ConfigError(f"stages.{stage}: two sets of prepared documents are called {entry.prepared!r}")
             before = f"models/{name}-{stage}"
+            if kinds := experiment.analyses.of_stage(stage):
+                analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
     evaluations = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
         for name, variant in experiment.variants.items()
@@ -209,6 +213,7 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
         )
     return {
         "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
+        "analyzed": analyzed,
         "scored": {name: tuple(benchmarks) for name in experiment.variants if benchmarks},
     }  # fmt: skip
 
