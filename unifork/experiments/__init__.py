@@ -80,6 +80,8 @@ def use(name: str, force: bool = False) -> Experiment:
     checks.check_models(experiment, place)
     HERE.params.write_text(params_text(experiment))
     write_ignore_rules(experiment, HERE.dvc_ignore)
+    for folder in (HERE.data, HERE.answers(""), HERE.scores("")):  # the report reads them; not all are made by a stage
+        folder.mkdir(parents=True, exist_ok=True)
     return experiment
 
 
