@@ -304,7 +304,7 @@ def test_networks_that_are_not_there_are_named_with_what_to_put_where(tmp_path):
     card, items = benchmark("geneval", tmp_path / "files")
     message = absent_networks(card)
     assert "put config.json and model.safetensors of facebook/mask2former-swin-small-coco-instance" in message
-    assert message.endswith("into networks/mask2former-swin-small-coco-instance")
+    assert "into networks/mask2former-swin-small-coco-instance; the network colors: put config.json, " in message
     job, _ = examine_job(card, items, tmp_path / "images", tmp_path / "out")
     assert job.tasks == []
     assert job.lineage[ABSENT] == message

@@ -51,11 +51,12 @@ def absent_networks(card: EvalCard) -> str | None:
     """What to put where, if the card names no network or a file of one is not there."""
     if not card.networks:
         return f"card {card.name}: no network is named in `networks`: give kind MODULE:OBJECT and path, or score a file"
-    for name, network in card.networks.items():
-        missing = [file for file in network.sha256 if not (Path(network.path) / file).is_file()]
-        if missing or not Path(network.path).is_dir():
-            return f"the network {name}: put {network.access or ', '.join(missing)} into {network.path}"
-    return None
+    absent = [
+        f"the network {name}: put {network.access or ', '.join(network.sha256) or 'its files'} into {network.path}"
+        for name, network in card.networks.items()
+        if not all((Path(network.path) / file).exists() for file in (".", *network.sha256))
+    ]
+    return "; ".join(absent) or None
 
 
 def network_hashes(card: EvalCard) -> dict[str, str]:
