@@ -177,5 +177,5 @@ def test_programs_go_from_a_model_to_scores(tmp_path):
     assert CANARY not in json.dumps(every)
     shutil.rmtree(tmp_path / "networks")
     shutil.rmtree(tmp_path / "answers/unifork/geneval.found")
-    assert "unifork/geneval: not here: the network detector: put" in run("examine", "unifork/geneval")
-    assert "unifork: geneval: not here: the network detector: put" in run("score", "unifork")
+    assert "unifork/geneval: not here: the network " in run("examine", "unifork/geneval")
+    assert "unifork: geneval: not here: the network " in run("score", "unifork")
