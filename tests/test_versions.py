@@ -92,7 +92,7 @@ def repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
     for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
-    images, card = "answers/unifork/shapes-generation", "evals/geneval.yaml"  # which the demo does not use
+    images, card = "answers/unifork/shapes-generation", "evals/README.md"  # which the demo does not use
     entry = {"name": "x", "benchmark": "geneval", "images": images, "networks": card, "out": f"{images}.found"}
     params = yaml.safe_load((root / "params.yaml").read_text())
     (root / "params.yaml").write_text(yaml.safe_dump(params | {"examined": {"x": entry}}))

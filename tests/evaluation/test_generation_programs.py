@@ -25,12 +25,12 @@ ROWS = {"geneval": 4 * len(PROMPTS), "mjhq": 6, "dpg": 12}
 def place(root, name, kinds=None):
     """The card of a benchmark with the rows of small files, these files, and tiny networks where the card has them."""
     FILES[name](root / "archives" / "evals" / name)
-    card = yaml.safe_load((ROOT / "datasets" / "evals" / f"{name}.yaml").read_text())
+    card = yaml.safe_load((ROOT / "evals" / f"{name}.yaml").read_text())
     card["items"]["rows"] = ROWS[name]
     for network, (kind, make) in KINDS[name].items():
         entry = card["networks"].setdefault(network, {"kind": kind, "path": f"networks/{network}"})
         make(root / entry["path"])
-    write(root / "datasets" / "evals" / f"{name}.yaml", yaml.safe_dump(card))
+    write(root / "evals" / f"{name}.yaml", yaml.safe_dump(card))
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_programs_go_from_a_model_to_scores(tmp_path):
     experiment = write_experiment(tmp_path, changes)
     for name in ("geneval", "mjhq"):
         place(tmp_path, name)
-    write(tmp_path / "datasets/evals/dpg.yaml", (ROOT / "datasets/evals/dpg.yaml").read_text())
+    write(tmp_path / "evals/dpg.yaml", (ROOT / "evals/dpg.yaml").read_text())
     images = fresh_tokenizer(experiment, tmp_path / "tokenizers/image")
     words = train_text_tokenizer(
         ["a photo of a dog"] * 50, experiment.text_tokenizer.vocab_size, tmp_path / "tokenizers/text"

@@ -197,12 +197,12 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
 def _examined(
     variants: Iterable[str], evals: dict[str, EvalCard], benchmarks: dict[str, Benchmark]
 ) -> dict[str, dict[str, str]]:
-    """Where networks look at images: names, images, results, and the folder of the networks or the card."""
+    """Where networks look at images: names, images, results, and the folder of the networks, if it is there."""
     found = {}
     for name, card in evals.items():
         suite, _ = suite_of(card)
         folder = os.path.commonpath(network.path for network in card.networks.values()) if card.networks else ""
-        networks = folder if folder and Path(folder).is_dir() else (HERE.evals / f"{name}.yaml").as_posix()
+        networks = folder if folder and Path(folder).is_dir() else (HERE.evals / "README.md").as_posix()
         pairs = [(f"{variant}/{name}", f"answers/{variant}/{name}") for variant in variants if suite.examine]
         entries = {f"{pair.replace('/', '-')}": (pair, images, f"{images}.found") for pair, images in pairs}
         if suite.summarize:
