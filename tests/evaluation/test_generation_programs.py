@@ -54,6 +54,7 @@ def test_a_folder_of_images_becomes_scores(name, root):
     place(root, name)
     _, items = benchmark(name, root / "archives" / "evals" / name)
     image_folder(items, root / "images")
+    assert "images: `unifork answers examine`" in str(command("score", name, "--answers", "images").exception)
     if name != "dpg":  # whose answerer has no canary
         found = command("answers", "examine", name, "--images", "images", "--out", "found")
         assert f"write it by `unifork answers canary {name}`" in str(found.exception)

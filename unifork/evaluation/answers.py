@@ -48,7 +48,9 @@ def read_answers(path: Path) -> list[Answer]:
     if (path / MANIFEST).exists():
         return list(_own(path))
     if path.is_dir():
-        return [answer for file in sorted(path.glob("*.txt")) for answer in _mme(file)]
+        if not (files := sorted(path.glob("*.txt"))):
+            raise DataError(f"{path}: no manifest.json, no <task>.txt of MME's tool; images: `unifork answers examine`")
+        return [answer for file in files for answer in _mme(file)]
     plain = table_rows(path) if path.suffix == ".tsv" else read_json(path)
     rows = plain if isinstance(plain, list) else [plain]
     keys = set.intersection(*({*row} if isinstance(row, dict) else set() for row in rows)) if rows else set()

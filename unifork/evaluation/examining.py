@@ -101,19 +101,16 @@ class Examiner:
 
     def __call__(self, task: ShardTask) -> ShardResult:
         assert self.look is not None
-        rows: list[dict[str, Any]]
-        if task.piece:
-            chosen = self.items[task.piece.start : task.piece.stop]
-            rows = [{"id": item.id, "image": image_of(item, self.folder, self.files[item.id][0])} for item in chosen]
-        else:
-            rows = input_rows(task)
-        out = []
+        chosen = self.items[task.piece.start : task.piece.stop] if task.piece else []
+        rows: list[dict[str, Any]] = [{"id": item.id} for item in chosen] or input_rows(task)
         for row in rows:
-            if row["id"] not in self.by_id or not row["image"]:
+            item, data = self.by_id.get(row["id"]), row.pop("image", None)
+            if item and task.piece:
+                data = image_of(item, self.folder, self.files[item.id][0])
+            if not item or not data:
                 raise DataError(f"{self.folder}: {row['id']} is no item of the card, or has no image")
-            text = self.look(self.networks, self.by_id[row["id"]], row["image"])
-            out.append({"id": row["id"], "prompt": row.get("prompt"), "text": text, "image": None})
-        return write_shard(task, table_of(out, SCHEMA), {})
+            row["text"] = self.look(self.networks, item, data)
+        return write_shard(task, table_of(rows, SCHEMA), {})
 
 
 def examine_job(
@@ -121,10 +118,9 @@ def examine_job(
 ) -> tuple[ShardJob, tuple[EvalCard, Sequence[Item], Files, Path]]:
     """The plan of looking at all images of a folder, None: the reference's in the archive; arguments of its worker.
 
-    files_at: another archive than the card's.
-
-    Where images or networks are not here, the plan has no tasks and says what to put where. Raises DataError,
-    for an official layout after all its files were read; ConfigError for a suite whose images are not looked at.
+    files_at: another archive than the card's. Where images or networks are not here, the plan has no tasks and says
+    what to put where. Raises DataError, for an official layout after all its files were read; ConfigError for a suite
+    whose images are not looked at.
     """
     suite, options = suite_of(card)
     if suite.examine is None or (images is None and suite.summarize is None):

@@ -39,7 +39,7 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
     graphs: dict[str, dict[str, dict[str, Any]]] = {}
     official: dict[str, list[str]] = {}
     before = None
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.DictReader(file)):
             name, question = row["item_id"], str(int(row["proposition_id"]))
             parents = [str(int(parent)) for parent in row["dependency"].split(",") if int(parent)]

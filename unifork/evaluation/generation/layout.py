@@ -42,33 +42,31 @@ def checked_images(card: EvalCard, items: Sequence[Item], folder: Path, equal: b
     found: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_dir() and path.name not in BESIDE:
-            name = path.relative_to(folder)
-            found.setdefault(file_key(name.with_suffix("").as_posix()), []).append(name.as_posix())
+            place = path.relative_to(folder)
+            found.setdefault(file_key(place.with_suffix("").as_posix()), []).append(place.as_posix())
     wanted = {file_key(item.about["file"]): item for item in items}
     missing = Counter(item.cluster for key, item in wanted.items() if key not in found)
     wrong = [faults("prompts lack images", [f"{name} ({n})" for name, n in missing.items()])] if missing else []
     if foreign := [n for key, names in found.items() for n in (names[1:] if key in wanted else names)]:
         wrong.append(faults("files belong to no prompt", foreign))
-    hashes, sizes, bad = dict[str, str](), Counter[str](), list[str]()
+    files, sizes, bad = dict[str, tuple[str, str]](), Counter[str](), list[str]()
     for key in wanted.keys() & found.keys():
         try:
-            data = read_below(folder.resolve(), found[key][0], MAX_IMAGE_BYTES)
-            measured = measure(data)
+            data = read_below(folder.resolve(), name := found[key][0], MAX_IMAGE_BYTES)
+            width, height, *_ = measure(data)
+            if "tile" in wanted[key].about and (width != height or width % 2):
+                raise DataError(f"{width}x{height} is no grid of 2 x 2 square images")
+            files[key] = name, sha256(data).hexdigest()
+            sizes[f"{width}x{height}"] += 1
         except (OSError, ValueError, EOFError, Unreadable, DataError) as error:
             bad.append(f"{found[key][0]}: {error}")
-            continue
-        hashes[key] = sha256(data).hexdigest()
-        sizes[f"{measured.width}x{measured.height}"] += 1
-        if "tile" in wanted[key].about and (measured.width != measured.height or measured.width % 2):
-            bad.append(f"{found[key][0]}: {measured.width}x{measured.height} is no grid of 2 x 2 square images")
     if bad:
         wrong.append(faults("images cannot be used", sorted(bad)))
     if equal and len(sizes) > 1:
         wrong.append("sizes differ: " + ", ".join(f"{size} ({n})" for size, n in sizes.most_common()))
     if wrong:
         raise DataError(f"{card.name}: {folder}: {'; '.join(wrong)}")
-    keys = {item.id: file_key(item.about["file"]) for item in items}
-    return {name: (found[key][0], hashes[key]) for name, key in keys.items()}
+    return {item.id: files[file_key(item.about["file"])] for item in items}
 
 
 def image_of(item: Item, folder: Path, name: str) -> bytes:
@@ -84,7 +82,7 @@ def image_of(item: Item, folder: Path, name: str) -> bytes:
 def export(card: EvalCard, rows: Rows) -> dict[str, str | bytes]:
     """All images, and what official scorers read beside them. Raises DataError for answers without images."""
     files: dict[str, str | bytes] = {}
-    grids: dict[str, list[Image.Image]] = {}
+    grids: dict[str, Image.Image] = {}
     for item, answer in rows:
         if not answer or not answer.image:
             raise DataError(f"{card.name}: {item.id} has no image; every item needs an image of the answers")
@@ -92,13 +90,9 @@ def export(card: EvalCard, rows: Rows) -> dict[str, str | bytes]:
         if "metadata" in item.about:
             files[f"{name.partition('/')[0]}/metadata.jsonl"] = json.dumps(item.about["metadata"])
         if "tile" in item.about:
-            grids.setdefault(name, []).append(open_image(answer.image))
+            image, (row, column) = open_image(answer.image), divmod(item.about["tile"], 2)
+            grid = grids.setdefault(name, Image.new("RGB", (2 * image.width, 2 * image.width)))
+            grid.paste(image, (column * image.width, row * image.width))
         else:
             files[name] = answer.image
-    for name, tiles in grids.items():
-        side = tiles[0].width
-        grid = Image.new("RGB", (2 * side, 2 * side))
-        for number, tile in enumerate(tiles):
-            grid.paste(tile, (number % 2 * side, number // 2 * side))
-        files[name] = png(grid)
-    return files
+    return files | {name: png(grid) for name, grid in grids.items()}

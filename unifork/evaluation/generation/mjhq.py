@@ -23,7 +23,7 @@ from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.frechet import distance, moments
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Estimate
-from unifork.evaluation.suites import Answer, Suite, Verdict
+from unifork.evaluation.suites import Answer, Rule, Suite, Verdict
 from unifork.images import open_image
 
 PROTOCOLS = ("pytorch-fid", "clean-fid")
@@ -78,12 +78,11 @@ def _plain(answer: Answer) -> dict[str, str]:
 def summarize(folder: Path, answers: Sequence[Answer]) -> list[Path]:
     """Write mean and covariance of the reference's features, a file for each network."""
     written = []
-    for protocol in PROTOCOLS:
-        if any(key.startswith(f"{protocol}-") for key in _plain(answers[0])):
-            name, rows_ND = features_of(protocol, answers, str(folder))
-            mu, sigma = moments(rows_ND)
-            np.savez_compressed(folder / f"{name}.npz", mu=mu, sigma=sigma, images=len(rows_ND))
-            written.append(folder / f"{name}.npz")
+    for key in _plain(answers[0]):
+        name, rows_ND = features_of(key.rpartition("-")[0], answers, str(folder))
+        mu, sigma = moments(rows_ND)
+        np.savez_compressed(folder / f"{name}.npz", mu=mu, sigma=sigma, images=len(rows_ND))
+        written.append(folder / f"{name}.npz")
     return written
 
 
@@ -107,12 +106,5 @@ def whole(options: Options, protocol: str, answers: Sequence[Answer]) -> tuple[s
     return "fid", Estimate(distance(*reference, *moments(rows_ND)), error, None, count, count), note
 
 
-SUITE = Suite(
-    read,
-    dict.fromkeys(PROTOCOLS, lambda *_: Verdict(None, None)),
-    lambda *_: [],
-    Options,
-    examine=examine,
-    whole=whole,
-    summarize=summarize,
-)
+RULES: dict[str, Rule] = dict.fromkeys(PROTOCOLS, lambda *_: Verdict(None, None))
+SUITE = Suite(read, RULES, lambda *_: [], Options, examine=examine, whole=whole, summarize=summarize)

@@ -6,7 +6,6 @@ machine or wrong file is found before it scores anything.
 Shape suffixes: B images, C channels, H W height and width, Q queries, K classes, O objects, D features.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmen
 from transformers.models.mask2former import modeling_mask2former
 
 from unifork.errors import DataError, IdentityError
+from unifork.evaluation.archive import read_json
 from unifork.image_tokenizer.canaries import images
 from unifork.shards.manifest import write_json
 
@@ -59,7 +59,8 @@ def fitting(load: Callable[..., Any], folder: Path, device: str) -> Any:
         model, found = load(folder, output_loading_info=True, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder}: cannot be loaded: {error}") from None
-    if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+    missing = [key for key in found["missing_keys"] if not key.startswith("criterion.")]  # of the loss
+    if wrong := sorted(map(str, [*missing, *found["mismatched_keys"]])):
         raise DataError(f"{folder}: weights do not fit its configuration: {len(wrong)}, first {wrong[0]}")
     return model.eval().to(device)
 
@@ -211,7 +212,7 @@ def check_canary(network: Any, path: Path, command: str, trusted: bool) -> None:
         return
     if not path.exists():
         raise DataError(f"{path}: not there; where the network is sure to be right, write it by `{command}`")
-    known_outputs = np.array(json.loads(path.read_text())["outputs"])
+    known_outputs = np.array(read_json(path)["outputs"])
     same = known_outputs.shape == found.shape
     shift = float(np.linalg.norm(found - known_outputs) / np.linalg.norm(known_outputs)) if same else float("inf")
     if not shift <= LARGEST_SHIFT:
