@@ -16,7 +16,7 @@ from generation_files import PROMPTS, benchmark
 from unifork.errors import DataError
 from unifork.evaluation.answers import join, read_answers
 from unifork.evaluation.generation import dpg, geneval_suite
-from unifork.evaluation.generation.frechet import distance, moments
+from unifork.evaluation.generation.frechet import distances, moments
 from unifork.evaluation.generation.mjhq import Options, summarize
 from unifork.evaluation.items import Item, selected
 from unifork.evaluation.scoring import Origin, score_answers
@@ -24,6 +24,11 @@ from unifork.evaluation.statistics import value
 from unifork.evaluation.suites import Answer
 
 VECTORS = json.loads((Path(__file__).parents[1] / "fixtures" / "score_vectors.json").read_text())
+
+
+def distance(mean, covariance, *other):
+    (found,) = distances(mean, covariance, [other])
+    return found
 
 
 def scores_of(card, items, text_of):

@@ -3,6 +3,8 @@
 Shape suffixes: N images, D features.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 
@@ -12,10 +14,17 @@ def moments(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows_ND.mean(axis=0), np.atleast_2d(np.cov(rows_ND, rowvar=False))
 
 
-def distance(mean_D: np.ndarray, covariance_DD: np.ndarray, other_D: np.ndarray, others_DD: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), by eigenvalues: no root of a singular product is needed."""
+def distances(
+    mean_D: np.ndarray, covariance_DD: np.ndarray, others: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> list[float]:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2) from one to each of others, by mean and covariance.
+
+    By eigenvalues: no root of a product, which may be singular, is needed.
+    """
     values_D, vectors_DD = np.linalg.eigh(np.asarray(covariance_DD, dtype=np.float64))
-    root_DD = (vectors_DD * np.sqrt(values_D.clip(0))) @ vectors_DD.T
-    shared = np.sqrt(np.linalg.eigvalsh(root_DD @ others_DD @ root_DD).clip(0)).sum()
-    apart_D = np.asarray(mean_D, dtype=np.float64) - other_D
-    return float(apart_D @ apart_D + np.trace(covariance_DD) + np.trace(others_DD) - 2 * shared)
+    root_DD, found = (vectors_DD * np.sqrt(values_D.clip(0))) @ vectors_DD.T, []
+    for other_D, other_DD in others:
+        shared = np.sqrt(np.linalg.eigvalsh(root_DD @ other_DD @ root_DD).clip(0)).sum()
+        apart_D = np.asarray(mean_D, dtype=np.float64) - other_D
+        found.append(float(apart_D @ apart_D + np.trace(covariance_DD) + np.trace(other_DD) - 2 * shared))
+    return found

@@ -11,6 +11,7 @@ Shape suffixes: N images, D features.
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pydantic import NonNegativeInt
 from unifork.config import StrictModel
 from unifork.errors import DataError
 from unifork.evaluation.archive import Archive
-from unifork.evaluation.generation.frechet import distance, moments
+from unifork.evaluation.generation.frechet import distances, moments
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Estimate
 from unifork.evaluation.suites import Answer, Rule, Suite, Verdict
@@ -98,12 +99,13 @@ def whole(options: Options, protocol: str, answers: Sequence[Answer]) -> tuple[s
     if len(rows_ND) < 2 or rows_ND.shape[1:] != reference[0].shape:
         raise DataError(f"{path}: {reference[0].shape} features; the answers are {rows_ND.shape}, at least two rows")
     rng, count = np.random.default_rng(0), len(rows_ND)
-    draws = [distance(*reference, *moments(rows_ND[rng.integers(count, size=count)])) for _ in range(options.resamples)]
+    drawn = (moments(rows_ND[rng.integers(count, size=count)]) for _ in range(options.resamples))
+    found, *draws = distances(*reference, chain([moments(rows_ND)], drawn))
     note = f"{name}; {count} images; error of {options.resamples} bootstrap draws"
     if count < DIMENSIONS:
         note += f"; WARNING: fewer than {DIMENSIONS} images, biased upwards, compare at the same number only"
     error = float(np.std(draws, ddof=1)) if len(draws) > 1 else None
-    return "fid", Estimate(distance(*reference, *moments(rows_ND)), error, None, count, count), note
+    return "fid", Estimate(found, error, None, count, count), note
 
 
 RULES: dict[str, Rule] = dict.fromkeys(PROTOCOLS, lambda *_: Verdict(None, None))
