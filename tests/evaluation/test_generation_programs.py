@@ -17,6 +17,7 @@ from unifork.config import load_eval
 from unifork.documents.text_tokenizer import train_text_tokenizer
 from unifork.errors import ConfigError
 from unifork.evaluation.examining import CANARY, load_networks
+from unifork.experiments import resolve
 from unifork.shards.manifest import read_manifest
 
 ROWS = {"geneval": 4 * len(PROMPTS), "mjhq": 6, "dpg": 12}
@@ -62,8 +63,8 @@ def test_a_folder_of_images_becomes_scores(name, root):
     if name == "mjhq":
         image_folder(items, root / "archives/evals/mjhq/mjhq30k_imgs", side=9, suffix=".jpg")
         assert ".npz" in output_of("answers", "examine", name)
-    assert "found: " in output_of("answers", "examine", name, "--images", "images", "--out", "found")
-    shown = output_of("score", name, "--answers", "found", "--out", "scores")
+    assert "images.found: " in output_of("answers", "examine", name, "--images", "images")
+    shown = output_of("score", name, "--answers", "images.found", "--out", "scores")
     metrics = json.loads((root / "scores" / "metrics.json").read_text())["all"]
     first = {"geneval": "overall", "mjhq": "fid", "dpg": "dpg"}[name]
     assert f"all {first} " in shown
@@ -124,6 +125,24 @@ def test_a_reference_that_is_smaller_than_the_card_is_refused(root):
     next((root / "archives/evals/mjhq/mjhq30k_imgs/art").iterdir()).unlink()
     assert "1 prompts lack images" in str(command("answers", "examine", "mjhq").exception)
     assert isinstance(command("answers", "examine", "shapes-generation").exception, ConfigError)
+
+
+def test_an_experiment_lists_where_networks_look(root):
+    none = {"shapes-generation": None, "shapes-understanding": None}
+    experiment = write_experiment(root, {"benchmarks": {"geneval": {}, "mjhq": {}, "pope": {}} | none})
+    assert set(experiment.examined) == {"unifork-geneval", "unifork-mjhq", "mjhq-reference"}
+    reference = experiment.examined["mjhq-reference"]
+    assert (reference["name"], reference["out"]) == ("mjhq", "data/evals/mjhq-reference")
+    assert reference["images"] == reference["networks"] == "evals/README.md"  # nothing is here
+    place(root, "geneval")
+    place(root, "mjhq")
+    examined = resolve("tiny", root / "experiments", root / "datasets").examined
+    assert examined["mjhq-reference"]["images"] == "archives/evals/mjhq"
+    assert examined["mjhq-reference"]["networks"] == "networks"
+    assert examined["unifork-geneval"] == {
+        "name": "unifork/geneval", "benchmark": "geneval", "images": "answers/unifork/geneval",
+        "out": "answers/unifork/geneval.found", "networks": "networks",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -117,13 +117,10 @@ def export(
 @answers_app.command(epilog="Example: unifork answers examine geneval --images outputs --out found/geneval")
 def examine(
     suite: Suite,
-    out: Annotated[
-        Path | None, typer.Option(help="folder for what is found; the default is the card's reference")
-    ] = None,
     images: Annotated[
-        Path | None,
-        typer.Option(help="folder below answers/, or images in the official layout; default: the reference"),
+        Path | None, typer.Option(help="of answers/, or in the official layout; none: the reference")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for what is found; none: beside the images")] = None,
     archive: Archive = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
@@ -135,7 +132,8 @@ def examine(
     from unifork.layout import Layout
 
     card, items = _all_items(suite, archive)
-    job, worker = examine_job(card, selected(card, items), images, out or Layout().items(f"{suite}-reference"), archive)
+    beside = images.with_name(f"{images.name}.found") if images else Layout().items(f"{suite}-reference")
+    job, worker = examine_job(card, selected(card, items), images, out or beside, archive)
     if absent := job.lineage.get(ABSENT):
         raise DataError(f"{suite}: not here: {absent}")
     (manifest,) = run_jobs([job], Examiner, *worker, device)
@@ -150,7 +148,5 @@ def canary(suite: Suite, device: Annotated[str, typer.Option(help="cpu or cuda")
     from unifork.config import load_eval
     from unifork.evaluation.examining import load_networks
 
-    print(
-        *(f"{name}: {network.hash}" for name, network in load_networks(load_eval(suite), device, True).items()),
-        sep="\n",
-    )
+    for name, network in load_networks(load_eval(suite), device, trusted=True).items():
+        print(f"{name}: {network.hash}")
