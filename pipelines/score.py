@@ -10,6 +10,7 @@ from unifork.errors import unknown
 from unifork.evaluation.answers import join, read_answers
 from unifork.evaluation.items import ABSENT, read_items
 from unifork.evaluation.scoring import by_split, origin_of, score_answers, write_scores
+from unifork.evaluation.suites import suite_of
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.shards.manifest import read_manifest, write_json
@@ -24,6 +25,8 @@ def main(name: str) -> None:
     shutil.rmtree(LAYOUT.scores(name), ignore_errors=True)
     for benchmark in params.scored[name]:
         card, answers = load_eval(benchmark).used(params.benchmarks[benchmark]), LAYOUT.answers(name) / benchmark
+        if suite_of(card)[0].examine:
+            answers = answers.with_name(f"{benchmark}.found")  # what networks found in the images
         if absent := read_manifest(answers).lineage.get(ABSENT):
             table[benchmark] = {ABSENT: absent}
             print(f"{name}: {benchmark}: not here: {absent}")

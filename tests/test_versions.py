@@ -10,7 +10,7 @@ from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, f
 
 STAGES_OF = {
     "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
-    "score analyze report",
+    "examine score analyze report",
     "DOWNLOAD_VERSION": "download filter items score report",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer items score",
@@ -23,8 +23,9 @@ STAGES_OF = {
     "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer analyze",
     "MODEL_VERSION": "init train answer analyze report",
     "TRAIN_VERSION": "train",
-    "ITEMS_VERSION": "items answer score report",
+    "ITEMS_VERSION": "items answer examine score report",
     "ANSWER_VERSION": "answer",
+    "EXAMINE_VERSION": "examine",
     "SCORE_VERSION": "score report",
     "ANALYZE_VERSION": "analyze",
     "REPORT_VERSION": "report",
@@ -92,6 +93,11 @@ def repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
     for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
+    images, card = "answers/unifork/shapes-generation", "evals/README.md"  # which the demo does not use
+    entry = {"name": "x", "benchmark": "geneval", "images": images, "networks": card, "out": f"{images}.found"}
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    (root / "params.yaml").write_text(yaml.safe_dump(params | {"examined": {"x": entry}}))
+    (root / "data/evals/geneval").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         repo = Repo.init(no_scm=True)

@@ -322,6 +322,8 @@ class Experiment(StrictModel):
     """Written by `unifork use`: every run that is analyzed, with what that reads."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""
+    examined: dict[str, dict[str, str]] = {}
+    """Written by `unifork use`: where networks look at images, those of every variant and the references."""
     scored: dict[str, tuple[str, ...]] = {}
     """Written by `unifork use`: the benchmarks of every variant."""
 

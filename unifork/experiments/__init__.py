@@ -6,6 +6,7 @@ DVC needs and follows from the rest (every stage of every variant, every evaluat
 and written into `params.yaml`, so that `dvc.yaml` can loop over it.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     plain = {"name": name, **_inherited(name, folder, ())}
     if isinstance(stages := plain.get("stages"), dict):
         plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
-    derived: dict[str, Any] = {key: {} for key in ("prepared", "runs", "analyzed", "evaluations", "scored")}
+    names = ("prepared", "runs", "analyzed", "evaluations", "examined", "scored")
+    derived: dict[str, Any] = {key: {} for key in names}
     experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     evals = {name: _eval(name, use, str(path)) for name, use in experiment.benchmarks.items()}
@@ -217,7 +219,26 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
         "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
         "analyzed": analyzed,
         "scored": {name: tuple(benchmarks) for name in experiment.variants if benchmarks},
+        "examined": _examined(experiment.variants, evals, benchmarks),
     }  # fmt: skip
+
+
+def _examined(
+    variants: Iterable[str], evals: dict[str, EvalCard], benchmarks: dict[str, Benchmark]
+) -> dict[str, dict[str, str]]:
+    """Where networks look at images: names, images, results, and the folder of the networks, if it is there."""
+    found = {}
+    for name, card in evals.items():
+        suite, _ = suite_of(card)
+        folder = os.path.commonpath(network.path for network in card.networks.values()) if card.networks else ""
+        networks = folder if folder and Path(folder).is_dir() else (HERE.evals / "README.md").as_posix()
+        pairs = [(f"{variant}/{name}", f"answers/{variant}/{name}") for variant in variants if suite.examine]
+        entries = {f"{pair.replace('/', '-')}": (pair, images, f"{images}.found") for pair, images in pairs}
+        if suite.summarize:
+            entries[f"{name}-reference"] = (name, str(benchmarks[name].follows), f"data/evals/{name}-reference")
+        for key, (pair, images, out) in entries.items():
+            found[key] = {"name": pair, "benchmark": name, "images": images, "out": out, "networks": networks}
+    return found
 
 
 def _deepest(folder: str, names: Iterable[str]) -> str:
