@@ -20,7 +20,8 @@ IMPORTED_BY_NAME = {
     "pipelines/image_tokenizer.py": ["unifork/image_tokenizer/readers.py", "unifork/shapes/detector.py"],
     **{
         f"pipelines/{name}.py": [
-            "unifork/evaluation/*/*.py",
+            "unifork/evaluation/understanding/*.py",
+            "unifork/evaluation/generation/[!n]*.py",  # `examine` alone loads networks
             "unifork/shapes/generation.py",
             "unifork/shapes/understanding.py",
         ]

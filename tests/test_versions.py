@@ -11,7 +11,7 @@ from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, f
 STAGES_OF = {
     "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
     "examine score analyze report",
-    "DOWNLOAD_VERSION": "download filter items score report",
+    "DOWNLOAD_VERSION": "download filter items examine score report",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer items score",
     "FILTER_VERSION": "download filter",

@@ -96,11 +96,12 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "ITEMS_VERSION": (
         f"{EVALUATION}/items.py",
         [
-            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
+            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites", "generation/layout"),
             *READ,
             "unifork/documents/prompts.py",  # a question about whole images
             *within("unifork/shapes", "generation", "understanding"),
             *IMAGES,
+            "unifork/shards/schema.py",
             "pipelines/items.py",
         ],
     ),
@@ -114,6 +115,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             *within(f"{EVALUATION}/generation", "dpg", "geneval_suite", "layout", "mjhq", "networks"),
             f"{EVALUATION}/generation/coco_names.txt",
             f"{TOKENIZER}/canaries.py",
+            "unifork/weights.py",
             *IMAGES,
             "pipelines/examine.py",
         ],
