@@ -10,7 +10,7 @@ from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, f
 
 STAGES_OF = {
     "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
-    "score report",
+    "text score report",
     "DOWNLOAD_VERSION": "download filter items score report",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer items score",
@@ -21,11 +21,12 @@ STAGES_OF = {
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
     "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer",
-    "MODEL_VERSION": "init train answer report",
+    "MODEL_VERSION": "init train answer text report",
     "TRAIN_VERSION": "train",
     "ITEMS_VERSION": "items answer score report",
     "ANSWER_VERSION": "answer",
     "SCORE_VERSION": "score report",
+    "TEXT_VERSION": "text score",
     "REPORT_VERSION": "report",
 }
 """What DVC runs again when a constant is raised, beside all that follows from it."""

@@ -112,6 +112,10 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             "pipelines/score.py",
         ],
     ),
+    "TEXT_VERSION": (
+        f"{EVALUATION}/text.py",
+        [f"{EVALUATION}/statistics.py", "unifork/models/conversion.py", "pipelines/text.py"],
+    ),
     "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "pipelines/report.py"]),
     "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
 }

@@ -256,12 +256,16 @@ class Experiment(StrictModel):
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
     """Cards of `evals`, and what is changed of them."""
+    text_evals: tuple[str, ...] = ()
+    """Cards of `evals/text`, run by lm-evaluation-harness."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
     """Written by `unifork use`: every stage of every variant, with its inputs."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""
+    text_runs: dict[str, dict[str, str]] = {}
+    """Written by `unifork use`: the same of text, with the folder of its files; a page of text where none is there."""
     scored: dict[str, tuple[str, ...]] = {}
     """Written by `unifork use`: the benchmarks of every variant."""
 
