@@ -21,7 +21,7 @@ from unifork.evaluation.answering import identity
 from unifork.evaluation.scoring import origin_of
 from unifork.evaluation.statistics import Measure, Score, estimate, mean, share
 from unifork.layout import MODEL_TEXT_TOKENIZER
-from unifork.shards.manifest import Manifest, read_manifest, write_atomically, write_manifest
+from unifork.shards.manifest import Manifest, Shard, file_sha256, read_manifest, write_atomically, write_manifest
 
 TEXT_VERSION = 1
 """Raise when the same model would get other results."""
@@ -34,7 +34,7 @@ KEPT = ("doc_id", "doc_hash", "prompt_hash", "target_hash", "target", "arguments
 
 
 def run_tasks(card: TextCard, model: Path, folder: Path, device: str, seed: int) -> None:
-    """Write `samples.jsonl`, a line for each question with all log-likelihoods, and a manifest with what the harness says.
+    """Write `samples.jsonl`, a line for each question with all log-likelihoods, and a manifest with the results.
 
     Raises ConfigError without the package, and for a task or data set that cannot be found.
     """
@@ -70,7 +70,9 @@ def run_tasks(card: TextCard, model: Path, folder: Path, device: str, seed: int)
     how = f"log-likelihoods of the branch {card.branch}, {shots}-shot, {card.dtype}, on {device}"
     lineage = {key: found.get(key, {}) for key in ("results", "group_subtasks")} | {"model": identity(model)}
     lineage |= {"decoding": f"{how}, lm-eval {version('lm_eval')}, versions {versions}", "seed": seed}
-    write_manifest(folder, Manifest(kind="text", dataset=card.name, columns={}, shards=(), lineage=lineage))
+    size, digest, inputs = (folder / SAMPLES).stat().st_size, file_sha256(folder / SAMPLES), fingerprint(lineage)
+    shard = Shard(path=SAMPLES, rows=len(lines), bytes=size, sha256=digest, inputs=inputs)
+    write_manifest(folder, Manifest(kind="text", dataset=card.name, columns={}, shards=(shard,), lineage=lineage))
 
 
 def export(model: Path, branch: str, dtype: str, out: Path) -> None:
