@@ -10,6 +10,7 @@ from unifork.errors import unknown
 from unifork.evaluation.answers import join, read_answers
 from unifork.evaluation.items import ABSENT, read_items
 from unifork.evaluation.scoring import METRICS, by_split, origin_of, score_answers, write_scores
+from unifork.evaluation.suites import suite_of
 from unifork.evaluation.text import text_scores
 from unifork.jobs import program
 from unifork.layout import Layout
@@ -24,16 +25,19 @@ def main(name: str) -> None:
         raise unknown("variant", name, params.scored, "params.yaml: scored")
     shutil.rmtree(LAYOUT.scores(name), ignore_errors=True)
     for benchmark in params.scored[name]:
-        answers, is_text = LAYOUT.answers(name) / benchmark, benchmark in params.text_evals
+        answers, of_text = LAYOUT.answers(name) / benchmark, benchmark in params.text_evals
+        card = None if of_text else load_eval(benchmark).used(params.benchmarks[benchmark])
+        if card and suite_of(card)[0].examine:
+            answers = answers.with_name(f"{benchmark}.found")  # what networks found in the images
         if absent := read_manifest(answers).lineage.get(ABSENT):
             table[benchmark] = {ABSENT: absent}
             print(f"{name}: {benchmark}: not here: {absent}")
             continue
-        if is_text:
+        if card is None:
             scores = text_scores(load_text(benchmark), answers)
             write_json(LAYOUT.scores(name) / benchmark / METRICS, by_split(scores))
         else:
-            card, items = load_eval(benchmark).used(params.benchmarks[benchmark]), read_items(LAYOUT.items(benchmark))
+            items = read_items(LAYOUT.items(benchmark))
             joined = join(card, items, read_answers(answers), str(answers))
             scores, lines = score_answers(card, items, joined, origin_of(answers))
             write_scores(LAYOUT.scores(name) / benchmark, card, scores, lines)

@@ -21,6 +21,11 @@ def within(folder: str, *names: str) -> list[str]:
 
 
 TOKENIZER, EVALUATION = "unifork/image_tokenizer", "unifork/evaluation"
+READ = [
+    f"{EVALUATION}/understanding/*.*",
+    *within(f"{EVALUATION}/generation", "__init__", "dpg", "frechet", "geneval", "geneval_suite", "mjhq"),
+]
+"""Items and rules of all benchmarks."""
 IMAGES = ["unifork/images.py"]
 NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model", "views"), *IMAGES]
 """Images to codes."""
@@ -92,7 +97,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         f"{EVALUATION}/items.py",
         [
             *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
-            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            *READ,
             "unifork/documents/prompts.py",  # a question about whole images
             *within("unifork/shapes", "generation", "understanding"),
             *IMAGES,
@@ -103,11 +108,21 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         f"{EVALUATION}/answering.py",
         [*within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"), "pipelines/answer.py"],
     ),
+    "EXAMINE_VERSION": (
+        f"{EVALUATION}/examining.py",
+        [
+            *within(f"{EVALUATION}/generation", "dpg", "geneval_suite", "layout", "mjhq", "networks"),
+            f"{EVALUATION}/generation/coco_names.txt",
+            f"{TOKENIZER}/canaries.py",
+            *IMAGES,
+            "pipelines/examine.py",
+        ],
+    ),
     "SCORE_VERSION": (
         f"{EVALUATION}/scoring.py",
         [
             *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
-            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            *READ,
             *within("unifork/shapes", "detector", "generation", "understanding"),
             "pipelines/score.py",
         ],
@@ -116,7 +131,16 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         f"{EVALUATION}/text.py",
         [f"{EVALUATION}/statistics.py", "unifork/models/conversion.py", "pipelines/text.py"],
     ),
-    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "pipelines/report.py"]),
+    "ANALYZE_VERSION": (
+        "unifork/analysis/kinds.py",
+        [
+            "unifork/analysis/*.py",
+            "unifork/figures.*",
+            *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
+            "pipelines/analyze.py",
+        ],
+    ),
+    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "unifork/figures.*", "pipelines/report.py"]),
     "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
 }
 """Constant: the file it stands in, and what it covers besides."""

@@ -132,11 +132,11 @@ def test_both_branches_of_a_freshly_forked_model_say_the_same(tiny_root, tmp_pat
 def answered(model, tmp_path_factory):
     """The real thing on the tiny model: its card and the folder it wrote, one text at once and eight."""
     root, found = tmp_path_factory.mktemp("answered"), {}
+    card = archive(root / "archive")
     for size in (1, 8):
-        card = archive(root / "archive") if size == 1 else card
-        (root / str(size)).mkdir()
-        run_tasks(card.model_copy(update={"batch_size": size}), model, root / str(size), "cpu", 0)
         found[size] = root / str(size)
+        found[size].mkdir()
+        run_tasks(card.model_copy(update={"batch_size": size}), model, found[size], "cpu", 0)
     return card, found
 
 
@@ -165,9 +165,8 @@ def test_scores_and_errors_are_those_of_the_harness(model, answered):
     scores = {score.name: score for score in text_scores(card, folders[8])}
     results = read_manifest(folders[8]).lineage["results"]
     assert set(scores) == {"arc_tiny", "arc_tiny_acc_norm", "boolq_tiny", "mean"}
-    for name, task, metric in (
-        ("arc_tiny", "arc_tiny", "acc"), ("arc_tiny_acc_norm", "arc_tiny", "acc_norm"), ("boolq_tiny", "boolq_tiny", "acc"),
-    ):  # fmt: skip
+    wanted = {"arc_tiny": ("arc_tiny", "acc"), "arc_tiny_acc_norm": ("arc_tiny", "acc_norm")}
+    for name, (task, metric) in {**wanted, "boolq_tiny": ("boolq_tiny", "acc")}.items():
         assert scores[name].value == pytest.approx(results[task][f"{metric},none"], abs=1e-12)
         assert scores[name].standard_error == pytest.approx(results[task][f"{metric}_stderr,none"], abs=1e-12)
         assert scores[name].rule == metric

@@ -73,6 +73,19 @@ class ShowPart(StrictModel):
     """What people must know to read them, in whole sentences."""
 
 
+class Network(StrictModel):
+    """A network that looks at images."""
+
+    kind: str
+    """A key of `unifork.evaluation.examining.KINDS`, or `MODULE:OBJECT` of your own code."""
+    path: str
+    """Folder of its files."""
+    access: str = ""
+    """What to put there, and where it comes from."""
+    sha256: dict[str, str] = {}
+    """Files that there must be, with the hash of each or its beginning; nothing for any."""
+
+
 class _Head(StrictModel):
     name: str
     """The file is called the same."""
@@ -121,6 +134,8 @@ class EvalCard(_Head):
     items: ItemsPart
     answer: AnswerPart = AnswerPart()
     score: ScorePart = ScorePart()
+    networks: dict[str, Network] = {}
+    """By what they are for; what they find in images is what rules read."""
 
     def used(self, benchmark: Benchmark) -> "EvalCard":
         """The card with what an experiment changes."""

@@ -19,7 +19,7 @@ from unifork.report.plots import whole_line, worded
 from unifork.report.reading import read_json
 from unifork.report.surroundings import surroundings
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 """Raise when the same experiment should be shown otherwise."""
 
 

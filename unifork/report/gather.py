@@ -12,13 +12,14 @@ from typing import Any
 
 from unifork.config import EvalCard, Experiment, TextCard, load_card, load_eval, load_text
 from unifork.evaluation.scoring import METRICS, VERDICTS
+from unifork.figures import data_uri
 from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.architecture import CONFIG_FILE
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
 from unifork.report.codec import LoadCodec
 from unifork.report.images import ANSWERED, answered_samples, data_images, drawn_samples, shown_images, views_of
-from unifork.report.plots import score_plot, training_plots, validation_plots
+from unifork.report.plots import Plot, score_plot, training_plots, validation_plots
 from unifork.report.reading import Found, read_codes, read_history, read_json, read_records, read_scores
 from unifork.shards.manifest import MANIFEST, elsewhere, read_manifest
 from unifork.shards.quarantine import warnings_of
@@ -97,10 +98,21 @@ def stage(key: str, experiment: Experiment, layout: Layout, load_codec: LoadCode
         "summary": summary,
         "seconds": finished["seconds"] if finished else None,
         "plots": training_plots(history_of(key, layout)),
+        "alignment": alignment(key, layout),
         "drawn": dict(zip(prompts, drawn, strict=False)),
         "held_out": held_out(folder, load_codec) if summary else None,
         "parts": parts_of(summary["tensors"]) if summary else {},
     }
+
+
+def alignment(key: str, layout: Layout) -> Plot | None:
+    """The curves of a run's model, where its alignment was analyzed."""
+    folder = layout.analysis(key)
+    if (found := read_json(folder / "alignment.json")) is None:
+        return None
+    ranges = (f"{task} {c['score'][0]:.2f} to {c['score'][-1]:.2f}" for task, c in found["curves"].items())
+    alt = f"Alignment by layer after {key}, from the first to the last: {'; '.join(ranges)}."
+    return Plot(key, data_uri((folder / "alignment.svg").read_text()), alt)
 
 
 def held_out(model: Path, load_codec: LoadCodec) -> dict[str, Any] | None:

@@ -2,13 +2,11 @@
 
 In: the steps of a training stage, or the scores of a benchmark. Out: `Plot`s with a title and a text that says the
 same to those who cannot see it. Equal numbers give equal bytes: no clock, no random names, no pyplot state.
-How they look is in `plots.mplstyle`.
+How they look is in `unifork/figures.py`.
 """
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,12 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from unifork.evaluation.statistics import Score
+from unifork.figures import CHANCE, INK, LOOK, data_uri, svg
 
-LOOK = Path(__file__).with_name("plots.mplstyle")
-INK = "#010203"
-"""The text color of LOOK, which in an SVG becomes that of the reader's mode."""
-MODES = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
-CHANCE: dict[str, Any] = {"color": INK, "linestyle": (0, (1.5, 1)), "linewidth": 2}
 MOST_POINTS = 250
 """Points per curve; longer histories are averaged, so that a page of long runs stays small."""
 
@@ -113,7 +107,7 @@ def score_plot(title: str, scores: Mapping[str, Mapping[str, Score]], names: Seq
         axes.set_xlim(0, 1)
         figure.legend(loc="outside upper right", ncols=len(scores) + 1)
         alt = f"{title}: the scores of the table above as bars, with standard errors and chance levels."
-        return Plot(title, _svg(figure), alt)
+        return Plot(title, data_uri(svg(figure)), alt)
 
 
 def worded(name: str) -> str:
@@ -152,7 +146,7 @@ def _over_steps(title: str, curves: Sequence[Curve], steps: str = "step of the t
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         ranges = "; ".join(f"{label}: {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, points in curves)
         last = max(points[-1][0] for _, points in curves)
-        return Plot(title, _svg(figure), f"{title} over {last:.0f} steps. {ranges}")
+        return Plot(title, data_uri(svg(figure)), f"{title} over {last:.0f} steps. {ranges}")
 
 
 def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -163,11 +157,3 @@ def _draw(axes: Axes, curves: Sequence[Curve]) -> None:
             axes.plot(*np.transpose([part.mean(axis=0) for part in parts]), color=f"C{number}", label=label)
     if len(curves) > 1:
         axes.legend(ncols=2 if len(curves) > 2 else 1, handlelength=1.2, columnspacing=1.0)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as a data URI; its ink becomes the color of the reader's mode."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = stream.getvalue().replace("<defs>", f"{MODES}<defs>", 1).replace(INK, "currentColor")
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
