@@ -10,7 +10,7 @@ from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, f
 
 STAGES_OF = {
     "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
-    "examine score analyze report",
+    "examine text score analyze report",
     "DOWNLOAD_VERSION": "download filter items examine score report",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer items score",
@@ -21,12 +21,13 @@ STAGES_OF = {
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
     "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer analyze",
-    "MODEL_VERSION": "init train answer analyze report",
+    "MODEL_VERSION": "init train answer text analyze report",
     "TRAIN_VERSION": "train",
     "ITEMS_VERSION": "items answer examine score report",
     "ANSWER_VERSION": "answer",
     "EXAMINE_VERSION": "examine",
     "SCORE_VERSION": "score report",
+    "TEXT_VERSION": "text score",
     "ANALYZE_VERSION": "analyze",
     "REPORT_VERSION": "report",
 }
@@ -96,7 +97,10 @@ def repository(tmp_path_factory):
     images, card = "answers/unifork/shapes-generation", "evals/README.md"  # which the demo does not use
     entry = {"name": "x", "benchmark": "geneval", "images": images, "networks": card, "out": f"{images}.found"}
     params = yaml.safe_load((root / "params.yaml").read_text())
-    (root / "params.yaml").write_text(yaml.safe_dump(params | {"examined": {"x": entry}}))
+    text = {"variant": "unifork", "benchmark": "text-0shot", "model": "models/unifork-s3", "follows": card}
+    (root / "params.yaml").write_text(
+        yaml.safe_dump(params | {"examined": {"x": entry}, "text_runs": {"unifork-text-0shot": text}})
+    )
     (root / "data/evals/geneval").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

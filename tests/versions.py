@@ -129,6 +129,10 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             "pipelines/score.py",
         ],
     ),
+    "TEXT_VERSION": (
+        f"{EVALUATION}/text.py",
+        [f"{EVALUATION}/statistics.py", "unifork/models/conversion.py", "pipelines/text.py"],
+    ),
     "ANALYZE_VERSION": (
         "unifork/analysis/kinds.py",
         [

@@ -1,9 +1,9 @@
 """`evals/*.yaml`: what a benchmark is, in three parts, one for each program that reads it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from unifork.config.base import StrictModel, load
 from unifork.config.experiment import Benchmark, Sampling
@@ -86,9 +86,7 @@ class Network(StrictModel):
     """Files that there must be, with the hash of each or its beginning; nothing for any."""
 
 
-class EvalCard(StrictModel):
-    """One benchmark."""
-
+class _Head(StrictModel):
     name: str
     """The file is called the same."""
     title: str
@@ -97,10 +95,45 @@ class EvalCard(StrictModel):
     """Where its makers describe it."""
     license: str
     """SPDX identifier, or a short name where none exists."""
+    show: ShowPart = ShowPart()
+
+
+AnyCard = TypeVar("AnyCard", bound=_Head)
+
+
+class TextCard(_Head):
+    """Benchmarks of text alone, run by lm-evaluation-harness on one branch of a model."""
+
+    tasks: Annotated[dict[str, float], Field(min_length=1)]
+    """Tasks (or groups of them) by their names there, each with the accuracy of chance."""
+    include_path: str | None = None
+    """Folder with data sets as `<owner>/<name>` and task files of your own, whose paths start here; None: its cache."""
+    access: str = "its data"
+    """What to put there, and where it comes from."""
+    online: bool = False
+    """Whether data sets that are not there may be downloaded."""
+    branch: str = "understanding"
+    """Branch of the model that reads the text."""
+    num_fewshot: NonNegativeInt = 0
+    """Solved examples before each question."""
+    batch_size: PositiveInt = 16
+    """Texts at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the model."""
+
+    @property
+    def absent(self) -> str | None:
+        """What to put where, if nothing is there."""
+        needed = self.include_path and not (Path(self.include_path).is_dir() and any(Path(self.include_path).iterdir()))
+        return f"put {self.access} into {self.include_path}, then `unifork use` again" if needed else None
+
+
+class EvalCard(_Head):
+    """One benchmark."""
+
     items: ItemsPart
     answer: AnswerPart = AnswerPart()
     score: ScorePart = ScorePart()
-    show: ShowPart = ShowPart()
     networks: dict[str, Network] = {}
     """By what they are for; what they find in images is what rules read."""
 
@@ -114,10 +147,22 @@ class EvalCard(StrictModel):
 
 def load_eval(name: str, folder: Path | str = "evals") -> EvalCard:
     """The card of a benchmark. Raises ConfigError when the file and its name disagree."""
-    path = Path(folder) / f"{name}.yaml"
+    card = _named(EvalCard, name, Path(folder))
+    if QUESTION not in card.answer.prompt:
+        raise ConfigError(f"{folder}/{name}.yaml: answer.prompt must contain {QUESTION}")
+    return card
+
+
+def load_text(name: str, folder: Path | str = "evals") -> TextCard:
+    """The card of benchmarks of text. Raises ConfigError when the file and its name disagree."""
+    return _named(TextCard, name, Path(folder) / "text")
+
+
+def _named(kind: type[AnyCard], name: str, folder: Path) -> AnyCard:
+    path = folder / f"{name}.yaml"
     if not path.exists():
-        raise unknown("benchmark", name, (p.stem for p in Path(folder).glob("*.yaml")), str(folder))
-    card = load(EvalCard, path)
-    if card.name != name or QUESTION not in card.answer.prompt:
-        raise ConfigError(f"{path}: name must be {name!r}, the file's, and answer.prompt contain {QUESTION}")
+        raise unknown("benchmark", name, (p.stem for p in folder.glob("*.yaml")), str(folder))
+    card = load(kind, path)
+    if card.name != name:
+        raise ConfigError(f"{path}: name must be {name!r}, the file's")
     return card

@@ -312,6 +312,8 @@ class Experiment(StrictModel):
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
     """Cards of `evals`, and what is changed of them."""
+    text_evals: tuple[str, ...] = ()
+    """Cards of `evals/text`, run by lm-evaluation-harness."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
@@ -322,6 +324,8 @@ class Experiment(StrictModel):
     """Written by `unifork use`: every run that is analyzed, with what that reads."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""
+    text_runs: dict[str, dict[str, str]] = {}
+    """Written by `unifork use`: the same of text, with the folder of its files; a page of text where none is there."""
     examined: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: where networks look at images, those of every variant and the references."""
     scored: dict[str, tuple[str, ...]] = {}

@@ -25,6 +25,7 @@ from unifork.config import (
     fingerprint,
     load_card,
     load_eval,
+    load_text,
     parse,
     read_yaml,
 )
@@ -118,8 +119,8 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     plain = {"name": name, **_inherited(name, folder, ())}
     if isinstance(stages := plain.get("stages"), dict):
         plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
-    names = ("prepared", "runs", "analyzed", "evaluations", "examined", "scored")
-    derived: dict[str, Any] = {key: {} for key in names}
+    filled = ("prepared", "runs", "evaluations", "text_runs", "scored", "analyzed", "examined")
+    derived: dict[str, Any] = {key: {} for key in filled}
     experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     evals = {name: _eval(name, use, str(path)) for name, use in experiment.benchmarks.items()}
@@ -209,16 +210,25 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
+    nothing = (HERE.evals / "README.md").as_posix()
+    text_runs = {
+        f"{name}-{card.name}": {
+            "variant": name, "benchmark": card.name, "model": f"models/{name}-{variant.stages[-1]}",
+            "follows": nothing if card.absent else card.include_path or nothing,
+        }
+        for name, variant in experiment.variants.items()
+        for card in (load_text(text, HERE.evals) for text in experiment.text_evals)
+    }  # fmt: skip
     benchmarks: dict[str, Benchmark] = {}
     for name, use in experiment.benchmarks.items():
-        archive, nothing = evals[name].items.archive, (HERE.evals / "README.md").as_posix()
+        archive = evals[name].items.archive
         benchmarks[name] = use.model_copy(
             update={"follows": archive if archive and Path(archive).is_dir() else nothing}
         )
     return {
         "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
-        "analyzed": analyzed,
-        "scored": {name: tuple(benchmarks) for name in experiment.variants if benchmarks},
+        "analyzed": analyzed, "text_runs": text_runs,
+        "scored": {name: every for name in experiment.variants if (every := (*benchmarks, *experiment.text_evals))},
         "examined": _examined(experiment.variants, evals, benchmarks),
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from unifork.config import EvalCard, Experiment, load_card, load_eval
+from unifork.config import EvalCard, Experiment, TextCard, load_card, load_eval, load_text
 from unifork.evaluation.scoring import METRICS, VERDICTS
 from unifork.figures import data_uri
 from unifork.filters.kept import KeptRows
@@ -28,9 +28,10 @@ PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "
 """Order of the rows; branches come after the shared trunk."""
 
 
-def benchmarks(experiment: Experiment, layout: Layout) -> dict[str, EvalCard]:
+def benchmarks(experiment: Experiment, layout: Layout) -> dict[str, EvalCard | TextCard]:
     """The cards of the experiment's benchmarks. Raises ConfigError for an unknown one."""
-    return {name: load_eval(name, layout.evals) for name in experiment.benchmarks}
+    texts = {name: load_text(name, layout.evals) for name in experiment.text_evals}
+    return {**{name: load_eval(name, layout.evals) for name in experiment.benchmarks}, **texts}
 
 
 def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def variant(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         "prompts": list(dict.fromkeys(prompt for run in stages for prompt in run["settings"]["sample_prompts"])),
         "evaluations": {
             entry["benchmark"]: evaluation(key, experiment, layout)
-            for key, entry in experiment.evaluations.items()
+            for key, entry in (experiment.evaluations | experiment.text_runs).items()
             if entry["variant"] == name
         },
     }
@@ -143,7 +144,7 @@ def evaluation(key: str, experiment: Experiment, layout: Layout) -> dict[str, An
 
     `scores` are by split and name, `names` those of all rows, both in the order of the benchmark.
     """
-    entry = experiment.evaluations[key]
+    entry = (experiment.evaluations | experiment.text_runs)[key]
     name = entry["benchmark"]
     show, folder = benchmarks(experiment, layout)[name].show, layout.scores(entry["variant"]) / name
     found = read_scores(folder / METRICS)
