@@ -9,7 +9,8 @@ from unifork.cluster import run_jobs
 from unifork.config import JobResources, load_cluster, load_eval, load_experiment
 from unifork.errors import unknown
 from unifork.evaluation.examining import Examiner, examine_job, write_summary
-from unifork.evaluation.items import ABSENT, read_items
+from unifork.evaluation.items import read_items
+from unifork.evaluation.names import ABSENT
 from unifork.jobs import program
 from unifork.layout import Layout
 

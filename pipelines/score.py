@@ -8,10 +8,11 @@ import shutil
 from unifork.config import load_eval, load_experiment, load_text
 from unifork.errors import unknown
 from unifork.evaluation.answers import join, read_answers
-from unifork.evaluation.items import ABSENT, read_items
+from unifork.evaluation.items import read_items
+from unifork.evaluation.names import ABSENT
 from unifork.evaluation.scoring import METRICS, by_split, origin_of, score_answers, write_scores
 from unifork.evaluation.suites import suite_of
-from unifork.evaluation.text import text_scores
+from unifork.evaluation.text_scores import text_scores
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.shards.manifest import read_manifest, write_json

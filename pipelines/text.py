@@ -7,7 +7,7 @@ import shutil
 
 from unifork.config import JobResources, load_cluster, load_experiment, load_text
 from unifork.errors import unknown
-from unifork.evaluation.items import ABSENT
+from unifork.evaluation.names import ABSENT
 from unifork.evaluation.text import run_tasks
 from unifork.jobs import program
 from unifork.layout import Layout

@@ -23,11 +23,11 @@ STAGES_OF = {
     "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer analyze",
     "MODEL_VERSION": "init train answer text analyze report",
     "TRAIN_VERSION": "train",
-    "ITEMS_VERSION": "items answer examine score report",
+    "ITEMS_VERSION": "items examine score report",
     "ANSWER_VERSION": "answer",
     "EXAMINE_VERSION": "examine",
     "SCORE_VERSION": "score report",
-    "TEXT_VERSION": "text score",
+    "TEXT_VERSION": "text",
     "ANALYZE_VERSION": "analyze",
     "REPORT_VERSION": "report",
 }

@@ -126,12 +126,13 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
             *READ,
             *within("unifork/shapes", "detector", "generation", "understanding"),
+            f"{EVALUATION}/text_scores.py",
             "pipelines/score.py",
         ],
     ),
     "TEXT_VERSION": (
         f"{EVALUATION}/text.py",
-        [f"{EVALUATION}/statistics.py", "unifork/models/conversion.py", "pipelines/text.py"],
+        ["unifork/models/conversion.py", "pipelines/text.py"],
     ),
     "ANALYZE_VERSION": (
         "unifork/analysis/kinds.py",
@@ -176,6 +177,7 @@ DECIDES_NOTHING = {
     "unifork/shards/progress.py": "says how far a program is",
     "unifork/commands/*.py": "commands for people",
     "unifork/cli.py": "commands for people",
+    "unifork/evaluation/names.py": "names",
     "unifork/doctor.py": "looks at the machine",
     "unifork/devices.py": "names of devices",
     "unifork/library.py": "for people's programs",

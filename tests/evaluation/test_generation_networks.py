@@ -26,7 +26,7 @@ from unifork.evaluation.generation.networks import (
     PytorchFid,
     objects,
 )
-from unifork.evaluation.items import ABSENT
+from unifork.evaluation.names import ABSENT
 from unifork.evaluation.scoring import origin_of, score_answers
 from unifork.evaluation.suites import Answer
 from unifork.images import open_image

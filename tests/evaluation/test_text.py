@@ -20,8 +20,9 @@ from unifork.cli import app
 from unifork.config import TextCard
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
-from unifork.evaluation.answering import identity
-from unifork.evaluation.text import SAMPLES, export, run_tasks, text_scores
+from unifork.evaluation.names import SAMPLES, identity
+from unifork.evaluation.text import export, run_tasks
+from unifork.evaluation.text_scores import text_scores
 from unifork.layout import Layout
 from unifork.models.modeling import load_model
 from unifork.report.gather import evaluation

@@ -128,7 +128,8 @@ def examine(
     from unifork.cluster import run_jobs
     from unifork.errors import DataError
     from unifork.evaluation.examining import Examiner, examine_job, write_summary
-    from unifork.evaluation.items import ABSENT, selected
+    from unifork.evaluation.items import selected
+    from unifork.evaluation.names import ABSENT
     from unifork.layout import Layout
 
     card, items = _all_items(suite, archive)

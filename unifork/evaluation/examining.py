@@ -23,7 +23,8 @@ from unifork.errors import ConfigError, DataError
 from unifork.evaluation.answers import read_answers
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.layout import Files, checked_images, image_of
-from unifork.evaluation.items import ABSENT, AT_ONCE, Item, identity
+from unifork.evaluation.items import AT_ONCE, Item, identity
+from unifork.evaluation.names import ABSENT
 from unifork.evaluation.suites import suite_of
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
