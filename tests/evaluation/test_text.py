@@ -46,8 +46,9 @@ TASKS = {
     },
 }  # fmt: skip
 CARD = TextCard(
-    name="tiny", title="two", homepage="none", license="CC0-1.0", tasks={"arc_tiny": 0.25, "boolq_tiny": 0.5}
-)
+    name="tiny", title="two", homepage="none", license="CC0-1.0", tasks={"arc_tiny": 0.25, "boolq_tiny": 0.5},
+    include_path=None, online=False, branch="understanding", num_fewshot=0, batch_size=8, dtype="float32",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
