@@ -51,6 +51,15 @@ CARD = TextCard(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    """What `run_tasks` sets for its process is taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            patch.setenv(name, "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The official tiny model, whose branches differ."""
