@@ -32,6 +32,7 @@ torch.set_num_threads(1)
 OFFICIAL = Path(__file__).parent.parent / "fixtures" / "official_tiny" / "unifork"
 HERE = importlib.util.find_spec("lm_eval") is not None
 real = pytest.mark.skipif(not HERE, reason="pip install '.[text-evals]'")
+NO_BENCHMARKS = {"shapes-generation": None, "shapes-understanding": None}
 CHOICES = ["the cat", "a dog runs", "12 birds", "no"]
 TASKS = {
     "arc_tiny": {
@@ -46,8 +47,18 @@ TASKS = {
     },
 }  # fmt: skip
 CARD = TextCard(
-    name="tiny", title="two", homepage="none", license="CC0-1.0", tasks={"arc_tiny": 0.25, "boolq_tiny": 0.5}
-)
+    name="tiny", title="two", homepage="none", license="CC0-1.0", tasks={"arc_tiny": 0.25, "boolq_tiny": 0.5},
+    include_path=None, online=False, branch="understanding", num_fewshot=0, batch_size=8, dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    """What `run_tasks` sets for its process is taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            patch.setenv(name, "1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +258,7 @@ def test_the_programs_list_what_is_not_here_and_the_page_shows_scores(tmp_path):
     (tmp_path / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        experiment = write_experiment(tmp_path, {"benchmarks": None, "text_evals": ["tiny"]})
+        experiment = write_experiment(tmp_path, {"benchmarks": NO_BENCHMARKS, "text_evals": ["tiny"]})
     entry = {"variant": "unifork", "benchmark": "tiny", "model": "models/unifork-s3", "follows": "evals/README.md"}
     assert experiment.text_runs == {"unifork-tiny": entry}
     assert experiment.scored == {"unifork": ("tiny",)}

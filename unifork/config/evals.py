@@ -102,23 +102,26 @@ AnyCard = TypeVar("AnyCard", bound=_Head)
 
 
 class TextCard(_Head):
-    """Benchmarks of text alone, run by lm-evaluation-harness on one branch of a model."""
+    """Benchmarks of text alone, run by lm-evaluation-harness on one branch of a model.
+
+    What decides results has no default: DVC follows these keys in the card, and a key that is not there is none to it.
+    """
 
     tasks: Annotated[dict[str, float], Field(min_length=1)]
     """Tasks (or groups of them) by their names there, each with the accuracy of chance."""
-    include_path: str | None = None
+    include_path: str | None
     """Folder with data sets as `<owner>/<name>` and task files of your own, whose paths start here; None: its cache."""
     access: str = "its data"
     """What to put there, and where it comes from."""
-    online: bool = False
+    online: bool
     """Whether data sets that are not there may be downloaded."""
-    branch: str = "understanding"
+    branch: str
     """Branch of the model that reads the text."""
-    num_fewshot: NonNegativeInt = 0
+    num_fewshot: NonNegativeInt
     """Solved examples before each question."""
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt
     """Texts at once."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"]
     """Number type of the model."""
 
     @property
