@@ -7,7 +7,7 @@ from unifork.cluster import run_jobs
 from unifork.config import JobResources, load_cluster, load_eval, load_experiment
 from unifork.errors import unknown
 from unifork.evaluation.answering import Answerer, answer_job
-from unifork.evaluation.items import ABSENT
+from unifork.evaluation.names import ABSENT
 from unifork.jobs import program
 from unifork.layout import Layout
 

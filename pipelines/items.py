@@ -5,7 +5,8 @@ A benchmark whose files are not here is noted as such, with what to put where; n
 
 from unifork.config import load_eval, load_experiment
 from unifork.evaluation.archive import Archive
-from unifork.evaluation.items import ABSENT, selected, write_items
+from unifork.evaluation.items import selected, write_items
+from unifork.evaluation.names import ABSENT
 from unifork.evaluation.suites import suite_of
 from unifork.jobs import program
 from unifork.layout import Layout

@@ -20,7 +20,8 @@ IMPORTED_BY_NAME = {
     "pipelines/image_tokenizer.py": ["unifork/image_tokenizer/readers.py", "unifork/shapes/detector.py"],
     **{
         f"pipelines/{name}.py": [
-            "unifork/evaluation/*/*.py",
+            "unifork/evaluation/understanding/*.py",
+            "unifork/evaluation/generation/[!n]*.py",  # `examine` alone loads networks
             "unifork/shapes/generation.py",
             "unifork/shapes/understanding.py",
         ]
@@ -44,7 +45,7 @@ def file_of(module: str) -> Path | None:
 
 def closure(path: Path, seen: set[Path]) -> set[Path]:
     """The project's files that a file imports, directly or not."""
-    if path in seen:
+    if path in seen or path == ROOT / "unifork/__init__.py":  # what it imports it does for people's own programs
         return seen
     seen.add(path)
     for named in files(IMPORTED_BY_NAME.get(path.relative_to(ROOT).as_posix(), [])):

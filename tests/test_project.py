@@ -16,7 +16,7 @@ from unifork.experiments import params_text, resolve
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
-    {"vocabulary", "layout", "randomness", "registry", "processes", "weights", "devices"},
+    {"vocabulary", "layout", "randomness", "registry", "processes", "weights", "devices", "figures"},
     {"config", "batch", "identity", "images"},
     {"shards", "jobs", "models"},
     {"sources"},
@@ -25,7 +25,7 @@ LEVELS = [
     {"assembly", "inference", "inspection", "cluster"},
     {"library"},
     {"training", "evaluation"},
-    {"shapes"},
+    {"shapes", "analysis"},
     {"report", "planning", "publish", "serving"},
     {"experiments", "doctor"},
     {"commands"},

@@ -10,22 +10,25 @@ from versions import COVERS, DECIDES_NOTHING, RECORDED, ROOT, covered, digest, f
 
 STAGES_OF = {
     "VOCABULARY_VERSION": "download filter image_tokenizer text_tokenizer encode prepare init train items answer "
-    "score report",
-    "DOWNLOAD_VERSION": "download filter items score report",
+    "examine text score analyze report",
+    "DOWNLOAD_VERSION": "download filter items examine score report",
     "WEB_VERSION": "download",
     "WORLD_VERSION": "download image_tokenizer items score",
     "FILTER_VERSION": "download filter",
     "MEASURE_VERSION": "filter",
     "SIGNATURES_VERSION": "filter",
-    "TOKENIZER_VERSION": "image_tokenizer encode init items answer score report",
+    "TOKENIZER_VERSION": "image_tokenizer encode init items answer score analyze report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
-    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer",
-    "MODEL_VERSION": "init train answer report",
+    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer analyze",
+    "MODEL_VERSION": "init train answer text analyze report",
     "TRAIN_VERSION": "train",
-    "ITEMS_VERSION": "items answer score report",
+    "ITEMS_VERSION": "items examine score report",
     "ANSWER_VERSION": "answer",
+    "EXAMINE_VERSION": "examine",
     "SCORE_VERSION": "score report",
+    "TEXT_VERSION": "text",
+    "ANALYZE_VERSION": "analyze",
     "REPORT_VERSION": "report",
 }
 """What DVC runs again when a constant is raised, beside all that follows from it."""
@@ -91,6 +94,14 @@ def repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
     for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
+    images, card = "answers/unifork/shapes-generation", "evals/README.md"  # which the demo does not use
+    entry = {"name": "x", "benchmark": "geneval", "images": images, "networks": card, "out": f"{images}.found"}
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    text = {"variant": "unifork", "benchmark": "text-0shot", "model": "models/unifork-s3", "follows": card}
+    (root / "params.yaml").write_text(
+        yaml.safe_dump(params | {"examined": {"x": entry}, "text_runs": {"unifork-text-0shot": text}})
+    )
+    (root / "data/evals/geneval").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         repo = Repo.init(no_scm=True)

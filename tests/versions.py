@@ -21,6 +21,11 @@ def within(folder: str, *names: str) -> list[str]:
 
 
 TOKENIZER, EVALUATION = "unifork/image_tokenizer", "unifork/evaluation"
+READ = [
+    f"{EVALUATION}/understanding/*.*",
+    *within(f"{EVALUATION}/generation", "__init__", "dpg", "frechet", "geneval", "geneval_suite", "mjhq"),
+]
+"""Items and rules of all benchmarks."""
 IMAGES = ["unifork/images.py"]
 NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model", "views"), *IMAGES]
 """Images to codes."""
@@ -91,11 +96,12 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "ITEMS_VERSION": (
         f"{EVALUATION}/items.py",
         [
-            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
-            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites", "generation/layout"),
+            *READ,
             "unifork/documents/prompts.py",  # a question about whole images
             *within("unifork/shapes", "generation", "understanding"),
             *IMAGES,
+            "unifork/shards/schema.py",
             "pipelines/items.py",
         ],
     ),
@@ -103,16 +109,41 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         f"{EVALUATION}/answering.py",
         [*within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"), "pipelines/answer.py"],
     ),
+    "EXAMINE_VERSION": (
+        f"{EVALUATION}/examining.py",
+        [
+            *within(f"{EVALUATION}/generation", "dpg", "geneval_suite", "layout", "mjhq", "networks"),
+            f"{EVALUATION}/generation/coco_names.txt",
+            f"{TOKENIZER}/canaries.py",
+            "unifork/weights.py",
+            *IMAGES,
+            "pipelines/examine.py",
+        ],
+    ),
     "SCORE_VERSION": (
         f"{EVALUATION}/scoring.py",
         [
             *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites"),
-            *(f"{EVALUATION}/{folder}/*.*" for folder in ("generation", "understanding")),
+            *READ,
             *within("unifork/shapes", "detector", "generation", "understanding"),
+            f"{EVALUATION}/text_scores.py",
             "pipelines/score.py",
         ],
     ),
-    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "pipelines/report.py"]),
+    "TEXT_VERSION": (
+        f"{EVALUATION}/text.py",
+        ["unifork/models/conversion.py", "pipelines/text.py"],
+    ),
+    "ANALYZE_VERSION": (
+        "unifork/analysis/kinds.py",
+        [
+            "unifork/analysis/*.py",
+            "unifork/figures.*",
+            *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
+            "pipelines/analyze.py",
+        ],
+    ),
+    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "unifork/figures.*", "pipelines/report.py"]),
     "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
 }
 """Constant: the file it stands in, and what it covers besides."""
@@ -146,6 +177,7 @@ DECIDES_NOTHING = {
     "unifork/shards/progress.py": "says how far a program is",
     "unifork/commands/*.py": "commands for people",
     "unifork/cli.py": "commands for people",
+    "unifork/evaluation/names.py": "names",
     "unifork/doctor.py": "looks at the machine",
     "unifork/devices.py": "names of devices",
     "unifork/library.py": "for people's programs",

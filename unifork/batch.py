@@ -8,6 +8,7 @@ D code depth, S supervised text tokens, M supervised image positions, X = B*T, R
 (documents and padding).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -83,16 +84,31 @@ class Batch:
     """Of tokens that were sorted by modality, where each stood in the rows (X), and where each token of the rows is."""
 
     def to(self, device: "torch.device | str") -> Self:
-        """The same batch with every tensor on `device`; from pinned memory, so that no copy waits for the device."""
+        """The same batch with every tensor on `device`.
+
+        To a GPU as one copy from pinned memory for each number type, so that no copy waits for the device.
+        """
         import torch  # noqa: PLC0415
 
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-        pinned = torch.device(device).type == "cuda" and not self.kinds_BT.is_cuda
-        moved: dict[str, Any] = {
-            name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
-            for name, value in tensors.items()
-        }
+        if torch.device(device).type != "cuda" or self.kinds_BT.is_cuda:
+            moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+        else:
+            moved = together(tensors, lambda flat: flat.pin_memory().to(device, non_blocking=True))
         return replace(self, **moved)
+
+
+def together(tensors: "Mapping[str, Tensor]", move: "Callable[[Tensor], Tensor]") -> "dict[str, Tensor]":
+    """What `move` makes of tensors that are laid end to end, those of each number type at once; in their shapes."""
+    import torch  # noqa: PLC0415
+
+    moved = dict(tensors)
+    for dtype in {value.dtype for value in tensors.values()}:
+        names = [name for name, value in tensors.items() if value.dtype == dtype]
+        flat = move(torch.cat([tensors[name].reshape(-1) for name in names]))
+        parts = torch.split(flat, [tensors[name].numel() for name in names])
+        moved |= {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+    return moved
 
 
 def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:

@@ -9,6 +9,7 @@ import typer
 
 from unifork.commands import model as model_group
 from unifork.commands import tokenizer
+from unifork.commands.analyze import analyze
 from unifork.commands.doctor import doctor
 from unifork.commands.infer import describe, generate, serve
 from unifork.commands.inspect import inspect
@@ -32,6 +33,7 @@ app.command(epilog="Example: unifork serve --model models/unifork-s3")(serve)
 app.add_typer(score_app, name="score")
 app.add_typer(answers_app, name="answers")
 app.command()(inspect)
+app.command(epilog="Example: unifork analyze alignment models/unifork-s3 --held-out --out found")(analyze)
 app.command(epilog="Example: unifork plan paper --chip h100 --mfu 0.4")(plan)
 app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes")(publish)
 app.command()(fetch)

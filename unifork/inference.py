@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unifork.batch import Document
+from unifork.batch import BEGIN_IMAGE, Document
 from unifork.config import Sampling, parse
+from unifork.devices import is_capture_trusted
 from unifork.documents.mixture import Skeleton, skeleton
 from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Exchange, Template, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -23,8 +24,8 @@ from unifork.errors import ConfigError
 from unifork.layout import MODEL_TEXT_TOKENIZER
 from unifork.models.generation import answer_texts, generate_images
 from unifork.models.modeling import UniForkModel, load_model
-from unifork.shards.schema import Unusable
-from unifork.vocabulary import TURN_END, Task
+from unifork.shards.schema import IMAGE_MARK, Unusable
+from unifork.vocabulary import TURN_END, TURN_START, Task
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 """Images or questions processed together on a kind of device; more gain nothing."""
@@ -72,12 +73,14 @@ class Engine:
         form = _template(template, "generation")
         ids = [self._until_image(form, prompt) for prompt in prompts]
         away = self._until_image(form, sampling.negative_prompt)
-        config = self.model.config
+        config, capture = self.model.config, is_capture_trusted(self.model.device)
         generated = [np.zeros((0, config.positions, config.depth), np.int64)]
         tokens = [2 * (max(len(prompt_ids), len(away)) + config.positions) for prompt_ids in ids]
         for numbers in self._batches(range(len(prompts)), tokens):
             chosen = [ids[n] for n in numbers]
-            codes = generate_images(self.model, chosen, away, sampling, image_numbers=[first + n for n in numbers])
+            codes = generate_images(
+                self.model, chosen, away, sampling, image_numbers=[first + n for n in numbers], capture=capture
+            )
             generated.append(codes.cpu().numpy())
             progress(numbers[-1] + 1)
         return np.concatenate(generated)
@@ -123,6 +126,13 @@ class Engine:
             for n, ids in zip(numbers, answered, strict=True):
                 answers[n] = self.tokenizer.decode(ids).strip()
         return answers
+
+    def caption(self, template: str, document: Document) -> str:
+        """The text that a generation document was written with."""
+        until_image = document.text_ids_T[: int((document.kinds_T == BEGIN_IMAGE).argmax())]
+        form = _template(template, "generation").text.replace(TURN_START, "").replace(IMAGE_MARK, "")
+        before, _, after = form.partition("{caption}")
+        return self.tokenizer.decode(until_image.tolist()).removeprefix(before).removesuffix(after)
 
     def _until_image(self, form: Template, prompt: str | None) -> list[int]:
         """Token ids up to the image; of the dropped prompt for None."""

@@ -91,6 +91,8 @@ class Layout:
     """Of `<variant>/<benchmark>`: what the model answered or drew."""
     scores = Places("scores")
     """Of a variant: a folder of scores and verdicts for each benchmark."""
+    analysis = Places("scores/analyses")
+    """What was found inside the model of a run, `<variant>-<stage>`."""
     reports = Place("reports")
     """The pages of all experiments."""
     report = Places("reports")

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import io
 import secrets
+import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
 from ipaddress import ip_address
@@ -100,7 +101,7 @@ def application(model: Model, token: str | None) -> web.Application:
 
 
 def run(model: Model, host: str, port: int) -> None:
-    """Serve until interrupted."""
+    """Serve until interrupted or terminated."""
     token = None if _is_here(host) else secrets.token_urlsafe(16)
 
     async def start() -> None:
@@ -110,12 +111,13 @@ def run(model: Model, host: str, port: int) -> None:
         await site.start()
         (address, number, *_) = runner.addresses[0]
         print(f"http://{address}:{number}/{f'?token={token}' if token else ''}  (ctrl-C ends it)", flush=True)
-        await asyncio.Event().wait()
+        ended = asyncio.Event()
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signal_number, ended.set)
+        await ended.wait()
+        await runner.cleanup()
 
-    try:
-        asyncio.run(start())
-    except KeyboardInterrupt:
-        print()
+    asyncio.run(start())
 
 
 def _is_here(host: str) -> bool:

@@ -20,13 +20,15 @@ CHANGES = {
     "benchmarks": {
         name: {"options": {"samples": count}} for name, count in (("shapes-generation", 1), ("shapes-understanding", 2))
     },
+    "text_evals": ["text-0shot"],  # whose files are not here
 }
 
 
 def stages(root: Path) -> list[str]:
     """Every stage of `dvc.yaml`, in its order, as commands of an experiment with one data set, variant and stage."""
     params = yaml.safe_load((root / "params.yaml").read_text())
-    names = ("datasets", "prepared", "variants", "runs", "benchmarks", "evaluations", "scored")
+    names = ("datasets", "prepared", "variants", "runs", "benchmarks", "evaluations", "examined", "text_runs", "scored",
+             "analyzed")  # fmt: skip
     loops = {f"${{{name}}}": name for name in names}
     commands = []
     for stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].values():

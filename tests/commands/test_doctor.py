@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from unifork import doctor, processes
 from unifork.cli import app
 from unifork.config import Cluster, Experiment, load, load_card, parse
+from unifork.devices import is_capture_trusted
 from unifork.doctor import CHECKS, Here, examine
 from unifork.layout import Layout
 from unifork.models import generation, masks
@@ -151,7 +152,7 @@ def test_a_bfloat16_step_that_gives_nan(here, monkeypatch):
     assert text.startswith("loss nan; not finite: ")
 
 
-def test_captured_generation(here, monkeypatch):
+def test_captured_generation(here, monkeypatch, tmp_path):
     """The model stays on the CPU, and generation is one that a GPU might do."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert examine("captured generation", here) == ("not run", "no GPU")
@@ -162,9 +163,19 @@ def test_captured_generation(here, monkeypatch):
     monkeypatch.setattr(
         generation, "generate_images", lambda *given, capture=False: generate(*given) + flips * int(capture)
     )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gpu = torch.device("cuda")
+    assert not is_capture_trusted(gpu)
     assert examine("captured generation", here) == ("ok", "same codes")
+    assert is_capture_trusted(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 2")
+    assert not is_capture_trusted(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 1")
     flips = 1
     assert examine("captured generation", here) == ("failed", "captured steps draw other codes")
+    assert not is_capture_trusted(gpu)
+    assert not is_capture_trusted(torch.device("cpu"))
 
 
 def test_processes_that_do_not_meet(here, monkeypatch):

@@ -145,7 +145,8 @@ def test_codes_of_another_tokenizer_are_refused(tiny_root):
 
 def test_a_wrong_view_is_an_error(tiny_root, tmp_path):
     shutil.copytree(tiny_root / "data/codes/shapes/crop", tmp_path / "data/codes/shapes/pad")
-    shutil.copytree(tiny_root / "tokenizers", tmp_path / "tokenizers")
+    for name in ("tokenizers", "datasets"):
+        shutil.copytree(tiny_root / name, tmp_path / name)
     entry = GENERATE.model_copy(update={"task": "understanding", "template": "caption"})
     with pytest.raises(DataError, match=r"view 'crop'.*understanding reads 'pad'"):
         part(tmp_path, entry, identity=identity_of(tiny_root))

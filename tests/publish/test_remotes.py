@@ -107,7 +107,9 @@ def test_another_clone_pulls_and_uses_what_was_made(origin, dvc, tmp_path, capfd
         output = capfd.readouterr().out
         assert "up to date" in output
         assert "shards" not in output  # no program ran; what DVC logs goes elsewhere
-    for folder in ("data", "tokenizers/text", "lists"):
+    pulled = [f"data/{folder.name}" for folder in (clone / "data").iterdir() if folder.is_dir()]
+    assert {"data/raw", "data/filtered"} <= set(pulled)
+    for folder in (*pulled, "tokenizers/text", "lists"):
         assert bytes_of(clone / folder) == bytes_of(origin / folder)
     assert read_manifest(clone / "data/filtered/shapes").rows == ROWS
     tokenizer = TextTokenizer(clone / "tokenizers/text")

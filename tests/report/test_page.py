@@ -9,8 +9,11 @@ from html.parser import HTMLParser
 import pytest
 from report_samples import NASTY, FakeCodec, experiment, layout, write_all
 
+from unifork.config import AnalyzedRun
 from unifork.errors import UniForkError
+from unifork.figures import data_uri
 from unifork.report.build import build
+from unifork.shards.manifest import write_json
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -285,3 +288,16 @@ def test_a_verdict_without_its_image_is_refused(tmp_path):
     verdicts.write_text(verdicts.read_text().replace('"id": "1"', '"id": "7"'))
     with pytest.raises(UniForkError, match="shapes-generation: no image of 7"):
         build(plan, where, FakeCodec)
+
+
+def test_it_shows_alignment_where_it_was_analyzed(tmp_path):
+    plan = experiment().model_copy(update={"analyzed": {"fork-s3": AnalyzedRun(kinds=("alignment",), start="m")}})
+    where = layout(tmp_path)
+    assert "Alignment by layer" not in build(experiment(), where, None)
+    assert "Alignment by layer after" not in build(plan, where, None)
+    curves = {"curves": {"generation": {"score": [0.5, 0.25]}, "understanding": {"score": [0.5, 0.75]}}}
+    write_json(where.analysis("fork-s3") / "alignment.json", curves)
+    (where.analysis("fork-s3") / "alignment.svg").write_text("<svg/>")
+    page = build(plan, where, None)
+    assert "after fork-s3, from the first to the last: generation 0.50 to 0.25; understanding 0.50 to 0.75." in page
+    assert data_uri("<svg/>") in page

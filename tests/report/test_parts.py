@@ -71,7 +71,7 @@ def test_long_histories_make_small_plots():
         ("mme", "count", 50.0, 100.0, "50.0 ± 0.100", (0.25, 0.5)),
         ("pope", "pope", 0.8, 0.5, "0.800 ± 0.100", (0.8, 0.5)),
         ("pope", "pope", 7.5, 0.5, "7.500 ± 0.100", (None, None)),
-        ("lower", "fid", 25.0, 150.0, "25.0 ± 0.100", (0.75, 0.0)),
+        ("lower", "fid", 25.0, 150.0, "25.0 ± 0.100", (0.75, None)),
     ],
 )
 def test_scores_stand_on_the_scale_of_their_card(card, name, value, chance, text, place):

@@ -71,7 +71,8 @@ def step(rank, workers, name, rows, dtype, chunk=losses.CHUNK_LOGITS, precision=
         image_targets=sum(len(document.codes_ND) for document in DOCUMENTS if document.task == "generation"),
     )
     track = SimpleNamespace(loader=Loader(rows), strategy=sharing, track=SimpleNamespace(precision=precision))
-    sums_1D = TrackRun._accumulate(track, wrapped, plan, WorkerContext(rank, workers))
+    batches = list(Loader(rows).batches(plan, rank))
+    sums_1D = TrackRun._accumulate(track, wrapped, plan, batches, WorkerContext(rank, workers))
     return sums_1D, whole_gradients(model, name, sharing)
 
 

@@ -74,13 +74,13 @@ def steps(rank, workers, name):
     for track in ("one", "other", "one"):
         run = SimpleNamespace(loader=Loader(), strategy=sharing, track=SimpleNamespace(precision="float32"))
         sharing.turn(track)
-        TrackRun._accumulate(run, wrapped, plan, WorkerContext(rank, workers))
+        TrackRun._accumulate(run, wrapped, plan, list(Loader().batches(plan, rank)), WorkerContext(rank, workers))
         norms.append(float(sharing.update({"all": list(pairs[track][1].values())}, CLIP)["gradient_norm"]))
         model.zero_grad()
     if workers > 1:  # a gradient that is not finite changes nothing
         plan.text_targets = float("nan")
         sharing.turn("other")
-        TrackRun._accumulate(run, wrapped, plan, WorkerContext(rank, workers))
+        TrackRun._accumulate(run, wrapped, plan, list(Loader().batches(plan, rank)), WorkerContext(rank, workers))
         norms.append(float(sharing.update({}, CLIP)["gradient_norm"]))
     return norms, {n: t.detach().clone() for n, t in sharing.weights(checkpoint.all_tensors(model)).items()}
 

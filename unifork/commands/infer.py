@@ -42,7 +42,7 @@ def generate(
 
     from unifork.library import Model
 
-    texts = [*(prompt or []), *(_lines(prompts) if prompts else [])]
+    texts = [*(prompt or []), *(lines(prompts) if prompts else [])]
     if not texts:
         raise ConfigError("nothing to draw: give --prompt TEXT, as often as you like, or --prompts FILE")
     given: dict[str, Any] = {"guidance": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -115,7 +115,8 @@ def serve(
     run(Model.load(model, device, dtype), host, port)
 
 
-def _lines(path: Path) -> list[str]:
+def lines(path: Path) -> list[str]:
+    """The lines of a file that hold something. Raises DataError where there is no file."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

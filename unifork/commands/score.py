@@ -95,7 +95,7 @@ def compare(
 @answers_app.command(epilog="Example: unifork answers export vqav2_test --format vqa --out submission")
 def export(
     suite: Suite,
-    format: Annotated[str, typer.Option(help="llava, mme, vqa, gqa, seed, or MODULE:OBJECT")],
+    format: Annotated[str, typer.Option(help="llava, mme, vqa, gqa, seed, geneval, mjhq, dpg, or MODULE:OBJECT")],
     answers: Annotated[Path, typer.Option(help="folder below answers/, or a file in another format")],
     out: Annotated[Path, typer.Option(help="folder for the files")],
     archive: Archive = None,
@@ -108,5 +108,46 @@ def export(
     found = join(card, items, read_answers(answers), str(answers))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in write(card, [(item, found.get(item.id)) for item in items]).items():
-        (out / name).write_text(text, errors="surrogateescape")
-        print(out / name)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        data = text if isinstance(text, bytes) else text.encode(errors="surrogateescape")
+        (out / name).write_bytes(data)
+    print(f"{out}: written")
+
+
+@answers_app.command(epilog="Example: unifork answers examine geneval --images outputs --out found/geneval")
+def examine(
+    suite: Suite,
+    images: Annotated[
+        Path | None, typer.Option(help="of answers/, or in the official layout; none: the reference")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for what is found; none: beside the images")] = None,
+    archive: Archive = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Have a benchmark's networks look at images; what they find is scored by `unifork score`."""
+    from unifork.cluster import run_jobs
+    from unifork.errors import DataError
+    from unifork.evaluation.examining import Examiner, examine_job, write_summary
+    from unifork.evaluation.items import selected
+    from unifork.evaluation.names import ABSENT
+    from unifork.layout import Layout
+
+    card, items = _all_items(suite, archive)
+    beside = images.with_name(f"{images.name}.found") if images else Layout().items(f"{suite}-reference")
+    job, worker = examine_job(card, selected(card, items), images, out or beside, archive)
+    if absent := job.lineage.get(ABSENT):
+        raise DataError(f"{suite}: not here: {absent}")
+    (manifest,) = run_jobs([job], Examiner, *worker, device)
+    print(manifest.summary(job.folder))
+    if images is None:
+        print(*write_summary(card, job.folder), sep="\n")
+
+
+@answers_app.command(epilog="Example: unifork answers canary geneval")
+def canary(suite: Suite, device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu") -> None:
+    """Record what a benchmark's networks give for drawn images, where they are sure to be the right ones."""
+    from unifork.config import load_eval
+    from unifork.evaluation.examining import load_networks
+
+    for name, network in load_networks(load_eval(suite), device, trusted=True).items():
+        print(f"{name}: {network.hash}")

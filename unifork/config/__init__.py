@@ -26,8 +26,11 @@ from unifork.config.cluster import (
     in_job,
     load_cluster,
 )
-from unifork.config.evals import AnswerPart, EvalCard, load_eval
+from unifork.config.evals import AnswerPart, EvalCard, Network, TextCard, load_eval, load_text
 from unifork.config.experiment import (
+    ANALYSES,
+    Analysis,
+    AnalyzedRun,
     Averaging,
     Benchmark,
     DatasetUse,

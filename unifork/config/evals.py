@@ -1,9 +1,9 @@
 """`evals/*.yaml`: what a benchmark is, in three parts, one for each program that reads it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from unifork.config.base import StrictModel, load
 from unifork.config.experiment import Benchmark, Sampling
@@ -75,9 +75,20 @@ class ShowPart(StrictModel):
     """What people must know to read them, in whole sentences."""
 
 
-class EvalCard(StrictModel):
-    """One benchmark."""
+class Network(StrictModel):
+    """A network that looks at images."""
 
+    kind: str
+    """A key of `unifork.evaluation.examining.KINDS`, or `MODULE:OBJECT` of your own code."""
+    path: str
+    """Folder of its files."""
+    access: str = ""
+    """What to put there, and where it comes from."""
+    sha256: dict[str, str] = {}
+    """Files that there must be, with the hash of each or its beginning; nothing for any."""
+
+
+class _Head(StrictModel):
     name: str
     """The file is called the same."""
     title: str
@@ -86,10 +97,50 @@ class EvalCard(StrictModel):
     """Where its makers describe it."""
     license: str
     """SPDX identifier, or a short name where none exists."""
+    show: ShowPart = ShowPart()
+
+
+AnyCard = TypeVar("AnyCard", bound=_Head)
+
+
+class TextCard(_Head):
+    """Benchmarks of text alone, run by lm-evaluation-harness on one branch of a model.
+
+    What decides results has no default: DVC follows these keys in the card, and a key that is not there is none to it.
+    """
+
+    tasks: Annotated[dict[str, float], Field(min_length=1)]
+    """Tasks (or groups of them) by their names there, each with the accuracy of chance."""
+    include_path: str | None
+    """Folder with data sets as `<owner>/<name>` and task files of your own, whose paths start here; None: its cache."""
+    access: str = "its data"
+    """What to put there, and where it comes from."""
+    online: bool
+    """Whether data sets that are not there may be downloaded."""
+    branch: str
+    """Branch of the model that reads the text."""
+    num_fewshot: NonNegativeInt
+    """Solved examples before each question."""
+    batch_size: PositiveInt
+    """Texts at once."""
+    dtype: Literal["float32", "bfloat16"]
+    """Number type of the model."""
+
+    @property
+    def absent(self) -> str | None:
+        """What to put where, if nothing is there."""
+        needed = self.include_path and not (Path(self.include_path).is_dir() and any(Path(self.include_path).iterdir()))
+        return f"put {self.access} into {self.include_path}, then `unifork use` again" if needed else None
+
+
+class EvalCard(_Head):
+    """One benchmark."""
+
     items: ItemsPart
     answer: AnswerPart = AnswerPart()
     score: ScorePart = ScorePart()
-    show: ShowPart = ShowPart()
+    networks: dict[str, Network] = {}
+    """By what they are for; what they find in images is what rules read."""
 
     def used(self, benchmark: Benchmark) -> "EvalCard":
         """The card with what an experiment changes."""
@@ -101,10 +152,22 @@ class EvalCard(StrictModel):
 
 def load_eval(name: str, folder: Path | str = "evals") -> EvalCard:
     """The card of a benchmark. Raises ConfigError when the file and its name disagree."""
-    path = Path(folder) / f"{name}.yaml"
+    card = _named(EvalCard, name, Path(folder))
+    if QUESTION not in card.answer.prompt:
+        raise ConfigError(f"{folder}/{name}.yaml: answer.prompt must contain {QUESTION}")
+    return card
+
+
+def load_text(name: str, folder: Path | str = "evals") -> TextCard:
+    """The card of benchmarks of text. Raises ConfigError when the file and its name disagree."""
+    return _named(TextCard, name, Path(folder) / "text")
+
+
+def _named(kind: type[AnyCard], name: str, folder: Path) -> AnyCard:
+    path = folder / f"{name}.yaml"
     if not path.exists():
-        raise unknown("benchmark", name, (p.stem for p in Path(folder).glob("*.yaml")), str(folder))
-    card = load(EvalCard, path)
-    if card.name != name or QUESTION not in card.answer.prompt:
-        raise ConfigError(f"{path}: name must be {name!r}, the file's, and answer.prompt contain {QUESTION}")
+        raise unknown("benchmark", name, (p.stem for p in folder.glob("*.yaml")), str(folder))
+    card = load(kind, path)
+    if card.name != name:
+        raise ConfigError(f"{path}: name must be {name!r}, the file's")
     return card

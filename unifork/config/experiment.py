@@ -206,6 +206,11 @@ class Stage(StrictModel):
     seed: NonNegativeInt = 0
     """Seed of order, prompt dropping and sampling."""
 
+    @property
+    def entries(self) -> list[MixtureEntry]:
+        """The parts of all mixtures."""
+        return [entry for track in self.tracks.values() for entry in track.mixture]
+
 
 class Benchmark(StrictModel):
     """What an experiment changes of a benchmark, a card of `evals`."""
@@ -216,6 +221,57 @@ class Benchmark(StrictModel):
     """How images are drawn; None: as the card says."""
     follows: str | None = None
     """Written by `unifork use`: the folder of the benchmark's files; a page of text where none is there."""
+
+
+ANALYSES = ("alignment", "conflict", "entropy")
+
+
+class Analysis(StrictModel):
+    """What is looked at inside models, and the choices that the papers leave open."""
+
+    alignment: tuple[str, ...] = ()
+    """Stages after which alignment of images and texts is measured in every variant."""
+    conflict: tuple[str, ...] = ()
+    """Stages after which gradient conflict is measured, between documents of the stage."""
+    entropy: tuple[str, ...] = ()
+    """Stages whose documents' conditional entropy is measured."""
+    pairs: PositiveInt = 500
+    """Prompts of an alignment, documents of each kind in a gradient conflict; fewer where there are fewer."""
+    documents: PositiveInt = 20_000
+    """Documents that are looked through, at most."""
+    k: PositiveInt = 10
+    """Neighbors."""
+    rows: Literal["l2", "raw", "centered-l2", "clamped-l2", "row-clamped-l2"] = "l2"
+    """What is done to states before inner products are taken, a key of `unifork.analysis.alignment.ROWS`."""
+    text: Literal["branch", "generation", "query"] = "branch"
+    """Whose text an image is compared with: the prompt as the task of the curve reads it, the prompt as generation
+    reads it in both curves, or for understanding the query behind the image, which attention lets see the image."""
+    last: Literal["normed", "raw"] = "normed"
+    """Whether the last state is taken after the final norm; also that of the text."""
+    generation_template: str = "generate"
+    """How prompts are written."""
+    understanding_template: str = "answer"
+    """How the query is written."""
+    query: str = "Provide a one-sentence caption for the image:"
+    """What is asked about an image."""
+    between: Literal["tasks", "images"] = "tasks"
+    """Kinds of documents whose gradients are compared: of the two tasks, or text alone and with an image."""
+    seed: NonNegativeInt = 0
+    """Of prompts, documents, pairings and halves."""
+    batch: PositiveInt = 64
+    """Documents of one call; in a gradient conflict those of a mini-batch."""
+
+    def of_stage(self, stage: str) -> tuple[str, ...]:
+        """The analyses that follow a stage."""
+        return tuple(kind for kind in ANALYSES if stage in getattr(self, kind))
+
+
+class AnalyzedRun(StrictModel):
+    """One entry of `dvc.yaml`'s analyze stage, written by `unifork use`; derived, never edited."""
+
+    kinds: tuple[str, ...]
+    start: str
+    """Folder of the untrained model."""
 
 
 class StageRun(StrictModel):
@@ -256,12 +312,22 @@ class Experiment(StrictModel):
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
     """Cards of `evals`, and what is changed of them."""
+    text_evals: tuple[str, ...] = ()
+    """Cards of `evals/text`, run by lm-evaluation-harness."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
     """Written by `unifork use`: every stage of every variant, with its inputs."""
+    analyses: Analysis = Analysis()
+    """What is looked at inside the models of its stages."""
+    analyzed: dict[str, AnalyzedRun] = {}
+    """Written by `unifork use`: every run that is analyzed, with what that reads."""
     evaluations: dict[str, dict[str, str]] = {}
     """Written by `unifork use`: every benchmark of every variant, with its model."""
+    text_runs: dict[str, dict[str, str]] = {}
+    """Written by `unifork use`: the same of text, with the folder of its files; a page of text where none is there."""
+    examined: dict[str, dict[str, str]] = {}
+    """Written by `unifork use`: where networks look at images, those of every variant and the references."""
     scored: dict[str, tuple[str, ...]] = {}
     """Written by `unifork use`: the benchmarks of every variant."""
 

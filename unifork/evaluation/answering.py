@@ -5,7 +5,6 @@ same answers. The text that a model was given stands beside each answer.
 """
 
 import json
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import pyarrow as pa
 from unifork.config import AnswerPart, EvalCard
 from unifork.devices import chosen_dtype
 from unifork.documents.prompts import template_named
-from unifork.evaluation.items import ABSENT
+from unifork.evaluation.names import ABSENT, identity
 from unifork.images import png
 from unifork.layout import MODEL_IMAGE_TOKENIZER
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
-from unifork.shards.manifest import file_sha256, read_manifest
+from unifork.shards.manifest import read_manifest
 from unifork.shards.schema import columns_of
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import CODE_DTYPE, VOCABULARY_VERSION
@@ -103,10 +102,3 @@ def answer_job(card: EvalCard, items: Path, folder: Path, model: Path, seed: int
     tasks = [ShardTask(shard=shard) for shard in source.shards]
     columns = columns_of(SCHEMA)
     return ShardJob("answers", card.name, folder, columns, made_with, lineage, tasks, items, may_be_empty=True)
-
-
-def identity(model: Path) -> str:
-    """The name of a model: a hash of its weights, configuration and tokenizers."""
-    files = sorted(path for path in model.rglob("*") if path.suffix in (".json", ".safetensors", ".txt"))
-    digests = [f"{file.relative_to(model)} {file_sha256(file)}" for file in files if "training" not in file.parts]
-    return sha256("\n".join(digests).encode()).hexdigest()[:16]

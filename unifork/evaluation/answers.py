@@ -23,9 +23,10 @@ from unifork.shards.manifest import MANIFEST, read_manifest
 
 FIELDS = (
     ("question_id", "text"), ("question_id", "answer"), ("questionId", "prediction"), ("question_id", "prediction"),
-    ("index", "prediction"),
+    ("index", "prediction"), ("filename", "correct"),
 )  # fmt: skip
-"""Names of id and answer: LLaVA's answers; submissions for VQA, GQA, SEED-Bench and MMBench, after a converter."""
+"""Names of id and answer: LLaVA's answers; submissions for VQA, GQA, SEED-Bench and MMBench, after a converter; results
+of GenEval's scorer."""
 MME_TAIL = "Please answer yes or no."
 ESCAPES = {"\\": "\\", "\t": "t", "\n": "n", "\r": "r"}
 """Letters that would break a line of MME's tool, and what stands for them after a backslash."""
@@ -36,9 +37,10 @@ EXPORTS: Registry[FunctionType] = Registry(
     "format",
     FunctionType,
     {"llava": "unifork.evaluation.answers:llava"}
-    | {name: f"unifork.evaluation.understanding.{name}:export" for name in ("mme", "vqa", "gqa", "seed")},
+    | {name: f"unifork.evaluation.understanding.{name}:export" for name in ("mme", "vqa", "gqa", "seed")}
+    | dict.fromkeys(("geneval", "mjhq", "dpg"), "unifork.evaluation.generation.layout:export"),
 )
-"""Layouts that answers are written in: functions of a card and rows that give texts by file name."""
+"""Layouts that answers are written in: functions of a card and rows that give texts or bytes by file name."""
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -46,7 +48,9 @@ def read_answers(path: Path) -> list[Answer]:
     if (path / MANIFEST).exists():
         return list(_own(path))
     if path.is_dir():
-        return [answer for file in sorted(path.glob("*.txt")) for answer in _mme(file)]
+        if not (files := sorted(path.glob("*.txt"))):
+            raise DataError(f"{path}: no manifest.json, no <task>.txt of MME's tool; images: `unifork answers examine`")
+        return [answer for file in files for answer in _mme(file)]
     plain = table_rows(path) if path.suffix == ".tsv" else read_json(path)
     rows = plain if isinstance(plain, list) else [plain]
     keys = set.intersection(*({*row} if isinstance(row, dict) else set() for row in rows)) if rows else set()
@@ -99,7 +103,9 @@ def without_tail(question: str) -> str:
 
 
 def _key(name: Any) -> str:
-    return str(name).replace("/images/", "/")
+    """An id; of an image in GenEval's layout, its prompt and number."""
+    image = re.search(r"(?:^|/)(\d+)/samples/(\d+)\.png$", str(name))
+    return f"{int(image[1]):05d}/{int(image[2]):04d}" if image else str(name).replace("/images/", "/")
 
 
 def join(

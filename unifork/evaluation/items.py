@@ -28,8 +28,6 @@ AT_ONCE = 64
 """Items of a shard: what a model is given at once."""
 NAMED = 5
 """Faults that a message names; the others are counted."""
-ABSENT = "not_here"
-"""Key of the manifest of a benchmark whose archive is not there: what to put where."""
 TEXTS = ("id", "question", "cluster", "split", "image")
 SCHEMA = pa.schema(
     [

@@ -50,17 +50,25 @@ def score_answers(
 
     Items whose truth is not public get neither verdicts nor scores.
     """
-    suite, _ = suite_of(card)
+    suite, options = suite_of(card)
     scored = [item for item in items if item.id in answers]
-    texts = [None if answers[item.id].image else answers[item.id].text for item in scored]
+    if suite.examine and any(answers[item.id].image for item in scored):
+        raise DataError(f"{card.name}: these are images; `unifork answers examine` says what is in them")
+    unshown = suite.whole is not None  # numbers of a network
+    texts = [None if unshown or answers[item.id].image else answers[item.id].text for item in scored]
     lines = [{**vars(item), "answer": text, "verdicts": {}} for item, text in zip(scored, texts, strict=True)]
     shared = {"missing": len(items) - len(scored), "items_hash": identity(items), **asdict(origin)}
     scores: list[Score] = []
     for rule in card.score.rules if all(item.truth is not None for item in scored) else ():
+        suffix = "" if rule == card.score.rules[0] else f"_{rule}"
+        if suite.whole:
+            name, found, note = suite.whole(options, rule, [answers[item.id] for item in scored])
+            plain = {**found._asdict(), "chance": 0.0, "unread": 0.0, "rule": rule, **shared, "note": note}
+            scores.append(Score(name + suffix, "all", **plain))
+            continue
         verdicts = [suite.rules[rule](item, answers[item.id]) for item in scored]
         for line, verdict in zip(lines, verdicts, strict=True):
             line["verdicts"][rule] = verdict._asdict()
-        suffix = "" if rule == card.score.rules[0] else f"_{rule}"
         scores += _scores(suite, scored, verdicts, suffix, {"rule": rule, **shared})
     return scores, lines
 

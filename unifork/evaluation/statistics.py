@@ -75,10 +75,12 @@ class Score:
     """How answers or images were made, as far as it is recorded."""
     seed: int | None
     """Of items that are made."""
+    note: str = ""
+    """What else must be known to judge it."""
 
     def __str__(self) -> str:
         error = "one cluster" if self.standard_error is None else f"+- {self.standard_error:.4g}"
-        partial = f"; PARTIAL: {self.missing} missing" if self.missing else ""
+        partial = (f"; PARTIAL: {self.missing} missing" if self.missing else "") + (self.note and f"; {self.note}")
         return (
             f"{self.split} {self.name} {self.value:.10g} {error} (chance {self.chance:.4g}; {self.items} items, "
             f"{self.clusters} clusters; rule {self.rule}, {self.unread:.2%} unread{partial})"

@@ -7,6 +7,7 @@ over items are its scores. Its functions are pure: no model, no network, no torc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from unifork.config import EvalCard, StrictModel, parse
 from unifork.errors import unknown
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure
+from unifork.evaluation.statistics import Estimate, Measure
 from unifork.registry import Registry
 
 
@@ -36,8 +37,8 @@ class Verdict(NamedTuple):
 
     reading: Any
     """What it takes the answer for, as plain data; None where it cannot read it."""
-    right: float
-    """How right that is, from 0 to 1."""
+    right: float | None
+    """How right that is, from 0 to 1; None where the rule leaves the item out."""
     faults: tuple[str, ...] = ()
     """What is wrong, in words."""
 
@@ -60,6 +61,12 @@ class Suite:
     """What a card may say in `items.options`."""
     image: Callable[[Archive, str], bytes] = Archive.image
     """The bytes of an image by its name."""
+    examine: Callable[[Mapping[str, Any], Item, bytes], str] | None = None
+    """What networks, by the names that a card gives them, find in the image of an item: the text that rules read."""
+    whole: Callable[[Any, str, Sequence[Answer]], tuple[str, Estimate, str]] | None = None
+    """From options, a rule and all answers: name, value and note of a score that is no sum over items."""
+    summarize: Callable[[Path, Sequence[Answer]], list[Path]] | None = None
+    """From a folder and what networks found in the reference images: the files there that `whole` compares with."""
 
     def rule(self, name: str, place: str) -> Rule:
         """A rule by name. Raises ConfigError naming the place and the rules that there are."""
@@ -68,9 +75,13 @@ class Suite:
         return self.rules[name]
 
 
-UNDERSTANDING = "unifork.evaluation.understanding"
+HERE = "unifork.evaluation"
 SUITES: Registry[Suite] = Registry(
-    "suite", Suite, {name: f"{UNDERSTANDING}.{name}:SUITE" for name in ("mme", "pope", "seed", "vqa", "gqa", "mmbench")}
+    "suite",
+    Suite,
+    {name: f"{HERE}.understanding.{name}:SUITE" for name in ("mme", "pope", "seed", "vqa", "gqa", "mmbench")}
+    | {"geneval": f"{HERE}.generation.geneval_suite:SUITE"}
+    | {name: f"{HERE}.generation.{name}:SUITE" for name in ("mjhq", "dpg")},
 )
 """Benchmarks that cards name without a module."""
 

@@ -6,6 +6,7 @@ DVC needs and follows from the rest (every stage of every variant, every evaluat
 and written into `params.yaml`, so that `dvc.yaml` can loop over it.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from unifork.config import (
+    AnalyzedRun,
     Benchmark,
     Card,
     EvalCard,
@@ -23,6 +25,7 @@ from unifork.config import (
     fingerprint,
     load_card,
     load_eval,
+    load_text,
     parse,
     read_yaml,
 )
@@ -79,6 +82,8 @@ def use(name: str, force: bool = False) -> Experiment:
     checks.check_models(experiment, place)
     HERE.params.write_text(params_text(experiment))
     write_ignore_rules(experiment, HERE.dvc_ignore)
+    for folder in (HERE.data, HERE.answers(""), HERE.scores("")):  # the report reads them; not all are made by a stage
+        folder.mkdir(parents=True, exist_ok=True)
     return experiment
 
 
@@ -114,7 +119,8 @@ def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, C
     plain = {"name": name, **_inherited(name, folder, ())}
     if isinstance(stages := plain.get("stages"), dict):
         plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
-    derived: dict[str, Any] = {key: {} for key in ("prepared", "runs", "evaluations", "scored")}
+    filled = ("prepared", "runs", "evaluations", "text_runs", "scored", "analyzed", "examined")
+    derived: dict[str, Any] = {key: {} for key in filled}
     experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     evals = {name: _eval(name, use, str(path)) for name, use in experiment.benchmarks.items()}
@@ -179,12 +185,13 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
     }
     prepared: dict[str, PreparedSet] = {}
     runs: dict[str, StageRun] = {}
+    analyzed: dict[str, AnalyzedRun] = {}
     for name, variant in experiment.variants.items():
         before = f"models/{name}-init"
         for stage in variant.stages:
             if extended := experiment.stages[stage].extend:
                 before = f"models/{name}-{extended}"
-            entries = [entry for track in experiment.stages[stage].tracks.values() for entry in track.mixture]
+            entries = experiment.stages[stage].entries
             codes = _deepest("data/codes", (entry.dataset for entry in entries))
             documents = _deepest("data/prepared", (entry.prepared for entry in entries))
             runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes, prepared=documents)
@@ -196,21 +203,52 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
                 if prepared.setdefault(entry.prepared, chosen) != chosen:
                     raise ConfigError(f"stages.{stage}: two sets of prepared documents are called {entry.prepared!r}")
             before = f"models/{name}-{stage}"
+            if kinds := experiment.analyses.of_stage(stage):
+                analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
     evaluations = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
         for name, variant in experiment.variants.items()
         for benchmark in experiment.benchmarks
     }
+    nothing = (HERE.evals / "README.md").as_posix()
+    text_runs = {
+        f"{name}-{card.name}": {
+            "variant": name, "benchmark": card.name, "model": f"models/{name}-{variant.stages[-1]}",
+            "follows": nothing if card.absent else card.include_path or nothing,
+        }
+        for name, variant in experiment.variants.items()
+        for card in (load_text(text, HERE.evals) for text in experiment.text_evals)
+    }  # fmt: skip
     benchmarks: dict[str, Benchmark] = {}
     for name, use in experiment.benchmarks.items():
-        archive, nothing = evals[name].items.archive, (HERE.evals / "README.md").as_posix()
+        archive = evals[name].items.archive
         benchmarks[name] = use.model_copy(
             update={"follows": archive if archive and Path(archive).is_dir() else nothing}
         )
     return {
         "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
-        "scored": {name: tuple(benchmarks) for name in experiment.variants if benchmarks},
+        "analyzed": analyzed, "text_runs": text_runs,
+        "scored": {name: every for name in experiment.variants if (every := (*benchmarks, *experiment.text_evals))},
+        "examined": _examined(experiment.variants, evals, benchmarks),
     }  # fmt: skip
+
+
+def _examined(
+    variants: Iterable[str], evals: dict[str, EvalCard], benchmarks: dict[str, Benchmark]
+) -> dict[str, dict[str, str]]:
+    """Where networks look at images: names, images, results, and the folder of the networks, if it is there."""
+    found = {}
+    for name, card in evals.items():
+        suite, _ = suite_of(card)
+        folder = os.path.commonpath(network.path for network in card.networks.values()) if card.networks else ""
+        networks = folder if folder and Path(folder).is_dir() else (HERE.evals / "README.md").as_posix()
+        pairs = [(f"{variant}/{name}", f"answers/{variant}/{name}") for variant in variants if suite.examine]
+        entries = {f"{pair.replace('/', '-')}": (pair, images, f"{images}.found") for pair, images in pairs}
+        if suite.summarize:
+            entries[f"{name}-reference"] = (name, str(benchmarks[name].follows), f"data/evals/{name}-reference")
+        for key, (pair, images, out) in entries.items():
+            found[key] = {"name": pair, "benchmark": name, "images": images, "out": out, "networks": networks}
+    return found
 
 
 def _deepest(folder: str, names: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unifork.config import (
+    ANALYSES,
     CLUSTER,
     Card,
     Cluster,
@@ -52,6 +53,9 @@ def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[s
             if extended := experiment.stages[stage].extend:
                 where = f"{place}: variants.{name}.stages: {stage} extends {extended}, which must stand before it"
                 yield "earlier stage", extended, variant.stages[:number], where
+    for kind in ANALYSES:
+        for stage in getattr(experiment.analyses, kind):
+            yield "stage", stage, experiment.stages, f"{place}: analyses.{kind}"
     for where, track in _tracks(experiment, place):
         for entry in track.mixture:
             yield "data set", entry.dataset, experiment.datasets, f"{where}.mixture"

@@ -18,12 +18,12 @@ from unifork.report import training
 from unifork.report.codec import LoadCodec
 from unifork.report.gather import dataset, tokenizer
 from unifork.report.images import grid
-from unifork.report.plots import training_plots
+from unifork.report.plots import alignment, training_plots
 from unifork.report.scores import benchmark
 from unifork.report.surroundings import surroundings
 from unifork.report.tables import data_uri
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 """Raise when the same experiment should be shown otherwise."""
 FIRST = 8
 """Images of the last stage on the first screen, for each variant."""
@@ -32,16 +32,13 @@ FIRST = 8
 def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     """The page, with the git revision of the layout's root."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     stages = training.stages_of(experiment, layout, load_codec)
     last = {stage.variant: stage for stage in stages if stage.drawn}
     ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
-    benchmarks = [benchmark(name, experiment, layout) for name in experiment.benchmarks]
+    benchmarks = [benchmark(name, experiment, layout) for name in (*experiment.benchmarks, *experiment.text_evals)]
     numbers = {shown["card"].name: shown["numbers"] for shown in benchmarks}
     return environment.get_template("page.html").render(
         experiment=experiment,
@@ -63,5 +60,6 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         quarantined=training.quarantined(stages),
         held_out=training.held_out_tables(stages),
         held_out_images=training.held_out_images(stages),
+        alignments=[plot for key in experiment.analyzed if (plot := alignment(key, layout))],
         images=training.images_after_stages(stages),
     )

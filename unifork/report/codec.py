@@ -29,13 +29,11 @@ class Codec:
         """Bytes (B, S, S, C). Raises DataError where the codes are of another shape or outside the codebook."""
         architecture = self.tokenizer.architecture
         allowed = (architecture.grid**2, architecture.depth)
-        if codes_BND.shape[1:] != allowed:
-            raise DataError(f"{self.directory}: codes of shape {codes_BND.shape}; allowed are (images, {allowed})")
-        if codes_BND.size and not 0 <= codes_BND.min() <= codes_BND.max() < architecture.codebook_size:
-            raise DataError(
-                f"{self.directory}: codes from {codes_BND.min()} to {codes_BND.max()}; "
-                f"allowed are 0 to {architecture.codebook_size - 1}"
-            )
+        least, most = codes_BND.min(initial=0), codes_BND.max(initial=0)
+        if codes_BND.shape[1:] != allowed or not 0 <= least <= most < architecture.codebook_size:
+            found = f"codes of shape {codes_BND.shape} from {least} to {most}"
+            limits = f"allowed are (images, {allowed}) from 0 to {architecture.codebook_size - 1}"
+            raise DataError(f"{self.directory}: {found}; {limits}")
         return decode_all(self.tokenizer, codes_BND.astype(np.int64))
 
     def reconstruct(self, pixels_BSSC: np.ndarray) -> np.ndarray:

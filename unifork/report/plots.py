@@ -2,14 +2,13 @@
 
 In: what the stages of every variant recorded. Out: one `Plot` for each quantity, a color for each variant, with a text
 that says the same to those who cannot see it and a link to its points. Equal numbers give equal bytes: no clock, no
-random names, no pyplot state. How plots look is in `plots.mplstyle`.
+random names, no pyplot state. How plots look is in `unifork/figures.py`.
 """
 
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import filter as matching
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,12 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from unifork.figures import INK, LOOK, svg
+from unifork.layout import Layout
+from unifork.report.reading import read_json
 from unifork.report.tables import data_uri
 
-LOOK = Path(__file__).with_name("plots.mplstyle")
-INK = "#010203"
-"""The text color of LOOK, which in an SVG becomes that of the reader's mode."""
-MODES = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
 MOST_POINTS = 250
 """Points per curve; longer histories are averaged, so that a page of long runs stays small."""
 DASHES: Sequence[Any] = ("-", (0, (4, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)), (0, (8, 2)), (0, (3, 3)))
@@ -55,12 +53,12 @@ Curves = Mapping[tuple[str, str], np.ndarray]
 
 
 class Plot(NamedTuple):
-    """An image of numbers, and the numbers."""
+    """An image of numbers, and the address of a file that holds them."""
 
     title: str
     src: str
     alt: str
-    csv: str
+    numbers: str
 
 
 def training_plots(lines: Lines) -> list[Plot]:
@@ -72,20 +70,32 @@ def training_plots(lines: Lines) -> list[Plot]:
                 f"{', '.join(filter(None, key))}: {a[0, 1]:.3g} to {a[-1, 1]:.3g}" for key, a in curves.items()
             )
             alt = f"{title} over {max(a[-1, 0] for a in curves.values()):.0f} steps. {ranges}"
-            svg = _saved(curves, lines, "svg", transparent=True, metadata={"Date": None, "Creator": None})
-            svg = svg.replace(b"<defs>", f"{MODES}<defs>".encode(), 1).replace(INK.encode(), b"currentColor")
-            found.append(Plot(title, data_uri("image/svg+xml", svg), alt, data_uri("text/csv", _table(curves))))
+            with matplotlib.rc_context(fname=LOOK):
+                src = data_uri("image/svg+xml", svg(_figure(curves, lines)).encode())
+            found.append(Plot(title, src, alt, data_uri("text/csv", _table(curves))))
     return found
+
+
+def alignment(key: str, layout: Layout) -> Plot | None:
+    """The curves of a run's model, where its alignment was analyzed."""
+    folder = layout.analysis(key)
+    if (found := read_json(folder / "alignment.json")) is None:
+        return None
+    ranges = (f"{task} {c['score'][0]:.2f} to {c['score'][-1]:.2f}" for task, c in found["curves"].items())
+    alt = f"Alignment by layer after {key}, from the first to the last: {'; '.join(ranges)}."
+    numbers = data_uri("application/json", (folder / "alignment.json").read_bytes())
+    return Plot(key, data_uri("image/svg+xml", (folder / "alignment.svg").read_bytes()), alt, numbers)
 
 
 def loss_images(lines: Lines) -> dict[str, bytes]:
     """The plots of the losses as PNG, by file name."""
-    found = {title: curves_of(lines, title) for title in LOSSES}
-    return {
-        f"{title.lower().replace(' ', '_')}.png": _saved(curves, lines, "png", dpi=110, metadata={"Software": None})
-        for title, curves in found.items()
-        if curves
-    }
+    found = {}
+    for title in LOSSES:
+        if curves := curves_of(lines, title):
+            with matplotlib.rc_context(fname=LOOK):
+                _figure(curves, lines).savefig(stream := io.BytesIO(), dpi=110, metadata={"Software": None})
+            found[f"{title.lower().replace(' ', '_')}.png"] = stream.getvalue()
+    return found
 
 
 def curves_of(lines: Lines, title: str) -> Curves:
@@ -105,7 +115,7 @@ def curves_of(lines: Lines, title: str) -> Curves:
 
 
 def _short(points: np.ndarray) -> np.ndarray:
-    """At most MOST_POINTS points, which are means of neighboring ones."""
+    """At most MOST_POINTS points, means of neighboring ones."""
     return np.array([part.mean(axis=0) for part in np.array_split(points, min(len(points), MOST_POINTS))])
 
 
@@ -126,36 +136,33 @@ def _table(curves: Curves) -> bytes:
     return stream.getvalue().encode()
 
 
-def _saved(curves: Curves, lines: Lines, kind: str, **how: Any) -> bytes:
+def _figure(curves: Curves, lines: Lines) -> Figure:
     """A figure: variants by color, parts by dashes, stages by marks; tokens above where they were recorded."""
     variants, parts = (list(dict.fromkeys(names)) for names in zip(*curves, strict=True))
     color = {name: f"C{number}" for number, name in enumerate(lines)}
     dash = {name: DASHES[number % len(DASHES)] for number, name in enumerate(parts)}
-    with matplotlib.rc_context(fname=LOOK):
-        marks: list[tuple[str, Any, str]] = [(color[name], "-", name) for name in variants] * (len(variants) > 1)
-        marks += [(INK, dash[name], name or "trained on") for name in parts] * (len(parts) > 1)
-        columns = 1 if any(len(label) > 30 for *_, label in marks) else 2
-        height = 2.9 + 0.16 * -(-len(marks) // columns)
-        figure = Figure(figsize=(5.4, height))
-        axes = figure.add_axes((0.1, 0.42 / height, 0.88, 2.0 / height))  # a layout engine would draw everything twice
-        for (variant, part), found in curves.items():
-            axes.plot(*_short(found).T, color=color[variant], linestyle=dash[part], alpha=0.9)
-        for start, name in dict.fromkeys((start, stage.stage) for _, start, stage in _started(lines)):
-            axes.axvline(start, color=INK, linewidth=0.6, alpha=0.4)
-            axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
-        axes.set_xlim(0, max(found[-1, 0] for found in curves.values()) + 0.5)
-        axes.set_xlabel("step of all stages")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
-        counts = [step.get("tokens", 0.0) for stage in lines[variants[0]] for step in stage.history]
-        if all(counts):
-            tokens = np.array([0, *np.cumsum(counts)])
-            ticks = [tick for tick in MaxNLocator(4).tick_values(0, tokens[-1]) if tick <= tokens[-1]]
-            above = axes.secondary_xaxis("top")
-            above.set_ticks(np.interp(ticks, tokens, np.arange(len(tokens))).tolist(), [f"{tick:g}" for tick in ticks])
-            above.set_xlabel(f"tokens of {variants[0]}" if len(lines) > 1 else "tokens", fontsize=8)
-        handles = [Line2D([], [], color=ink, linestyle=style, label=label) for ink, style, label in marks]
-        figure.legend(handles=handles, loc="upper left", ncols=columns, handlelength=2.4)
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, **how)
-        return stream.getvalue()
+    marks: list[tuple[str, Any, str]] = [(color[name], "-", name) for name in variants] * (len(variants) > 1)
+    marks += [(INK, dash[name], name or "trained on") for name in parts] * (len(parts) > 1)
+    columns = 1 if any(len(label) > 30 for *_, label in marks) else 2
+    height = 2.9 + 0.16 * -(-len(marks) // columns)
+    figure = Figure(figsize=(5.4, height))
+    axes = figure.add_axes((0.1, 0.42 / height, 0.88, 2.0 / height))  # a layout engine would draw everything twice
+    for (variant, part), found in curves.items():
+        axes.plot(*_short(found).T, color=color[variant], linestyle=dash[part], alpha=0.9)
+    for start, name in dict.fromkeys((start, stage.stage) for _, start, stage in _started(lines)):
+        axes.axvline(start, color=INK, linewidth=0.6, alpha=0.4)
+        axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)
+    axes.set_xlim(0, max(found[-1, 0] for found in curves.values()) + 0.5)
+    axes.set_xlabel("step of all stages")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
+    counts = [step.get("tokens", 0.0) for stage in lines[variants[0]] for step in stage.history]
+    if all(counts):
+        tokens = np.array([0, *np.cumsum(counts)])
+        ticks = [tick for tick in MaxNLocator(4).tick_values(0, tokens[-1]) if tick <= tokens[-1]]
+        above = axes.secondary_xaxis("top")
+        above.set_ticks(np.interp(ticks, tokens, np.arange(len(tokens))).tolist(), [f"{tick:g}" for tick in ticks])
+        above.set_xlabel(f"tokens of {variants[0]}" if len(lines) > 1 else "tokens", fontsize=8)
+    handles = [Line2D([], [], color=ink, linestyle=style, label=label) for ink, style, label in marks]
+    figure.legend(handles=handles, loc="upper left", ncols=columns, handlelength=2.4)
+    return figure

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from itertools import combinations
 from typing import Any
 
-from unifork.config import EvalCard, Experiment, load_eval
+from unifork.config import EvalCard, Experiment, TextCard, load_eval, load_text
 from unifork.errors import DataError
 from unifork.evaluation.scoring import METRICS, VERDICTS, by_split, compare
 from unifork.evaluation.statistics import Z95, Score
@@ -30,16 +30,17 @@ Scores = Mapping[str, Mapping[tuple[str, str], Score]]
 
 def benchmark(name: str, experiment: Experiment, layout: Layout) -> dict[str, Any]:
     """One benchmark, as all variants did on it."""
-    card = load_eval(name, layout.evals)
-    variants = [entry["variant"] for entry in experiment.evaluations.values() if entry["benchmark"] == name]
+    card = (load_text if name in experiment.text_evals else load_eval)(name, layout.evals)
+    entries = [*experiment.evaluations.values(), *experiment.text_runs.values()]
+    variants = [entry["variant"] for entry in entries if entry["benchmark"] == name]
     folders = {variant: layout.scores(variant) / name for variant in variants}
     found = {variant: read_scores(folder / METRICS) for variant, folder in folders.items()}
     every = [score for scores in found.values() for score in scores.values()]
     rules: dict[str, dict[str, str]] = {}
     for score in every:
         rules.setdefault(score.rule, {})[score.name] = words(score.name)
-    columns, refused = _differences({variant: folders[variant] for variant in variants if found[variant]})
     records = {variant: lines for variant in variants if (lines := read_records(folders[variant] / VERDICTS))}
+    columns, refused = _differences({variant: folders[variant] for variant in records if found[variant]})
     return {
         "card": card,
         "missing": [variant for variant in variants if not found[variant]],
@@ -55,21 +56,26 @@ def benchmark(name: str, experiment: Experiment, layout: Layout) -> dict[str, An
     }
 
 
-def measured(score: Score, card: EvalCard) -> Measured:
+def measured(score: Score, card: EvalCard | TextCard) -> Measured:
     """A score with its error (or the interval where all items agree), on the scale of its card."""
     error = "?" if score.standard_error is None else real(score.standard_error)
     about = f"({real(score.interval[0])} to {real(score.interval[1])})" if score.interval else f"± {error}"
     text = f"{real(score.value)} {about}" + f"; {count(score.missing)} answers missing" * (score.missing > 0)
+    text += f"; {score.note}" * bool(score.note)
     scale = next((ends for pattern, ends in card.show.scales.items() if fnmatch(score.name, pattern)), None)
     if scale is None and max(score.value, score.chance) > 1:
         return Measured(text, None, None)
     worst, best = scale or (0.0, 1.0)
     places = [min(max((number - worst) / (best - worst), 0.0), 1.0) for number in (score.value, score.chance)]
-    return Measured(text, *places)
+    return Measured(text, places[0], places[1] if best > worst else None)
 
 
 def _table(
-    label: str, card: EvalCard, found: Scores, names: Mapping[str, str], differences: Mapping[str, Mapping[str, str]]
+    label: str,
+    card: EvalCard | TextCard,
+    found: Scores,
+    names: Mapping[str, str],
+    differences: Mapping[str, Mapping[str, str]],
 ) -> Table:
     """A row for each split and score, in the order of the card, others behind; columns for variants and differences.
 
@@ -114,9 +120,11 @@ def _items(name: str, records: Mapping[str, Sequence[Found]], layout: Layout) ->
     """The first items of each split, and those that were answered worst, with what each variant made of them."""
     lines = {variant: {line["id"]: line for line in found} for variant, found in records.items()}
     every = {line["id"]: line for found in records.values() for line in found}
-    splits = {line["split"]: [key for key in every if every[key]["split"] == line["split"]] for line in every.values()}
+    splits: dict[str, list[str]] = {}
+    for key, line in every.items():
+        splits.setdefault(line["split"], []).append(key)
     first = [key for keys in splits.values() for key in keys[: -(-SHOWN // len(splits))]]
-    right = {key: sum(_verdict(table[key])["right"] for table in lines.values() if key in table) for key in every}
+    right = {key: sum(_right(table.get(key)) for table in lines.values()) for key in every}
     wrong = [key for key in every if right[key] < len(lines) and key not in first]
     chosen = {"The first items": first, "The worst of the others": sorted(wrong, key=right.__getitem__)[:SHOWN]}
     shown = [key for keys in chosen.values() for key in keys]
@@ -127,27 +135,26 @@ def _items(name: str, records: Mapping[str, Sequence[Found]], layout: Layout) ->
         for key in shown
     }
     for variant, table in lines.items():
-        about = {
-            key: f"{every[key]['question']}, drawn by {variant}" for key in shown if key not in sources and key in table
-        }
+        to_draw = [key for key in shown if key not in sources and key in table]
+        about = {key: f"{every[key]['question']}, drawn by {variant}" for key in to_draw}
         drawn = stored_images(layout.answers(variant) / name, about, "image")
         for key in shown:
-            verdict = _verdict(table[key]) if key in table else None
-            text = (
-                table[key]["answer"] if verdict and key in sources else "; ".join(verdict["faults"]) if verdict else ""
+            verdict, own = _verdict(table.get(key)), table.get(key)
+            text = own["answer"] if own and key in sources else "; ".join(verdict["faults"] if verdict else ())
+            cells[key].append(
+                [*([drawn[key]] if key in drawn else []), Judged(verdict["right"] >= 1, text) if verdict else text]
             )
-            image = [drawn[key]] if key in drawn else []
-            cells[key].append([*image, Judged(verdict["right"] >= 1, text)] if verdict else [])
-    return [
-        Table(title, ["Item", "Expected", *lines], [cells[key] for key in keys])
-        for title, keys in chosen.items()
-        if keys
-    ]
+    columns = ["Item", "Expected", *lines]
+    return [Table(title, columns, [cells[key] for key in keys]) for title, keys in chosen.items() if keys]
 
 
-def _verdict(line: Found) -> Any:
-    """What the first rule says of an answer."""
-    return next(iter(line["verdicts"].values()), {"right": 0.0, "faults": ["no public truth"]})
+def _verdict(line: Found | None) -> Any:
+    """What the first rule says of an answer; None where there is none, or no rule judges it alone."""
+    return next(iter(line["verdicts"].values()), None) if line else None
+
+
+def _right(line: Found | None) -> float:
+    return float(verdict["right"]) if (verdict := _verdict(line)) else 1.0
 
 
 def _expected(line: Found) -> str:

@@ -17,10 +17,7 @@ PACKAGES = ("torch", "transformers", "ray", "dvc", "pyarrow", "pillow", "numpy")
 
 
 def surroundings(root: Path) -> dict[str, Any]:
-    """The facts of this machine, where the page is written, and of the checkout that holds `root`.
-
-    The stages ran here too unless a cluster file sent them elsewhere.
-    """
+    """The facts of this machine, where the page is written, and of the checkout that holds `root`."""
     gpus = _said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     return {
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -21,7 +21,7 @@ class Judged(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A score in words, and its place and that of chance between worst (0) and best (1), where both have one."""
+    """A score in words, and its place and that of chance between worst (0) and best (1), where they have one."""
 
     text: str
     place: float | None

@@ -20,6 +20,7 @@ PROGRESS = "progress.json"
 
 def places(folder: Path) -> list[tuple[Path, Path]]:
     """The locks under which a job's folder may be written, its own and its parent's, each with what lies beside it."""
+    folder = folder.absolute()
     parent, name = folder.parent, folder.name
     beside = [folder.with_name(f"{name}.{PROGRESS}"), parent.with_name(f"{parent.name}.{name}.{PROGRESS}")]
     return list(zip(map(lock_path, (folder, parent)), beside, strict=True))

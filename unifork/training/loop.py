@@ -12,7 +12,8 @@ Shape suffixes: D code depth, R what is reduced with the losses: 1 + D sums and 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from unifork.training.requests import Requests
 from unifork.training.strategies import Strategy, summed
 
 Metrics = dict[str, Any]
+Loaded = tuple[StepPlan, list[Batch]]
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class TrackRun:
         for parameter_name, parameter in self.parameters.items():
             self.parts.setdefault(part_of(parameter_name), []).append(parameter)
         self.optimizer = make_optimizer(track.optimizer, self.parameters.values())
+        self._reader, self._ahead = ThreadPoolExecutor(1), dict[int, Future[Loaded]]()
 
     def step(self, model: nn.Module, wrapped: nn.Module, step: int, run: WorkerContext) -> Done:
         """One optimizer step, counted from 0 in this stage; the schedule is the stage's own, the order goes on."""
@@ -124,9 +127,9 @@ class TrackRun:
         step += self.before
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        plan = self.loader.plan(step, run.workers)
+        plan, batches = self._loaded(step, run)
         self.strategy.turn(self.name)
-        sums_R = self._accumulate(wrapped, plan, run)
+        sums_R = self._accumulate(wrapped, plan, batches, run)
         norms = self.strategy.update(self.parts, self.track.optimizer.clip_norm)
         model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
         host_metrics = {
@@ -144,12 +147,23 @@ class TrackRun:
         """Documents of each part of the mixture at the end of the stage, those of the stages before it included."""
         return self.loader.order.served(self.before + self.track.steps)
 
-    def _accumulate(self, wrapped: nn.Module, plan: StepPlan, run: WorkerContext) -> Tensor:
+    def _loaded(self, step: int, run: WorkerContext) -> "Loaded":
+        """A step's plan and microbatches; a thread then makes those of the next one while the device works."""
+
+        def load(number: int) -> Loaded:
+            plan = self.loader.plan(number, run.workers)
+            return plan, [batch.to(run.device) for batch in self.loader.batches(plan, run.rank)]
+
+        loading = self._ahead.pop(step, None) or self._reader.submit(load, step)
+        if step + 1 < self.before + self.track.steps:
+            self._ahead[step + 1] = self._reader.submit(load, step + 1)
+        return loading.result()
+
+    def _accumulate(self, wrapped: nn.Module, plan: StepPlan, batches: Sequence[Batch], run: WorkerContext) -> Tensor:
         """Backward over all microbatches; sums over all workers: losses of text and each depth, flags of requests."""
         text_scale = run.workers / max(plan.text_targets, 1)
         image_scale = run.workers / max(plan.image_targets * self.loader.identity.depth, 1)
         sums = torch.zeros(1 + self.loader.identity.depth, dtype=torch.float64, device=run.device)
-        batches = list(self.loader.batches(plan, run.rank))
         for number, batch in enumerate(batches, 1):
             self.strategy.begin(number == len(batches))
             losses = _forward(self, wrapped, batch, run)

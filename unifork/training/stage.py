@@ -27,7 +27,7 @@ from unifork.models.configuration import UniForkConfig
 from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
 from unifork.processes import exclusive
-from unifork.shards.manifest import file_sha256, manifest_sha256, write_json
+from unifork.shards.manifest import MANIFEST, file_sha256, manifest_sha256, write_json
 from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.export import SUMMARY, TRAINING, export, quarantined, report_seen
@@ -103,6 +103,7 @@ class StageJob(StrictModel):
             entry.prepared: manifest_sha256(self.layout.prepared / entry.prepared)
             for track in self.stage.tracks.values()
             for entry in track.mixture
+            if (self.layout.prepared / entry.prepared / MANIFEST).exists()  # or opening it says what is wrong
         }
         return fingerprint(
             {

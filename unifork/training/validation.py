@@ -16,16 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from unifork.batch import BEGIN_IMAGE, IMAGE, Document
+from unifork.batch import IMAGE, Document
 from unifork.config import Stage
 from unifork.documents.loader import PackedDocuments
 from unifork.documents.mixture import MixturePart
 from unifork.documents.order import Slot
-from unifork.documents.prompts import TEMPLATES
 from unifork.inference import Engine
-from unifork.shards.schema import IMAGE_MARK
 from unifork.training.loop import TrackRun, WorkerContext
-from unifork.vocabulary import TURN_START
 
 LONGER = 16
 """Tokens that an answer may have beyond the longest expected one of its part."""
@@ -87,7 +84,7 @@ class Validation:
         for part in by_task["generation"]:
             if not (indices := spread(len(part), share)):
                 continue
-            texts = [_caption(engine, part.entry.template, part.document(index)) for index in indices]
+            texts = [engine.caption(part.entry.template, part.document(index)) for index in indices]
             prompts += [{"part": part.entry.prepared, "prompt": text} for text in texts]
             codes.append(np.stack([part.codes(index) for index in indices]))
             drawn.append(engine.generate_images(texts, self.stage.sampling, part.entry.template))
@@ -138,13 +135,6 @@ def _until(document: Document, stop: int) -> Document:
     kinds_T, codes_ND = document.kinds_T[:stop], document.codes_ND
     codes_ND = codes_ND if (kinds_T == IMAGE).any() else codes_ND[:0]
     return Document(document.key, document.task, kinds_T, document.text_ids_T[:stop], np.zeros(stop, bool), codes_ND)
-
-
-def _caption(engine: Engine, template: str, document: Document) -> str:
-    """The text that a generation document was written with."""
-    until_image = document.text_ids_T[: int((document.kinds_T == BEGIN_IMAGE).argmax())]
-    before, _, after = TEMPLATES[template].text.replace(TURN_START, "").replace(IMAGE_MARK, "").partition("{caption}")
-    return engine.tokenizer.decode(until_image.tolist()).removeprefix(before).removesuffix(after)
 
 
 def _scores(rows: Sequence[Row]) -> Row:

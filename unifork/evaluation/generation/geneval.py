@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 SHRINK = 0.1
 """Share of the two sizes by which an offset is shortened before it counts as a direction."""
+LEAST_OFFSET = 1e-3
+"""Pixels; what is left of a shorter offset is none."""
 LEAST_DIRECTION = 0.5
 """A relation holds when the shortened offset, over the length of the full one, exceeds this."""
 
@@ -85,7 +87,7 @@ def relations(box: tuple[float, ...], target: tuple[float, ...]) -> set[str]:
     offset = [(box[i] + box[i + 2] - target[i] - target[i + 2]) / 2 for i in (0, 1)]
     sizes = [box[i + 2] - box[i] + target[i + 2] - target[i] for i in (0, 1)]
     left = [max(abs(way) - SHRINK * size, 0.0) for way, size in zip(offset, sizes, strict=True)]
-    if not any(left):
+    if max(left) < LEAST_OFFSET:
         return set()
     length = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
     far = [part / length > LEAST_DIRECTION for part in left]

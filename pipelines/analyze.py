@@ -1,0 +1,32 @@
+"""Look inside the model of one run: alignment by layer, gradient conflict, entropy, as the experiment wants it."""
+
+from pathlib import Path
+
+from unifork.analysis.kinds import analyze
+from unifork.analysis.runs import RunDocuments
+from unifork.config import load_experiment
+from unifork.errors import unknown
+from unifork.jobs import program
+from unifork.layout import Layout
+from unifork.library import Model
+
+LAYOUT = Layout()
+
+
+def main(name: str) -> None:
+    # in: the model of a run, and the one that its variant began with
+    params = load_experiment()
+    if name not in params.analyzed:
+        raise unknown("analyzed run", name, params.analyzed, "params.yaml: analyzed")
+    wanted = params.analyzed[name]
+    model, untrained = Model.load(LAYOUT.model(name), "cpu"), Model.load(Path(wanted.start), "cpu")
+    documents = RunDocuments(name, model, params.analyses)
+
+    # out: numbers and a figure of each kind
+    for kind in wanted.kinds:
+        analyze(kind, documents, LAYOUT.analysis(name), untrained=untrained)
+        print(f"{name}: {kind} -> {LAYOUT.analysis(name) / kind}.json", flush=True)
+
+
+if __name__ == "__main__":
+    program(LAYOUT.analysis, main, "analyzed run, <variant>-<stage>")

@@ -1,0 +1,38 @@
+"""Run benchmarks of text on a model by lm-evaluation-harness: a model and files -> results with all log-likelihoods.
+
+Benchmarks whose files are not here are noted as such, with what to put where; nothing fails.
+"""
+
+import shutil
+
+from unifork.config import JobResources, load_cluster, load_experiment, load_text
+from unifork.errors import unknown
+from unifork.evaluation.names import ABSENT
+from unifork.evaluation.text import run_tasks
+from unifork.jobs import program
+from unifork.layout import Layout
+from unifork.shards.manifest import Manifest, write_manifest
+
+LAYOUT = Layout()
+
+
+def main(name: str) -> None:
+    params, cluster = load_experiment(), load_cluster()
+    entries = {f"{entry['variant']}/{entry['benchmark']}": entry for entry in params.text_runs.values()}
+    if name not in entries:
+        raise unknown("text evaluation", name, entries, "params.yaml: text_runs")
+    card, folder = load_text(entries[name]["benchmark"]), LAYOUT.answers(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if card.absent:
+        lineage = {ABSENT: card.absent}
+        write_manifest(folder, Manifest(kind="text", dataset=card.name, columns={}, shards=(), lineage=lineage))
+        print(f"{name}: not here: {card.absent}")
+        return
+    device = "cuda" if cluster.jobs.get("text", JobResources()).gpus else "cpu"
+    run_tasks(card, LAYOUT.root / entries[name]["model"], folder, device, params.seed)
+    print(f"{folder}: {', '.join(card.tasks)}")
+
+
+if __name__ == "__main__":
+    program(LAYOUT.answers, main, "text evaluation, <variant>/<card of evals/text>")

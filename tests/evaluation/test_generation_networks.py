@@ -1,0 +1,357 @@
+"""Networks that look at images: real classes with tiny weights through the same code, layouts, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from benchmark_files import png, write
+from generation_files import benchmark, image_folder
+from PIL import Image
+from tiny_networks import clip, inception, mask2former, with_networks
+from torch.nn import functional as F
+
+from unifork.cluster import run_jobs
+from unifork.config import Network
+from unifork.errors import ConfigError, DataError, IdentityError
+from unifork.evaluation.answers import EXPORTS, join, read_answers
+from unifork.evaluation.examining import CANARY, Examiner, absent_networks, examine_job, load_networks, write_summary
+from unifork.evaluation.generation.layout import checked_images
+from unifork.evaluation.generation.networks import (
+    COLORS,
+    CleanFid,
+    ClipColors,
+    Detected,
+    Mask2Former,
+    PytorchFid,
+    objects,
+)
+from unifork.evaluation.names import ABSENT
+from unifork.evaluation.scoring import origin_of, score_answers
+from unifork.evaluation.suites import Answer
+from unifork.images import open_image
+from unifork.shards.manifest import read_manifest
+
+
+def image_of(side=(60, 40), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+# ------------------------------------------------------------------------------------- objects from masks
+
+
+def test_objects_are_mmdets():
+    """Two queries, three classes: every pair is a candidate; boxes end beyond the last pixel of the mask."""
+    classes = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 3.0]])
+    masks = torch.full((2, 6, 8), -4.0)
+    masks[0, 1:3, 2:7] = 4.0
+    masks[1, 5, 0] = 1.0
+    found = objects(classes, masks)
+    assert len(found) == 6
+    best = max(found, key=lambda thing: thing.score)
+    assert best.name == "person"
+    assert best.box == (2, 1, 7, 3)
+    assert best.score == pytest.approx(float(classes[0].softmax(0)[0] * torch.sigmoid(torch.tensor(4.0))), rel=1e-5)
+    assert best.mask.sum() == 10
+    other = next(thing for thing in found if thing.name == "bicycle" and thing.box == (0, 5, 1, 6))
+    assert other.score == pytest.approx(float(classes[1].softmax(0)[1] * torch.sigmoid(torch.tensor(1.0))), rel=1e-5)
+    assert objects(classes, torch.full((2, 6, 8), -1.0)) == []
+
+
+def test_at_most_a_hundred_candidates_are_taken_before_masks_count():
+    classes, masks = torch.zeros(3, 81), torch.ones(3, 4, 4)
+    classes[:, -1] = -9.0
+    assert len(objects(classes, masks)) == 100
+
+
+def test_the_detector_gives_logits_at_the_size_of_the_image(tmp_path):
+    mask2former(tmp_path / "detector")
+    detector = Mask2Former(tmp_path / "detector", "cpu")
+    classes, masks = detector.logits(image_of())
+    assert (classes.shape, masks.shape) == ((10, 81), (10, 40, 60))
+    again = detector(image_of())
+    assert [thing[:3] for thing in again] == [thing[:3] for thing in detector(image_of())]
+    for thing in again:
+        left, top, right, bottom = thing.box
+        assert thing.mask.shape == (40, 60)
+        assert thing.mask[top:bottom, left:right].sum() == thing.mask.sum()
+
+
+def test_a_detector_of_other_classes_or_with_missing_weights_is_refused(tmp_path):
+    mask2former(tmp_path / "few", classes=5)
+    with pytest.raises(DataError, match="5 classes; GenEval needs the 80 of COCO"):
+        Mask2Former(tmp_path / "few", "cpu")
+    mask2former(tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"num_queries": 12}))
+    with pytest.raises(DataError, match=r"weights do not fit its configuration|cannot be loaded"):
+        Mask2Former(tmp_path / "other", "cpu")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        Mask2Former(tmp_path / "nowhere", "cpu")
+
+
+def test_colors_are_those_of_the_classifiers_sentences(tmp_path):
+    clip(tmp_path / "colors")
+    network = ClipColors(tmp_path / "colors", "cpu")
+    sentences = network.sentences("dog")
+    assert sentences.shape == (10, 8)
+    assert torch.allclose(sentences.norm(dim=-1), torch.ones(10), atol=1e-5)
+    texts = ["a photo of a orange dog", "a photo of a orange-colored dog", "a photo of a orange object"]
+    every = [
+        network.model.get_text_features(**network.tokenizer([text], return_tensors="pt")).pooler_output
+        for text in texts
+    ]
+    mean = torch.cat([F.normalize(row, dim=-1) for row in every]).mean(dim=0)
+    assert torch.allclose(sentences[1], F.normalize(mean, dim=-1), atol=1e-5)
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[10:30, 5:50] = True
+    image, thing = image_of(), Detected("dog", 0.9, (5, 10, 50, 30), mask)
+    shown = np.full((40, 60, 3), 0x99, dtype=np.uint8)
+    shown[mask] = np.asarray(image)[mask]
+    crop = Image.fromarray(shown).crop(thing.box)
+    expected = COLORS[int(network.logits(crop, "dog").argmax())]
+    assert network(image, [thing, thing]) == [expected, expected]
+    outside = image.copy()
+    outside.paste((0, 255, 0), (51, 31, 60, 40))
+    assert network(outside, [thing]) == network(image, [thing])
+
+
+def test_both_protocols_scale_images_as_published(tmp_path):
+    inception(tmp_path / "fid")
+    legacy, clean = (kind(tmp_path / "fid", "cpu") for kind in (PytorchFid, CleanFid))
+    image = image_of((600, 500))
+    values = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)[None] / 255
+    expected = 2 * F.interpolate(torch.from_numpy(values), (299, 299), mode="bilinear", align_corners=False) - 1
+    assert torch.allclose(legacy.scaled(image), expected)
+    band = np.asarray(image)[..., 1].astype(np.float32)
+    resized = np.asarray(Image.fromarray(band).resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
+    assert np.allclose(clean.scaled(image)[0, 1].numpy(), (resized - 128) / 128, atol=1e-6)
+    assert float((legacy.scaled(image) - clean.scaled(image)).abs().mean()) > 0.1  # antialias
+    flat = Image.new("RGB", (384, 384), (255, 0, 128))
+    assert legacy.scaled(flat).amax().item() == pytest.approx(1.0)
+    assert clean.scaled(flat).amax().item() == pytest.approx(127 / 128)
+    module = torch.jit.load(str(tmp_path / "fid" / "inception.pt"))
+    assert np.allclose(legacy(image), module.layers(legacy.scaled(image))[0].detach().numpy())
+    assert legacy(image).shape == (5,)
+
+
+def test_fid_needs_one_torchscript_file(tmp_path):
+    tmp_path.joinpath("x.pt").write_bytes(b"state")
+    with pytest.raises(DataError, match=r"x\.pt: no TorchScript file"):
+        PytorchFid(tmp_path, "cpu")
+    tmp_path.joinpath("y.pt").write_bytes(b"state")
+    with pytest.raises(DataError, match=r"2 files \*\.pt; one TorchScript file"):
+        PytorchFid(tmp_path, "cpu")
+
+
+# ------------------------------------------------------------------------------------------ from end to end
+
+
+@pytest.mark.parametrize("name", ["geneval", "mjhq", "dpg"])
+def test_images_in_the_official_layout_are_examined_and_scored(name, tmp_path):
+    card, items = benchmark(
+        name, tmp_path / "files", options={} if name != "mjhq" else {"reference": str(tmp_path / "ref")}
+    )
+    card = with_networks(card, tmp_path / "networks")
+    load_networks(card, "cpu", trusted=True)
+    image_folder(items, tmp_path / "images")
+    if name == "dpg":
+        write(tmp_path / "images" / "30.png", png("red", 16))
+    found = {}
+    if name == "mjhq":
+        card = card.model_copy(update={"score": card.score.model_copy(update={"rules": ("pytorch-fid", "clean-fid")})})
+        image_folder(items, tmp_path / "archive" / "mjhq30k_imgs", side=9, suffix=".jpg")
+        job, worker = examine_job(card, items, None, tmp_path / "ref", tmp_path / "archive")
+        run_jobs([job], Examiner, *worker, "cpu")
+        written = write_summary(card, tmp_path / "ref")
+        hashes = read_manifest(tmp_path / "ref").lineage["networks"]
+        assert [path.name for path in written] == [
+            f"{kind}-{hashes[kind]}.npz" for kind in ("pytorch-fid", "clean-fid")
+        ]
+    for turn in ("first", "again"):
+        job, worker = examine_job(card, items, tmp_path / "images", tmp_path / turn)
+        run_jobs([job], Examiner, *worker, "cpu")
+        answers = join(card, items, read_answers(tmp_path / turn), turn)
+        scores, _ = score_answers(card, items, answers, origin_of(tmp_path / turn))
+        found[turn] = [(score.name, score.value, score.decoding) for score in scores]
+    assert found["first"] == found["again"]
+    assert all(network.kind in found["first"][0][2] for network in card.networks.values())
+    if name == "dpg":  # yes to both questions about the red images, no to all others
+        assert found["first"][1][:2] == ("dpg_corrected", pytest.approx(100 / 3))
+        assert {item.cluster for item in items if "yes" in answers[item.id].text} == {"30"}
+    if name == "mjhq":
+        assert [row[0] for row in found["first"]] == ["fid", "fid_clean-fid"]
+        assert found["first"][0][1] != found["first"][1][1]
+
+
+class RedDogs:
+    """A detector that finds a dog of the whole image where it is red, and a sure cat that is not."""
+
+    def __init__(self, folder, device):
+        pass
+
+    def __call__(self, image):
+        mask = np.ones((image.height, image.width), dtype=bool)
+        red = image.getpixel((0, 0))[0] > 128
+        things = [Detected("cat", 0.25, (0, 0, 1, 1), mask), Detected("dog", 0.31 if red else 0.3, (0, 0, 8, 8), mask)]
+        return things[::-1]
+
+
+class AlwaysRed:
+    def __init__(self, folder, device):
+        pass
+
+    def __call__(self, image, found):
+        return ["red"] * len(found)
+
+
+def test_what_a_detector_and_a_color_classifier_of_ones_own_find_is_judged(tmp_path):
+    card, items = benchmark("geneval", tmp_path / "files")
+    networks = {name: Network(kind=f"test_generation_networks:{kind}", path=str(tmp_path))
+                for name, kind in (("detector", "RedDogs"), ("colors", "AlwaysRed"))}  # fmt: skip
+    card = card.model_copy(update={"networks": networks})
+    for item in items:
+        red = item.id.endswith("0")
+        write(tmp_path / "images" / f"{item.about['file']}.png", png("red" if red else "blue"))
+    job, worker = examine_job(card, items, tmp_path / "images", tmp_path / "found")
+    run_jobs([job], Examiner, *worker, "cpu")
+    answers = join(card, items, read_answers(tmp_path / "found"), "found")
+    scores = {
+        score.name: score.value for score in score_answers(card, items, answers, origin_of(tmp_path / "found"))[0]
+    }
+    assert scores["single_object"] == scores["colors"] == 0.25
+    assert scores["two_object"] == scores["counting"] == scores["color_attr"] == 0.0
+    assert json.loads(answers["00003/0000"].text) == [["dog", "red", [0, 0, 8, 8], 0.31]]
+    assert json.loads(answers["00000/0000"].text) == [["dog", "", [0, 0, 8, 8], 0.31]]
+    assert json.loads(answers["00000/0001"].text) == []
+
+
+@pytest.mark.parametrize("name", ["geneval", "mjhq", "dpg"])
+def test_exports_are_the_official_layout_and_read_back(name, tmp_path):
+    card, items = benchmark(name, tmp_path / "files")
+    colors = {item.id: (5 * number % 256, 7, 9) for number, item in enumerate(items)}
+    answers = {item.id: Answer(item.id, "", png(colors[item.id])) for item in items}
+    files = EXPORTS.find(name, "test")(card, [(item, answers[item.id]) for item in items])
+    for file, content in files.items():
+        write(tmp_path / "out" / file, content)
+    found = checked_images(card, items, tmp_path / "out")
+    from unifork.evaluation.generation.layout import image_of as read_back
+
+    for item in items:
+        assert open_image(read_back(item, tmp_path / "out", found[item.id][0])).getpixel((0, 0)) == colors[item.id]
+    if name == "geneval":
+        assert json.loads((tmp_path / "out" / "00003" / "metadata.jsonl").read_text())["prompt"] == items[12].question
+        assert len(files) == len(items) + len(items) // 4
+    with pytest.raises(DataError, match=rf"{name}: {items[1].id} has no image"):
+        EXPORTS.find(name, "test")(card, [(items[1], None)])
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "00001/samples/0002.png").unlink(), r"1 prompts lack images: 00001 \(1\)"),
+        (lambda folder: (folder / "00001/samples/0009.png").write_bytes(png()), r"1 files belong to no prompt: .*0009"),
+        (lambda folder: (folder / "notes.txt").write_text("x"), r"1 files belong to no prompt: notes\.txt"),
+        (lambda folder: (folder / "00001/samples/2.jpg").write_bytes(png()), r"1 files belong to no prompt"),
+        (lambda folder: (folder / "00000/samples/0001.png").write_bytes(png()[:50]), r"1 images cannot be used: 00000"),
+        (lambda folder: (folder / "00000/samples/0001.png").write_bytes(b"GIF"), r"no image of a known format"),
+        (lambda folder: (folder / "00000/samples/0001.png").write_bytes(png(side=9)), r"differ: 8x8 \(23\), 9x9 \(1\)"),
+    ],
+    ids=["missing", "too many", "foreign", "twice", "truncated", "no image", "another size"],
+)  # fmt: skip
+def test_folders_that_are_not_whole_are_refused_before_any_network_runs(damage, problem, tmp_path):
+    card, items = benchmark("geneval", tmp_path / "files")
+    card = card.model_copy(update={"networks": {"detector": Network(kind="no:Such", path=str(tmp_path))}})
+    image_folder(items, tmp_path / "images")
+    write(tmp_path / "images" / "00000" / "metadata.jsonl", "{}")
+    damage(tmp_path / "images")
+    with pytest.raises(DataError, match=problem):
+        examine_job(card, items, tmp_path / "images", tmp_path / "out")
+
+
+def test_no_link_leads_out_of_a_folder_of_images(tmp_path):
+    card, items = benchmark("geneval", tmp_path / "files")
+    image_folder(items, tmp_path / "images")
+    write(tmp_path / "secret.png", png())
+    (tmp_path / "images" / "00000/samples/0001.png").unlink()
+    (tmp_path / "images" / "00000/samples/0001.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match=r"1 images cannot be used: 00000/samples/0001\.png: .*leaves"):
+        checked_images(card, items, tmp_path / "images")
+
+
+def test_grids_need_two_by_two_square_tiles(tmp_path):
+    card, items = benchmark("dpg", tmp_path / "files")
+    image_folder(items, tmp_path / "images", side=8)
+    write(tmp_path / "images" / "30.png", png(side=17))
+    with pytest.raises(DataError, match=r"30\.png: 17x17 is no grid of 2 x 2 square images"):
+        checked_images(card, items, tmp_path / "images")
+
+
+def test_references_may_have_unequal_sizes_and_answers_not(tmp_path):
+    card, items = benchmark("mjhq", tmp_path / "files")
+    image_folder(items, tmp_path / "images")
+    write(tmp_path / "images" / f"{items[0].about['file']}.png", png(side=20))
+    assert len(checked_images(card, items, tmp_path / "images", equal=False)) == len(items)
+    with pytest.raises(DataError, match=r"sizes differ: 8x8 \(5\), 20x20 \(1\)"):
+        checked_images(card, items, tmp_path / "images")
+
+
+def test_networks_that_are_not_there_are_named_with_what_to_put_where(tmp_path):
+    card, items = benchmark("geneval", tmp_path / "files")
+    message = absent_networks(card)
+    assert "put config.json and model.safetensors of facebook/mask2former-swin-small-coco-instance" in message
+    assert "into networks/mask2former-swin-small-coco-instance; the network colors: put config.json, " in message
+    job, _ = examine_job(card, items, tmp_path / "images", tmp_path / "out")
+    assert job.tasks == []
+    assert job.lineage[ABSENT] == message
+    with pytest.raises(DataError, match=r"put config\.json"):
+        load_networks(card, "cpu")
+    dpg, _ = benchmark("dpg", tmp_path / "dpg")
+    assert "no network is named in `networks`: give kind MODULE:OBJECT" in absent_networks(dpg)
+    pope = card.model_copy(update={"items": card.items.model_copy(update={"suite": "pope", "options": {}})})
+    with pytest.raises(ConfigError, match="nothing is to be examined"):
+        examine_job(pope, items, tmp_path / "images", tmp_path / "out")
+
+
+def test_files_of_another_hash_are_refused(tmp_path):
+    card, _ = benchmark("dpg", tmp_path / "files")
+    card = with_networks(card, tmp_path / "networks")
+    wrong = card.networks["answerer"].model_copy(update={"sha256": {"word.txt": "6726825d"}})
+    with pytest.raises(DataError, match=r"word\.txt: sha256 is [0-9a-f]{64}, the card dpg wants 6726825d"):
+        load_networks(card.model_copy(update={"networks": {"answerer": wrong}}), "cpu")
+
+
+def test_a_network_with_other_outputs_than_its_canary_is_refused(tmp_path):
+    card, _ = benchmark("mjhq", tmp_path / "files")
+    card = with_networks(card, tmp_path / "networks")
+    path = tmp_path / "networks" / "clean-fid" / CANARY
+    with pytest.raises(DataError, match=rf"{CANARY}: not there; .*`unifork answers canary mjhq`"):
+        load_networks(card, "cpu")
+    load_networks(card, "cpu", trusted=True)
+    before = load_networks(card, "cpu")
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps(plain | {"outputs": [1.001 * value for value in plain["outputs"]]}))
+    assert load_networks(card, "cpu")["clean-fid"].hash == before["clean-fid"].hash
+    path.write_text(json.dumps(plain | {"outputs": [1.05 * value for value in plain["outputs"]]}))
+    with pytest.raises(IdentityError, match=r"differ by 4\.76%, allowed are 2%"):
+        load_networks(card, "cpu")
+    path.write_text(json.dumps(plain | {"outputs": plain["outputs"][1:]}))
+    with pytest.raises(IdentityError, match="differ by inf"):
+        load_networks(card, "cpu")
+
+
+def test_examining_goes_on_where_it_was_and_notices_another_image(tmp_path):
+    card, items = benchmark("dpg", tmp_path / "files")
+    card = with_networks(card, tmp_path / "networks")
+    image_folder(items, tmp_path / "images")
+    job, worker = examine_job(card, items, tmp_path / "images", tmp_path / "out")
+    run_jobs([job], Examiner, *worker, "cpu")
+    job, _ = examine_job(card, items, tmp_path / "images", tmp_path / "out")
+    assert job.missing() == []
+    write(tmp_path / "images" / "30.png", png("red", 16))
+    job, _ = examine_job(card, items, tmp_path / "images", tmp_path / "out")
+    assert len(job.missing()) == 1

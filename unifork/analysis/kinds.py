@@ -1,0 +1,50 @@
+"""The analyses by name: a model, a run and choices go in, `NAME.json` and `NAME.svg` come out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unifork.analysis import alignment, entropy, gradients
+from unifork.analysis.runs import RunDocuments
+from unifork.config import Analysis
+from unifork.errors import unknown
+from unifork.identity import weights_identity
+from unifork.inference import stage_sampling
+from unifork.library import Model
+from unifork.shards.manifest import write_atomically, write_json
+
+ANALYZE_VERSION = 1
+"""Raise when the same model would be analyzed to other numbers."""
+
+
+def analyze(
+    kind: str, of: RunDocuments, out: Path, prompts: Sequence[str] | None = None, untrained: Model | None = None
+) -> None:
+    """Write an analysis of a model. of: it, and the run whose documents are read where no prompts are given.
+
+    Raises ConfigError or DataError where there is nothing to analyze.
+    """
+    if kind not in KINDS:
+        raise unknown("analysis", kind, KINDS)
+    work, figure = KINDS[kind]
+    found = work(of, prompts, untrained)
+    weights = weights_identity(of.model.engine.model.state_dict())
+    found = {"model": str(of.model.directory), "weights": weights, "choices": of.choices.model_dump(), **found}
+    write_atomically(out / f"{kind}.svg", lambda path: path.write_text(figure(found, of.choices)))
+    write_json(out / f"{kind}.json", found)
+
+
+def _alignment(of: RunDocuments, prompts: Sequence[str] | None, untrained: Model | None) -> dict[str, Any]:
+    texts, rows = (prompts, "given") if prompts else of.captions()
+    found = alignment.alignment(of.model, texts, stage_sampling(of.model.directory), of.choices, untrained)
+    return {"prompts_are": rows, **found}
+
+
+KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any], Analysis], str]]] = {
+    "alignment": (_alignment, alignment.figure),
+    "conflict": (
+        lambda of, *_: gradients.conflicts(of.model.engine.model, of.documents(), of.choices),
+        gradients.figure,
+    ),
+    "entropy": (lambda of, *_: entropy.entropies(of.documents()), entropy.figure),
+}

@@ -1,0 +1,43 @@
+"""`unifork analyze`: what the papers look at inside a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unifork.commands.infer import Device, Dtype, lines
+from unifork.errors import ConfigError
+
+
+def analyze(
+    kind: Annotated[str, typer.Argument(help="alignment, conflict or entropy")],
+    model: Annotated[Path, typer.Argument(help="model directory, for example models/unifork-s3")],
+    out: Annotated[Path, typer.Option(help="folder for KIND.json and KIND.svg")],
+    prompts: Annotated[Path | None, typer.Option(help="alignment: file with a prompt in each line")] = None,
+    held_out: Annotated[bool, typer.Option(help="alignment: captions of held-out rows of the experiment here")] = False,
+    run: Annotated[str | None, typer.Option(help="whose documents are read; by default the model's own name")] = None,
+    untrained: Annotated[Path | None, typer.Option(help="alignment: model directory of a control")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="prompts, or documents of each kind")] = 500,
+    choose: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of an experiment's `analyses`, often")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="documents of one call")] = 64,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Alignment of images and texts by layer, gradient conflict, or conditional entropy of tokens."""
+    import numpy as np
+
+    from unifork.analysis.kinds import analyze as analyzed
+    from unifork.analysis.runs import RunDocuments
+    from unifork.config import Analysis, parse
+    from unifork.library import Model
+
+    given = dict(pair.partition("=")[::2] for pair in choose or [])
+    choices = parse(Analysis, {"pairs": pairs, "batch": batch, **given}, "--choose")
+    if kind == "alignment" and bool(prompts) == held_out:
+        raise ConfigError("whose alignment: give either --prompts FILE or --held-out")
+    every = [*dict.fromkeys(lines(prompts))] if prompts else []
+    texts = [every[number] for number in np.random.default_rng(choices.seed).permutation(len(every))[:pairs]]
+    loaded = Model.load(model, device, dtype)
+    control = Model.load(untrained, device, dtype) if untrained else None
+    analyzed(kind, RunDocuments(run or model.name, loaded, choices), out, texts, control)
+    print(out / f"{kind}.svg")
