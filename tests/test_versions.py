@@ -20,7 +20,7 @@ STAGES_OF = {
     "TOKENIZER_VERSION": "image_tokenizer encode init items answer score analyze report",
     "TEXT_TOKENIZER_VERSION": "text_tokenizer",
     "ENCODE_VERSION": "encode",
-    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer analyze",
+    "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer text analyze",
     "MODEL_VERSION": "init train answer text analyze report",
     "TRAIN_VERSION": "train",
     "ITEMS_VERSION": "items examine score report",
