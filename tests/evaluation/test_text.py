@@ -25,7 +25,7 @@ from unifork.evaluation.text import export, run_tasks
 from unifork.evaluation.text_scores import text_scores
 from unifork.layout import Layout
 from unifork.models.modeling import load_model
-from unifork.report.gather import evaluation
+from unifork.report.scores import benchmark
 from unifork.shards.manifest import Manifest, Shard, read_manifest, write_manifest
 
 torch.set_num_threads(1)
@@ -274,6 +274,7 @@ def test_the_programs_list_what_is_not_here_and_the_page_shows_scores(tmp_path):
     written(tmp_path / "answers/unifork/tiny", [row("arc_tiny", acc=1.0), row("boolq_tiny", acc=0.0)] * 2)
     process = start(tmp_path, "pipelines.score", "unifork")
     assert process.wait() == 0
-    found = evaluation("unifork-tiny", experiment, Layout(tmp_path))
-    assert found["scores"]["all"]["mean"].value == 0.5
-    assert found["plot"]
+    found = benchmark("tiny", experiment, Layout(tmp_path))
+    assert found["numbers"]["unifork"]["all"]["mean"]["value"] == 0.5
+    assert found["missing"] == []
+    assert [row[0] for table in found["scores"] for row in table.rows]

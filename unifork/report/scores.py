@@ -140,7 +140,7 @@ def _items(name: str, records: Mapping[str, Sequence[Found]], layout: Layout) ->
         drawn = stored_images(layout.answers(variant) / name, about, "image")
         for key in shown:
             verdict, own = _verdict(table.get(key)), table.get(key)
-            text = own["answer"] if own and key in sources else "; ".join(verdict["faults"] if verdict else ())
+            text = own["answer"] if own and key in sources else "; ".join(verdict["faults"] if verdict else ()) or None
             cells[key].append(
                 [*([drawn[key]] if key in drawn else []), Judged(verdict["right"] >= 1, text) if verdict else text]
             )

@@ -17,7 +17,8 @@ class Judged(NamedTuple):
     """A text and whether it is right."""
 
     good: bool
-    text: str
+    text: str | None
+    """None where there is no text to show, as beside an image that is right."""
 
 
 class Measured(NamedTuple):
