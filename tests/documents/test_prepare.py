@@ -51,7 +51,7 @@ def test_two_workers_make_the_same_bytes(tiny_root, tmp_path):
     (root / "two.yaml").write_text("name: two\ncpus: 2\njobs: {prepare: {workers: 2, cpus: 0.5}}\n")
     shutil.rmtree(folder_of(root))
     program = start(root, *PROGRAM, cluster="two.yaml")
-    output = program.communicate(timeout=600)
+    output = program.communicate(timeout=120)
     assert program.returncode == 0, output
     assert bytes_of(folder_of(root)) == bytes_of(folder_of(tiny_root))
 

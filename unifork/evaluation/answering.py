@@ -26,7 +26,6 @@ from unifork.vocabulary import CODE_DTYPE, VOCABULARY_VERSION
 ANSWER_VERSION = 1
 """Raise when the same model would give other answers to the same items."""
 BATCH_IMAGES = 64
-MATTE = (255, 255, 255)
 SCHEMA = pa.schema(
     [*((name, pa.string()) for name in ("id", "prompt", "text")), *((name, pa.binary()) for name in ("image", "codes"))]
 )
@@ -43,6 +42,7 @@ class Answerer:
         import torch  # noqa: PLC0415
 
         from unifork.image_tokenizer.code_encoder import CodeEncoder  # noqa: PLC0415
+        from unifork.image_tokenizer.views import MATTE  # noqa: PLC0415
         from unifork.inference import Engine  # noqa: PLC0415
 
         self.request, self.engine = request, Engine.load(model, device, chosen_dtype(request.dtype, "answer.dtype"))

@@ -20,8 +20,6 @@ from PIL import Image
 from unifork.errors import DataError
 from unifork.vocabulary import View
 
-MATTE = (255, 255, 255)
-"""Behind transparent pixels of images that no card describes."""
 RGB = tuple[int, int, int]
 MATTE = (255, 255, 255)
 """Behind transparent pixels of images that no card describes."""
