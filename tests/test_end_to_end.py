@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -145,10 +144,9 @@ def test_everything_is_there(reproduced):
 
 
 def test_a_second_repro_does_nothing_in_under_five_seconds(reproduced):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
     output = run(reproduced, "dvc", "repro")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # other tests run beside it; this is its own time
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    assert time.monotonic() - started < 5
     assert ran(output) == []
     assert "up to date" in output
 
