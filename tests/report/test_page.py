@@ -11,8 +11,8 @@ from report_samples import NASTY, FakeCodec, experiment, layout, write_all
 
 from unifork.config import AnalyzedRun
 from unifork.errors import UniForkError
-from unifork.figures import data_uri
 from unifork.report.build import build
+from unifork.report.tables import data_uri
 from unifork.shards.manifest import write_json
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -300,4 +300,4 @@ def test_it_shows_alignment_where_it_was_analyzed(tmp_path):
     (where.analysis("fork-s3") / "alignment.svg").write_text("<svg/>")
     page = build(plan, where, None)
     assert "after fork-s3, from the first to the last: generation 0.50 to 0.25; understanding 0.50 to 0.75." in page
-    assert data_uri("<svg/>") in page
+    assert data_uri("image/svg+xml", b"<svg/>") in page

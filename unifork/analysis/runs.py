@@ -19,8 +19,6 @@ from unifork.layout import Layout
 from unifork.library import Model
 from unifork.vocabulary import Task
 
-BAND: dict[str, Any] = {"color": "0.5", "alpha": 0.3, "linewidth": 0, "label": "chance, 95 %"}
-
 
 @dataclass(frozen=True)
 class RunDocuments:
