@@ -70,17 +70,19 @@ class TrackPlan:
     entries: Sequence[EntryPlan]
 
 
-def code_shape(experiment: Experiment) -> tuple[int, int, int, int]:
+def code_shape(experiment: Experiment) -> dict[str, int]:
     """Codebook size, code channels, depth and grid; an imported tokenizer is taken for VILA-U's."""
     images = experiment.image_tokenizer
     if isinstance(images, ImageTokenizerConfig):
-        return images.codebook_size, images.encoder.hidden_size, images.depth, images.grid
-    return 16384, 1024, 4, images.image_size // 16
+        sizes = (images.codebook_size, images.encoder.hidden_size, images.depth, images.grid)
+    else:
+        sizes = (16384, 1024, 4, images.image_size // 16)
+    return dict(zip(("codebook_size", "code_channels", "depth", "grid"), sizes, strict=True))
 
 
 def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
     """The model of a variant without memory for its weights. Raises ConfigError as the real one would."""
-    config = model_config(variant, *code_shape(experiment), getattr(experiment.text_tokenizer, "vocab_size", 0))
+    config = model_config(variant, getattr(experiment.text_tokenizer, "vocab_size", 0), **code_shape(experiment))
     if not config.backbone["vocab_size"]:
         raise ConfigError(f"{experiment.name}: an imported text tokenizer needs vocab_size in every variant's backbone")
     with torch.device("meta"):
@@ -145,8 +147,8 @@ def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None
 
 def image_bytes(experiment: Experiment) -> int:
     """Codes of one image on disk."""
-    _, _, depth, grid = code_shape(experiment)
-    return grid**2 * depth * np.dtype(CODE_DTYPE).itemsize
+    shape = code_shape(experiment)
+    return shape["grid"] ** 2 * shape["depth"] * np.dtype(CODE_DTYPE).itemsize
 
 
 def code_bytes(experiment: Experiment, cards: Mapping[str, Card]) -> dict[str, int | None]:

@@ -9,7 +9,7 @@ import yaml
 from benchmark_files import ROOT, lines, png, write
 from generation_files import FILES, PROMPTS, benchmark, image_folder
 from tiny import fresh_tokenizer, start, write_experiment, write_model
-from tiny_networks import KINDS
+from tiny_networks import KINDS, shrink
 from typer.testing import CliRunner
 
 from unifork.cli import app
@@ -51,7 +51,8 @@ def output_of(*words):
 
 
 @pytest.mark.parametrize("name", ["geneval", "mjhq", "dpg"])
-def test_a_folder_of_images_becomes_scores(name, root):
+def test_a_folder_of_images_becomes_scores(name, root, monkeypatch):
+    shrink(monkeypatch)
     place(root, name)
     _, items = benchmark(name, root / "archives" / "evals" / name)
     image_folder(items, root / "images")

@@ -19,7 +19,6 @@ from huggingface_hub.hf_api import BlobLfsInfo
 from tiny import bytes_of, copy_of
 from typer.testing import CliRunner
 
-import datasets
 from unifork.cli import app
 from unifork.config import MixtureEntry, load_card
 from unifork.documents.mixture import CodesIdentity, MixturePart
@@ -112,6 +111,8 @@ def test_checksums_are_those_of_the_files(published):
 
 def test_a_stranger_loads_it_and_sees_images(root, monkeypatch, caplog):
     """The ten lines of the page, run as they stand there, in the folder of the page."""
+    import datasets  # as here alone: it takes seconds
+
     monkeypatch.setenv("HF_HOME", str(root / "hf"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "hf")
     text = Path("out/README.md").read_text()
@@ -218,6 +219,8 @@ def test_a_shard_of_which_nothing_is_left_is_empty(root):
     assert "64 rows, 32 withheld" in command("publish", "shapes", "--to", "out", "--takedown", "gone.txt", "--verify")
     command("fetch", "out", "less")
     assert [shard.rows for shard in read_manifest(Path("data/codes/less/crop")).shards] == [0, 32, 32]
+    import datasets
+
     rows = datasets.load_dataset(str(root / "out"), "crop", split="train", cache_dir=str(root / "hf"))
     assert len(rows) == 64
 

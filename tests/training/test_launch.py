@@ -33,7 +33,7 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
     trainer = TorchTrainer(
         worker,
         train_loop_config={"folder": str(tmp_path)},
-        scaling_config=launch.scaling(train_resources),
+        scaling_config=ray.train.ScalingConfig(**launch.scaling(train_resources)),
         torch_config=TorchConfig(backend="gloo"),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path / "ray"), name="gpus"),
     )

@@ -74,19 +74,19 @@ class RunDocuments:
             yield parts[part], int(number - ends[part]) + len(parts[part])
 
 
+@matplotlib.rc_context(fname=LOOK)
 def drawn(curves: Sequence[Mapping[str, Any]], x: str, y: str, fork: float | None = None) -> str:
     """Curves as SVG: `x`, `y`, standard errors as `error`, low and high of chance as `band`, and how they look."""
-    with matplotlib.rc_context(fname=LOOK):
-        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        for curve in curves:
-            style = {"marker": ".", "capsize": 2, **curve}
-            if band := style.pop("band", None):
-                axes.fill_between(curve["x"], band[0], band[1], color="0.5", alpha=0.2, linewidth=0)
-            axes.errorbar(style.pop("x"), style.pop("y"), yerr=style.pop("error", None), **style)
-        if fork is not None:
-            axes.axvline(fork, color="0.5", linestyle=":", label="fork")
-        axes.set(xlabel=x, ylabel=y)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper center", ncols=2)
-        return svg(figure)
+    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    for curve in curves:
+        style = {"marker": ".", "capsize": 2, **curve}
+        if band := style.pop("band", None):
+            axes.fill_between(curve["x"], band[0], band[1], color="0.5", alpha=0.2, linewidth=0)
+        axes.errorbar(style.pop("x"), style.pop("y"), yerr=style.pop("error", None), **style)
+    if fork is not None:
+        axes.axvline(fork, color="0.5", linestyle=":", label="fork")
+    axes.set(xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside upper center", ncols=2)
+    return svg(figure)

@@ -102,6 +102,11 @@ def share(counted_I: np.ndarray, members_I: np.ndarray, weight: float = 1.0) -> 
     return Ratio(counted_I * members_I, members_I * 1.0, weight)
 
 
+def accuracy(name: str, right_I: np.ndarray, members_I: np.ndarray, split: str = "all", weight: float = 1.0) -> Measure:
+    """How right some items are, on average, as a score."""
+    return Measure(name, (share(right_I, members_I, weight),), members_I, split)
+
+
 def binary(yes_I: np.ndarray, labels_I: np.ndarray, right_I: np.ndarray, members_I: np.ndarray) -> dict[str, Ratio]:
     """Accuracy, precision, recall, F1 and yes-ratio; positive is yes.
 

@@ -61,6 +61,7 @@ class Plot(NamedTuple):
     numbers: str
 
 
+@matplotlib.rc_context(fname=LOOK)
 def training_plots(lines: Lines) -> list[Plot]:
     """A plot for each quantity that a history has."""
     found = []
@@ -70,8 +71,7 @@ def training_plots(lines: Lines) -> list[Plot]:
                 f"{', '.join(filter(None, key))}: {a[0, 1]:.3g} to {a[-1, 1]:.3g}" for key, a in curves.items()
             )
             alt = f"{title} over {max(a[-1, 0] for a in curves.values()):.0f} steps. {ranges}"
-            with matplotlib.rc_context(fname=LOOK):
-                src = data_uri("image/svg+xml", svg(_figure(curves, lines)).encode())
+            src = data_uri("image/svg+xml", svg(_figure(curves, lines)).encode())
             found.append(Plot(title, src, alt, data_uri("text/csv", _table(curves))))
     return found
 
@@ -87,13 +87,13 @@ def alignment(key: str, layout: Layout) -> Plot | None:
     return Plot(key, data_uri("image/svg+xml", (folder / "alignment.svg").read_bytes()), alt, numbers)
 
 
+@matplotlib.rc_context(fname=LOOK)
 def loss_images(lines: Lines) -> dict[str, bytes]:
     """The plots of the losses as PNG, by file name."""
     found = {}
     for title in LOSSES:
         if curves := curves_of(lines, title):
-            with matplotlib.rc_context(fname=LOOK):
-                _figure(curves, lines).savefig(stream := io.BytesIO(), dpi=110, metadata={"Software": None})
+            _figure(curves, lines).savefig(stream := io.BytesIO(), dpi=110, metadata={"Software": None})
             found[f"{title.lower().replace(' ', '_')}.png"] = stream.getvalue()
     return found
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,10 +31,6 @@ from unifork.training.loggers import find_loggers
 from unifork.training.loop import WorkerContext, turns
 from unifork.training.requests import Messages, Requests, signals
 from unifork.training.stage import StageJob, train_stage
-
-if TYPE_CHECKING:
-    from ray.train import ScalingConfig
-
 
 POLL_SECONDS = 0.5
 
@@ -57,20 +53,15 @@ def launch(job: StageJob) -> None:
             train_stage(job, WorkerContext(device="cuda" if job.resources.gpus else "cpu", requests=requests))
 
 
-def scaling(resources: TrainResources) -> "ScalingConfig":
-    """What Ray Train is asked for."""
-    from ray.train import ScalingConfig
-
-    return ScalingConfig(
-        num_workers=resources.workers,
-        use_gpu=resources.gpus > 0,
-        resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
-    )
+def scaling(resources: TrainResources) -> dict[str, Any]:
+    """What Ray Train is asked for: arguments of its ScalingConfig."""
+    each = {"CPU": resources.cpus, "GPU": resources.gpus}
+    return {"num_workers": resources.workers, "use_gpu": resources.gpus > 0, "resources_per_worker": each}
 
 
 def _fit(job: StageJob, requests: Requests) -> None:
     import ray
-    from ray.train import FailureConfig, RunConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -83,7 +74,7 @@ def _fit(job: StageJob, requests: Requests) -> None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.model_dump(mode="json"),
-        scaling_config=scaling(job.resources),
+        scaling_config=ScalingConfig(**scaling(job.resources)),
         torch_config=TorchConfig(backend="nccl" if job.resources.gpus else "gloo"),
         run_config=RunConfig(
             name=f"{job.key}-{job.fingerprint()}",

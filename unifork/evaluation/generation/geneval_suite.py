@@ -16,7 +16,7 @@ from unifork.config import StrictModel
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.geneval import Clause, Found, judge
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, mean, share
+from unifork.evaluation.statistics import Measure, accuracy, mean
 from unifork.evaluation.suites import Answer, Suite, Verdict
 from unifork.images import open_image
 
@@ -83,16 +83,13 @@ def official(item: Item, answer: Answer) -> Verdict:
 
 
 def _clause(plain: Mapping[str, Any]) -> Clause:
-    position = plain.get("position")
-    return Clause(plain["class"], plain["count"], plain.get("color"), (position[0], position[1]) if position else None)
+    return Clause(plain["class"], plain["count"], plain.get("color"), plain.get("position"))
 
 
 def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
     """The share of right images of each kind, and `overall`, the unweighted mean of the kinds."""
     kinds_I = np.array([item.about["kind"] for item in items])
-    kinds = [
-        Measure(kind, (share(right_I, kinds_I == kind),), kinds_I == kind) for kind in KINDS if (kinds_I == kind).any()
-    ]
+    kinds = [accuracy(kind, right_I, kinds_I == kind) for kind in KINDS if (kinds_I == kind).any()]
     return [mean("overall", kinds), *kinds]
 
 

@@ -13,7 +13,7 @@ from unifork.config import EvalCard, StrictModel
 from unifork.evaluation.answers import Rows
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, mean, share
+from unifork.evaluation.statistics import Measure, accuracy, mean
 from unifork.evaluation.suites import Suite
 from unifork.evaluation.understanding.answers import choices, exact_letter, letter, strict_letter, with_choices
 
@@ -61,16 +61,15 @@ def export(_: EvalCard, rows: Rows) -> dict[str, str]:
 
 def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
     """Accuracy over questions (SEED-I), its mean over types, and that of each type, by image and video."""
+    splits_I, types_I = np.array([item.split for item in items]), np.array([item.about["type"] for item in items])
     found = []
-    for split in sorted({item.split for item in items}):
-        members_I = np.array([item.split == split for item in items])
-        types_I = np.array([item.about["type"] for item in items])
-        kinds = []
-        for number in sorted({*types_I[members_I].tolist()}):
-            of_type_I = members_I & (types_I == number)
-            kinds.append(Measure(TYPES[number - 1], (share(right_I, of_type_I),), of_type_I, split))
-        found += [Measure("accuracy", (share(right_I, members_I),), members_I, split), mean("mean_of_types", kinds)]
-        found += kinds
+    for split in sorted({*splits_I.tolist()}):
+        members_I = splits_I == split
+        kinds = [
+            accuracy(TYPES[number - 1], right_I, members_I & (types_I == number), split)
+            for number in sorted({*types_I[members_I].tolist()})
+        ]
+        found += [accuracy("accuracy", right_I, members_I, split), mean("mean_of_types", kinds), *kinds]
     return found
 
 
