@@ -168,10 +168,11 @@ def map_shards(
     """
     if not tasks:
         return
+    make = partial(worker_class, *worker_args)
     if resources.workers == 0:
-        yield from map(partial(outcome, worker_class(*worker_args)), tasks)
+        yield from map(partial(outcome, make()), tasks)
     else:
-        yield from _map_on_ray(tasks, worker_class, worker_args, resources)
+        yield from _map_on_ray(tasks, make, resources)
 
 
 def outcome(worker: Worker, task: ShardTask) -> ShardResult:
@@ -186,17 +187,12 @@ def outcome(worker: Worker, task: ShardTask) -> ShardResult:
         return ShardResult(task.output, None, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def _map_on_ray(
-    tasks: Sequence[ShardTask],
-    worker_class: Callable[..., Worker],
-    worker_args: tuple[object, ...],
-    resources: JobResources,
-) -> Results:
+def _map_on_ray(tasks: Sequence[ShardTask], make: partial[Worker], resources: JobResources) -> Results:
     import ray
     import ray.data
 
     workers = min(resources.workers, len(tasks))
-    at_once = min(getattr(worker_class, "TASKS_AT_ONCE", 1), len(tasks) // workers)
+    at_once = min(getattr(make.func, "TASKS_AT_ONCE", 1), len(tasks) // workers)
     check_room(workers, resources.cpus, resources.gpus, cluster_file())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -206,7 +202,7 @@ def _map_on_ray(
         warnings.simplefilter("ignore")
         answers = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
             _Actor,
-            fn_constructor_args=(worker_class, worker_args, os.getcwd()),
+            fn_constructor_args=(make, os.getcwd()),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 size=workers,
@@ -248,8 +244,8 @@ class _Actor:
     paths mean the same in both.
     """
 
-    def __init__(self, worker_class: Callable[..., Worker], worker_args: tuple[object, ...], folder: str) -> None:
-        self.worker_class, self.worker_args, self.folder = worker_class, worker_args, folder
+    def __init__(self, make: Callable[[], Worker], folder: str) -> None:
+        self.make, self.folder = make, folder
         self.worker: Worker | None = None
         self.making = Lock()
 
@@ -261,7 +257,7 @@ class _Actor:
             with self.making:
                 if self.worker is None:
                     os.chdir(self.folder)
-                    self.worker = self.worker_class(*self.worker_args)
+                    self.worker = self.make()
             return outcome(self.worker, pickle.loads(task))
         except UniForkError as error:
             return error

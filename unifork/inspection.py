@@ -18,7 +18,7 @@ from unifork.config import Cluster, Experiment, cluster_file, load
 from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.documents.mixture import CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError, DataError, unknown
+from unifork.errors import ConfigError, DataError, one_of
 from unifork.image_tokenizer.architecture import describe
 from unifork.layout import Layout
 from unifork.models.decoder import batch_routes
@@ -39,11 +39,8 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
     """
     layout = Layout(root)
     params = load(Experiment, _there(layout.params, "unifork use NAME"))
-    if variant not in params.variants:
-        raise unknown("variant", variant, params.variants, "params.yaml: variants")
-    architecture = params.variants[variant]
-    if stage not in architecture.stages:
-        raise unknown("stage", stage, architecture.stages, f"params.yaml: variants.{variant}.stages")
+    architecture = params.variants[one_of("variant", variant, params.variants, "params.yaml: variants")]
+    one_of("stage", stage, architecture.stages, f"params.yaml: variants.{variant}.stages")
     chosen, resources = params.stages[stage], load(Cluster, root / cluster_file()).for_stage(stage)
     workers = max(resources.workers, 1)
     layers = LayerPlan.parse(architecture.plan, architecture.backbone.get("num_hidden_layers"))
@@ -161,10 +158,5 @@ def visible(text: str) -> str:
     r"""Text in one line of printing characters: `\`, `[`, `]` and `<` get a `\` in front, which marks never have;
     what does not print is written as Python writes it (`\n`, `\x1b`, `\u202e`).
     """
-    return "".join(map(_visible, text))
-
-
-def _visible(letter: str) -> str:
-    if letter in "\\[]<":
-        return f"\\{letter}"
-    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+    escaped = (f"\\{letter}" if letter in "\\[]<" else letter for letter in text)
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in escaped)

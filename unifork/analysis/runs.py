@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from unifork.batch import Document
 from unifork.config import Analysis, Experiment, load_experiment
 from unifork.documents.mixture import CodesIdentity, MixturePart
-from unifork.errors import DataError, unknown
+from unifork.errors import DataError, one_of
 from unifork.figures import LOOK, svg
 from unifork.layout import Layout
 from unifork.library import Model
@@ -32,8 +32,7 @@ class RunDocuments:
     def experiment(self) -> Experiment:
         """That of the working directory. Raises ConfigError where it has no such run."""
         experiment = load_experiment()
-        if self.run not in experiment.runs:
-            raise unknown("run", self.run, experiment.runs, "params.yaml: runs")
+        one_of("run", self.run, experiment.runs, "params.yaml: runs")
         return experiment
 
     def documents(self) -> Iterator[Document]:

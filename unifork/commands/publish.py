@@ -11,9 +11,7 @@ TAKEDOWN = Path("takedown.txt")
 def publish(
     dataset: Annotated[str, typer.Argument(help="data set with finished codes, a card in datasets/")],
     to: Annotated[str, typer.Option(help="a folder, hf://user/name, s3://bucket/path, ...")],
-    takedown: Annotated[
-        Path, typer.Option(help="list of rows to leave out; the default is used where it exists")
-    ] = TAKEDOWN,
+    takedown: Annotated[Path, typer.Option(help="rows to leave out; the default, where it exists")] = TAKEDOWN,
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
 ) -> None:
     """Publish the codes of a data set: only what is missing or differs is uploaded."""

@@ -49,9 +49,7 @@ def _all_items(name: str, archive: Path | None) -> "tuple[EvalCard, list[Item]]"
 def score(
     suite: Suite,
     answers: Annotated[Path, typer.Option(help="file of answers in any supported format, or a folder of answers/")],
-    rule: Annotated[
-        list[str] | None, typer.Option(help="rule of the benchmark; the default are those of its card")
-    ] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="rule; the default are those of its card")] = None,
     archive: Archive = None,
     out: Annotated[Path | None, typer.Option(help="folder for metrics.json and verdicts.jsonl")] = None,
     partial: Annotated[bool, typer.Option(help="score what has an answer; all scores are marked")] = False,
@@ -81,9 +79,7 @@ def score(
 def compare(
     first: Annotated[Path, typer.Argument(help="folder with verdicts.jsonl")],
     second: Annotated[Path, typer.Argument(help="another, of the same items")],
-    rule: Annotated[
-        str | None, typer.Option(help="rule whose verdicts are compared; the default is the card's first")
-    ] = None,
+    rule: Annotated[str | None, typer.Option(help="whose verdicts are compared; default: the card's first")] = None,
 ) -> None:
     """What one model scores above another on the same items, with its error and p."""
     from unifork.evaluation import scoring
@@ -117,9 +113,7 @@ def export(
 @answers_app.command(epilog="Example: unifork answers examine geneval --images outputs --out found/geneval")
 def examine(
     suite: Suite,
-    images: Annotated[
-        Path | None, typer.Option(help="of answers/, or in the official layout; none: the reference")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="folder, also in official layout; none: the reference")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for what is found; none: beside the images")] = None,
     archive: Archive = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

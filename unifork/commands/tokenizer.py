@@ -13,12 +13,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
-ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="side of the images, 384 in the paper; default: the tower's own")
-]
-VisionTower = Annotated[
-    str | None, typer.Option(help="folder with the tower's configuration, if a UniFork checkpoint names none")
-]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="side in pixels, 384 in the paper; default: the tower's")]
+VisionTower = Annotated[str | None, typer.Option(help="folder of the tower's configuration, if none is named")]
 AllowPickle = Annotated[bool, typer.Option(help="read .bin and .pt files, which safetensors replace")]
 TokenizerDirectory = Annotated[Path, typer.Option(help="tokenizer directory, for example tokenizers/image")]
 BATCH_IMAGES = 8

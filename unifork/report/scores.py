@@ -24,6 +24,7 @@ SHOWN = 8
 LONGEST = 300
 """Characters of an expected answer."""
 
+Card = EvalCard | TextCard
 Scores = Mapping[str, Mapping[tuple[str, str], Score]]
 """By variant, and by split and name."""
 
@@ -56,7 +57,7 @@ def benchmark(name: str, experiment: Experiment, layout: Layout) -> dict[str, An
     }
 
 
-def measured(score: Score, card: EvalCard | TextCard) -> Measured:
+def measured(score: Score, card: Card) -> Measured:
     """A score with its error (or the interval where all items agree), on the scale of its card."""
     error = "?" if score.standard_error is None else real(score.standard_error)
     about = f"({real(score.interval[0])} to {real(score.interval[1])})" if score.interval else f"± {error}"
@@ -71,11 +72,7 @@ def measured(score: Score, card: EvalCard | TextCard) -> Measured:
 
 
 def _table(
-    label: str,
-    card: EvalCard | TextCard,
-    found: Scores,
-    names: Mapping[str, str],
-    differences: Mapping[str, Mapping[str, str]],
+    label: str, card: Card, found: Scores, names: Mapping[str, str], differences: Mapping[str, Mapping[str, str]]
 ) -> Table:
     """A row for each split and score, in the order of the card, others behind; columns for variants and differences.
 

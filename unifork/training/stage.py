@@ -133,14 +133,12 @@ def _train(job: StageJob, run: WorkerContext) -> None:
     state = training.steps()
     if not training.lead:
         return
-    tracks = training.tracks
     with writing(job.model_folder):
         try:
-            path = checkpoint.folder_of(job.run_folder, state)
-            export(job, run, path, training.tokenizer, tracks, training.validation, log)
+            export(training, checkpoint.folder_of(job.run_folder, state))
         except SafetensorError as error:  # its own word for what a disk says
             raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
-    report_seen(log, tracks, read(job.run_folder))
+    report_seen(log, training.tracks, read(job.run_folder))
     seconds = time.monotonic() - started
     write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": training.mark, "seconds": seconds})
     (job.run_folder / STOPPED).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ the surest first), or the official scorer's `results.jsonl`, whose verdicts are 
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,10 +72,9 @@ def official(item: Item, answer: Answer) -> Verdict:
         rows = [(Found(name, color, tuple(box)), score) for name, color, box, score in json.loads(answer.text)]
     except (ValueError, TypeError):
         return Verdict(None, 0.0, ("not what a detector found",))
-    counts: dict[str, int] = {}
-    objects = []
+    counts, objects = Counter[str](), []
     for thing, score in sorted(rows, key=lambda row: -row[1]):
-        counts[thing.name] = counts.get(thing.name, 0) + (score > _least(item))
+        counts[thing.name] += score > _least(item)
         if score > _least(item) and counts[thing.name] <= MOST_OBJECTS:
             objects.append(thing)
     include, exclude = ([_clause(plain) for plain in item.truth[part]] for part in ("include", "exclude"))

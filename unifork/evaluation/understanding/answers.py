@@ -4,7 +4,7 @@ Rules and scores of benchmarks are built from these readings. Those of their mak
 reported numbers rest on them.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -111,7 +111,7 @@ def by_type(items: Sequence[Item], right_I: np.ndarray, weight: float = 1.0) -> 
 
 def commonest(groups: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
     """The most common answer of every group: what a model that sees nothing of an item but its group would say."""
-    counts: dict[str, Counter[str]] = {}
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for group, answer in zip(groups, answers, strict=True):
-        counts.setdefault(group, Counter())[answer] += 1
+        counts[group][answer] += 1
     return {group: min(found, key=lambda text: (-found[text], text)) for group, found in counts.items()}

@@ -5,6 +5,7 @@ LLaVA's way, which UniFork takes, lets the model write a letter; the makers' own
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,10 +39,10 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
     rows = list(archive.table())
     if not rows:
         rows = [(str(row["data_id"]), row) for row in archive.json("**/SEED-Bench*.json")["questions"]]
-    items, seen = [], dict[str, int]()
+    items, seen = [], Counter[str]()
     for place, row in rows:
         name = str(row["question_id"])
-        seen[name] = seen.get(name, 0) + 1
+        seen[name] += 1
         options = choices(row, COLUMNS)
         about = {"question_id": name, "type": int(row["question_type_id"]), "options": options}
         items.append(
