@@ -59,14 +59,10 @@ def plan(
           str(part.length.text), str(part.length.image), "unknown" if part.passes is None else f"{part.passes:.2f}"]
          for track in mixtures.values() for part in track.entries), names=4,
     )  # fmt: skip
-    disk = [
-        [f"data/codes/{folder}", "", "", amount(size, "B") or "unknown"]
-        for folder, size in planning.code_bytes(params, {name: load_card(name) for name in params.datasets}).items()
-    ]
-    disk += [
-        [f"data/prepared/{name}", "", "", amount(size, "B") or "unknown"]
-        for name, size in planning.prepared_bytes(params, everything).items()
-    ]
+    codes = planning.code_bytes(params, {name: load_card(name) for name in params.datasets})
+    sizes = {f"data/codes/{name}": size for name, size in codes.items()}
+    sizes |= {f"data/prepared/{name}": size for name, size in planning.prepared_bytes(params, everything).items()}
+    disk = [[name, "", "", amount(size, "B") or "unknown"] for name, size in sizes.items()]
     for key, run in params.runs.items():
         its = [track for track in tracks[run.variant] if track.stage == run.stage]
         size, kept = planning.checkpoint_bytes(models[run.variant], its), params.stages[run.stage].keep_checkpoints

@@ -1,6 +1,7 @@
 """`unifork tokenizer`: official tokenizers as ours, images to codes, codes to images."""
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,12 +64,8 @@ def encode(
         "codebook_id": coder.tokenizer.codebook_id,
         "encoder_id": coder.tokenizer.encoder_id,
     }
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **facts)
-
-    write_atomically(out, write)
+    np.savez_compressed(data := BytesIO(), **facts)
+    write_atomically(out, lambda temporary: temporary.write_bytes(data.getvalue()))
     print(f"{out}: codes {facts['codes'].shape}, view {view}")
 
 

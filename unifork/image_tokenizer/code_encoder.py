@@ -53,8 +53,7 @@ class CodeEncoder:
         threads: int = 1,
     ) -> None:
         self.view = one_of("view", view, VARIANTS, "CodeEncoder")
-        self.matte = matte
-        self.batch_images = batch_images
+        self.matte, self.batch_images = matte, batch_images
         self.tokenizer = ImageTokenizer.load(directory, device, dtype)
         self._pool, self._network = ThreadPoolExecutor(threads), Lock()
 

@@ -83,10 +83,9 @@ def residual_codes(features_MC: Tensor, codebook_KC: Tensor, depth: int) -> tupl
     codebook_KC = codebook_KC.to(torch.float32)
     codes, residuals = [], []
     for _ in range(depth):
-        chosen_M = nearest_rows(rest_MC, codebook_KC)
-        codes.append(chosen_M)
+        codes.append(nearest_rows(rest_MC, codebook_KC))
         residuals.append(rest_MC)
-        rest_MC = rest_MC - codebook_KC[chosen_M]
+        rest_MC = rest_MC - codebook_KC[codes[-1]]
     return torch.stack(codes, dim=1), torch.stack(residuals, dim=1)
 
 

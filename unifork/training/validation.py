@@ -23,6 +23,7 @@ from unifork.documents.mixture import MixturePart
 from unifork.documents.order import Slot
 from unifork.inference import Engine
 from unifork.training.loop import TrackRun, WorkerContext
+from unifork.vocabulary import TASKS
 
 LONGER = 16
 """Tokens that an answer may have beyond the longest expected one of its part."""
@@ -73,9 +74,7 @@ class Validation:
 
     def examine(self, engine: Engine) -> Examined:
         """What a finished model answers and draws."""
-        by_task: dict[str, list[MixturePart]] = {"understanding": [], "generation": []}
-        for part in self.parts.values():
-            by_task[part.task].append(part)
+        by_task = {task: [part for part in self.parts.values() if part.task == task] for task in TASKS}
         answers = {part: _answers(engine, part, self.config.answers) for part in by_task["understanding"]}
         scores = [{**_named(part), **_scores(found)} for part, found in answers.items() if found]
         share = math.ceil(self.config.prompts / max(len(by_task["generation"]), 1))
