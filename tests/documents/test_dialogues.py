@@ -160,5 +160,5 @@ def test_several_images_of_a_shard_are_refused():
     turns = [{"role": "user", "text": "Which?"}, {"role": "assistant", "text": "The left."}]
     with pytest.raises(Unusable, match="2 images, a document holds one"):
         written(TEMPLATES["answer"], turns, images=2)
-    with pytest.raises(Unusable, match="images: 0, a caption belongs to one"):
+    with pytest.raises(Unusable, match="images: 0, the template has a place for 1"):
         written(TEMPLATES["generate"], "a cat", images=0)

@@ -43,7 +43,7 @@ class Template:
 
     task: Task
     text: str = ""
-    """For captions: the whole sample with `{caption}`."""
+    """For captions and plain texts: the whole sample with `{caption}`."""
     opening: str = ""
     """For dialogues: what stands before the first exchange; `{system}` is the dialogue's own text or SYSTEM."""
     turn: str = ""
@@ -53,6 +53,11 @@ class Template:
     border: Border = "letters"
     once: str = ""
     """A text that must stand once in every exchange, or nothing of the sample is supervised (official code)."""
+
+    @property
+    def images(self) -> int | None:
+        """Images that every sample has; None for dialogues, which have those of their rows."""
+        return None if self.turn else self.text.count(IMAGE_MARK)
 
 
 INSTRUCTION = "Provide a one-sentence caption for the image."
@@ -81,6 +86,7 @@ TEMPLATES: dict[str, Template] = {
     ),
     "answer": ANSWER,
     "official-answer": replace(ANSWER, border="count", once=" ASSISTANT: "),
+    "text": Template("understanding", f"{TURN_START}[[{{caption}}{TURN_END}]]"),
 }
 
 
@@ -208,10 +214,10 @@ def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
     if template.text:
         if not isinstance(value, str):
             raise Unusable(f"a caption is expected, {CONVERSATIONS} were given", "broken_text")
-        if images != 1:
-            reason = "several_images" if images else "no_image"
-            raise Unusable(f"images: {images}, a caption belongs to one", reason)
-        return laid_out(template.text, {"caption": _without_mark(value)})
+        if images != template.images:
+            reason = "several_images" if images > 1 else "image_without_place" if images else "no_image"
+            raise Unusable(f"images: {images}, the template has a place for {template.images}", reason)
+        return laid_out(template.text, {"caption": _without_mark(value) if images else value})
     if isinstance(value, str):
         raise Unusable(f"{CONVERSATIONS} are expected, a caption was given", "broken_text")
     spoken = dialogue(value, images)
@@ -231,6 +237,8 @@ def question(template: Template, user: str, before: Sequence[Exchange] = (), ima
 
     before: the exchanges of the dialogue so far. image: whether this question has the image in front of it.
     """
+    if image and template.images == 0:
+        raise Unusable("the template has no place for an image", "image_without_place")
     if template.text:
         last = laid_out(template.text, {"caption": ""})
     else:

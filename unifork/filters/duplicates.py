@@ -43,12 +43,12 @@ DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.stri
 
 
 def signature(row: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
-    """The signatures of a row; `pair` is None without a URL."""
+    """The signatures of a row; `pair` is None without a URL, the others without an image."""
     values = [repr(row.get(name) or "") for name in texts]
     pair = hashlib.blake2b("\x00".join([row["url"], *values]).encode(), digest_size=8).digest() if row["url"] else None
     return {
         "key": row["key"],
-        "sha256": int(row["sha256"][:16], 16),
+        "sha256": int(row["sha256"][:16], 16) if row["sha256"] else None,
         "pair": None if pair is None else int.from_bytes(pair, "big"),
         "phash": row["phash"],
     }

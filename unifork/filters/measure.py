@@ -1,6 +1,7 @@
 """What the bytes of images say, read once: the only place of the filter that looks at an image.
 
-In: an image-text shard. Out: its rows without their images, with what each image measures or why it cannot be used.
+In: an image-text shard. Out: its rows without their images, with what each image measures or why it cannot be used;
+of a row without an image nothing is measured.
 Whatever decides about rows afterwards (rules, duplicates, lists) reads these shards, so that a changed rule reads no
 image.
 """
@@ -43,12 +44,14 @@ class Measure:
         self.schema = measured_schema(card)
 
     def __call__(self, task: ShardTask) -> ShardResult:
-        rows = [{**row, **measurements(row["image"] or b"")} for row in input_rows(task)]
+        rows = [{**row, **measurements(row["image"])} for row in input_rows(task)]
         return write_shard(task, table_of(rows, self.schema), {})
 
 
-def measurements(data: bytes) -> dict[str, Any]:
+def measurements(data: bytes | None) -> dict[str, Any]:
     """The columns that an image's bytes decide; the sides only where it can be decoded."""
+    if data is None:
+        return {}
     size = {"bytes": len(data)}
     try:
         return {**size, **measure(data)._asdict()}

@@ -47,15 +47,17 @@ class Rule(Generic[Options]):
     """Whether a row stays."""
     paths: tuple[str, ...] = ()
     """Options that name files or folders."""
+    of_images: bool = False
+    """It keeps every row without an image."""
     version: int = 0
     """Raise when the same options would decide otherwise; part of the fingerprint."""
 
 
 def rule(
-    options: type[Options], *paths: str, version: int = 0
+    options: type[Options], *paths: str, of_images: bool = False, version: int = 0
 ) -> Callable[[Callable[[Row, Options], bool]], Rule[Options]]:
     """Make a function of a row and options a rule."""
-    return lambda keeps: Rule(options, keeps, paths, version)
+    return lambda keeps: Rule(options, keeps, paths, of_images, version)
 
 
 RULES: Registry[Rule[Any]] = Registry(
@@ -103,6 +105,8 @@ def judge(row: Row, card: Card) -> tuple[str, str] | None:
     if not any(row.get(name) for name in text_columns(card)):
         return "no_text", f"none of {', '.join(text_columns(card))} is filled"
     for entry, (chosen, options) in zip(card.filters, rules_of(card), strict=True):
+        if chosen.of_images and row["bytes"] is None:
+            continue
         try:
             keeps = chosen.keeps({**row, DATASET: card.name}, options)
         except UniForkError:
@@ -138,26 +142,26 @@ class Most(StrictModel):
     most: PositiveInt
 
 
-@rule(Side)
+@rule(Side, of_images=True)
 def min_side(row: Row, options: Side) -> bool:
     """Keep images whose shorter side has at least `pixels`."""
     return bool(min(row["width"], row["height"]) >= options.pixels)
 
 
-@rule(Aspect)
+@rule(Aspect, of_images=True)
 def max_aspect(row: Row, options: Aspect) -> bool:
     """Keep images whose sides differ by at most `ratio`."""
     long, short = max(row["width"], row["height"]), min(row["width"], row["height"])
     return bool(long <= options.ratio * short)
 
 
-@rule(Most)
+@rule(Most, of_images=True)
 def max_bytes(row: Row, options: Most) -> bool:
     """Keep images of at most `most` bytes as received."""
     return bool(row["bytes"] <= options.most)
 
 
-@rule(Most)
+@rule(Most, of_images=True)
 def max_pixels(row: Row, options: Most) -> bool:
     """Keep images of at most `most` pixels."""
     return bool(row["width"] * row["height"] <= options.most)
@@ -235,7 +239,7 @@ def _within(row: Row, column: str, options: Score) -> bool:
 
 
 def _score_named(column: str) -> Rule[Score]:
-    return Rule(Score, lambda row, options: _within(row, column, options))
+    return Rule(Score, lambda row, options: _within(row, column, options), of_images=True)
 
 
 similarity, aesthetic, pwatermark, punsafe = map(_score_named, SCORES)

@@ -3,7 +3,8 @@
 A kind is one module with typed options and a `SOURCE`, and one entry in `SOURCES`; a card may also name
 `MODULE:OBJECT`, which is how anybody's code takes part. A data set with a known kind is one card.
 Rows carry `key, image, width, height, url, sha256`, the text columns of the card, and `license` where it is not the
-card's. A slice never spans two files, so that a file added at the end makes no finished shard anew.
+card's; a row of texts alone has no image, and nothing that an image has. A slice never spans two files, so that a file
+added at the end makes no finished shard anew.
 
 One bad row costs one row, and one bad file that file: rows kept and rows dropped add up to the entries that were
 planned. What of a file cannot be planned any more is one entry of it, and reading it says what is wrong. Only
@@ -83,6 +84,8 @@ class Source(Generic[Options]):
     """It makes as many rows as are asked for."""
     seeded: bool = False
     """Its rows depend on the seed of the experiment; those of others stay when that changes, and get 0."""
+    text_only: bool = False
+    """No row of it has an image."""
     version: int = 0
     """Raise when the same options and slice would give other rows; part of the fingerprint."""
 
@@ -96,6 +99,7 @@ SOURCES: Registry[Source[Any]] = Registry(
         "imagenet": "unifork.sources.imagenet:SOURCE",
         "listed": "unifork.sources.listed:SOURCE",
         "listed_meta": "unifork.sources.listed:META_SOURCE",
+        "text": "unifork.sources.text:SOURCE",
         "url_list": "unifork.sources.url_lists:SOURCE",
     },
 )
@@ -108,6 +112,10 @@ def source_of(card: Card) -> tuple[Source[Any], SourceOptions]:
         source = SOURCES.find(card.source.kind, f"{place}: source.kind")
     except ConfigError as error:
         raise ConfigError(f"{error}{_where(card.source.options.get('access'))}") from None
+    if source.text_only and card.text_only == "drop":
+        raise ConfigError(
+            f"{place}: text_only: no row of a {card.source.kind!r} source has an image; say text_only: keep"
+        )
     return source, parse(source.options, card.source.options, place, "source.options")
 
 
@@ -262,7 +270,10 @@ class Materialize:
 
     def _ready(self, row: Row) -> Row | RowError:
         """A row as the shard holds it."""
-        if self.card.shrink:
+        has_image = row.get("image") is not None
+        if not has_image and self.card.text_only == "drop":
+            return RowError(row["key"], "text_only", "a row without an image; text_only: keep in its card takes it")
+        if self.card.shrink and has_image:
             try:
                 image = shrink(row["image"], self.card.matte, **self.card.shrink.model_dump())
             except ImageError as error:
@@ -303,6 +314,8 @@ def download_job(card: Card, rows: int | None, shard_rows: int, seed: int, folde
         "columns": columns,
         "license": card.license,
     }
+    if card.text_only == "keep":
+        made_with["text_only"] = card.text_only
     if card.shrink:
         made_with["shrink"] = {**card.shrink.model_dump(), "matte": card.matte}
     lineage = {"source": card.source.model_dump(mode="json"), "license": card.license, "attribution": card.attribution}
@@ -322,6 +335,11 @@ def cut(count: int, shard_rows: int, **where: Any) -> Iterator[Slice]:
 def image_row(key: str, image: bytes, **more: Any) -> Row:
     """A row around an image as received; one that cannot be opened has no sides (the filter names it)."""
     return {"key": key, **sized(image), "url": "", "sha256": hashlib.sha256(image).hexdigest(), **more}
+
+
+def text_row(key: str, **more: Any) -> Row:
+    """A row of texts alone."""
+    return {"key": key, "image": None, "url": "", **more}
 
 
 def sized(image: bytes) -> Row:
