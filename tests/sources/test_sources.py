@@ -269,7 +269,7 @@ LLAVA = [
     {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("<image>\nIt?", "A cat.", "Sure?", "Yes.")},
     {"id": "2", "conversations": dialogue("text only", "yes")},
     {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("Again\n<image>", "Same id: ü ]} \".")},
-    {"id": "3", "image": ["a.jpg", "b.jpg"], "conversations": dialogue("Which?", "Both.")},
+    {"id": "3", "image": ["vg/2.jpg", "coco/train2017/1.jpg"], "conversations": dialogue("Which?", "Both.")},
     {"id": "4", "image": "vg/2.jpg", "conversations": {"from": "human", "value": "no list"}},
     {"id": "5", "image": "vg/2.jpg", "conversations": [{"from": "system", "value": "Be brief."}, *dialogue("Q", "A")]},
     {"id": "6", "image": "vg/2.jpg", "conversations": []},

@@ -74,7 +74,7 @@ def entries() -> list:
         *rows,
         {"conversations": turns(24, True)},
         {"image": "gone.png", "conversations": turns(25, True)},
-        {"image": ["a.png", "b.png"], "conversations": turns(26, True)},
+        {"image": [f"{names[0]}.png", f"{names[1]}.png"], "conversations": turns(26, True)},
         {"image": 7, "conversations": turns(27, False)},
         b"{broken",
     ]
@@ -189,7 +189,7 @@ def test_documents_are_exactly_the_texts(root):
 
 
 def identity_of(root):
-    lineage = read_manifest(root / "data/codes/mixed/pad").lineage
+    lineage = read_manifest(root / "data/codes/shapes/pad").lineage
     return CodesIdentity(36, 4, lineage["codebook_id"], lineage["encoder_id"])
 
 

@@ -17,7 +17,7 @@ from unifork.image_tokenizer.architecture import Description, describe
 from unifork.image_tokenizer.views import declared
 from unifork.shards.job import ShardJob, table_of, write_shard
 from unifork.shards.quarantine import quarantined
-from unifork.shards.schema import codes_schema, columns_of
+from unifork.shards.schema import MORE_IMAGES, codes_schema, columns_of
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import VOCABULARY_VERSION, Task
 
@@ -63,13 +63,14 @@ class Encode:
         first = next(iter(card.tasks.values())).view
         dtype = getattr(torch, card.encoder_dtype)
         encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, dtype, threads)
+        self.images = ["image", *([MORE_IMAGES] if card.several_images == "keep" else [])]
         self.views = {task: View(card, task, encoder) for task in card.tasks}
 
     def __call__(self, task: ShardTask) -> ShardResult:
         assert task.use is not None, f"{task.output}: a task of no view"
         view = self.views[task.use]
         texts = view.use.texts
-        rows = kept_rows(task, ["key", "url", "sha256", *texts, "image"]).to_pylist()
+        rows = kept_rows(task, ["key", "url", "sha256", *texts, *self.images]).to_pylist()
         # a row without any text for this task has nothing to say here; it is counted, not lost
         spoken = [row for row in rows if any(row[name] for name in texts)]
         rejected: list[dict[str, str]] = []
@@ -99,7 +100,8 @@ class Encode:
 
 
 def _images(rows: list[dict[str, Any]]) -> list[bytes]:
-    return [row["image"] for row in rows if row["image"] is not None]
+    images = (image["image"] for row in rows for image in (row, *(row.get(MORE_IMAGES) or ())))
+    return [image for image in images if image is not None]
 
 
 def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: Path) -> ShardJob:

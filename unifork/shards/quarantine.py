@@ -3,7 +3,7 @@
 In: a task and what its worker rejected. Out: one table for each shard that has any, under the shard's name; how many
 there are of each reason; and, of a finished stage, what its losses say about its input.
 
-A reason is one word for counting. What the card drops was decided; all else is a loss: of `transport`, where
+A reason is one word for counting. What the card's rules drop was decided; all else is a loss: of `transport`, where
 the web did not give a row, or of `content`, where what came is of no use.
 """
 
@@ -113,7 +113,7 @@ def warnings_of(manifest: Manifest, stage: str, most: Losses) -> list[str]:
     for reason, count in manifest.dropped.items():
         if reason in TRANSPORT or reason.startswith("http_"):
             kinds["transport"][reason] += count
-        elif reason in CONTENT or (stage == "download" and reason != "text_only"):
+        elif reason in CONTENT or stage == "download":
             kinds["content"][reason] += count
     lines = []
     for kind, reasons in kinds.items():

@@ -44,6 +44,10 @@ DOCUMENT_COLUMNS: dict[str, pa.DataType] = {
 }
 """All of fixed width or large, so that a mapped file is read without copying."""
 
+MORE_IMAGES = "more_images"
+"""The images after the first, where a card keeps rows of several; measured, it holds what they measure."""
+MORE_IMAGE = {name: FIXED_COLUMNS[name] for name in ("image", "width", "height", "sha256")}
+
 CODES_META = b"unifork.codes"
 """Schema metadata: JSON with shape, dtype, codebook_id, encoder_id and encoding."""
 
@@ -62,7 +66,8 @@ def image_text_schema(card: Card) -> pa.Schema:
     """Schema of the image-text shards of a data set."""
     texts = {name: text_type(name) for name in text_columns(card)}
     kept = {name: pa.string() for name in card.columns}
-    return pa.schema({**FIXED_COLUMNS, **texts, **kept})
+    more = {MORE_IMAGES: pa.list_(pa.struct(MORE_IMAGE))} if card.several_images == "keep" else {}
+    return pa.schema({**FIXED_COLUMNS, **more, **texts, **kept})
 
 
 def codes_schema(card: Card, task: Task, grid: int, depth: int, identity: dict[str, Any]) -> pa.Schema:
@@ -113,6 +118,11 @@ def images_of_rows(column: pa.ChunkedArray) -> np.ndarray:
     return counts
 
 
+def numbered(detail: str, number: int, images: int) -> str:
+    """What is wrong with an image, with its number where a row has several; counted from 1."""
+    return f"image {number} of {images}: {detail}" if images > 1 else detail
+
+
 # ---------------------------------------------------------------------------------------- dialogues
 
 IMAGE_MARK = "<image>"
@@ -130,14 +140,11 @@ class Unusable(UniForkError):
 
 
 def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The turns `{role, text}` of a LLaVA or InternVL row (`image`, `conversations` of `{from, value}`).
+    """The turns `{role, text}` of a LLaVA or InternVL row (`conversations` of `{from, value}`).
 
     Roles are renamed where they are known and kept where not: `dialogue` judges them. Raises Unusable
-    when the row has more than one image or no list of turns.
+    when the row has no list of turns.
     """
-    images = images_of(row)
-    if len(images) > 1:
-        raise Unusable(f"{len(images)} images, a row holds one", "several_images")
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable("conversations is not a list of turns")

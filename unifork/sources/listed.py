@@ -12,14 +12,15 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from unifork.errors import ConfigError
-from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, Unusable, images_of, turns_of
+from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, Unusable, images_of, numbered, turns_of
 from unifork.shards.task import Slice
 from unifork.sources import (
+    MAX_IMAGES,
     MAX_LINE_BYTES,
     Row,
     RowError,
@@ -109,17 +110,26 @@ def _rows(path: Path, options: ListOptions, piece: Slice) -> Iterator[Row | RowE
             row = entry if isinstance(entry, RowError) else attempt(key, _row, key, entry, options)
             if isinstance(row, RowError):
                 yield row
-            elif row["image"] is None:
-                yield text_row(key, **row)
             else:
                 found.append((key, row))
     except Exception as error:  # raised again after the images of what came before
         damage = error
-    for index, image in picked(located(options.images), [row["image"] for _, row in found]):
-        key, row = found[index]
-        yield replace(image, key=key) if isinstance(image, RowError) else image_row(key, **{**row, "image": image})
+    images = dict(picked(located(options.images), [path for _, row in found for path in row["images"]]))
+    numbers = count()
+    for key, row in found:
+        yield _with_images(key, row, [images.pop(next(numbers)) for _ in row.pop("images")])
     if damage:
         raise damage
+
+
+def _with_images(key: str, row: Row, images: list[bytes | RowError]) -> Row | RowError:
+    """A row with its images; the first that is not there costs the row."""
+    found: list[bytes] = []
+    for number, image in enumerate(images, 1):
+        if isinstance(image, RowError):
+            return replace(image, key=key, detail=numbered(image.detail, number, len(images)))
+        found.append(image)
+    return image_row(key, *found, **row) if found else text_row(key, **row)
 
 
 def objects(path: Path, piece: Slice) -> Iterator[tuple[str, Row | RowError]]:
@@ -144,12 +154,13 @@ def _parsed(key: str, entry: bytes | None, size: int) -> Row | RowError:
 
 
 def _row(key: str, entry: Row, options: ListOptions) -> Row | RowError:
-    """The columns of an entry, `image` being the path of its image, None where it names none."""
+    """The columns of an entry, `images` being the paths of its images."""
     image = entry.get(options.image)
     images = images_of({"image": image}) if isinstance(image, str | list | None) else [image]
-    if len(images) > 1 or not all(isinstance(path, str) for path in images):
-        reason = "several_images" if len(images) > 1 else "no_image"
-        return RowError(key, reason, f"{options.image!r} is {image!r:.200}; a row has one image")
+    if not all(isinstance(path, str) for path in images):
+        return RowError(key, "no_image", f"{options.image!r} is {image!r:.200}; a path or a list of paths is expected")
+    if len(images) > MAX_IMAGES:
+        return RowError(key, "several_images", f"{len(images)} images, at most {MAX_IMAGES} are read")
     row = texts_of(key, entry, options.texts, options.keep)
     if isinstance(row, RowError):
         return row
@@ -159,7 +170,7 @@ def _row(key: str, entry: Row, options: ListOptions) -> Row | RowError:
             key, "no_image", f"{options.image!r} is {image!r}; a caption and {IMAGE_MARK} belong to an image"
         )
     "".join(images).encode()  # raises UnicodeError
-    return {"image": images[0] if images else None, **row}
+    return {"images": images, **row}
 
 
 def texts_of(key: str, entry: Row, texts: dict[str, str], keep: dict[str, str]) -> Row | RowError:
