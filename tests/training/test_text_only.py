@@ -21,9 +21,11 @@ from unifork.documents.mixture import CodesIdentity, MixturePart
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
+from unifork.image_tokenizer.samples import sample_views
 from unifork.layout import Layout
 from unifork.publish.publication import build, fetch
 from unifork.publish.stores import open_store
+from unifork.report.images import sample_rows
 from unifork.shards.job import read_table
 from unifork.shards.manifest import present, read_manifest
 from unifork.sources import Materialize, download_job
@@ -292,3 +294,11 @@ def test_the_filter_finds_no_duplicates_among_them(root, tmp_path):
     shutil.rmtree(tmp_path / "filtered", ignore_errors=True)
     result = filtered(card.model_copy(update={"filters": card.filters[:2]}), root / "data/raw/corpus", tmp_path / "f")
     assert result.rows.keys() == CORPUS_KEYS.keys()
+
+
+def test_the_report_and_image_tokenizers_look_at_rows_with_an_image(root):
+    layout = Layout(root)
+    card, kept = load_card("mixed", root / "datasets"), KeptRows(layout, "mixed")
+    assert sample_rows(KeptRows(layout, "corpus"), load_card("corpus", root / "datasets")) == []
+    assert {MIXED_KEYS[row["key"]] for row in sample_rows(kept, card)} == {True}
+    assert {view: len(images) for view, images in sample_views(kept, card, 24, 0).items()} == {"crop": 16, "pad": 16}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
@@ -112,7 +113,8 @@ def sample_rows(kept: KeptRows, card: Card) -> list[dict[str, Any]]:
     for number, shard in enumerate(shards):
         table = kept.table(shard, ["key", "image", *texts])
         table = table.filter(pc.is_valid(table["image"]))
-        found += table.take(spread(table.num_rows, (SAMPLES + number) // len(shards))).to_pylist()
+        places = spread(table.num_rows, (SAMPLES + number) // len(shards))
+        found += table.take(pa.array(places, pa.int64())).to_pylist()
     return [row | {"text": next((row[name] for name in texts if row[name]), row["key"])} for row in found]
 
 
