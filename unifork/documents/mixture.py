@@ -219,12 +219,13 @@ class MixturePart:
         images = slice(documents.image_starts_R1[row], documents.image_starts_R1[row + 1])
         T, length = int(documents.tokens_R[row]), self.identity.positions + 2
         kinds_T, text_ids_T, loss_mask_T = np.full(T, TEXT, np.int8), np.zeros(T, np.int32), np.zeros(T, bool)
-        for number, before in enumerate(documents.images_at_I[images].tolist()):
-            begin = before + number * length
-            end = begin + length - 1
-            kinds_T[begin], kinds_T[begin + 1 : end], kinds_T[end] = BEGIN_IMAGE, IMAGE, END_IMAGE
-        is_text_T = kinds_T == TEXT
-        text_ids_T[is_text_T], loss_mask_T[is_text_T] = documents.text_ids_S[text], documents.loss_mask_S[text]
+        ids_S, mask_S, done = documents.text_ids_S[text], documents.loss_mask_S[text], 0
+        for number, before in enumerate([*documents.images_at_I[images].tolist(), len(ids_S)]):
+            words = slice(done + number * length, before + number * length)
+            text_ids_T[words], loss_mask_T[words] = ids_S[done:before], mask_S[done:before]
+            begin, end, done = words.stop, words.stop + length - 1, before
+            if end < T:
+                kinds_T[begin], kinds_T[begin + 1 : end], kinds_T[end] = BEGIN_IMAGE, IMAGE, END_IMAGE
         doc = Skeleton(kinds_T, text_ids_T, loss_mask_T)
         return doc.with_codes(self.key(index), self.task, self.codes(index), supervised)
 
