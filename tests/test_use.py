@@ -1,5 +1,6 @@
 """`unifork use`: what a run would look up is looked up first; edits by hand are not lost."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -253,3 +254,50 @@ def test_two_stages_may_extend_the_same(here):
 def test_a_stage_that_cannot_go_on_is_refused(here, changes, message):
     with pytest.raises(ConfigError, match=message):
         resolve(own({**MORE, **changes}))
+
+
+# ------------------------------------------------------------------------------------ rows without an image
+
+CORPUS = """
+name: corpus
+title: t
+homepage: h
+license: CC0-1.0
+attribution: a
+redistribute_codes: true
+text_only: keep
+source: {kind: text, options: {files: corpus.jsonl, texts: {caption: text}}}
+tasks: {understanding: {view: pad, texts: [caption]}, generation: {view: crop, texts: [caption]}}
+"""
+PLAIN = {"dataset": "corpus", "task": "understanding", "text": "caption", "template": "text", "weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{TRACK}/mixture": [ANSWER, CAPTION | {"dataset": "corpus"}]},
+         r"joint\.mixture\[1\]: template 'generate' has an image, no row of corpus has any"),
+        ({f"{TRACK}/mixture": [PLAIN | {"template": "caption"}]}, "template 'caption' has an image, no row of corpus"),
+        ({f"{TRACK}/mixture": [PLAIN | {"dataset": "shapes", "text": "description"}]},
+         "template 'text' is for rows without an image; card shapes drops them, unless it says text_only: keep"),
+        ({"image_tokenizer/training/datasets": ["shapes", "corpus"]},
+         "image_tokenizer.training.datasets: no row of corpus has an image"),
+        ({}, "card corpus: text_only: no row of a 'text' source has an image; say text_only: keep"),
+    ],
+)  # fmt: skip
+def test_a_mixture_that_no_row_fits_is_refused(here, changes, message):
+    Path("datasets/corpus.yaml").write_text(CORPUS)
+    if not changes:
+        edit("datasets/corpus.yaml", "text_only: keep\n", "")
+    sets = {"datasets/corpus": {"rows": 10, "shard_rows": 10}}
+    with pytest.raises(ConfigError, match=message) as error:
+        use(own(sets | changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_corpus_is_used_and_its_documents_are_planned_without_images(here):
+    Path("datasets/corpus.yaml").write_text(CORPUS)
+    use(own({"datasets/corpus": {"rows": 10, "shard_rows": 10}, f"{TRACK}/mixture": [ANSWER, PLAIN]}))
+    result = CliRunner().invoke(app, ["plan", "--text-tokens", "70"])
+    assert re.search(r"s2-pretrain +corpus +understanding +text +200 +76 +0 ", result.output), result.output
+    assert re.search(r"data/codes/corpus/pad +0 B", result.output), result.output

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
+import numpy as np
 from rich.text import Text
 
-from unifork.batch import TEXT, Batch, Document
+from unifork.batch import BEGIN_IMAGE, IMAGE, TEXT, Batch, Document
 from unifork.config import Cluster, Experiment, cluster_file, load
 from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.documents.mixture import CodesIdentity
@@ -106,10 +107,11 @@ def _document(document: Document, template: str, plan: StepPlan, tokenizer: Text
 
     def kind_of(token: int) -> tuple[bool, str]:
         if document.kinds_T[token] != TEXT:
-            return document.task == "generation", "image"
+            return document.task == "generation", f"image {begun_T[token]}"
         named = tokenizer.control_token(int(document.text_ids_T[token]))
         return bool(document.loss_mask_T[token]), "control" if named else "text"
 
+    begun_T = np.cumsum(document.kinds_T == BEGIN_IMAGE)  # images that are side by side stay apart
     targets = _targets(document)
     share = f"{targets / _step_targets(plan, document.task):.1%} of the loss of {document.task}"
     text = Text(f", {document.task} ({template}), {len(document)} tokens, {targets} supervised, {share}\n")
@@ -117,16 +119,17 @@ def _document(document: Document, template: str, plan: StepPlan, tokenizer: Text
     for supervised, tokens in groupby(range(len(document)), key=lambda token: kind_of(token)[0]):
         text.append(open_mark * supervised)
         for (_, kind), run in groupby(tokens, key=kind_of):
-            ids = document.text_ids_T[list(run)].tolist()
-            if kind == "image":
-                positions, depth = document.codes_ND.shape
+            places = list(run)
+            ids = document.text_ids_T[places].tolist()
+            if kind.startswith("image"):
+                positions, depth = int((document.kinds_T[places] == IMAGE).sum()), document.codes_ND.shape[1]
                 part = f", the first {targets} supervised" if supervised and targets < positions else ""
                 content = f"[image {positions}x{depth} codes{part}]"
             elif kind == "control":
                 content = "".join(tokenizer.control_token(token_id) or "" for token_id in ids)
             else:
                 content = visible(tokenizer.decode(ids))
-            text.append(content, SUPERVISED if supervised else STYLES[kind])
+            text.append(content, SUPERVISED if supervised else STYLES[kind.split()[0]])
         text.append(close_mark * supervised)
     return text.append("\n")
 

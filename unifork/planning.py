@@ -22,6 +22,7 @@ from unifork.models.configuration import UniForkConfig
 from unifork.models.modeling import UniForkModel
 from unifork.models.parameters import paper_counts, parts, with_head
 from unifork.models.warm_start import model_config
+from unifork.sources import source_of
 from unifork.training.flops import BORDER_TOKENS, PEAK_TFLOPS, Length, document_flops
 from unifork.training.optimizer import trainable_names
 from unifork.vocabulary import CODE_DTYPE, TASKS, VIEW_OF_TASK, Task
@@ -41,6 +42,8 @@ class Assumptions(StrictModel):
     """Tokens of a caption."""
     dialogue_tokens: PositiveInt = 150
     """Tokens of a dialogue, without the frame of its template."""
+    text_tokens: PositiveInt = 500
+    """Tokens of a plain text."""
     answer_share: Fraction01 = 0.5
     """Share of a dialogue's tokens that is supervised."""
 
@@ -102,13 +105,19 @@ def parameter_counts(config: UniForkConfig) -> dict[str, int]:
 
 
 def average_length(
-    entry: MixtureEntry, track: Track, positions: int, context: int, assumed: Assumptions, place: str
+    entry: MixtureEntry, card: Card, track: Track, positions: int, context: int, assumed: Assumptions, place: str
 ) -> Length:
-    """An average document of a mixture entry, cut at the context. Raises ConfigError where not even an image fits."""
-    template, image = template_named(entry.template, place), positions + BORDER_TOKENS
+    """An average document of a mixture entry, cut at the context; that of a dialogue has an image if any row has.
+
+    Raises ConfigError where not even an image fits.
+    """
+    template = template_named(entry.template, place)
+    has_image = template.images != 0 and not source_of(card)[0].text_only
+    image = positions + BORDER_TOKENS if has_image else 0
     if context < image:
         raise ConfigError(f"{place}: a context of {context} tokens; an image alone has {image}")
-    fields = assumed.dialogue_tokens if template.turn else assumed.caption_tokens
+    captions = assumed.caption_tokens if template.images else assumed.text_tokens
+    fields = assumed.dialogue_tokens if template.turn else captions
     marked = (template.opening + template.turn + template.text).replace("{system}", SYSTEM)
     frame = re.sub(r"\{\w+\}|\[\[|\]\]|<image>", "", marked)
     text = min(fields + round(len(frame) / CHARACTERS_PER_TOKEN), context - image)
@@ -117,7 +126,9 @@ def average_length(
     return Length(text, image, min(round(fields * (assumed.answer_share if template.turn else 1)), text), 0)
 
 
-def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:
+def track_plans(
+    experiment: Experiment, cards: Mapping[str, Card], name: str, model: UniForkModel, assumed: Assumptions
+) -> Iterator[TrackPlan]:
     """Every track of every stage of a variant, in order. Raises ConfigError for a pattern without a match."""
     sizes = {parameter_name: tensor.numel() for parameter_name, tensor in model.named_parameters()}
     for stage_name in experiment.variants[name].stages:
@@ -128,7 +139,9 @@ def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed:
             weights = sum(entry.weight for entry in track.mixture)
             entries, flops = [], dict[tuple[Task, Length], float]()
             for entry in track.mixture:
-                length = average_length(entry, track, model.config.positions, stage.context, assumed, place)
+                length = average_length(
+                    entry, cards[entry.dataset], track, model.config.positions, stage.context, assumed, place
+                )
                 kind = (entry.task, length)
                 flops[kind] = flops.get(kind) or document_flops(model, *kind, trained)
                 documents = track.steps * track.batch_documents * entry.weight / weights
@@ -154,8 +167,9 @@ def image_bytes(experiment: Experiment) -> int:
 def code_bytes(experiment: Experiment, cards: Mapping[str, Card]) -> dict[str, int | None]:
     """Codes of every `<set>/<view>` that the cards offer, None where the number of rows is not given."""
     per_image = image_bytes(experiment)
+    bytes_each = {name: 0 if source_of(card)[0].text_only else per_image for name, card in cards.items()}
     return {
-        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * per_image
+        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * bytes_each[dataset]
         for dataset, use in experiment.datasets.items()
         for task in cards[dataset].tasks
     }

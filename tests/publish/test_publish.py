@@ -69,7 +69,7 @@ def test_shards_show_integers_and_say_what_they_are(published):
     assert names == [f"train-{number:05d}-of-00003.parquet" for number in range(3)]
     path = published / "out/pad" / names[1]
     file = pq.ParquetFile(path)
-    assert file.schema_arrow.field("codes").type.value_type == pa.uint16()
+    assert file.schema_arrow.field("codes").type.value_type.value_type == pa.uint16()
     column = next(
         c
         for c in map(file.metadata.row_group(0).column, range(file.metadata.num_columns))
@@ -83,6 +83,7 @@ def test_shards_show_integers_and_say_what_they_are(published):
     codes_ND = codes_array(original["codes"], tuple(meta["shape"]))
     table = file.read()
     assert np.array_equal(np.array(table["codes"].to_pylist()).reshape(codes_ND.shape), codes_ND)
+    assert {len(images) for images in table["codes"].to_pylist()} == {1}
     assert table.drop_columns("codes").equals(original.drop_columns("codes"))
 
 
@@ -122,7 +123,7 @@ def test_a_stranger_loads_it_and_sees_images(root, monkeypatch, caplog):
     monkeypatch.chdir(root / "out")
     exec(compile(code, "README.md", "exec"), {})
     keys = pq.read_table("crop/train-00000-of-00003.parquet")["key"].to_pylist()
-    assert {path.stem for path in Path().glob("*.png")} == set(keys[:4])
+    assert {path.stem for path in Path().glob("*.png")} == {f"{key}-0" for key in keys[:4]}
     both = {name: datasets.load_dataset(str(root / "out"), name, split="train") for name in ("crop", "pad")}
     head = yaml.safe_load(text.split("---\n")[1])
     for info in head["dataset_info"]:

@@ -269,10 +269,11 @@ LLAVA = [
     {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("<image>\nIt?", "A cat.", "Sure?", "Yes.")},
     {"id": "2", "conversations": dialogue("text only", "yes")},
     {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("Again\n<image>", "Same id: ü ]} \".")},
-    {"id": "3", "image": ["a.jpg", "b.jpg"], "conversations": dialogue("Which?", "Both.")},
+    {"id": "3", "image": ["vg/2.jpg", "coco/train2017/1.jpg"], "conversations": dialogue("Which?", "Both.")},
     {"id": "4", "image": "vg/2.jpg", "conversations": {"from": "human", "value": "no list"}},
     {"id": "5", "image": "vg/2.jpg", "conversations": [{"from": "system", "value": "Be brief."}, *dialogue("Q", "A")]},
     {"id": "6", "image": "vg/2.jpg", "conversations": []},
+    {"id": "7", "image": "", "conversations": dialogue("<image>\nWhich?", "Gone.")},
 ]  # fmt: skip
 
 
@@ -294,8 +295,14 @@ def test_llavas_array(at, indent, mark):
     ]
     assert [turn["role"] for turn in result.rows["llava/000000005"]["conversations"]] == ["system", "user", "assistant"]
     assert [reason for _, reason in result.rejects] == [
-        "no_image", "several_images", "broken_dialogue", "missing_caption",
+        "text_only", "several_images", "broken_dialogue", "missing_caption", "no_image",
     ]  # fmt: skip
+    kept = download(card_of("listed", options, ["conversations"], text_only="keep"), at / "kept")
+    assert kept.rows.keys() - result.rows.keys() == {"llava/000000001"}
+    row = kept.rows["llava/000000001"]
+    assert [turn["text"] for turn in row["conversations"]] == ["text only", "yes"]
+    assert [row[name] for name in ("image", "width", "height", "sha256")] == [None] * 4
+    assert kept.rejects == [reject for reject in result.rejects if reject[1] != "text_only"]
 
 
 def test_a_broken_element_of_an_array_costs_no_other(at):
@@ -357,8 +364,53 @@ def test_internvls_meta_file(at):
     put(at / "data/meta.json", json.dumps(meta).encode())
     result = download(card_of("listed_meta", {"meta": "data/meta.json", "root": "data"}, ["conversations"]), at / "raw")
     assert sorted(result.rows) == ["half/000000000", "half/000000002", "twice/000000000", "twice~1/000000000"]
-    assert result.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "no_image"),
-                            ("twice~1/000000001", "no_image")]  # fmt: skip
+    assert result.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "text_only"),
+                            ("twice~1/000000001", "text_only")]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ texts alone
+
+
+def test_a_corpus_of_lists_and_tables(at):
+    texts = [f"Text {number}." for number in range(7)]
+    put(at / "corpus/a.jsonl", jsonl([{"text": texts[0]}, b"{broken", {"text": None}, {"text": texts[1], "n": 5}]))
+    put(at / "corpus/b.jsonl.gz", gzipped(jsonl([{"text": texts[2]}])))
+    put(at / "corpus/c.json", json.dumps([{"text": texts[3]}, {"text": "\ud83d"}]).encode())
+    table = pa.table({"text": [*texts[4:], None], "n": [1, 2, 3, 4]})
+    pq.write_table(table, at / "corpus/d.parquet", row_group_size=2)
+    put(at / "corpus/e.parquet", b"PAR1 broken")
+    options = {"files": "corpus", "texts": {"text": "text"}, "keep": {"n": "n"}}
+    card = card_of("text", options, ["text"], text_only="keep", columns=["n"])
+    with pytest.raises(ConfigError, match=r"d\.parquet: unknown column 'm'"):
+        download(card_of("text", options | {"keep": {"m": "m"}}, ["text"], text_only="keep"), at / "raw")
+    result = download(card, at / "raw")
+    assert {key: row["text"] for key, row in result.rows.items()} == {
+        "a/000000000": texts[0], "a/000000003": texts[1], "b/000000000": texts[2], "c/000000000": texts[3],
+        **{f"d/{number:09d}": texts[4 + number] for number in range(3)},
+    }  # fmt: skip
+    assert [result.rows[key]["n"] for key in ("a/000000003", "d/000000001")] == ["5", "2"]
+    assert {row["image"] for row in result.rows.values()} == {None}
+    assert result.rejects == [
+        ("a/000000001", "broken_line"), ("a/000000002", "missing_caption"), ("c/000000001", "broken_text"),
+        ("d/000000003", "missing_caption"), ("e/000000000", "broken_list"),
+    ]  # fmt: skip
+    measured = filtered(card, at / "raw", at / "filtered")
+    assert measured.rows.keys() == result.rows.keys()
+
+
+def test_dialogues_of_a_table_are_translated(at):
+    pq.write_table(pa.table({"conversations": [dialogue("Q", "A"), dialogue("Q")]}), at / "sft.parquet")
+    options = {"files": "sft.parquet", "texts": {"conversations": "conversations"}}
+    result = download(card_of("text", options, ["conversations"], text_only="keep"), at / "raw")
+    assert result.rows["sft/000000000"]["conversations"] == [
+        {"role": "user", "text": "Q"}, {"role": "assistant", "text": "A"},
+    ]  # fmt: skip
+
+
+def test_a_corpus_whose_card_drops_texts_is_refused(at):
+    put(at / "a.jsonl", jsonl([{"text": "x"}]))
+    with pytest.raises(ConfigError, match="card sample: text_only: no row of a 'text' source has an image; say text_"):
+        source_of(card_of("text", {"files": "a.jsonl", "texts": {"text": "text"}}, ["text"]))
 
 
 # --------------------------------------------------------------------------------------- all kinds

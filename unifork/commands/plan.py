@@ -23,6 +23,7 @@ def plan(
     mfu: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="share of its peak that is reached")] = None,
     caption_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a caption")] = 40,
     dialogue_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a dialogue")] = 150,
+    text_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a plain text")] = 500,
     answer_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="assumed supervised share of a dialogue")] = 0.5,
 ) -> None:
     """Print parameters, documents, tokens, FLOPs, disk and GPU hours of every stage; nothing is run."""
@@ -34,11 +35,15 @@ def plan(
     named = Path(experiment)
     params = load(Experiment, named) if named.suffix == ".yaml" else resolve(experiment)
     assumed = planning.Assumptions(
-        caption_tokens=caption_tokens, dialogue_tokens=dialogue_tokens, answer_share=answer_share
+        caption_tokens=caption_tokens,
+        dialogue_tokens=dialogue_tokens,
+        text_tokens=text_tokens,
+        answer_share=answer_share,
     )
     planning.gpu_hours(0.0, chip, mfu)
     models = {name: planning.meta_model(params, variant) for name, variant in params.variants.items()}
-    tracks = {name: list(planning.track_plans(params, name, models[name], assumed)) for name in models}
+    cards = {name: load_card(name) for name in params.datasets}
+    tracks = {name: list(planning.track_plans(params, cards, name, models[name], assumed)) for name in models}
     counts = {name: planning.parameter_counts(model.config) for name, model in models.items()}
     rows = dict.fromkeys(row for counted in counts.values() for row in counted)
     _table(
@@ -59,8 +64,7 @@ def plan(
           str(part.length.text), str(part.length.image), "unknown" if part.passes is None else f"{part.passes:.2f}"]
          for track in mixtures.values() for part in track.entries), names=4,
     )  # fmt: skip
-    codes = planning.code_bytes(params, {name: load_card(name) for name in params.datasets})
-    sizes = {f"data/codes/{name}": size for name, size in codes.items()}
+    sizes = {f"data/codes/{name}": size for name, size in planning.code_bytes(params, cards).items()}
     sizes |= {f"data/prepared/{name}": size for name, size in planning.prepared_bytes(params, everything).items()}
     disk = [[name, "", "", amount(size, "B") or "unknown"] for name, size in sizes.items()]
     for key, run in params.runs.items():

@@ -16,6 +16,7 @@ from unifork.config import (
     Cluster,
     Experiment,
     ImageTokenizerConfig,
+    MixtureEntry,
     Stage,
     TextTokenizerConfig,
     Track,
@@ -26,6 +27,7 @@ from unifork.config import (
 from unifork.documents.prompts import template_for
 from unifork.errors import CheckpointError, ConfigError, unknown
 from unifork.image_tokenizer.readers import READERS
+from unifork.sources import source_of
 
 Cards = Mapping[str, Card]
 
@@ -77,16 +79,31 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
     positions = images.grid**2 if isinstance(images, ImageTokenizerConfig) else None
     for where, track in _tracks(experiment, place):
         for number, entry in enumerate(track.mixture):
-            template_for(entry, f"{where}.mixture[{number}]")
+            _check_images(entry, cards[entry.dataset], f"{where}.mixture[{number}]")
         if positions and (track.supervised_positions or 0) > positions:
             raise ConfigError(
                 f"{where}: supervised_positions is {track.supervised_positions}; an image has {positions} positions"
             )
     if isinstance(images, ImageTokenizerConfig):
+        for name in images.training.datasets:
+            if source_of(cards[name])[0].text_only:
+                raise ConfigError(f"{place}: image_tokenizer.training.datasets: no row of {name} has an image")
         groups = {f"{name}/{use.view}" for name in images.training.datasets for use in cards[name].tasks.values()}
         for group in images.training.shares:
             if group not in groups:
                 raise unknown("group of images", group, groups, f"{place}: image_tokenizer.training.shares")
+
+
+def _check_images(entry: MixtureEntry, card: Card, place: str) -> None:
+    """That a template can be written for some row of a set: captions have an image, plain texts have none."""
+    images = template_for(entry, place).images
+    if images and source_of(card)[0].text_only:
+        raise ConfigError(f"{place}: template {entry.template!r} has an image, no row of {card.name} has any")
+    if images == 0 and card.text_only == "drop":
+        raise ConfigError(
+            f"{place}: template {entry.template!r} is for rows without an image; card {card.name} drops them, unless "
+            "it says text_only: keep"
+        )
 
 
 def _check_extended(experiment: Experiment, place: str) -> None:

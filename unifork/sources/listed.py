@@ -1,7 +1,7 @@
 """Lists that name images: JourneyDB (jsonl + archives), LLaVA (one JSON array), InternVL (a file of files).
 
-Every entry of a list becomes one row or one fault, in the order of the list. Its key is the list and its
-number: the lists' own ids repeat. Memory holds the texts and images of one shard. Images are files, or
+Every entry of a list becomes one row or one fault; a dialogue that names no image is a row of texts alone. Its key is
+the list and its number: the lists' own ids repeat. Memory holds the texts and images of one shard. Images are files, or
 members of archives that are called like the first folder of the path; a list that is not sorted by archive
 reads every archive once per shard, so unpack the archives then.
 """
@@ -12,14 +12,26 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from unifork.errors import ConfigError
-from unifork.shards.schema import CONVERSATIONS, Unusable, images_of, turns_of
+from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, Unusable, images_of, numbered, turns_of
 from unifork.shards.task import Slice
-from unifork.sources import MAX_LINE_BYTES, Row, RowError, Source, SourceOptions, attempt, image_row, place_of, planned
+from unifork.sources import (
+    MAX_IMAGES,
+    MAX_LINE_BYTES,
+    Row,
+    RowError,
+    Source,
+    SourceOptions,
+    attempt,
+    image_row,
+    place_of,
+    planned,
+    text_row,
+)
 from unifork.sources.archives import open_tar, picked, until_damage
 from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, opened_list, size_of
 from unifork.sources.tables import bounded_lines, too_long
@@ -58,10 +70,10 @@ def slices(options: ListOptions, shard_rows: int) -> Iterator[Slice]:
     """Shards of every list."""
     located(options.images)
     for name, path in files_of(options.lists, LISTS):
-        yield from _slices(path, shard_rows, None, file=name)
+        yield from list_slices(path, shard_rows, file=name)
 
 
-def _slices(path: Path, shard_rows: int, most: int | None, **where: Any) -> Iterator[Slice]:
+def list_slices(path: Path, shard_rows: int, most: int | None = None, **where: Any) -> Iterator[Slice]:
     """Slices of one list, each with the byte it starts at, so that reading it does not begin at the top."""
     check_ending(path.name, LISTS)
     start = offset = begin = stop = 0
@@ -93,28 +105,42 @@ def _rows(path: Path, options: ListOptions, piece: Slice) -> Iterator[Row | RowE
     """Entries are read first and images then, so that an archive is opened once per shard."""
     found: list[tuple[str, Row]] = []
     damage = None
-    with _entries(as_planned(path, piece), piece.offset or 0) as entries:
-        for number in range(piece.start, piece.stop):
-            try:
-                entry, size = next(entries)
-            except Exception as error:  # raised again after the images of what came before
-                damage = error
-                break
-            key = f"{place_of(piece)}/{number:09d}"
-            row = attempt(key, _parsed, key, entry, size, options)
+    try:
+        for key, entry in objects(path, piece):
+            row = entry if isinstance(entry, RowError) else attempt(key, _row, key, entry, options)
             if isinstance(row, RowError):
                 yield row
             else:
                 found.append((key, row))
-    for index, image in picked(located(options.images), [row["image"] for _, row in found]):
-        key, row = found[index]
-        yield replace(image, key=key) if isinstance(image, RowError) else image_row(key, **{**row, "image": image})
+    except Exception as error:  # raised again after the images of what came before
+        damage = error
+    images = dict(picked(located(options.images), [path for _, row in found for path in row["images"]]))
+    numbers = count()
+    for key, row in found:
+        yield _with_images(key, row, [images.pop(next(numbers)) for _ in row.pop("images")])
     if damage:
         raise damage
 
 
-def _parsed(key: str, entry: bytes | None, size: int, options: ListOptions) -> Row | RowError:
-    """The columns of an entry, `image` being the path of its image."""
+def _with_images(key: str, row: Row, images: list[bytes | RowError]) -> Row | RowError:
+    """A row with its images; the first that is not there costs the row."""
+    found: list[bytes] = []
+    for number, image in enumerate(images, 1):
+        if isinstance(image, RowError):
+            return replace(image, key=key, detail=numbered(image.detail, number, len(images)))
+        found.append(image)
+    return image_row(key, *found, **row) if found else text_row(key, **row)
+
+
+def objects(path: Path, piece: Slice) -> Iterator[tuple[str, Row | RowError]]:
+    """The entries of one slice of a list by their keys. Raises what damage raises."""
+    with _entries(as_planned(path, piece), piece.offset or 0) as entries:
+        for number in range(piece.start, piece.stop):
+            key = f"{place_of(piece)}/{number:09d}"
+            yield key, attempt(key, _parsed, key, *next(entries))
+
+
+def _parsed(key: str, entry: bytes | None, size: int) -> Row | RowError:
     if entry is None:
         return RowError(key, "broken_line", too_long(size))
     text = entry.decode("utf-8-sig")
@@ -122,26 +148,40 @@ def _parsed(key: str, entry: bytes | None, size: int, options: ListOptions) -> R
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         return RowError(key, "broken_line", f"{error}: {text[:200]!r}")
-    return _texts(key, row, options)
+    if not isinstance(row, dict):
+        return RowError(key, "broken_line", f"an object is expected, this is {row!r:.200}")
+    return row
 
 
-def _texts(key: str, entry: Any, options: ListOptions) -> Row | RowError:
-    if not isinstance(entry, dict):
-        return RowError(key, "broken_line", f"an object is expected, this is {entry!r:.200}")
+def _row(key: str, entry: Row, options: ListOptions) -> Row | RowError:
+    """The columns of an entry, `images` being the paths of its images."""
     image = entry.get(options.image)
-    images = images_of({"image": image}) if isinstance(image, (str, list)) else []
-    if len(images) != 1 or not isinstance(images[0], str):
-        reason = "several_images" if len(images) > 1 else "no_image"
-        return RowError(key, reason, f"{options.image!r} is {image!r:.200}; a row has one image")
+    images = images_of({"image": image}) if isinstance(image, str | list | None) else [image]
+    if not all(isinstance(path, str) for path in images):
+        return RowError(key, "no_image", f"{options.image!r} is {image!r:.200}; a path or a list of paths is expected")
+    if len(images) > MAX_IMAGES:
+        return RowError(key, "several_images", f"{len(images)} images, at most {MAX_IMAGES} are read")
+    row = texts_of(key, entry, options.texts, options.keep)
+    if isinstance(row, RowError):
+        return row
+    turns = row.get(CONVERSATIONS)
+    if not images and (not turns or any(IMAGE_MARK in turn["text"] for turn in turns)):
+        return RowError(
+            key, "no_image", f"{options.image!r} is {image!r}; a caption and {IMAGE_MARK} belong to an image"
+        )
+    "".join(images).encode()  # raises UnicodeError
+    return {"images": images, **row}
+
+
+def texts_of(key: str, entry: Row, texts: dict[str, str], keep: dict[str, str]) -> Row | RowError:
+    """The columns that fields of an entry fill. Those of `keep` are no texts of the row."""
     try:
-        texts = {column: _field(entry, column, field) for column, field in options.texts.items()}
+        row = {column: _field(entry, column, field) for column, field in texts.items()}
     except Unusable as error:
         return RowError(key, "broken_dialogue", str(error))
-    if not any(texts.values()):
-        return RowError(key, "missing_caption", f"none of {', '.join(options.texts.values())} is filled")
-    images[0].encode()  # raises UnicodeError
-    kept = {column: _field(entry, column, field) for column, field in options.keep.items()}
-    return {"image": images[0], **texts, **kept}
+    if not any(row.values()):
+        return RowError(key, "missing_caption", f"none of {', '.join(texts.values())} is filled")
+    return row | {column: _field(entry, column, field) for column, field in keep.items()}
 
 
 def _field(entry: Any, column: str, field: str) -> Any:
@@ -167,7 +207,7 @@ def meta_slices(options: MetaOptions, shard_rows: int) -> Iterator[Slice]:
         path, repeat = Path(entry["annotation"]), entry["repeat_time"]
         most = int(sum(1 for _ in _sizes(path)) * repeat) if repeat < 1 else None
         for again in range(max(1, int(repeat))):
-            yield from _slices(path, shard_rows, most, file=name, again=again)
+            yield from list_slices(path, shard_rows, most, file=name, again=again)
 
 
 def meta_rows(options: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
@@ -295,5 +335,5 @@ def _elements(file: Any, offset: int) -> Iterator[Entry]:
     raise EOFError("the array does not end")
 
 
-SOURCE = Source(ListOptions, slices, rows, paths=("lists", "images"))
-META_SOURCE = Source(MetaOptions, meta_slices, meta_rows, paths=("meta", "root"))
+SOURCE = Source(ListOptions, slices, rows, paths=("lists", "images"), version=1)
+META_SOURCE = Source(MetaOptions, meta_slices, meta_rows, paths=("meta", "root"), version=1)
