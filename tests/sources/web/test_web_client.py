@@ -4,11 +4,14 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
+import tracemalloc
 
 import pytest
-from loopback import FETCH, Web, image
+from loopback import FETCH, Web, drip, image
 
 from unifork.sources.url_lists import FetchRules
+from unifork.sources.web import client as client_module
 from unifork.sources.web.client import Client, Refused
 
 
@@ -45,6 +48,44 @@ def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web,
     other.shutdown()
     other.server_close()
     assert other.hits.total() == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_negative_chunk_of_gigabytes_is_not_read(web, monkeypatch, strict):
+    """By the line that says -1; and, were that read as `http.client` does, by the bytes of the connection."""
+
+    def endless(page):
+        page.protocol_version = "HTTP/1.1"
+        page.send_response(200)
+        page.send_header("Transfer-Encoding", "chunked")
+        page.end_headers()
+        page.wfile.write(b"-1\r\n")
+        for _ in range(3000):
+            page.wfile.write(bytes(10**6))
+
+    web.pages["/a.png"] = endless
+    if not strict:
+        monkeypatch.delattr(client_module._Response, "_read_next_chunk_size")
+    client = Client(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
+    tracemalloc.start()
+    with pytest.raises(Refused, match="bad_answer: .*a chunk of size b'-1'" if strict else "too_large"):
+        client.get(web.root + "/a.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_a_connection_on_which_nothing_comes_ends_before_its_time(web, monkeypatch):
+    monkeypatch.setattr(client_module, "IDLE_SECONDS", 0.2)
+    web.pages["/silent.png"] = lambda page: web.gate.wait(5)
+    web.pages["/slow.png"] = lambda page: drip(page, b"HTTP/1.0 200 OK\r\nContent-Length: 8\r\n\r\n", b"x")
+    client = Client(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
+    started = time.monotonic()
+    with pytest.raises(Refused, match="timeout"):
+        client.get(web.root + "/silent.png")
+    assert time.monotonic() - started < 2
+    assert client.get(web.root + "/slow.png") == b"x" * 8
+    web.gate.set()
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")

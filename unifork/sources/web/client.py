@@ -8,10 +8,12 @@ bodies outlast it. Nothing is global and nothing is read from the environment, p
 
 import http.client
 import io
+import re
 import socket
 import ssl
 import threading
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -28,6 +30,10 @@ from unifork.sources.web.permission import MAX_ROBOTS_BYTES, parse_robots, refus
 
 CONNECT_SECONDS = 10.0
 """Most time for one address of a host, so that a dead one leaves time for the next."""
+IDLE_SECONDS = 15.0
+"""Most time in which no byte comes or goes."""
+FRAMING_BYTES = 1024**2
+"""Bytes of a connection beside those of the body: headers, and the sizes of chunks."""
 REMEMBERED = 50_000
 """Hosts and robots.txt files kept in memory; the oldest is forgotten."""
 REMEMBERED_SECONDS = 3600.0
@@ -35,16 +41,21 @@ REMEMBERED_SECONDS = 3600.0
 PORTS = {"http": 80, "https": 443}
 """The schemes that are asked, and where they are when a URL names no port."""
 REDIRECTS = (301, 302, 303, 307, 308)
+CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"
 """What lists leave as it is in a path; everything else, such as spaces and letters beyond ASCII, is quoted."""
 
 
-class Refused(Exception):
-    """Why a row has no image: a class to count by, and a detail."""
+class TooMuch(Exception):
+    """More bytes came over a connection than any allowed answer needs."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+
+class Refused(Exception):
+    """Why a row has no image: a class to count by, a detail, and the host that could not be asked, if that is why."""
+
+    def __init__(self, reason: str, detail: str, host: str = "") -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.host = reason, detail, host
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,22 @@ def target_of(url: str, base: str = "") -> Target:
         raise Refused("bad_url", f"not http(s)://HOST: {url!r:.300}")
     if any(char <= " " or char == "\x7f" for char in host):
         raise Refused("bad_url", f"control character in the host: {url!r:.300}")
-    path = quote(parts.path or "/", safe=PATH_SAFE) + (f"?{quote(parts.query, safe=PATH_SAFE)}" if parts.query else "")
+    path = quote(_without_dots(parts.path), safe=PATH_SAFE) + (
+        f"?{quote(parts.query, safe=PATH_SAFE)}" if parts.query else ""
+    )
     return Target(parts.scheme, host.lower(), port or PORTS[parts.scheme], path)
+
+
+def _without_dots(path: str) -> str:
+    """A path without `.` and `..` (RFC 3986, 5.2.4), which may be escaped."""
+    kept: list[str] = []
+    segments = re.sub("%2e", ".", path, flags=re.IGNORECASE).split("/")[1:] or [""]
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    return "/" + "/".join(kept + [""] * (segments[-1] in (".", "..")))
 
 
 class Clock:
@@ -104,13 +129,16 @@ class Clock:
 
 
 class _Limited(io.RawIOBase):
-    """A connected socket as `http.client` uses one, with the time left as the timeout of every single operation."""
+    """A connected socket as `http.client` uses one: at most so many bytes come in, and every operation has a timeout.
 
-    def __init__(self, sock: socket.socket, clock: Clock) -> None:
-        self.sock, self.clock = sock, clock
+    That is the time left, or IDLE_SECONDS if that is shorter. Raises TooMuch beyond the bytes.
+    """
+
+    def __init__(self, sock: socket.socket, clock: Clock, most_bytes: int) -> None:
+        self.sock, self.clock, self.bytes_left = sock, clock, most_bytes
 
     def sendall(self, data: Any) -> None:
-        self.sock.settimeout(self.clock.left())
+        self.sock.settimeout(self.clock.left(IDLE_SECONDS))
         self.sock.sendall(data)  # its timeout is for all of the data
 
     def makefile(self, *_: Any) -> io.BufferedReader:
@@ -120,11 +148,35 @@ class _Limited(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(self.clock.left())
-        return self.sock.recv_into(buffer)
+        self.sock.settimeout(self.clock.left(IDLE_SECONDS))
+        count = self.sock.recv_into(buffer)
+        self.bytes_left -= count
+        if self.bytes_left < 0:
+            raise TooMuch
+        return count
 
     def close(self) -> None:
         """Nothing: `http.client` closes its socket while it still reads from it; who connected it closes it."""
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer read as the standards say where `http.client` is lenient: `int` takes `-1`, `0x10` and `1_0` too."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """The first line of what is no interim answer (1xx; RFC 9110, 15.2)."""
+        while 100 <= (found := super()._read_status())[1] < 200:  # type: ignore[misc]
+            http.client.parse_headers(self.fp)
+        return found  # type: ignore[no-any-return]
+
+    def _read_next_chunk_size(self) -> int:
+        """The size in the line before a chunk (RFC 9112, 7.1)."""
+        line = self.fp.readline(1024)
+        if not line.endswith(b"\n"):
+            raise http.client.IncompleteRead(b"")
+        digits = line.partition(b";")[0].strip()
+        if not CHUNK_SIZE.fullmatch(digits):
+            raise http.client.HTTPException(f"a chunk of size {digits[:40]!r}")
+        return int(digits, 16)
 
 
 class Client:
@@ -223,7 +275,8 @@ class Client:
             self._connected(target, clock) as sock,
         ):
             connection = http.client.HTTPConnection(target.host, target.port)
-            connection.sock = _Limited(sock, clock)
+            connection.sock = _Limited(sock, clock, self.rules.max_bytes + FRAMING_BYTES)
+            connection.response_class = _Response
             connection.request("GET", target.path, headers=headers)
             with connection.getresponse() as answer:
                 yield answer
@@ -267,7 +320,7 @@ class Client:
         proxy = urlsplit(self.proxy)
         sock = socket.create_connection((proxy.hostname or "", proxy.port or 3128), clock.left(CONNECT_SECONDS))
         try:
-            limited = _Limited(sock, clock)
+            limited = _Limited(sock, clock, FRAMING_BYTES)
             there = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
             limited.sendall(f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n\r\n".encode())
             answer = http.client.HTTPResponse(limited, method="CONNECT")  # type: ignore[arg-type]
@@ -282,11 +335,13 @@ class Client:
     def _addresses(self, target: Target, clock: Clock) -> list[str]:
         """The addresses of a host that may be contacted. Raises Refused when there are none."""
         found = self._remembered(("addresses", target.host), lambda: _resolve(target.host, clock))
+        if not found:
+            raise Refused("no_such_host", f"{target.host}: the resolver does not know it"[:300], target.host)
         whys = {address: refusal(address, self.rules.allow_addresses) for address in found}
         allowed = [address for address, why in whys.items() if why is None]
         if not allowed:
             reasons = ", ".join(f"{address} is {why}" for address, why in whys.items())
-            raise Refused("forbidden_address", f"{target.host}: {reasons}"[:300])
+            raise Refused("forbidden_address", f"{target.host}: {reasons}"[:300], target.host)
         return allowed
 
     def _remembered(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -312,50 +367,60 @@ CLASSES: dict[type[Exception], str] = {
     UnicodeError: "bad_url",  # no host name
     http.client.InvalidURL: "bad_url",
     http.client.HTTPException: "bad_answer",
+    TooMuch: "too_large",
 }
 """What a connection may raise, and the class of its row; the first that fits counts."""
 
 
 @contextmanager
 def _classified(target: Target) -> Iterator[None]:
-    """HostQueues what a connection may raise into Refused with its class."""
+    """Turn what a connection may raise into Refused with its class."""
     try:
         yield
     except tuple(CLASSES) as error:
         reason = next(reason for kind, reason in CLASSES.items() if isinstance(error, kind))
-        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-            reason = "no_such_host"
-        raise Refused(reason, f"{target.authority}: {type(error).__name__}: {error}"[:300]) from error
+        raise Refused(reason, f"{target.authority}: {type(error).__name__}: {error}"[:300], target.host) from error
 
 
 def _body(answer: http.client.HTTPResponse, most: int) -> tuple[bytes, Refused | None]:
-    """At most `most` bytes of a body, and why they are not all of it.
+    """At most `most` bytes of a body, and why they are not all of it; inflated where it came as gzip all the same.
 
-    Read piece by piece, as it comes: `read` takes all that follows, whatever is asked for, where a chunk says that it
-    has -1 bytes.
+    Read piece by piece, as it comes, so that nothing is read at once that a server says to be large.
     """
-    announced, body = answer.length or 0, bytearray()
+    announced, body, length = answer.length or 0, bytearray(), 0
+    zipped = answer.msg.get("content-encoding", "").strip().lower() in ("gzip", "x-gzip")
+    inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS) if zipped else None
     try:
-        while len(body) <= most and (part := answer.read1(min(64 * 1024, most + 1 - len(body)))):
-            body += part
-    except http.client.IncompleteRead:
-        return bytes(body), Refused("truncated", f"the connection ended after {len(body)} bytes")
+        while len(body) <= most and (part := answer.read1(64 * 1024)):
+            length += len(part)
+            body += inflate.decompress(part, most + 1 - len(body)) if inflate else part
+    except (http.client.IncompleteRead, zlib.error) as error:
+        reason = "bad_answer" if isinstance(error, zlib.error) else "truncated"
+        return bytes(body), Refused(reason, f"after {length} bytes: {error}"[:300])
+    except TooMuch:
+        announced = most + 1
     if max(len(body), announced) > most:
         return bytes(body[:most]), Refused("too_large", f"more than {most} bytes")
-    if len(body) < announced:
-        return bytes(body), Refused("truncated", f"{len(body)} bytes of {announced}")
+    if length < announced or (inflate and length and not inflate.eof):
+        return bytes(body), Refused("truncated", f"{length} bytes of {announced or 'more'}")
     return bytes(body), None
 
 
 def _resolve(host: str, clock: Clock) -> list[str]:
-    """The addresses of a host, in the resolver's order. Raises gaierror, UnicodeError or TimeoutError."""
+    """The addresses of a host, in the resolver's order; none for a name that does not exist.
+
+    Raises gaierror, UnicodeError or TimeoutError.
+    """
     answer: Future[list[Any]] = Future()
 
     def ask() -> None:
         try:
             answer.set_result(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
         except Exception as error:  # raised again in the thread that waits
-            answer.set_exception(error)
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+                answer.set_result([])
+            else:
+                answer.set_exception(error)
 
     seconds = clock.left()
     # the resolver knows no deadline: its thread is left to itself when time is up

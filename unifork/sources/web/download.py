@@ -35,7 +35,7 @@ TRANSIENT = frozenset(
 """Classes that another attempt may change."""
 UNREACHED = frozenset({"timeout", "connection_failed", "dns_failure", "no_such_host"})
 """Classes that may have their cause on this side."""
-UNASKED = frozenset({"bad_url", "forbidden_address", "robots_denied", "unexpected"})
+UNASKED = frozenset({"bad_url", "forbidden_address", "robots_denied", "host_unreachable", "unexpected"})
 """Classes that say nothing about the network: perhaps no connection was made."""
 SUSPICIOUS_HOSTS = 25
 """Different hosts that fail to be reached one after another before this side is looked at."""
@@ -43,6 +43,7 @@ PROBES = 12
 """Hosts that are probed; a fifth of those in old lists being dead, all are by chance in 4 of 10^9 cases."""
 FEW_PROBES = 8
 """With fewer hosts than this, only a resolver that does not answer counts as a fault of this side."""
+ENGINE = None
 TAIL = 0.95
 """Share of settled rows at which the tail of a shard begins."""
 
@@ -56,7 +57,9 @@ def fetch_image(client: Client, url: str) -> Outcome:
     try:
         return inspect(client.get(url), client.rules.max_pixels)
     except Refused as refused:
-        return Refused(refused.reason, refused.detail)  # without the traceback, which holds sockets and bytes
+        return Refused(
+            refused.reason, refused.detail, refused.host
+        )  # without the traceback, which holds sockets and bytes
     except Exception as error:  # a hostile answer costs its row, never the shard
         return Refused("unexpected", f"{type(error).__name__}: {error}"[:300])
 
@@ -208,7 +211,7 @@ class Download(Materialize):
         if self.health is None:
             self.health = Health(self.client)
             self.health.preflight(urls)
-        outcomes = fetch_all(urls, self.client, self.threads, self.health)
+        outcomes = (ENGINE or fetch_all)(urls, self.client, self.threads, self.health)
         for row in wanted:
             outcome = outcomes[row["url"]]
             if isinstance(outcome, Refused):

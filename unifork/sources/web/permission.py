@@ -56,6 +56,7 @@ MAX_ROBOTS_BYTES = 512 * 1024
 
 _NAMED = re.compile(r"\s*user[- ]?agent[\s:]+([^\s/#*]+).*", re.IGNORECASE)
 """A line of robots.txt that addresses somebody, by a name that a version or remark may follow."""
+_NAME = re.compile(r"[a-z*]")
 _SOMEBODY_ELSE = "/"
 """A name that none has."""
 
@@ -81,12 +82,15 @@ def reservation(headers: Iterable[tuple[str, str]], agent: str) -> str | None:
         if name.lower() != "x-robots-tag":
             continue
         addressed = agent
-        for part in value.lower().split(","):
-            who, colon, directive = part.partition(":")
-            if colon and who.strip() in WITH_VALUE:
+        for part in re.split("[,;]", value.lower()):
+            before, colon, after = part.partition(":")
+            directives = before.split()
+            who = directives.pop() if colon and directives else ""
+            if directives and addressed in (agent, "*") and not RESERVED.isdisjoint(directives):
+                return f"{name}: {value}"
+            if who in WITH_VALUE or not _NAME.match(who):  # their values hold colons too, as times do
                 continue
-            if colon:  # `name: directive` addresses it and what follows to one agent
-                addressed = who.strip()
-            if addressed in (agent, "*") and (directive if colon else who).strip() in RESERVED:
+            addressed = who.partition("/")[0]  # `name: directive` addresses it and what follows to one agent
+            if addressed in (agent, "*") and not RESERVED.isdisjoint(after.split()):
                 return f"{name}: {value}"
     return None
