@@ -14,19 +14,28 @@ import ssl
 import threading
 import time
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from protego import Protego
 
+from unifork.errors import MachineError
 from unifork.sources.url_lists import FetchRules
-from unifork.sources.web.permission import MAX_ROBOTS_BYTES, parse_robots, refusal, reservation
+from unifork.sources.web.permission import (
+    MAX_ROBOTS_BYTES,
+    Refused,
+    Target,
+    parse_robots,
+    refusal,
+    reservation,
+    resolve,
+    target_of,
+)
 
 CONNECT_SECONDS = 10.0
 """Most time for one address of a host, so that a dead one leaves time for the next."""
@@ -35,83 +44,15 @@ IDLE_SECONDS = 15.0
 FRAMING_BYTES = 1024**2
 """Bytes of a connection beside those of the body: headers, and the sizes of chunks."""
 REMEMBERED = 50_000
-"""Hosts and robots.txt files kept in memory; the oldest is forgotten."""
+"""Hosts and robots.txt files kept in memory; with one more all are forgotten."""
 REMEMBERED_SECONDS = 3600.0
 """Age at which an address or a robots.txt is asked for again."""
-PORTS = {"http": 80, "https": 443}
-"""The schemes that are asked, and where they are when a URL names no port."""
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
-PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"
-"""What lists leave as it is in a path; everything else, such as spaces and letters beyond ASCII, is quoted."""
 
 
 class TooMuch(Exception):
     """More bytes came over a connection than any allowed answer needs."""
-
-
-class Refused(Exception):
-    """Why a row has no image: a class to count by, a detail, and the host that could not be asked, if that is why."""
-
-    def __init__(self, reason: str, detail: str, host: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.host = reason, detail, host
-
-
-@dataclass(frozen=True)
-class Target:
-    """A URL that may be asked for."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-
-    @property
-    def authority(self) -> str:
-        """The value of the header Host."""
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        return name if self.port == PORTS[self.scheme] else f"{name}:{self.port}"
-
-    @property
-    def origin(self) -> str:
-        """What a robots.txt is valid for, and the beginning of its URL."""
-        return f"{self.scheme}://{self.authority}"
-
-    @property
-    def url(self) -> str:
-        """All of it again."""
-        return self.origin + self.path
-
-
-def target_of(url: str, base: str = "") -> Target:
-    """A URL taken apart, which may be relative to another. Raises Refused (`bad_url`) unless it is http(s)://HOST."""
-    try:
-        parts = urlsplit(urljoin(base, url.strip()))
-        host, port = (parts.hostname or "").rstrip("."), parts.port
-        host = host if host.isascii() else host.encode("idna").decode()
-    except ValueError as error:
-        raise Refused("bad_url", f"{error}: {url!r:.300}") from None
-    if parts.scheme not in PORTS or not host or port == 0:
-        raise Refused("bad_url", f"not http(s)://HOST: {url!r:.300}")
-    if any(char <= " " or char == "\x7f" for char in host):
-        raise Refused("bad_url", f"control character in the host: {url!r:.300}")
-    path = quote(_without_dots(parts.path), safe=PATH_SAFE) + (
-        f"?{quote(parts.query, safe=PATH_SAFE)}" if parts.query else ""
-    )
-    return Target(parts.scheme, host.lower(), port or PORTS[parts.scheme], path)
-
-
-def _without_dots(path: str) -> str:
-    """A path without `.` and `..` (RFC 3986, 5.2.4), which may be escaped."""
-    kept: list[str] = []
-    segments = re.sub("%2e", ".", path, flags=re.IGNORECASE).split("/")[1:] or [""]
-    for segment in segments:
-        if segment == "..":
-            del kept[-1:]
-        elif segment != ".":
-            kept.append(segment)
-    return "/" + "/".join(kept + [""] * (segments[-1] in (".", "..")))
 
 
 class Clock:
@@ -179,7 +120,7 @@ class _Response(http.client.HTTPResponse):
         return int(digits, 16)
 
 
-class Client:
+class Guard:
     """Fetches URLs by the rules of a card; used by many threads at once.
 
     agent: the name that robots.txt and X-Robots-Tag may address, lower-case and without a version.
@@ -190,7 +131,7 @@ class Client:
         self.agent = rules.user_agent.split()[0].split("/")[0].lower()
         self.tls = ssl.create_default_context()
         self._lock = threading.Lock()
-        self._memory: OrderedDict[Any, tuple[float, Any]] = OrderedDict()
+        self._memory: dict[Any, tuple[float, Any]] = {}
         self._slots: WeakValueDictionary[Any, threading.Semaphore] = WeakValueDictionary()
 
     # ------------------------------------------------------------------------------------- requests
@@ -262,13 +203,8 @@ class Client:
     @contextmanager
     def _requested(self, target: Target, clock: Clock) -> Iterator[http.client.HTTPResponse]:
         """The answer to one request. Raises Refused."""
-        headers = {
-            "Host": target.authority,
-            "User-Agent": self.rules.user_agent,
-            "Accept": "image/*,*/*;q=0.5",
-            "Accept-Encoding": "identity",
-            "Connection": "close",
-        }
+        headers = {"Host": target.authority, "User-Agent": self.rules.user_agent, "Connection": "close"}
+        headers |= {"Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
         with (
             _classified(target),
             self._slot(("host", target.host), self.connections_per_host, clock),
@@ -315,26 +251,22 @@ class Client:
 
     def _open(self, address: str, port: int, clock: Clock) -> socket.socket:
         """A connection to exactly this address, through the configured proxy if there is one."""
-        if self.proxy is None:
-            return socket.create_connection((address, port), clock.left(CONNECT_SECONDS))
-        proxy = urlsplit(self.proxy)
-        sock = socket.create_connection((proxy.hostname or "", proxy.port or 3128), clock.left(CONNECT_SECONDS))
-        try:
-            limited = _Limited(sock, clock, FRAMING_BYTES)
+        proxy = urlsplit(self.proxy) if self.proxy else None
+        place = (proxy.hostname or "", proxy.port or 3128) if proxy else (address, port)
+        sock = socket.create_connection(place, clock.left(CONNECT_SECONDS))
+        if proxy:
             there = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+            limited = _Limited(sock, clock, FRAMING_BYTES)
             limited.sendall(f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n\r\n".encode())
             answer = http.client.HTTPResponse(limited, method="CONNECT")  # type: ignore[arg-type]
             answer.begin()
             if answer.status != 200:
                 raise ConnectionError(f"the proxy {self.proxy} answered {answer.status} for {there}")
-        except BaseException:
-            sock.close()
-            raise
         return sock
 
     def _addresses(self, target: Target, clock: Clock) -> list[str]:
         """The addresses of a host that may be contacted. Raises Refused when there are none."""
-        found = self._remembered(("addresses", target.host), lambda: _resolve(target.host, clock))
+        found = self._remembered(("addresses", target.host), lambda: resolve(target.host, clock.left()))
         if not found:
             raise Refused("no_such_host", f"{target.host}: the resolver does not know it"[:300], target.host)
         whys = {address: refusal(address, self.rules.allow_addresses) for address in found}
@@ -346,16 +278,12 @@ class Client:
 
     def _remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value made for a key within the last hour, else a new one."""
-        now = time.monotonic()
-        with self._lock:
-            made_at, value = self._memory.get(key, (float("-inf"), None))
-        if now - made_at >= REMEMBERED_SECONDS:
-            value = make()  # outside the lock: it may take seconds
-            with self._lock:
-                self._memory[key] = now, value
-                self._memory.move_to_end(key)
-                if len(self._memory) > REMEMBERED:
-                    self._memory.popitem(last=False)
+        made_at, value = self._memory.get(key, (float("-inf"), None))
+        if time.monotonic() - made_at >= REMEMBERED_SECONDS:
+            value = make()
+            if len(self._memory) >= REMEMBERED:
+                self._memory.clear()
+            self._memory[key] = time.monotonic(), value
         return value
 
 
@@ -406,27 +334,59 @@ def _body(answer: http.client.HTTPResponse, most: int) -> tuple[bytes, Refused |
     return bytes(body), None
 
 
-def _resolve(host: str, clock: Clock) -> list[str]:
-    """The addresses of a host, in the resolver's order; none for a name that does not exist.
+# ------------------------------------------------------------------------------------ the network
 
-    Raises gaierror, UnicodeError or TimeoutError.
-    """
-    answer: Future[list[Any]] = Future()
+UNREACHED = frozenset({"timeout", "connection_failed", "dns_failure", "no_such_host"})
+"""Classes that may have their cause on this side."""
+UNASKED = frozenset({"bad_url", "forbidden_address", "robots_denied", "host_unreachable", "unexpected"})
+"""Classes that say nothing about the network: perhaps no connection was made."""
+SUSPICIOUS_HOSTS = 25
+"""Different hosts that fail to be reached one after another before this side is looked at."""
+PROBES = 12
+"""Hosts that are probed; a fifth of those in old lists being dead, all are by chance in 4 of 10^9 cases."""
+FEW_PROBES = 8
+"""With fewer hosts than this, only a resolver that does not answer counts as a fault of this side."""
 
-    def ask() -> None:
-        try:
-            answer.set_result(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
-        except Exception as error:  # raised again in the thread that waits
-            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-                answer.set_result([])
-            else:
-                answer.set_exception(error)
 
-    seconds = clock.left()
-    # the resolver knows no deadline: its thread is left to itself when time is up
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        found = answer.result(seconds)
-    except TimeoutError:
-        raise socket.gaierror(socket.EAI_AGAIN, "no answer in time") from None
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+class Network:
+    """Tells a list of dead links from a machine without a network."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.failing: dict[str, str] = {}
+        self.alive: deque[str] = deque(maxlen=PROBES)
+        self.looked_at = False
+
+    def preflight(self, urls: Sequence[str]) -> None:
+        """Probe some hosts of a list before anything else. Raises MachineError when none can be reached."""
+        if not self.looked_at:
+            self.looked_at = True
+            self.probe(urls[:: max(1, len(urls) // PROBES)], "before the first row")
+
+    def saw(self, url: str, reason: str | None) -> None:
+        """Note the class of an outcome, None for an image. Raises MachineError when nothing can be reached any more."""
+        if reason in UNREACHED:
+            self.failing[urlsplit(url).netloc] = url
+            if len(self.failing) < SUSPICIOUS_HOSTS:
+                return
+            self.probe([*self.alive, *self.failing.values()], f"after {len(self.failing)} hosts failed in a row")
+        elif reason in UNASKED:
+            return
+        else:
+            self.alive.append(url)
+        self.failing.clear()
+
+    def probe(self, urls: Iterable[str], when: str) -> None:
+        """Try to reach the first few hosts. Raises MachineError when none answers, which is no fault of theirs."""
+        chosen = list({urlsplit(url).netloc: url for url in urls}.values())[:PROBES]
+        with ThreadPoolExecutor(PROBES) as pool:
+            failures = [why for why in pool.map(self.guard.reach, chosen) if why and why.reason in UNREACHED]
+        reasons = {failure.reason for failure in failures}
+        if not failures or len(failures) < len(chosen) or (reasons != {"dns_failure"} and len(failures) < FEW_PROBES):
+            return
+        names = reasons <= {"dns_failure", "no_such_host"}
+        cause = "no name is resolved (DNS)" if names else "no connection leaves it (firewall, or a missing `web.proxy`)"
+        raise MachineError(
+            f"download stopped {when}: this machine has no network: {cause}. None of {len(chosen)} hosts can be "
+            f"reached, first {failures[0].detail!r}. Finished shards are kept; run the stage again when it is back"
+        )

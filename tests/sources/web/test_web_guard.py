@@ -1,4 +1,4 @@
-"""The client alone: which address a name leads to, and whose certificate is taken."""
+"""The guard alone: which address a name leads to, and whose certificate is taken."""
 
 import shutil
 import socket
@@ -11,8 +11,9 @@ import pytest
 from loopback import FETCH, Web, drip, image
 
 from unifork.sources.url_lists import FetchRules
-from unifork.sources.web import client as client_module
-from unifork.sources.web.client import Client, Refused
+from unifork.sources.web import guard as guard_module
+from unifork.sources.web.guard import Guard
+from unifork.sources.web.permission import Refused
 
 
 @pytest.fixture
@@ -36,15 +37,15 @@ def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web,
     web.pages["/a.png"] = other.pages["/a.png"] = image("PNG")
     names |= {"turning.example": [["127.0.0.1"], ["127.0.0.2"]], "mixed.example": [["127.0.0.2", "127.0.0.1"]]}
     names["bad.example"] = [["127.0.0.2", "10.0.0.1", "169.254.169.254"]]
-    client = Client(FetchRules.model_validate(FETCH), 8)
+    guard = Guard(FetchRules.model_validate(FETCH), 8)
     for host in ("turning", "mixed"):
-        assert client.get(web.root.replace("127.0.0.1", f"{host}.example") + "/a.png") == web.pages["/a.png"]
+        assert guard.get(web.root.replace("127.0.0.1", f"{host}.example") + "/a.png") == web.pages["/a.png"]
     with pytest.raises(Refused, match=r"bad\.example: 127\.0\.0\.2 is loopback, 10\.0\.0\.1 is private"):
-        client.get(web.root.replace("127.0.0.1", "bad.example") + "/a.png")
+        guard.get(web.root.replace("127.0.0.1", "bad.example") + "/a.png")
     assert (web.hits["/a.png"], other.hits.total()) == (2, 0)
-    monkeypatch.setattr("unifork.sources.web.client.REMEMBERED_SECONDS", 0.0)  # asked again, and checked again
+    monkeypatch.setattr("unifork.sources.web.guard.REMEMBERED_SECONDS", 0.0)  # asked again, and checked again
     with pytest.raises(Refused, match="forbidden_address"):
-        client.get(web.root.replace("127.0.0.1", "turning.example") + "/a.png")
+        guard.get(web.root.replace("127.0.0.1", "turning.example") + "/a.png")
     other.shutdown()
     other.server_close()
     assert other.hits.total() == 0
@@ -65,26 +66,26 @@ def test_a_negative_chunk_of_gigabytes_is_not_read(web, monkeypatch, strict):
 
     web.pages["/a.png"] = endless
     if not strict:
-        monkeypatch.delattr(client_module._Response, "_read_next_chunk_size")
-    client = Client(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
+        monkeypatch.delattr(guard_module._Response, "_read_next_chunk_size")
+    guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
     tracemalloc.start()
     with pytest.raises(Refused, match="bad_answer: .*a chunk of size b'-1'" if strict else "too_large"):
-        client.get(web.root + "/a.png")
+        guard.get(web.root + "/a.png")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6, f"{peak / 1e6:.0f} MB"
 
 
 def test_a_connection_on_which_nothing_comes_ends_before_its_time(web, monkeypatch):
-    monkeypatch.setattr(client_module, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(guard_module, "IDLE_SECONDS", 0.2)
     web.pages["/silent.png"] = lambda page: web.gate.wait(5)
     web.pages["/slow.png"] = lambda page: drip(page, b"HTTP/1.0 200 OK\r\nContent-Length: 8\r\n\r\n", b"x")
-    client = Client(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
+    guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
     started = time.monotonic()
     with pytest.raises(Refused, match="timeout"):
-        client.get(web.root + "/silent.png")
+        guard.get(web.root + "/silent.png")
     assert time.monotonic() - started < 2
-    assert client.get(web.root + "/slow.png") == b"x" * 8
+    assert guard.get(web.root + "/slow.png") == b"x" * 8
     web.gate.set()
 
 
@@ -99,11 +100,11 @@ def test_certificates_are_checked_for_the_name_and_not_for_the_address(web, name
     web.socket = context.wrap_socket(web.socket, server_side=True)
     web.pages["/a.png"] = image("PNG")
     names |= {"good.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]}
-    client = Client(FetchRules.model_validate({**FETCH, "timeout_seconds": 5}), 8)
+    guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 5}), 8)
     port = web.root.rpartition(":")[2]
     with pytest.raises(Refused, match=r"tls_failed: good\.example.*self-signed"):
-        client.get(f"https://good.example:{port}/a.png")
-    client.tls.load_verify_locations(certificate)
-    assert client.get(f"https://good.example:{port}/a.png") == web.pages["/a.png"]
+        guard.get(f"https://good.example:{port}/a.png")
+    guard.tls.load_verify_locations(certificate)
+    assert guard.get(f"https://good.example:{port}/a.png") == web.pages["/a.png"]
     with pytest.raises(Refused, match=r"tls_failed: other\.example"):
-        client.get(f"https://other.example:{port}/a.png")
+        guard.get(f"https://other.example:{port}/a.png")
