@@ -13,7 +13,7 @@ from loopback import FETCH, Web, drip, image
 from unifork.sources.url_lists import FetchRules
 from unifork.sources.web import guard as guard_module
 from unifork.sources.web.guard import Guard
-from unifork.sources.web.permission import Refused
+from unifork.sources.web.permission import Refused, target_of
 
 
 @pytest.fixture
@@ -39,13 +39,13 @@ def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web,
     names["bad.example"] = [["127.0.0.2", "10.0.0.1", "169.254.169.254"]]
     guard = Guard(FetchRules.model_validate(FETCH), 8)
     for host in ("turning", "mixed"):
-        assert guard.get(web.root.replace("127.0.0.1", f"{host}.example") + "/a.png") == web.pages["/a.png"]
+        assert guard.get(target_of(web.root.replace("127.0.0.1", f"{host}.example") + "/a.png")) == web.pages["/a.png"]
     with pytest.raises(Refused, match=r"bad\.example: 127\.0\.0\.2 is loopback, 10\.0\.0\.1 is private"):
-        guard.get(web.root.replace("127.0.0.1", "bad.example") + "/a.png")
+        guard.get(target_of(web.root.replace("127.0.0.1", "bad.example") + "/a.png"))
     assert (web.hits["/a.png"], other.hits.total()) == (2, 0)
     monkeypatch.setattr("unifork.sources.web.guard.REMEMBERED_SECONDS", 0.0)  # asked again, and checked again
     with pytest.raises(Refused, match="forbidden_address"):
-        guard.get(web.root.replace("127.0.0.1", "turning.example") + "/a.png")
+        guard.get(target_of(web.root.replace("127.0.0.1", "turning.example") + "/a.png"))
     other.shutdown()
     other.server_close()
     assert other.hits.total() == 0
@@ -70,7 +70,7 @@ def test_a_negative_chunk_of_gigabytes_is_not_read(web, monkeypatch, strict):
     guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
     tracemalloc.start()
     with pytest.raises(Refused, match="bad_answer: .*a chunk of size b'-1'" if strict else "too_large"):
-        guard.get(web.root + "/a.png")
+        guard.get(target_of(web.root + "/a.png"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6, f"{peak / 1e6:.0f} MB"
@@ -83,9 +83,9 @@ def test_a_connection_on_which_nothing_comes_ends_before_its_time(web, monkeypat
     guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
     started = time.monotonic()
     with pytest.raises(Refused, match="timeout"):
-        guard.get(web.root + "/silent.png")
+        guard.get(target_of(web.root + "/silent.png"))
     assert time.monotonic() - started < 2
-    assert guard.get(web.root + "/slow.png") == b"x" * 8
+    assert guard.get(target_of(web.root + "/slow.png")) == b"x" * 8
     web.gate.set()
 
 
@@ -103,8 +103,8 @@ def test_certificates_are_checked_for_the_name_and_not_for_the_address(web, name
     guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 5}), 8)
     port = web.root.rpartition(":")[2]
     with pytest.raises(Refused, match=r"tls_failed: good\.example.*self-signed"):
-        guard.get(f"https://good.example:{port}/a.png")
+        guard.get(target_of(f"https://good.example:{port}/a.png"))
     guard.tls.load_verify_locations(certificate)
-    assert guard.get(f"https://good.example:{port}/a.png") == web.pages["/a.png"]
+    assert guard.get(target_of(f"https://good.example:{port}/a.png")) == web.pages["/a.png"]
     with pytest.raises(Refused, match=r"tls_failed: other\.example"):
-        guard.get(f"https://other.example:{port}/a.png")
+        guard.get(target_of(f"https://other.example:{port}/a.png"))

@@ -173,8 +173,8 @@ class Cut:
         host = target_of(url).host
         return None if host in self.alive else Refused(self.reason, url, host)
 
-    def get(self, url):
-        if refused := self.reach(url):
+    def get(self, target):
+        if refused := self.reach(target.url):
             raise refused
         return b""
 
@@ -214,7 +214,7 @@ def test_a_network_that_breaks_stops_the_shard_and_dead_links_do_not():
     alive = Cut("timeout", alive=["host0.example"])
     assert fetched(URLS, alive, 4) == ["empty"] + ["timeout"] * 59
     breaking = Cut("timeout", alive=["host0.example"])
-    breaking.get = lambda url: breaking.alive.clear() or Cut.get(breaking, url)
+    breaking.get = lambda target: breaking.alive.clear() or Cut.get(breaking, target)
     with pytest.raises(MachineError, match=r"after 2[5-9] hosts failed in a row: this machine has no network"):
         fetched(URLS, breaking, 4)
 
@@ -228,8 +228,8 @@ class Counting(Cut):
         self.requested, self.now, self.most, self.most_silent = [], Counter(), Counter(), 0
         self.lock = threading.Lock()
 
-    def get(self, url):
-        host = target_of(url).host
+    def get(self, target):
+        host = target.host
         with self.lock:
             self.requested.append(host)
             self.now[host] += 1
@@ -239,7 +239,7 @@ class Counting(Cut):
         with self.lock:
             self.now[host] -= 1
         if host in self.silent:
-            raise Refused("timeout", url, host)
+            raise Refused("timeout", target.url, host)
         return b""
 
 

@@ -157,7 +157,8 @@ class Places:
                 host.failures = 0 if answered else host.failures + 1
                 host.failed_at = time.monotonic()
             self._note(name)
-            self.changed.notify_all()
+            if self.queued:
+                self.changed.notify_all()
 
     def _connections(self, host: _Host) -> int:
         return self.connections if host.answers else min(SILENT_CONNECTIONS, self.connections)
@@ -282,7 +283,7 @@ class _Shard:
     def _fetch(self, number: int) -> Outcome:
         """One attempt at one URL; never raises."""
         try:
-            return inspect(self.guard.get(self.urls[number]), self.rules)
+            return inspect(self.guard.get(self.targets[number]), self.rules)
         except Refused as refused:  # kept without its traceback, which holds sockets and bytes
             return Refused(refused.reason, refused.detail, refused.host)
         except Exception as error:  # a hostile answer costs its row, never the shard

@@ -136,11 +136,11 @@ class Guard:
 
     # ------------------------------------------------------------------------------------- requests
 
-    def get(self, url: str) -> bytes:
+    def get(self, target: Target) -> bytes:
         """The body of a URL, after redirects, unchanged. Raises Refused."""
-        with self._answer(url, Clock(self.rules.timeout_seconds), asking=True) as (target, answer):
+        with self._answer(target, Clock(self.rules.timeout_seconds), asking=True) as (last, answer):
             if answer.status != 200:
-                raise Refused(f"http_{answer.status}", f"{target.authority}{target.path}"[:300])
+                raise Refused(f"http_{answer.status}", f"{last.authority}{last.path}"[:300])
             body, missing = _body(answer, self.rules.max_bytes)
         if missing:
             raise missing
@@ -157,26 +157,25 @@ class Guard:
             return refused
 
     @contextmanager
-    def _answer(self, url: str, clock: Clock, asking: bool) -> Iterator[tuple[Target, http.client.HTTPResponse]]:
+    def _answer(self, target: Target, clock: Clock, asking: bool) -> Iterator[tuple[Target, http.client.HTTPResponse]]:
         """What redirects lead to, and its answer, whose body is not read yet. Raises Refused.
 
         asking: for leave, of the robots.txt of every host and the headers of every answer.
         """
-        base = ""
         for _ in range(self.rules.max_redirects + 1):
-            target = target_of(url, base)
             if asking and self.rules.robots:
                 self._check_robots(target, clock)
             with self._requested(target, clock) as answer:
-                reserved = reservation(answer.getheaders(), self.agent)
-                if reserved and asking and self.rules.opt_out:
+                reserved = asking and self.rules.opt_out and reservation(answer.getheaders(), self.agent)
+                if reserved:
                     raise Refused("opted_out", reserved[:300])
                 location = answer.msg.get("location")
                 if location is None or answer.status not in REDIRECTS:
                     yield target, answer
                     return
-            base, url = target.url, location.encode("latin-1").decode("utf-8", "replace")  # headers arrive as Latin-1
-        raise Refused("too_many_redirects", f"more than {self.rules.max_redirects}, the last to {url!r:.300}")
+            # headers arrive as Latin-1
+            target = target_of(location.encode("latin-1").decode("utf-8", "replace"), target.url)
+        raise Refused("too_many_redirects", f"more than {self.rules.max_redirects}, the last to {target.url:.300}")
 
     def _check_robots(self, target: Target, clock: Clock) -> None:
         """Raise Refused for what robots.txt denies, and when its host cannot be asked."""
@@ -190,7 +189,7 @@ class Guard:
         """RFC 9309: no file (4xx) allows everything, a server in trouble (5xx) nothing for now."""
         body = b""
         try:
-            with self._answer(f"{target.origin}/robots.txt", clock, asking=False) as (_, answer):
+            with self._answer(target._replace(path="/robots.txt"), clock, asking=False) as (_, answer):
                 if answer.status >= 500:
                     raise Refused(f"http_{answer.status}", f"robots.txt of {target.authority}")
                 if answer.status == 200:
@@ -318,6 +317,9 @@ def _body(answer: http.client.HTTPResponse, most: int) -> tuple[bytes, Refused |
     announced, body, length = answer.length or 0, bytearray(), 0
     zipped = answer.msg.get("content-encoding", "").strip().lower() in ("gzip", "x-gzip")
     inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS) if zipped else None
+    if 0 < announced <= most and not zipped:
+        whole = answer.read(announced)
+        return whole, None if len(whole) == announced else Refused("truncated", f"{len(whole)} bytes of {announced}")
     try:
         while len(body) <= most and (part := answer.read1(64 * 1024)):
             length += len(part)
