@@ -290,6 +290,17 @@ def test_a_host_that_was_given_up_is_left_alone_for_a_while_in_later_shards_too(
     assert guard.requested.count("dead") == before + 40
 
 
+def test_rows_that_keep_failing_are_no_dead_host():
+    """What comes again are the rows that fail: of a host that answers others they say nothing."""
+    guard = Counting(seconds=0.001, attempts=3)
+    hangs = lambda target: int(target.path[1:]) % 10 == 0  # noqa: E731
+    get = guard.get
+    guard.get = lambda target: Cut("timeout").get(target) if hangs(target) else get(target)
+    urls = [f"http://a/{number}" for number in range(300)]
+    reasons = Counter(fetched(urls, guard, 8))
+    assert reasons == {"empty": 270, "timeout": 30}
+
+
 def test_rows_that_fail_for_now_come_again_in_further_passes():
     guard = Counting(["b"], attempts=3)
     assert fetched(["http://a/1", "http://b/1"], guard, 4) == ["empty", "timeout"]

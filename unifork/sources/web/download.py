@@ -47,7 +47,7 @@ SILENT_CONNECTIONS = 2
 """Connections to a host that has not answered yet, or not the last time."""
 MOST_FAILURES = 16
 """Attempts in a row that do not reach a host, after which its rows are not tried any more."""
-DEAD_SECONDS = 600.0
+DEAD_SECONDS = 120.0
 """How long such a host is left alone, also in later shards."""
 TABLE = "memory://unifork/urls.arrow"
 """Where img2dataset finds its table of URLs."""
@@ -271,7 +271,9 @@ class _Shard:
         try:
             if not self._over() and self.places.enter(host, self._over):
                 outcome = self._fetch(number)
-                self.places.leave(host, _answered(outcome, host))
+                answered = _answered(outcome, host)
+                # rows that come again are those that fail, which says nothing of the others
+                self.places.leave(host, answered or (None if self.attempts[number] else answered))
         except Refused as dead:
             outcome = self.outcomes.get(number) or Refused(dead.reason, dead.detail)
         if outcome is not None:

@@ -60,6 +60,8 @@ class Clock:
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
+        self.heard = False
+        """Whether a byte came from the web."""
 
     def left(self, most: float = float("inf")) -> float:
         """Seconds left, at most `most`. Raises TimeoutError when there are none."""
@@ -92,6 +94,7 @@ class _Limited(io.RawIOBase):
         self.sock.settimeout(self.clock.left(IDLE_SECONDS))
         count = self.sock.recv_into(buffer)
         self.bytes_left -= count
+        self.clock.heard = self.clock.heard or count > 0
         if self.bytes_left < 0:
             raise TooMuch
         return count
@@ -151,7 +154,7 @@ class Guard:
         clock = Clock(CONNECT_SECONDS)
         try:
             target = target_of(url)
-            with _classified(target), self._connected(target, clock):
+            with _classified(target, clock), self._connected(target, clock):
                 return None
         except Refused as refused:
             return refused
@@ -180,7 +183,7 @@ class Guard:
     def _check_robots(self, target: Target, clock: Clock) -> None:
         """Raise Refused for what robots.txt denies, and when its host cannot be asked."""
         key = "robots", target.origin
-        with _classified(target), self._slot(key, 1, clock):  # the first row asks, others wait
+        with _classified(target, clock), self._slot(key, 1, clock):  # the first row asks, others wait
             robots = self._remembered(key, lambda: self._ask_robots(target, clock))
         if not robots.can_fetch(target.url, self.agent):
             raise Refused("robots_denied", f"robots.txt of {target.authority}")
@@ -205,7 +208,7 @@ class Guard:
         headers = {"Host": target.authority, "User-Agent": self.rules.user_agent, "Connection": "close"}
         headers |= {"Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
         with (
-            _classified(target),
+            _classified(target, clock),
             self._slot(("host", target.host), self.connections_per_host, clock),
             self._connected(target, clock) as sock,
         ):
@@ -300,13 +303,14 @@ CLASSES: dict[type[Exception], str] = {
 
 
 @contextmanager
-def _classified(target: Target) -> Iterator[None]:
+def _classified(target: Target, clock: Clock) -> Iterator[None]:
     """Turn what a connection may raise into Refused with its class."""
     try:
         yield
     except tuple(CLASSES) as error:
         reason = next(reason for kind, reason in CLASSES.items() if isinstance(error, kind))
-        raise Refused(reason, f"{target.authority}: {type(error).__name__}: {error}"[:300], target.host) from error
+        host = "" if clock.heard else target.host
+        raise Refused(reason, f"{target.authority}: {type(error).__name__}: {error}"[:300], host) from error
 
 
 def _body(answer: http.client.HTTPResponse, most: int) -> tuple[bytes, Refused | None]:

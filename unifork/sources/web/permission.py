@@ -29,7 +29,7 @@ PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"
 
 
 class Refused(Exception):
-    """Why a row has no image: a class to count by, a detail, and the host that could not be asked, if that is why."""
+    """Why a row has no image: a class to count by, a detail, and the host from which nothing came, if that is why."""
 
     def __init__(self, reason: str, detail: str, host: str = "") -> None:
         super().__init__(f"{reason}: {detail}")
