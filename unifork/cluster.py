@@ -1,4 +1,4 @@
-"""Work over shards: in this process, or on the actors of a Ray Data job.
+"""Work over shards: in this process, in another, or on the actors of a Ray Data job.
 
 In: jobs over shards and a worker class. Out: finished folders with their manifests.
 
@@ -12,12 +12,15 @@ is imported only where it is needed: small data and the unit tests do without.
 import logging
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from multiprocessing import get_context, set_start_method
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,6 +29,7 @@ from unifork.config import Cluster, JobResources, cluster_file, in_job
 from unifork.devices import chosen_device
 from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError
 from unifork.layout import Layout
+from unifork.processes import die_with_parent
 from unifork.shards.job import ShardJob
 from unifork.shards.manifest import Manifest
 from unifork.shards.progress import places, stop_noted
@@ -160,16 +164,19 @@ def map_shards(
 ) -> Results:
     """Run `worker_class(*worker_args)(task)` once per task; the results as they come, in any order.
 
-    Tasks and results are small (paths, counts, hashes), never images. With `resources.workers == 0` the work is done in
-    this process, otherwise by as many actors of a Ray Data job (inside `local_ray`), each of which makes one worker and
-    keeps it. A worker class with `TASKS_AT_ONCE` above 1 is called by as many threads where there are tasks enough for
-    all actors. What one shard meets is its result (`problem`); what all would meet (ENDS_THE_JOB, a worker that cannot
-    be made, one whose process keeps dying) ends the work and is raised.
+    Tasks and results are small (paths, counts, hashes), never images. With `resources.workers == 0` the work is done
+    in this process (for a worker class with `OWN_PROCESS` in one that is started for it), otherwise by as many actors
+    of a Ray Data job (inside `local_ray`), each of which makes one worker and keeps it. A worker class with
+    `TASKS_AT_ONCE` above 1 is called by as many threads where there are tasks enough for all actors. What one shard
+    meets is its result (`problem`); what all would meet (ENDS_THE_JOB, a worker that cannot be made, one whose process
+    keeps dying) ends the work and is raised.
     """
     if not tasks:
         return
     make = partial(worker_class, *worker_args)
-    if resources.workers == 0:
+    if resources.workers == 0 and getattr(worker_class, "OWN_PROCESS", False):
+        yield from _map_in_process(tasks, make)
+    elif resources.workers == 0:
         yield from map(partial(outcome, make()), tasks)
     else:
         yield from _map_on_ray(tasks, make, resources)
@@ -185,6 +192,41 @@ def outcome(worker: Worker, task: ShardTask) -> ShardResult:
         return ShardResult(task.output, problem=str(error))
     except Exception as error:  # a row may raise anything; the other shards are worth finishing
         return ShardResult(task.output, None, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _map_in_process(tasks: Sequence[ShardTask], make: partial[Worker]) -> Results:
+    """`map_shards` in a process of its own, for workers that change what belongs to all of a process."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, os.getpid(), make), daemon=True)
+    process.start()
+    there.close()
+    try:
+        for task in tasks:
+            here.send_bytes(pickle.dumps(task))
+            result = pickle.loads(here.recv_bytes())
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    except (EOFError, ConnectionError):
+        process.join()
+        raise MachineError(
+            f"{task.output}: the process that makes it ended with exit code {process.exitcode} (-9: killed, "
+            f"perhaps for want of memory). Finished shards are kept; run the stage again"
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(pipe: Connection, parent: int, make: partial[Worker]) -> None:
+    """The process of `_map_in_process`; a Ctrl-C is its parent's, with which it dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_start_method("fork", force=True)  # whose pools, of threads here, leave no named semaphores when they are killed
+    die_with_parent()
+    actor = _Actor(make, os.getcwd())
+    while os.getppid() == parent:
+        pipe.send_bytes(pickle.dumps(actor.answer(pipe.recv_bytes())))
 
 
 def _map_on_ray(tasks: Sequence[ShardTask], make: partial[Worker], resources: JobResources) -> Results:
@@ -250,9 +292,10 @@ class _Actor:
         self.making = Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"index": batch["index"], "answer": [pickle.dumps(self._answer(task)) for task in batch["task"]]}
+        return {"index": batch["index"], "answer": [pickle.dumps(self.answer(task)) for task in batch["task"]]}
 
-    def _answer(self, task: bytes) -> ShardResult | Exception:
+    def answer(self, task: bytes) -> ShardResult | Exception:
+        """The result of a pickled task, or what ends the job."""
         try:
             with self.making:
                 if self.worker is None:

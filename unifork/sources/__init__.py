@@ -16,6 +16,7 @@ import errno
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -88,6 +89,8 @@ class Source(Generic[Options]):
     """Its rows depend on the seed of the experiment; those of others stay when that changes, and get 0."""
     text_only: bool = False
     """No row of it has an image."""
+    needs: tuple[str, str] | None = None
+    """A module that is not always installed, and the extra that brings it."""
     version: int = 0
     """Raise when the same options and slice would give other rows; part of the fingerprint."""
 
@@ -121,12 +124,24 @@ def source_of(card: Card) -> tuple[Source[Any], SourceOptions]:
     return source, parse(source.options, card.source.options, place, "source.options")
 
 
+def check_installed(card: Card) -> None:
+    """Raise ConfigError where the images of a card cannot be had for want of a module."""
+    source, _ = source_of(card)
+    if source.needs and not find_spec(source.needs[0]):
+        module, extra = source.needs
+        raise ConfigError(
+            f"card {card.name}: a {card.source.kind!r} source is fetched by {module}, which is not installed; it comes "
+            f"with the extra: pip install 'unifork[{extra}]'"
+        )
+
+
 def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[ShardTask]:
     """The shards of a card's source: slices of at most `shard_rows` rows, `rows` in all.
 
     Raises ConfigError for wrong options, for files that are not there or hold nothing, or when an endless source is
     asked for all its rows.
     """
+    check_installed(card)
     source, options = source_of(card)
     place = f"card {card.name}"
     if source.endless and rows is None:

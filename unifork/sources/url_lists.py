@@ -22,7 +22,7 @@ from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -51,6 +51,9 @@ class FetchRules(StrictModel):
     """Largest body of an answer; the connection is closed at the next byte."""
     max_pixels: PositiveInt = 64_000_000
     """Largest width times height; read from the header, so a larger image is never decoded."""
+    decode: Literal["full", "header"] = "full"
+    """What is checked of an image before it is kept: all of its bytes, or its header, which leaves it to the filter
+    (`unifork.filters.measure`) to name those that cannot be decoded."""
     max_redirects: NonNegativeInt = 5
     """Redirects followed for one URL; each target is checked like a URL of the list."""
     timeout_seconds: PositiveFloat = 30.0
@@ -231,4 +234,4 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-SOURCE = Source(UrlList, slices, rows, paths=("files",))
+SOURCE = Source(UrlList, slices, rows, paths=("files",), needs=("img2dataset", "web"))
