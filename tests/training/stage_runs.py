@@ -16,7 +16,7 @@ from unifork.training.stage import StageJob, train_stage
 RESOURCES = TrainResources(threads=1, row_tokens=384)
 
 
-def job(root, key="unifork-s2-pretrain", resources=RESOURCES, **stage_changes):
+def job(root, key="unifork-s2-pretrain", resources=RESOURCES, seed=0, **stage_changes):
     """A short stage that begins with the fresh model."""
     experiment = load(Experiment, root / "params.yaml")
     name = experiment.runs[key].stage
@@ -26,7 +26,8 @@ def job(root, key="unifork-s2-pretrain", resources=RESOURCES, **stage_changes):
     tracks = {n: t.model_copy(update={"steps": steps, "batch_documents": 8}) for n, t in stage.tracks.items()}
     runs = {key: experiment.runs[key].model_copy(update={"after": "models/unifork-init"})}
     stages = {name: stage.model_copy(update={"tracks": tracks, **changes})}
-    experiment = experiment.model_copy(update={"runs": runs, "stages": stages})
+    variants = {n: v.model_copy(update={"seed": seed}) for n, v in experiment.variants.items()}
+    experiment = experiment.model_copy(update={"runs": runs, "stages": stages, "variants": variants})
     return StageJob(key=key, experiment=experiment, resources=resources, root=str(root))
 
 

@@ -67,6 +67,11 @@ class StageJob(StrictModel):
         return self.experiment.stages[self.experiment.runs[self.key].stage]
 
     @property
+    def seed(self) -> int:
+        """The training seed of the variant."""
+        return self.experiment.variants[self.experiment.runs[self.key].variant].seed
+
+    @property
     def extended(self) -> "StageJob | None":
         """The run of the same variant that this one goes on from, optimizers and all."""
         key = f"{self.experiment.runs[self.key].variant}-{self.stage.extend}"
@@ -98,7 +103,7 @@ class StageJob(StrictModel):
         return self.layout.model(self.key)
 
     def fingerprint(self) -> str:
-        """Of everything that decides the weights: versions, stage, start model, codes, text tokenizer."""
+        """Of everything that decides the weights: versions, stage, seed, start model, codes, text tokenizer."""
         data = {
             entry.prepared: manifest_sha256(self.layout.prepared / entry.prepared)
             for track in self.stage.tracks.values()
@@ -109,6 +114,7 @@ class StageJob(StrictModel):
             {
                 "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
                 "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
+                "seed": self.seed,
                 "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
                 "data": data,
                 "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
@@ -195,7 +201,7 @@ def _open_documents(
     loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
     for name, track in job.stage.tracks.items():
         place: tuple[Any, ...] = (track, job.layout, tokenizer, identity)
-        loaders[name] = TrackLoader(name, *place, seed=job.stage.seed, **sizes)
+        loaders[name] = TrackLoader(name, *place, seed=job.seed, **sizes)
         held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
     return loaders, Validation(job.stage, held_out)
 
