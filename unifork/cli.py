@@ -77,12 +77,11 @@ def use(
 def _choice(seed: int | None, seeds: str, variants: str) -> "Choice":
     from unifork.experiments import Choice
 
-    listed = [] if seed is None else [str(seed)]
-    listed += [part.strip() for part in seeds.split(",") if part]
-    if not all(map(str.isdecimal, listed)) or len({*listed}) < len(listed) or (seed is not None and seeds):
-        raise ConfigError(f"--seed, --seeds: {', '.join(listed)}: one --seed, or --seeds as 0,1,2 with each once")
-    kept = tuple(part.strip() for part in variants.split(",") if part)
-    return Choice(tuple(map(int, listed)), seed is not None, kept)
+    listed = [text for text in seeds.replace(" ", "").split(",") if text]
+    if not all(map(str.isdecimal, listed)) or (listed and seed is not None):
+        raise ConfigError(f"--seeds {seeds}: write 0,1,2, or a single --seed")
+    kept = tuple(text for text in variants.replace(" ", "").split(",") if text)
+    return Choice(tuple(map(int, listed)) if seed is None else (seed,), seed is not None, kept)
 
 
 def main() -> None:

@@ -87,31 +87,26 @@ def compare(
 ) -> None:
     """What one model scores above another on the same items, or a variant above another with the same seeds."""
     from unifork.config import load_experiment
+    from unifork.errors import unknown
     from unifork.evaluation import comparison
     from unifork.evaluation.statistics import holm
     from unifork.layout import Layout
     from unifork.report.reading import scores_by_seed
 
-    pairs = {"": (Path(first), Path(second))}
-    if not all(folder.is_dir() for folder in pairs[""]):
-        params, layout = load_experiment(), Layout()
-        variants = [params.group(name) for name in (first, second)]
-        if min(map(len, variants)) > 1:
-            found = dict[str, comparison.Paired]()
-            for benchmark in params.all_benchmarks:
-                above = comparison.compare_seeds(*(scores_by_seed(layout, seeds, benchmark) for seeds in variants))
-                found |= {f"{benchmark} {' '.join(key)}": paired for key, paired in above.items()}
-            for (name, paired), p in zip(found.items(), holm([each.p for each in found.values()]), strict=True):
-                print(f"{name}: {paired} (p {paired.p:.4f}, exact {paired.p_exact:.4f}, corrected {p:.4f})")
-            return
-        pairs = {}
-        for benchmark in params.all_benchmarks:
-            place = layout.answers if benchmark in params.text_evals else layout.scores
-            ours, theirs = (place(min(seeds.items())[1]) / benchmark for seeds in variants)
-            pairs[f"{benchmark} "] = (ours, theirs)
-    for benchmark, folders in pairs.items():
-        for name, a, b, (value, error, p) in comparison.compare(*folders, rule):
-            print(f"{benchmark}{name}: {a:.6g} - {b:.6g} = {value:.6g} +- {error:.4g} (p {p:.4f})")
+    if all(Path(place).is_dir() for place in (first, second)):
+        for name, a, b, (value, error, p) in comparison.compare(Path(first), Path(second), rule):
+            print(f"{name}: {a:.6g} - {b:.6g} = {value:.6g} +- {error:.4g} (p {p:.4f})")
+        return
+    params, found = load_experiment(), dict[str, comparison.Paired]()
+    for name in (first, second):
+        if name not in params.groups:
+            raise unknown("folder or variant", name, params.groups, "params.yaml: variants")
+    for benchmark in params.all_benchmarks:
+        sides = (scores_by_seed(Layout(), params.groups[name], benchmark) for name in (first, second))
+        above = comparison.compare_seeds(*sides)
+        found |= {f"{benchmark} {' '.join(key)}": paired for key, paired in above.items()}
+    for (name, paired), p in zip(found.items(), holm([each.p for each in found.values()]), strict=True):
+        print(f"{name}: {paired} (p {paired.p:.4f}, exact {paired.p_exact:.4f}, corrected {p:.4f})")
 
 
 @app.command(epilog="Example: unifork score band benchmarks/demo_scores.json")

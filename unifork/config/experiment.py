@@ -352,14 +352,6 @@ class Experiment(StrictModel):
             found.setdefault(group, {})[variant.seed] = name
         return found
 
-    def group(self, name: str) -> dict[int, str]:
-        """A variant as the file names it, or one with its seed: by training seed its names here. Raises ConfigError."""
-        if name in self.variants:
-            return {self.variants[name].seed: name}
-        if name not in self.groups:
-            raise unknown("variant", name, [*self.groups, *self.variants], "params.yaml: variants")
-        return self.groups[name]
-
     @property
     def all_benchmarks(self) -> tuple[str, ...]:
         """Names of its benchmarks, those of text behind the others."""

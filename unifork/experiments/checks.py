@@ -42,11 +42,6 @@ def check_seeds(plain: Mapping[str, Any], place: str) -> None:
                 f"{place}: {where}seed: two keys of the experiment are its seeds: `data_seed` (data, benchmarks) and "
                 "`training_seed` (initialization, order of documents, dropped prompts), or `seeds` for several runs"
             )
-    seeds = plain.get("seeds") or ()
-    if seeds and "training_seed" in plain:
-        raise ConfigError(f"{place}: seeds: it stands for `training_seed`, which must not be there (null takes it out)")
-    if len({*map(str, seeds)}) < len(seeds):
-        raise ConfigError(f"{place}: seeds: {seeds}: each seed once")
 
 
 def check_alike(experiment: Experiment, roots: Mapping[str, str], place: str) -> None:
