@@ -31,4 +31,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    program(LAYOUT.items, main, "benchmark, a card in evals/")
+    program(LAYOUT.items, main, "benchmark, a card in datasets/evals/")

@@ -35,4 +35,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    program(LAYOUT.answers, main, "text evaluation, <variant>/<card of evals/text>")
+    program(LAYOUT.answers, main, "text evaluation, <variant>/<card of datasets/evals/text>")

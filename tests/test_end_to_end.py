@@ -178,7 +178,7 @@ def test_damaged_code_shards_are_noticed_and_only_they_are_made_again(reproduced
 
 
 def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
-    params, card = reproduced / "params.yaml", reproduced / "evals/shapes-understanding.yaml"
+    params, card = reproduced / "params.yaml", reproduced / "datasets/evals/shapes-understanding.yaml"
     original, rules = params.read_text(), card.read_text()
     card.write_text(rules.replace("[official, strict]", "[strict]"))
     assert ran(run(reproduced, "dvc", "repro")) == ["score@unifork", "report"]

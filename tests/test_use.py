@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with the project's experiments, cards and cluster files, to be changed."""
-    for folder in ("experiments", "datasets", "evals", "clusters"):
+    for folder in ("experiments", "datasets", "clusters"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("UNIFORK_CLUSTER", raising=False)
@@ -136,7 +136,7 @@ ANSWER = {"dataset": "shapes", "task": "understanding", "text": "conversations",
         ({"variants/unifork/plan": "shard*1 task*1"}, r"variants\.unifork: layer plan .*unknown layer kind 'shard'"),
         ({"variants/unifork/backbone/hidden_sise": 3}, r"variants\.unifork: backbone of model_type qwen2: unknown key"),
         ({"variants/unifork/backbone/model_type": "gpt"}, r"variants\.unifork: backbone: unknown model_type 'gpt'"),
-        ({"benchmarks/shapes-gen/options": {}}, r"evals: unknown benchmark 'shapes-gen'.*Did you mean"),
+        ({"benchmarks/shapes-gen/options": {}}, r"datasets/evals: unknown benchmark 'shapes-gen'.*Did you mean"),
         ({"benchmarks/shapes-generation/options/sample": 3},
          r"card shapes-generation: items\.options: unknown key 'sample'"),
         ({"image_tokenizer/training/shares": {"shapes/pads": 2.0}},

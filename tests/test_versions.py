@@ -92,9 +92,9 @@ def repository(tmp_path_factory):
     from dvc.repo import Repo
 
     root = tmp_path_factory.mktemp("repository")
-    for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
+    for name in ("dvc.yaml", "params.yaml", "datasets", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
-    images, card = "answers/unifork/shapes-generation", "evals/README.md"  # which the demo does not use
+    images, card = "answers/unifork/shapes-generation", "datasets/evals/README.md"  # which the demo does not use
     entry = {"name": "x", "benchmark": "geneval", "images": images, "networks": card, "out": f"{images}.found"}
     params = yaml.safe_load((root / "params.yaml").read_text())
     text = {"variant": "unifork", "benchmark": "text-0shot", "model": "models/unifork-s3", "follows": card}

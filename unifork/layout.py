@@ -83,7 +83,7 @@ class Layout:
     """Checkpoints and history of a run, `<variant>-<stage>`."""
     ray_train = Place("runs/.ray")
     """What Ray Train keeps for itself."""
-    evals = Place("evals")
+    evals = Place("datasets/evals")
     """One card for each benchmark."""
     items = Places("data/evals")
     """Of a benchmark: its questions, truths and images."""

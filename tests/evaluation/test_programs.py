@@ -97,7 +97,7 @@ def test_scoring_needs_no_torch_and_no_ray():
         "from unifork.evaluation.suites import suite_of\n"
         "from unifork.evaluation.answers import EXPORTS\n"
         "from pathlib import Path\n"
-        "[suite_of(load_eval(path.stem)) for path in Path('evals').glob('*.yaml')]\n"
+        "[suite_of(load_eval(path.stem)) for path in Path('datasets/evals').glob('*.yaml')]\n"
         "[EXPORTS.find(name, '') for name in EXPORTS.addresses]\n"
         "print([name for name in ('torch', 'transformers', 'ray') if name in sys.modules])"
     )

@@ -245,9 +245,9 @@ def test_scores_of_groups_and_their_mean_by_hand(tmp_path):
 
 
 def test_two_models_are_compared_question_by_question(tmp_path, monkeypatch):
-    (tmp_path / "evals" / "text").mkdir(parents=True)
+    (tmp_path / "datasets" / "evals" / "text").mkdir(parents=True)
     card = {**CARD.model_dump(exclude={"show"}), "tasks": {"left": 0.25, "right": 0.5}}
-    (tmp_path / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
+    (tmp_path / "datasets" / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
     monkeypatch.chdir(tmp_path)
     rows = [row("left", acc=float(number % 3 > 0)) for number in range(60)] + [row("right", acc=1.0)] * 4
     ours = written(tmp_path / "ours", rows)
@@ -273,14 +273,19 @@ def test_without_the_package_is_one_line(model, tmp_path):
 @pytest.mark.slow
 def test_the_programs_list_what_is_not_here_and_the_page_shows_scores(tmp_path):
     card = {**CARD.model_dump(exclude={"show"}), "include_path": "archives/text", "access": "two files"}
-    (tmp_path / "evals" / "text").mkdir(parents=True)
-    for path in (REPOSITORY / "evals").glob("*.*"):
-        (tmp_path / "evals" / path.name).write_text(path.read_text())
-    (tmp_path / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
+    (tmp_path / "datasets" / "evals" / "text").mkdir(parents=True)
+    for path in (REPOSITORY / "datasets" / "evals").glob("*.*"):
+        (tmp_path / "datasets" / "evals" / path.name).write_text(path.read_text())
+    (tmp_path / "datasets" / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         experiment = write_experiment(tmp_path, {"benchmarks": NO_BENCHMARKS, "text_evals": ["tiny"]})
-    entry = {"variant": "unifork", "benchmark": "tiny", "model": "models/unifork-s3", "follows": "evals/README.md"}
+    entry = {
+        "variant": "unifork",
+        "benchmark": "tiny",
+        "model": "models/unifork-s3",
+        "follows": "datasets/evals/README.md",
+    }
     assert experiment.text_runs == {"unifork-tiny": entry}
     assert experiment.scored == {"unifork": ("tiny",)}
     for program, name in (("text", "unifork/tiny"), ("score", "unifork")):

@@ -20,7 +20,7 @@ class SuiteOrCommand(TyperGroup):
 
 app = typer.Typer(cls=SuiteOrCommand, no_args_is_help=True, help="Score answers by the rules of a benchmark.")
 answers_app = typer.Typer(no_args_is_help=True, help="Answers of a model.")
-Suite = Annotated[str, typer.Argument(help="benchmark, a card of evals")]
+Suite = Annotated[str, typer.Argument(help="benchmark, a card of datasets/evals")]
 Archive = Annotated[Path | None, typer.Option(help="folder of the official files, if it is not the card's")]
 
 

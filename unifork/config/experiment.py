@@ -213,7 +213,7 @@ class Stage(StrictModel):
 
 
 class Benchmark(StrictModel):
-    """What an experiment changes of a benchmark, a card of `evals`."""
+    """What an experiment changes of a benchmark, a card of `datasets/evals`."""
 
     options: dict[str, Any] = {}
     """Options of the suite instead of the card's, such as `samples`."""
@@ -315,11 +315,11 @@ class Experiment(StrictModel):
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
-    """Cards of `evals`, and what is changed of them."""
+    """Cards of `datasets/evals`, and what is changed of them."""
     band: str | None = None
     """File of earlier runs' scores, beside which those of this one are shown."""
     text_evals: tuple[str, ...] = ()
-    """Cards of `evals/text`, run by lm-evaluation-harness."""
+    """Cards of `datasets/evals/text`, run by lm-evaluation-harness."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
