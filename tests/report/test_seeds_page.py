@@ -51,6 +51,8 @@ def test_the_page_shows_variants_over_their_seeds(compared):
     first_screen = f"{title}{dense}; items ± 0.062 {fork}; items ± 0.062 0.125 2 0.067 (0.029 to 0.105), p 0.1 "
     assert text.count(first_screen) == 1  # p is 0.0171, times the six differences there
     assert f"seen: overall {dense}; items ± 0.062 {fork}; items ± 0.062 0.125 2 0.067 (0.029 to 0.105), p 0.017" in text
+    loss = "held-out text loss of world-caption-caption (lower is better) "
+    assert loss + "1.700 ± 0.000 over 3 seeds (1.700 to 1.700) 1.700 ± 0.000" in text
     assert "Differences are paired by seed" in text
     losses = [image["alt"] for image in Page(page).images if image["alt"].startswith("Text loss over")]
     assert len(losses) == 1

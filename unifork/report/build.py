@@ -20,7 +20,7 @@ from unifork.report.codec import LoadCodec
 from unifork.report.gather import dataset, tokenizer
 from unifork.report.images import grid
 from unifork.report.plots import alignment, training_plots
-from unifork.report.scores import benchmark, headlines
+from unifork.report.scores import benchmark, headlines, losses
 from unifork.report.surroundings import surroundings
 from unifork.report.tables import data_uri
 
@@ -53,7 +53,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         first=grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
         numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
         benchmarks=benchmarks,
-        headlines=headlines(benchmarks),
+        headlines=headlines(benchmarks, losses(experiment, layout)),
         band=band(experiment, layout),
         datasets=[dataset(name, experiment, layout, load_codec) for name in experiment.datasets],
         tokenizer=tokenizer(experiment, layout),

@@ -8,11 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from unifork.config import EvalCard, Experiment, TextCard
+from unifork.config.evals import ShowPart
 from unifork.errors import DataError
 from unifork.evaluation.comparison import Scores, compare, compare_seeds
 from unifork.evaluation.names import SAMPLES
@@ -21,8 +23,9 @@ from unifork.evaluation.statistics import Z95, Score, holm, spread
 from unifork.layout import Layout
 from unifork.report.band import card_of
 from unifork.report.images import stored_images
-from unifork.report.reading import Found, read_records, scores_by_seed
+from unifork.report.reading import Found, read_history, read_records, scores_by_seed
 from unifork.report.tables import Judged, Measured, Table, count, real, words
+from unifork.training.export import TRAINING
 
 SHOWN = 8
 """Items of each kind."""
@@ -72,9 +75,37 @@ def benchmark(name: str, experiment: Experiment, layout: Layout) -> dict[str, An
     }  # fmt: skip
 
 
-def headlines(benchmarks: Sequence[Mapping[str, Any]]) -> Table:
+def losses(experiment: Experiment, layout: Layout) -> Table:
+    """Losses of held-out rows after the last stage of several variants, as a summary."""
+    groups = experiment.groups if len(experiment.groups) > 1 else {}
+    found = {
+        group: {seed: _losses_of(name, experiment, layout) for seed, name in seeds.items()}
+        for group, seeds in groups.items()
+    }
+    names = {name: name for seeds in found.values() for table in seeds.values() for _, name in table}
+    return _table("Headlines", None, found, names, _differences(found, {})[0] if found else {})
+
+
+def _losses_of(variant: str, experiment: Experiment, layout: Layout) -> Scores:
+    folder = layout.model(f"{variant}-{experiment.variants[variant].stages[-1]}") / TRAINING
+    rows = read_history(folder / "validation.csv")
+    plain: dict[str, Any] = {
+        "standard_error": None, "interval": None, "chance": nan, "rule": "", "unread": 0.0, "missing": 0,
+        "model": variant, "decoding": "", "seed": None,
+    }  # fmt: skip
+    found = {}
+    for row in (row for row in rows if row["finished_steps"] == rows[-1]["finished_steps"]):
+        for loss in ("text_loss", "image_loss"):
+            if loss in row:
+                name, items = f"held-out {words(loss)} of {row['part']} (lower is better)", int(row["documents"])
+                about: dict[str, Any] = {"items": items, "clusters": items, "items_hash": row["part"]}
+                found["all", name] = Score(name, "all", row[loss], **plain, **about)
+    return found
+
+
+def headlines(benchmarks: Sequence[Mapping[str, Any]], losses: Table) -> Table:
     """The summaries of all benchmarks in a single table, whose p are corrected for the number of its differences."""
-    tables = [table for shown in benchmarks if (table := shown["headlines"]).rows]
+    tables = [table for table in (*(shown["headlines"] for shown in benchmarks), losses) if table.rows]
     columns = list(dict.fromkeys(column for table in tables for column in table.columns))
     named = [dict(zip(table.columns, row, strict=True)) for table in tables for row in table.rows]
     rows = [[row.get(name, "") for name in columns] for row in named]
@@ -87,12 +118,15 @@ def _with_p(cell: Differs, p: float) -> str:
     return f"{cell.text}, p {p:.2g}"
 
 
-def measured(score: Score, card: EvalCard | TextCard) -> Measured:
+def measured(score: Score, card: EvalCard | TextCard | None) -> Measured:
     """A score with its error (or the interval where all items agree), on the scale of its card."""
     error = "?" if score.standard_error is None else real(score.standard_error)
     about = f"({real(score.interval[0])} to {real(score.interval[1])})" if score.interval else f"± {error}"
-    text = f"{real(score.value)} {about}" + f"; {count(score.missing)} answers missing" * (score.missing > 0)
+    text = f"{real(score.value)} {about}" if card else real(score.value)
+    text += f"; {count(score.missing)} answers missing" * (score.missing > 0)
     text += f"; {score.note}" * bool(score.note)
+    if card is None:
+        return Measured(text, None, None)
     scale = next((ends for pattern, ends in card.show.scales.items() if fnmatch(score.name, pattern)), None)
     if scale is None and max(score.value, score.chance) > 1:
         return Measured(text, None, None)
@@ -101,32 +135,34 @@ def measured(score: Score, card: EvalCard | TextCard) -> Measured:
     return Measured(text, places[0], places[1] if best > worst else None)
 
 
-def _over_seeds(scores: Sequence[Score], card: EvalCard | TextCard) -> Measured | None:
+def _over_seeds(scores: Sequence[Score], card: EvalCard | TextCard | None) -> Measured | None:
     """A variant's score: of its only run, or the mean over seeds with their standard deviation and the items' error."""
     if len(scores) < 2:
         return measured(scores[0], card) if scores else None
-    found, errors = spread([score.value for score in scores]), [score.standard_error or 0.0 for score in scores]
+    found, errors = spread([score.value for score in scores]), [score.standard_error for score in scores]
     mean = measured(replace(scores[0], value=found.mean), card)
     low, high = map(real, found.interval)
     text = f"{real(found.mean)} ± {real(found.deviation)} over {found.runs} seeds ({low} to {high})"
-    text += f"; items ± {real(fmean(errors))}"
+    if None not in errors:
+        text += f"; items ± {real(fmean(error or 0.0 for error in errors))}"
     return mean._replace(text=text)
 
 
 def _table(
     label: str,
-    card: EvalCard | TextCard,
+    card: EvalCard | TextCard | None,
     found: Mapping[str, Mapping[int, Scores]],
     names: Mapping[str, str],
     differences: Mapping[str, Mapping[str, Differs]],
 ) -> Table:
     """A row for each split and score, in the order of the card, others behind; columns for variants and differences.
 
-    names: scores with their titles.
+    names: scores with their titles. card: None for losses, which have none.
     """
+    show = card.show if card else ShowPart()
     every = {key: score for seeds in found.values() for scores in seeds.values() for key, score in scores.items()}
-    splits = dict.fromkeys([*card.show.splits, *sorted(split for split, _ in every)]) or ["all"]
-    order = sorted(names, key=lambda name: card.show.scores.index(name) if name in card.show.scores else len(names))
+    splits = dict.fromkeys([*show.splits, *sorted(split for split, _ in every)]) or ["all"]
+    order = sorted(names, key=lambda name: show.scores.index(name) if name in show.scores else len(names))
     rows = []
     for split in splits:
         for name in order:
@@ -137,7 +173,7 @@ def _table(
                     _over_seeds([scores[key] for scores in seeds.values() if key in scores], card)
                     for seeds in found.values()
                 ]
-                facts = [real(first.chance), count(first.items)] if first else ["", ""]
+                facts = ["" if isnan(first.chance) else real(first.chance), count(first.items)] if first else ["", ""]
                 paired = [column.get(f"{split} {name}", "") for column in differences.values()]
                 if label != "Headlines":
                     paired = [_with_p(cell, cell.p) if isinstance(cell, Differs) else cell for cell in paired]
@@ -166,7 +202,9 @@ def _differences(
                     " ".join(key): Differs(_between(paired.difference.mean, *paired.difference.interval), paired.p)
                     for key, paired in compare_seeds(found[other], found[first]).items()
                 }
-            elif all(any((folders[variant] / file).exists() for file in (VERDICTS, SAMPLES)) for variant in pair):
+            elif folders and all(
+                any((folders[variant] / file).exists() for file in (VERDICTS, SAMPLES)) for variant in pair
+            ):
                 columns[title] = {
                     name: Differs(_between(above, above - Z95 * error, above + Z95 * error), p)
                     for name, _, _, (above, error, p) in compare(folders[other], folders[first])
