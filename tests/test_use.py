@@ -294,7 +294,7 @@ def test_use_prints_what_differs_and_what_does_not(here):
     own({**MOT, **NO_BRANCHES, "variants/expert": {"like": "shared", "stages": ["s2-pretrain"]}})
     text = " ".join(CliRunner().invoke(app, ["use", "own"]).output.split())
     assert "unifork expert mot shared" in text
-    assert "layer plan shared task norm:task shared*2 modality*2 norm:modality shared*2" in text
+    assert "plan shared*1 task*1 norm:task shared mot shared parameters" in text
     assert "steps 41 25 41 41 documents of" in text
     assert re.search(r"trained in s1-captions, joint ([\d.]+ k) - \1 \1", text), text
     own({**MOT, **NO_BRANCHES})

@@ -118,17 +118,18 @@ def average_length(
 def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:
     """Every track of every stage of a variant, in order. Raises ConfigError for a pattern without a match."""
     sizes = {parameter_name: tensor.numel() for parameter_name, tensor in model.named_parameters()}
+    flops = dict[tuple[Task, Length, frozenset[str]], float]()
     for stage_name in experiment.variants[name].stages:
         stage = experiment.stages[stage_name]
         for track_name, track in stage.tracks.items():
             place = f"stages.{stage_name}.tracks.{track_name}"
-            trained = set(trained_names(list(sizes), track, place))
+            trained = frozenset(trained_names(list(sizes), track, place))
             weights = sum(entry.weight for entry in track.mixture)
-            entries, flops = [], dict[tuple[Task, Length], float]()
+            entries = []
             for entry in track.mixture:
                 length = average_length(entry, track, model.config.positions, stage.context, assumed, place)
-                kind = (entry.task, length)
-                flops[kind] = flops.get(kind) or document_flops(model, *kind, trained)
+                kind = (entry.task, length, trained)
+                flops[kind] = flops.get(kind) or document_flops(model, *kind)
                 documents = track.steps * track.batch_documents * entry.weight / weights
                 rows = experiment.datasets[entry.dataset].rows
                 passes = documents / rows if rows else None
@@ -144,7 +145,7 @@ def variant_facts(
     entries, counts = [part for track in tracks for part in track.entries], parameter_counts(model.config)
     documents = {task: sum(part.documents for part in entries if part.entry.task == task) for task in TASKS}
     return {
-        "layer plan": str(model.config.layer_plan()),
+        "plan": variant.plan,
         "parameters": counts["total"],
         **{f"of them for {task}": counts[f"used for {task}"] for task in TASKS},
         "FLOPs per document": sum(part.flops for part in entries) / max(sum(documents.values()), 1),
