@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny import build, write_experiment
+from tiny import build, hold_out, write_experiment
 from typer.testing import CliRunner
 
 from pipelines import answer, init, items, report, score
@@ -23,7 +23,7 @@ CHANGES = {
         "s2-pretrain": {"tracks": {"joint": {"steps": 3}}} | FEW,
         "s3": {"tracks": {"generation": {"steps": 2}, "understanding": {"steps": 1}}} | FEW,
     },
-    "benchmarks": {name: {"options": {"samples": 1}} for name in ("shapes-generation", "shapes-understanding")},
+    "benchmarks": {name: {"options": {"samples": 2}} for name in ("shapes-generation", "shapes-understanding")},
 }
 
 
@@ -31,6 +31,8 @@ CHANGES = {
 def test_three_plans_are_trained_and_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("UNIFORK_CLUSTER", str(tmp_path / "cluster.yaml"))
     (tmp_path / "cluster.yaml").write_text("name: one\njobs: {answer: {workers: 0}}\ntrain: {workers: 0}\n")
+    write_experiment(tmp_path, CHANGES)
+    hold_out(tmp_path, 0.2)
     build(tmp_path, CHANGES | {"seeds": None})
     experiment = write_experiment(tmp_path, CHANGES | {"seeds": [0, 1]})
     monkeypatch.chdir(tmp_path)
@@ -51,5 +53,7 @@ def test_three_plans_are_trained_and_compared(tmp_path, monkeypatch):
     assert "Score unifork shared mot Chance Items shared less unifork mot less unifork" in first_screen
     row = r"seen: Yes/no questions, accuracy(?: [\d.]+ ± [\d.]+ over 2 seeds \([^)]*\); items ± [\d.]+){3} 0\.\d+ \d+"
     assert re.search(row + r"(?: -?[\d.]+ \([^)]*\), p [\d.]+){2}", first_screen), first_screen
+    loss = r"held-out image loss of shapes-caption-generate \(lower is better\)"
+    assert re.search(loss + r"(?: [\d.]+ ± [\d.]+ over 2 seeds \([^)]*\)){3}", first_screen), first_screen
     output = CliRunner().invoke(app, ["score", "compare", "mot", "unifork"]).output
     assert "shapes-understanding seen yes_no_accuracy: " in output
