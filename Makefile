@@ -8,6 +8,7 @@ export PATH := $(BIN):$(PATH)
 
 demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the report
 	dvc repro
+	@unifork score band
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
 test: test-fast                 ## all tests but the long kill tests; slow ones file by file

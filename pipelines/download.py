@@ -24,7 +24,7 @@ def main(name: str) -> None:
         workers = max(1, cluster.jobs.get("download", JobResources()).workers)
         (manifest,) = run_jobs([job], Download, card, cluster.web, workers, cluster=cluster, step="download")
     else:
-        job = download_job(card, use.rows, use.shard_rows, params.seed, folder)
+        job = download_job(card, use.rows, use.shard_rows, params.data_seed, folder)
         (manifest,) = run_jobs([job], Materialize, card, cluster=cluster, step="download")
     print(manifest.summary(folder), *warnings_of(manifest, "download", card.losses), sep="\n")
 

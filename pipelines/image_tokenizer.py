@@ -36,7 +36,7 @@ def main(_: str) -> None:
         tokenizer.save(folder)
         print(f"{config.source}: codebook_id {tokenizer.codebook_id}, encoder_id {tokenizer.encoder_id}", flush=True)
         filtered = [name for name in params.datasets if (LAYOUT.filtered(name) / MANIFEST).exists()]
-        held_out = sample_sets(filtered, LAYOUT, config.image_size, params.seed, MEASURED_IMAGES)
+        held_out = sample_sets(filtered, LAYOUT, config.image_size, params.data_seed, MEASURED_IMAGES)
         if not held_out:
             return
         report = measure(tokenizer, held_out)

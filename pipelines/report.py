@@ -21,7 +21,7 @@ def main(_: str) -> None:
     params = load_experiment()
     folder = LAYOUT.report(params.name)
     files = {"index.html": build(params, LAYOUT, load_codec).encode()}
-    files |= {f"losses/{name}": plot for name, plot in loss_images(lines_of(params, LAYOUT)).items()}
+    files |= {f"losses/{name}": plot for name, plot in loss_images(lines_of(params, LAYOUT), params.groups).items()}
     for name, data in files.items():
         write_atomically(folder / name, partial(Path.write_bytes, data=data))
     page = folder / "index.html"

@@ -191,7 +191,7 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
     name = "shapes-understanding"
     expected = [f"items@{name}", f"answer@unifork-{name}", "score@unifork", "report"]
     assert ran(run(reproduced, "dvc", "repro")) == expected
-    plain["stages"]["s3"]["seed"] = 5
+    plain["stages"]["s3"]["context"] += 1
     params.write_text(yaml.safe_dump(plain, sort_keys=False))
     assert ran(run(reproduced, "dvc", "repro", "--dry"))[0] == "train@unifork-s3"
     params.write_text(original)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from unifork.cli import app
 from unifork.config import Experiment, load
 from unifork.errors import ConfigError
-from unifork.experiments import names, params_text, resolve, use
+from unifork.experiments import Choice, names, params_text, resolve, use
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,7 +170,7 @@ def test_rows_of_the_cluster_file_must_hold_a_document(here, monkeypatch):
 
 def test_a_dense_model_that_is_not_at_hand_is_not_looked_for(here):
     """Neither its configuration nor that of a tokenizer that is still to be imported is needed."""
-    small = resolve("micro").variants["unifork"].model_dump(mode="json")
+    small = resolve("micro").variants["unifork"].model_dump(mode="json", exclude={"seed"})
     dense = small | {"backbone": {}, "warm_start": "some/model"}
     use(own({"variants/unifork": None, "variants/dense": dense}))
     backbone = {name: value for name, value in small["backbone"].items() if name != "vocab_size"}
@@ -184,16 +184,124 @@ def test_a_dense_model_that_is_not_at_hand_is_not_looked_for(here):
             {f"{TRACK}/stepz": 3},
             r"stages\.s2-pretrain\.tracks\.joint: unknown key 'stepz'\. Did you mean 'steps'\?",
         ),
-        ({"seeds": 3}, r"own\.yaml: \(top\): unknown key 'seeds'\. Did you mean 'seed'"),
+        ({"sedes": [3]}, r"own\.yaml: \(top\): unknown key 'sedes'\. Did you mean 'seeds'"),
         ({"image_tokenizer/patch_sise": 3}, r"image_tokenizer\.\(trained\): unknown key 'patch_sise'.*'patch_size'"),
         ({"image_tokenizer": {"import": "x", "size": 3}}, r"image_tokenizer\.\(imported\): unknown key 'size'"),
-        ({"stages/s3/seed": -1}, r"stages\.s3\.seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ({"training_seed": -1}, r"training_seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ({"seed": 3}, r"own\.yaml: seed: .*`data_seed` .*`training_seed` .*`seeds` for several runs"),
+        ({"stages/s3/seed": 3}, r"own\.yaml: stages\.s3\.seed: .*`data_seed` .*`training_seed`"),
+        ({"variants/unifork/seed": 3}, r"own\.yaml: variants\.unifork\.seed: .*`data_seed` .*`training_seed`"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_known_ones(here, changes, message):
     own(changes)
     with pytest.raises(ConfigError, match=message):
         resolve("own")
+
+
+# ------------------------------------------------------------------------------------ training seeds
+
+MOT = {"variants/mot": {"like": "unifork", "plan": "mot"}, "variants/shared": {"like": "mot", "plan": "shared"}}
+NO_BRANCHES = {f"stages/s3/tracks/{name}/without_branches": ["layers.*"] for name in ("generation", "understanding")}
+
+
+def test_seeds_expand_variants_runs_and_evaluations_alone(here):
+    alone, several = resolve("micro"), resolve(own({"seeds": [0, 3]}))
+    stages = alone.variants["unifork"].stages
+    assert list(alone.runs) == [f"unifork-{stage}" for stage in stages]
+    assert list(several.runs) == [f"unifork-seed{seed}-{stage}" for seed in (0, 3) for stage in stages]
+    assert several.runs["unifork-seed3-s2-pretrain"].after == "models/unifork-seed3-s1-captions"
+    assert {name: variant.seed for name, variant in several.variants.items()} == {
+        "unifork-seed0": 0,
+        "unifork-seed3": 3,
+    }
+    assert several.groups == {"unifork": {0: "unifork-seed0", 3: "unifork-seed3"}}
+    assert list(several.scored) == ["unifork-seed0", "unifork-seed3"]
+    for shared in ("datasets", "image_tokenizer", "text_tokenizer", "prepared", "stages", "benchmarks", "data_seed"):
+        assert getattr(several, shared) == getattr(alone, shared)
+
+
+def test_the_command_line_chooses_seeds_and_variants(here):
+    own({**MOT, **NO_BRANCHES, "seeds": [0, 1]})
+    result = CliRunner().invoke(app, ["use", "own", "--seeds", "4", "--variants", "shared,mot"])
+    assert result.exit_code == 0, result.output
+    chosen = load(Experiment, "params.yaml")
+    assert {name: variant.seed for name, variant in chosen.variants.items()} == {"mot-seed4": 4, "shared-seed4": 4}
+    assert chosen.prepared == resolve("own").prepared  # those of the variants that are left out, too
+    use("own", choice=Choice((5,), plain=True))
+    assert list(load(Experiment, "params.yaml").groups.values()) == [{5: name} for name in ("unifork", "mot", "shared")]
+    for words in (["--seed", "3", "--seeds", "4"], ["--seeds", "a"], ["--variants", "mit"]):
+        assert isinstance(CliRunner().invoke(app, ["use", "own", *words]).exception, ConfigError)
+
+
+# ------------------------------------------------------------------------------------- comparisons
+
+
+def test_a_variant_that_is_like_another_has_all_but_its_own_keys(here):
+    wide = {"variants/wide": {"like": "shared", "backbone": {"intermediate_size": 200}}}
+    variants = resolve(own({**MOT, **NO_BRANCHES, **wide})).variants
+    assert variants["mot"] == variants["unifork"].model_copy(update={"plan": "mot"})
+    assert variants["shared"] == variants["unifork"].model_copy(update={"plan": "shared"})
+    backbone = {**variants["unifork"].backbone, "intermediate_size": 200}
+    assert variants["wide"] == variants["shared"].model_copy(update={"backbone": backbone})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants/mot": {"like": "unifrok", "plan": "mot"}}, r"variants\.mot\.like: unknown variant.*'unifork'"),
+        ({**MOT, "variants/unifork/like": "shared"}, r"like itself by way of unifork -> shared -> mot -> unifork"),
+    ],
+)
+def test_a_variant_must_be_like_another(here, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(own(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone/rope_parameters": None}, r"backbone\.rope_parameters: \{.*\} -> None"),
+        ({"backbone/initializer_range": 0.02}, r"backbone\.initializer_range: 0\.08 -> 0\.02"),
+        ({"stages": ["s2-pretrain"]}, r"stages: \['s1-captions', 's2-pretrain', 's3'\] -> \['s2-pretrain'\]"),
+        ({"warm_start": "some/model"}, r"warm_start: None -> some/model"),
+        ({"head/layers": 2}, r"head\.layers: 1 -> 2"),
+    ],
+)
+def test_variants_are_equal_but_where_they_say_so(here, changes, message):
+    """A variant that is written out may differ from the first in its plan alone; in others a difference is wanted."""
+    whole = resolve("micro").variants["unifork"].model_dump(mode="json", exclude={"seed"})
+    copied = {f"variants/other/{key}": value for key, value in whole.items() if not isinstance(value, dict)}
+    copied |= {
+        f"variants/other/{part}/{key}": value for part in ("backbone", "head") for key, value in whole[part].items()
+    }
+    assert resolve(own({**copied, "variants/other/plan": "unifork:0"})).groups.keys() == {"unifork", "other"}
+    with pytest.raises(ConfigError, match=rf"variants\.other is not unifork with another plan: {message}\. Say `like:"):
+        resolve(own(copied | {f"variants/other/{key}": value for key, value in changes.items()}))
+    only = {f"variants/other/{key}": value for key, value in changes.items()}
+    assert resolve(own({"variants/other/like": "unifork", **only})).variants["other"].plan == whole["plan"]
+
+
+def test_variants_without_branches_train_what_the_stage_says_for_them(here):
+    with pytest.raises(ConfigError, match=r"generation\.trainable \(variant mot\): .*matches none"):
+        use(own(MOT))
+    with pytest.raises(ConfigError, match=r"without_branches \(variant mot\): .*'layer\.\*' matches none"):
+        use(own({**MOT, "stages/s3/tracks/generation/without_branches": ["layer.*"]}))
+    use(own({**MOT, **NO_BRANCHES}))
+
+
+def test_use_prints_what_differs_and_what_does_not(here):
+    own({**MOT, **NO_BRANCHES, "variants/expert": {"like": "shared", "stages": ["s2-pretrain"]}})
+    text = " ".join(CliRunner().invoke(app, ["use", "own"]).output.split())
+    assert "unifork expert mot shared" in text
+    assert "plan shared*1 task*1 norm:task shared mot shared parameters" in text
+    assert "steps 41 25 41 41 documents of" in text
+    assert re.search(r"trained in s1-captions, joint ([\d.]+ k) - \1 \1", text), text
+    own({**MOT, **NO_BRANCHES})
+    text = " ".join(CliRunner().invoke(app, ["use", "own"]).output.split())
+    assert "The same in all: steps 41; documents of" in text
+    assert "initialization drawn by seed and name of the tensor; training seeds 0; order of documents" in text
+    assert "differs" not in CliRunner().invoke(app, ["use", "micro"]).output
 
 
 # --------------------------------------------------------------------------- stages that extend others
@@ -239,7 +347,7 @@ def test_two_stages_may_extend_the_same(here):
             {"variants/unifork/stages": ["s2-more", "s2-pretrain"]},
             r"s2-more extends s2-pretrain, which must stand before",
         ),
-        ({"stages/s2-more/seed": 3, "stages/s2-more/context": 100}, r"not as in s2-pretrain, .*: context, seed\."),
+        ({"stages/s2-more/context": 100}, r"not as in s2-pretrain, .*: context\."),
         ({"stages/s2-more/tracks/joint/mixture": [CAPTION]}, r"which it extends: tracks\.joint\.mixture\. Order"),
         ({"stages/s2-more/tracks/joint/trainable": ["image_head.*"]}, r"which it extends: tracks\.joint\.trainable\."),
         ({"stages/s2-more/tracks/joint/batch_documents": 4}, r"which it extends: tracks\.joint\.batch_documents\."),

@@ -128,6 +128,35 @@ def changed_stages():
         }
 
 
+def reached():
+    """The stages of `dvc.yaml` that are to be run again: those that have changed, and what follows from them."""
+    from dvc.repo import Repo
+
+    changed = set(changed_stages())
+    with Repo() as repo:
+        graph = {stage.addressing: stage for stage in repo.index.graph}
+        follow = {name: repo.index.graph.predecessors(stage) for name, stage in graph.items()}
+        waiting = list(changed)
+        while waiting:
+            found = {stage.addressing for stage in follow[waiting.pop()]} - changed
+            changed |= found
+            waiting += found
+    return {name.partition("@")[0] for name in changed}
+
+
+@pytest.mark.slow  # for DVC
+def test_a_training_seed_makes_runs_again_and_a_data_seed_everything(repository):
+    plain = yaml.safe_load((repository / "params.yaml").read_text())
+    trained = {"init", "train", "answer", "examine", "text", "score", "analyze", "report"}
+    assert reached() == set()
+    variants = {name: variant | {"seed": 7} for name, variant in plain["variants"].items()}
+    (repository / "params.yaml").write_text(yaml.safe_dump(plain | {"training_seed": 7, "variants": variants}))
+    assert reached() == trained
+    (repository / "params.yaml").write_text(yaml.safe_dump(plain | {"data_seed": 7}))
+    assert reached() == set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    (repository / "params.yaml").write_text(yaml.safe_dump(plain))
+
+
 @pytest.mark.slow  # for DVC
 def test_a_comment_makes_nothing_again_and_a_raised_version_what_follows_it(repository):
     assert changed_stages() == {}

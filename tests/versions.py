@@ -143,7 +143,10 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             "pipelines/analyze.py",
         ],
     ),
-    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "unifork/figures.*", "pipelines/report.py"]),
+    "REPORT_VERSION": (
+        "unifork/report/build.py",
+        ["unifork/report/*", f"{EVALUATION}/comparison.py", "unifork/figures.*", "pipelines/report.py"],
+    ),
     "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
 }
 """Constant: the file it stands in, and what it covers besides."""

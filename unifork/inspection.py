@@ -57,7 +57,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
             _there(codes / MANIFEST, f"dvc repro encode@{entry.dataset}")
         loader = TrackLoader(
             name, track, layout, tokenizer, identity,
-            seed=chosen.seed, context=chosen.context, row_tokens=resources.row_tokens,
+            seed=architecture.seed, context=chosen.context, row_tokens=resources.row_tokens,
             rows_per_microbatch=resources.rows_per_microbatch,
         )  # fmt: skip
         plan = loader.plan(params.steps_before(stage)[name] + step, workers)

@@ -24,7 +24,7 @@ from unifork.models.parameters import paper_counts, parts, with_head
 from unifork.models.warm_start import model_config
 from unifork.sources import source_of
 from unifork.training.flops import BORDER_TOKENS, PEAK_TFLOPS, Length, document_flops
-from unifork.training.optimizer import trainable_names
+from unifork.training.optimizer import trained_names
 from unifork.vocabulary import CODE_DTYPE, TASKS, VIEW_OF_TASK, Task
 
 CHARACTERS_PER_TOKEN = 4
@@ -131,24 +131,45 @@ def track_plans(
 ) -> Iterator[TrackPlan]:
     """Every track of every stage of a variant, in order. Raises ConfigError for a pattern without a match."""
     sizes = {parameter_name: tensor.numel() for parameter_name, tensor in model.named_parameters()}
+    flops = dict[tuple[Task, Length, frozenset[str]], float]()
     for stage_name in experiment.variants[name].stages:
         stage = experiment.stages[stage_name]
         for track_name, track in stage.tracks.items():
             place = f"stages.{stage_name}.tracks.{track_name}"
-            trained = set(trainable_names(list(sizes), track.trainable, f"{place}.trainable"))
+            trained = frozenset(trained_names(list(sizes), track, place))
             weights = sum(entry.weight for entry in track.mixture)
-            entries, flops = [], dict[tuple[Task, Length], float]()
+            entries = []
             for entry in track.mixture:
                 length = average_length(
                     entry, cards[entry.dataset], track, model.config.positions, stage.context, assumed, place
                 )
-                kind = (entry.task, length)
-                flops[kind] = flops.get(kind) or document_flops(model, *kind, trained)
+                kind = (entry.task, length, trained)
+                flops[kind] = flops.get(kind) or document_flops(model, *kind)
                 documents = track.steps * track.batch_documents * entry.weight / weights
                 rows = experiment.datasets[entry.dataset].rows
                 passes = documents / rows if rows else None
                 entries.append(EntryPlan(entry, documents, passes, length, documents * flops[kind]))
             yield TrackPlan(stage_name, track_name, track.steps, sum(map(sizes.__getitem__, trained)), entries)
+
+
+def variant_facts(
+    experiment: Experiment, cards: Mapping[str, Card], name: str, model: UniForkModel, assumed: Assumptions
+) -> dict[str, str | float]:
+    """What a comparison of variants should know of each: what it is, what it sees and what that costs."""
+    tracks, variant = list(track_plans(experiment, cards, name, model, assumed)), experiment.variants[name]
+    entries, counts = [part for track in tracks for part in track.entries], parameter_counts(model.config)
+    documents = {task: sum(part.documents for part in entries if part.entry.task == task) for task in TASKS}
+    return {
+        "plan": variant.plan,
+        "parameters": counts["total"],
+        **{f"of them for {task}": counts[f"used for {task}"] for task in TASKS},
+        "FLOPs per document": sum(part.flops for part in entries) / max(sum(documents.values()), 1),
+        "steps": sum(track.steps for track in tracks),
+        **{f"documents of {task}": number for task, number in documents.items()},
+        "tokens": sum(part.documents * (part.length.text + part.length.image) for part in entries),
+        **{f"trained in {track.stage}, {track.track}": track.trained for track in tracks},
+        "initialization": variant.warm_start or "drawn by seed and name of the tensor",
+    }
 
 
 def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None:

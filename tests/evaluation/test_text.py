@@ -20,6 +20,7 @@ from unifork.cli import app
 from unifork.config import TextCard
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
+from unifork.evaluation.comparison import compare
 from unifork.evaluation.names import SAMPLES, identity
 from unifork.evaluation.text import export, run_tasks
 from unifork.evaluation.text_scores import text_scores
@@ -241,6 +242,26 @@ def test_scores_of_groups_and_their_mean_by_hand(tmp_path):
     assert (scores["both"].model, scores["both"].seed, scores["both"].rule) == ("m", 3, "acc")
     with pytest.raises(DataError, match="task 'right' has neither acc nor acc_norm"):
         text_scores(CARD.model_copy(update={"tasks": {"right": 0.5}}), written(tmp_path / "b", [row("right", f1=1.0)]))
+
+
+def test_two_models_are_compared_question_by_question(tmp_path, monkeypatch):
+    (tmp_path / "datasets" / "evals" / "text").mkdir(parents=True)
+    card = {**CARD.model_dump(exclude={"show"}), "tasks": {"left": 0.25, "right": 0.5}}
+    (tmp_path / "datasets" / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
+    monkeypatch.chdir(tmp_path)
+    rows = [row("left", acc=float(number % 3 > 0)) for number in range(60)] + [row("right", acc=1.0)] * 4
+    ours = written(tmp_path / "ours", rows)
+    theirs = written(
+        tmp_path / "theirs", [{**line, "acc": line["acc"] * (number > 9)} for number, line in enumerate(rows)]
+    )
+    found = {pair.name: pair for pair in compare(ours, theirs)}
+    assert (found["all left"].first, found["all left"].second) == (pytest.approx(40 / 60), pytest.approx(34 / 60))
+    assert found["all left"].difference.value == pytest.approx(0.1)
+    assert found["all left"].difference.standard_error == pytest.approx((0.1 * 0.9 / 59) ** 0.5)
+    assert found["all right"].difference.value == 0
+    assert found["all mean"].difference.value == pytest.approx(0.05)
+    with pytest.raises(DataError, match="questions are not the same in both"):
+        compare(ours, written(tmp_path / "others", [line | {"doc_hash": "other"} for line in rows]))
 
 
 @pytest.mark.skipif(HERE, reason="lm-eval is installed")

@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Pages without the plots of training, which take most of the time."""
-    monkeypatch.setattr("unifork.report.build.training_plots", lambda lines: [])
+    monkeypatch.setattr("unifork.report.build.training_plots", lambda lines, groups: [])
 
 
 def test_it_says_what_was_run_and_what_came_out(whole):

@@ -59,7 +59,7 @@ def test_transparency_survives():
 
 def test_long_histories_make_small_plots():
     history = [{"track": "joint", "step": step, "text_loss": 1 / (1 + step)} for step in range(20_000)]
-    (plot,) = training_plots({"fork": [Recorded("s1", history)]})
+    (plot,) = training_plots({"fork": [Recorded("s1", history)]}, {"fork": {0: "fork"}})
     assert len(plot.src) < 60 * MOST_POINTS + 10_000
     assert "20000 steps" in plot.alt
 

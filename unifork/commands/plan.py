@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from unifork.config import Experiment
     from unifork.planning import TrackPlan
 
 PARAMS = "params.yaml"
@@ -78,6 +79,28 @@ def plan(
         peak = f"{PEAK_TFLOPS[chip]:g} TFLOP/s, the dense bfloat16 peak of {chip}"
         time = f"of one GPU, FLOPs / ({mfu:g} of {peak}); not measured here"
     print(NOTES.read_text().format(**assumed.model_dump(), frame=planning.CHARACTERS_PER_TOKEN, time=time), end="")
+
+
+def differences(experiment: "Experiment") -> None:
+    """Print what differs between the variants of an experiment, and what does not; nothing for a single one."""
+    from unifork.config import load_card
+    from unifork.planning import Assumptions, meta_model, variant_facts
+
+    firsts = {group: next(iter(seeds.values())) for group, seeds in experiment.groups.items()}
+    if len(firsts) < 2:
+        return
+    models = {name: meta_model(experiment, experiment.variants[name]) for name in firsts.values()}
+    cards = {name: load_card(name) for name in experiment.datasets}
+    facts = [variant_facts(experiment, cards, name, model, Assumptions()) for name, model in models.items()]
+    rows = {
+        row: [cell if isinstance(cell, str) else amount(cell) for cell in (fact.get(row, "-") for fact in facts)]
+        for row in dict.fromkeys(row for fact in facts for row in fact)
+    }
+    different = {row: cells for row, cells in rows.items() if len({*cells}) > 1}
+    _table("What differs between the variants", ["", *firsts], ([row, *cells] for row, cells in different.items()))
+    seeds = ", ".join(map(str, experiment.seeds or [experiment.training_seed]))
+    same = (f"{row} {cells[0]}" for row, cells in rows.items() if row not in different)
+    print(f"The same in all: {'; '.join(same)}; training seeds {seeds}; order of documents")
 
 
 def amount(number: float | None, unit: str = "") -> str:

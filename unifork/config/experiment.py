@@ -67,7 +67,7 @@ class Variant(StrictModel):
     stages: tuple[str, ...]
     """Names of the stages, in order."""
     seed: NonNegativeInt = 0
-    """Seed of the initialization."""
+    """Its training seed, written by `unifork use`."""
 
 
 class MixtureEntry(StrictModel):
@@ -117,6 +117,8 @@ class Track(StrictModel):
     """Documents per step, over all workers."""
     trainable: tuple[str, ...]
     """Glob patterns of parameter names; everything else is frozen."""
+    without_branches: tuple[str, ...] | None = Field(default=None, exclude_if=lambda patterns: patterns is None)
+    """Such patterns instead, for variants whose plan has no branches for tasks; None: none may be without."""
     optimizer: OptimizerConfig
     prompt_drop: Fraction01 = 0.0
     """Share of generation documents whose prompt is replaced by the dropped-prompt token."""
@@ -203,8 +205,6 @@ class Stage(StrictModel):
     """When a loss is reported and when it stops the run."""
     ema: Averaging | None = Field(default=None, exclude_if=lambda ema: ema is None)
     """Weights averaged over the steps; None: none are."""
-    seed: NonNegativeInt = 0
-    """Seed of order, prompt dropping and sampling."""
 
     @property
     def entries(self) -> list[MixtureEntry]:
@@ -301,8 +301,12 @@ class Experiment(StrictModel):
     """Everything an experiment is, and nothing about where it runs."""
 
     name: str
-    seed: NonNegativeInt = 0
-    """Seed of the data (generators, splits)."""
+    data_seed: NonNegativeInt = 0
+    """Seed of what all runs share: generated data, splits, items of benchmarks."""
+    training_seed: NonNegativeInt = 0
+    """Seed of initialization, order of documents and dropped prompts."""
+    seeds: tuple[NonNegativeInt, ...] = ()
+    """Several training seeds instead: each variant runs with each of them, as `<variant>-seed<N>`."""
     datasets: dict[str, DatasetUse]
     image_tokenizer: AnyTokenizer
     """Trained here, or with the key `import` taken from others."""
@@ -312,6 +316,8 @@ class Experiment(StrictModel):
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
     """Cards of `datasets/evals`, and what is changed of them."""
+    band: str | None = None
+    """File of earlier runs' scores, beside which those of this one are shown."""
     text_evals: tuple[str, ...] = ()
     """Cards of `datasets/evals/text`, run by lm-evaluation-harness."""
     prepared: dict[str, PreparedSet] = {}
@@ -336,6 +342,20 @@ class Experiment(StrictModel):
         if name not in self.datasets:
             raise unknown("data set", name, self.datasets, "params.yaml: datasets")
         return self.datasets[name]
+
+    @property
+    def groups(self) -> dict[str, dict[int, str]]:
+        """The variants that the file of the experiment names, each by training seed with its name here."""
+        found: dict[str, dict[int, str]] = {}
+        for name, variant in self.variants.items():
+            group = name.removesuffix(f"-seed{variant.seed}") if self.seeds else name
+            found.setdefault(group, {})[variant.seed] = name
+        return found
+
+    @property
+    def all_benchmarks(self) -> tuple[str, ...]:
+        """Names of its benchmarks, those of text behind the others."""
+        return (*self.benchmarks, *self.text_evals)
 
     def steps_before(self, stage: str) -> dict[str, int]:
         """Steps of each track in the stages that a stage extends."""

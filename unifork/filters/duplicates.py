@@ -28,10 +28,11 @@ from unifork.filters.rules import DUPLICATE_RULES, BenchmarkOptions, DuplicateOp
 from unifork.filters.worker import DROPS, filter_fingerprint
 from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
 from unifork.shards.manifest import Shard, file_sha256, keep_only, present, read_manifest, write_atomically
-from unifork.shards.schema import MORE_IMAGES, text_columns
+from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.sources import MAX_IMAGE_BYTES, RowError, located
 from unifork.sources.archives import Unreadable, is_image, opened
+from unifork.vocabulary import MORE_IMAGES
 
 SIGNATURES_VERSION = 2
 BUCKET_ROWS = 4_000_000

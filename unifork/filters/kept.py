@@ -14,8 +14,8 @@ from unifork.errors import DataError
 from unifork.layout import Layout
 from unifork.shards.job import read_table
 from unifork.shards.manifest import Manifest, Shard, present
-from unifork.shards.schema import MORE_IMAGES
 from unifork.shards.task import ShardTask
+from unifork.vocabulary import MORE_IMAGES
 
 IMAGE = "image"
 

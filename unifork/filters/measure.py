@@ -15,8 +15,9 @@ from unifork.config import Card
 from unifork.images import ImageError, measure
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import present
-from unifork.shards.schema import MORE_IMAGE, MORE_IMAGES, columns_of, image_text_schema, numbered
+from unifork.shards.schema import MORE_IMAGE, columns_of, image_text_schema, numbered
 from unifork.shards.task import ShardResult, ShardTask
+from unifork.vocabulary import MORE_IMAGES
 
 MEASURE_VERSION = 1
 """Raise when the same image would measure otherwise."""

@@ -20,8 +20,9 @@ from unifork.config.card import FilterRule
 from unifork.errors import UniForkError, unknown
 from unifork.filters.takedown import listing
 from unifork.registry import Registry
-from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, MORE_IMAGES, numbered, text_columns
+from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, numbered, text_columns
 from unifork.sources import source_of
+from unifork.vocabulary import MORE_IMAGES
 
 Row = dict[str, Any]
 Options = TypeVar("Options", bound=StrictModel)

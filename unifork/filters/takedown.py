@@ -26,9 +26,9 @@ from unifork.shards.manifest import (
     write_manifest,
 )
 from unifork.shards.quarantine import parquet_name, scrub
-from unifork.shards.schema import MORE_IMAGES
 from unifork.shards.task import ShardTask
 from unifork.sources import located
+from unifork.vocabulary import MORE_IMAGES
 
 KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"

@@ -17,9 +17,9 @@ from unifork.image_tokenizer.architecture import Description, describe
 from unifork.image_tokenizer.views import declared
 from unifork.shards.job import ShardJob, table_of, write_shard
 from unifork.shards.quarantine import quarantined
-from unifork.shards.schema import MORE_IMAGES, codes_schema, columns_of
+from unifork.shards.schema import codes_schema, columns_of
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.vocabulary import VOCABULARY_VERSION, Task
+from unifork.vocabulary import MORE_IMAGES, VOCABULARY_VERSION, Task
 
 if TYPE_CHECKING:
     from unifork.image_tokenizer.code_encoder import CodeEncoder

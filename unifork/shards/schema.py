@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from unifork.config import Card
 from unifork.errors import DataError, UniForkError
-from unifork.vocabulary import CODE_DTYPE, Task
+from unifork.vocabulary import CODE_DTYPE, MORE_IMAGES, Task
 
 CONVERSATIONS = "conversations"
 """The column of dialogues: a list of turns `{role, text}`."""
@@ -44,8 +44,6 @@ DOCUMENT_COLUMNS: dict[str, pa.DataType] = {
 }
 """All of fixed width or large, so that a mapped file is read without copying."""
 
-MORE_IMAGES = "more_images"
-"""The images after the first, where a card keeps rows of several; measured, it holds what they measure."""
 MORE_IMAGE = {name: FIXED_COLUMNS[name] for name in ("image", "width", "height", "sha256")}
 
 CODES_META = b"unifork.codes"

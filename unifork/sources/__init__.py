@@ -29,9 +29,10 @@ from unifork.images import ImageError, open_image, shrink
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, table_of, write_shard
 from unifork.shards.quarantine import quarantined
-from unifork.shards.schema import MORE_IMAGES, columns_of, image_text_schema
+from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardResult, ShardTask, Slice
 from unifork.sources.paths import ChangedFile, located, without_suffix
+from unifork.vocabulary import MORE_IMAGES
 
 __all__ = ["located"]  # what a kind of source that is written elsewhere needs stands in one module
 

@@ -61,7 +61,7 @@ def flops_per_token(model: UniForkModel, loader: TrackLoader, trained: Iterable[
     return _flops(outline, documents, trained) / sum(map(len, documents))
 
 
-def document_flops(model: UniForkModel, task: Task, length: Length, trained: set[str]) -> float:
+def document_flops(model: UniForkModel, task: Task, length: Length, trained: Iterable[str]) -> float:
     """FLOPs of one document of a task, forward and backward. The model is on the meta device, and stays so trained."""
     return _flops(model, [_document(task, length, model.config.depth)], trained)
 

@@ -65,6 +65,11 @@ class StageJob(StrictModel):
         return self.experiment.stages[self.experiment.runs[self.key].stage]
 
     @property
+    def seed(self) -> int:
+        """The training seed of the variant."""
+        return self.experiment.variants[self.experiment.runs[self.key].variant].seed
+
+    @property
     def extended(self) -> "StageJob | None":
         """The run of the same variant that this one goes on from, optimizers and all."""
         key = f"{self.experiment.runs[self.key].variant}-{self.stage.extend}"
@@ -96,7 +101,7 @@ class StageJob(StrictModel):
         return self.layout.model(self.key)
 
     def fingerprint(self) -> str:
-        """Of everything that decides the weights: versions, stage, start model, codes, text tokenizer."""
+        """Of everything that decides the weights: versions, stage, seed, start model, codes, text tokenizer."""
         data = {
             entry.prepared: manifest_sha256(self.layout.prepared / entry.prepared)
             for track in self.stage.tracks.values()
@@ -107,6 +112,7 @@ class StageJob(StrictModel):
             {
                 "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
                 "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
+                "seed": self.seed,
                 "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
                 "data": data,
                 "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
@@ -201,7 +207,7 @@ class Training:
         loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
         for name, track in self.stage.tracks.items():
             place: tuple[Any, ...] = (track, self.job.layout, self.tokenizer, identity)
-            loaders[name] = TrackLoader(name, *place, seed=self.stage.seed, **sizes)
+            loaders[name] = TrackLoader(name, *place, seed=self.job.seed, **sizes)
             held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
         self.validation = Validation(self.stage, held_out)
         return loaders
