@@ -37,7 +37,7 @@ from unifork.sources import Materialize, download_job
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
-CARD = load_card("shapes", REPOSITORY / "datasets")
+CARD = load_card("shapes", REPOSITORY / "datasets").model_copy(update={"held_out": 0.0})  # as the tiny experiment's
 FOLDERS = ("raw/shapes", "measured/shapes", "filtered/shapes", "codes/shapes/crop", "codes/shapes/pad")
 SHARDS = ROWS // SHARD_ROWS
 
