@@ -318,7 +318,7 @@ def test_an_extending_stage_takes_what_it_does_not_say_but_does_not_warm_up(here
     experiment = load(Experiment, "params.yaml")
     first, more = experiment.stages["s2-pretrain"], experiment.stages["s2-more"]
     joint, own_track = first.tracks["joint"], more.tracks["joint"]
-    assert joint.optimizer.warmup_steps == 50
+    assert joint.optimizer.warmup_steps == 100
     changed = joint.optimizer.model_copy(update={"learning_rate": 0.0001, "warmup_steps": 0})
     assert own_track == joint.model_copy(update={"steps": 7, "optimizer": changed})
     assert more == first.model_copy(update={"extend": "s2-pretrain", "tracks": {"joint": own_track}})

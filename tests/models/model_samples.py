@@ -44,9 +44,9 @@ def codebook() -> torch.Tensor:
     return torch.randn(CODES, CHANNELS, generator=torch.Generator().manual_seed(5))
 
 
-def new_model(plan: str, family: str = "qwen2", seed: int = 0, folded: bool = True) -> UniForkModel:
+def new_model(plan: str, family: str = "qwen2", seed: int = 0, folded: bool = True, **first: float) -> UniForkModel:
     head = HeadConfig(layers=2, heads=2, head_dim=20, folded=folded)
-    variant = Variant(plan=plan, backbone=BACKBONES[family], head=head, stages=(), seed=seed)
+    variant = Variant(plan=plan, backbone=BACKBONES[family], head=head, stages=(), seed=seed, **first)
     return create_model(variant, codebook(), DEPTH, GRID, "encoder", VOCAB)
 
 

@@ -31,6 +31,13 @@ from unifork.training.optimizer import freeze_all_but, make_optimizer, trainable
 torch.set_num_threads(1)
 
 
+def test_first_word_embeddings_have_a_deviation_of_their_own():
+    """Nothing else changes, and they are the same draws, scaled."""
+    plain, wide = (dict(new_model("unifork:2", embedding_range=chosen).named_parameters()) for chosen in (None, 0.32))
+    assert torch.allclose(wide.pop("embed_tokens.weight"), plain.pop("embed_tokens.weight") * (0.32 / 0.02))
+    assert all(torch.equal(wide[name], parameter) for name, parameter in plain.items())
+
+
 @pytest.mark.parametrize("family", BACKBONES)
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_copy_of_every_part_is_warm(plan, family):

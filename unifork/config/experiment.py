@@ -68,6 +68,8 @@ class Variant(StrictModel):
     """Names of the stages, in order."""
     seed: NonNegativeInt = 0
     """Its training seed, written by `unifork use`."""
+    embedding_range: PositiveFloat | None = Field(default=None, exclude_if=lambda deviation: deviation is None)
+    """Standard deviation of the first word embeddings; None: the backbone's `initializer_range`, as of all matrices."""
 
 
 class MixtureEntry(StrictModel):

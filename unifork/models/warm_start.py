@@ -86,7 +86,7 @@ def create_model(
         return _same_model(start, config)
     with torch.random.fork_rng(devices=[]):
         model = UniForkModel(config)
-    initialize(model, variant.seed)
+    initialize(model, variant.seed, variant.embedding_range)
     if start:
         warm_start(model, start)
     model.codebook.copy_(codebook_KC)
@@ -105,10 +105,11 @@ def _same_model(folder: Path, wanted: UniForkConfig) -> UniForkModel:
 
 
 @torch.no_grad()
-def initialize(model: UniForkModel, seed: int) -> None:
+def initialize(model: UniForkModel, seed: int, embedding_range: float | None = None) -> None:
     """Draw every weight by (seed, name without the branch); copies of a part start equal."""
-    std = model.config.backbone_config().initializer_range
+    general = model.config.backbone_config().initializer_range
     for name, parameter in model.named_parameters():
+        std = embedding_range or general if parameter is model.embed_tokens.weight else general
         if parameter.dim() > 1:
             digest = hashlib.sha256(f"{seed} {without_branch(name)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
