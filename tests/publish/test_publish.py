@@ -122,8 +122,7 @@ def test_a_stranger_loads_it_and_sees_images(root, monkeypatch, caplog):
     Path("out/tokenizers").symlink_to(root / "tokenizers")
     monkeypatch.chdir(root / "out")
     exec(compile(code, "README.md", "exec"), {})
-    keys = pq.read_table("crop/train-00000-of-00003.parquet")["key"].to_pylist()
-    assert {path.stem for path in Path().glob("*.png")} == {f"{key}-0" for key in keys[:4]}
+    assert {path.name for path in Path().glob("?-?.png")} == {f"{row}-0.png" for row in range(4)}
     both = {name: datasets.load_dataset(str(root / "out"), name, split="train") for name in ("crop", "pad")}
     head = yaml.safe_load(text.split("---\n")[1])
     for info in head["dataset_info"]:

@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
+from unifork import __version__
+
 TAKEDOWN = Path("takedown.txt")
+HERE = f"unifork=={__version__}"
 
 
 def publish(
@@ -13,20 +16,24 @@ def publish(
     to: Annotated[str, typer.Option(help="a folder, hf://user/name, s3://bucket/path, ...")],
     takedown: Annotated[Path, typer.Option(help="rows to leave out; the default, where it exists")] = TAKEDOWN,
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
+    with_tokenizer: Annotated[bool, typer.Option(help="put the image tokenizer beside the codes")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="address of the image tokenizer, for the page")] = None,
+    library: Annotated[str | None, typer.Option(help="what pip installs unifork from, for the page")] = None,
 ) -> None:
     """Publish the codes of a data set: only what is missing or differs is uploaded."""
     from unifork.errors import DataError
     from unifork.filters.takedown import listing
     from unifork.layout import Layout
     from unifork.processes import exclusive
+    from unifork.publish.card import Offer
     from unifork.publish.publication import build
     from unifork.publish.stores import open_store, reread, sync
 
-    layout, store = Layout(), open_store(to)
+    layout, store, offer = Layout(), open_store(to), Offer(library or HERE, tokenizer, with_tokenizer)
     entries = listing(str(takedown)) if takedown != TAKEDOWN or takedown.exists() else None
     folder = store.local or layout.published(dataset)
     with exclusive(folder):
-        views = build(dataset, layout, folder, entries)
+        views = build(dataset, layout, folder, entries, offer)
         for view in views:
             withheld = sum(view.manifest.dropped.values())
             print(f"{folder / view.name}: {view.manifest.rows} rows, {withheld} withheld")
