@@ -9,7 +9,7 @@ import fcntl
 import json
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -81,6 +81,7 @@ def _job(folder: Path, stage: str, name: str) -> Row:
 def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
     """Training runs: folders that are there, and those that the experiment will make."""
     there = {folder.parent.name for name in (PROGRESS, "log.txt") for folder in layout.run("").glob(f"*/{name}")}
+    among = _references(layout)
     for name in sorted({*there, *planned.get("runs", ())}):
         folder, latest = layout.run(name), layout.run(name) / "latest"
         progress = {"done": 0, "total": None, **read_progress(folder / PROGRESS)}
@@ -89,11 +90,43 @@ def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
             progress["done"] = len(whole)
             for row in map(json.loads, whole[-TAIL:]):
                 progress |= {key: row[key] for key in ("text_loss", "image_loss", "fill") if row.get(key) is not None}
+            progress["reference"] = among(whole, name)
         locks = [lock_path(folder), lock_path(layout.model(name))]
         progress |= _validation(folder / "validation.jsonl")
         progress["checkpoint"] = latest.read_text() if latest.exists() else None
         state = _state(locks, (folder / "finished.json").exists(), name in there, progress)
         yield {"stage": "train", "name": name, **progress, **state}
+
+
+def _references(layout: Layout) -> Callable[[list[bytes], str], list[str]]:
+    """A function of lines of a history and the run: where its losses lie among those of reference runs, if any."""
+    from unifork.config import Experiment, load
+    from unifork.training import reference
+
+    found = reference.references(layout)
+    if not found or not layout.params.exists():
+        return lambda *_: []
+    experiment = load(Experiment, layout.params)
+    return lambda lines, name: reference.among(found, experiment, layout, name, [json.loads(line) for line in lines])
+
+
+def record(name: Annotated[str, typer.Argument(help="finished run, for example unifork-s3")]) -> None:
+    """Write the losses of a run to histories/, as a reference for runs of the same configuration."""
+    from unifork.config import load_experiment
+    from unifork.errors import DataError, unknown
+    from unifork.report.reading import read_history
+    from unifork.shards.manifest import write_json
+    from unifork.training.export import TRAINING
+    from unifork.training.reference import reference
+
+    layout, experiment = Layout(), load_experiment()
+    if name not in experiment.runs:
+        raise unknown("run", name, experiment.runs, "params.yaml: runs")
+    if not (rows := read_history(layout.model(name) / TRAINING / "history.csv")):
+        raise DataError(f"{layout.model(name)}: no history; the run has not finished. `dvc repro train@{name}` goes on")
+    own = reference(experiment, layout, name, rows)
+    write_json(layout.histories / own.file, own.model_dump(mode="json"))
+    print(f"{layout.histories / own.file}: {len(own.losses)} steps, configuration {own.configuration}")
 
 
 def _validation(path: Path) -> Row:
@@ -149,6 +182,7 @@ def _text(rows: list[Row]) -> str:
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in ([*columns], *table)]
         blocks += ["\n".join(lines)] * bool(table)
     reasons = [f"{row['name']}: {row['reason']}" for row in rows if row["reason"]]
+    reasons += [f"{row['name']}: {line}" for row in rows for line in row.get("reference", ())]
     return "\n\n".join([*blocks, *["\n".join(reasons)] * bool(reasons)])
 
 

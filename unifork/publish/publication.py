@@ -1,8 +1,8 @@
 """Publishing a data set and bringing a publication back.
 
 A publication is a folder: one folder of shards per view with its manifest, `README.md`, decoded images,
-`dataset.yaml` (the card), on demand the image tokenizer, and `SHA256SUMS`. It is made whole on this machine, by a job that goes on where
-it was killed, and then compared file by file with where it goes.
+`dataset.yaml` (the card), on demand the image tokenizer, and `SHA256SUMS`. It is made whole on this machine, by a job
+that goes on where it was killed, and then compared file by file with where it goes.
 """
 
 import json
@@ -54,6 +54,15 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None, 
             f"the card, the parameters and the manifests, with which others make the same codes from their own copy. "
             f"See {card.homepage}"
         )
+    codebooks = {
+        read_manifest(layout.codes / dataset / use.view).lineage.get("codebook_id") for use in card.tasks.values()
+    }
+    found = codebook_of(layout.image_tokenizer)
+    if offer.with_tokenizer and codebooks != {found}:
+        raise IdentityError(
+            f"{layout.image_tokenizer}: codebook_id {found}, but the codes of {dataset} are of "
+            f"{', '.join(map(str, codebooks))}; only the tokenizer that made them goes beside them"
+        )
     before = begin(folder)
     places = {"download": layout.raw(dataset), "filter": layout.filtered(dataset)}
     views: list[ViewFacts] = []
@@ -68,21 +77,15 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None, 
         sums |= {f"{use.view}/{shard.path}": shard.sha256 for shard in manifest.shards}
         sums[f"{use.view}/{MANIFEST}"] = file_sha256(place / MANIFEST)
     stages = {name: read_manifest(place) if (place / MANIFEST).exists() else None for name, place in places.items()}
-    codebooks = {view.encoded.lineage["codebook_id"] for view in views}
-    fits = codebooks == {codebook_of(layout.image_tokenizer)}
     if offer.with_tokenizer:
-        if not fits:
-            raise IdentityError(
-                f"{layout.image_tokenizer}: codebook_id {codebook_of(layout.image_tokenizer)}, but the codes of "
-                f"{dataset} are of {', '.join(sorted(codebooks))}; only the tokenizer that made them goes beside them"
-            )
         beside = hashes(layout.image_tokenizer)
         bring(open_store(str(layout.image_tokenizer)), beside, folder / TOKENIZER)
         sums |= {f"{TOKENIZER}/{name}": digest for name, digest in beside.items()}
-    codes = next((found for view in views if len(found := first_codes(folder / view.example))), None) if fits else None
-    files = {CARD: _card_text(card).encode(), README: readme(card, views, stages, offer, codes is not None).encode()}
-    if codes is not None:
-        files[SAMPLES] = strip(codes, layout.image_tokenizer)
+    shown = (first_codes(folder / view.example) for view in views if codebooks == {found})
+    images = next((codes for codes in shown if len(codes)), None)
+    files = {CARD: _card_text(card).encode(), README: readme(card, views, stages, offer, images is not None).encode()}
+    if images is not None:
+        files[SAMPLES] = strip(images, layout.image_tokenizer)
     finish(folder, files, sums, before)
     return views
 

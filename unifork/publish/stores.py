@@ -83,6 +83,13 @@ def open_store(uri: str, kind: str = "dataset") -> Store:
     return HubStore(uri, store.system, store.root, kind)
 
 
+def published_at(uri: str) -> Store:
+    """The store of a publication; of the Hub's repositories of one name that of a data set, if something is there."""
+    store = open_store(uri)
+    is_empty = isinstance(store, HubStore) and store.get(CHECKSUMS) is None
+    return open_store(uri, "model") if is_empty else store
+
+
 def holds(store: Store, info: Mapping[str, Any] | None, name: str, path: Path, sha256: str) -> bool:
     """Whether a file of a store's listing has the bytes of a local one, whose hash is known."""
     if info is None or info["size"] != path.stat().st_size:

@@ -22,6 +22,7 @@ from unifork.report.tables import Judged, Table, count, duration
 from unifork.shards.progress import PROGRESS, read_progress
 from unifork.training.checkpoint import FINISHED
 from unifork.training.export import SUMMARY, TRAINING
+from unifork.training.reference import among, references
 
 PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
 """Order of the rows; branches come after the shared trunk."""
@@ -126,6 +127,16 @@ def runs_table(stages: Sequence[Trained]) -> Table:
         rest = ["; ".join(tracks), duration(stage.seconds), *shown] if stage.summary else [None]
         rows.append([stage.title, *rest])
     return Table("Stages", ["Stage", "Tracks", "Time", *SPEED], rows)
+
+
+def references_table(experiment: Experiment, layout: Layout, stages: Sequence[Trained]) -> Table:
+    """Where each stage lies among reference runs of its configuration."""
+    found = references(layout)
+    keys = {f"{stage.variant}-{stage.name}": stage.title for stage in stages if stage.summary}
+    histories = {key: read_history(layout.model(key) / TRAINING / "history.csv") for key in keys if found}
+    lines_by_key = {key: among(found, experiment, layout, key, rows) for key, rows in histories.items()}
+    rows = [[keys[key], [f"{line}." for line in lines]] for key, lines in lines_by_key.items() if lines]
+    return Table("Among reference runs", ["Stage", "Losses"], rows)
 
 
 def parameters_table(stages: Sequence[Trained]) -> Table:

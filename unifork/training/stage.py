@@ -35,6 +35,7 @@ from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import Average, freeze_all_but
 from unifork.training.recovery import check_extended, settle
+from unifork.training.reference import NOT_IN_THE_WEIGHTS
 from unifork.training.strategies import barrier, group_of_one, strategy
 from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
@@ -42,11 +43,6 @@ from unifork.vocabulary import VOCABULARY_VERSION
 
 TRAIN_VERSION = 2
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
-NOT_IN_THE_WEIGHTS: dict[str, Any] = {
-    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
-    "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
-}  # fmt: skip
-"""Fields of a stage that decide nothing about its weights."""
 
 
 class StageJob(StrictModel):
