@@ -109,7 +109,7 @@ def run_page(folder: Path, home: Path) -> tuple[str, str]:
 
 
 def test_codes_of_any_key_and_number_of_images_are_decoded(root, tmp_path):
-    offer = Offer("unifork @ git+https://example.org/u.git", with_tokenizer=True)
+    offer = Offer("'unifork @ git+https://example.org/u.git'", with_tokenizer=True)
     folder = tmp_path / "deep/er/out"
     build("shapes", Layout(root), folder, None, offer)
     before = bytes_of(folder)

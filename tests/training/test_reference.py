@@ -84,21 +84,21 @@ def test_a_run_lies_among_references(experiment):
     def there(*offsets, number=30):
         return [reference.reference(experiment, Layout(), KEY, steps(number, offset)) for offset in offsets]
 
-    def said(found, offset=0.0, number=25):
+    def sentences(found, offset=0.0, number=25):
         return among(found, experiment, Layout(), KEY, steps(number, offset))
 
-    assert said([]) == []
-    assert said(there(0.1)) == ["text loss 2.815 at step 20; 1 reference run 2.915"]
-    assert said(there(0.1, -0.1)) == ["text loss 2.815 at step 20; 2 reference runs 2.715 to 2.915: within"]
-    assert said(there(0.1, 0.2))[0].endswith("2.915 to 3.015: below")
+    assert sentences([]) == []
+    assert sentences(there(0.1)) == ["text loss 2.815 at step 20; 1 reference run 2.915"]
+    assert sentences(there(0.1, -0.1)) == ["text loss 2.815 at step 20; 2 reference runs 2.715 to 2.915: within"]
+    assert sentences(there(0.1, 0.2))[0].endswith("2.915 to 3.015: below")
     values = np.array([2.815 + offset for offset in (0.1, 0.2, 0.3)])
     width = 4.302653 * values.std(ddof=1) * math.sqrt(1 + 1 / 3)
     low, high = values.mean() - width, values.mean() + width
     text = f"3 reference runs, 95 % of such runs {low:.3f} to {high:.3f}"
-    assert said(there(0.1, 0.2, 0.3)) == [f"text loss 2.815 at step 20; {text}: within"]
-    assert said(there(0.1, 0.2, 0.3), 1.0)[0].endswith(f"{text}: above")
-    assert said(there(0.0)) == []  # it is the run itself
-    assert said(there(0.1, number=4)) == ["text loss 2.970 at step 4; 1 reference run 3.070"]
+    assert sentences(there(0.1, 0.2, 0.3)) == [f"text loss 2.815 at step 20; {text}: within"]
+    assert sentences(there(0.1, 0.2, 0.3), 1.0)[0].endswith(f"{text}: above")
+    assert sentences(there(0.0)) == []  # it is the run itself
+    assert sentences(there(0.1, number=4)) == ["text loss 2.970 at step 4; 1 reference run 3.070"]
     other = changed(experiment, "stages", "s2-pretrain", "context", value=400)
     assert among(there(0.1), other, Layout(), KEY, steps(25)) == []
     assert among(there(0.1), experiment, Layout(), "another", steps(25)) == []
@@ -159,6 +159,6 @@ def test_status_report_and_record_of_a_real_run(experiment, root):
 
 
 def test_a_file_is_named_by_run_and_losses():
-    own = Reference(configuration="x", run="a-s1", plan="shared*1", seeds=(0, 1), losses={"1": {"text_loss": 1.0}})
+    own = Reference(configuration="x", run="a-s1", seeds=(0, 1), losses={"1": {"text_loss": 1.0}})
     assert own.file == own.model_copy(update={"configuration": "y"}).file
     assert own.file != own.model_copy(update={"losses": {}}).file

@@ -1,6 +1,7 @@
 """`unifork publish`, `fetch` and `takedown`: codes and models for strangers, back, and rows that have to go."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -33,7 +34,7 @@ def publish(
     from unifork.publish.publication import build
     from unifork.publish.stores import open_store, reread, sync
 
-    layout, offer = Layout(), Offer(library, tokenizer, with_tokenizer, license)
+    layout, offer = Layout(), Offer(quote(library), tokenizer, with_tokenizer, license)
     is_model = (Path(what) / model.CONFIG).exists()
     store = open_store(to, "model" if is_model else "dataset")
     place = layout.published_model(Path(what).resolve().name) if is_model else layout.published(what)

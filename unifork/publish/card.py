@@ -4,7 +4,6 @@ In: plain facts of the views (`ViewFacts`) and the data set's card. Out: a text 
 """
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,18 +52,13 @@ class Offer:
     """What a page says beside the facts: where a stranger gets what is needed."""
 
     library: str
-    """What pip installs the library from."""
+    """What pip installs the library from, as a shell takes it."""
     tokenizer: str | None = None
     """Address of the image tokenizer, for a page of codes without it."""
     with_tokenizer: bool = False
     """Whether it lies beside the codes."""
     license: str | None = None
     """Of a model, by the Hub's name."""
-
-    @property
-    def requirement(self) -> str:
-        """The library as a shell takes it."""
-        return shlex.quote(self.library)
 
 
 def size_category(rows: int) -> str:

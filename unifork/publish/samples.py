@@ -5,7 +5,6 @@ Shape suffixes: B images, N positions, D code depth.
 
 import io
 import json
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -37,12 +36,9 @@ def strip(codes_BND: np.ndarray, tokenizer: Path) -> bytes:
 def first_codes(shard: Path) -> np.ndarray:
     """Codes (B, N * D) of the first images of a published shard; it may have none."""
 
-    def images() -> Iterator[list[int]]:
-        for batch in pq.ParquetFile(shard).iter_batches(64, columns=["codes"]):
-            for row in batch["codes"].to_pylist():
-                yield from row
-
-    return np.array([*islice(images(), SHOWN)], CODE_DTYPE)
+    batches = pq.ParquetFile(shard).iter_batches(64, columns=["codes"])
+    images = (image for batch in batches for row in batch["codes"].to_pylist() for image in row)
+    return np.array([*islice(images, SHOWN)], CODE_DTYPE)
 
 
 def codebook_of(tokenizer: Path) -> str | None:

@@ -9,23 +9,18 @@ from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
 
-from unifork.config import Experiment, StrictModel, fingerprint, load
+from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, StrictModel, fingerprint, load
 from unifork.layout import Layout
 from unifork.shards.manifest import file_sha256
 
-NOT_IN_THE_WEIGHTS: dict[str, Any] = {
-    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
-    "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
-}  # fmt: skip
-"""Fields of a stage that decide nothing about its weights."""
 LOSSES = ("text_loss", "image_loss")
-FEWEST = 3
-"""References that a prediction interval needs."""
 T975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086,
 )  # fmt: skip
-"""Quantiles of Student's t for 1, 2, ... degrees of freedom; 2.086 is taken for more."""
+"""Quantiles of Student's t for 1, 2, ... degrees of freedom; the last is taken for more."""
+Steps = Sequence[Mapping[str, Any]]
+"""All steps of a run so far."""
 
 
 class Reference(StrictModel):
@@ -34,11 +29,10 @@ class Reference(StrictModel):
     configuration: str
     """Hash of what the run is but for its seeds."""
     run: str
-    plan: str
     seeds: tuple[int, int]
     """Of the initialization and of the stage."""
     losses: dict[str, dict[str, float]]
-    """By the number of steps (over all tracks): one with a single digit that is not zero, or the last."""
+    """By the number of steps (over all tracks): those with a single digit that is not zero, and the last."""
 
     @property
     def file(self) -> str:
@@ -47,60 +41,40 @@ class Reference(StrictModel):
 
 
 def configuration(experiment: Experiment, layout: Layout, key: str) -> str:
-    """Hash of a run but for seeds: plan, backbone and head, its stage and those before it, data sets, tokenizers.
+    """Hash of a run but for seeds: plan, backbone and head, its stage and those before it, rows, tokenizers.
 
     A tokenizer that is trained counts by its settings, one that is imported by its files.
     """
     run = experiment.runs[key]
     variant = experiment.variants[run.variant]
-    names = variant.stages[: variant.stages.index(run.stage) + 1]
-    stages = [experiment.stages[name] for name in names]
-    tokenizers = [
-        {name: file_sha256(folder / name) for name in ("config.json", "tokenizer.json") if (folder / name).exists()}
-        if hasattr(chosen, "source") else chosen.model_dump(mode="json")
-        for chosen, folder in (
-            (experiment.image_tokenizer, layout.image_tokenizer), (experiment.text_tokenizer, layout.text_tokenizer)
-        )
-    ]  # fmt: skip
-    sets = sorted({entry.dataset for stage in stages for entry in stage.entries})
-    return fingerprint(
-        _seedless(
-            {
-                "variant": variant.model_dump(mode="json", exclude={"stages"}),
-                "stages": [stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS) for stage in stages],
-                "rows": {name: experiment.datasets[name].rows for name in sets},
-                "tokenizers": tokenizers,
-            }
-        )
-    )
+    stages = [experiment.stages[name] for name in variant.stages[: variant.stages.index(run.stage) + 1]]
+    form: dict[str, Any] = {"mode": "json", "exclude": {**NOT_IN_THE_WEIGHTS, "seed": True}}
+    plain: list[Any] = [stage.model_dump(**form) for stage in stages]
+    plain += [variant.model_dump(mode="json", exclude={"stages", "seed"})]
+    plain += [experiment.datasets[name].rows for name in sorted({e.dataset for stage in stages for e in stage.entries})]
+    for chosen, folder, file in (
+        (experiment.image_tokenizer, layout.image_tokenizer, "config.json"),
+        (experiment.text_tokenizer, layout.text_tokenizer, "tokenizer.json"),
+    ):
+        imported = hasattr(chosen, "source") and (folder / file).exists()
+        plain.append(file_sha256(folder / file) if imported else chosen.model_dump(**form))
+    return fingerprint(plain)
 
 
-def _seedless(plain: Any) -> Any:
-    if isinstance(plain, dict):
-        return {name: _seedless(value) for name, value in plain.items() if name != "seed"}
-    return [_seedless(value) for value in plain] if isinstance(plain, list) else plain
-
-
-def reference(experiment: Experiment, layout: Layout, key: str, rows: Sequence[Mapping[str, Any]]) -> Reference:
-    """A run as a reference for others. rows: all its steps."""
-    run = experiment.runs[key]
-    variant = experiment.variants[run.variant]
-    return Reference(
-        configuration=configuration(experiment, layout, key),
-        run=key,
-        plan=variant.plan,
-        seeds=(variant.seed, experiment.stages[run.stage].seed),
-        losses={str(step): losses_at(rows, step) for step in _fixed(len(rows))},
-    )
+def reference(experiment: Experiment, layout: Layout, key: str, rows: Steps) -> Reference:
+    """A run as a reference for others."""
+    run, mark = experiment.runs[key], configuration(experiment, layout, key)
+    seeds = (experiment.variants[run.variant].seed, experiment.stages[run.stage].seed)
+    losses = {str(step): losses_at(rows, step) for step in _fixed(len(rows))}
+    return Reference(configuration=mark, run=key, seeds=seeds, losses=losses)
 
 
 def _fixed(steps: int) -> list[int]:
-    """1, 2, ..., 9, 10, 20, ..., and the last."""
     found = {digit * 10**power for power in range(len(str(steps))) for digit in range(1, 10)}
     return sorted({step for step in found if step <= steps} | {steps} - {0})
 
 
-def losses_at(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+def losses_at(rows: Steps, step: int) -> dict[str, float]:
     """Mean losses of the last tenth of so many steps, those that were taken."""
     part = rows[step - max(1, step // 10) : step]
     found = {name: [row[name] for row in part if row.get(name) is not None] for name in LOSSES}
@@ -113,9 +87,7 @@ def references(layout: Layout) -> list[Reference]:
     return [load(Reference, path) for path in {path.name: path for path in sorted(paths)}.values()]
 
 
-def among(
-    found: Sequence[Reference], experiment: Experiment, layout: Layout, key: str, rows: Sequence[Mapping[str, Any]]
-) -> list[str]:
+def among(found: Sequence[Reference], experiment: Experiment, layout: Layout, key: str, rows: Steps) -> list[str]:
     """Where a run lies among references of its configuration, a sentence for each loss; nothing where there are none.
 
     A prediction interval (95 %, normal) stands for three and more, the range for fewer. One whose losses are equal is
@@ -128,11 +100,8 @@ def among(
     step = max((step for step in _fixed(len(rows)) if any(str(step) in losses for losses in here)), default=0)
     own = losses_at(rows, step)
     others = [losses[str(step)] for losses in here if losses.get(str(step), own) != own]
-    return [
-        _sentence(name, step, value, values)
-        for name, value in own.items()
-        if (values := [losses[name] for losses in others if name in losses])
-    ]
+    values = {name: [losses[name] for losses in others if name in losses] for name in own}
+    return [_sentence(name, step, own[name], values[name]) for name in own if values[name]]
 
 
 def _sentence(name: str, step: int, value: float, values: Sequence[float]) -> str:
@@ -140,8 +109,7 @@ def _sentence(name: str, step: int, value: float, values: Sequence[float]) -> st
     text = f"{name.replace('_', ' ')} {value:.3f} at step {step:,}; {count} reference run{'s' * (count > 1)}"
     if count == 1:
         return f"{text} {low:.3f}"
-    if count >= FEWEST:
+    if count > 2:
         width = T975[min(count - 1, len(T975)) - 1] * stdev(values) * (1 + 1 / count) ** 0.5
-        low, high = fmean(values) - width, fmean(values) + width
-        text += ", 95 % of such runs"
+        low, high, text = fmean(values) - width, fmean(values) + width, f"{text}, 95 % of such runs"
     return f"{text} {low:.3f} to {high:.3f}: {'below' if value < low else 'above' if value > high else 'within'}"

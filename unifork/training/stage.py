@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from unifork.config import Experiment, Stage, StrictModel, TrainResources, fingerprint
+from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -35,7 +35,6 @@ from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import Average, freeze_all_but
 from unifork.training.recovery import check_extended, settle
-from unifork.training.reference import NOT_IN_THE_WEIGHTS
 from unifork.training.strategies import barrier, group_of_one, strategy
 from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
