@@ -1,5 +1,6 @@
 """What a stranger does with a published page: its lines are run as they stand, with nothing but the publication."""
 
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from tiny import REPOSITORY, bytes_of, copy_of
 
 from unifork.config import Experiment, TrainResources, parse
 from unifork.errors import CheckpointError, ConfigError, DataError, IdentityError
+from unifork.filters.takedown import listing
 from unifork.layout import Layout
 from unifork.publish import model as models
 from unifork.publish import stores
@@ -224,6 +226,35 @@ def test_fetching_a_model_goes_on_and_trusts_nothing(trained, tmp_path, monkeypa
         models.fetch(store, checksums(store), "y", layout)
     with pytest.raises(CheckpointError):
         models.build(tmp_path / "nothing", layout, out, Offer("unifork"))
+
+
+def test_publishing_a_model_goes_on_where_it_was_killed(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(copy_of(trained, tmp_path / "root"))
+    out = tmp_path / "out"
+    shutil.copytree(trained / "published", out)
+    whole, kept = bytes_of(out), (out / "config.json").stat().st_mtime_ns
+    (out / CHECKSUMS).unlink()
+    (out / "model.safetensors").write_bytes(b"another")
+    (out / "training/history.csv").unlink()
+    (out / "training/.history.csv.tmp-1").write_bytes(b"half")
+    with pytest.raises(DataError, match="no SHA256SUMS"):
+        command("fetch", str(out), "x")
+    words = ("--to", str(out), "--license", "cc0-1.0", "--library", "unifork @ git+https://example.org/u.git")
+    command("publish", f"models/{KEY}", *words)
+    assert bytes_of(out) == whole
+    assert (out / "config.json").stat().st_mtime_ns == kept
+
+
+def test_images_that_were_withdrawn_are_not_shown(root, tmp_path):
+    layout, out = Layout(root), tmp_path / "out"
+    build("shapes", layout, out, None, Offer("unifork"))
+    before = (out / "samples.png").read_bytes()
+    Path(tmp_path / "gone").write_text("key shapes/a/b/c.png\n")
+    build("shapes", layout, out, listing(str(tmp_path / "gone")), Offer("unifork"))
+    with Image.open(out / "samples.png") as after, Image.open(io.BytesIO(before)) as first:
+        old, new = np.asarray(first), np.asarray(after)
+    assert np.array_equal(new[:, :48], old[:, :48])  # of the row before it
+    assert np.array_equal(new[:, 48 : 6 * 48], old[:, 3 * 48 :])  # its two images are gone
 
 
 def test_a_model_goes_to_a_repository_of_models(trained, monkeypatch):
