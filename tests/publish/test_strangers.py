@@ -150,8 +150,13 @@ def test_the_page_says_where_the_tokenizer_is(root, tmp_path):
 
 def test_the_tokenizer_comes_along(root, tmp_path, monkeypatch):
     monkeypatch.chdir(copy_of(root, tmp_path / "root"))
-    command("publish", "shapes", "--to", "out", "--with-tokenizer")
-    command("fetch", "out", "theirs")
+    command("publish", "shapes", "--to", "memory://out", "--with-tokenizer", "--verify")
+    names = {row["name"] for row in json.loads(command("status", "--json"))}
+    assert {name for name in names if name.startswith("published/")} == {
+        "published/shapes/crop",
+        "published/shapes/pad",
+    }
+    command("fetch", "memory://out", "theirs")
     assert bytes_of(Path("tokenizers/fetched/theirs")) == bytes_of(Path("tokenizers/image"))
     theirs, ours = (pq.read_table(f"data/codes/{name}/pad/part-00000.parquet") for name in ("theirs", "shapes"))
     assert theirs.to_pylist() == ours.to_pylist()

@@ -9,7 +9,7 @@ import fcntl
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,15 +18,17 @@ from typing import Annotated, Any
 import typer
 from yaml import YAMLError, safe_load
 
+from unifork.config import Experiment, load, load_experiment
 from unifork.layout import STAGE_OF_FOLDER, Layout
 from unifork.processes import lock_path
-from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, write_json
 from unifork.shards.progress import PROGRESS, places, read_progress
+from unifork.training.reference import among, reference, references
 
 Row = dict[str, Any]
 FOLDERS = {
     "raw/*": "datasets", "measured/*": "", "signatures/*": "", "filtered/*": "datasets", "codes/*/*": "datasets",
-    "prepared/*": "prepared", "published/*/*": "",
+    "prepared/*": "prepared", "published/*/crop": "", "published/*/pad": "",
 }  # fmt: skip
 """Of jobs, below `data`, and what in `params.yaml` names those that will be there."""
 TAIL = 100
@@ -81,7 +83,8 @@ def _job(folder: Path, stage: str, name: str) -> Row:
 def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
     """Training runs: folders that are there, and those that the experiment will make."""
     there = {folder.parent.name for name in (PROGRESS, "log.txt") for folder in layout.run("").glob(f"*/{name}")}
-    among = _references(layout)
+    found = references(layout)
+    experiment = load(Experiment, layout.params) if found and planned else None
     for name in sorted({*there, *planned.get("runs", ())}):
         folder, latest = layout.run(name), layout.run(name) / "latest"
         progress = {"done": 0, "total": None, **read_progress(folder / PROGRESS)}
@@ -90,7 +93,8 @@ def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
             progress["done"] = len(whole)
             for row in map(json.loads, whole[-TAIL:]):
                 progress |= {key: row[key] for key in ("text_loss", "image_loss", "fill") if row.get(key) is not None}
-            progress["reference"] = among(whole, name)
+            if experiment:
+                progress["reference"] = among(found, experiment, layout, name, [json.loads(line) for line in whole])
         locks = [lock_path(folder), lock_path(layout.model(name))]
         progress |= _validation(folder / "validation.jsonl")
         progress["checkpoint"] = latest.read_text() if latest.exists() else None
@@ -98,26 +102,11 @@ def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
         yield {"stage": "train", "name": name, **progress, **state}
 
 
-def _references(layout: Layout) -> Callable[[list[bytes], str], list[str]]:
-    """A function of lines of a history and the run: where its losses lie among those of reference runs, if any."""
-    from unifork.config import Experiment, load
-    from unifork.training import reference
-
-    found = reference.references(layout)
-    if not found or not layout.params.exists():
-        return lambda *_: []
-    experiment = load(Experiment, layout.params)
-    return lambda lines, name: reference.among(found, experiment, layout, name, [json.loads(line) for line in lines])
-
-
 def record(name: Annotated[str, typer.Argument(help="finished run, for example unifork-s3")]) -> None:
     """Write the losses of a run to histories/, as a reference for runs of the same configuration."""
-    from unifork.config import load_experiment
     from unifork.errors import DataError, unknown
     from unifork.report.reading import read_history
-    from unifork.shards.manifest import write_json
     from unifork.training.export import TRAINING
-    from unifork.training.reference import reference
 
     layout, experiment = Layout(), load_experiment()
     if name not in experiment.runs:

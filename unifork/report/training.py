@@ -131,11 +131,11 @@ def runs_table(stages: Sequence[Trained]) -> Table:
 
 def references_table(experiment: Experiment, layout: Layout, stages: Sequence[Trained]) -> Table:
     """Where each stage lies among reference runs of its configuration."""
-    found = references(layout)
-    keys = {f"{stage.variant}-{stage.name}": stage.title for stage in stages if stage.summary}
-    histories = {key: read_history(layout.model(key) / TRAINING / "history.csv") for key in keys if found}
-    lines_by_key = {key: among(found, experiment, layout, key, rows) for key, rows in histories.items()}
-    rows = [[keys[key], [f"{line}." for line in lines]] for key, lines in lines_by_key.items() if lines]
+    found, rows = references(layout), list[list[Any]]()
+    for stage in stages if found else ():
+        key = f"{stage.variant}-{stage.name}"
+        lines = among(found, experiment, layout, key, read_history(layout.model(key) / TRAINING / "history.csv"))
+        rows += [[stage.title, [f"{line}." for line in lines]]] if lines else []
     return Table("Among reference runs", ["Stage", "Losses"], rows)
 
 
