@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from huggingface_hub import hf_api
+from huggingface_hub import DatasetCard, ModelCard, hf_api
 from PIL import Image
 from test_publish import HubStub, command
 from tiny import REPOSITORY, bytes_of, copy_of
@@ -119,6 +119,7 @@ def test_codes_of_any_key_and_number_of_images_are_decoded(root, tmp_path):
     text, printed = run_page(folder, tmp_path / "home")
     assert "pip install 'unifork @ git+https://example.org/u.git' datasets\n" in text
     assert "It lies here, in `tokenizers/image`." in text
+    assert DatasetCard.load(folder / "README.md").data.license == "cc0-1.0"
     drawn = {"1-0.png", "2-0.png", "2-1.png", "3-0.png", "3-1.png", "3-2.png"}
     assert {*bytes_of(folder)} - {*before} == drawn
     assert {path.name for path in tmp_path.iterdir()} == {"deep", "home"}
@@ -171,8 +172,10 @@ def test_a_model_is_loaded_by_the_lines_of_its_page(trained, tmp_path):
     assert printed.endswith("\n")
     head = yaml.safe_load(text.split("---\n")[1])
     assert (head["license"], head["library_name"], head["pipeline_tag"]) == ("cc0-1.0", "unifork", "any-to-any")
-    (result,) = head["model-index"][0]["results"]
-    assert result["metrics"] == [{"type": "overall", "value": 0.25}]
+    (result,) = ModelCard.load(folder / "README.md").data.eval_results
+    assert (result.dataset_type, result.dataset_split, result.metric_type, result.metric_value) == (
+        "shapes-generation", "held_out", "overall", 0.25
+    )  # fmt: skip
     parts = ["`shared task norm:task`", "| `shapes` | ", "CC0-1.0", "0.250 ± 0.125", "2. two blue squares"]
     parts += [f"| {KEY} | generation | 4 | 8 |", "pip install 'unifork @ git+https://example.org/u.git'"]
     for part in parts:
