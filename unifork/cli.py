@@ -17,7 +17,7 @@ from unifork.commands.plan import differences, plan
 from unifork.commands.publish import fetch, publish, takedown
 from unifork.commands.score import answers_app
 from unifork.commands.score import app as score_app
-from unifork.commands.status import status
+from unifork.commands.status import record, status
 from unifork.commands.verify import verify
 from unifork.errors import ConfigError, UniForkError
 
@@ -42,6 +42,7 @@ app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes"
 app.command()(fetch)
 app.command(epilog="Example: unifork takedown laion_en takedown.txt")(takedown)
 app.command()(status)
+app.command(epilog="Example: unifork record unifork-s3")(record)
 app.command()(doctor)
 app.command(epilog="Example: unifork verify data/codes --repair")(verify)
 

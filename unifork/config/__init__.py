@@ -29,6 +29,7 @@ from unifork.config.cluster import (
 from unifork.config.evals import AnswerPart, EvalCard, Network, TextCard, load_eval, load_text
 from unifork.config.experiment import (
     ANALYSES,
+    NOT_IN_THE_WEIGHTS,
     Analysis,
     AnalyzedRun,
     Averaging,

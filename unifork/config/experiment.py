@@ -214,6 +214,13 @@ class Stage(StrictModel):
         return [entry for track in self.tracks.values() for entry in track.mixture]
 
 
+NOT_IN_THE_WEIGHTS: dict[str, Any] = {
+    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
+    "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
+}  # fmt: skip
+"""Fields of a stage that decide nothing about its weights."""
+
+
 class Benchmark(StrictModel):
     """What an experiment changes of a benchmark, a card of `datasets/evals`."""
 

@@ -260,10 +260,10 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def prediction(values: Sequence[float]) -> tuple[float, float]:
-    """95 % prediction interval for one more run: mean +- t s sqrt(1 + 1/n). Raises DataError for fewer than five."""
-    if len(values) < FEWEST_IN_BAND:
-        raise DataError(f"a prediction needs {FEWEST_IN_BAND} runs, got {len(values)}")
+def prediction(values: Sequence[float], fewest: int = FEWEST_IN_BAND) -> tuple[float, float]:
+    """95 % prediction interval for one more run: mean +- t s sqrt(1 + 1/n). Raises DataError for fewer runs."""
+    if len(values) < fewest:
+        raise DataError(f"a prediction needs {fewest} runs, got {len(values)}")
     reach = t95(len(values) - 1) * stdev(values) * sqrt(1 + 1 / len(values))
     return fmean(values) - reach, fmean(values) + reach
 

@@ -59,6 +59,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         tokenizer=tokenizer(experiment, layout),
         variants=training.overview(experiment, stages),
         runs=training.runs_table(stages),
+        references=training.references_table(experiment, layout, stages),
         plots=training_plots(training.lines_of(experiment, layout), experiment.groups),
         parameters=training.parameters_table(shown),
         mixtures=training.mixtures_table(stages),

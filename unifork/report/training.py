@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from unifork.config import Experiment, Stage
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
+from unifork.reference import among, references
 from unifork.report.codec import LoadCodec
 from unifork.report.images import ShownImage, grid, shown_images
 from unifork.report.plots import Lines, Recorded
@@ -126,6 +127,16 @@ def runs_table(stages: Sequence[Trained]) -> Table:
         rest = ["; ".join(tracks), duration(stage.seconds), *shown] if stage.summary else [None]
         rows.append([stage.title, *rest])
     return Table("Stages", ["Stage", "Tracks", "Time", *SPEED], rows)
+
+
+def references_table(experiment: Experiment, layout: Layout, stages: Sequence[Trained]) -> Table:
+    """Where each stage lies among reference runs of its configuration."""
+    found, rows = references(layout), list[list[Any]]()
+    for stage in stages if found else ():
+        key = f"{stage.variant}-{stage.name}"
+        lines = among(found, experiment, layout, key, read_history(layout.model(key) / TRAINING / "history.csv"))
+        rows += [[stage.title, [f"{line}." for line in lines]]] if lines else []
+    return Table("Among reference runs", ["Stage", "Losses"], rows)
 
 
 def parameters_table(stages: Sequence[Trained]) -> Table:

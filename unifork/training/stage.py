@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from unifork.config import Experiment, Stage, StrictModel, TrainResources, fingerprint
+from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -42,11 +42,6 @@ from unifork.vocabulary import VOCABULARY_VERSION
 
 TRAIN_VERSION = 2
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
-NOT_IN_THE_WEIGHTS: dict[str, Any] = {
-    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
-    "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
-}  # fmt: skip
-"""Fields of a stage that decide nothing about its weights."""
 
 
 class StageJob(StrictModel):
