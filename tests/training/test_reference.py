@@ -8,6 +8,7 @@ import pytest
 from stage_runs import RESOURCES
 from typer.testing import CliRunner
 
+from unifork import reference
 from unifork.cli import app
 from unifork.config import Experiment, load
 from unifork.errors import ConfigError, DataError
@@ -15,7 +16,6 @@ from unifork.layout import Layout
 from unifork.reference import Reference, among, configuration, losses_at, references
 from unifork.report.training import references_table, stages_of
 from unifork.shards.manifest import write_json
-from unifork.training import reference
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
