@@ -116,7 +116,7 @@ def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, Card]]:
     """The experiment with all that is derived, and its cards; every name it uses is known."""
     path = folder / f"{name}.yaml"
-    plain = {"name": name, **_inherited(name, folder, ())}
+    plain = {"name": name, **inherited(name, folder)}
     if isinstance(stages := plain.get("stages"), dict):
         plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
     filled = ("prepared", "runs", "evaluations", "text_runs", "scored", "analyzed", "examined")
@@ -139,7 +139,8 @@ def _eval(name: str, use: Benchmark, place: str) -> EvalCard:
     return card
 
 
-def _inherited(name: str, folder: Path, heirs: tuple[str, ...]) -> dict[str, Any]:
+def inherited(name: str, folder: Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the file of an experiment says, with all that it extends. Raises ConfigError for one that is not there."""
     path = folder / f"{name}.yaml"
     if not path.exists():
         raise unknown("experiment", name, (p.stem for p in folder.glob("*.yaml")), str(folder))
@@ -147,7 +148,7 @@ def _inherited(name: str, folder: Path, heirs: tuple[str, ...]) -> dict[str, Any
         raise ConfigError(f"{path}: extends itself by way of {' -> '.join((*heirs, name))}")
     plain = dict(read_yaml(path))
     parent = plain.pop("extends", None)
-    return _merged(_inherited(parent, folder, (*heirs, name)), plain) if parent else plain
+    return _merged(inherited(parent, folder, (*heirs, name)), plain) if parent else plain
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
