@@ -39,6 +39,10 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     last = {stage.variant: stage for stage in stages if stage.drawn}
     ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
     benchmarks = [benchmark(name, experiment, layout) for name in (*experiment.benchmarks, *experiment.text_evals)]
+    lines = training.lines_of(experiment, layout)
+    first = grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()])
+    if not first.rows:
+        first = training.held_out_images(list({stage.variant: stage for stage in stages if stage.held_out}.values()))
     numbers = {shown["card"].name: shown["numbers"] for shown in benchmarks}
     return environment.get_template("page.html").render(
         experiment=experiment,
@@ -47,17 +51,18 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         here=surroundings(layout.root),
         ended=f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d}" if ended else "not known",
         time=training.total([stage.seconds for stage in stages]),
-        first=grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
+        first=first,
         numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
         benchmarks=benchmarks,
         datasets=[dataset(name, experiment, layout, load_codec) for name in experiment.datasets],
         tokenizer=tokenizer(experiment, layout),
         variants=training.overview(experiment, stages),
         runs=training.runs_table(stages),
-        plots=training_plots(training.lines_of(experiment, layout)),
+        plots=training_plots(lines),
         parameters=training.parameters_table(stages),
         mixtures=training.mixtures_table(stages),
         quarantined=training.quarantined(stages),
+        held_out_numbers=training.held_out_numbers(stages, lines),
         held_out=training.held_out_tables(stages),
         held_out_images=training.held_out_images(stages),
         alignments=[plot for key in experiment.analyzed if (plot := alignment(key, layout))],
