@@ -23,7 +23,7 @@ from unifork.report.scores import benchmark
 from unifork.report.surroundings import surroundings
 from unifork.report.tables import data_uri
 
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 """Raise when the same experiment should be shown otherwise."""
 FIRST = 8
 """Images of the last stage on the first screen, for each variant."""

@@ -193,9 +193,10 @@ def _rates(part: Mapping[str, Any]) -> list[str]:
 def held_out_numbers(stages: Sequence[Trained], lines: Lines) -> Table:
     """What the last stage of each variant gave on held-out rows: the loss of each part, and scores of its answers."""
     rows = []
-    for variant, stage in {stage.variant: stage for stage in stages if stage.held_out}.items():
-        scores = {part["part"]: _rates(part) for part in (stage.held_out or {})["scores"]}
-        steps = [step for recorded in lines[variant] if recorded.stage == stage.name for step in recorded.validation]
+    for stage, held_out in {stage.variant: (stage, stage.held_out) for stage in stages if stage.held_out}.values():
+        scores = {part["part"]: _rates(part) for part in held_out["scores"]}
+        recorded = [found for found in lines[stage.variant] if found.stage == stage.name]
+        steps = [step for found in recorded for step in found.validation]
         for part, last in {step["part"]: step for step in steps}.items():
             loss = last.get("text_loss" if last["task"] == "understanding" else "image_loss")
             rates = scores.get(part, ["-"] * 3)
