@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archive_samples import PNG, jpeg, jsonl, put, tarred
-from test_end_to_end import run
+from test_end_to_end import checkout, run  # noqa: F401  a fixture
 from typer.testing import CliRunner
 
 from unifork.cli import app
@@ -138,6 +138,10 @@ def test_what_cannot_be_read_is_said_and_nothing_is_written(here, files, words, 
 @pytest.mark.slow
 def test_the_example_goes_from_files_to_a_report(checkout):
     script, commands = re.findall(r"```(?:python|console)\n(.*?)```", PAGE, re.DOTALL)[:2]
+    micro = checkout / "experiments/micro.yaml"
+    steps = "steps: 40, quantize_from_step: 15"
+    assert steps in micro.read_text()
+    micro.write_text(micro.read_text().replace(steps, "steps: 6, quantize_from_step: 3"))
     (checkout / "flags.py").write_text(script)
     run(checkout, "python", "flags.py")
     for command in commands.splitlines():

@@ -101,6 +101,15 @@ def test_every_layout_gives_the_same_rows(at, layout):
     assert first.endswith("/000000000")
 
 
+@pytest.mark.parametrize("layout", [csv_and_folder, jsonl_beside_its_images])
+def test_an_edit_of_the_same_length_is_noticed(at, layout):
+    card = card_of("table", {**layout(at), "texts": {"caption": "text"}}, ["caption"])
+    download(card, at / "raw")
+    (path,) = [path for path in (at / "set").rglob("*") if path.suffix in (".csv", ".jsonl")]
+    path.write_bytes(path.read_bytes().replace(b"one, two", b"two, one"))
+    assert "two, one" in [row["caption"] for row in download(card, at / "raw").rows.values()]
+
+
 def test_what_is_wrong_costs_its_row(at):
     folder(at)
     put(at / "outside.jpg", jpeg("img0"))

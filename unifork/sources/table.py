@@ -35,7 +35,7 @@ from unifork.sources import (
 from unifork.sources.archives import picked
 from unifork.sources.list_files import LISTS, list_slices, objects, sizes_of
 from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, size_of
-from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, text_rows
+from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, table_sha256, text_rows
 from unifork.sources.url_lists import FetchRules, text_or_none
 
 
@@ -100,9 +100,10 @@ def slices(options: TableOptions, shard_rows: int) -> Iterator[Slice]:
 
 def _slices(name: str, path: Path, shard_rows: int, check: Check) -> Iterator[Slice]:
     check_ending(name, (*TABLES, *LISTS))
+    content = table_sha256(path)  # a text may change and not its length
     if name.lower().endswith(LISTS):
-        return list_slices(path, shard_rows, file=name)
-    return cut(table_count(path, check), shard_rows, file=name, bytes=size_of(path))
+        return list_slices(path, shard_rows, file=name, content=content)
+    return cut(table_count(path, check), shard_rows, file=name, bytes=size_of(path), content=content)
 
 
 def rows(options: TableOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:

@@ -6,6 +6,8 @@ reading goes on at the next one.
 """
 
 import csv
+import hashlib
+import os
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import deque
@@ -17,6 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
 from unifork.sources import MAX_LINE_BYTES, Row, RowError, cause, planned
 from unifork.sources.paths import opened_list
@@ -84,6 +87,17 @@ def _single(batch: Any) -> Row | RowError:
         return dict(batch.to_pylist()[0])
     except UnicodeError as error:
         return RowError("", "broken_text", cause(error))
+
+
+def table_sha256(path: Path) -> str:
+    """Hash of a table; of a Parquet file that of its footer (schema, sizes, statistics, offsets), read in no time."""
+    if path.suffix.lower() != PARQUET:
+        return file_sha256(path)
+    with open(path, "rb") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - 8))
+        handle.seek(max(0, size - 8 - int.from_bytes(handle.read(4), "little")))  # all of it where that is no footer
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------- text tables

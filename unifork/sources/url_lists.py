@@ -14,9 +14,7 @@ The spellings of `url_columns.yaml` are from laion-prepro and img2dataset's data
 coyo-dataset and of unsplash/datasets. The columns of Re-LAION were not seen; they are expected to be LAION's.
 """
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
@@ -29,11 +27,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from unifork.config import StrictModel, read_yaml
 from unifork.errors import ConfigError
-from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
 from unifork.sources import Row, RowError, Source, SourceOptions, attempt, cut, place_of
 from unifork.sources.paths import ChangedFile, file_named, files_of
-from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, text_rows
+from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, table_sha256, text_rows
 
 # ----------------------------------------------------------------------------------------- options
 
@@ -165,7 +162,7 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
 def slices(urls: UrlList, shard_rows: int) -> Iterator[Slice]:
     """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
     for name, path in files_of(urls.files, TABLES):
-        yield from cut(table_count(path, _check(urls, path.name)), shard_rows, file=name, content=_sha256(path))
+        yield from cut(table_count(path, _check(urls, path.name)), shard_rows, file=name, content=table_sha256(path))
 
 
 def _check(urls: UrlList, name: str) -> Check:
@@ -179,7 +176,7 @@ def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     ChangedFile when the table is no longer the one that was planned with.
     """
     path = file_named(urls.files, piece)
-    if not path.is_file() or piece.content != _sha256(path):
+    if not path.is_file() or piece.content != table_sha256(path):
         raise ChangedFile(f"{piece.file!r} of {urls.files!r}: missing, or changed since it was planned with; run again")
     if path.suffix == PARQUET:
         columns = mapped(pq.read_schema(path).names, path.name, urls.columns)
@@ -204,17 +201,6 @@ def _row(key: str, entry: Row, columns: Mapped) -> Row | RowError:
     if row["url"] is None:
         return RowError(key, "no_url", "the column of URLs is empty")
     return row
-
-
-def _sha256(path: Path) -> str:
-    """Hash of a table; of a Parquet file that of its footer (schema, sizes, statistics, offsets), read in no time."""
-    if path.suffix != ".parquet":
-        return file_sha256(path)
-    with open(path, "rb") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        handle.seek(max(0, size - 8))
-        handle.seek(max(0, size - 8 - int.from_bytes(handle.read(4), "little")))  # all of it where that is no footer
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 SOURCE = Source(UrlList, slices, rows, paths=("files",))
