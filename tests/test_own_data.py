@@ -120,10 +120,14 @@ def test_dialogues_are_read_by_understanding_alone(here):
         ("archives/lost.csv", (), r"no image '/x/1.jpg' below archives, .*paths are relative to a folder"),
         ("archives/csv", ("--like", "paper"), "unknown experiment 'paper'. Known: demo, micro"),
         ("loose.csv", (), "DVC follows one folder"),
+        ("archives/empty.csv", (), "empty.csv: it cannot be read: ValueError: empty, a line with the names"),
+        ("archives/header.csv", (), "no column of images; found: no rows"),
     ],
 )
 def test_what_cannot_be_read_is_said_and_nothing_is_written(here, files, words, message):
     put(here / "archives/notext/a.jpg", DATA[0])
+    put(here / "archives/empty.csv", b"")
+    put(here / "archives/header.csv", b"image,text\n")
     put(here / "archives/numbers.csv", b"a,b\n1,2\n")
     put(here / "archives/lost.csv", b"image,text\n/x/1.jpg,a bird\n")
     put(here / "loose.csv", b"image,text\nimages/1.png,a bird\n")
@@ -136,7 +140,7 @@ def test_what_cannot_be_read_is_said_and_nothing_is_written(here, files, words, 
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_the_example_goes_from_files_to_a_report(checkout):
+def test_the_example_goes_from_files_to_a_report(checkout):  # noqa: F811
     script, commands = re.findall(r"```(?:python|console)\n(.*?)```", PAGE, re.DOTALL)[:2]
     micro = checkout / "experiments/micro.yaml"
     steps = "steps: 40, quantize_from_step: 15"

@@ -19,7 +19,7 @@ from unifork.errors import ConfigError, unknown
 from unifork.experiments import HERE, inherited
 from unifork.experiments.followed import followed
 from unifork.shards.schema import CONVERSATIONS
-from unifork.sources import Row, RowError, plan, rows_of
+from unifork.sources import Row, RowError, cause, plan, rows_of
 from unifork.sources.archives import is_image, picked
 from unifork.sources.list_files import LISTS
 from unifork.sources.paths import files_of
@@ -98,7 +98,10 @@ def _source(files: str, image: str | None, text: str | None) -> dict[str, Any]:
         return {"kind": "pairs", "options": {"files": files}}
     if not name.lower().endswith(endings):
         return {"kind": "pairs", "options": {"files": files}}
-    entries = first_entries(name, path, LOOKED_AT)
+    try:
+        entries = first_entries(name, path, LOOKED_AT)
+    except Exception as error:
+        raise ConfigError(f"{path}: it cannot be read: {cause(error)}") from None
     columns = list(dict.fromkeys(column for entry in entries for column in entry))
     for named in filter(None, (image, text)):
         if named not in columns:
@@ -109,7 +112,9 @@ def _source(files: str, image: str | None, text: str | None) -> dict[str, Any]:
     text = text or next(_texts(values, kinds), None)
     for what, found in (("image", image), ("text", text)):
         if found is None or not values[found]:
-            raise ConfigError(f"{files}: no column of {what}s; found: {', '.join(columns)}. Name it: --{what} COLUMN")
+            raise ConfigError(
+                f"{files}: no column of {what}s; found: {', '.join(columns) or 'no rows'}. Name it: --{what} COLUMN"
+            )
     assert image
     assert text
     column = CONVERSATIONS if kinds.get(text) == CONVERSATIONS else "caption"
