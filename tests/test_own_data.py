@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +14,10 @@ from archive_samples import PNG, jpeg, jsonl, put, tarred
 from test_end_to_end import checkout, run  # noqa: F401  a fixture
 from typer.testing import CliRunner
 
+from pipelines import image_tokenizer
 from unifork.cli import app
 from unifork.config import load_card
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, DataError
 from unifork.experiments import names, resolve, use
 from unifork.sources import RowError, plan, rows_of
 
@@ -136,6 +138,14 @@ def test_what_cannot_be_read_is_said_and_nothing_is_written(here, files, words, 
         new("birds", "--from", files, *words)
     assert not (here / "datasets/birds.yaml").exists()
     assert not (here / "experiments/birds.yaml").exists()
+
+
+def test_a_set_of_few_different_images_is_told_what_to_change(here, monkeypatch):
+    new("birds", "--from", "archives/csv", "--like", "micro")
+    use("birds")
+    monkeypatch.setattr(image_tokenizer, "sample_sets", lambda *_: {"birds/crop": np.zeros((1, 48, 48, 3), np.uint8)})
+    with pytest.raises(DataError, match=r"birds/crop has 1 different images .*held_out_images takes 1 of them: lower"):
+        image_tokenizer.main("")
 
 
 @pytest.mark.cluster
