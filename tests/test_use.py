@@ -374,7 +374,7 @@ license: CC0-1.0
 attribution: a
 redistribute_codes: true
 text_only: keep
-source: {kind: text, options: {files: corpus.jsonl, texts: {caption: text}}}
+source: {kind: table, options: {image: null, files: corpus.jsonl, texts: {caption: text}}}
 tasks: {understanding: {view: pad, texts: [caption]}, generation: {view: crop, texts: [caption]}}
 """
 PLAIN = {"dataset": "corpus", "task": "understanding", "text": "caption", "template": "text", "weight": 1.0}
@@ -390,7 +390,7 @@ PLAIN = {"dataset": "corpus", "task": "understanding", "text": "caption", "templ
          "template 'text' is for rows without an image; card shapes drops them, unless it says text_only: keep"),
         ({"image_tokenizer/training/datasets": ["shapes", "corpus"]},
          "image_tokenizer.training.datasets: no row of corpus has an image"),
-        ({}, "card corpus: text_only: no row of a 'text' source has an image; say text_only: keep"),
+        ({}, "card corpus: text_only: no row of its source has an image; say text_only: keep"),
     ],
 )  # fmt: skip
 def test_a_mixture_that_no_row_fits_is_refused(here, changes, message):

@@ -13,6 +13,7 @@ from unifork.commands.analyze import analyze
 from unifork.commands.doctor import doctor
 from unifork.commands.infer import describe, generate, serve
 from unifork.commands.inspect import inspect
+from unifork.commands.new import new
 from unifork.commands.plan import differences, plan
 from unifork.commands.publish import fetch, publish, takedown
 from unifork.commands.score import answers_app
@@ -36,6 +37,7 @@ app.command(epilog="Example: unifork serve --model models/unifork-s3")(serve)
 app.add_typer(score_app, name="score")
 app.add_typer(answers_app, name="answers")
 app.command()(inspect)
+app.command(epilog="Example: unifork new birds --from archives/birds")(new)
 app.command(epilog="Example: unifork analyze alignment models/unifork-s3 --held-out --out found")(analyze)
 app.command(epilog="Example: unifork plan paper --chip h100 --mfu 0.4")(plan)
 app.command(epilog="Example: unifork publish shapes --to hf://NAME/shapes-codes")(publish)

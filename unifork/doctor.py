@@ -39,6 +39,7 @@ from unifork.models.warm_start import create_model
 from unifork.processes import meet
 from unifork.report.surroundings import surroundings
 from unifork.shards.stores import open_store
+from unifork.sources import source_of
 from unifork.vocabulary import TASKS
 
 Finding = tuple[Literal["ok", "warning", "failed", "not run"], str]
@@ -272,7 +273,7 @@ def job_server(here: Here) -> Finding:
 def web(here: Here) -> Finding:
     """Names and connections, where a data set of the experiment is downloaded from the web."""
     cards = [load_card(name, here.layout.cards) for name in (here.params.datasets if here.params else ())]
-    pages = [card.homepage for card in cards if card.source.kind == "url_list"]
+    pages = [card.homepage for card in cards if source_of(card)[1].web]
     if not pages:
         return "not run", "not needed: nothing is downloaded from the web"
     return _reached([here.cluster.web.proxy] if here.cluster.web.proxy else pages)

@@ -112,7 +112,7 @@ def average_length(
     Raises ConfigError where not even an image fits.
     """
     template = template_named(entry.template, place)
-    has_image = template.images != 0 and not source_of(card)[0].text_only
+    has_image = template.images != 0 and not source_of(card)[1].text_only
     image = positions + BORDER_TOKENS if has_image else 0
     if context < image:
         raise ConfigError(f"{place}: a context of {context} tokens; an image alone has {image}")
@@ -188,7 +188,7 @@ def image_bytes(experiment: Experiment) -> int:
 def code_bytes(experiment: Experiment, cards: Mapping[str, Card]) -> dict[str, int | None]:
     """Codes of every `<set>/<view>` that the cards offer, None where the number of rows is not given."""
     per_image = image_bytes(experiment)
-    bytes_each = {name: 0 if source_of(card)[0].text_only else per_image for name, card in cards.items()}
+    bytes_each = {name: 0 if source_of(card)[1].text_only else per_image for name, card in cards.items()}
     return {
         f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * bytes_each[dataset]
         for dataset, use in experiment.datasets.items()

@@ -189,6 +189,27 @@ def test_before_anything_has_run(tmp_path):
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_without_benchmarks_held_out_rows_are_its_numbers(tmp_path):
+    plan = experiment().model_copy(update={"benchmarks": {}, "evaluations": {}})
+    stages = {name: stage.model_copy(update={"sample_prompts": ()}) for name, stage in plan.stages.items()}
+    plan = plan.model_copy(update={"stages": stages})
+    where = write_all(tmp_path, plan)
+    page = build(plan, where, FakeCodec)
+    assert "No benchmarks and no held-out rows" in words(page)
+    card = tmp_path / "datasets/world.yaml"
+    card.write_text(card.read_text() + "held_out: 0.5\n")
+    page = build(plan, where, FakeCodec)
+    text = words(page)
+    assert "fork, s1: world-caption-generate 2.700 - - -" in text
+    assert "fork, s1: world-caption-caption 1.700 2 0.500 ± 0.350 0.625 ± 0.125" in text
+    assert [image["alt"] for image in Page(page).images][:2] == ["a held-out star, held out", f"{NASTY}, held out"]
+    for part in ("Headline scores", "First images", "Benchmarks", "Images for held-out prompts"):
+        assert f"{part}: not there yet" not in text
+    (where.model("fork-s1") / "training/held_out.json").unlink()
+    assert "Held-out rows: not there yet" in words(build(plan, where, FakeCodec))
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_a_variant_that_has_not_run_stands_beside_one_that_has(tmp_path):
     plan = experiment(("dense", "fork"))
     text = words(build(plan, write_all(tmp_path, plan, "fork"), FakeCodec))

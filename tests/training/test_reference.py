@@ -104,18 +104,6 @@ def test_a_run_lies_among_references(experiment):
     assert among(there(0.1), experiment, Layout(), "another", steps(25)) == []
 
 
-def test_quantiles_are_those_of_student():
-    def above(t, freedom):
-        """Share of Student's distribution above t, by the trapezoid rule over a substitution to (0, 1)."""
-        x = np.linspace(0, 1, 200_001)[1:]
-        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-        y = scale * (1 + (t / x) ** 2 / freedom) ** (-(freedom + 1) / 2) * t / x**2
-        return np.trapezoid(y, x)
-
-    for freedom, quantile in enumerate(reference.T975, 1):
-        assert above(quantile, freedom) == pytest.approx(0.025, abs=5e-5), freedom
-
-
 def test_status_report_and_record_of_a_real_run(experiment, root):
     stage = experiment.stages["s2-pretrain"]
     tracks = {"joint": stage.tracks["joint"].model_copy(update={"steps": 8, "batch_documents": 8})}

@@ -28,7 +28,7 @@ from unifork.training.stage import train_stage
 NAMES = sorted(PNG)
 CARD = HEAD | {
     "name": "several", "text_only": "keep", "several_images": "keep",
-    "source": {"kind": "listed", "options": {"lists": "archives/list.jsonl", "images": "archives/images", "texts":
+    "source": {"kind": "table", "options": {"files": "archives/list.jsonl", "root": "archives/images", "texts":
                {"conversations": "conversations", "caption": "caption"}}},
     "tasks": {"generation": {"view": "crop", "texts": ["caption"]},
               "understanding": {"view": "pad", "texts": ["conversations"]}},

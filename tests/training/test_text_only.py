@@ -37,7 +37,7 @@ HEAD = {"title": "t", "homepage": "h", "license": "CC0-1.0", "attribution": "a",
 TEXTS = [f"Plain text number {n}, which mentions <image> and <|im_end|> as letters." for n in range(40)]
 CORPUS = HEAD | {
     "name": "corpus", "text_only": "keep", "held_out": 0.2,
-    "source": {"kind": "text", "options": {"files": "archives/corpus", "texts": {"text": "text"}}},
+    "source": {"kind": "table", "options": {"image": None, "files": "archives/corpus", "texts": {"text": "text"}}},
     "tasks": {"understanding": {"view": "pad", "texts": ["text"]}},
     "filters": [{"rule": "min_side", "options": {"pixels": 4000}},
                 {"rule": "text_length", "options": {"column": "text", "least": 5, "most": 1000}},
@@ -45,7 +45,7 @@ CORPUS = HEAD | {
 }  # fmt: skip
 MIXED = HEAD | {
     "name": "mixed", "text_only": "keep",
-    "source": {"kind": "listed", "options": {"lists": "archives/mixed.jsonl", "images": "archives/images", "texts":
+    "source": {"kind": "table", "options": {"files": "archives/mixed.jsonl", "root": "archives/images", "texts":
                {"conversations": "conversations", "caption": "caption"}}},
     "tasks": {"generation": {"view": "crop", "texts": ["caption"]},
               "understanding": {"view": "pad", "texts": ["conversations"]}},

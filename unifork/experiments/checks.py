@@ -125,7 +125,7 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
             )
     if isinstance(images, ImageTokenizerConfig):
         for name in images.training.datasets:
-            if source_of(cards[name])[0].text_only:
+            if source_of(cards[name])[1].text_only:
                 raise ConfigError(f"{place}: image_tokenizer.training.datasets: no row of {name} has an image")
         groups = {f"{name}/{use.view}" for name in images.training.datasets for use in cards[name].tasks.values()}
         for group in images.training.shares:
@@ -136,7 +136,7 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
 def _check_images(entry: MixtureEntry, card: Card, place: str) -> None:
     """That a template can be written for some row of a set: captions have an image, plain texts have none."""
     images = template_for(entry, place).images
-    if images and source_of(card)[0].text_only:
+    if images and source_of(card)[1].text_only:
         raise ConfigError(f"{place}: template {entry.template!r} has an image, no row of {card.name} has any")
     if images == 0 and card.text_only == "drop":
         raise ConfigError(

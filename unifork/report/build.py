@@ -42,6 +42,10 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     last = {stage.variant: stage for stage in stages if stage.drawn}
     ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
     benchmarks = [benchmark(name, experiment, layout) for name in experiment.all_benchmarks]
+    lines = training.lines_of(experiment, layout)
+    first = grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()])
+    if not first.rows:
+        first = training.held_out_images(list({stage.variant: stage for stage in stages if stage.held_out}.values()))
     numbers = {shown["card"].name: shown["numbers"] for shown in benchmarks}
     return environment.get_template("page.html").render(
         experiment=experiment,
@@ -50,7 +54,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         here=surroundings(layout.root),
         ended=f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d}" if ended else "not known",
         time=training.total([stage.seconds for stage in stages]),
-        first=grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
+        first=first,
         numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
         benchmarks=benchmarks,
         headlines=headlines(benchmarks, losses(experiment, layout)),
@@ -60,10 +64,11 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         variants=training.overview(experiment, stages),
         runs=training.runs_table(stages),
         references=training.references_table(experiment, layout, stages),
-        plots=training_plots(training.lines_of(experiment, layout), experiment.groups),
+        plots=training_plots(lines, experiment.groups),
         parameters=training.parameters_table(shown),
         mixtures=training.mixtures_table(stages),
         quarantined=training.quarantined(stages),
+        held_out_numbers=training.held_out_numbers(shown, lines),
         held_out=training.held_out_tables(shown),
         held_out_images=training.held_out_images(shown),
         alignments=[plot for key in experiment.analyzed if (plot := alignment(key, layout))],

@@ -57,6 +57,16 @@ class SourceOptions(StrictModel):
     access: Annotated[str, Field(exclude=True)] = ""  # dumped nowhere, so that it is part of no fingerprint
     """How a person gets the files; shown when they are missing."""
 
+    @property
+    def web(self) -> bool:
+        """Whether the images are fetched from the web."""
+        return False
+
+    @property
+    def text_only(self) -> bool:
+        """Whether no row has an image."""
+        return False
+
 
 Options = TypeVar("Options", bound=SourceOptions)
 
@@ -88,10 +98,6 @@ class Source(Generic[Options]):
     """It makes as many rows as are asked for."""
     seeded: bool = False
     """Its rows depend on the seed of the experiment; those of others stay when that changes, and get 0."""
-    text_only: bool = False
-    """No row of it has an image."""
-    needs: tuple[str, str] | None = None
-    """A module that is not always installed, and the extra that brings it."""
     version: int = 0
     """Raise when the same options and slice would give other rows; part of the fingerprint."""
 
@@ -103,9 +109,8 @@ SOURCES: Registry[Source[Any]] = Registry(
         "emoji": "unifork.sources.emoji:SOURCE",
         "pairs": "unifork.sources.pairs:SOURCE",
         "imagenet": "unifork.sources.imagenet:SOURCE",
-        "listed": "unifork.sources.listed:SOURCE",
-        "listed_meta": "unifork.sources.listed:META_SOURCE",
-        "text": "unifork.sources.text:SOURCE",
+        "table": "unifork.sources.table:SOURCE",
+        "table_meta": "unifork.sources.table:META_SOURCE",
         "url_list": "unifork.sources.url_lists:SOURCE",
     },
 )
@@ -118,21 +123,18 @@ def source_of(card: Card) -> tuple[Source[Any], SourceOptions]:
         source = SOURCES.find(card.source.kind, f"{place}: source.kind")
     except ConfigError as error:
         raise ConfigError(f"{error}{_where(card.source.options.get('access'))}") from None
-    if source.text_only and card.text_only == "drop":
-        raise ConfigError(
-            f"{place}: text_only: no row of a {card.source.kind!r} source has an image; say text_only: keep"
-        )
-    return source, parse(source.options, card.source.options, place, "source.options")
+    options = parse(source.options, card.source.options, place, "source.options")
+    if options.text_only and card.text_only == "drop":
+        raise ConfigError(f"{place}: text_only: no row of its source has an image; say text_only: keep")
+    return source, options
 
 
 def check_installed(card: Card) -> None:
     """Raise ConfigError where the images of a card cannot be had for want of a module."""
-    source, _ = source_of(card)
-    if source.needs and not find_spec(source.needs[0]):
-        module, extra = source.needs
+    if source_of(card)[1].web and not find_spec("img2dataset"):
         raise ConfigError(
-            f"card {card.name}: a {card.source.kind!r} source is fetched by {module}, which is not installed; it comes "
-            f"with the extra: pip install 'unifork[{extra}]'"
+            f"card {card.name}: its images are fetched by img2dataset, which is not installed; it comes with the "
+            "extra: pip install 'unifork[web]'"
         )
 
 

@@ -17,6 +17,7 @@ from tiny import REPOSITORY, bytes_of, filter_here, start
 
 from unifork import sources
 from unifork.config import Card, WebAccess, load_card, parse
+from unifork.config.card import Source as CardSource
 from unifork.errors import ConfigError, DataError
 from unifork.experiments.followed import followed
 from unifork.shards.manifest import MANIFEST, read_manifest
@@ -217,13 +218,24 @@ def test_what_a_list_lacks_is_said(root):
 def test_without_img2dataset_it_is_said_before_anything_starts(root, monkeypatch):
     monkeypatch.setattr(sources, "find_spec", lambda name: None)
     write_laion(root / "lists/a.parquet", ["http://x.example/"])
-    message = r"card weblist: a 'url_list' source is fetched by img2dataset, .* not installed; .*'unifork\[web\]'$"
+    message = r"card weblist: its images are fetched by img2dataset, .* not installed; .*'unifork\[web\]'$"
     for check in (lambda: download_job(card(), None, 5, 0, root / "out"), lambda: followed(card(), "card")):
         with pytest.raises(ConfigError, match=message):
             check()
     shapes = load_card("shapes", REPOSITORY / "datasets")
     assert download_job(shapes, 5, 5, 0, root / "out").tasks
     assert not (root / "out").exists()
+
+
+def test_a_table_with_a_column_of_addresses_is_fetched(root, web):
+    web.pages |= {"/a.png": image("PNG", 1)}
+    (root / "lists/a.csv").write_text(f"name,link,text\na,{web.root}/a.png,x\nb,{web.root}/gone.png,y\nc,,z\n")
+    options = {"files": "lists", "image": "link", "texts": {"caption": "text"}, "key": "name", "fetch": FETCH}
+    table = card().model_copy(update={"source": CardSource(kind="table", options=options)})
+    manifest, _, _ = download(table, "out")
+    (row,) = rows_of("out")
+    assert (row["key"], row["caption"], row["image"]) == ("a", "x", image("PNG", 1))
+    assert (row["url"], manifest.dropped) == (f"{web.root}/a.png", {"http_404": 1, "no_url": 1})
 
 
 def test_the_check_of_images_may_be_left_to_the_filter(root, web):

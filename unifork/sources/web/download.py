@@ -18,18 +18,19 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.error import URLError
 
 import fsspec
 import pyarrow as pa
 
-from unifork.config import Card, WebAccess, cluster_file, parse
+from unifork.config import Card, WebAccess, cluster_file
 from unifork.errors import ConfigError, MachineError
 from unifork.images import ImageError, measure, open_image
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
-from unifork.sources import Materialize, Row, RowError
+from unifork.sources import Materialize, Row, RowError, source_of
+from unifork.sources.table import TableOptions
 from unifork.sources.url_lists import FetchRules, UrlList
 from unifork.sources.web.guard import UNREACHED, Guard, Network
 from unifork.sources.web.permission import Refused, Target, target_of
@@ -350,7 +351,7 @@ class Download(Materialize):
                 f"web.connections_per_host"
             )
         super().__init__(card)
-        rules = parse(UrlList, card.source.options, f"card {card.name}", "source.options").fetch
+        rules = cast(UrlList | TableOptions, source_of(card)[1]).fetch or FetchRules()
         connections = web.connections_per_host // workers
         self.guard = Guard(rules, connections, web.proxy)
         self.network, self.places = Network(self.guard), Places(connections, web.threads)
