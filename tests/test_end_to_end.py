@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_howto import blocks
 
 from unifork.config import Experiment, TrainResources, load
 from unifork.shards.manifest import read_manifest
@@ -269,3 +270,17 @@ def test_the_model_draws_and_answers_from_the_command_line(reproduced, tmp_path)
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: nowhere.png: no such file\n"
+
+
+def test_the_commands_of_the_howto_page_work(reproduced):
+    """Its files and its commands, in the order of the page, after all others: params.yaml and models change."""
+    run(reproduced, sys.executable, "-m", "unifork.cli", "use", "micro", "--force")
+    run(reproduced, "dvc", "repro")
+    for kind, text in blocks():
+        if kind == "yaml":
+            (reproduced / text.partition("\n")[0].removeprefix("# ")).write_text(text)
+        elif kind == "console":
+            run(reproduced, "bash", "-e", "-c", text)
+    assert {path.name for path in (reproduced / "models").glob("*")} >= {"unifork-s2-more", "unifork-s2-slow"}
+    assert (reproduced / "models/tuned-drawing/model.safetensors").exists()
+    assert (reproduced / "published-codes/README.md").exists()
