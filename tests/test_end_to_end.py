@@ -184,7 +184,7 @@ def test_dvc_runs_an_experiment_and_shows_what_it_changed(reproduced):
     run(reproduced, "git", "add", "-A")
     run(reproduced, "git", "commit", "-qm", "the first run")
     ended = json.loads((reproduced / "reports/micro/losses.json").read_text())
-    output = run(reproduced, "dvc", "exp", "run", "-n", "faster", "-S", f"{key}=0.002")
+    output = run(reproduced, "dvc", "exp", "run", "-n", "warmer", "-S", f"{key}=0.002")
     assert ran(output)[0] == "train@unifork-s3"
     assert ran(output)[-1] == "report"
     now = json.loads((reproduced / "reports/micro/losses.json").read_text())
@@ -192,8 +192,8 @@ def test_dvc_runs_an_experiment_and_shows_what_it_changed(reproduced):
 
     table = run(reproduced, "dvc", "exp", "show", "--csv", "--only-changed")
     rows = {row["Experiment"] or row["rev"]: row for row in csv.DictReader(table.splitlines())}
-    assert (float(rows["faster"][key]), float(rows["faster"][loss])) == (0.002, now[loss])
-    assert float(next(row for name, row in rows.items() if name not in ("faster", "workspace"))[loss]) == ended[loss]
+    assert (float(rows["warmer"][key]), float(rows["warmer"][loss])) == (0.002, now[loss])
+    assert float(next(row for name, row in rows.items() if name not in ("warmer", "workspace"))[loss]) == ended[loss]
 
     changed = json.loads(run(reproduced, "dvc", "metrics", "diff", "--json", "HEAD"))["diff"]
     assert changed["reports/micro/losses.json"][loss] == {
