@@ -61,7 +61,7 @@ def environment(root: Path) -> dict[str, str]:
 
 def run(root: Path, *command: str) -> str:
     done = subprocess.run(
-        command, check=False, cwd=root, env=environment(root), capture_output=True, text=True, timeout=600
+        command, check=False, cwd=root, env=environment(root), capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
