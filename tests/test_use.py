@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from unifork.cli import app
-from unifork.config import Experiment, load
+from unifork.config import Experiment, load, load_experiment
 from unifork.errors import ConfigError
 from unifork.experiments import Choice, names, params_text, resolve, use
 
@@ -55,6 +55,23 @@ def test_an_edited_experiment_is_simply_used_again(here):
     assert load(Experiment, "params.yaml").stages["s2-pretrain"].tracks["joint"].steps == 31
     use("demo")
     assert Path("params.yaml").read_text() == params_text(resolve("demo"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("training_seed: 0", "training_seed: 1", r"variants\.\*\.seed: 0, but the rest of the file needs 1\. .*micro"),
+        ("    - s3\n    seed", "    seed", r"runs: .*unifork-s3, but the rest of the file needs unifork-s1"),
+        ("          template: generate-plain", "          template: drawn", "prepared: .*shapes-caption-drawn"),
+    ],
+)
+def test_programs_take_edits_unless_something_else_follows_from_them(here, old, new, message):
+    use("micro")
+    edit("params.yaml", "steps: 25", "steps: 31")
+    assert load_experiment().stages["s2-pretrain"].tracks["joint"].steps == 31
+    edit("params.yaml", old, new)
+    with pytest.raises(ConfigError, match=message):
+        load_experiment()
 
 
 def test_params_edited_by_hand_are_refused_with_the_keys(here):

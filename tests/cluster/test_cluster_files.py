@@ -18,7 +18,7 @@ def test_loads(path: Path) -> None:
     cluster = load(Cluster, path)
     assert cluster.name == path.stem
     always = {"download", "filter", "encode", "prepare"}
-    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer"}
+    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer", "answer", "text"}
 
 
 def test_the_local_one_starts_on_two_cores() -> None:

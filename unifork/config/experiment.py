@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unifork.config.base import Fraction01, StrictModel, load
 from unifork.config.tokenizers import AnyTextTokenizer, AnyTokenizer
-from unifork.errors import unknown
+from unifork.errors import ConfigError, unknown
 from unifork.vocabulary import Task
 
 
@@ -375,5 +375,20 @@ class Experiment(StrictModel):
 
 
 def load_experiment() -> Experiment:
-    """The experiment of the working directory. Raises ConfigError."""
-    return load(Experiment, "params.yaml")
+    """The experiment of the working directory. Raises ConfigError, also for edits that are not whole."""
+    found = load(Experiment, "params.yaml")
+    runs = {f"{name}-{stage}" for name, variant in found.variants.items() for stage in variant.stages}
+    read = {entry.prepared for run in found.runs.values() for entry in found.stages[run.stage].entries}
+    derived: tuple[tuple[str, set[Any], set[Any]], ...] = (
+        ("variants.*.seed", {each.seed for each in found.variants.values()}, {*(found.seeds or [found.training_seed])}),
+        ("runs", {*found.runs}, runs),
+        ("prepared", {*found.prepared}, read | {*found.prepared}),
+    )
+    for key, *sets in derived:
+        written, needed = (", ".join(map(str, sorted(names))) for names in sets)
+        if written != needed:
+            raise ConfigError(
+                f"params.yaml: {key}: {written}, but the rest of the file needs {needed}. `unifork use` alone writes "
+                f"what follows from an experiment: change experiments/{found.name}.yaml"
+            )
+    return found

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from unifork.config import EvalCard
+from unifork.config import EvalCard, TextCard
 from unifork.errors import DataError
 from unifork.evaluation.items import Item, identity
 from unifork.evaluation.statistics import Score, estimate, value
 from unifork.evaluation.suites import Answer, Suite, Verdict, suite_of
 from unifork.shards.manifest import MANIFEST, read_manifest, write_atomically, write_json
 
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 """Raise when the same answers would get other verdicts or scores."""
 METRICS, VERDICTS = "metrics.json", "verdicts.jsonl"
 
@@ -106,3 +106,9 @@ def by_split(scores: Sequence[Score]) -> dict[str, dict[str, dict[str, Any]]]:
         row = asdict(score)
         table.setdefault(row.pop("split"), {})[row.pop("name")] = row
     return table
+
+
+def headline_values(card: EvalCard | TextCard, scores: Sequence[Score]) -> dict[str, float]:
+    """Values of the scores in a card's summary (of all, where it names none) by `<benchmark>.<split>.<score>`."""
+    shown = card.show.headlines or {score.name for score in scores}
+    return {f"{card.name}.{score.split}.{score.name}": score.value for score in scores if score.name in shown}

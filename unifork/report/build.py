@@ -24,7 +24,7 @@ from unifork.report.scores import benchmark, headlines, losses
 from unifork.report.surroundings import surroundings
 from unifork.report.tables import data_uri
 
-REPORT_VERSION = 5
+REPORT_VERSION = 6
 """Raise when the same experiment should be shown otherwise."""
 FIRST = 8
 """Images of the last stage on the first screen, for each variant."""

@@ -7,6 +7,7 @@ random names, no pyplot state. How plots look is in `unifork/figures.py`.
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import filter as matching
 from typing import Any, NamedTuple
@@ -91,15 +92,17 @@ def alignment(key: str, layout: Layout) -> Plot | None:
     return Plot(key, data_uri("image/svg+xml", (folder / "alignment.svg").read_bytes()), alt, numbers)
 
 
-def loss_images(lines: Lines, groups: Groups) -> dict[str, bytes]:
-    """The plots of the losses as PNG, by file name."""
-    found = {}
+def loss_files(lines: Lines) -> dict[str, bytes]:
+    """Plots and metrics of DVC by file name: the curves of the losses, and where each of them ends."""
+    files, last = dict[str, bytes](), dict[str, float]()
     for title in LOSSES:
+        name = title.lower().replace(" ", "_")
         if curves := curves_of(lines, title):
-            with matplotlib.rc_context(fname=LOOK):
-                _figure(curves, lines, groups).savefig(stream := io.BytesIO(), dpi=110, metadata={"Software": None})
-            found[f"{title.lower().replace(' ', '_')}.png"] = stream.getvalue()
-    return found
+            files[f"losses/{name}.csv"] = _table(curves)
+        for (variant, of), points in curves.items():
+            key = ".".join(filter(None, (variant, name, of.replace("held out: ", "held_out."))))
+            last[key] = round(float(_short(points)[-1, 1]), 6)
+    return files | {"losses.json": json.dumps(last, indent=1).encode()}
 
 
 def curves_of(lines: Lines, title: str) -> Curves:
