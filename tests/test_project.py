@@ -27,7 +27,7 @@ LEVELS = [
     {"training", "evaluation"},
     {"shapes", "analysis"},
     {"report", "planning", "publish", "serving"},
-    {"experiments", "doctor"},
+    {"experiments", "doctor", "nodes"},
     {"commands"},
     {"cli", "pipelines"},
 ]

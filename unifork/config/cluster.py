@@ -64,7 +64,11 @@ class TrainResources(StrictModel):
     """Whether torch compiles the position-wise parts of the model, for GPUs: less memory traffic, a slower start,
     the same numbers within rounding."""
     max_restarts: NonNegativeInt = 0
-    """How often a failed worker group is started again from the last checkpoint."""
+    """How often workers that failed or were lost are started again from one and the same checkpoint; after a newer one
+    the count begins anew."""
+    collective_timeout_seconds: PositiveInt = 1800
+    """How long workers wait for each other before they count as failed; more than the longest pause of the lead alone,
+    such as writing the model at the end."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Where the numbers of each step go beside `history.jsonl`: `tensorboard`, `wandb`, or MODULE:OBJECT."""
 
@@ -79,12 +83,26 @@ class TrainResources(StrictModel):
         return values
 
 
+class DriverResources(StrictModel):
+    """A submitted program's own process."""
+
+    cpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """CPUs it asks for; with these and `gpus` 0 Ray starts it on the head."""
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs it asks for."""
+
+
 class Cluster(StrictModel):
     """Where things run. Never a parameter of DVC: results do not depend on it."""
 
     name: str
     address: str | None = None
     """Job server (`http://HOST:8265`) to submit stages to; None runs them here."""
+    allow_unprotected: bool = False
+    """Whether `address` may be another machine's without demanding a token: whoever reaches it runs programs there."""
+    driver: DriverResources = DriverResources()
+    """What a submitted program's own process asks for, so that Ray places it on a node that has it. A program without
+    workers (`workers: 0` of its entry in `jobs`, or of `train`) asks for what that entry says."""
     cpus: PositiveInt | None = None
     """CPUs given to the local Ray; None takes what the machine has."""
     gpus: NonNegativeInt | None = None
