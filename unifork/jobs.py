@@ -219,7 +219,7 @@ async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
         await asyncio.sleep(1)
 
 
-def _stop(client: Any, job: str, patience_seconds: float = 30.0) -> None:
+def _stop(client: Any, job: str, patience_seconds: float = 300.0) -> None:
     """Stop a job and wait until it is."""
     print(f"stopping job {job}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + patience_seconds
