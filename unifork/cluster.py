@@ -97,7 +97,7 @@ def local_ray(cluster: Cluster, *, needed: bool = True) -> Iterator[None]:
         ray.shutdown()
 
 
-def room(num_workers: int, resources_per_worker: dict[str, float], **_: object) -> str:
+def room(num_workers: int | tuple[int, int], resources_per_worker: dict[str, float], **_: object) -> str:
     """What workers ask for and what there is, in words. To be called while Ray runs."""
     import ray
 
@@ -105,7 +105,8 @@ def room(num_workers: int, resources_per_worker: dict[str, float], **_: object) 
     each = {name: count for name, count in resources_per_worker.items() if count}
     needs = " and ".join(f"{count:g} {name}" for name, count in each.items())
     has = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name} free" for name in each)
-    return f"{num_workers} workers with {needs} each; the cluster has {has}"
+    workers = num_workers if isinstance(num_workers, int) else " to ".join(map(str, num_workers))
+    return f"{workers} workers with {needs} each; the cluster has {has}"
 
 
 def check_room(workers: int, cpus: float, gpus: float, place: str) -> None:

@@ -146,6 +146,18 @@ def test_restarts_are_counted_from_the_last_checkpoint(ray_session, root, monkey
     assert "unifork-s2-pretrain: workers failed (RuntimeError: failure 2); starting again from step-2" in out
 
 
+def test_a_range_of_workers_takes_what_is_there(ray_session, root, monkeypatch, tmp_path):
+    """Two CPUs are there: of one to three workers with one each, two start."""
+
+    def stage(rank, attempt):
+        pass
+
+    (tmp_path / "attempts").mkdir()
+    instead_of_training(monkeypatch, tmp_path / "attempts", stage)
+    launch.launch(job(root, resources=resources((1, 3), cpus=1.0)))
+    assert started(tmp_path / "attempts") == {"0": 1, "1": 1}
+
+
 def test_waiting_is_said(ray_session, root, monkeypatch, tmp_path, capfd):
     import ray
 

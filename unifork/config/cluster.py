@@ -42,8 +42,9 @@ class WebAccess(StrictModel):
 class TrainResources(StrictModel):
     """Workers of a training stage."""
 
-    workers: NonNegativeInt = 0
-    """Ray Train worker processes; 0 trains in the stage's own process, without Ray."""
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
+    """Ray Train worker processes; 0 trains in the stage's own process, without Ray. `[LEAST, MOST]`: as many as the
+    cluster has room for, looked at again every minute; another number goes on from the last checkpoint."""
     cpus: PositiveFloat = 1.0
     """CPUs each worker asks for."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
@@ -71,6 +72,17 @@ class TrainResources(StrictModel):
     such as writing the model at the end."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Where the numbers of each step go beside `history.jsonl`: `tensorboard`, `wandb`, or MODULE:OBJECT."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which training does not start."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "TrainResources":
+        if not isinstance(self.workers, int) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers: {list(self.workers)}: the first is the smaller number")
+        return self
 
     @model_validator(mode="before")
     @classmethod

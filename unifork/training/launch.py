@@ -51,7 +51,7 @@ def launch(job: StageJob) -> None:
     find_loggers(job.resources.loggers)
     write_progress(progress, total=len(turns(job.stage)))
     with stop_noted(progress), _shown(job.run_folder / LOG), signals(requests.receive):
-        if job.resources.workers:
+        if job.resources.fewest:
             _fit(job, requests)
         elif job.resources.gpus and not torch.cuda.is_available():
             raise ConfigError(f"{cluster_file()}: {job.key} asks for a GPU, but there is none on this machine")
@@ -71,7 +71,7 @@ def _fit(job: StageJob, requests: Requests) -> None:
     from ray.train import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    check_room(job.resources.workers, job.resources.cpus, job.resources.gpus, cluster_file())
+    check_room(job.resources.fewest, job.resources.cpus, job.resources.gpus, cluster_file())
     for name in ("ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if job.resources.gpus:  # read where a trainer begins
@@ -161,7 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
     job, context = StageJob.model_validate(config["job"]), ray.train.get_context()
     run = WorkerContext(
         rank=context.get_world_rank(),
-        workers=job.resources.workers,
+        workers=context.get_world_size(),
         node_workers=context.get_local_world_size(),
         device=str(ray.train.torch.get_device()) if job.resources.gpus else "cpu",
         report=ray.train.report,
