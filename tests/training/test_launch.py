@@ -127,23 +127,23 @@ def test_a_node_that_does_not_share_the_folder_is_named_and_costs_no_restart(
 
 
 def test_restarts_are_counted_from_the_last_checkpoint(ray_session, root, monkeypatch, tmp_path, capfd):
-    """With `max_restarts: 1` workers fail four times, and twice from one checkpoint only at the end."""
+    """With `max_restarts: 1` workers fail three times, and twice from one checkpoint only at the end."""
     import ray.train
 
     run_folder = job(root).run_folder
 
     def stage(rank, attempt):
         run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "latest").write_text(f"step-{min(attempt, 2)}")
+        (run_folder / "latest").write_text(f"step-{min(attempt, 1)}")
         raise RuntimeError(f"failure {attempt}")
 
     (tmp_path / "attempts").mkdir()
     instead_of_training(monkeypatch, tmp_path / "attempts", stage)
-    with pytest.raises(ray.train.TrainingFailedError, match="failure 3"):
+    with pytest.raises(ray.train.TrainingFailedError, match="failure 2"):
         launch.launch(job(root, resources=resources(1, max_restarts=1)))
-    assert started(tmp_path / "attempts") == {"0": 4}
+    assert started(tmp_path / "attempts") == {"0": 3}
     out = capfd.readouterr().out
-    assert "unifork-s2-pretrain: workers failed (RuntimeError: failure 2); starting again from step-2" in out
+    assert "unifork-s2-pretrain: workers failed (RuntimeError: failure 1); starting again from step-1" in out
 
 
 def test_a_range_of_workers_takes_what_is_there(ray_session, root, monkeypatch, tmp_path):
