@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from unifork.cli import app
-from unifork.config import Card, Cluster, Experiment, load, load_card
+from unifork.config import Card, Experiment, load_card
 from unifork.experiments import params_text, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ LEVELS = [
     {"shapes", "analysis", "reference"},
     {"report", "planning", "serving"},
     {"publish"},
-    {"experiments", "doctor"},
+    {"experiments", "doctor", "nodes"},
     {"commands"},
     {"cli", "pipelines"},
 ]
@@ -84,8 +84,6 @@ def test_datasets_holds_no_python():
 def test_every_file_a_user_edits_loads():
     for path in (ROOT / "datasets").glob("*.yaml"):
         assert isinstance(load_card(path.stem, ROOT / "datasets"), Card)
-    for path in (ROOT / "clusters").glob("*.yaml"):
-        assert load(Cluster, path).name == path.stem
     for path in (ROOT / "experiments").glob("*.yaml"):
         experiment = resolve(path.stem, ROOT / "experiments", ROOT / "datasets")
         assert experiment.runs

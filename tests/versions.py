@@ -183,6 +183,7 @@ DECIDES_NOTHING = {
     "unifork/cli.py": "commands for people",
     "unifork/evaluation/names.py": "names",
     "unifork/doctor.py": "looks at the machine",
+    "unifork/nodes.py": "looks at machines",
     "unifork/devices.py": "names of devices",
     "unifork/library.py": "for people's programs",
     "unifork/serving.py": "a page for people",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, NO_DOCUMENT, TEXT, Batch, Document, pack
-from unifork.config import Cluster, Experiment, HeadConfig, Sampling, Variant, load_card
+from unifork.config import Cluster, Experiment, HeadConfig, Sampling, TrainResources, Variant, load_card
 from unifork.devices import trust_capture
 from unifork.layout import Layout
 from unifork.models import generation
@@ -251,7 +251,8 @@ def cpus_and_gpus(here: Here) -> Finding:
     short = [
         f"{name} asks for {total:g} {kind}"
         for name, need in needs.items()
-        for kind, total in (("cpus", need.workers * need.cpus), ("gpus", max(need.workers, 1) * need.gpus))
+        for workers in [need.fewest if isinstance(need, TrainResources) else need.workers]
+        for kind, total in (("cpus", workers * need.cpus), ("gpus", max(workers, 1) * need.gpus))
         if total > have[kind]
     ]
     return "failed" if short else "ok", "; ".join([f"{have['cpus']} cpus and {have['gpus']} gpus", *short])

@@ -43,7 +43,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
     architecture = params.variants[one_of("variant", variant, params.variants, "params.yaml: variants")]
     one_of("stage", stage, architecture.stages, f"params.yaml: variants.{variant}.stages")
     chosen, resources = params.stages[stage], load(Cluster, root / cluster_file()).for_stage(stage)
-    workers = max(resources.workers, 1)
+    workers = max(resources.fewest, 1)
     layers = LayerPlan.parse(architecture.plan, architecture.backbone.get("num_hidden_layers"))
     tokenizer = TextTokenizer(_there(layout.text_tokenizer, "dvc repro text_tokenizer"))
     images = describe(_there(layout.image_tokenizer, "dvc repro image_tokenizer"))
