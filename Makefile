@@ -8,6 +8,7 @@ export PATH := $(BIN):$(PATH)
 
 demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the report
 	dvc repro
+	@unifork score band
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
 test: test-fast                 ## all tests but the long kill tests; slow ones file by file
@@ -32,13 +33,15 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 # What pip resolves for the extras of demo and tests in an empty environment; pins that still fit stay (delete
-# requirements.lock to take everything anew). pandas < 3 is for img2dataset (extra `download`); local versions and
-# CUDA packages are left out, so that the lock installs on any Linux machine: torch brings the CUDA packages it needs.
+# requirements.lock to take everything anew). pandas < 3 is for img2dataset (extra `web`), standard-imghdr for Python
+# 3.13; local versions and CUDA packages are left out, so that the lock installs on any Linux machine: torch brings the
+# CUDA packages it needs.
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	touch requirements.lock
-	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock "pandas<3" "torch==2.13.0" ".[demo,dev]"
+	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock "pandas<3" "torch==2.13.0" \
+	    "standard-imghdr" ".[demo,dev,web]"
 	.venv-lock/bin/python -m pip freeze --exclude unifork \
 	| sed -E 's/\+[a-z0-9.]+$$//' | grep -viE '^(nvidia|cuda|triton)' > requirements.new
 	mv requirements.new requirements.lock

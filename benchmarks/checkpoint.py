@@ -16,7 +16,7 @@ from torch import nn
 
 from unifork.training.checkpoint import Saver, State
 from unifork.training.optimizer import MOMENTS
-from unifork.training.strategies import SingleWorker
+from unifork.training.strategies import Strategy
 
 SIDE = 1024
 
@@ -34,7 +34,7 @@ def main() -> None:
     for parameter in model:
         zeros = torch.zeros_like(parameter)
         optimizer.state[parameter] = {m: torch.tensor(0.0) if m == "step" else zeros.clone() for m in MOMENTS}
-    strategy = SingleWorker()
+    strategy = Strategy()
     strategy.start({"track": (optimizer, names)})
     waits, wholes = [], []
     with tempfile.TemporaryDirectory(dir=given.folder) as place:

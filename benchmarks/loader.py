@@ -49,7 +49,7 @@ def make_shards(root: Path, rows: int, shard_rows: int) -> TextTokenizer:
         for first in range(0, rows, shard_rows):
             codes = rng.integers(0, CODES, (shard_rows, GRID**2 * DEPTH)).astype("<u2")
             plain = [
-                {"key": f"{first + n:08d}", text: texts[first + n], "codes": codes[n].tobytes()}
+                {"key": f"{first + n:08d}", text: texts[first + n], "codes": [codes[n].tobytes()]}
                 for n in range(shard_rows)
             ]
             shard_task = ShardTask().placed(None, folder / f"{first:08d}.parquet", None, "benchmark")

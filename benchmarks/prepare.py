@@ -84,7 +84,7 @@ def write_codes(root: Path, text: str, template: str, rows: int, shard_rows: int
     folder, shards = Layout(root).codes / "shapes" / view, []
     for first in range(0, rows, shard_rows):
         codes = rng.integers(0, 16384, (shard_rows, grid * grid * 4)).astype("<u2")
-        plain = [{"key": f"{first + n:012d}", text: value(), "codes": codes[n].tobytes()} for n in range(shard_rows)]
+        plain = [{"key": f"{first + n:012d}", text: value(), "codes": [codes[n].tobytes()]} for n in range(shard_rows)]
         task_of_one = ShardTask().placed(None, folder / f"part-{first // shard_rows:05d}.parquet", None, "benchmark")
         shards.append(write_shard(task_of_one, table_of(plain, schema), {}).shard)
     write_manifest(folder, Manifest(kind="codes", dataset="shapes", columns=columns_of(schema), shards=tuple(shards)))

@@ -133,7 +133,8 @@ def microbatch(size: Size, documents: int, row_tokens: int, bfloat16: str, plan:
 
     bfloat16: `none`, `autocast`, or `parameters`, which is what a bfloat16 stage has (its codebook is float32).
     """
-    config = model_config(make_variant(size, plan), size.codes, size.channels, DEPTH, size.grid, size.words)
+    codes = {"codebook_size": size.codes, "code_channels": size.channels, "depth": DEPTH, "grid": size.grid}
+    config = model_config(make_variant(size, plan), size.words, **codes)
     (batch, *_) = packed(make_documents(size, documents), row_tokens)
     count = Traffic()
 

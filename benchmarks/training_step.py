@@ -38,7 +38,6 @@ from unifork.documents.order import pack_step
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import create_model
-from unifork.training.flops import Length, document_flops, peak_flops
 from unifork.training.optimizer import make_optimizer
 from unifork.vocabulary import TASKS
 
@@ -195,6 +194,8 @@ def products(model: UniForkModel, documents: list[Document], padded: bool, whole
     padded: every document is as long as the longest of its task and multiplies the square of its mask
     instead of the causal half. whole: every token of understanding meets the words, not the supervised ones.
     """
+    from unifork.training.flops import Length, document_flops  # not in every tree that `decoding.py` compares with
+
     trained = {name for name, _ in model.named_parameters()}
     longest = {doc.task: max(len(other) for other in documents if other.task == doc.task) for doc in documents}
     dense, total = model.config.backbone_config(), 0.0
@@ -259,6 +260,8 @@ def main() -> None:
         interval(seconds["single forward (ours)"]),
         sum(int(doc.loss_mask_T.sum()) + doc.codes_ND.size * (doc.task == "generation") for doc in documents),
     )
+    from unifork.training.flops import peak_flops
+
     peak = None if device == "cpu" else peak_flops(torch.cuda.get_device_name())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = memory if device == "cpu" else torch.cuda.max_memory_allocated()

@@ -23,7 +23,7 @@ def main(name: str) -> None:
     card = load_eval(benchmark).used(params.benchmarks[benchmark])
     device = "cuda" if cluster.jobs.get("answer", JobResources()).gpus else "cpu"
     model = (LAYOUT.root / entries[name]["model"]).absolute()
-    job = answer_job(card, LAYOUT.items(benchmark), LAYOUT.answers(name), model, params.seed)
+    job = answer_job(card, LAYOUT.items(benchmark), LAYOUT.answers(name), model, params.data_seed)
     (manifest,) = run_jobs([job], Answerer, model, card.answer, device, cluster=cluster, step="answer")
     absent = manifest.lineage.get(ABSENT)
     print(f"{name}: not here: {absent}" if absent else manifest.summary(job.folder))

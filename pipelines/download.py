@@ -6,25 +6,23 @@ from unifork.filters.rules import check_card
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.shards.quarantine import warnings_of
-from unifork.sources import Materialize, download_job
+from unifork.sources import Materialize, download_job, source_of
 from unifork.sources.web.download import WEB_VERSION, Download
 
 LAYOUT = Layout()
-URL_LIST = "url_list"
-"""The kind of source whose images are fetched from the web."""
 
 
 def main(name: str) -> None:
     card, params, cluster = load_card(name), load_experiment(), load_cluster()
     check_card(card)  # the filters too: a mistake in one is found before a download of days
     use, folder = params.dataset(name), LAYOUT.raw(name)
-    if card.source.kind == URL_LIST:
+    if source_of(card)[1].web:
         # no seed: another one must not fetch the web again
         job = download_job(card, use.rows, use.shard_rows, 0, folder, WEB_VERSION)
         workers = max(1, cluster.jobs.get("download", JobResources()).workers)
         (manifest,) = run_jobs([job], Download, card, cluster.web, workers, cluster=cluster, step="download")
     else:
-        job = download_job(card, use.rows, use.shard_rows, params.seed, folder)
+        job = download_job(card, use.rows, use.shard_rows, params.data_seed, folder)
         (manifest,) = run_jobs([job], Materialize, card, cluster=cluster, step="download")
     print(manifest.summary(folder), *warnings_of(manifest, "download", card.losses), sep="\n")
 

@@ -8,6 +8,7 @@ import torch
 
 from unifork.config import ImportedTokenizer, JobResources, cluster_file, load_card, load_cluster, load_experiment
 from unifork.devices import chosen_device
+from unifork.errors import DataError
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
@@ -36,7 +37,7 @@ def main(_: str) -> None:
         tokenizer.save(folder)
         print(f"{config.source}: codebook_id {tokenizer.codebook_id}, encoder_id {tokenizer.encoder_id}", flush=True)
         filtered = [name for name in params.datasets if (LAYOUT.filtered(name) / MANIFEST).exists()]
-        held_out = sample_sets(filtered, LAYOUT, config.image_size, params.seed, MEASURED_IMAGES)
+        held_out = sample_sets(filtered, LAYOUT, config.image_size, params.data_seed, MEASURED_IMAGES)
         if not held_out:
             return
         report = measure(tokenizer, held_out)
@@ -45,6 +46,12 @@ def main(_: str) -> None:
         training = config.training
         images = sample_sets(training.datasets, LAYOUT, config.image_size, config.seed, MAX_IMAGES)
         print(", ".join(f"{len(group)} {name}" for name, group in images.items()), flush=True)
+        for name, group in images.items():
+            if len(group) <= training.held_out_images:
+                raise DataError(
+                    f"{name} has {len(group)} different images that are no held-out rows, and "
+                    f"image_tokenizer.training.held_out_images takes {training.held_out_images} of them: lower it"
+                )
         held_out = {name: group[: training.held_out_images] for name, group in images.items()}
         trained_on = {name: group[training.held_out_images :] for name, group in images.items()}
         report = train_tokenizer(config, trained_on, held_out, folder, partial(print, flush=True), device)

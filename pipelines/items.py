@@ -24,11 +24,11 @@ def main(name: str) -> None:
         print(f"{name}: not here: {archive.absent}")
         return
     files = archive.check()
-    items = selected(card, suite.read(archive, options, params.seed))
-    lineage = {"revision": card.items.revision, "files": files, "seed": params.seed}
+    items = selected(card, suite.read(archive, options, params.data_seed))
+    lineage = {"revision": card.items.revision, "files": files, "seed": params.data_seed}
     manifest = write_items(card, items, lambda image: suite.image(archive, image), folder, lineage)
     print(manifest.summary(folder))
 
 
 if __name__ == "__main__":
-    program(LAYOUT.items, main, "benchmark, a card in evals/")
+    program(LAYOUT.items, main, "benchmark, a card in datasets/evals/")

@@ -1,4 +1,7 @@
-"""Everything the experiment left behind, on one page that opens offline: reports/<experiment>/index.html."""
+"""Everything the experiment left behind, on one page that opens offline: reports/<experiment>/index.html.
+
+Beside it the losses for DVC: `losses/*.csv` for its plots, `losses.json` with where they end for its metrics.
+"""
 
 import time
 from functools import partial
@@ -9,7 +12,7 @@ from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.report.build import build
 from unifork.report.codec import load_codec
-from unifork.report.plots import loss_images
+from unifork.report.plots import loss_files
 from unifork.report.training import lines_of
 from unifork.shards.manifest import write_atomically
 
@@ -21,7 +24,7 @@ def main(_: str) -> None:
     params = load_experiment()
     folder = LAYOUT.report(params.name)
     files = {"index.html": build(params, LAYOUT, load_codec).encode()}
-    files |= {f"losses/{name}": plot for name, plot in loss_images(lines_of(params, LAYOUT)).items()}
+    files |= loss_files(lines_of(params, LAYOUT))
     for name, data in files.items():
         write_atomically(folder / name, partial(Path.write_bytes, data=data))
     page = folder / "index.html"

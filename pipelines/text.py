@@ -30,9 +30,9 @@ def main(name: str) -> None:
         print(f"{name}: not here: {card.absent}")
         return
     device = "cuda" if cluster.jobs.get("text", JobResources()).gpus else "cpu"
-    run_tasks(card, LAYOUT.root / entries[name]["model"], folder, device, params.seed)
+    run_tasks(card, LAYOUT.root / entries[name]["model"], folder, device, params.data_seed)
     print(f"{folder}: {', '.join(card.tasks)}")
 
 
 if __name__ == "__main__":
-    program(LAYOUT.answers, main, "text evaluation, <variant>/<card of evals/text>")
+    program(LAYOUT.answers, main, "text evaluation, <variant>/<card of datasets/evals/text>")

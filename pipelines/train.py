@@ -21,7 +21,7 @@ def main(name: str) -> None:
         raise unknown("run", name, params.runs, "params.yaml: runs")
     resources = cluster.for_stage(params.runs[name].stage)
     die_with_parent(signal.SIGTERM)  # which saves; a signal to a whole group ends `dvc` first
-    with local_ray(cluster, needed=resources.workers > 0):
+    with local_ray(cluster, needed=resources.fewest > 0):
         launch(StageJob(key=name, experiment=params, resources=resources, root=os.getcwd()))
 
 

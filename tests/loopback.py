@@ -1,5 +1,6 @@
 """A web of two hosts on the loopback: 127.0.0.1 answers in every good and bad way, nobody may contact 127.0.0.2."""
 
+import gzip
 import io
 import struct
 import threading
@@ -132,6 +133,16 @@ def pages(web: Web, forbidden: str) -> dict[str, tuple[str, object]]:
         page.end_headers()
         page.wfile.write(data)
 
+    def hinted(page: Page) -> None:
+        for status in (102, 103, 103):
+            page.send_response_only(status)
+            page.send_header("Link", "</style.css>; rel=preload")
+            page.end_headers()
+        page.answer(200, png)
+
+    def zipped(body: bytes):
+        return lambda page: page.answer(200, body, Content_Encoding="gzip")
+
     def cut(page: Page) -> None:
         page.answer(200, png[:200], Content_Length=str(len(png)))
 
@@ -154,21 +165,39 @@ def pages(web: Web, forbidden: str) -> dict[str, tuple[str, object]]:
         "/cut-file.jpg": ("undecodable", jpeg[: len(jpeg) // 2]),
         "/cut-line.png": ("truncated", cut),
         "/chunks.png": ("ok", lambda page: chunked(page, b"%x\r\n%s\r\n0\r\n\r\n" % (len(png), png))),
-        "/bad-chunk.png": ("truncated", lambda page: chunked(page, b"size\r\n" + png + b"\r\n0\r\n\r\n")),
-        "/negative-chunk.png": ("truncated", lambda page: chunked(page, b"-5\r\n" + png + b"\r\n0\r\n\r\n")),
-        "/endless-chunk.png": ("too_large", lambda page: chunked(page, b"-1\r\n" + bytes(10**6))),
+        "/cut-chunk.png": ("truncated", lambda page: chunked(page, b"%x\r\n%s" % (len(png), png[:500]))),
+        "/no-last-chunk.png": ("truncated", lambda page: chunked(page, b"%x\r\n%s\r\n" % (len(png), png))),
+        **{
+            f"/chunk{number}.png": ("bad_answer", lambda page, size=size: chunked(page, size + b"\r\n" + png))
+            for number, size in enumerate((b"size", b"-5", b"-1", b"0x%x" % len(png), b"+5", b"1_0", b"", b"f" * 99))
+        },
+        "/endless-chunk.png": ("bad_answer", lambda page: chunked(page, b"-1\r\n" + bytes(10**6))),
+        "/large-chunk.png": ("too_large", lambda page: chunked(page, b"%x\r\n" % 10**15 + bytes(10**6))),
+        "/early-hints.png": ("ok", hinted),
+        "/zipped.png": ("ok", zipped(gzip.compress(png))),
+        "/zipped-cut.png": ("truncated", zipped(gzip.compress(png)[:-30])),
+        "/zipped-bomb.png": ("too_large", zipped(gzip.compress(bytes(10**8)))),
+        "/not-zipped.png": ("bad_answer", zipped(png)),
         "/huge.png": ("too_large", huge),
         "/announced.png": ("too_large", lambda page: page.answer(200, b"x", Content_Length=str(10**12))),
         "/bomb.png": ("too_many_pixels", bomb()),
+        "/here.png": ("forbidden_address", to(f"{forbidden}/a")),
+        "/metadata.png": ("forbidden_address", to("http://169.254.169.254/latest/meta-data/")),
         "/inside.png": ("forbidden_address", to(f"{forbidden}/good.png")),
         "/mapped.png": ("forbidden_address", to(f"http://[::ffff:127.0.0.1]:{web.server_address[1]}/good.png")),
         "/file.png": ("bad_url", to("file:///etc/passwd")),
         "/broken.png": ("bad_url", to("http://[bad")),
         "/loop.png": ("too_many_redirects", to("/loop.png")),
         "/reserved.png": ("opted_out", lambda page: page.answer(200, png, X_Robots_Tag="noai, noimageai")),
+        "/reserved-twice.png": (
+            "opted_out",
+            lambda page: page.answer(200, png, **{"X-Robots-Tag": "all", "x-robots-tag": "unifork: noai"}),
+        ),
         "/tdm.png": ("opted_out", lambda page: page.answer(200, png, TDM_Reservation="1")),
         "/private/a.png": ("robots_denied", png),
         "/b.secret": ("robots_denied", png),
+        "/x/../private/a.png": ("robots_denied", png),
+        "/%70rivate/a.png": ("robots_denied", png),
         "/to-private.png": ("robots_denied", to("/private/a.png")),
         "/slow-body.png": ("timeout", lambda page: drip(page, b"HTTP/1.0 200 OK\r\n\r\n" + png[:100], b"x")),
         "/slow-headers.png": ("timeout", lambda page: drip(page, b"HTTP/1.0 200 OK\r\n", b"X-A: b\r\n")),

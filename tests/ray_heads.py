@@ -25,6 +25,8 @@ class Head:
 
     address: str
     environment: dict[str, str]
+    joins: str
+    """Where other nodes join."""
 
     def get(self, path: str) -> dict[str, object]:
         """What the job server says; HTTPError where it refuses."""
@@ -56,14 +58,14 @@ def head() -> Iterator[Head]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "UNIFORK_"))}
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    port = free_port()
+    port, joins = free_port(), free_port()
     server = subprocess.Popen(
         [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", "--object-store-memory=80000000",
-         f"--port={free_port()}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}",
+         f"--port={joins}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}",
          f"--ray-client-server-port={free_port()}", f"--temp-dir={home / 'ray'}"],
         env=environment, cwd=home, start_new_session=True, stdout=(home / "log").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    head = Head(f"http://127.0.0.1:{port}", environment)
+    head = Head(f"http://127.0.0.1:{port}", environment, f"127.0.0.1:{joins}")
 
     def ready() -> bool:
         try:

@@ -1,5 +1,6 @@
 """The whole line by `dvc repro` of `micro`, in a fresh checkout: killed, resumed, idle, damaged, changed."""
 
+import csv
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_howto import blocks
 
 from unifork.config import Experiment, TrainResources, load
 from unifork.shards.manifest import read_manifest
@@ -44,24 +46,22 @@ def checkout(tmp_path_factory) -> Path:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, root / name)
     (root / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
-    for command in (["git", "init", "-q"], ["git", "add", "-A"]):
-        subprocess.run(command, cwd=root, check=True)
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "checkout"]):
+        run(root, *command)
     run(root, sys.executable, "-m", "unifork.cli", "use", "micro")
     return root
 
 
 def environment(root: Path) -> dict[str, str]:
     scripts = str(Path(sys.executable).parent)
-    return os.environ | {
-        "UNIFORK_CLUSTER": str(root / "cluster.yaml"),
-        "PATH": scripts + os.pathsep + os.environ["PATH"],
-        "PYTHONPATH": str(root),
-    }
+    names = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    paths = {"PATH": scripts + os.pathsep + os.environ["PATH"], "PYTHONPATH": str(root)}
+    return {**os.environ, **names, **paths, "UNIFORK_CLUSTER": str(root / "cluster.yaml")}
 
 
 def run(root: Path, *command: str) -> str:
     done = subprocess.run(
-        command, check=False, cwd=root, env=environment(root), capture_output=True, text=True, timeout=600
+        command, check=False, cwd=root, env=environment(root), capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -133,9 +133,10 @@ def test_everything_is_there(reproduced):
     for view in ("crop", "pad"):
         assert read_manifest(reproduced / "data/codes/shapes" / view).rows == 600
     assert read_manifest(reproduced / "answers/unifork/shapes-understanding").rows == 80
-    every = json.loads((reproduced / "scores/unifork.json").read_text())
+    headlines = json.loads((reproduced / "scores/unifork.json").read_text())
     metrics = json.loads((reproduced / "scores/unifork/shapes-generation/metrics.json").read_text())
-    assert every["shapes-generation"] == metrics
+    assert headlines["shapes-generation.seen.overall"] == metrics["seen"]["overall"]["value"]
+    assert all(isinstance(value, float) for value in headlines.values())
     assert set(metrics) == {"seen", "held_out"}
     for name in ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"):
         assert {"value", "standard_error", "chance", "items", "clusters", "rule", "model"} <= set(metrics["seen"][name])
@@ -177,8 +178,51 @@ def test_damaged_code_shards_are_noticed_and_only_they_are_made_again(reproduced
     assert {name: data for name, (_, data) in before.items()} == {name: data for name, (_, data) in after.items()}
 
 
+def test_dvc_runs_an_experiment_and_shows_what_it_changed(reproduced):
+    """`exp run -S`, `exp show`, `metrics diff`, `plots diff`, as people type them; afterwards all is as it was."""
+    key, loss = "stages.s3.tracks.generation.optimizer.learning_rate", "unifork.image_loss"
+    run(reproduced, "git", "add", "-A")
+    run(reproduced, "git", "commit", "-qm", "the first run")
+    ended = json.loads((reproduced / "reports/micro/losses.json").read_text())
+    output = run(reproduced, "dvc", "exp", "run", "-n", "warmer", "-S", f"{key}=0.002")
+    assert ran(output)[0] == "train@unifork-s3"
+    assert ran(output)[-1] == "report"
+    now = json.loads((reproduced / "reports/micro/losses.json").read_text())
+    assert now[loss] != ended[loss]
+
+    table = run(reproduced, "dvc", "exp", "show", "--csv", "--only-changed")
+    rows = {row["Experiment"] or row["rev"]: row for row in csv.DictReader(table.splitlines())}
+    assert (float(rows["warmer"][key]), float(rows["warmer"][loss])) == (0.002, now[loss])
+    assert float(next(row for name, row in rows.items() if name not in ("warmer", "workspace"))[loss]) == ended[loss]
+
+    changed = json.loads(run(reproduced, "dvc", "metrics", "diff", "--json", "HEAD"))["diff"]
+    assert changed["reports/micro/losses.json"][loss] == {
+        "old": ended[loss], "new": now[loss], "diff": pytest.approx(now[loss] - ended[loss]),
+    }  # fmt: skip
+    plots = json.loads(run(reproduced, "dvc", "plots", "diff", "--json", "HEAD"))["data"]
+    (plot,) = plots["reports/micro/losses/image_loss.csv"]
+    points = plot["content"]["data"]["values"]
+    curves = {
+        rev: [float(point["value"]) for point in points if point["rev"] == rev and not point["of"]]
+        for rev in ("HEAD", "workspace")
+    }
+    assert curves["HEAD"][:-6] == curves["workspace"][:-6]  # the stages before
+    assert curves["HEAD"][-1] != curves["workspace"][-1]
+    assert plot["content"]["spec"]["encoding"]["color"]["field"] == "rev"  # our template, filled in
+
+    refused = subprocess.run(
+        ("dvc", "exp", "run", "-S", "training_seed=1"),
+        cwd=reproduced, env=environment(reproduced), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "`unifork use` alone writes" in refused.stdout + refused.stderr
+    run(reproduced, "git", "checkout", "--", "params.yaml", "dvc.lock")
+    run(reproduced, "dvc", "checkout", "--force")
+    assert json.loads((reproduced / "reports/micro/losses.json").read_text()) == ended
+
+
 def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
-    params, card = reproduced / "params.yaml", reproduced / "evals/shapes-understanding.yaml"
+    params, card = reproduced / "params.yaml", reproduced / "datasets/evals/shapes-understanding.yaml"
     original, rules = params.read_text(), card.read_text()
     card.write_text(rules.replace("[official, strict]", "[strict]"))
     assert ran(run(reproduced, "dvc", "repro")) == ["score@unifork", "report"]
@@ -191,7 +235,7 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(reproduced):
     name = "shapes-understanding"
     expected = [f"items@{name}", f"answer@unifork-{name}", "score@unifork", "report"]
     assert ran(run(reproduced, "dvc", "repro")) == expected
-    plain["stages"]["s3"]["seed"] = 5
+    plain["stages"]["s3"]["context"] += 1
     params.write_text(yaml.safe_dump(plain, sort_keys=False))
     assert ran(run(reproduced, "dvc", "repro", "--dry"))[0] == "train@unifork-s3"
     params.write_text(original)
@@ -226,3 +270,17 @@ def test_the_model_draws_and_answers_from_the_command_line(reproduced, tmp_path)
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: nowhere.png: no such file\n"
+
+
+def test_the_commands_of_the_howto_page_work(reproduced):
+    """Its files and its commands, in the order of the page, after all others: params.yaml and models change."""
+    run(reproduced, sys.executable, "-m", "unifork.cli", "use", "micro", "--force")
+    run(reproduced, "dvc", "repro")
+    for kind, text in blocks():
+        if kind == "yaml":
+            (reproduced / text.partition("\n")[0].removeprefix("# ")).write_text(text)
+        elif kind == "console":
+            run(reproduced, "bash", "-e", "-c", text)
+    assert {path.name for path in (reproduced / "models").glob("*")} >= {"unifork-s2-more", "unifork-s2-slow"}
+    assert (reproduced / "models/tuned-drawing/model.safetensors").exists()
+    assert (reproduced / "published-codes/README.md").exists()

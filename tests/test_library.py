@@ -125,6 +125,7 @@ def test_importing_the_package_loads_nothing_slow():
     assert python(code).returncode == 0
 
 
+@pytest.mark.slow  # programs that import all of transformers
 @pytest.mark.parametrize("first", ["import unifork", "from transformers import AutoModel; import unifork"])
 def test_auto_model_knows_the_models(directory, first):
     code = (

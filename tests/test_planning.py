@@ -19,11 +19,15 @@ ROOT = Path(__file__).parent.parent
 PAPER = resolve("paper", ROOT / "experiments", ROOT / "datasets")
 MODEL = planning.meta_model(PAPER, PAPER.variants["unifork"])
 ASSUMED = planning.Assumptions()
+CARDS = {name: load_card(name, ROOT / "datasets") for name in PAPER.datasets}
 
 
 @cache
 def tracks_of_the_paper() -> list[planning.TrackPlan]:
-    return list(planning.track_plans(PAPER, "unifork", MODEL, ASSUMED))
+    """Without their FLOPs, which take long at this size; those of a document are compared below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "document_flops", lambda *_: 1.0)
+        return list(planning.track_plans(PAPER, CARDS, "unifork", MODEL, ASSUMED))
 
 
 # by hand from Qwen2.5-0.5B's shape: hidden 896, 2 of 14 heads of 64 for keys, MLP 4864, 151,936 words
@@ -90,7 +94,7 @@ def test_flops_are_those_of_the_closed_form(task, trained):
 def test_a_context_without_room_for_an_image_is_refused():
     track = PAPER.stages["s2-sft"].tracks["joint"]
     with pytest.raises(ConfigError, match="place: a context of 500 tokens; an image alone has 578"):
-        planning.average_length(track.mixture[0], track, 576, 500, ASSUMED, "place")
+        planning.average_length(track.mixture[0], CARDS[track.mixture[0].dataset], track, 576, 500, ASSUMED, "place")
 
 
 def documents(track: planning.TrackPlan) -> float:
@@ -114,7 +118,8 @@ def test_fewer_supervised_positions_and_isolated_layers_cost_less():
     track = PAPER.stages["s2-sft"].tracks["joint"]
     entry = track.mixture[0]
     short = track.model_copy(update={"supervised_positions": 256})
-    lengths = [planning.average_length(entry, own_track, 576, 1350, ASSUMED, "test") for own_track in (track, short)]
+    card = CARDS[entry.dataset]
+    lengths = [planning.average_length(entry, card, part, 576, 1350, ASSUMED, "test") for part in (track, short)]
     assert [length.supervised_positions for length in lengths] == [576, 256]
     alone = PAPER.variants["unifork"].model_copy(update={"plan": "modality_isolated*24 norm:modality"})
     joint = alone.model_copy(update={"plan": "modality*24 norm:modality"})

@@ -41,7 +41,8 @@ NOT_IN_THE_PAPER = {
     ),  # its shape
     *("Stage.checkpoint_every", "Stage.checkpoint_minutes", "Stage.keep_checkpoints"),
     *("Stage.sample_prompts", "Stage.sampling", "Stage.validation", "Stage.extend"),
-    *("Stage.loss_band", "Stage.seed", "Sampling.seed"),  # they decide no weights, or nothing that anybody published
+    "Track.without_branches",  # of variants that it does not have
+    *("Stage.loss_band", "Sampling.seed"),  # they decide no weights, or nothing that anybody published
 }
 """Fields without a counterpart in the paper or the official code."""
 

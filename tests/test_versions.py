@@ -92,9 +92,9 @@ def repository(tmp_path_factory):
     from dvc.repo import Repo
 
     root = tmp_path_factory.mktemp("repository")
-    for name in ("dvc.yaml", "params.yaml", "datasets", "evals", "unifork"):
+    for name in ("dvc.yaml", "params.yaml", "datasets", "unifork"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
-    images, card = "answers/unifork/shapes-generation", "evals/README.md"  # which the demo does not use
+    images, card = "answers/unifork/shapes-generation", "datasets/evals/README.md"  # which the demo does not use
     entry = {"name": "x", "benchmark": "geneval", "images": images, "networks": card, "out": f"{images}.found"}
     params = yaml.safe_load((root / "params.yaml").read_text())
     text = {"variant": "unifork", "benchmark": "text-0shot", "model": "models/unifork-s3", "follows": card}
@@ -126,6 +126,35 @@ def changed_stages():
             name: {key for reason in reasons for file in reason["changed deps"].values() for key in file}
             for name, reasons in repo.status().items()
         }
+
+
+def reached():
+    """The stages of `dvc.yaml` that are to be run again: those that have changed, and what follows from them."""
+    from dvc.repo import Repo
+
+    changed = set(changed_stages())
+    with Repo() as repo:
+        graph = {stage.addressing: stage for stage in repo.index.graph}
+        follow = {name: repo.index.graph.predecessors(stage) for name, stage in graph.items()}
+        waiting = list(changed)
+        while waiting:
+            found = {stage.addressing for stage in follow[waiting.pop()]} - changed
+            changed |= found
+            waiting += found
+    return {name.partition("@")[0] for name in changed}
+
+
+@pytest.mark.slow  # for DVC
+def test_a_training_seed_makes_runs_again_and_a_data_seed_everything(repository):
+    plain = yaml.safe_load((repository / "params.yaml").read_text())
+    trained = {"init", "train", "answer", "examine", "text", "score", "analyze", "report"}
+    assert reached() == set()
+    variants = {name: variant | {"seed": 7} for name, variant in plain["variants"].items()}
+    (repository / "params.yaml").write_text(yaml.safe_dump(plain | {"training_seed": 7, "variants": variants}))
+    assert reached() == trained
+    (repository / "params.yaml").write_text(yaml.safe_dump(plain | {"data_seed": 7}))
+    assert reached() == set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    (repository / "params.yaml").write_text(yaml.safe_dump(plain))
 
 
 @pytest.mark.slow  # for DVC

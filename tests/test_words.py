@@ -28,7 +28,7 @@ NAMES = {
     "Words": "TokenizedDocument", "Reading": "AttentionContext", "deal": "assign_rows_to_workers",
     "Turns": "HostQueues",
     "Standing": "IntactShards", "reopen": "revert_to_records", "forget": "delete_record", "Box": "Archive",
-    "Fault": "RowError", "Plain": "StrictModel or SingleWorker", "Run": "StageRun or WorkerContext",
+    "Fault": "RowError", "Plain": "StrictModel or Strategy", "Run": "StageRun or WorkerContext",
     "Part": "MixturePart", "rows_used": "codebook_usage",
     **dict.fromkeys(("told", "said", "asked", "known", "one", "mine", "made"), "what it holds"),
 }  # fmt: skip

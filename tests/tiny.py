@@ -65,7 +65,7 @@ def start(root: Path, *words: str, cluster: str = "clusters/local.yaml", path=""
 
 def write_experiment(root: Path, changes: dict | None = None) -> Experiment:
     """`micro` with changes, as the params.yaml of a root that has the project's own files."""
-    for name in ("datasets", "evals", "experiments", "clusters"):
+    for name in ("datasets", "experiments", "clusters"):
         if not (root / name).exists():
             shutil.copytree(REPOSITORY / name, root / name)
             if name == "datasets":  # few rows: all are trained on, unless a test wants otherwise

@@ -143,7 +143,10 @@ COVERS: dict[str, tuple[str, list[str]]] = {
             "pipelines/analyze.py",
         ],
     ),
-    "REPORT_VERSION": ("unifork/report/build.py", ["unifork/report/*", "unifork/figures.*", "pipelines/report.py"]),
+    "REPORT_VERSION": (
+        "unifork/report/build.py",
+        ["unifork/report/*", f"{EVALUATION}/comparison.py", "unifork/figures.*", "pipelines/report.py"],
+    ),
     "PUBLISH_VERSION": ("unifork/publish/shards.py", ["unifork/publish/*.*"]),
 }
 """Constant: the file it stands in, and what it covers besides."""
@@ -171,6 +174,7 @@ DECIDES_NOTHING = {
     "unifork/training/launch.py": "where a stage runs",
     "unifork/training/requests.py": "when a run ends or saves, not with what",
     "unifork/training/history.py": "writes down what happened",
+    "unifork/reference.py": "numbers for people",
     "unifork/training/loggers.py": "writes down what happened",
     "unifork/training/service.py": "writes down what happened",
     "unifork/training/flops.py": "numbers for people",
@@ -179,6 +183,7 @@ DECIDES_NOTHING = {
     "unifork/cli.py": "commands for people",
     "unifork/evaluation/names.py": "names",
     "unifork/doctor.py": "looks at the machine",
+    "unifork/nodes.py": "looks at machines",
     "unifork/devices.py": "names of devices",
     "unifork/library.py": "for people's programs",
     "unifork/serving.py": "a page for people",

@@ -17,6 +17,7 @@ from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import create_model
+from unifork.shards.manifest import whole_folder
 from unifork.weights import local_folder
 
 
@@ -46,11 +47,5 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that takes its place when all of it is written. Raises ConfigError where one stands."""
     if out.exists():
         raise ConfigError(f"--out {out}: exists already; name another directory, or remove it")
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         yield partial
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

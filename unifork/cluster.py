@@ -1,4 +1,4 @@
-"""Work over shards: in this process, or on the actors of a Ray Data job.
+"""Work over shards: in this process, in another, or on the actors of a Ray Data job.
 
 In: jobs over shards and a worker class. Out: finished folders with their manifests.
 
@@ -12,20 +12,27 @@ is imported only where it is needed: small data and the unit tests do without.
 import logging
 import os
 import pickle
+import signal
+import socket
 import sys
+import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from multiprocessing import get_context, set_start_method
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from unifork.config import Cluster, JobResources, cluster_file, in_job
 from unifork.devices import chosen_device
-from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError
+from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError, writing
 from unifork.layout import Layout
+from unifork.processes import die_with_parent
 from unifork.shards.job import ShardJob
 from unifork.shards.manifest import Manifest
 from unifork.shards.progress import places, stop_noted
@@ -90,22 +97,84 @@ def local_ray(cluster: Cluster, *, needed: bool = True) -> Iterator[None]:
         ray.shutdown()
 
 
+def room(num_workers: int | tuple[int, int], resources_per_worker: dict[str, float], **_: object) -> str:
+    """What workers ask for and what there is, in words. To be called while Ray runs."""
+    import ray
+
+    there, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+    each = {name: count for name, count in resources_per_worker.items() if count}
+    needs = " and ".join(f"{count:g} {name}" for name, count in each.items())
+    has = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name} free" for name in each)
+    workers = num_workers if isinstance(num_workers, int) else " to ".join(map(str, num_workers))
+    return f"{workers} workers with {needs} each; the cluster has {has}"
+
+
 def check_room(workers: int, cpus: float, gpus: float, place: str) -> None:
-    """Refuse what a local Ray can never give; Ray would wait for it forever. A cluster may still grow.
+    """Refuse what a local Ray can never give; Ray would wait for it forever. A cluster may still grow: one line.
 
     place: the cluster file. Raises ConfigError naming it. To be called while Ray runs.
     """
     import ray
 
-    if in_job():
-        return
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, each in (("CPU", cpus), ("GPU", gpus)):
+    have, asks = ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}  # type: ignore[no-untyped-call]
+    for name, each in asks.items():
         if workers * each > have.get(name, 0):
+            if in_job():
+                print(f"{place}: waiting for {room(workers, asks)}", flush=True)
+                return
             raise ConfigError(
                 f"{place}: {workers} workers with {each:g} {name} each asked for, but this machine's Ray has "
                 f"{have.get(name, 0):g} {name}"
             )
+
+
+@contextmanager
+def shared_file(folder: Path) -> Iterator[str]:
+    """The path of a new file while the block runs, by which other nodes show that they share this folder."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".shared-")  # noqa: SIM115  closed below
+    with file:
+        yield os.path.abspath(file.name)
+
+
+def check_shared(path: str, patience_seconds: float = 5.0) -> None:
+    """Raise ConfigError, which names this node, where a file of `shared_file` is not seen."""
+    import ray
+
+    deadline = time.monotonic() + patience_seconds  # a network file system may be late
+    while not os.path.exists(path):
+        if time.monotonic() > deadline:
+            address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            raise ConfigError(
+                f"node {socket.gethostname()} ({address}) does not see {path}, which was just written "
+                f"elsewhere: mount the storage of the experiment there, or take the node away"
+            )
+        time.sleep(0.2)
+
+
+def on_every_node(look: Callable[..., Any], *arguments: object, seconds: float = 120.0) -> list[tuple[str, float, Any]]:
+    """Call a function on every living node: name and address, number of GPUs, what it returned or the error.
+
+    To be called while Ray runs; nodes that do not answer in time have a TimeoutError.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(look)
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    calls = [task.options(scheduling_strategy=place).remote(*arguments) for place in places]
+    ray.wait(calls, num_returns=len(calls), timeout=seconds)
+    found = []
+    for node, call in zip(nodes, calls, strict=True):
+        try:
+            answer = ray.get(call, timeout=0.1)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            answer = error
+        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        found.append((name, node["Resources"].get("GPU", 0.0), answer))
+    return found
 
 
 # ------------------------------------------------------------------------------------- shards
@@ -160,18 +229,23 @@ def map_shards(
 ) -> Results:
     """Run `worker_class(*worker_args)(task)` once per task; the results as they come, in any order.
 
-    Tasks and results are small (paths, counts, hashes), never images. With `resources.workers == 0` the work is done in
-    this process, otherwise by as many actors of a Ray Data job (inside `local_ray`), each of which makes one worker and
-    keeps it. A worker class with `TASKS_AT_ONCE` above 1 is called by as many threads where there are tasks enough for
-    all actors. What one shard meets is its result (`problem`); what all would meet (ENDS_THE_JOB, a worker that cannot
-    be made, one whose process keeps dying) ends the work and is raised.
+    Tasks and results are small (paths, counts, hashes), never images. With `resources.workers == 0` the work is done
+    in this process (for a worker class with `OWN_PROCESS` in one that is started for it), otherwise by as many actors
+    of a Ray Data job (inside `local_ray`), each of which makes one worker and keeps it. A worker class with
+    `TASKS_AT_ONCE` above 1 is called by as many threads where there are tasks enough for all actors. What one shard
+    meets is its result (`problem`); what all would meet (ENDS_THE_JOB, a worker that cannot be made, one whose process
+    keeps dying) ends the work and is raised.
     """
     if not tasks:
         return
-    if resources.workers == 0:
-        yield from map(partial(outcome, worker_class(*worker_args)), tasks)
+    make = partial(worker_class, *worker_args)
+    if resources.workers == 0 and getattr(worker_class, "OWN_PROCESS", False):
+        yield from _map_in_process(tasks, make)
+    elif resources.workers == 0:
+        yield from map(partial(outcome, make()), tasks)
     else:
-        yield from _map_on_ray(tasks, worker_class, worker_args, resources)
+        with shared_file(Layout().ray_train) if in_job() else nullcontext() as shared:
+            yield from _map_on_ray(tasks, make, resources, shared)
 
 
 def outcome(worker: Worker, task: ShardTask) -> ShardResult:
@@ -186,17 +260,49 @@ def outcome(worker: Worker, task: ShardTask) -> ShardResult:
         return ShardResult(task.output, None, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
+def _map_in_process(tasks: Sequence[ShardTask], make: partial[Worker]) -> Results:
+    """`map_shards` in a process of its own, for workers that change what belongs to all of a process."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, os.getpid(), make), daemon=True)
+    process.start()
+    there.close()
+    try:
+        for task in tasks:
+            here.send_bytes(pickle.dumps(task))
+            result = pickle.loads(here.recv_bytes())
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    except (EOFError, ConnectionError):
+        process.join()
+        raise MachineError(
+            f"{task.output}: the process that makes it ended with exit code {process.exitcode} (-9: killed, "
+            f"perhaps for want of memory). Finished shards are kept; run the stage again"
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(pipe: Connection, parent: int, make: partial[Worker]) -> None:
+    """The process of `_map_in_process`; a Ctrl-C is its parent's, with which it dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_start_method("fork", force=True)  # whose pools, of threads here, leave no named semaphores when they are killed
+    die_with_parent()
+    actor = _Actor(make, os.getcwd())
+    while os.getppid() == parent:
+        pipe.send_bytes(pickle.dumps(actor.answer(pipe.recv_bytes())))
+
+
 def _map_on_ray(
-    tasks: Sequence[ShardTask],
-    worker_class: Callable[..., Worker],
-    worker_args: tuple[object, ...],
-    resources: JobResources,
+    tasks: Sequence[ShardTask], make: partial[Worker], resources: JobResources, shared: str | None
 ) -> Results:
     import ray
     import ray.data
 
     workers = min(resources.workers, len(tasks))
-    at_once = min(getattr(worker_class, "TASKS_AT_ONCE", 1), len(tasks) // workers)
+    at_once = min(getattr(make.func, "TASKS_AT_ONCE", 1), len(tasks) // workers)
     check_room(workers, resources.cpus, resources.gpus, cluster_file())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -206,7 +312,7 @@ def _map_on_ray(
         warnings.simplefilter("ignore")
         answers = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
             _Actor,
-            fn_constructor_args=(worker_class, worker_args, os.getcwd()),
+            fn_constructor_args=(make, os.getcwd(), shared),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 size=workers,
@@ -248,20 +354,23 @@ class _Actor:
     paths mean the same in both.
     """
 
-    def __init__(self, worker_class: Callable[..., Worker], worker_args: tuple[object, ...], folder: str) -> None:
-        self.worker_class, self.worker_args, self.folder = worker_class, worker_args, folder
+    def __init__(self, make: Callable[[], Worker], folder: str, shared: str | None = None) -> None:
+        self.make, self.folder, self.shared = make, folder, shared
         self.worker: Worker | None = None
         self.making = Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"index": batch["index"], "answer": [pickle.dumps(self._answer(task)) for task in batch["task"]]}
+        return {"index": batch["index"], "answer": [pickle.dumps(self.answer(task)) for task in batch["task"]]}
 
-    def _answer(self, task: bytes) -> ShardResult | Exception:
+    def answer(self, task: bytes) -> ShardResult | Exception:
+        """The result of a pickled task, or what ends the job."""
         try:
             with self.making:
                 if self.worker is None:
+                    if self.shared:
+                        check_shared(self.shared)
                     os.chdir(self.folder)
-                    self.worker = self.worker_class(*self.worker_args)
+                    self.worker = self.make()
             return outcome(self.worker, pickle.loads(task))
         except UniForkError as error:
             return error

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 
 if TYPE_CHECKING:  # `unifork --help` must not wait for torch
     import torch
@@ -36,9 +36,7 @@ def chosen_dtype(name: str, place: str) -> "torch.dtype":
     """The number type of a name. Raises ConfigError."""
     import torch  # noqa: PLC0415
 
-    if name not in DTYPES:
-        raise unknown("number type", name, DTYPES, place)
-    dtype: torch.dtype = getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, one_of("number type", name, DTYPES, place))
     return dtype
 
 

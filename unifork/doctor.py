@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, NO_DOCUMENT, TEXT, Batch, Document, pack
-from unifork.config import Cluster, Experiment, HeadConfig, Sampling, Variant, load_card
+from unifork.config import Cluster, Experiment, HeadConfig, Sampling, TrainResources, Variant, load_card
 from unifork.devices import trust_capture
 from unifork.layout import Layout
 from unifork.models import generation
@@ -39,6 +39,7 @@ from unifork.models.warm_start import create_model
 from unifork.processes import meet
 from unifork.report.surroundings import surroundings
 from unifork.shards.stores import open_store
+from unifork.sources import source_of
 from unifork.vocabulary import TASKS
 
 Finding = tuple[Literal["ok", "warning", "failed", "not run"], str]
@@ -250,7 +251,8 @@ def cpus_and_gpus(here: Here) -> Finding:
     short = [
         f"{name} asks for {total:g} {kind}"
         for name, need in needs.items()
-        for kind, total in (("cpus", need.workers * need.cpus), ("gpus", max(need.workers, 1) * need.gpus))
+        for workers in [need.fewest if isinstance(need, TrainResources) else need.workers]
+        for kind, total in (("cpus", workers * need.cpus), ("gpus", max(workers, 1) * need.gpus))
         if total > have[kind]
     ]
     return "failed" if short else "ok", "; ".join([f"{have['cpus']} cpus and {have['gpus']} gpus", *short])
@@ -272,7 +274,7 @@ def job_server(here: Here) -> Finding:
 def web(here: Here) -> Finding:
     """Names and connections, where a data set of the experiment is downloaded from the web."""
     cards = [load_card(name, here.layout.cards) for name in (here.params.datasets if here.params else ())]
-    pages = [card.homepage for card in cards if card.source.kind == "url_list"]
+    pages = [card.homepage for card in cards if source_of(card)[1].web]
     if not pages:
         return "not run", "not needed: nothing is downloaded from the web"
     return _reached([here.cluster.web.proxy] if here.cluster.web.proxy else pages)

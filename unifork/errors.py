@@ -3,7 +3,7 @@
 import errno
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -50,6 +50,13 @@ def unknown(what: str, name: str, choices: Iterable[str], place: str = "") -> Co
     near = get_close_matches(name, names, n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return ConfigError(f"{where}unknown {what} {name!r}.{hint} Known: {', '.join(names) or '(none)'}.")
+
+
+def one_of(what: str, name: str, choices: Collection[str], place: str = "") -> str:
+    """A name of a fixed set. Raises the ConfigError of `unknown` for any other."""
+    if name not in choices:
+        raise unknown(what, name, choices, place)
+    return name
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

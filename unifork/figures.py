@@ -3,10 +3,8 @@
 Colors and lines are in `figures.mplstyle`. Equal figures give equal text: no clock, no random names, no pyplot state.
 """
 
-import base64
 import io
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -14,7 +12,6 @@ LOOK = Path(__file__).with_name("figures.mplstyle")
 INK = "#010203"
 """The text color of LOOK, which in an SVG becomes that of the reader's mode."""
 MODES = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}</style>"
-CHANCE: dict[str, Any] = {"color": INK, "linestyle": (0, (1.5, 1)), "linewidth": 2}
 
 
 def svg(figure: Figure) -> str:
@@ -22,8 +19,3 @@ def svg(figure: Figure) -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return stream.getvalue().replace("<defs>", f"{MODES}<defs>", 1).replace(INK, "currentColor")
-
-
-def data_uri(text: str) -> str:
-    """An SVG as it stands in a page."""
-    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
+import numpy as np
 from rich.text import Text
 
-from unifork.batch import TEXT, Batch, Document
+from unifork.batch import BEGIN_IMAGE, IMAGE, TEXT, Batch, Document
 from unifork.config import Cluster, Experiment, cluster_file, load
 from unifork.documents.loader import StepPlan, TrackLoader
 from unifork.documents.mixture import CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError, DataError, unknown
+from unifork.errors import ConfigError, DataError, one_of
 from unifork.image_tokenizer.architecture import describe
 from unifork.layout import Layout
 from unifork.models.decoder import batch_routes
@@ -39,13 +40,10 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
     """
     layout = Layout(root)
     params = load(Experiment, _there(layout.params, "unifork use NAME"))
-    if variant not in params.variants:
-        raise unknown("variant", variant, params.variants, "params.yaml: variants")
-    architecture = params.variants[variant]
-    if stage not in architecture.stages:
-        raise unknown("stage", stage, architecture.stages, f"params.yaml: variants.{variant}.stages")
+    architecture = params.variants[one_of("variant", variant, params.variants, "params.yaml: variants")]
+    one_of("stage", stage, architecture.stages, f"params.yaml: variants.{variant}.stages")
     chosen, resources = params.stages[stage], load(Cluster, root / cluster_file()).for_stage(stage)
-    workers = max(resources.workers, 1)
+    workers = max(resources.fewest, 1)
     layers = LayerPlan.parse(architecture.plan, architecture.backbone.get("num_hidden_layers"))
     tokenizer = TextTokenizer(_there(layout.text_tokenizer, "dvc repro text_tokenizer"))
     images = describe(_there(layout.image_tokenizer, "dvc repro image_tokenizer"))
@@ -59,7 +57,7 @@ def inspect(root: Path, variant: str, stage: str, step: int, documents: int, mar
             _there(codes / MANIFEST, f"dvc repro encode@{entry.dataset}")
         loader = TrackLoader(
             name, track, layout, tokenizer, identity,
-            seed=chosen.seed, context=chosen.context, row_tokens=resources.row_tokens,
+            seed=architecture.seed, context=chosen.context, row_tokens=resources.row_tokens,
             rows_per_microbatch=resources.rows_per_microbatch,
         )  # fmt: skip
         plan = loader.plan(params.steps_before(stage)[name] + step, workers)
@@ -109,10 +107,11 @@ def _document(document: Document, template: str, plan: StepPlan, tokenizer: Text
 
     def kind_of(token: int) -> tuple[bool, str]:
         if document.kinds_T[token] != TEXT:
-            return document.task == "generation", "image"
+            return document.task == "generation", f"image {begun_T[token]}"
         named = tokenizer.control_token(int(document.text_ids_T[token]))
         return bool(document.loss_mask_T[token]), "control" if named else "text"
 
+    begun_T = np.cumsum(document.kinds_T == BEGIN_IMAGE)  # images that are side by side stay apart
     targets = _targets(document)
     share = f"{targets / _step_targets(plan, document.task):.1%} of the loss of {document.task}"
     text = Text(f", {document.task} ({template}), {len(document)} tokens, {targets} supervised, {share}\n")
@@ -120,16 +119,17 @@ def _document(document: Document, template: str, plan: StepPlan, tokenizer: Text
     for supervised, tokens in groupby(range(len(document)), key=lambda token: kind_of(token)[0]):
         text.append(open_mark * supervised)
         for (_, kind), run in groupby(tokens, key=kind_of):
-            ids = document.text_ids_T[list(run)].tolist()
-            if kind == "image":
-                positions, depth = document.codes_ND.shape
+            places = list(run)
+            ids = document.text_ids_T[places].tolist()
+            if kind.startswith("image"):
+                positions, depth = int((document.kinds_T[places] == IMAGE).sum()), document.codes_ND.shape[1]
                 part = f", the first {targets} supervised" if supervised and targets < positions else ""
                 content = f"[image {positions}x{depth} codes{part}]"
             elif kind == "control":
                 content = "".join(tokenizer.control_token(token_id) or "" for token_id in ids)
             else:
                 content = visible(tokenizer.decode(ids))
-            text.append(content, SUPERVISED if supervised else STYLES[kind])
+            text.append(content, SUPERVISED if supervised else STYLES[kind.split()[0]])
         text.append(close_mark * supervised)
     return text.append("\n")
 
@@ -161,10 +161,5 @@ def visible(text: str) -> str:
     r"""Text in one line of printing characters: `\`, `[`, `]` and `<` get a `\` in front, which marks never have;
     what does not print is written as Python writes it (`\n`, `\x1b`, `\u202e`).
     """
-    return "".join(map(_visible, text))
-
-
-def _visible(letter: str) -> str:
-    if letter in "\\[]<":
-        return f"\\{letter}"
-    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+    escaped = (f"\\{letter}" if letter in "\\[]<" else letter for letter in text)
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in escaped)

@@ -18,8 +18,10 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from unifork.config import CLUSTER, IN_JOB, ROOT, Cluster, cluster_file, in_job, load_cluster
 from unifork.errors import ConfigError, Stopped, UniForkError
@@ -96,7 +98,10 @@ def connect(cluster: Cluster) -> Any:
     logging.getLogger("ray").setLevel(logging.WARNING)
     place = f"cluster {cluster.name!r} ({cluster.address})"
     try:
-        return JobSubmissionClient(str(cluster.address), headers=headers)
+        client = JobSubmissionClient(str(cluster.address), headers=headers)
+        if not (cluster.allow_unprotected or _is_loopback(str(cluster.address))):
+            _check_protected(str(cluster.address), place)
+        return client
     except AuthenticationError as error:
         raise ConfigError(
             f"{place}: {str(error).splitlines()[0]}: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or copy the cluster's "
@@ -106,6 +111,26 @@ def connect(cluster: Cluster) -> Any:
         raise UniForkError(
             f"{place}: no Ray job server answers: {error}. Is the cluster up, with `ray[default]`?"
         ) from None
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def _check_protected(address: str, place: str) -> None:
+    """Raise ConfigError where a job server lists its jobs to somebody without a token."""
+    import requests
+
+    if requests.get(f"{address.rstrip('/')}/api/jobs/", timeout=30, allow_redirects=False).status_code == 200:
+        raise ConfigError(
+            f"{place}: demands no token, so whoever reaches it runs programs there: start Ray with "
+            f"RAY_AUTH_MODE=token, or reach it through a tunnel as http://localhost:PORT, or say "
+            f"`allow_unprotected: true` in {cluster_file()}"
+        )
 
 
 async def run_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) -> int:
@@ -147,11 +172,14 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
         **cluster.runtime_env.get("env_vars", {}),
     }
     packages = [import_module(name).__path__[0] for name in sorted({"unifork", module.partition(".")[0]})]
-    step = cluster.jobs.get(module.rpartition(".")[2])
+    name = module.rpartition(".")[2]
+    step = cluster.train if name == "train" else cluster.jobs.get(name)
+    own = step if step and not step.workers else cluster.driver  # without workers the program itself computes
     job: str = client.submit_job(
-        entrypoint_num_gpus=step.gpus if step and not step.workers else None,  # the program itself computes
+        entrypoint_num_cpus=own.cpus,
+        entrypoint_num_gpus=own.gpus,
         entrypoint=shlex.join([cluster.python or sys.executable, "-m", module, *argv]),
-        submission_id=f"{module.rpartition('.')[2]}-{uuid.uuid4().hex[:8]}",
+        submission_id=f"{name}-{uuid.uuid4().hex[:8]}",
         runtime_env={
             "excludes": ["__pycache__"],
             **cluster.runtime_env,
@@ -191,7 +219,7 @@ async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
         await asyncio.sleep(1)
 
 
-def _stop(client: Any, job: str, patience_seconds: float = 30.0) -> None:
+def _stop(client: Any, job: str, patience_seconds: float = 300.0) -> None:
     """Stop a job and wait until it is."""
     print(f"stopping job {job}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + patience_seconds

@@ -73,8 +73,14 @@ class Layout:
     """Copies of shards that lie in a store; may be deleted at any time."""
     published = Places("data/published")
     """Of a data set: the local side of a publication that goes elsewhere."""
+    published_model = Places("data/published_models")
+    """The same of a model."""
+    histories = Place("histories")
+    """Losses of reference runs, a small file each."""
     image_tokenizer = Place("tokenizers/image")
     """The image tokenizer of the experiment."""
+    fetched_tokenizer = Places("tokenizers/fetched")
+    """Of a data set: the image tokenizer that came with its codes."""
     text_tokenizer = Place("tokenizers/text")
     """The text tokenizer of the experiment."""
     model = Places("models")
@@ -83,7 +89,7 @@ class Layout:
     """Checkpoints and history of a run, `<variant>-<stage>`."""
     ray_train = Place("runs/.ray")
     """What Ray Train keeps for itself."""
-    evals = Place("evals")
+    evals = Place("datasets/evals")
     """One card for each benchmark."""
     items = Places("data/evals")
     """Of a benchmark: its questions, truths and images."""

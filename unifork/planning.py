@@ -22,8 +22,9 @@ from unifork.models.configuration import UniForkConfig
 from unifork.models.modeling import UniForkModel
 from unifork.models.parameters import paper_counts, parts, with_head
 from unifork.models.warm_start import model_config
+from unifork.sources import source_of
 from unifork.training.flops import BORDER_TOKENS, PEAK_TFLOPS, Length, document_flops
-from unifork.training.optimizer import trainable_names
+from unifork.training.optimizer import trained_names
 from unifork.vocabulary import CODE_DTYPE, TASKS, VIEW_OF_TASK, Task
 
 CHARACTERS_PER_TOKEN = 4
@@ -41,6 +42,8 @@ class Assumptions(StrictModel):
     """Tokens of a caption."""
     dialogue_tokens: PositiveInt = 150
     """Tokens of a dialogue, without the frame of its template."""
+    text_tokens: PositiveInt = 500
+    """Tokens of a plain text."""
     answer_share: Fraction01 = 0.5
     """Share of a dialogue's tokens that is supervised."""
 
@@ -70,17 +73,19 @@ class TrackPlan:
     entries: Sequence[EntryPlan]
 
 
-def code_shape(experiment: Experiment) -> tuple[int, int, int, int]:
+def code_shape(experiment: Experiment) -> dict[str, int]:
     """Codebook size, code channels, depth and grid; an imported tokenizer is taken for VILA-U's."""
     images = experiment.image_tokenizer
     if isinstance(images, ImageTokenizerConfig):
-        return images.codebook_size, images.encoder.hidden_size, images.depth, images.grid
-    return 16384, 1024, 4, images.image_size // 16
+        sizes = (images.codebook_size, images.encoder.hidden_size, images.depth, images.grid)
+    else:
+        sizes = (16384, 1024, 4, images.image_size // 16)
+    return dict(zip(("codebook_size", "code_channels", "depth", "grid"), sizes, strict=True))
 
 
 def meta_model(experiment: Experiment, variant: Variant) -> UniForkModel:
     """The model of a variant without memory for its weights. Raises ConfigError as the real one would."""
-    config = model_config(variant, *code_shape(experiment), getattr(experiment.text_tokenizer, "vocab_size", 0))
+    config = model_config(variant, getattr(experiment.text_tokenizer, "vocab_size", 0), **code_shape(experiment))
     if not config.backbone["vocab_size"]:
         raise ConfigError(f"{experiment.name}: an imported text tokenizer needs vocab_size in every variant's backbone")
     with torch.device("meta"):
@@ -100,13 +105,19 @@ def parameter_counts(config: UniForkConfig) -> dict[str, int]:
 
 
 def average_length(
-    entry: MixtureEntry, track: Track, positions: int, context: int, assumed: Assumptions, place: str
+    entry: MixtureEntry, card: Card, track: Track, positions: int, context: int, assumed: Assumptions, place: str
 ) -> Length:
-    """An average document of a mixture entry, cut at the context. Raises ConfigError where not even an image fits."""
-    template, image = template_named(entry.template, place), positions + BORDER_TOKENS
+    """An average document of a mixture entry, cut at the context; that of a dialogue has an image if any row has.
+
+    Raises ConfigError where not even an image fits.
+    """
+    template = template_named(entry.template, place)
+    has_image = template.images != 0 and not source_of(card)[1].text_only
+    image = positions + BORDER_TOKENS if has_image else 0
     if context < image:
         raise ConfigError(f"{place}: a context of {context} tokens; an image alone has {image}")
-    fields = assumed.dialogue_tokens if template.turn else assumed.caption_tokens
+    captions = assumed.caption_tokens if template.images else assumed.text_tokens
+    fields = assumed.dialogue_tokens if template.turn else captions
     marked = (template.opening + template.turn + template.text).replace("{system}", SYSTEM)
     frame = re.sub(r"\{\w+\}|\[\[|\]\]|<image>", "", marked)
     text = min(fields + round(len(frame) / CHARACTERS_PER_TOKEN), context - image)
@@ -115,25 +126,50 @@ def average_length(
     return Length(text, image, min(round(fields * (assumed.answer_share if template.turn else 1)), text), 0)
 
 
-def track_plans(experiment: Experiment, name: str, model: UniForkModel, assumed: Assumptions) -> Iterator[TrackPlan]:
+def track_plans(
+    experiment: Experiment, cards: Mapping[str, Card], name: str, model: UniForkModel, assumed: Assumptions
+) -> Iterator[TrackPlan]:
     """Every track of every stage of a variant, in order. Raises ConfigError for a pattern without a match."""
     sizes = {parameter_name: tensor.numel() for parameter_name, tensor in model.named_parameters()}
+    flops = dict[tuple[Task, Length, frozenset[str]], float]()
     for stage_name in experiment.variants[name].stages:
         stage = experiment.stages[stage_name]
         for track_name, track in stage.tracks.items():
             place = f"stages.{stage_name}.tracks.{track_name}"
-            trained = set(trainable_names(list(sizes), track.trainable, f"{place}.trainable"))
+            trained = frozenset(trained_names(list(sizes), track, place))
             weights = sum(entry.weight for entry in track.mixture)
-            entries, flops = [], dict[tuple[Task, Length], float]()
+            entries = []
             for entry in track.mixture:
-                length = average_length(entry, track, model.config.positions, stage.context, assumed, place)
-                kind = (entry.task, length)
-                flops[kind] = flops.get(kind) or document_flops(model, *kind, trained)
+                length = average_length(
+                    entry, cards[entry.dataset], track, model.config.positions, stage.context, assumed, place
+                )
+                kind = (entry.task, length, trained)
+                flops[kind] = flops.get(kind) or document_flops(model, *kind)
                 documents = track.steps * track.batch_documents * entry.weight / weights
                 rows = experiment.datasets[entry.dataset].rows
                 passes = documents / rows if rows else None
                 entries.append(EntryPlan(entry, documents, passes, length, documents * flops[kind]))
             yield TrackPlan(stage_name, track_name, track.steps, sum(map(sizes.__getitem__, trained)), entries)
+
+
+def variant_facts(
+    experiment: Experiment, cards: Mapping[str, Card], name: str, model: UniForkModel, assumed: Assumptions
+) -> dict[str, str | float]:
+    """What a comparison of variants should know of each: what it is, what it sees and what that costs."""
+    tracks, variant = list(track_plans(experiment, cards, name, model, assumed)), experiment.variants[name]
+    entries, counts = [part for track in tracks for part in track.entries], parameter_counts(model.config)
+    documents = {task: sum(part.documents for part in entries if part.entry.task == task) for task in TASKS}
+    return {
+        "plan": variant.plan,
+        "parameters": counts["total"],
+        **{f"of them for {task}": counts[f"used for {task}"] for task in TASKS},
+        "FLOPs per document": sum(part.flops for part in entries) / max(sum(documents.values()), 1),
+        "steps": sum(track.steps for track in tracks),
+        **{f"documents of {task}": number for task, number in documents.items()},
+        "tokens": sum(part.documents * (part.length.text + part.length.image) for part in entries),
+        **{f"trained in {track.stage}, {track.track}": track.trained for track in tracks},
+        "initialization": variant.warm_start or "drawn by seed and name of the tensor",
+    }
 
 
 def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None:
@@ -145,15 +181,16 @@ def gpu_hours(flops: float, chip: str | None, mfu: float | None) -> float | None
 
 def image_bytes(experiment: Experiment) -> int:
     """Codes of one image on disk."""
-    _, _, depth, grid = code_shape(experiment)
-    return grid**2 * depth * np.dtype(CODE_DTYPE).itemsize
+    shape = code_shape(experiment)
+    return shape["grid"] ** 2 * shape["depth"] * np.dtype(CODE_DTYPE).itemsize
 
 
 def code_bytes(experiment: Experiment, cards: Mapping[str, Card]) -> dict[str, int | None]:
     """Codes of every `<set>/<view>` that the cards offer, None where the number of rows is not given."""
     per_image = image_bytes(experiment)
+    bytes_each = {name: 0 if source_of(card)[1].text_only else per_image for name, card in cards.items()}
     return {
-        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * per_image
+        f"{dataset}/{VIEW_OF_TASK[task]}": None if use.rows is None else use.rows * bytes_each[dataset]
         for dataset, use in experiment.datasets.items()
         for task in cards[dataset].tasks
     }

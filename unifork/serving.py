@@ -5,7 +5,6 @@ It listens on this machine alone unless an address is given; then every request 
 
 import asyncio
 import base64
-import io
 import secrets
 import signal
 from collections.abc import Awaitable, Callable
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from PIL import Image
 from pydantic import Field
 
 from unifork.config import StrictModel, parse
 from unifork.documents.prompts import Exchange
 from unifork.errors import UniForkError
+from unifork.images import png
 from unifork.library import Chat, Model
 
 PAGE = Path(__file__).with_name("serving.html")
@@ -67,10 +66,9 @@ def application(model: Model, token: str | None) -> web.Application:
             return web.json_response({"error": "the body must be application/json"}, status=415)
         try:
             return await handler(request)
-        except UniForkError as error:
-            return web.json_response({"error": str(error)}, status=400)
-        except ValueError as error:
-            return web.json_response({"error": f"the request cannot be read: {error}"}, status=400)
+        except (UniForkError, ValueError) as error:
+            unread = "the request cannot be read: " * isinstance(error, ValueError)
+            return web.json_response({"error": f"{unread}{error}"}, status=400)
 
     async def page(_: web.Request) -> web.StreamResponse:
         return web.FileResponse(PAGE)
@@ -79,7 +77,8 @@ def application(model: Model, token: str | None) -> web.Application:
         plain = parse(Draw, await request.json(), "request").model_dump(exclude_none=True)
         prompts = [plain.pop("prompt")] * plain.pop("n")
         images = await work(partial(model.generate_images, prompts, **plain))
-        return web.json_response({"images": [_data_uri(image) for image in images]})
+        shown = [f"data:image/png;base64,{base64.b64encode(png(image)).decode()}" for image in images]
+        return web.json_response({"images": shown})
 
     async def ask(request: web.Request) -> web.StreamResponse:
         turn = parse(Ask, await request.json(), "request")
@@ -125,9 +124,3 @@ def _is_here(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _data_uri(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

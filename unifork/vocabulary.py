@@ -44,3 +44,6 @@ CODE_DTYPE = "<u2"
 
 ROW_GROUP = 256
 """Rows per row group of a shard: the unit of a local read in training, and part of the order of documents."""
+
+MORE_IMAGES = "more_images"
+"""Column of the images after a row's first, where a card keeps rows of several; measured, with what they measure."""

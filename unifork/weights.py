@@ -35,9 +35,7 @@ _DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSE
 
 
 def local_folder(
-    name: Path | str,
-    beside: Sequence[Path] = (Path(),),
-    files: Sequence[str] = ("*.json", "*.safetensors"),
+    name: Path | str, beside: Sequence[Path] = (Path(),), files: Sequence[str] = ("*.json", "*.safetensors")
 ) -> Path:
     """The folder of that name below one of the folders `beside`, else from the Hub.
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from unifork.config import Cluster, load, load_cluster, parse
+from unifork.config import Cluster, TrainResources, load, load_cluster, parse
 from unifork.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "clusters").glob("*.yaml"))
+FILES = sorted(path for path in (ROOT / "clusters").glob("*.yaml") if "." not in path.stem)
+"""Without those that platforms read, such as `aws.ray-up.yaml`."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
@@ -18,7 +19,7 @@ def test_loads(path: Path) -> None:
     cluster = load(Cluster, path)
     assert cluster.name == path.stem
     always = {"download", "filter", "encode", "prepare"}
-    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer"}
+    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer", "answer", "text"}
 
 
 def test_the_local_one_starts_on_two_cores() -> None:
@@ -34,6 +35,14 @@ def test_what_was_a_strategy_names_what_it_is_now(before: str, now: str) -> None
     with pytest.raises(ConfigError, match=f"train: `strategy: {before}` is `shard: {now}` now$"):
         parse(Cluster, {"name": "x", "train": {"strategy": before}}, "file")
     assert parse(Cluster, {"name": "x", "train": {"shard": now}}, "file").train.shard == now
+
+
+def test_workers_of_training_are_a_number_or_a_range() -> None:
+    assert parse(TrainResources, {"workers": [2, 16]}, "file").fewest == 2
+    assert parse(TrainResources, {"workers": 4}, "file").fewest == 4
+    for wrong in ([3, 2], [0, 2], [2], -1):
+        with pytest.raises(ConfigError, match="workers"):
+            parse(TrainResources, {"workers": wrong}, "file")
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,17 +177,18 @@ from unifork.config import Cluster
 from unifork.errors import UniForkError
 from unifork.jobs import connect
 try:
-    print(connect(Cluster(name="far", address=sys.argv[1]))._headers)
+    more = {name: True for name in sys.argv[2:]}
+    print(connect(Cluster(name="far", address=sys.argv[1], **more))._headers)
 except UniForkError as error:
     print(f"{type(error).__name__}: {error}")
 """
 
 
-def connecting(door: str, home: Path, **environment: str) -> str:
+def connecting(door: str, home: Path, *keys: str, **environment: str) -> str:
     """What a program says that connects to a job server; Ray reads modes and tokens once in a process."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = {**inherited, "HOME": str(home), **environment}
-    command = [sys.executable, "-c", CONNECT, door]
+    command = [sys.executable, "-c", CONNECT, door, *keys]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True).stdout
 
 
@@ -204,6 +205,19 @@ def test_the_token_that_ray_finds_is_sent(door: str, monkeypatch: pytest.MonkeyP
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("right\n")
     assert "'Bearer right'" in connecting(door, tmp_path)
+
+
+def test_a_server_elsewhere_must_demand_a_token(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert connecting(door, tmp_path) == "{}\n"  # loopback: only this machine reaches it
+    elsewhere = door.replace("127.0.0.1", "0.0.0.0")  # no loopback address, though this machine answers
+    open_to_all = connecting(elsewhere, tmp_path)
+    assert open_to_all.startswith(f"ConfigError: cluster 'far' ({elsewhere}): demands no token, ")
+    assert "`allow_unprotected: true` in clusters/local.yaml\n" in open_to_all
+    assert open_to_all.count("\n") == 1
+    assert connecting(elsewhere, tmp_path, RAY_AUTH_TOKEN="idle") == open_to_all  # a token that nobody looks at
+    assert connecting(elsewhere, tmp_path, "allow_unprotected") == "{}\n"
+    monkeypatch.setattr(Door, "token", "right")
+    assert "'Bearer right'" in connecting(elsewhere, tmp_path, RAY_AUTH_TOKEN="right")
 
 
 def test_dead_server_is_one_line(start: Start, experiment: Path) -> None:

@@ -134,6 +134,7 @@ def test_a_program_reads_nothing_before_it_runs(name, tmp_path):
     subprocess.run([sys.executable, "-c", f"import pipelines.{name}"], cwd=tmp_path, env=environment, check=True)
 
 
+@pytest.mark.slow  # starts whole programs
 def test_init_writes_the_model_that_was_there_before(tiny_root, tmp_path):
     root = copy_of(tiny_root, tmp_path / "root")
     shutil.rmtree(root / "models/unifork-init")

@@ -125,6 +125,7 @@ def test_why_a_job_stopped_is_shown_until_it_goes_on(root, error):
     assert rows()["raw/shapes"]["state"] == "finished"
 
 
+@pytest.mark.slow  # starts whole programs
 def test_a_killed_program_is_stopped_and_what_it_had_done_stays_known(root):
     shutil.rmtree(root / "data/raw/shapes")
     experiment = (root / "params.yaml").read_text()

@@ -6,7 +6,7 @@ from unifork.batch import IMAGE, TEXT
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import SYSTEM, TEMPLATES, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.shards.schema import Unusable, turns_of
+from unifork.shards.schema import Unusable, images_of, turns_of
 
 END = "<|im_end|>"
 S = f"<|im_start|>{SYSTEM}"
@@ -22,7 +22,7 @@ def tokenizer(qwen_directory) -> TextTokenizer:
 def read(row, template, tokenizer):
     """(the whole sample, what is supervised of it), the image as <image>."""
     form = TEMPLATES[template]
-    images = len([image for image in [row.get("image")] if image])
+    images = len(images_of(row))
     doc = skeleton(written(form, turns_of(row), images), tokenizer, 1, form.border)
 
     def text(keep):
@@ -79,6 +79,20 @@ def row(*turns, image="a.jpg"):
         ("answer", row(Q, A, image=None), f"{S} USER: Is it red? ASSISTANT: No.{END}", f" No.{END}"),
         ("answer", row(Q, A, image=""), f"{S} USER: Is it red? ASSISTANT: No.{END}", f" No.{END}"),
         ("answer-plain", row(Q, A, image=[]), f"Is it red?No.{END}", f"No.{END}"),
+        # several images stand where their markers are
+        (
+            "answer",
+            row(("human", " Is <image> as <image>?"), A, ("human", "Or <image>\n<image>?"), A, Q, A, image=[*"abcd"]),
+            f"{S} USER: Is <image> as <image>? ASSISTANT: No.{END}USER: Or <image>\n<image>? ASSISTANT: No.{END}"
+            f"USER: Is it red? ASSISTANT: No.{END}",
+            f" No.{END} No.{END} No.{END}",
+        ),
+        (
+            "answer-plain",
+            row(("human", "<image><image>"), A, Q, A, image=["a", "b"]),
+            f"<image><image>No.{END}",
+            f"No.{END}",
+        ),
         # a system turn of the dialogue's own
         (
             "answer",
@@ -143,10 +157,18 @@ def test_what_is_supervised(tokenizer, template, given, whole, supervised):
         ("answer", row(SEEN, ("gpt", "See <image>.")), "an image marker inside an answer"),
         ("answer", row(Q, ("gpt", "<image>")), "an image marker inside an answer"),
         ("answer", row(("system", "<image>"), Q, A), "an image marker inside the system turn"),
-        ("answer", row(SEEN, A, image=["a.jpg", "b.jpg"]), "2 images, a row holds one"),
+        ("answer", row(SEEN, A, image=["a.jpg", "b.jpg"]), "image markers: 1, images: 2"),
+        ("answer", row(Q, A, image=["a.jpg", "b.jpg"]), "image markers: 0, images: 2"),
+        ("answer", row(SEEN, A, SEEN, A, SEEN, A, image=["a.jpg", "b.jpg"]), "image markers: 3, images: 2"),
+        ("answer", row(("human", "<image><image>"), A, ("human", " "), A, image=["a", "b"]), "question 2 is empty"),
         ("answer", {"image": "a.jpg"}, "conversations is not a list of turns"),
         ("answer", {"image": "a.jpg", "conversations": ["x"]}, "conversations is not a list of turns"),
         ("answer-plain", row(Q, A, SEEN, A), "the image belongs to a later question, the template writes only the"),
+        (
+            "answer-plain",
+            row(SEEN, A, SEEN, A, image=["a", "b"]),
+            "the image belongs to a later question, the template",
+        ),
         ("answer-plain", row(("system", "Be short."), SEEN, A), "a system turn, the template has no place for it"),
     ],
 )
@@ -158,7 +180,10 @@ def test_what_is_refused(tokenizer, template, given, reason):
 
 def test_several_images_of_a_shard_are_refused():
     turns = [{"role": "user", "text": "Which?"}, {"role": "assistant", "text": "The left."}]
-    with pytest.raises(Unusable, match="2 images, a document holds one"):
+    with pytest.raises(Unusable, match="image markers: 0, images: 2"):
         written(TEMPLATES["answer"], turns, images=2)
-    with pytest.raises(Unusable, match="images: 0, a caption belongs to one"):
+    with pytest.raises(Unusable, match="images: 2, the template has a place for 1") as caught:
+        written(TEMPLATES["generate"], "two cats", images=2)
+    assert caught.value.reason == "several_images"
+    with pytest.raises(Unusable, match="images: 0, the template has a place for 1"):
         written(TEMPLATES["generate"], "a cat", images=0)

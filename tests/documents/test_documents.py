@@ -57,7 +57,7 @@ def test_documents_carry_the_codes_of_their_own_row(tiny_root):
     for number in (0, 31, 32, ROWS - 1):
         document = mixture_part.document(number)
         assert document.key == rows[number]["key"]
-        expected = np.frombuffer(rows[number]["codes"], "<u2").reshape(36, 4)
+        expected = np.frombuffer(rows[number]["codes"][0], "<u2").reshape(36, 4)
         assert (document.codes_ND == expected).all()
         assert (document.kinds_T == IMAGE).sum() == 36
         assert mixture_part.length(number) == len(document)
@@ -81,7 +81,7 @@ def test_documents_that_are_too_long_are_counted_and_the_others_keep_their_order
 
 
 def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
-    """Null codes mean no image; what cannot be written then is quarantined with its key."""
+    """No codes mean no image; what cannot be written then is quarantined with its key."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -90,13 +90,12 @@ def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
     shard = read_manifest(folder).shards[0]
     table = pq.read_table(folder / shard.path)
     rows = table.to_pylist()
-    rows[1]["codes"] = rows[3]["codes"] = None
+    rows[1]["codes"] = rows[3]["codes"] = []
     rows[3]["conversations"] = [{"role": "user", "text": "<image>\nWhat?"}, {"role": "assistant", "text": "x"}]
     rows[5]["conversations"] = [{"role": "user", "text": "What?"}, {"role": "assistant", "text": "a <image>"}]
     rows[6]["conversations"] = [{"role": "assistant", "text": "x"}]
     (folder / shard.path).unlink()
-    changed = pa.Table.from_pylist(rows, schema=pa.schema([f.with_nullable(True) for f in table.schema]))
-    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), folder / shard.path, row_group_size=16)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / shard.path, row_group_size=16)
     plain = json.loads((folder / "manifest.json").read_text())
     data = (folder / shard.path).read_bytes()
     plain["shards"][0].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -123,7 +122,7 @@ def test_rows_without_a_image_are_dialogues_of_text_alone(tiny_root, tmp_path):
     assert [document.key for document in documents] == [rows[n]["key"] for n in (0, 1, 2, 4)]
     assert [(document.kinds_T == IMAGE).sum() for document in documents] == [36, 0, 36, 36]
     assert [document.codes_ND.shape for document in documents] == [(36, 4), (0, 4), (36, 4), (36, 4)]
-    assert (documents[2].codes_ND == np.frombuffer(rows[2]["codes"], "<u2").reshape(36, 4)).all()
+    assert (documents[2].codes_ND == np.frombuffer(rows[2]["codes"][0], "<u2").reshape(36, 4)).all()
     assert documents[1].loss_mask_T.any()
     assert len(pack([documents], 2048, 4).image_index_N) == 3 * 36
 

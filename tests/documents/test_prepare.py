@@ -34,6 +34,7 @@ def folder_of(root: Path) -> Path:
     return root / "data/prepared" / KEY
 
 
+@pytest.mark.slow  # starts whole programs
 def test_the_program_makes_what_the_worker_makes_one_shard_for_each_shard_of_codes(tiny_root, tmp_path):
     root = copy_of(tiny_root, tmp_path)
     shutil.rmtree(folder_of(root))

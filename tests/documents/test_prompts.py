@@ -84,8 +84,10 @@ def test_special_tokens_are_found_by_name_and_have_one_id(tokenizer):
 
 def test_every_template_can_be_tokenized(tokenizer):
     for template in TEMPLATES.values():
-        doc = skeleton(written(template, "a caption" if template.text else DIALOGUE), tokenizer, 4, template.border)
-        assert (doc.kinds_T == IMAGE).sum() == 4
+        images = 1 if template.images is None else template.images
+        pieces = written(template, "a caption" if template.text else DIALOGUE, images)
+        doc = skeleton(pieces, tokenizer, 4, template.border)
+        assert (doc.kinds_T == IMAGE).sum() == 4 * images
         assert doc.loss_mask_T.any() == (template.task == "understanding")
 
 

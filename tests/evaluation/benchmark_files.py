@@ -31,7 +31,7 @@ def png(color="red", side=8):
 
 def card_of(name, **changes):
     """A card that asks for no number of rows."""
-    card = load_eval(name, ROOT / "evals")
+    card = load_eval(name, ROOT / "datasets" / "evals")
     return card.model_copy(update={"items": card.items.model_copy(update={"rows": None, **changes})})
 
 

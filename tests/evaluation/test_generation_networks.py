@@ -8,7 +8,7 @@ import torch
 from benchmark_files import png, write
 from generation_files import benchmark, image_folder
 from PIL import Image
-from tiny_networks import clip, inception, mask2former, with_networks
+from tiny_networks import clip, inception, mask2former, shrink, with_networks
 from torch.nn import functional as F
 
 from unifork.cluster import run_jobs
@@ -149,7 +149,8 @@ def test_fid_needs_one_torchscript_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["geneval", "mjhq", "dpg"])
-def test_images_in_the_official_layout_are_examined_and_scored(name, tmp_path):
+def test_images_in_the_official_layout_are_examined_and_scored(name, tmp_path, monkeypatch):
+    shrink(monkeypatch)
     card, items = benchmark(
         name, tmp_path / "files", options={} if name != "mjhq" else {"reference": str(tmp_path / "ref")}
     )

@@ -9,7 +9,7 @@ import yaml
 from benchmark_files import ROOT, lines, png, write
 from generation_files import FILES, PROMPTS, benchmark, image_folder
 from tiny import fresh_tokenizer, start, write_experiment, write_model
-from tiny_networks import KINDS
+from tiny_networks import KINDS, shrink
 from typer.testing import CliRunner
 
 from unifork.cli import app
@@ -26,12 +26,12 @@ ROWS = {"geneval": 4 * len(PROMPTS), "mjhq": 6, "dpg": 12}
 def place(root, name, kinds=None):
     """The card of a benchmark with the rows of small files, these files, and tiny networks where the card has them."""
     FILES[name](root / "archives" / "evals" / name)
-    card = yaml.safe_load((ROOT / "evals" / f"{name}.yaml").read_text())
+    card = yaml.safe_load((ROOT / "datasets" / "evals" / f"{name}.yaml").read_text())
     card["items"]["rows"] = ROWS[name]
     for network, (kind, make) in KINDS[name].items():
         entry = card["networks"].setdefault(network, {"kind": kind, "path": f"networks/{network}"})
         make(root / entry["path"])
-    write(root / "evals" / f"{name}.yaml", yaml.safe_dump(card))
+    write(root / "datasets" / "evals" / f"{name}.yaml", yaml.safe_dump(card))
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def output_of(*words):
 
 
 @pytest.mark.parametrize("name", ["geneval", "mjhq", "dpg"])
-def test_a_folder_of_images_becomes_scores(name, root):
+def test_a_folder_of_images_becomes_scores(name, root, monkeypatch):
+    shrink(monkeypatch)
     place(root, name)
     _, items = benchmark(name, root / "archives" / "evals" / name)
     image_folder(items, root / "images")
@@ -133,7 +134,7 @@ def test_an_experiment_lists_where_networks_look(root):
     assert set(experiment.examined) == {"unifork-geneval", "unifork-mjhq", "mjhq-reference"}
     reference = experiment.examined["mjhq-reference"]
     assert (reference["name"], reference["out"]) == ("mjhq", "data/evals/mjhq-reference")
-    assert reference["images"] == reference["networks"] == "evals/README.md"  # nothing is here
+    assert reference["images"] == reference["networks"] == "datasets/evals/README.md"  # nothing is here
     place(root, "geneval")
     place(root, "mjhq")
     examined = resolve("tiny", root / "experiments", root / "datasets").examined
@@ -152,7 +153,7 @@ def test_programs_go_from_a_model_to_scores(tmp_path):
     experiment = write_experiment(tmp_path, changes)
     for name in ("geneval", "mjhq"):
         place(tmp_path, name)
-    write(tmp_path / "evals/dpg.yaml", (ROOT / "evals/dpg.yaml").read_text())
+    write(tmp_path / "datasets/evals/dpg.yaml", (ROOT / "datasets/evals/dpg.yaml").read_text())
     images = fresh_tokenizer(experiment, tmp_path / "tokenizers/image")
     words = train_text_tokenizer(
         ["a photo of a dog"] * 50, experiment.text_tokenizer.vocab_size, tmp_path / "tokenizers/text"

@@ -129,7 +129,7 @@ def test_the_card_counts_four_images_of_every_official_prompt():
     from unifork.config import load_eval
 
     counts = VECTORS["geneval_prompt_counts"]
-    assert load_eval("geneval", ROOT / "evals").items.rows == 4 * counts["total"] == 2212
+    assert load_eval("geneval", ROOT / "datasets" / "evals").items.rows == 4 * counts["total"] == 2212
 
 
 @pytest.mark.parametrize(("name", "rows"), [("geneval", 2212), ("mjhq", 30000), ("dpg", 4260)])

@@ -74,8 +74,16 @@ def test_scores_are_made_again_from_answers_and_absent_benchmarks_are_listed(roo
         assert ("pope: not here: put coco_pope_" in output) == (name == "pope")
     output = run(root, "score", "unifork")
     assert "unifork: pope: not here: put coco_pope_{adversarial,popular,random}.json" in output
-    every = json.loads((root / "scores/unifork.json").read_text())
-    assert set(every["pope"]) == {"not_here"}
+    every = {
+        name: json.loads((root / f"scores/unifork/{name}/metrics.json").read_text())
+        for name in CHANGES["benchmarks"]
+        if name != "pope"
+    }
+    headlines = {NAME: ["yes_no_accuracy"], "shapes-generation": ["overall", "single_object"]}
+    assert json.loads((root / "scores/unifork.json").read_text()) == {
+        f"{name}.{split}.{score}": every[name][split][score]["value"]
+        for name, scores in headlines.items() for split in ("seen", "held_out") for score in scores
+    }  # fmt: skip
     manifest = read_manifest(root / "answers/unifork" / NAME)
     score = every[NAME]["seen"]["yes_no_accuracy"]
     assert (score["items"], score["missing"], score["seed"], score["rule"]) == (16, 0, 0, "official")
@@ -97,7 +105,7 @@ def test_scoring_needs_no_torch_and_no_ray():
         "from unifork.evaluation.suites import suite_of\n"
         "from unifork.evaluation.answers import EXPORTS\n"
         "from pathlib import Path\n"
-        "[suite_of(load_eval(path.stem)) for path in Path('evals').glob('*.yaml')]\n"
+        "[suite_of(load_eval(path.stem)) for path in Path('datasets/evals').glob('*.yaml')]\n"
         "[EXPORTS.find(name, '') for name in EXPORTS.addresses]\n"
         "print([name for name in ('torch', 'transformers', 'ray') if name in sys.modules])"
     )

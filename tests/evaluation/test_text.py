@@ -20,6 +20,7 @@ from unifork.cli import app
 from unifork.config import TextCard
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
+from unifork.evaluation.comparison import compare
 from unifork.evaluation.names import SAMPLES, identity
 from unifork.evaluation.text import export, run_tasks
 from unifork.evaluation.text_scores import text_scores
@@ -243,6 +244,26 @@ def test_scores_of_groups_and_their_mean_by_hand(tmp_path):
         text_scores(CARD.model_copy(update={"tasks": {"right": 0.5}}), written(tmp_path / "b", [row("right", f1=1.0)]))
 
 
+def test_two_models_are_compared_question_by_question(tmp_path, monkeypatch):
+    (tmp_path / "datasets" / "evals" / "text").mkdir(parents=True)
+    card = {**CARD.model_dump(exclude={"show"}), "tasks": {"left": 0.25, "right": 0.5}}
+    (tmp_path / "datasets" / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
+    monkeypatch.chdir(tmp_path)
+    rows = [row("left", acc=float(number % 3 > 0)) for number in range(60)] + [row("right", acc=1.0)] * 4
+    ours = written(tmp_path / "ours", rows)
+    theirs = written(
+        tmp_path / "theirs", [{**line, "acc": line["acc"] * (number > 9)} for number, line in enumerate(rows)]
+    )
+    found = {pair.name: pair for pair in compare(ours, theirs)}
+    assert (found["all left"].first, found["all left"].second) == (pytest.approx(40 / 60), pytest.approx(34 / 60))
+    assert found["all left"].difference.value == pytest.approx(0.1)
+    assert found["all left"].difference.standard_error == pytest.approx((0.1 * 0.9 / 59) ** 0.5)
+    assert found["all right"].difference.value == 0
+    assert found["all mean"].difference.value == pytest.approx(0.05)
+    with pytest.raises(DataError, match="questions are not the same in both"):
+        compare(ours, written(tmp_path / "others", [line | {"doc_hash": "other"} for line in rows]))
+
+
 @pytest.mark.skipif(HERE, reason="lm-eval is installed")
 def test_without_the_package_is_one_line(model, tmp_path):
     with pytest.raises(ConfigError, match=r"card tiny: No module named 'lm_eval'; text needs `pip install"):
@@ -252,14 +273,19 @@ def test_without_the_package_is_one_line(model, tmp_path):
 @pytest.mark.slow
 def test_the_programs_list_what_is_not_here_and_the_page_shows_scores(tmp_path):
     card = {**CARD.model_dump(exclude={"show"}), "include_path": "archives/text", "access": "two files"}
-    (tmp_path / "evals" / "text").mkdir(parents=True)
-    for path in (REPOSITORY / "evals").glob("*.*"):
-        (tmp_path / "evals" / path.name).write_text(path.read_text())
-    (tmp_path / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
+    (tmp_path / "datasets" / "evals" / "text").mkdir(parents=True)
+    for path in (REPOSITORY / "datasets" / "evals").glob("*.*"):
+        (tmp_path / "datasets" / "evals" / path.name).write_text(path.read_text())
+    (tmp_path / "datasets" / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         experiment = write_experiment(tmp_path, {"benchmarks": NO_BENCHMARKS, "text_evals": ["tiny"]})
-    entry = {"variant": "unifork", "benchmark": "tiny", "model": "models/unifork-s3", "follows": "evals/README.md"}
+    entry = {
+        "variant": "unifork",
+        "benchmark": "tiny",
+        "model": "models/unifork-s3",
+        "follows": "datasets/evals/README.md",
+    }
     assert experiment.text_runs == {"unifork-tiny": entry}
     assert experiment.scored == {"unifork": ("tiny",)}
     for program, name in (("text", "unifork/tiny"), ("score", "unifork")):

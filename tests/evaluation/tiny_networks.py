@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.mask2former import modeling_mask2former
 
 from unifork.config import Network
+from unifork.evaluation.generation import networks
 
 
 def mask2former(folder, classes=80):
@@ -30,6 +31,12 @@ def mask2former(folder, classes=80):
     )  # fmt: skip
     with patch.object(modeling_mask2former, "requires_backends"):
         Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+
+
+def shrink(monkeypatch):
+    """Have the detector enlarge images to a twelfth of the sides that mmdet takes."""
+    monkeypatch.setattr(networks, "SHORT_SIDE", 64)
+    monkeypatch.setattr(networks, "LONG_SIDE", 107)
 
 
 def clip(folder):
@@ -89,8 +96,8 @@ KINDS = {
 
 def with_networks(card, folder):
     """A card with tiny networks, made in a folder."""
-    networks = {}
+    made_here = {}
     for name, (kind, write) in KINDS[card.name].items():
         write(folder / name)
-        networks[name] = Network(kind=kind, path=str(folder / name))
-    return card.model_copy(update={"networks": networks})
+        made_here[name] = Network(kind=kind, path=str(folder / name))
+    return card.model_copy(update={"networks": made_here})

@@ -133,6 +133,13 @@ def test_a_changed_rule_reads_no_image(tmp_path):
     assert filter_here(changed, raw, measured, target).dropped == {"text_length": 12}
     assert bytes_read() - before < size / 20
 
+    # what later stages read of the card stands in the manifest, by which DVC runs them again; no shard is made again
+    names = [(path.name, path.stat().st_mtime_ns) for path in sorted(target.glob("*.parquet"))]
+    matte = changed.model_copy(update={"matte": (0, 0, 0), "title": "the same images"})
+    assert filter_here(matte, raw, measured, target).lineage["card"]["matte"] == [0, 0, 0]
+    assert names == [(path.name, path.stat().st_mtime_ns) for path in sorted(target.glob("*.parquet"))]
+    assert "title" not in read_manifest(target).lineage["card"]
+
 
 def bytes_read() -> int:
     """What this process has read so far."""

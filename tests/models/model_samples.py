@@ -102,6 +102,16 @@ def generation(seed: int, prompt: int = 5) -> Document:
     return Document(f"gen{seed}", "generation", kinds, ids, np.zeros(len(kinds), bool), codes)
 
 
+def several(seed: int, images: int) -> Document:
+    """Two words before each of some images, then text of which the last four tokens are supervised."""
+    rng = np.random.default_rng(3000 + seed)
+    P = GRID * GRID
+    kinds = np.array(([TEXT] * 2 + [BEGIN_IMAGE] + [IMAGE] * P + [END_IMAGE]) * images + [TEXT] * 6)
+    ids = np.where(kinds == TEXT, rng.integers(0, VOCAB, len(kinds)), 0)
+    codes = rng.integers(0, CODES, (images * P, DEPTH))
+    return Document(f"several{seed}", "understanding", kinds, ids, np.arange(len(kinds)) >= len(kinds) - 4, codes)
+
+
 def text_only(seed: int, length: int = 12) -> Document:
     rng = np.random.default_rng(2000 + seed)
     ids = rng.integers(0, VOCAB, length)

@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from distributed_testing import run_distributed
 
+pytestmark = pytest.mark.slow  # every rank is a process that imports torch
+
 
 def summed(rank: int, world_size: int, offset: int) -> int:
     value = torch.tensor(rank + offset)

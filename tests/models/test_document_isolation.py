@@ -5,6 +5,7 @@ import dataclasses
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from model_samples import (
@@ -16,6 +17,7 @@ from model_samples import (
     mixed_batch,
     noisy_model,
     rows,
+    several,
     text_only,
     understanding,
     warm_model,
@@ -56,12 +58,38 @@ def test_changing_a_document_leaves_the_others_bit_identical(plan, attention, fa
     assert torch.equal(before[middle.stop :], after[middle.stop :])
 
 
+@pytest.mark.parametrize(("attention", "family"), PATHS)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("document", [text_only(1), several(1, 2), several(2, 3)], ids=["text", "two", "three"])
+def test_a_document_of_any_number_of_images_loses_beside_others_what_it_loses_alone(plan, attention, family, document):
+    """The others have no targets, so both the losses and their gradients are those of the document."""
+    model = model_with(attention, plan, family).train()
+    given = [dataclasses.replace(other, loss_mask_T=other.loss_mask_T & False) for other in (understanding(1),) * 2]
+    given.append(dataclasses.replace(several(3, 2), loss_mask_T=np.zeros(len(several(3, 2)), bool)))
+    drawn = dataclasses.replace(generation(2), supervised_positions=0)
+    alone, beside = rows([document], tokens=len(document)), rows([given[0], document, drawn], given[1:], tokens=100)
+    wanted = document.text_ids_T[document.loss_mask_T].tolist()
+    results = []
+    for batch in (alone, beside):
+        assert batch.text_target_S.tolist() == wanted
+        assert len(batch.image_target_MD) == 0
+        losses = model(batch)
+        losses.text_loss_sum.backward()
+        results.append((losses.text_loss_sum, losses.image_loss_sum_D.sum(), gradients(model)))
+    (text, image, found), (text_beside, image_beside, found_beside) = results
+    assert text > 0
+    assert image == image_beside == 0
+    assert abs(text - text_beside) < 1e-4
+    assert all((found[name] - found_beside[name]).abs().max() < 1e-4 for name in found)
+
+
 @pytest.mark.parametrize("attention", sorted(set(MASKS) - {"sdpa"}))
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("batch", [mixed_batch(), rows([several(1, 3), text_only(1)], [several(2, 2)])])
 @torch.no_grad()
-def test_attention_implementations_agree(plan, attention):
-    wanted = model_with("sdpa", plan).hidden(mixed_batch())
-    assert (model_with(attention, plan).hidden(mixed_batch()) - wanted).abs().max() < 1e-5
+def test_attention_implementations_agree(plan, attention, batch):
+    wanted = model_with("sdpa", plan).hidden(batch)
+    assert (model_with(attention, plan).hidden(batch) - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("attention", ["eager", "varlen"])
@@ -171,7 +199,14 @@ def awkward_batch():
 
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize(
-    "batch", [mixed_batch(), awkward_batch(), pack([[text_only(1, 20)]], 20, 3)], ids=["mixed", "awkward", "full"]
+    "batch",
+    [
+        mixed_batch(),
+        awkward_batch(),
+        pack([[text_only(1, 20)]], 20, 3),
+        rows([several(1, 3), text_only(1)], [several(2, 2)]),
+    ],
+    ids=["mixed", "awkward", "full", "several"],
 )
 def test_sequences_are_the_documents_and_their_branches_in_order(batch, isolated):
     kinds_BT = modalities(batch.kinds_BT)

@@ -60,6 +60,30 @@ def test_autocast_keeps_float32_losses_and_gradients(chunk):
         assert (ours - theirs).abs().max() <= (1e-6 if name == "loss" else 2e-2) * theirs.abs().max(), name
 
 
+@pytest.mark.slow  # for the compiler
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_compiled_chunks_are_the_same(monkeypatch, dtype, tolerance, bias):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * CLASSES)
+    arguments = tensors(dtype, bias)
+    wanted = results(linear_cross_entropy, arguments)
+    losses._on.cache_clear()
+    monkeypatch.setattr(losses, "COMPILED_ON", {"cpu"})
+    compiled = []
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **options: compiled.append(function.__name__) or compiler(function, **options),
+    )
+    found = results(linear_cross_entropy, arguments)
+    losses._on.cache_clear()
+    assert compiled == ["_loss", "_slope"]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
 def test_no_rows_give_zero_gradients(chunk):
     found = results(linear_cross_entropy, tensors(torch.float32, count=0))
     assert found[0].shape == (0,)

@@ -198,7 +198,7 @@ REAL = {
 def test_parameters_at_real_size_are_the_papers(folded, head, counts):
     form = HeadConfig(layers=6, heads=32, head_dim=112, folded=folded)
     variant = Variant(plan="shared*12 task*12 norm:task", backbone=REAL, head=form, stages=())
-    config = model_config(variant, 16384, 1024, 4, 24, 151665)
+    config = model_config(variant, 151665, codebook_size=16384, code_channels=1024, depth=4, grid=24)
     assert paper_counts(config) == counts
     counted = {part.name: part for part in parts(config)}
     assert counted["image_head"].parameters == head

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_samples import generation, mixed_batch, rows, text_only, understanding
+from model_samples import GRID, generation, mixed_batch, rows, several, text_only, understanding
 
 from unifork.batch import IMAGE, NO_DOCUMENT, TEXT
 from unifork.errors import ConfigError
@@ -88,3 +88,16 @@ def test_forms_of_the_mask_agree():
 def test_unknown_attention_is_refused():
     with pytest.raises(ConfigError, match="sdpa"):
         attention_mask("spda", torch.zeros(1, 2), None, 2, torch.float32)
+
+
+def test_texts_go_to_the_branches_that_read_text_and_several_images_to_those_of_images():
+    batch = rows([text_only(1, 20)], [several(1, 3)], tokens=45)
+    routes = batch_routes(batch, NEEDED)
+    assert routes["task"].counts == (90, 0)  # understanding, generation
+    images = 3 * (GRID * GRID + 2)
+    assert routes["modality"].counts == (90 - images, images)
+    text, image = (torch.arange(90)[modalities(batch.kinds_BT).flatten() == kind] for kind in (0, 1))
+    assert set(text[text < 45].tolist()) == set(range(45))
+    seen = visible_BTS(batch.documents_BT, modalities(batch.kinds_BT), 45)[1]
+    last = int(image[-1]) - 45
+    assert seen[last].nonzero().flatten().tolist() == (image - 45).tolist()  # all images before it, and no word

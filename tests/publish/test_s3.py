@@ -12,6 +12,7 @@ from tiny import bytes_of, objects
 
 from unifork.errors import DataError
 from unifork.layout import Layout
+from unifork.publish.card import Offer
 from unifork.publish.publication import build, fetch
 from unifork.publish.stores import CHECKSUMS, checksums, open_store, reread, sync
 
@@ -43,7 +44,7 @@ stores.sync(Path(sys.argv[1]), Store(store.uri, Dying(store.system), store.root)
 @pytest.fixture(scope="module")
 def folder(tiny_root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("published")
-    build("shapes", Layout(tiny_root), out, None)
+    build("shapes", Layout(tiny_root), out, None, Offer("unifork"))
     return out
 
 

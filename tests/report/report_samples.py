@@ -119,7 +119,7 @@ def experiment(variants=("fork",)) -> Experiment:
 def layout(root: Path) -> Layout:
     (root / "datasets").mkdir(parents=True, exist_ok=True)
     (root / "datasets" / "world.yaml").write_text(yaml.safe_dump(CARD))
-    shutil.copytree(REPOSITORY / "evals", root / "evals", dirs_exist_ok=True)
+    shutil.copytree(REPOSITORY / "datasets" / "evals", root / "datasets" / "evals", dirs_exist_ok=True)
     return Layout(root)
 
 

@@ -11,8 +11,8 @@ from report_samples import NASTY, FakeCodec, experiment, layout, write_all
 
 from unifork.config import AnalyzedRun
 from unifork.errors import UniForkError
-from unifork.figures import data_uri
 from unifork.report.build import build
+from unifork.report.tables import data_uri
 from unifork.shards.manifest import write_json
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Pages without the plots of training, which take most of the time."""
-    monkeypatch.setattr("unifork.report.build.training_plots", lambda lines: [])
+    monkeypatch.setattr("unifork.report.build.training_plots", lambda lines, groups: [])
 
 
 def test_it_says_what_was_run_and_what_came_out(whole):
@@ -189,6 +189,27 @@ def test_before_anything_has_run(tmp_path):
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_without_benchmarks_held_out_rows_are_its_numbers(tmp_path):
+    plan = experiment().model_copy(update={"benchmarks": {}, "evaluations": {}})
+    stages = {name: stage.model_copy(update={"sample_prompts": ()}) for name, stage in plan.stages.items()}
+    plan = plan.model_copy(update={"stages": stages})
+    where = write_all(tmp_path, plan)
+    page = build(plan, where, FakeCodec)
+    assert "No benchmarks and no held-out rows" in words(page)
+    card = tmp_path / "datasets/world.yaml"
+    card.write_text(card.read_text() + "held_out: 0.5\n")
+    page = build(plan, where, FakeCodec)
+    text = words(page)
+    assert "fork, s1: world-caption-generate 2.700 - - -" in text
+    assert "fork, s1: world-caption-caption 1.700 2 0.500 ± 0.350 0.625 ± 0.125" in text
+    assert [image["alt"] for image in Page(page).images][:2] == ["a held-out star, held out", f"{NASTY}, held out"]
+    for part in ("Headline scores", "First images", "Benchmarks", "Images for held-out prompts"):
+        assert f"{part}: not there yet" not in text
+    (where.model("fork-s1") / "training/held_out.json").unlink()
+    assert "Held-out rows: not there yet" in words(build(plan, where, FakeCodec))
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_a_variant_that_has_not_run_stands_beside_one_that_has(tmp_path):
     plan = experiment(("dense", "fork"))
     text = words(build(plan, write_all(tmp_path, plan, "fork"), FakeCodec))
@@ -300,4 +321,4 @@ def test_it_shows_alignment_where_it_was_analyzed(tmp_path):
     (where.analysis("fork-s3") / "alignment.svg").write_text("<svg/>")
     page = build(plan, where, None)
     assert "after fork-s3, from the first to the last: generation 0.50 to 0.25; understanding 0.50 to 0.75." in page
-    assert data_uri("<svg/>") in page
+    assert data_uri("image/svg+xml", b"<svg/>") in page

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import subprocess
 
 import numpy as np
@@ -17,7 +18,7 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.report.codec import load_codec
 from unifork.report.images import LARGEST, shown_image
-from unifork.report.plots import MOST_POINTS, Recorded, training_plots
+from unifork.report.plots import MOST_POINTS, Recorded, loss_files, training_plots
 from unifork.report.scores import measured
 from unifork.report.surroundings import revision, surroundings
 from unifork.report.tables import count, duration
@@ -59,9 +60,21 @@ def test_transparency_survives():
 
 def test_long_histories_make_small_plots():
     history = [{"track": "joint", "step": step, "text_loss": 1 / (1 + step)} for step in range(20_000)]
-    (plot,) = training_plots({"fork": [Recorded("s1", history)]})
+    (plot,) = training_plots({"fork": [Recorded("s1", history)]}, {"fork": {0: "fork"}})
     assert len(plot.src) < 60 * MOST_POINTS + 10_000
     assert "20000 steps" in plot.alt
+
+
+def test_losses_are_metrics_and_plots():
+    history = [{"track": "joint", "step": step, "text_loss": 4.0 - step} for step in range(3)]
+    held_out = [{"part": "own-caption-generate", "finished_steps": 3, "text_loss": 2.5}]
+    files = loss_files({"fork": [Recorded("s1", history, held_out)]})
+    assert json.loads(files["losses.json"]) == {
+        "fork.text_loss": 2.0,
+        "fork.text_loss.held_out.own-caption-generate": 2.5,
+    }
+    assert files["losses/text_loss.csv"].decode().splitlines()[:2] == ["variant,of,step,value", "fork,,1,4"]
+    assert len(files) == 2  # no file for a loss that was not recorded
 
 
 @pytest.mark.parametrize(

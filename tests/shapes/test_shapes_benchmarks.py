@@ -1,6 +1,7 @@
 """A perfect model scores one, a random one chance, a constant one what its constancy earns."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ NAMES = ("shapes-generation", "shapes-understanding")
 SAMPLES = 40
 
 
+@cache
 def items_of(name, seed=0):
     card = load_eval(name)
     suite, _ = suite_of(card)
@@ -40,7 +42,9 @@ def scores(name, items, outputs):
     return score_answers(load_eval(name), items, answers, Origin("test"))
 
 
-def perfect(name, items):
+@cache
+def perfect(name):
+    items = items_of(name)
     if name == NAMES[0]:
         return shapes_oracle.generate_images([item.question for item in items])
     return shapes_oracle.answer([image_of(item) for item in items], [item.question for item in items])
@@ -76,8 +80,7 @@ def assert_near_chance(score):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_perfect_model_scores_one(name):
-    items = items_of(name)
-    found, verdicts = scores(name, items, perfect(name, items))
+    found, verdicts = scores(name, items_of(name), perfect(name))
     assert {score.value for score in found if "yes_ratio" not in score.name} == {1.0}
     assert {score.value for score in found if "yes_ratio" in score.name} <= {0.5}
     assert all(verdict["verdicts"]["official"]["right"] == 1.0 for verdict in verdicts)
@@ -130,7 +133,7 @@ def test_items_are_balanced_new_images_and_about_what_their_split_says():
     for item in items:
         seed, split, index = item.image.split("/")
         assert shapes_oracle.is_held_out(scene(int(seed), int(index), split)) == (split == "held_out")
-    assert items == items_of(NAMES[1]) != items_of(NAMES[1], 1)
+    assert items == items_of.__wrapped__(NAMES[1]) != items_of(NAMES[1], 1)
 
 
 def test_understanding_from_crops_of_wide_images_fails_and_from_pads_does_not():
@@ -157,8 +160,7 @@ def test_captions_of_crops_are_wrong_on_many_whole_images():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_find_the_scores_that_are_there(name):
-    show, items = load_eval(name).show, items_of(name)
-    found, _ = scores(name, items, perfect(name, items))
+    show, (found, _) = load_eval(name).show, scores(name, items_of(name), perfect(name))
     assert {score.split for score in found} == set(show.splits)
     assert {*show.scores, *show.headlines} <= {score.name for score in found}
 

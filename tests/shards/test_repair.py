@@ -154,6 +154,7 @@ READ_ONLY = "mount --bind . . && mount -o remount,bind,ro . && cd . && exec "
     subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode != 0,
     reason="needs a mount namespace of its own",
 )
+@pytest.mark.slow  # starts whole programs
 def test_a_finished_job_on_a_disk_that_takes_nothing_is_finished(whole, experiment):
     shutil.copytree(whole / "data", experiment / "data")
 
@@ -253,6 +254,7 @@ def test_a_folder_that_takes_nothing_stops_the_program_with_one_line(experiment)
     assert re.search(r"data/raw/shapes.*: cannot be written: .*\. Make room or allow writing", line)
 
 
+@pytest.mark.slow  # starts whole programs
 def test_the_programs_name_what_is_wrong_with_their_input_and_mend_their_output(whole, experiment):
     shutil.copytree(whole / "data", experiment / "data")
     raw, measured = (experiment / f"data/{stage}/shapes/part-00001.parquet" for stage in ("raw", "measured"))

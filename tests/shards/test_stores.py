@@ -37,7 +37,7 @@ from unifork.sources import Materialize, download_job
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
-CARD = load_card("shapes", REPOSITORY / "datasets")
+CARD = load_card("shapes", REPOSITORY / "datasets").model_copy(update={"held_out": 0.0})  # as the tiny experiment's
 FOLDERS = ("raw/shapes", "measured/shapes", "filtered/shapes", "codes/shapes/crop", "codes/shapes/pad")
 SHARDS = ROWS // SHARD_ROWS
 
@@ -187,6 +187,7 @@ runpy.run_module("pipelines.download", run_name="__main__")
 """
 
 
+@pytest.mark.slow  # starts whole programs
 def test_a_program_killed_between_object_and_record_makes_only_the_rest(store, tmp_path, tiny_root):
     """The real program with a cluster file; a second place without any local state goes on as well."""
     write_experiment(tmp_path, {"datasets": {"shapes": {"rows": ROWS, "shard_rows": SHARD_ROWS}}})

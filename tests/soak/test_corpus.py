@@ -1,7 +1,7 @@
 """A whole corpus from a web that answers in every good and bad way: nothing lost, nothing changed, nobody else asked.
 
 8,818 good images (emoji twice with their file names as captions, drawn scenes with sentences) stand between
-32 kinds of answers and 13 kinds of URLs, 30 times each, in tables of LAION's and COYO's shape. `-s` shows the numbers.
+55 kinds of answers and 13 kinds of URLs, 30 times each, in tables of LAION's and COYO's shape. `-s` shows the numbers.
 """
 
 import hashlib

@@ -93,3 +93,64 @@ def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_pa
     assert [row["documents_hash"] for row in history] == [row["documents_hash"] for row in unbroken]
     for ours, theirs in zip(history, unbroken, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_a_range_of_workers_shrinks_with_a_lost_node_and_grows_with_a_new_one(cluster, prepared, tmp_path, monkeypatch):
+    """2 -> 1 -> 2 workers in one command: the documents and losses of the unbroken run."""
+    from unifork.training import launch
+
+    root, unbroken = prepared
+    stage_job = job(copy_of(root, tmp_path / "root"), (1, 2))
+    sizes, plain = tmp_path / "sizes", launch.scaling
+
+    def worker(config):  # which notes how many there are, and is slow where it is alone
+        import time
+
+        import ray.train
+
+        from unifork.training import launch
+
+        size, report = ray.train.get_context().get_world_size(), ray.train.report
+        with sizes.open("a") as file:
+            file.write(f"{size} " if ray.train.get_context().get_world_rank() == 0 else "")
+        ray.train.report = lambda metrics: (time.sleep(1.0 if size == 1 else 0.1), report(metrics))
+        launch._worker(config)
+
+    monkeypatch.setattr(launch, "_worker", worker)
+    monkeypatch.setattr(launch, "scaling", lambda found: plain(found) | {"elastic_resize_monitor_interval_s": 2.0})
+    happened, ended = [], threading.Event()
+
+    def comes(what, condition):
+        while not ended.is_set():
+            if condition():
+                happened.append(what)
+                return True
+            time.sleep(0.05)
+        return False
+
+    def saved():
+        pointer = stage_job.run_folder / "latest"
+        return int(pointer.read_text().removeprefix("step-")) if pointer.exists() else 0
+
+    def watch():
+        if comes("lost", lambda: saved() >= DIES_AFTER):
+            cluster.remove_node(sorted(cluster.worker_nodes, key=lambda node: node.unique_id)[0], allow_graceful=False)
+            at = saved()
+            if comes("new", lambda: sizes.read_text().startswith("2 1 ") and saved() > at):
+                with mock.patch("ray._private.utils.set_sigterm_handler"):
+                    cluster.add_node(num_cpus=1)
+                ended.wait()  # a node dies with the thread that started it
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        launch.launch(stage_job)
+    finally:
+        ended.set()
+        watcher.join()
+    assert happened == ["lost", "new"]
+    assert sizes.read_text().split() == ["2", "1", "2"]
+    history = read(stage_job.run_folder)
+    assert [row["documents_hash"] for row in history] == [row["documents_hash"] for row in unbroken]
+    for ours, theirs in zip(history, unbroken, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

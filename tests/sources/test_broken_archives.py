@@ -98,7 +98,7 @@ def test_links_out_of_a_folder_are_not_followed(at):
         {"image": name, "c": "x"} for name in ("a.jpg", "c.jpg", "d.jpg", "linked/inner.jpg", "f.jpg", "x" * 5000)
     ]
     put(at / "list.jsonl", jsonl(entries))
-    listed = card_of("listed", {"lists": "list.jsonl", "images": "sets/x", "texts": {"caption": "c"}}, ["caption"])
+    listed = card_of("table", {"files": "list.jsonl", "root": "sets/x", "texts": {"caption": "c"}}, ["caption"])
     assert [accounted(listed)[f"list/{number:09d}"] for number in range(len(entries))] == [
         "ok", "path_outside", "ok", "path_outside", "not_a_file", "missing_image",
     ]  # fmt: skip

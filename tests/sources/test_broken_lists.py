@@ -27,7 +27,7 @@ from unifork.sources import RowError, plan, rows_of
 
 
 def a_list(lists="sets", images="images", **more):
-    return card_of("listed", {"lists": lists, "images": images, "texts": {"caption": "c"}, **more}, ["caption"])
+    return card_of("table", {"files": lists, "root": images, "texts": {"caption": "c"}, **more}, ["caption"])
 
 
 def test_lines_of_lists(at, little_memory):
@@ -42,7 +42,7 @@ def test_lines_of_lists(at, little_memory):
         b'{"image": "' + b"x/" * 5000 + b'", "c": "x"}': "missing_image",
         b'{"image": "\\u0000", "c": "x"}': "missing_image", b'{"image": ".", "c": "x"}': "not_a_file",
         b'{"image": "/etc/hostname", "c": "x"}': "path_outside", b'{"image": {"a": 1}, "c": "x"}': "no_image",
-        b'{"image": [["a.jpg"]], "c": "x"}': "no_image", b'{"image": "a.jpg", "c": NaN}': "ok",
+        b'{"image": [["a.jpg"]], "c": "x"}': "no_image", b'{"image": "a.jpg", "c": NaN}': "missing_caption",
         b'{"image": "a.jpg", "c": ' + b"9" * 5000 + b"}": "broken_line",
         b'{"image": "a.jpg", "c": [1, {"d": "\\udc00"}]}': "broken_text",
     }  # fmt: skip
@@ -100,13 +100,13 @@ def test_a_meta_file_says_what_is_wrong_with_it(at, change, error):
     put(at / "l.jsonl", jsonl([{"image": "a.jpg", "conversations": [{"from": "human", "value": "x"}]}]))
     put(at / "meta.json", json.dumps({"x": {"root": "images", "annotation": "l.jsonl", **change}}).encode())
     with pytest.raises(ConfigError, match=error):
-        plan(card_of("listed_meta", {"meta": "meta.json"}, ["conversations"]), None, 5, 0)
+        plan(card_of("table_meta", {"meta": "meta.json"}, ["conversations"]), None, 5, 0)
 
 
 def test_a_meta_file_without_lists_or_with_a_name_twice(at):
     put(at / "images/a.jpg", JPEG)
     put(at / "l.jsonl", jsonl([{"image": "a.jpg", "conversations": [{"from": "human", "value": "x"}]}] * 3))
-    card = card_of("listed_meta", {"meta": "meta.json"}, ["conversations"])
+    card = card_of("table_meta", {"meta": "meta.json"}, ["conversations"])
     entry = b'{"root": "images", "annotation": "l.jsonl"}'
     put(at / "meta.json", b'{"x": %s, "y": %s, "x": %s}' % (entry, entry, entry))
     found = accounted(card, 2)

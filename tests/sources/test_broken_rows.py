@@ -28,8 +28,9 @@ from unifork.shards.task import Slice
 from unifork.sources import Materialize, RowError, Source, SourceOptions, download_job, image_row, plan, rows_of
 from unifork.sources import archives as archives_module
 from unifork.sources.paths import ChangedFile
-from unifork.sources.web.client import Refused
+from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.download import inspect
+from unifork.sources.web.permission import Refused
 
 # -------------------------------------------------------------------------------------- all kinds
 
@@ -126,12 +127,13 @@ def test_no_program_is_started_for_what_is_called_an_image(at):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
     put(at / "sets/s.tar", tarred([("a.jpg", eps), ("a.txt", b"x"), ("b.jpg", JPEG), ("b.txt", b"x")]))
     code = "from archive_samples import *; import sys\nfrom pathlib import Path\n" \
-           "from unifork.sources.web.client import Refused\nfrom unifork.sources.web.download import inspect\n" \
+           "from unifork.sources.url_lists import FetchRules\nfrom unifork.sources.web.download import inspect\n" \
+           "from unifork.sources.web.permission import Refused\n" \
            "card = card_of('pairs', {'files': 'sets'}, ['caption'], shrink={'longest_side': 5})\n" \
            "download(card, Path('shrunk'))\n" \
            "card = card_of('pairs', {'files': 'sets'}, ['caption'])\ndownload(card, Path('raw'))\n" \
            "result = filtered(card, Path('raw'), Path('kept'))\nprint(result.manifest.dropped)\n" \
-           f"try: inspect({eps!r}, 100)\nexcept Refused as refused: print(refused.reason)\n"  # fmt: skip
+           f"try: inspect({eps!r}, FetchRules())\nexcept Refused as refused: print(refused.reason)\n"  # fmt: skip
     environment = os.environ | {"PATH": f"{at / 'bin'}:{os.environ['PATH']}",
                                 "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -171,10 +173,10 @@ def test_images_that_cost_much_or_cannot_be_viewed_are_kept_and_named_by_the_fil
     for key, reason in {**reasons, "s/thin": None, "s/good": None}.items():
         image = images[key.removeprefix("s/")]
         if reason is None:
-            assert inspect(image, 10**6)["image"] == image
+            assert inspect(image, FetchRules(max_pixels=10**6))["image"] == image
         else:
             with pytest.raises(Refused, match=reason):
-                inspect(image, 10**6)
+                inspect(image, FetchRules(max_pixels=10**6))
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])

@@ -18,7 +18,7 @@ from unifork.config import load_card
 from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer.views import crop_view
 from unifork.shards.task import Slice
-from unifork.sources import RowError, Source, SourceOptions, listed, plan, rows_of, source_of
+from unifork.sources import RowError, Source, SourceOptions, list_files, plan, rows_of, source_of
 from unifork.sources.imagenet import sentences
 
 DATASETS = Path(__file__).parent.parent.parent / "datasets"
@@ -216,7 +216,7 @@ def test_a_tar_that_breaks_off_keeps_what_came_before(at):
 
 # --------------------------------------------------------------------------------- lists of images
 
-JOURNEY = {"lists": "train_anno_realease_repath.jsonl.tgz", "images": "imgs", "image": "img_path",
+JOURNEY = {"files": "train_anno_realease_repath.jsonl.tgz", "root": "imgs", "image": "img_path",
            "texts": {"caption": "Task2.Caption"}, "keep": {"img_path": "img_path"}}  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def test_journeydb(at, shape):
         else:
             for name, data in members:
                 put(at / "imgs" / name, data)
-    result = download(card_of("listed", JOURNEY, ["caption"], columns=["img_path"]), at / "raw", shard_rows=3)
+    result = download(card_of("table", JOURNEY, ["caption"], columns=["img_path"]), at / "raw", shard_rows=3)
     place = "train_anno_realease_repath/00000000"
     assert {key: (row["caption"], row["image"], row["img_path"]) for key, row in result.rows.items()} == {
         f"{place}0": ("A cat.", jpeg("img0"), "./000/a.jpg"),
@@ -269,10 +269,11 @@ LLAVA = [
     {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("<image>\nIt?", "A cat.", "Sure?", "Yes.")},
     {"id": "2", "conversations": dialogue("text only", "yes")},
     {"id": "1", "image": "coco/train2017/1.jpg", "conversations": dialogue("Again\n<image>", "Same id: ü ]} \".")},
-    {"id": "3", "image": ["a.jpg", "b.jpg"], "conversations": dialogue("Which?", "Both.")},
+    {"id": "3", "image": ["vg/2.jpg", "coco/train2017/1.jpg"], "conversations": dialogue("Which?", "Both.")},
     {"id": "4", "image": "vg/2.jpg", "conversations": {"from": "human", "value": "no list"}},
     {"id": "5", "image": "vg/2.jpg", "conversations": [{"from": "system", "value": "Be brief."}, *dialogue("Q", "A")]},
     {"id": "6", "image": "vg/2.jpg", "conversations": []},
+    {"id": "7", "image": "", "conversations": dialogue("<image>\nWhich?", "Gone.")},
 ]  # fmt: skip
 
 
@@ -285,8 +286,8 @@ def llava_images(folder):
 def test_llavas_array(at, indent, mark):
     put(at / "llava.json", mark + json.dumps(LLAVA, indent=indent, ensure_ascii=False).encode())
     llava_images(at / "images")
-    options = {"lists": "llava.json", "images": "images", "texts": {"conversations": "conversations"}}
-    result = download(card_of("listed", options, ["conversations"]), at / "raw")
+    options = {"files": "llava.json", "root": "images", "texts": {"conversations": "conversations"}}
+    result = download(card_of("table", options, ["conversations"]), at / "raw")
     assert sorted(result.rows) == [f"llava/{number:09d}" for number in (0, 2, 5)]
     assert result.rows["llava/000000000"]["conversations"] == [
         {"role": role, "text": text}
@@ -294,15 +295,21 @@ def test_llavas_array(at, indent, mark):
     ]
     assert [turn["role"] for turn in result.rows["llava/000000005"]["conversations"]] == ["system", "user", "assistant"]
     assert [reason for _, reason in result.rejects] == [
-        "no_image", "several_images", "broken_dialogue", "missing_caption",
+        "text_only", "several_images", "broken_dialogue", "missing_caption", "no_image",
     ]  # fmt: skip
+    kept = download(card_of("table", options, ["conversations"], text_only="keep"), at / "kept")
+    assert kept.rows.keys() - result.rows.keys() == {"llava/000000001"}
+    row = kept.rows["llava/000000001"]
+    assert [turn["text"] for turn in row["conversations"]] == ["text only", "yes"]
+    assert [row[name] for name in ("image", "width", "height", "sha256")] == [None] * 4
+    assert kept.rejects == [reject for reject in result.rejects if reject[1] != "text_only"]
 
 
 def test_a_broken_element_of_an_array_costs_no_other(at):
     """Neither does its offset: each shard begins to read at its own first element."""
     llava_images(at / "images")
-    options = {"lists": "llava.json", "images": "images", "texts": {"conversations": "conversations"}}
-    card = card_of("listed", options, ["conversations"])
+    options = {"files": "llava.json", "root": "images", "texts": {"conversations": "conversations"}}
+    card = card_of("table", options, ["conversations"])
     good = json.dumps(LLAVA[0]).encode()
     elements = {
         good: None, good.replace(b"Sure?", b"caf\xe9"): "broken_text", b'{"image": "\\ud83d"}': "missing_caption",
@@ -329,7 +336,7 @@ def test_a_broken_element_of_an_array_costs_no_other(at):
         with pytest.raises(DataError, match=r"none of 1 rows is kept: 1 broken_list, the first 'llava/000000000'"):
             download(card, at / "nothing")
     put(at / "llava.json", b"[ ]")
-    with pytest.raises(ConfigError, match="card sample: a 'listed' source finds nothing"):
+    with pytest.raises(ConfigError, match="card sample: a 'table' source finds nothing"):
         download(card, at / "nothing")
 
 
@@ -337,7 +344,7 @@ def test_an_array_is_read_piece_by_piece(at):
     data = b'{"number": 0.5, "text": "' + b"\\\\" * 70 + b'"}'
     put(at / "long.json", b"[" + (data + b",") * 20_000 + b"broken")
     tracemalloc.start()
-    with listed._entries(at / "long.json") as entries:
+    with list_files.entries_of(at / "long.json") as entries:
         assert all(next(entries)[0] == data for _ in range(20_000))
         assert next(entries)[0] == b"broken"
         with pytest.raises(EOFError, match="the array does not end"):
@@ -355,10 +362,57 @@ def test_internvls_meta_file(at):
         "twice": {"root": "images", "annotation": "b.jsonl", "data_augment": False, "repeat_time": 2, "length": 2},
     }
     put(at / "data/meta.json", json.dumps(meta).encode())
-    result = download(card_of("listed_meta", {"meta": "data/meta.json", "root": "data"}, ["conversations"]), at / "raw")
+    result = download(card_of("table_meta", {"meta": "data/meta.json", "root": "data"}, ["conversations"]), at / "raw")
     assert sorted(result.rows) == ["half/000000000", "half/000000002", "twice/000000000", "twice~1/000000000"]
-    assert result.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "no_image"),
-                            ("twice~1/000000001", "no_image")]  # fmt: skip
+    assert result.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "text_only"),
+                            ("twice~1/000000001", "text_only")]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ texts alone
+
+
+def test_a_corpus_of_lists_and_tables(at):
+    texts = [f"Text {number}." for number in range(7)]
+    put(at / "corpus/a.jsonl", jsonl([{"text": texts[0]}, b"{broken", {"text": None}, {"text": texts[1], "n": 5}]))
+    put(at / "corpus/b.jsonl.gz", gzipped(jsonl([{"text": texts[2]}])))
+    put(at / "corpus/c.json", json.dumps([{"text": texts[3]}, {"text": "\ud83d"}]).encode())
+    table = pa.table({"text": [*texts[4:], None], "n": [1, 2, 3, 4]})
+    pq.write_table(table, at / "corpus/d.parquet", row_group_size=2)
+    put(at / "corpus/e.parquet", b"PAR1 broken")
+    options = {"files": "corpus", "texts": {"text": "text"}, "keep": {"n": "n"}}
+    card = card_of("table", {"image": None, **options}, ["text"], text_only="keep", columns=["n"])
+    with pytest.raises(ConfigError, match=r"d\.parquet: unknown column 'm'"):
+        download(
+            card_of("table", {"image": None, **options} | {"keep": {"m": "m"}}, ["text"], text_only="keep"), at / "raw"
+        )
+    result = download(card, at / "raw")
+    assert {key: row["text"] for key, row in result.rows.items()} == {
+        "a/000000000": texts[0], "a/000000003": texts[1], "b/000000000": texts[2], "c/000000000": texts[3],
+        **{f"d/{number:09d}": texts[4 + number] for number in range(3)},
+    }  # fmt: skip
+    assert [result.rows[key]["n"] for key in ("a/000000003", "d/000000001")] == ["5", "2"]
+    assert {row["image"] for row in result.rows.values()} == {None}
+    assert result.rejects == [
+        ("a/000000001", "broken_line"), ("a/000000002", "missing_caption"), ("c/000000001", "broken_text"),
+        ("d/000000003", "missing_caption"), ("e/000000000", "broken_list"),
+    ]  # fmt: skip
+    measured = filtered(card, at / "raw", at / "filtered")
+    assert measured.rows.keys() == result.rows.keys()
+
+
+def test_dialogues_of_a_table_are_translated(at):
+    pq.write_table(pa.table({"conversations": [dialogue("Q", "A"), dialogue("Q")]}), at / "sft.parquet")
+    options = {"files": "sft.parquet", "texts": {"conversations": "conversations"}}
+    result = download(card_of("table", {"image": None, **options}, ["conversations"], text_only="keep"), at / "raw")
+    assert result.rows["sft/000000000"]["conversations"] == [
+        {"role": "user", "text": "Q"}, {"role": "assistant", "text": "A"},
+    ]  # fmt: skip
+
+
+def test_a_corpus_whose_card_drops_texts_is_refused(at):
+    put(at / "a.jsonl", jsonl([{"text": "x"}]))
+    with pytest.raises(ConfigError, match="card sample: text_only: no row of its source has an image; say text_"):
+        source_of(card_of("table", {"image": None, "files": "a.jsonl", "texts": {"text": "text"}}, ["text"]))
 
 
 # --------------------------------------------------------------------------------------- all kinds
@@ -420,10 +474,9 @@ def test_how_a_person_gets_the_files_is_part_of_no_fingerprint():
 @pytest.mark.parametrize(
     ("kind", "options", "name", "reader"),
     [
-        ("listed", {"lists": "a.csv", "images": ".", "texts": {"caption": "c"}}, "a.csv", "read by url_list"),
-        ("pairs", {"files": "a.parquet"}, "a.parquet", "read by url_list"),
-        ("pairs", {"files": "folder"}, "folder/a.jsonl", "read by listed"),
-        ("listed", {"lists": "*.tar", "images": ".", "texts": {"caption": "c"}}, "a.tar", "read by pairs"),
+        ("pairs", {"files": "a.parquet"}, "a.parquet", "read by table"),
+        ("pairs", {"files": "folder"}, "folder/a.jsonl", "read by table"),
+        ("table", {"files": "*.tar", "root": ".", "texts": {"caption": "c"}}, "a.tar", "read by pairs"),
     ],
 )
 def test_a_file_of_another_kind_says_who_reads_it(at, kind, options, name, reader):
@@ -434,8 +487,8 @@ def test_a_file_of_another_kind_says_who_reads_it(at, kind, options, name, reade
 
 def test_a_source_without_entries_is_an_error(at):
     put(at / "a.jsonl", b"")
-    card = card_of("listed", {"lists": "a.jsonl", "images": ".", "texts": {"caption": "c"}}, ["caption"])
-    with pytest.raises(ConfigError, match="card sample: a 'listed' source finds nothing"):
+    card = card_of("table", {"files": "a.jsonl", "root": ".", "texts": {"caption": "c"}}, ["caption"])
+    with pytest.raises(ConfigError, match="card sample: a 'table' source finds nothing"):
         plan(card, None, 2, 0)
 
 

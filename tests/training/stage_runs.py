@@ -16,7 +16,7 @@ from unifork.training.stage import StageJob, train_stage
 RESOURCES = TrainResources(threads=1, row_tokens=384)
 
 
-def job(root, key="unifork-s2-pretrain", resources=RESOURCES, **stage_changes):
+def job(root, key="unifork-s2-pretrain", resources=RESOURCES, seed=None, **stage_changes):
     """A short stage that begins with the fresh model."""
     experiment = load(Experiment, root / "params.yaml")
     name = experiment.runs[key].stage
@@ -24,9 +24,12 @@ def job(root, key="unifork-s2-pretrain", resources=RESOURCES, **stage_changes):
     changes = {"checkpoint_every": 3, "sample_prompts": (), **stage_changes}
     steps = changes.pop("steps", 8)
     tracks = {n: t.model_copy(update={"steps": steps, "batch_documents": 8}) for n, t in stage.tracks.items()}
-    runs = {key: experiment.runs[key].model_copy(update={"after": "models/unifork-init"})}
+    variant = experiment.runs[key].variant
+    runs = {key: experiment.runs[key].model_copy(update={"after": f"models/{variant}-init"})}
     stages = {name: stage.model_copy(update={"tracks": tracks, **changes})}
-    experiment = experiment.model_copy(update={"runs": runs, "stages": stages})
+    seeds = {} if seed is None else {"seed": seed}
+    variants = {variant: experiment.variants[variant].model_copy(update=seeds)}
+    experiment = experiment.model_copy(update={"runs": runs, "stages": stages, "variants": variants})
     return StageJob(key=key, experiment=experiment, resources=resources, root=str(root))
 
 

@@ -1,5 +1,6 @@
 """What training asks Ray for, and which errors cost a restart."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
     trainer = TorchTrainer(
         worker,
         train_loop_config={"folder": str(tmp_path)},
-        scaling_config=launch.scaling(train_resources),
+        scaling_config=ray.train.ScalingConfig(**launch.scaling(train_resources)),
         torch_config=TorchConfig(backend="gloo"),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path / "ray"), name="gpus"),
     )
@@ -105,6 +106,81 @@ def test_a_mistake_of_one_worker_ends_those_that_wait_for_it(ray_session, root, 
     with pytest.raises(DataError, match=r"^a shard of rank 1 is damaged$"):
         launch.launch(job(root, resources=resources(2)))
     assert started(tmp_path / "attempts") == {"0": 1, "1": 1}
+
+
+def test_a_node_that_does_not_share_the_folder_is_named_and_costs_no_restart(
+    ray_session, root, monkeypatch, tmp_path, capfd
+):
+    def worker(config):
+        from unifork.training import launch
+
+        with (Path(config["shared"]).parent / "starts").open("a") as starts:
+            starts.write("x")
+        launch._worker({**config, "shared": config["shared"] + "-elsewhere"})
+
+    monkeypatch.setattr(launch, "_worker", worker)
+    stage_job = job(root, resources=resources(1))
+    with pytest.raises(ConfigError, match=r"^node \S+ \(\S+\) does not see /.*runs/\.ray/\.shared-.*-elsewhere, which"):
+        launch.launch(stage_job)
+    assert (stage_job.layout.ray_train / "starts").read_text() == "x"
+    assert not (stage_job.run_folder / "log.txt").exists()  # nothing was written there
+
+
+def test_restarts_are_counted_from_the_last_checkpoint(ray_session, root, monkeypatch, tmp_path, capfd):
+    """With `max_restarts: 1` workers fail three times, and twice from one checkpoint only at the end."""
+    import ray.train
+
+    run_folder = job(root).run_folder
+
+    def stage(rank, attempt):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / "latest").write_text(f"step-{min(attempt, 1)}")
+        raise RuntimeError(f"failure {attempt}")
+
+    (tmp_path / "attempts").mkdir()
+    instead_of_training(monkeypatch, tmp_path / "attempts", stage)
+    with pytest.raises(ray.train.TrainingFailedError, match="failure 2"):
+        launch.launch(job(root, resources=resources(1, max_restarts=1)))
+    assert started(tmp_path / "attempts") == {"0": 3}
+    out = capfd.readouterr().out
+    assert "unifork-s2-pretrain: workers failed (RuntimeError: failure 1); starting again from step-1" in out
+
+
+def test_a_range_of_workers_takes_what_is_there(ray_session, root, monkeypatch, tmp_path):
+    """Two CPUs are there: of one to three workers with one each, two start."""
+
+    def stage(rank, attempt):
+        pass
+
+    (tmp_path / "attempts").mkdir()
+    instead_of_training(monkeypatch, tmp_path / "attempts", stage)
+    launch.launch(job(root, resources=resources((1, 3), cpus=1.0)))
+    assert started(tmp_path / "attempts") == {"0": 1, "1": 1}
+
+
+def test_waiting_is_said(ray_session, root, monkeypatch, tmp_path, capfd):
+    import ray
+
+    monkeypatch.setattr(launch, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(launch, "check_room", lambda *_: None)
+
+    @ray.remote(num_cpus=1)
+    class Other:
+        pass
+
+    others = [Other.remote() for _ in range(2)]
+    ray.get([other.__ray_ready__.remote() for other in others])
+
+    def stage(rank, attempt):
+        pass
+
+    (tmp_path / "attempts").mkdir()
+    instead_of_training(monkeypatch, tmp_path / "attempts", stage)
+    leaves = threading.Timer(8, ray.kill, [others[0]])
+    leaves.start()
+    launch.launch(job(root, resources=resources(1)))
+    line = "unifork-s2-pretrain: waiting for 1 workers with 0.5 CPU each; the cluster has 0 of 2 CPU free"
+    assert line in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("death", ["exit", pytest.param("exception", marks=pytest.mark.soak)])

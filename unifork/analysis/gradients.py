@@ -73,11 +73,7 @@ def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analy
         raise DataError(f"plan {model.config.plan}: no layer is shared, so nothing can be in conflict")
     a, b, *halves = (mean_gradients(model, [every[n] for n in order], choices.batch, weights) for order in orders)
     found = {name: conflict((a[name], b[name]), (halves[0][name], halves[1][name])) for name in weights}
-    return {
-        "documents": dict.fromkeys(kinds, count),
-        "loss": "mean over mini-batches",
-        "matrices": found,
-    }
+    return {"documents": dict.fromkeys(kinds, count), "loss": "mean over mini-batches", "matrices": found}
 
 
 def figure(found: dict[str, Any], _: Analysis) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from unifork.analysis import alignment, entropy, gradients
 from unifork.analysis.runs import RunDocuments
 from unifork.config import Analysis
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.identity import weights_identity
 from unifork.inference import stage_sampling
 from unifork.library import Model
@@ -24,9 +24,7 @@ def analyze(
 
     Raises ConfigError or DataError where there is nothing to analyze.
     """
-    if kind not in KINDS:
-        raise unknown("analysis", kind, KINDS)
-    work, figure = KINDS[kind]
+    work, figure = KINDS[one_of("analysis", kind, KINDS)]
     found = work(of, prompts, untrained)
     weights = weights_identity(of.model.engine.model.state_dict())
     found = {"model": str(of.model.directory), "weights": weights, "choices": of.choices.model_dump(), **found}

@@ -13,13 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from unifork.batch import Document
 from unifork.config import Analysis, Experiment, load_experiment
 from unifork.documents.mixture import CodesIdentity, MixturePart
-from unifork.errors import DataError, unknown
+from unifork.errors import DataError, one_of
 from unifork.figures import LOOK, svg
 from unifork.layout import Layout
 from unifork.library import Model
 from unifork.vocabulary import Task
-
-BAND: dict[str, Any] = {"color": "0.5", "alpha": 0.3, "linewidth": 0, "label": "chance, 95 %"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,7 @@ class RunDocuments:
     def experiment(self) -> Experiment:
         """That of the working directory. Raises ConfigError where it has no such run."""
         experiment = load_experiment()
-        if self.run not in experiment.runs:
-            raise unknown("run", self.run, experiment.runs, "params.yaml: runs")
+        one_of("run", self.run, experiment.runs, "params.yaml: runs")
         return experiment
 
     def documents(self) -> Iterator[Document]:
@@ -76,19 +73,19 @@ class RunDocuments:
             yield parts[part], int(number - ends[part]) + len(parts[part])
 
 
+@matplotlib.rc_context(fname=LOOK)
 def drawn(curves: Sequence[Mapping[str, Any]], x: str, y: str, fork: float | None = None) -> str:
     """Curves as SVG: `x`, `y`, standard errors as `error`, low and high of chance as `band`, and how they look."""
-    with matplotlib.rc_context(fname=LOOK):
-        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        for curve in curves:
-            style = {"marker": ".", "capsize": 2, **curve}
-            if band := style.pop("band", None):
-                axes.fill_between(curve["x"], band[0], band[1], color="0.5", alpha=0.2, linewidth=0)
-            axes.errorbar(style.pop("x"), style.pop("y"), yerr=style.pop("error", None), **style)
-        if fork is not None:
-            axes.axvline(fork, color="0.5", linestyle=":", label="fork")
-        axes.set(xlabel=x, ylabel=y)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper center", ncols=2)
-        return svg(figure)
+    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    for curve in curves:
+        style = {"marker": ".", "capsize": 2, **curve}
+        if band := style.pop("band", None):
+            axes.fill_between(curve["x"], band[0], band[1], color="0.5", alpha=0.2, linewidth=0)
+        axes.errorbar(style.pop("x"), style.pop("y"), yerr=style.pop("error", None), **style)
+    if fork is not None:
+        axes.axvline(fork, color="0.5", linestyle=":", label="fork")
+    axes.set(xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside upper center", ncols=2)
+    return svg(figure)

@@ -1,6 +1,7 @@
 """`unifork doctor`: what this machine has and whether the pieces work on it, before a long run starts."""
 
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -8,12 +9,17 @@ import typer
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="a list of objects with check, verdict and text")] = False,
+    cluster: Annotated[str | None, typer.Option(help="cluster file: one line for each node instead")] = None,
 ) -> None:
     """Check this machine, what runs on it and what the cluster file asks for; exit code 1 where something failed."""
-    from unifork.config import load_cluster, load_experiment
+    from unifork.config import CLUSTER, load_cluster, load_experiment
     from unifork.doctor import CHECKS, Here, examine
     from unifork.layout import Layout
+    from unifork.nodes import examine_nodes
 
+    if cluster:
+        os.environ[CLUSTER] = cluster
+        examine_nodes()
     here = Here(load_cluster(), load_experiment() if Layout().params.exists() else None)
     found = []
     for name in CHECKS:

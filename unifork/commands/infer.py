@@ -101,9 +101,7 @@ def describe(
 
 def serve(
     model: ModelDirectory,
-    host: Annotated[
-        str, typer.Option(help="address to listen on; others than this machine's need a token")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="where to listen; but on this machine, a token is needed")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8100,
     device: Device = None,
     dtype: Dtype = "float32",

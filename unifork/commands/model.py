@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from unifork.commands.tokenizer import AllowPickle, ImageSize, VisionTower
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -27,9 +27,7 @@ def import_(
     head: Head = "unfolded",
     image_size: ImageSize = None,
     vision_tower: VisionTower = None,
-    text_tokenizer: Annotated[
-        Path | None, typer.Option(help="its text tokenizer, if not in the folder or in `tokenizer` beside it")
-    ] = None,
+    text_tokenizer: Annotated[Path | None, typer.Option(help="if not in it or in `tokenizer` beside it")] = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Write an official checkpoint as a model directory, with the image tokenizer that is in it."""
@@ -95,8 +93,7 @@ def export(
     from unifork.models.decoder import FAMILIES
     from unifork.models.modeling import load_model
 
-    if format not in (OFFICIAL, *FAMILIES):
-        raise unknown("format", format, (OFFICIAL, *FAMILIES), "--format")
+    one_of("format", format, (OFFICIAL, *FAMILIES), "--format")
     if (format == OFFICIAL) == bool(branch):
         raise ConfigError(f"--branch {branch!r}: a dense model is one branch, an official checkpoint is all of them")
     config = read_config(model)
@@ -177,6 +174,4 @@ def summary(model: Annotated[Path, typer.Argument(help="model directory")]) -> N
 
 
 def _form(head: str) -> bool:
-    if head not in HEADS:
-        raise unknown("form", head, HEADS, "--head")
-    return HEADS[head]
+    return HEADS[one_of("form", head, HEADS, "--head")]

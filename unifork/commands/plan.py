@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from unifork.config import Experiment
     from unifork.planning import TrackPlan
 
 PARAMS = "params.yaml"
@@ -23,6 +24,7 @@ def plan(
     mfu: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="share of its peak that is reached")] = None,
     caption_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a caption")] = 40,
     dialogue_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a dialogue")] = 150,
+    text_tokens: Annotated[int, typer.Option(min=1, help="assumed tokens of a plain text")] = 500,
     answer_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="assumed supervised share of a dialogue")] = 0.5,
 ) -> None:
     """Print parameters, documents, tokens, FLOPs, disk and GPU hours of every stage; nothing is run."""
@@ -34,11 +36,15 @@ def plan(
     named = Path(experiment)
     params = load(Experiment, named) if named.suffix == ".yaml" else resolve(experiment)
     assumed = planning.Assumptions(
-        caption_tokens=caption_tokens, dialogue_tokens=dialogue_tokens, answer_share=answer_share
+        caption_tokens=caption_tokens,
+        dialogue_tokens=dialogue_tokens,
+        text_tokens=text_tokens,
+        answer_share=answer_share,
     )
     planning.gpu_hours(0.0, chip, mfu)
     models = {name: planning.meta_model(params, variant) for name, variant in params.variants.items()}
-    tracks = {name: list(planning.track_plans(params, name, models[name], assumed)) for name in models}
+    cards = {name: load_card(name) for name in params.datasets}
+    tracks = {name: list(planning.track_plans(params, cards, name, models[name], assumed)) for name in models}
     counts = {name: planning.parameter_counts(model.config) for name, model in models.items()}
     rows = dict.fromkeys(row for counted in counts.values() for row in counted)
     _table(
@@ -59,14 +65,9 @@ def plan(
           str(part.length.text), str(part.length.image), "unknown" if part.passes is None else f"{part.passes:.2f}"]
          for track in mixtures.values() for part in track.entries), names=4,
     )  # fmt: skip
-    disk = [
-        [f"data/codes/{folder}", "", "", amount(size, "B") or "unknown"]
-        for folder, size in planning.code_bytes(params, {name: load_card(name) for name in params.datasets}).items()
-    ]
-    disk += [
-        [f"data/prepared/{name}", "", "", amount(size, "B") or "unknown"]
-        for name, size in planning.prepared_bytes(params, everything).items()
-    ]
+    sizes = {f"data/codes/{name}": size for name, size in planning.code_bytes(params, cards).items()}
+    sizes |= {f"data/prepared/{name}": size for name, size in planning.prepared_bytes(params, everything).items()}
+    disk = [[name, "", "", amount(size, "B") or "unknown"] for name, size in sizes.items()]
     for key, run in params.runs.items():
         its = [track for track in tracks[run.variant] if track.stage == run.stage]
         size, kept = planning.checkpoint_bytes(models[run.variant], its), params.stages[run.stage].keep_checkpoints
@@ -78,6 +79,28 @@ def plan(
         peak = f"{PEAK_TFLOPS[chip]:g} TFLOP/s, the dense bfloat16 peak of {chip}"
         time = f"of one GPU, FLOPs / ({mfu:g} of {peak}); not measured here"
     print(NOTES.read_text().format(**assumed.model_dump(), frame=planning.CHARACTERS_PER_TOKEN, time=time), end="")
+
+
+def differences(experiment: "Experiment") -> None:
+    """Print what differs between the variants of an experiment, and what does not; nothing for a single one."""
+    from unifork.config import load_card
+    from unifork.planning import Assumptions, meta_model, variant_facts
+
+    firsts = {group: next(iter(seeds.values())) for group, seeds in experiment.groups.items()}
+    if len(firsts) < 2:
+        return
+    models = {name: meta_model(experiment, experiment.variants[name]) for name in firsts.values()}
+    cards = {name: load_card(name) for name in experiment.datasets}
+    facts = [variant_facts(experiment, cards, name, model, Assumptions()) for name, model in models.items()]
+    rows = {
+        row: [cell if isinstance(cell, str) else amount(cell) for cell in (fact.get(row, "-") for fact in facts)]
+        for row in dict.fromkeys(row for fact in facts for row in fact)
+    }
+    different = {row: cells for row, cells in rows.items() if len({*cells}) > 1}
+    _table("What differs between the variants", ["", *firsts], ([row, *cells] for row, cells in different.items()))
+    seeds = ", ".join(map(str, experiment.seeds or [experiment.training_seed]))
+    same = (f"{row} {cells[0]}" for row, cells in rows.items() if row not in different)
+    print(f"The same in all: {'; '.join(same)}; training seeds {seeds}; order of documents")
 
 
 def amount(number: float | None, unit: str = "") -> str:

@@ -1,37 +1,52 @@
-"""`unifork publish`, `fetch` and `takedown`: finished codes for strangers, back, and rows that have to go."""
+"""`unifork publish`, `fetch` and `takedown`: codes and models for strangers, back, and rows that have to go."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
+from unifork import __version__
+
 TAKEDOWN = Path("takedown.txt")
+LIBRARY = f"unifork=={__version__}"
 
 
 def publish(
-    dataset: Annotated[str, typer.Argument(help="data set with finished codes, a card in datasets/")],
+    what: Annotated[
+        str, typer.Argument(help="data set with finished codes, a card in datasets/; or a model directory")
+    ],
     to: Annotated[str, typer.Option(help="a folder, hf://user/name, s3://bucket/path, ...")],
-    takedown: Annotated[
-        Path, typer.Option(help="list of rows to leave out; the default is used where it exists")
-    ] = TAKEDOWN,
+    takedown: Annotated[Path, typer.Option(help="rows to leave out; the default, where it exists")] = TAKEDOWN,
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
+    with_tokenizer: Annotated[bool, typer.Option(help="put the image tokenizer beside codes")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="address of the image tokenizer, for the page of codes")] = None,
+    library: Annotated[str, typer.Option(help="what pip installs unifork from, for the page")] = LIBRARY,
+    license: Annotated[str | None, typer.Option(help="license of a model, by the Hub's name")] = None,
 ) -> None:
-    """Publish the codes of a data set: only what is missing or differs is uploaded."""
+    """Publish the codes of a data set, or a model: only what is missing or differs is uploaded."""
     from unifork.errors import DataError
     from unifork.filters.takedown import listing
     from unifork.layout import Layout
     from unifork.processes import exclusive
+    from unifork.publish import model
+    from unifork.publish.card import Offer
     from unifork.publish.publication import build
     from unifork.publish.stores import open_store, reread, sync
 
-    layout, store = Layout(), open_store(to)
-    entries = listing(str(takedown)) if takedown != TAKEDOWN or takedown.exists() else None
-    folder = store.local or layout.published(dataset)
+    layout, offer = Layout(), Offer(quote(library), tokenizer, with_tokenizer, license)
+    is_model = (Path(what) / model.CONFIG).exists()
+    store = open_store(to, "model" if is_model else "dataset")
+    place = layout.published_model(Path(what).resolve().name) if is_model else layout.published(what)
+    folder = store.local or place
     with exclusive(folder):
-        views = build(dataset, layout, folder, entries)
-        for view in views:
-            withheld = sum(view.manifest.dropped.values())
-            print(f"{folder / view.name}: {view.manifest.rows} rows, {withheld} withheld")
+        if is_model:
+            print(f"{folder}: {model.build(Path(what), layout, folder, offer)} files")
+        else:
+            entries = listing(str(takedown)) if takedown != TAKEDOWN or takedown.exists() else None
+            for view in build(what, layout, folder, entries, offer):
+                withheld = sum(view.manifest.dropped.values())
+                print(f"{folder / view.name}: {view.manifest.rows} rows, {withheld} withheld")
         if store.local is None:
             done = sync(folder, store)
             print(f"{to}: {len(done.uploaded)} files uploaded, {done.kept} were there, {len(done.removed)} removed")
@@ -43,18 +58,23 @@ def publish(
 
 def fetch(
     source: Annotated[str, typer.Argument(help="where it was published: a folder, hf://..., s3://..., ...")],
-    dataset: Annotated[str, typer.Argument(help="name of the data set here")],
+    name: Annotated[str, typer.Argument(help="name of the data set or model here")],
 ) -> None:
-    """Make of a publication the code shards it came from: data/codes/DATASET."""
+    """Make of a publication the code shards it came from, data/codes/NAME, or the model, models/NAME."""
     from unifork.layout import Layout
     from unifork.processes import exclusive
-    from unifork.publish import publication
-    from unifork.publish.stores import open_store
+    from unifork.publish import model, publication
+    from unifork.publish.stores import checksums, published_at
 
-    layout = Layout()
-    folder = layout.codes / dataset
+    layout, store = Layout(), published_at(source)
+    sums = checksums(store)
+    holds_codes = publication.CARD in sums
+    folder = layout.codes / name if holds_codes else layout.model(name)
     with exclusive(folder):
-        manifests = publication.fetch(open_store(source), dataset, layout)
+        if not holds_codes:
+            print(f"{model.fetch(store, sums, name, layout)}: {len(sums)} files, as {source} says")
+            return
+        manifests = publication.fetch(store, name, layout)
     print(f"{folder}: {', '.join(f'{manifest.rows} rows' for manifest in manifests)}, as {source} says")
 
 

@@ -20,7 +20,7 @@ class SuiteOrCommand(TyperGroup):
 
 app = typer.Typer(cls=SuiteOrCommand, no_args_is_help=True, help="Score answers by the rules of a benchmark.")
 answers_app = typer.Typer(no_args_is_help=True, help="Answers of a model.")
-Suite = Annotated[str, typer.Argument(help="benchmark, a card of evals")]
+Suite = Annotated[str, typer.Argument(help="benchmark, a card of datasets/evals")]
 Archive = Annotated[Path | None, typer.Option(help="folder of the official files, if it is not the card's")]
 
 
@@ -49,9 +49,7 @@ def _all_items(name: str, archive: Path | None) -> "tuple[EvalCard, list[Item]]"
 def score(
     suite: Suite,
     answers: Annotated[Path, typer.Option(help="file of answers in any supported format, or a folder of answers/")],
-    rule: Annotated[
-        list[str] | None, typer.Option(help="rule of the benchmark; the default are those of its card")
-    ] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="rule; the default are those of its card")] = None,
     archive: Archive = None,
     out: Annotated[Path | None, typer.Option(help="folder for metrics.json and verdicts.jsonl")] = None,
     partial: Annotated[bool, typer.Option(help="score what has an answer; all scores are marked")] = False,
@@ -77,19 +75,62 @@ def score(
         write_scores(out, card, scores, lines)
 
 
-@app.command(epilog="Example: unifork score compare scores/a/pope scores/b/pope")
+@app.command(epilog="Examples: unifork score compare mot unifork; unifork score compare scores/a/pope scores/b/pope")
 def compare(
-    first: Annotated[Path, typer.Argument(help="folder with verdicts.jsonl")],
-    second: Annotated[Path, typer.Argument(help="another, of the same items")],
-    rule: Annotated[
-        str | None, typer.Option(help="rule whose verdicts are compared; the default is the card's first")
-    ] = None,
+    first: Annotated[str, typer.Argument(help="variant, or folder with verdicts or of a text benchmark's answers")],
+    second: Annotated[str, typer.Argument(help="another, of the same items")],
+    rule: Annotated[str | None, typer.Option(help="whose verdicts are compared; default: the card's first")] = None,
 ) -> None:
-    """What one model scores above another on the same items, with its error and p."""
-    from unifork.evaluation import scoring
+    """What one model scores above another on the same items, or a variant above another with the same seeds."""
+    from unifork.config import load_experiment
+    from unifork.errors import unknown
+    from unifork.evaluation import comparison
+    from unifork.evaluation.statistics import holm
+    from unifork.layout import Layout
+    from unifork.report.reading import scores_by_seed
 
-    for name, a, b, (above, error, p) in scoring.compare(first, second, rule):
-        print(f"{name}: {a:.6g} - {b:.6g} = {above:.6g} +- {error:.4g} (p {p:.4f})")
+    if all(Path(place).is_dir() for place in (first, second)):
+        for name, a, b, (value, error, p) in comparison.compare(Path(first), Path(second), rule):
+            print(f"{name}: {a:.6g} - {b:.6g} = {value:.6g} +- {error:.4g} (p {p:.4f})")
+        return
+    params, found = load_experiment(), dict[str, comparison.Paired]()
+    for name in (first, second):
+        if name not in params.groups:
+            raise unknown("folder or variant", name, params.groups, "params.yaml: variants")
+    for benchmark in params.all_benchmarks:
+        sides = (scores_by_seed(Layout(), params.groups[name], benchmark) for name in (first, second))
+        above = comparison.compare_seeds(*sides)
+        found |= {f"{benchmark} {' '.join(key)}": paired for key, paired in above.items()}
+    for (name, paired), p in zip(found.items(), holm([each.p for each in found.values()]), strict=True):
+        print(f"{name}: {paired} (p {paired.p:.4f}, exact {paired.p_exact:.4f}, corrected {p:.4f})")
+
+
+@app.command(epilog="Example: unifork score band benchmarks/demo_scores.json")
+def band(
+    runs: Annotated[Path | None, typer.Argument(help="file of earlier runs; none: that of the experiment")] = None,
+    record: Annotated[bool, typer.Option(help="add this run to the file instead")] = False,
+) -> None:
+    """Scores beside a 95 % prediction interval for one more run: headlines, and what lies outside."""
+    from unifork.config import load_experiment
+    from unifork.evaluation.comparison import placed, read_runs
+    from unifork.layout import Layout
+    from unifork.report.band import is_headline, this_run
+    from unifork.shards.manifest import write_json
+
+    params, layout = load_experiment(), Layout()
+    if (path := runs or (Path(params.band) if params.band else None)) is None:
+        return
+    earlier = [] if record and not path.exists() else read_runs(path)
+    rows = {name: this_run(params, name, layout) for name in params.variants}
+    if record:
+        write_json(path, [row.model_dump(mode="json") for row in (*earlier, *rows.values())])
+        print(f"{path}: {len(earlier)} runs and {', '.join(rows)}")
+        return
+    for name, row in rows.items():
+        found = placed(earlier, row, name)
+        print(*(score for score in found if not score.inside or is_headline(score.name, params, layout)), sep="\n")
+        inside = sum(score.inside for score in found)
+        print(f"{name}: {inside} of {len(found)} scores as usual, which is where 95 % of single runs end ({path})")
 
 
 @answers_app.command(epilog="Example: unifork answers export vqav2_test --format vqa --out submission")
@@ -117,9 +158,7 @@ def export(
 @answers_app.command(epilog="Example: unifork answers examine geneval --images outputs --out found/geneval")
 def examine(
     suite: Suite,
-    images: Annotated[
-        Path | None, typer.Option(help="of answers/, or in the official layout; none: the reference")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="folder, also in official layout; none: the reference")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for what is found; none: beside the images")] = None,
     archive: Archive = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

@@ -18,15 +18,17 @@ from typing import Annotated, Any
 import typer
 from yaml import YAMLError, safe_load
 
+from unifork.config import Experiment, load, load_experiment
 from unifork.layout import STAGE_OF_FOLDER, Layout
 from unifork.processes import lock_path
-from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX
+from unifork.reference import among, reference, references
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, write_json
 from unifork.shards.progress import PROGRESS, places, read_progress
 
 Row = dict[str, Any]
 FOLDERS = {
     "raw/*": "datasets", "measured/*": "", "signatures/*": "", "filtered/*": "datasets", "codes/*/*": "datasets",
-    "prepared/*": "prepared", "published/*/*": "",
+    "prepared/*": "prepared", "published/*/crop": "", "published/*/pad": "",
 }  # fmt: skip
 """Of jobs, below `data`, and what in `params.yaml` names those that will be there."""
 TAIL = 100
@@ -81,6 +83,8 @@ def _job(folder: Path, stage: str, name: str) -> Row:
 def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
     """Training runs: folders that are there, and those that the experiment will make."""
     there = {folder.parent.name for name in (PROGRESS, "log.txt") for folder in layout.run("").glob(f"*/{name}")}
+    found = references(layout)
+    experiment = load(Experiment, layout.params) if found and planned else None
     for name in sorted({*there, *planned.get("runs", ())}):
         folder, latest = layout.run(name), layout.run(name) / "latest"
         progress = {"done": 0, "total": None, **read_progress(folder / PROGRESS)}
@@ -89,11 +93,29 @@ def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
             progress["done"] = len(whole)
             for row in map(json.loads, whole[-TAIL:]):
                 progress |= {key: row[key] for key in ("text_loss", "image_loss", "fill") if row.get(key) is not None}
+            if experiment:
+                progress["reference"] = among(found, experiment, layout, name, [json.loads(line) for line in whole])
         locks = [lock_path(folder), lock_path(layout.model(name))]
         progress |= _validation(folder / "validation.jsonl")
         progress["checkpoint"] = latest.read_text() if latest.exists() else None
         state = _state(locks, (folder / "finished.json").exists(), name in there, progress)
         yield {"stage": "train", "name": name, **progress, **state}
+
+
+def record(name: Annotated[str, typer.Argument(help="finished run, for example unifork-s3")]) -> None:
+    """Write the losses of a run to histories/, as a reference for runs of the same configuration."""
+    from unifork.errors import DataError, unknown
+    from unifork.report.reading import read_history
+    from unifork.training.export import TRAINING
+
+    layout, experiment = Layout(), load_experiment()
+    if name not in experiment.runs:
+        raise unknown("run", name, experiment.runs, "params.yaml: runs")
+    if not (rows := read_history(layout.model(name) / TRAINING / "history.csv")):
+        raise DataError(f"{layout.model(name)}: no history; the run has not finished. `dvc repro train@{name}` goes on")
+    own = reference(experiment, layout, name, rows)
+    write_json(layout.histories / own.file, own.model_dump(mode="json"))
+    print(f"{layout.histories / own.file}: {len(own.losses)} steps, configuration {own.configuration}")
 
 
 def _validation(path: Path) -> Row:
@@ -149,6 +171,7 @@ def _text(rows: list[Row]) -> str:
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in ([*columns], *table)]
         blocks += ["\n".join(lines)] * bool(table)
     reasons = [f"{row['name']}: {row['reason']}" for row in rows if row["reason"]]
+    reasons += [f"{row['name']}: {line}" for row in rows for line in row.get("reference", ())]
     return "\n\n".join([*blocks, *["\n".join(reasons)] * bool(reasons)])
 
 

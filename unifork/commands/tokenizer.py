@@ -1,6 +1,7 @@
 """`unifork tokenizer`: official tokenizers as ours, images to codes, codes to images."""
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
-ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="side of the images, 384 in the paper; default: the tower's own")
-]
-VisionTower = Annotated[
-    str | None, typer.Option(help="folder with the tower's configuration, if a UniFork checkpoint names none")
-]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="side in pixels, 384 in the paper; default: the tower's")]
+VisionTower = Annotated[str | None, typer.Option(help="folder of the tower's configuration, if none is named")]
 AllowPickle = Annotated[bool, typer.Option(help="read .bin and .pt files, which safetensors replace")]
 TokenizerDirectory = Annotated[Path, typer.Option(help="tokenizer directory, for example tokenizers/image")]
 BATCH_IMAGES = 8
@@ -67,12 +64,8 @@ def encode(
         "codebook_id": coder.tokenizer.codebook_id,
         "encoder_id": coder.tokenizer.encoder_id,
     }
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **facts)
-
-    write_atomically(out, write)
+    np.savez_compressed(data := BytesIO(), **facts)
+    write_atomically(out, lambda temporary: temporary.write_bytes(data.getvalue()))
     print(f"{out}: codes {facts['codes'].shape}, view {view}")
 
 

@@ -1,6 +1,6 @@
 """What a user writes, typed: data cards, experiments and clusters.
 
-Three kinds of file, three owners: `datasets/*.yaml` says what the data is (`evals/*.yaml` the benchmarks),
+Three kinds of file, three owners: `datasets/*.yaml` says what the data is (`datasets/evals/*.yaml` the benchmarks),
 `params.yaml` (written by `unifork use NAME` from `experiments/`) what the experiment is, `clusters/*.yaml` where it
 runs.
 No key lives in two of them. Everything is frozen, unknown keys are errors.
@@ -29,6 +29,7 @@ from unifork.config.cluster import (
 from unifork.config.evals import AnswerPart, EvalCard, Network, TextCard, load_eval, load_text
 from unifork.config.experiment import (
     ANALYSES,
+    NOT_IN_THE_WEIGHTS,
     Analysis,
     AnalyzedRun,
     Averaging,

@@ -88,6 +88,10 @@ class Card(StrictModel):
     """Rules of the filter stage, in order."""
     losses: Losses = Losses()
     """Above them download and filter print a warning, which the report shows too."""
+    text_only: Literal["keep", "drop"] = Field(default="drop", exclude_if=lambda choice: choice == "drop")
+    """Whether rows without an image are rows like all others, read by the branch that reads text, or quarantined."""
+    several_images: Literal["keep", "drop"] = Field(default="drop", exclude_if=lambda choice: choice == "drop")
+    """Whether rows of several images are rows like all others, each image where its mark stands, or quarantined."""
     shrink: Shrink | None = None
     """None: images are kept as received."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -42,8 +42,9 @@ class WebAccess(StrictModel):
 class TrainResources(StrictModel):
     """Workers of a training stage."""
 
-    workers: NonNegativeInt = 0
-    """Ray Train worker processes; 0 trains in the stage's own process, without Ray."""
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
+    """Ray Train worker processes; 0 trains in the stage's own process, without Ray. `[LEAST, MOST]`: as many as the
+    cluster has room for, looked at again every minute; another number goes on from the last checkpoint."""
     cpus: PositiveFloat = 1.0
     """CPUs each worker asks for."""
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
@@ -64,9 +65,24 @@ class TrainResources(StrictModel):
     """Whether torch compiles the position-wise parts of the model, for GPUs: less memory traffic, a slower start,
     the same numbers within rounding."""
     max_restarts: NonNegativeInt = 0
-    """How often a failed worker group is started again from the last checkpoint."""
+    """How often workers that failed or were lost are started again from one and the same checkpoint; after a newer one
+    the count begins anew."""
+    collective_timeout_seconds: PositiveInt = 1800
+    """How long workers wait for each other before they count as failed; more than the longest pause of the lead alone,
+    such as writing the model at the end."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Where the numbers of each step go beside `history.jsonl`: `tensorboard`, `wandb`, or MODULE:OBJECT."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which training does not start."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "TrainResources":
+        if not isinstance(self.workers, int) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers: {list(self.workers)}: the first is the smaller number")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -79,12 +95,26 @@ class TrainResources(StrictModel):
         return values
 
 
+class DriverResources(StrictModel):
+    """A submitted program's own process."""
+
+    cpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """CPUs it asks for; with these and `gpus` 0 Ray starts it on the head."""
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs it asks for."""
+
+
 class Cluster(StrictModel):
     """Where things run. Never a parameter of DVC: results do not depend on it."""
 
     name: str
     address: str | None = None
     """Job server (`http://HOST:8265`) to submit stages to; None runs them here."""
+    allow_unprotected: bool = False
+    """Whether `address` may be another machine's without demanding a token: whoever reaches it runs programs there."""
+    driver: DriverResources = DriverResources()
+    """What a submitted program's own process asks for, so that Ray places it on a node that has it. A program without
+    workers (`workers: 0` of its entry in `jobs`, or of `train`) asks for what that entry says."""
     cpus: PositiveInt | None = None
     """CPUs given to the local Ray; None takes what the machine has."""
     gpus: NonNegativeInt | None = None

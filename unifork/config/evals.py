@@ -150,7 +150,7 @@ class EvalCard(_Head):
         return self.model_copy(update={"items": items, "answer": self.answer.model_copy(update=answer)})
 
 
-def load_eval(name: str, folder: Path | str = "evals") -> EvalCard:
+def load_eval(name: str, folder: Path | str = "datasets/evals") -> EvalCard:
     """The card of a benchmark. Raises ConfigError when the file and its name disagree."""
     card = _named(EvalCard, name, Path(folder))
     if QUESTION not in card.answer.prompt:
@@ -158,7 +158,7 @@ def load_eval(name: str, folder: Path | str = "evals") -> EvalCard:
     return card
 
 
-def load_text(name: str, folder: Path | str = "evals") -> TextCard:
+def load_text(name: str, folder: Path | str = "datasets/evals") -> TextCard:
     """The card of benchmarks of text. Raises ConfigError when the file and its name disagree."""
     return _named(TextCard, name, Path(folder) / "text")
 

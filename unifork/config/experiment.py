@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unifork.config.base import Fraction01, StrictModel, load
 from unifork.config.tokenizers import AnyTextTokenizer, AnyTokenizer
-from unifork.errors import unknown
+from unifork.errors import ConfigError, unknown
 from unifork.vocabulary import Task
 
 
@@ -67,7 +67,7 @@ class Variant(StrictModel):
     stages: tuple[str, ...]
     """Names of the stages, in order."""
     seed: NonNegativeInt = 0
-    """Seed of the initialization."""
+    """Its training seed, written by `unifork use`."""
     embedding_range: PositiveFloat | None = Field(default=None, exclude_if=lambda deviation: deviation is None)
     """Standard deviation of the first word embeddings; None: the backbone's `initializer_range`, as of all matrices."""
 
@@ -119,6 +119,8 @@ class Track(StrictModel):
     """Documents per step, over all workers."""
     trainable: tuple[str, ...]
     """Glob patterns of parameter names; everything else is frozen."""
+    without_branches: tuple[str, ...] | None = Field(default=None, exclude_if=lambda patterns: patterns is None)
+    """Such patterns instead, for variants whose plan has no branches for tasks; None: none may be without."""
     optimizer: OptimizerConfig
     prompt_drop: Fraction01 = 0.0
     """Share of generation documents whose prompt is replaced by the dropped-prompt token."""
@@ -205,8 +207,6 @@ class Stage(StrictModel):
     """When a loss is reported and when it stops the run."""
     ema: Averaging | None = Field(default=None, exclude_if=lambda ema: ema is None)
     """Weights averaged over the steps; None: none are."""
-    seed: NonNegativeInt = 0
-    """Seed of order, prompt dropping and sampling."""
 
     @property
     def entries(self) -> list[MixtureEntry]:
@@ -214,8 +214,15 @@ class Stage(StrictModel):
         return [entry for track in self.tracks.values() for entry in track.mixture]
 
 
+NOT_IN_THE_WEIGHTS: dict[str, Any] = {
+    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
+    "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
+}  # fmt: skip
+"""Fields of a stage that decide nothing about its weights."""
+
+
 class Benchmark(StrictModel):
-    """What an experiment changes of a benchmark, a card of `evals`."""
+    """What an experiment changes of a benchmark, a card of `datasets/evals`."""
 
     options: dict[str, Any] = {}
     """Options of the suite instead of the card's, such as `samples`."""
@@ -303,8 +310,12 @@ class Experiment(StrictModel):
     """Everything an experiment is, and nothing about where it runs."""
 
     name: str
-    seed: NonNegativeInt = 0
-    """Seed of the data (generators, splits)."""
+    data_seed: NonNegativeInt = 0
+    """Seed of what all runs share: generated data, splits, items of benchmarks."""
+    training_seed: NonNegativeInt = 0
+    """Seed of initialization, order of documents and dropped prompts."""
+    seeds: tuple[NonNegativeInt, ...] = ()
+    """Several training seeds instead: each variant runs with each of them, as `<variant>-seed<N>`."""
     datasets: dict[str, DatasetUse]
     image_tokenizer: AnyTokenizer
     """Trained here, or with the key `import` taken from others."""
@@ -313,9 +324,11 @@ class Experiment(StrictModel):
     variants: dict[str, Variant]
     stages: dict[str, Stage]
     benchmarks: dict[str, Benchmark]
-    """Cards of `evals`, and what is changed of them."""
+    """Cards of `datasets/evals`, and what is changed of them."""
+    band: str | None = None
+    """File of earlier runs' scores, beside which those of this one are shown."""
     text_evals: tuple[str, ...] = ()
-    """Cards of `evals/text`, run by lm-evaluation-harness."""
+    """Cards of `datasets/evals/text`, run by lm-evaluation-harness."""
     prepared: dict[str, PreparedSet] = {}
     """Written by `unifork use`: every text column of a data set that some stage reads with some template."""
     runs: dict[str, StageRun] = {}
@@ -339,6 +352,20 @@ class Experiment(StrictModel):
             raise unknown("data set", name, self.datasets, "params.yaml: datasets")
         return self.datasets[name]
 
+    @property
+    def groups(self) -> dict[str, dict[int, str]]:
+        """The variants that the file of the experiment names, each by training seed with its name here."""
+        found: dict[str, dict[int, str]] = {}
+        for name, variant in self.variants.items():
+            group = name.removesuffix(f"-seed{variant.seed}") if self.seeds else name
+            found.setdefault(group, {})[variant.seed] = name
+        return found
+
+    @property
+    def all_benchmarks(self) -> tuple[str, ...]:
+        """Names of its benchmarks, those of text behind the others."""
+        return (*self.benchmarks, *self.text_evals)
+
     def steps_before(self, stage: str) -> dict[str, int]:
         """Steps of each track in the stages that a stage extends."""
         if (extended := self.stages[stage].extend) is None:
@@ -348,5 +375,20 @@ class Experiment(StrictModel):
 
 
 def load_experiment() -> Experiment:
-    """The experiment of the working directory. Raises ConfigError."""
-    return load(Experiment, "params.yaml")
+    """The experiment of the working directory. Raises ConfigError, also for edits that are not whole."""
+    found = load(Experiment, "params.yaml")
+    runs = {f"{name}-{stage}" for name, variant in found.variants.items() for stage in variant.stages}
+    read = {entry.prepared for run in found.runs.values() for entry in found.stages[run.stage].entries}
+    derived: tuple[tuple[str, set[Any], set[Any]], ...] = (
+        ("variants.*.seed", {each.seed for each in found.variants.values()}, {*(found.seeds or [found.training_seed])}),
+        ("runs", {*found.runs}, runs),
+        ("prepared", {*found.prepared}, read | {*found.prepared}),
+    )
+    for key, *sets in derived:
+        written, needed = (", ".join(map(str, sorted(names))) for names in sets)
+        if written != needed:
+            raise ConfigError(
+                f"params.yaml: {key}: {written}, but the rest of the file needs {needed}. `unifork use` alone writes "
+                f"what follows from an experiment: change experiments/{found.name}.yaml"
+            )
+    return found

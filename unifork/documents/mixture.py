@@ -4,8 +4,8 @@ What `pipelines.prepare` made is opened, nothing is tokenized. How long a docume
 ones are counted and are not part of the order. Memory grows by a few numbers for each row group; documents are looked
 up, and codes read, one row group at a time.
 
-Shape suffixes: T tokens of a document, N its image tokens, D code depth, R documents and S text tokens of a shard, G
-row groups of all shards.
+Shape suffixes: T tokens of a document, N its image tokens, P positions of an image, D code depth, R documents, S text
+tokens and I images of a shard or row group, G row groups of all shards.
 """
 
 from collections import Counter
@@ -37,10 +37,10 @@ from unifork.shards.manifest import (
     present,
     read_manifest,
 )
-from unifork.shards.schema import NO_IMAGE, codes_array, codes_meta
+from unifork.shards.schema import codes_array, codes_meta, images_of_rows
 from unifork.vocabulary import VIEW_OF_TASK, VOCABULARY_VERSION, Task
 
-DOCUMENTS_VERSION = 2
+DOCUMENTS_VERSION = 3
 """Raise when the same row would become another document, or prepared shards would look otherwise."""
 GROUPS_AT_HAND, DOCUMENTS_AT_HAND = 128, 4096
 """Shards that stay mapped and row groups whose codes stay in memory (neighbors of the order lie in 64), and documents
@@ -109,8 +109,9 @@ class Documents(NamedTuple):
     text_ids_S: np.ndarray
     loss_mask_S: np.ndarray
     text_starts_R1: np.ndarray
-    """Where a document's text tokens begin, and where the last one's end."""
-    image_at_R: np.ndarray
+    """Where a document's text tokens begin, and where the last one's end; the same of its images."""
+    images_at_I: np.ndarray
+    image_starts_R1: np.ndarray
     tokens_R: np.ndarray
     supervised_R: np.ndarray
     held_out_R: np.ndarray
@@ -122,8 +123,9 @@ class Documents(NamedTuple):
         """Those of a file with at least one row."""
         table = mapped_table(path)
         column = {name: table[name].chunk(0) for name in table.column_names}
-        texts, numbers = column["text_ids"], ("image_at", "tokens", "supervised", "held_out", "row_group", "row")
-        views = [texts.values, column["loss_mask"].values, texts.offsets, *map(column.get, numbers)]
+        texts, images = column["text_ids"], column["images_at"]
+        numbers = map(column.get, ("tokens", "supervised", "held_out", "row_group", "row"))
+        views = [texts.values, column["loss_mask"].values, texts.offsets, images.values, images.offsets, *numbers]
         text_ids_S, loss_mask_S, *others = (view.to_numpy() for view in views)
         codes = codes_meta(table.schema, str(path))
         return cls(column["key"], codes, text_ids_S, loss_mask_S.view(bool), *others)
@@ -214,23 +216,28 @@ class MixturePart:
         """A document with its codes; `supervised` positions of its image are targets, None: all."""
         documents, row, _ = self._find(index)
         text = slice(documents.text_starts_R1[row], documents.text_starts_R1[row + 1])
-        at, image = int(documents.image_at_R[row]), self.identity.positions + 2
-        if at == NO_IMAGE:
-            ids_T, loss_mask_T = documents.text_ids_S[text].astype(np.int64), np.array(documents.loss_mask_S[text])
-            alone = Skeleton(np.full(len(ids_T), TEXT, np.int64), ids_T, loss_mask_T)
-            return alone.with_codes(self.key(index), self.task, np.zeros((0, self.identity.depth), np.int64))
-        T = int(documents.tokens_R[row])
+        images = slice(documents.image_starts_R1[row], documents.image_starts_R1[row + 1])
+        T, length = int(documents.tokens_R[row]), self.identity.positions + 2
         kinds_T, text_ids_T, loss_mask_T = np.full(T, TEXT, np.int8), np.zeros(T, np.int32), np.zeros(T, bool)
-        kinds_T[at], kinds_T[at + 1 : at + image - 1], kinds_T[at + image - 1] = BEGIN_IMAGE, IMAGE, END_IMAGE
-        for target_T, source in ((text_ids_T, documents.text_ids_S), (loss_mask_T, documents.loss_mask_S)):
-            target_T[:at], target_T[at + image :] = source[text][:at], source[text][at:]
+        ids_S, mask_S, done = documents.text_ids_S[text], documents.loss_mask_S[text], 0
+        for number, before in enumerate([*documents.images_at_I[images].tolist(), len(ids_S)]):
+            words = slice(done + number * length, before + number * length)
+            text_ids_T[words], loss_mask_T[words] = ids_S[done:before], mask_S[done:before]
+            begin, end, done = words.stop, words.stop + length - 1, before
+            if end < T:
+                kinds_T[begin], kinds_T[begin + 1 : end], kinds_T[end] = BEGIN_IMAGE, IMAGE, END_IMAGE
         doc = Skeleton(kinds_T, text_ids_T, loss_mask_T)
         return doc.with_codes(self.key(index), self.task, self.codes(index), supervised)
 
     def codes(self, index: int) -> np.ndarray:
-        """The codes of a document's image, uint16, shape (N, D)."""
+        """The codes of a document's images one after the other, uint16, shape (N, D)."""
         documents, row, shard = self._find(index)
-        return np.asarray(self._codes(shard, int(documents.row_group_R[row]))[documents.row_R[row]])
+        first, last = documents.image_starts_R1[row : row + 2]
+        if first == last:
+            return np.zeros((0, self.identity.depth), np.uint16)
+        codes_IPD, starts_R1 = self._codes(shard, int(documents.row_group_R[row]))
+        row = documents.row_R[row]
+        return np.asarray(codes_IPD[starts_R1[row] : starts_R1[row + 1]].reshape(-1, self.identity.depth))
 
     def _look_up(self, index: int) -> tuple[Documents, int, int]:
         """The columns of a document's shard, its row there, and the number of the shard."""
@@ -264,22 +271,24 @@ class MixturePart:
         if view != VIEW_OF_TASK[self.task]:
             raise DataError(f"{place}: codes of the view {view!r}; {self.task} reads {VIEW_OF_TASK[self.task]!r}")
 
-    def _read_codes(self, shard: int, group: int) -> np.ndarray:
-        """The codes of a row group. Raises DataError for one that the codebook does not have."""
+    def _read_codes(self, shard: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """The codes of the images of a row group, and where those of each row begin and the last one's end.
+
+        Raises DataError for a code that the codebook does not have.
+        """
         file, most = pq.ParquetFile(self.code_paths[shard]), self.identity.codebook_size - 1
         shape = (self.identity.positions, self.identity.depth)
         column = file.read_row_group(group, columns=["codes"]).column("codes")
-        codes_RND = codes_array(column, shape)
-        if codes_RND.max(initial=0) > most:
-            beyond_R = (codes_RND > most).any((1, 2)) & column.is_valid().to_numpy()
-            if beyond_R.any():
-                row = int(beyond_R.argmax())
-                key = file.read_row_group(group, columns=["key"])["key"][row].as_py()
-                raise DataError(
-                    f"{self.code_paths[shard]}: key {key!r} of {self.entry.dataset} has code {codes_RND[row].max()}; "
-                    f"the codebook ends at {most}. Encode the data set again"
-                )
-        return codes_RND
+        codes_IPD, starts_R1 = codes_array(column, shape), np.append(0, np.cumsum(images_of_rows(column)))
+        if codes_IPD.max(initial=0) > most:
+            image = int((codes_IPD > most).any((1, 2)).argmax())
+            row = int(np.searchsorted(starts_R1, image, side="right")) - 1
+            key = file.read_row_group(group, columns=["key"])["key"][row].as_py()
+            raise DataError(
+                f"{self.code_paths[shard]}: key {key!r} of {self.entry.dataset} has code {codes_IPD[image].max()}; "
+                f"the codebook ends at {most}. Encode the data set again"
+            )
+        return codes_IPD, starts_R1
 
 
 def unconditional(tokenizer: TextTokenizer, positions: int) -> Skeleton:

@@ -1,6 +1,6 @@
 """The worker of the prepare stage: shard of codes in, shard of tokenized documents of one template out.
 
-Each row is written with the template, tokenized and checked. Only the words of a document are kept: where its image
+Each row is written with the template, tokenized and checked. Only the words of a document are kept: where an image
 stands follows from one number, and codes stay in their shards. How long a document may be is a stage's affair: its
 length is kept beside it. Rows that cannot be used are quarantined with a reason.
 """
@@ -20,7 +20,7 @@ from unifork.errors import UniForkError, unknown
 from unifork.shards.job import ARROW, ShardJob, table_of, write_shard
 from unifork.shards.manifest import checked, manifest_sha256, present
 from unifork.shards.quarantine import quarantined
-from unifork.shards.schema import NO_IMAGE, Unusable, codes_meta, columns_of, documents_schema
+from unifork.shards.schema import Unusable, codes_meta, columns_of, documents_schema, images_of_rows
 from unifork.shards.task import ShardResult, ShardTask
 
 
@@ -58,32 +58,29 @@ class Prepare:
     def _document(self, value: Any, images: int, image_tokens: int) -> dict[str, Any]:
         """The columns of a row that can be used. Raises Unusable."""
         doc = skeleton(written(self.template, value, images), self.tokenizer, 1, self.template.border)
-        seen = int((doc.kinds_T == BEGIN_IMAGE).sum())
         if self.template.task == "understanding" and not doc.loss_mask_T.any():
             raise Unusable("nothing to learn", "nothing_to_learn")
-        if self.template.task == "generation" and not seen:
-            raise Unusable("no image to generate", "no_image")
         if doc.loss_mask_T[0]:
             raise Unusable("the first token cannot be supervised: nothing stands before it", "nothing_before_answer")
-        is_text_T = doc.kinds_T == TEXT
+        is_text_T, begins_T = doc.kinds_T == TEXT, doc.kinds_T == BEGIN_IMAGE
         ids_T, loss_mask_T = doc.text_ids_T[is_text_T].astype(np.int32), doc.loss_mask_T[is_text_T].view(np.uint8)
         return {
             "text_ids": ids_T,
             "loss_mask": loss_mask_T,
-            "image_at": int(np.argmin(is_text_T)) if seen else NO_IMAGE,
-            "tokens": len(ids_T) + seen * image_tokens,
+            "images_at": np.cumsum(is_text_T)[begins_T].astype(np.int32),
+            "tokens": len(ids_T) + int(begins_T.sum()) * image_tokens,
             "supervised": int(loss_mask_T.sum()),
         }
 
 
 def _images(file: pq.ParquetFile, group: int) -> list[int]:
-    """Images of each row of a row group. The codes are read only where some are missing."""
+    """Images of each row of a row group. The codes are read only where some row has none or several."""
     columns = file.metadata.row_group(group)
-    codes = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "codes")
-    if codes.statistics is not None and codes.statistics.null_count == 0:
+    codes = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema.startswith("codes."))
+    if codes.statistics is not None and codes.statistics.null_count == 0 and codes.num_values == columns.num_rows:
         return [1] * columns.num_rows
-    present_R = file.read_row_group(group, columns=["codes"]).column("codes").is_valid()
-    return [int(valid) for valid in present_R.to_pylist()]
+    counts_R: list[int] = images_of_rows(file.read_row_group(group, columns=["codes"])["codes"]).tolist()
+    return counts_R
 
 
 def prepare_job(card: Card, chosen: PreparedSet, codes: Path, folder: Path, tokenizer: Path) -> ShardJob:

@@ -10,11 +10,11 @@ the official way stands beside it under a name that begins with `official-`.
 A dialogue becomes a system text and exchanges that are safe to train on, or the reason why not: nothing is guessed and
 nothing is cut: a wrong mask is trained on silently. The image stands in front of the question whose turn has the
 marker `<image>`, wherever in the turn the marker is (official code, data_utils); in front of the first question where
-no turn has one.
+no turn has one. Several images stand where their markers are.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class Template:
 
     task: Task
     text: str = ""
-    """For captions: the whole sample with `{caption}`."""
+    """For captions and plain texts: the whole sample with `{caption}`."""
     opening: str = ""
     """For dialogues: what stands before the first exchange; `{system}` is the dialogue's own text or SYSTEM."""
     turn: str = ""
@@ -53,6 +53,11 @@ class Template:
     border: Border = "letters"
     once: str = ""
     """A text that must stand once in every exchange, or nothing of the sample is supervised (official code)."""
+
+    @property
+    def images(self) -> int | None:
+        """Images that every sample has; None for dialogues, which have those of their rows."""
+        return None if self.turn else self.text.count(IMAGE_MARK)
 
 
 INSTRUCTION = "Provide a one-sentence caption for the image."
@@ -81,6 +86,7 @@ TEMPLATES: dict[str, Template] = {
     ),
     "answer": ANSWER,
     "official-answer": replace(ANSWER, border="count", once=" ASSISTANT: "),
+    "text": Template("understanding", f"{TURN_START}[[{{caption}}{TURN_END}]]"),
 }
 
 
@@ -146,6 +152,8 @@ class Exchange:
     question: str
     answer: str
     image: bool
+    marked: bool = False
+    """Whether images stand in the question, where its marks are."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Dialogue:
 
 
 def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue:
-    """Read turns `{role, text}` that belong to `images` images (0 or 1).
+    """Read turns `{role, text}` that belong to so many images.
 
     Raises Unusable with the reason when they cannot be read in exactly one way.
     """
@@ -172,30 +180,33 @@ def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise Unusable(f"roles are {roles[:6]}, not user and assistant in turn")
     questions, answers = texts[::2], texts[1::2]
-    place = _place_of_image(system or "", questions, answers, images)
+    marks = _marks(system or "", questions, answers, images)
     exchanges = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        question_text = question.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in question else question
-        if not question_text.strip() and number != place:
+        bare = question.replace(IMAGE_MARK, "").strip()
+        if not bare and not marks[number]:
             raise Unusable(f"question {number + 1} is empty")
         if not answer.strip():
             raise Unusable(f"answer {number + 1} is empty")
-        exchanges.append(Exchange(question_text, answer, number == place))
+        if images > 1:
+            exchanges.append(Exchange(question.strip() if marks[number] else question, answer, False, marked=True))
+        else:
+            exchanges.append(Exchange(bare if IMAGE_MARK in question else question, answer, bool(marks[number])))
     return Dialogue(system if system and system.strip() else None, exchanges)
 
 
-def _place_of_image(system: str, questions: list[str], answers: list[str], images: int) -> int | None:
-    """The number of the question that the image stands in front of."""
-    if images > 1:
-        raise Unusable(f"{images} images, a document holds one", "several_images")
+def _marks(system: str, questions: list[str], answers: list[str], images: int) -> list[int]:
+    """Images of each question."""
     if IMAGE_MARK in system:
         raise Unusable("an image marker inside the system turn")
     if any(IMAGE_MARK in answer for answer in answers):
         raise Unusable("an image marker inside an answer")
-    marks = [number for number, question in enumerate(questions) for _ in range(question.count(IMAGE_MARK))]
-    if len(marks) > images:
-        raise Unusable(f"image markers: {len(marks)}, images: {images}")
-    return marks[0] if marks else 0 if images else None
+    marks = [question.count(IMAGE_MARK) for question in questions]
+    if images == 1 and not any(marks):
+        marks[0] = 1
+    if sum(marks) != images:
+        raise Unusable(f"image markers: {sum(marks)}, images: {images}")
+    return marks
 
 
 def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
@@ -208,19 +219,19 @@ def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
     if template.text:
         if not isinstance(value, str):
             raise Unusable(f"a caption is expected, {CONVERSATIONS} were given", "broken_text")
-        if images != 1:
-            reason = "several_images" if images else "no_image"
-            raise Unusable(f"images: {images}, a caption belongs to one", reason)
-        return laid_out(template.text, {"caption": _without_mark(value)})
+        if images != template.images:
+            reason = "several_images" if images > 1 else "image_without_place" if images else "no_image"
+            raise Unusable(f"images: {images}, the template has a place for {template.images}", reason)
+        return laid_out(template.text, {"caption": _without_mark(value) if images else value})
     if isinstance(value, str):
         raise Unusable(f"{CONVERSATIONS} are expected, a caption was given", "broken_text")
     spoken = dialogue(value, images)
     if spoken.system and "{system}" not in template.opening:
         raise Unusable("a system turn, the template has no place for it")
     exchanges = spoken.exchanges[:1] if template.first_turn_only else spoken.exchanges
-    if images and not any(exchange.image for exchange in exchanges):
-        raise Unusable("the image belongs to a later question, the template writes only the first")
     parts = [_exchange(template, exchange) for exchange in exchanges]
+    if sum(part.count(IMAGE_PIECE) for part in parts) != images:
+        raise Unusable("the image belongs to a later question, the template writes only the first")
     parts[0] = laid_out(template.opening, {"system": spoken.system or SYSTEM}) + parts[0]
     supervisable = not template.once or all(_read(part).count(template.once) == 1 for part in parts)
     return [piece if supervisable else replace(piece, supervised=False) for part in parts for piece in part]
@@ -231,6 +242,8 @@ def question(template: Template, user: str, before: Sequence[Exchange] = (), ima
 
     before: the exchanges of the dialogue so far. image: whether this question has the image in front of it.
     """
+    if image and template.images == 0:
+        raise Unusable("the template has no place for an image", "image_without_place")
     if template.text:
         last = laid_out(template.text, {"caption": ""})
     else:
@@ -246,7 +259,17 @@ def _exchange(template: Template, exchange: Exchange) -> list[Piece]:
         form = form.replace(f"{IMAGE_MARK}\n", "")
     elif not exchange.question:
         form = form.replace(f"{IMAGE_MARK}\n", IMAGE_MARK)
-    return laid_out(form, {"user": exchange.question, "assistant": exchange.answer})
+    pieces = laid_out(form, {"user": exchange.question, "assistant": exchange.answer})
+    return [part for piece in pieces for part in _split(piece)] if exchange.marked else pieces
+
+
+def _split(piece: Piece) -> Iterator[Piece]:
+    """What people wrote, with an image at each mark in it."""
+    for number, text in enumerate((piece.text or "").split(IMAGE_MARK)):
+        if number or piece.text is None:
+            yield IMAGE_PIECE
+        if text:
+            yield replace(piece, text=text)
 
 
 def _read(pieces: list[Piece]) -> str:

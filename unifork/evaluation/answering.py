@@ -12,11 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from unifork.config import AnswerPart, EvalCard
-from unifork.devices import chosen_dtype
 from unifork.documents.prompts import template_named
 from unifork.evaluation.names import ABSENT, identity
 from unifork.images import png
-from unifork.layout import MODEL_IMAGE_TOKENIZER
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import read_manifest
 from unifork.shards.schema import columns_of
@@ -25,7 +23,6 @@ from unifork.vocabulary import CODE_DTYPE, VOCABULARY_VERSION
 
 ANSWER_VERSION = 1
 """Raise when the same model would give other answers to the same items."""
-BATCH_IMAGES = 64
 SCHEMA = pa.schema(
     [*((name, pa.string()) for name in ("id", "prompt", "text")), *((name, pa.binary()) for name in ("image", "codes"))]
 )
@@ -41,38 +38,34 @@ class Answerer:
         # only workers wait for torch and transformers
         import torch  # noqa: PLC0415
 
-        from unifork.image_tokenizer.code_encoder import CodeEncoder  # noqa: PLC0415
-        from unifork.image_tokenizer.views import MATTE  # noqa: PLC0415
-        from unifork.inference import Engine  # noqa: PLC0415
+        from unifork.library import Model  # noqa: PLC0415
 
-        self.request, self.engine = request, Engine.load(model, device, chosen_dtype(request.dtype, "answer.dtype"))
+        self.request, self.model = request, Model.load(model, device, request.dtype)
         here = {"device": torch.device(device).type, "dtype": request.dtype, "torch": torch.__version__}
         self.schema = SCHEMA.with_metadata({MADE_ON: json.dumps(here)})
-        self.tokenizer = CodeEncoder(model / MODEL_IMAGE_TOKENIZER, "pad", MATTE, BATCH_IMAGES, device)
 
     def __call__(self, task: ShardTask) -> ShardResult:
         rows = input_rows(task)
         prompts = [self.request.form(row["question"]) for row in rows]
         answered = self._images(rows, prompts) if draws(self.request) else self._texts(rows, prompts)
-        out = [
-            {"id": row["id"], "prompt": prompt, **answer}
-            for row, prompt, answer in zip(rows, prompts, answered, strict=True)
-        ]
-        return write_shard(task, table_of(out, self.schema), {})
+        for row, prompt, answer in zip(rows, prompts, answered, strict=True):
+            answer |= {"id": row["id"], "prompt": prompt}
+        return write_shard(task, table_of(answered, self.schema), {})
 
     def _texts(self, rows: list[dict[str, Any]], prompts: list[str]) -> list[dict[str, Any]]:
         """Every image is encoded once, in the padded view; its questions stand side by side."""
         images = {row["sha256"]: row["bytes"] for row in rows if row["bytes"]}
-        codes = dict(zip(images, self.tokenizer.encode_images(list(images.values())), strict=True))
+        codes = dict(zip(images, self.model.images.encode_images(list(images.values())), strict=True))
         shown = np.stack([codes[row["sha256"]] for row in rows])
-        texts = self.engine.answer_questions(shown, prompts, self.request.template, self.request.max_new_tokens)
+        request, engine = self.request, self.model.engine
+        texts = engine.answer_questions(shown, prompts, request.template, request.max_new_tokens)
         return [{"text": text} for text in texts]
 
     def _images(self, rows: list[dict[str, Any]], prompts: list[str]) -> list[dict[str, Any]]:
         """What is drawn depends on the prompt and the item's number alone."""
-        first = rows[0]["number"]
-        codes = self.engine.generate_images(prompts, self.request.sampling, self.request.template, first=first)
-        files = [png(image) for image in self.tokenizer.decode_codes(codes)]
+        request, engine, first = self.request, self.model.engine, rows[0]["number"]
+        codes = engine.generate_images(prompts, request.sampling, request.template, first=first)
+        files = [png(image) for image in self.model.images.decode_codes(codes)]
         return [
             {"image": file, "codes": code.astype(CODE_DTYPE).tobytes()} for file, code in zip(files, codes, strict=True)
         ]

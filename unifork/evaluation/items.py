@@ -6,6 +6,7 @@ brought in: nothing else is needed to answer, and what is missing or damaged is 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -66,10 +67,7 @@ def faults(what: str, found: Sequence[str]) -> str:
 
 def selected(card: EvalCard, items: Sequence[Item]) -> list[Item]:
     """The items that a card has answered. Raises DataError where ids repeat or their number is not the card's."""
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item.id] = counts.get(item.id, 0) + 1
-    if again := [name for name, count in counts.items() if count > 1]:
+    if again := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
         raise DataError(f"{card.name}: {faults('ids that come again', again)}")
     chosen = [item for item in items if not card.items.splits or item.split in card.items.splits]
     if not chosen or card.items.rows not in (None, len(chosen)):

@@ -1,29 +1,27 @@
 """Items and answers to verdicts and scores: a pure function of files, without a model and without torch.
 
 In: a card, its items, an answer for each. Out: one verdict for each item and rule, and scores with everything that is
-needed to judge them. Two models are compared pairwise, by their verdicts on the same items.
+needed to judge them. `comparison` compares models.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from unifork.config import EvalCard, load_eval
+from unifork.config import EvalCard, TextCard
 from unifork.errors import DataError
-from unifork.evaluation.archive import read_json
-from unifork.evaluation.items import Item, faults, identity
-from unifork.evaluation.statistics import Difference, Score, difference, estimate, value
+from unifork.evaluation.items import Item, identity
+from unifork.evaluation.statistics import Score, estimate, value
 from unifork.evaluation.suites import Answer, Suite, Verdict, suite_of
 from unifork.shards.manifest import MANIFEST, read_manifest, write_atomically, write_json
 
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 """Raise when the same answers would get other verdicts or scores."""
 METRICS, VERDICTS = "metrics.json", "verdicts.jsonl"
-ITEM = [field.name for field in fields(Item)]
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,14 @@ def _scores(
     says_yes_I = np.where([item.truth == "yes" for item in items], by_chance_I, 1 - by_chance_I)
     chances = [value(measure.ratios) for measure in suite.measures(items, by_chance_I, says_yes_I)]
     scores = []
-    for measure, chance in zip(suite.measures(items, *_outcomes(verdicts)), chances, strict=True):
+    for measure, chance in zip(suite.measures(items, *outcomes(verdicts)), chances, strict=True):
         unread = float(unread_I[measure.members_I].mean())
         plain = {**estimate(measure, clusters)._asdict(), "chance": chance, "unread": unread, **shared}
         scores.append(Score(measure.name + suffix, measure.split, **plain))
     return scores
 
 
-def _outcomes(verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
+def outcomes(verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
     """How right each answer is, and whether it says yes."""
     right_I = np.array([verdict.right for verdict in verdicts], dtype=np.float64)
     return right_I, np.array([verdict.reading == "yes" for verdict in verdicts], dtype=np.float64)
@@ -110,42 +108,7 @@ def by_split(scores: Sequence[Score]) -> dict[str, dict[str, dict[str, Any]]]:
     return table
 
 
-class Compared(NamedTuple):
-    """One score of two models on the same items."""
-
-    name: str
-    first: float
-    second: float
-    difference: Difference
-
-
-def compare(first: Path, second: Path, rule: str | None = None) -> list[Compared]:
-    """The scores of two folders of scores side by side, by one rule: by the card's first unless it is named.
-
-    Raises DataError where they are of other benchmarks or items, or lack the rule.
-    """
-    tables = [{line["id"]: line for line in read_json(folder / VERDICTS)} for folder in (first, second)]
-    names = [{line["benchmark"] for line in table.values()} for table in tables]
-    if names[0] != names[1] or len(names[0]) != 1:
-        raise DataError(f"{first}, {second}: of {sorted(names[0])} and {sorted(names[1])}; one benchmark is needed")
-    contents = [{name: [line[key] for key in ITEM] for name, line in table.items()} for table in tables]
-    if other := sorted(
-        name for name in {**contents[0], **contents[1]} if contents[0].get(name) != contents[1].get(name)
-    ):
-        raise DataError(f"{first}, {second}: {faults('items are not the same in both', other)}")
-    card = load_eval(names[0].pop())
-    suite, _ = suite_of(card)
-    chosen = rule or card.score.rules[0]
-    suite.rule(chosen, "--rule")
-    items = [Item(**{name: line[name] for name in ITEM}) for line in tables[0].values()]
-    measures = []
-    for table, folder in zip(tables, (first, second), strict=True):
-        if any(chosen not in table[item.id]["verdicts"] for item in items):
-            raise DataError(f"{folder}: no verdicts of rule {chosen!r}; score the answers by it first")
-        verdicts = [Verdict(**table[item.id]["verdicts"][chosen]) for item in items]
-        measures.append(suite.measures(items, *_outcomes(verdicts)))
-    clusters = [item.cluster for item in items]
-    return [
-        Compared(f"{a.split} {a.name}", value(a.ratios), value(b.ratios), difference(a, b, clusters))
-        for a, b in zip(*measures, strict=True)
-    ]
+def headline_values(card: EvalCard | TextCard, scores: Sequence[Score]) -> dict[str, float]:
+    """Values of the scores in a card's summary (of all, where it names none) by `<benchmark>.<split>.<score>`."""
+    shown = card.show.headlines or {score.name for score in scores}
+    return {f"{card.name}.{score.split}.{score.name}": score.value for score in scores if score.name in shown}

@@ -7,12 +7,17 @@ the C clusters of each ratio. For a plain proportion p of n independent items it
 items agree the error is 0, which says that none disagreed, not that the score is certain: a Wilson interval of the
 clusters stands beside it.
 
-Shape suffixes: I items, C clusters, R ratios (both sums of each), S exchanges.
+That is the error of the items alone. What another training seed would give is a matter of several runs: the spread of
+their scores, and differences of variants that are paired by seed.
+
+Shape suffixes: I items, C clusters, R ratios (both sums of each), S exchanges, N seeds, F ways to choose N signs.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import fsum
+from itertools import product
+from math import atan, cos, fsum, inf, pi, sin, sqrt
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +26,10 @@ from unifork.errors import DataError
 
 Z95 = 1.959963984540054
 """Standard errors on each side of a 95 % interval."""
+MOST_FLIPPED = 16
+"""Seeds up to which all choices of signs are counted."""
+FEWEST_IN_BAND = 5
+"""Runs that a prediction of one more needs."""
 SWAPS, SWAPS_AT_ONCE = 2000, 100
 """Random exchanges of two models' answers that a p-value comes from."""
 
@@ -100,6 +109,11 @@ class Estimate(NamedTuple):
 def share(counted_I: np.ndarray, members_I: np.ndarray, weight: float = 1.0) -> Ratio:
     """The mean of a count over some items."""
     return Ratio(counted_I * members_I, members_I * 1.0, weight)
+
+
+def accuracy(name: str, right_I: np.ndarray, members_I: np.ndarray, split: str = "all", weight: float = 1.0) -> Measure:
+    """How right some items are, on average, as a score."""
+    return Measure(name, (share(right_I, members_I, weight),), members_I, split)
 
 
 def binary(yes_I: np.ndarray, labels_I: np.ndarray, right_I: np.ndarray, members_I: np.ndarray) -> dict[str, Ratio]:
@@ -201,6 +215,77 @@ def difference(first: Measure, second: Measure, clusters: Sequence[str]) -> Diff
             found_S += a.weight * (ours_S - _divided(b.counted_I.sum() - counted_S, b.among_I.sum() - among_S))
         extreme += int((np.abs(found_S) >= least).sum())
     return Difference(observed, error, (1 + extreme) / (1 + SWAPS))
+
+
+class Spread(NamedTuple):
+    """Values of one run for each seed: mean, standard deviation, 95 % t interval of the mean; of one run its value."""
+
+    mean: float
+    deviation: float
+    interval: tuple[float, float]
+    runs: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of the values of several runs, one for each seed. The interval of a single run is without bounds."""
+    mean, runs = fmean(values), len(values)
+    if runs == 1:
+        return Spread(mean, 0.0, (-inf, inf), runs)
+    deviation = stdev(values)
+    reach = t95(runs - 1) * deviation / sqrt(runs)
+    return Spread(mean, deviation, (mean - reach, mean + reach), runs)
+
+
+def p_values(differences: Sequence[float]) -> tuple[float, float]:
+    """Two-sided p of paired differences, one for each seed: by Student's t, and exactly, by all choices of their signs.
+
+    The second is at least 2 / 2^N for N seeds; above MOST_FLIPPED it is not counted (NaN). Of one seed both are 1.
+    """
+    found, count = spread(differences), len(differences)
+    scale = found.deviation / sqrt(count)
+    by_t = 1.0 if count == 1 or found.mean == 0 else t_tail(abs(found.mean) / scale if scale else inf, count - 1)
+    if count > MOST_FLIPPED:
+        return by_t, float("nan")
+    sums_F = np.array(list(product((-1, 1), repeat=count))) @ np.array(differences)
+    return by_t, float((np.abs(sums_F) >= abs(fsum(differences)) * (1 - 1e-9) - 1e-12).mean())
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm, 1979), in their order: who rejects those below 0.05 errs at all
+    in at most 5 % of such tables."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, number in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[number]))
+        adjusted[number] = largest
+    return adjusted
+
+
+def prediction(values: Sequence[float], fewest: int = FEWEST_IN_BAND) -> tuple[float, float]:
+    """95 % prediction interval for one more run: mean +- t s sqrt(1 + 1/n). Raises DataError for fewer runs."""
+    if len(values) < fewest:
+        raise DataError(f"a prediction needs {fewest} runs, got {len(values)}")
+    reach = t95(len(values) - 1) * stdev(values) * sqrt(1 + 1 / len(values))
+    return fmean(values) - reach, fmean(values) + reach
+
+
+def t_tail(t: float, freedom: int) -> float:
+    """P(|T| > t) of Student's t, t >= 0, whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle, odd = atan(t / sqrt(freedom)), freedom % 2
+    term, terms = (cos(angle) if odd else 1.0), 0.0
+    for number in range(odd, freedom - 1, 2):
+        terms += term
+        term *= (number + 1) / (number + 2) * cos(angle) ** 2
+    inside = 2 / pi * (angle + sin(angle) * terms) if odd else sin(angle) * terms
+    return max(0.0, 1 - inside)
+
+
+def t95(freedom: int) -> float:
+    """Standard errors on each side of a 95 % interval by Student's t."""
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > 0.05 else (low, middle)
+    return high
 
 
 def _part(ratio: Ratio) -> float:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unifork.config import EvalCard, StrictModel, parse
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Estimate, Measure
@@ -70,9 +70,7 @@ class Suite:
 
     def rule(self, name: str, place: str) -> Rule:
         """A rule by name. Raises ConfigError naming the place and the rules that there are."""
-        if name not in self.rules:
-            raise unknown("rule", name, self.rules, place)
-        return self.rules[name]
+        return self.rules[one_of("rule", name, self.rules, place)]
 
 
 HERE = "unifork.evaluation"

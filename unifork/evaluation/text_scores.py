@@ -23,6 +23,17 @@ def text_scores(card: TextCard, folder: Path) -> list[Score]:
 
     The first metric of a task has its plain name, a second ends in the metric's. Raises DataError for a task without.
     """
+    parts, items = text_measures(card, folder)
+    shared = {"unread": 0.0, "missing": 0, "items_hash": fingerprint(items), **asdict(origin_of(folder))}
+    clusters = [str(number) for number in range(len(items))]
+    return [
+        Score(measure.name, "all", **estimate(measure, clusters)._asdict(), chance=chance, rule=rule, **shared)
+        for measure, chance, rule in parts
+    ]
+
+
+def text_measures(card: TextCard, folder: Path) -> tuple[list[tuple[Measure, float, str]], list[list[str]]]:
+    """What the scores of a folder are, with chance and metric of each; and hashes of every question."""
     lines = [json.loads(line) for line in (folder / SAMPLES).read_text().splitlines()]
     groups, names_I = read_manifest(folder).lineage["group_subtasks"], np.array([line["task"] for line in lines])
     parts: list[tuple[Measure, float, str]] = []
@@ -37,13 +48,7 @@ def text_scores(card: TextCard, folder: Path) -> list[Score]:
             parts.append((Measure(name, (share(right_I, members_I),), members_I), chance, metric))
     firsts = [measure for measure, _, _ in parts if measure.name in card.tasks]
     parts.append((mean(MEAN, firsts), fmean(card.tasks.values()), "the first of each task"))
-    hashes = fingerprint([[line[f"{part}_hash"] for part in ("doc", "prompt", "target")] for line in lines])
-    shared = {"unread": 0.0, "missing": 0, "items_hash": hashes, **asdict(origin_of(folder))}
-    clusters = [str(number) for number in range(len(lines))]
-    return [
-        Score(measure.name, "all", **estimate(measure, clusters)._asdict(), chance=chance, rule=rule, **shared)
-        for measure, chance, rule in parts
-    ]
+    return parts, [[line[f"{part}_hash"] for part in ("doc", "prompt", "target")] for line in lines]
 
 
 def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:

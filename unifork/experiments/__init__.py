@@ -1,15 +1,14 @@
-"""From `experiments/NAME.yaml` to `params.yaml`: inheritance, derived entries, checks.
+"""From `experiments/NAME.yaml` to `params.yaml`: derived entries and checks.
 
-An experiment may say `extends: OTHER` and then only what differs; `null` takes an entry out, and a
-tokenizer that is imported replaces the inherited one whole. What
-DVC needs and follows from the rest (every stage of every variant, every evaluation) is derived here
-and written into `params.yaml`, so that `dvc.yaml` can loop over it.
+What DVC needs and follows from the rest (every stage of every variant with every seed, every evaluation) is derived
+here and written into `params.yaml`, so that `dvc.yaml` can loop over it. What an experiment takes from another one,
+and a variant or stage from another of its kind, is written out by `inheritance`.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -20,8 +19,8 @@ from unifork.config import (
     EvalCard,
     Experiment,
     PreparedSet,
-    Stage,
     StageRun,
+    Variant,
     fingerprint,
     load_card,
     load_eval,
@@ -32,14 +31,13 @@ from unifork.config import (
 from unifork.documents.prompts import template_named
 from unifork.errors import ConfigError, unknown
 from unifork.evaluation.suites import suite_of
-from unifork.experiments import checks
+from unifork.experiments import checks, inheritance
 from unifork.experiments.followed import followed
 from unifork.experiments.tracking import write_ignore_rules
 from unifork.layout import Layout
 from unifork.vocabulary import VIEW_OF_TASK
 
 HERE = Layout()
-IMPORT = "import"
 WRITTEN = "# Hash of all that follows, by which an edit is noticed: "
 SHOWN_KEYS = 10
 
@@ -50,12 +48,28 @@ def names(folder: Path = HERE.experiments) -> dict[str, str]:
     return {name: text.partition("\n")[0].lstrip("# ") for name, text in sorted(texts.items())}
 
 
-def resolve(name: str, folder: Path = HERE.experiments, cards: Path = HERE.cards) -> Experiment:
+class Choice(NamedTuple):
+    """What the command line says of an experiment instead of its file."""
+
+    seeds: tuple[int, ...] = ()
+    """Training seeds; none: as the file says."""
+    plain: bool = False
+    """Whether the only seed stands in no name, as with `training_seed`."""
+    variants: tuple[str, ...] = ()
+    """Those that are kept; none: all."""
+
+
+AS_WRITTEN = Choice()
+
+
+def resolve(
+    name: str, folder: Path = HERE.experiments, cards: Path = HERE.cards, choice: Choice = AS_WRITTEN
+) -> Experiment:
     """The complete experiment of that name, checked but for what takes torch.
 
     Raises ConfigError naming file, key and value.
     """
-    experiment, loaded = _read(name, folder, cards)
+    experiment, loaded = _read(name, folder, cards, choice)
     checks.check_choices(experiment, loaded, str(folder / f"{name}.yaml"))
     return experiment
 
@@ -67,9 +81,9 @@ def params_text(experiment: Experiment) -> str:
     return f"{head}{WRITTEN}{fingerprint(body)}\n{body}"
 
 
-def use(name: str, force: bool = False) -> Experiment:
+def use(name: str, force: bool = False, choice: Choice = AS_WRITTEN) -> Experiment:
     """Check an experiment and write `params.yaml`. Raises ConfigError when that would overwrite edits made by hand."""
-    experiment, place = resolve(name), str(HERE.experiments / f"{name}.yaml")
+    experiment, place = resolve(name, choice=choice), str(HERE.experiments / f"{name}.yaml")
     checks.check_cluster(experiment, place)
     if HERE.params.exists() and not force:
         edits = _edits(experiment)
@@ -113,19 +127,56 @@ def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{path}.{key}" if path else str(key))
 
 
-def _read(name: str, folder: Path, cards: Path) -> tuple[Experiment, dict[str, Card]]:
+def _read(name: str, folder: Path, cards: Path, choice: Choice = AS_WRITTEN) -> tuple[Experiment, dict[str, Card]]:
     """The experiment with all that is derived, and its cards; every name it uses is known."""
     path = folder / f"{name}.yaml"
-    plain = {"name": name, **_inherited(name, folder, ())}
+    plain = {"name": name, **inheritance.inherited(name, folder)}
+    checks.check_seeds(plain, str(path))
+    if choice.seeds:
+        plain |= {"training_seed": choice.seeds[0], "seeds": ()} if choice.plain else {"seeds": choice.seeds}
+    roots: dict[str, str] = {}
+    if isinstance(variants := plain.get("variants"), dict):
+        plain["variants"], roots = inheritance.alike(variants, str(path))
     if isinstance(stages := plain.get("stages"), dict):
-        plain["stages"] = {stage: _extended(stage, stages, str(path), ()) for stage in stages}
+        plain["stages"] = {stage: inheritance.extended(stage, stages, str(path)) for stage in stages}
     filled = ("prepared", "runs", "evaluations", "text_runs", "scored", "analyzed", "examined")
     derived: dict[str, Any] = {key: {} for key in filled}
     experiment = parse(Experiment, plain | derived, str(path))
     loaded = {dataset: load_card(dataset, cards) for dataset in experiment.datasets}
     evals = {name: _eval(name, use, str(path)) for name, use in experiment.benchmarks.items()}
     checks.check_names(experiment, loaded, str(path))
-    return experiment.model_copy(update=_derived(experiment, loaded, evals)), loaded
+    checks.check_alike(experiment, roots, str(path))
+    for variant in choice.variants:
+        if variant not in experiment.variants:
+            raise unknown("variant", variant, experiment.variants, "--variants")
+    shared = {"prepared": _prepared(experiment)}  # by all variants, kept or not: what is there stays as it is
+    kept = experiment.model_copy(update=shared | {"variants": _with_seeds(experiment, choice.variants)})
+    return kept.model_copy(update=_derived(kept, loaded, evals)), loaded
+
+
+def _with_seeds(experiment: Experiment, kept: Collection[str]) -> dict[str, Variant]:
+    """The variants that are kept, with each training seed; a list of seeds, even of a single one, stands in names."""
+    seeds = {f"-seed{seed}": seed for seed in experiment.seeds} or {"": experiment.training_seed}
+    return {
+        f"{name}{suffix}": variant.model_copy(update={"seed": seed})
+        for name, variant in experiment.variants.items()
+        if not kept or name in kept
+        for suffix, seed in seeds.items()
+    }
+
+
+def _prepared(experiment: Experiment) -> dict[str, PreparedSet]:
+    """Every text column of a data set that some stage of some variant reads with some template."""
+    prepared: dict[str, PreparedSet] = {}
+    for stage in dict.fromkeys(stage for variant in experiment.variants.values() for stage in variant.stages):
+        for entry in experiment.stages[stage].entries:
+            chosen = PreparedSet(
+                dataset=entry.dataset, text=entry.text, template=entry.template,
+                codes=f"data/codes/{entry.dataset}/{VIEW_OF_TASK[entry.task]}",
+            )  # fmt: skip
+            if prepared.setdefault(entry.prepared, chosen) != chosen:
+                raise ConfigError(f"stages.{stage}: two sets of prepared documents are called {entry.prepared!r}")
+    return prepared
 
 
 def _eval(name: str, use: Benchmark, place: str) -> EvalCard:
@@ -139,51 +190,11 @@ def _eval(name: str, use: Benchmark, place: str) -> EvalCard:
     return card
 
 
-def _inherited(name: str, folder: Path, heirs: tuple[str, ...]) -> dict[str, Any]:
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        raise unknown("experiment", name, (p.stem for p in folder.glob("*.yaml")), str(folder))
-    if name in heirs:
-        raise ConfigError(f"{path}: extends itself by way of {' -> '.join((*heirs, name))}")
-    plain = dict(read_yaml(path))
-    parent = plain.pop("extends", None)
-    return _merged(_inherited(parent, folder, (*heirs, name)), plain) if parent else plain
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict) and isinstance(merged.get(key), dict) and IMPORT not in value:
-            merged[key] = _merged(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _extended(name: str, stages: dict[str, Any], place: str, heirs: tuple[str, ...]) -> Any:
-    """A stage with all that it takes from the one it extends, which has warmed up."""
-    over, heirs = stages[name], (*heirs, name)
-    if not isinstance(over, dict) or "extend" not in over:
-        return over
-    if (base := str(over["extend"])) not in stages:
-        raise unknown("stage", base, stages, f"{place}: stages.{name}.extend")
-    if base in heirs:
-        raise ConfigError(f"{place}: stages.{name}: extends itself by way of {' -> '.join((*heirs, base))}")
-    typed = parse(Stage, _extended(base, stages, place, heirs), place, f"stages.{base}")
-    plain = typed.model_dump(mode="json")
-    for track in plain["tracks"].values():
-        track["optimizer"]["warmup_steps"] = 0
-    return _merged(plain, over)
-
-
 def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, EvalCard]) -> dict[str, Any]:
     datasets = {
         name: use.model_copy(update={"follows": followed(cards[name], f"datasets/{name}.yaml")})
         for name, use in experiment.datasets.items()
     }
-    prepared: dict[str, PreparedSet] = {}
     runs: dict[str, StageRun] = {}
     analyzed: dict[str, AnalyzedRun] = {}
     for name, variant in experiment.variants.items():
@@ -195,13 +206,6 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
             codes = _deepest("data/codes", (entry.dataset for entry in entries))
             documents = _deepest("data/prepared", (entry.prepared for entry in entries))
             runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes, prepared=documents)
-            for entry in entries:
-                chosen = PreparedSet(
-                    dataset=entry.dataset, text=entry.text, template=entry.template,
-                    codes=f"data/codes/{entry.dataset}/{VIEW_OF_TASK[entry.task]}",
-                )  # fmt: skip
-                if prepared.setdefault(entry.prepared, chosen) != chosen:
-                    raise ConfigError(f"stages.{stage}: two sets of prepared documents are called {entry.prepared!r}")
             before = f"models/{name}-{stage}"
             if kinds := experiment.analyses.of_stage(stage):
                 analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
@@ -226,7 +230,7 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
             update={"follows": archive if archive and Path(archive).is_dir() else nothing}
         )
     return {
-        "datasets": datasets, "prepared": prepared, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
+        "datasets": datasets, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
         "analyzed": analyzed, "text_runs": text_runs,
         "scored": {name: every for name in experiment.variants if (every := (*benchmarks, *experiment.text_evals))},
         "examined": _examined(experiment.variants, evals, benchmarks),

@@ -16,6 +16,7 @@ from unifork.config import (
     Cluster,
     Experiment,
     ImageTokenizerConfig,
+    MixtureEntry,
     Stage,
     TextTokenizerConfig,
     Track,
@@ -26,8 +27,48 @@ from unifork.config import (
 from unifork.documents.prompts import template_for
 from unifork.errors import CheckpointError, ConfigError, unknown
 from unifork.image_tokenizer.readers import READERS
+from unifork.sources import source_of
 
 Cards = Mapping[str, Card]
+SHOWN = 5
+"""Keys of a difference that an error names."""
+
+
+def check_seeds(plain: Mapping[str, Any], place: str) -> None:
+    """That seeds are those of the whole experiment, before it is typed."""
+    groups = {kind: part for kind in ("variants", "stages") if isinstance(part := plain.get(kind), dict)}
+    parts = [(f"{kind}.{name}.", part) for kind, group in groups.items() for name, part in group.items()]
+    for where, part in [("", plain), *parts]:
+        if isinstance(part, dict) and "seed" in part:
+            raise ConfigError(
+                f"{place}: {where}seed: two keys of the experiment are its seeds: `data_seed` (data, benchmarks) and "
+                "`training_seed` (initialization, order of documents, dropped prompts), or `seeds` for several runs"
+            )
+
+
+def check_alike(experiment: Experiment, roots: Mapping[str, str], place: str) -> None:
+    """That variants differ only where they say so: in their plans, and in what one that is `like` another writes.
+
+    roots: for each variant the one that it is like, in the end.
+    """
+    first, *others = experiment.variants
+    theirs = _settings(experiment.variants[first])
+    for name in others:
+        ours = _settings(experiment.variants[name])
+        differ = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+        if differ and roots[name] != roots[first]:
+            pairs = (f"{key}: {theirs.get(key, 'nothing')} -> {ours.get(key, 'nothing')}" for key in differ[:SHOWN])
+            raise ConfigError(
+                f"{place}: variants.{name} is not {first} with another plan: {'; '.join(pairs)}"
+                f"{'; ...' * (len(differ) > SHOWN)}. Say `like: {first}` and write only what shall differ"
+            )
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    """What variants should have in common, by dotted key."""
+    plain = variant.model_dump(mode="json", exclude={"plan", "seed"})
+    parts = {f"{part}.{key}": value for part in ("backbone", "head") for key, value in plain.pop(part).items()}
+    return plain | parts
 
 
 def check_names(experiment: Experiment, cards: Cards, place: str) -> None:
@@ -77,16 +118,31 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
     positions = images.grid**2 if isinstance(images, ImageTokenizerConfig) else None
     for where, track in _tracks(experiment, place):
         for number, entry in enumerate(track.mixture):
-            template_for(entry, f"{where}.mixture[{number}]")
+            _check_images(entry, cards[entry.dataset], f"{where}.mixture[{number}]")
         if positions and (track.supervised_positions or 0) > positions:
             raise ConfigError(
                 f"{where}: supervised_positions is {track.supervised_positions}; an image has {positions} positions"
             )
     if isinstance(images, ImageTokenizerConfig):
+        for name in images.training.datasets:
+            if source_of(cards[name])[1].text_only:
+                raise ConfigError(f"{place}: image_tokenizer.training.datasets: no row of {name} has an image")
         groups = {f"{name}/{use.view}" for name in images.training.datasets for use in cards[name].tasks.values()}
         for group in images.training.shares:
             if group not in groups:
                 raise unknown("group of images", group, groups, f"{place}: image_tokenizer.training.shares")
+
+
+def _check_images(entry: MixtureEntry, card: Card, place: str) -> None:
+    """That a template can be written for some row of a set: captions have an image, plain texts have none."""
+    images = template_for(entry, place).images
+    if images and source_of(card)[1].text_only:
+        raise ConfigError(f"{place}: template {entry.template!r} has an image, no row of {card.name} has any")
+    if images == 0 and card.text_only == "drop":
+        raise ConfigError(
+            f"{place}: template {entry.template!r} is for rows without an image; card {card.name} drops them, unless "
+            "it says text_only: keep"
+        )
 
 
 def _check_extended(experiment: Experiment, place: str) -> None:
@@ -101,17 +157,18 @@ def _check_extended(experiment: Experiment, place: str) -> None:
 
 
 def _what_goes_on(stage: Stage) -> dict[str, Any]:
-    keys = ("mixture", "batch_documents", "trainable")
+    keys = ("mixture", "batch_documents", "trainable", "without_branches")
     tracks = {f"tracks.{name}.{key}": getattr(t, key) for name, t in stage.tracks.items() for key in keys}
-    return {"seed": stage.seed, "context": stage.context, **tracks}
+    return {"context": stage.context, **tracks}
 
 
 def check_models(experiment: Experiment, place: str) -> None:
     """Backbone, plan and head of every variant, and what its stages ask of the model, which is built without memory."""
     from unifork.planning import meta_model  # noqa: PLC0415  torch is slow to import
-    from unifork.training.optimizer import trainable_names  # noqa: PLC0415
+    from unifork.training.optimizer import trained_names  # noqa: PLC0415
 
-    for name, variant in experiment.variants.items():
+    for name in (next(iter(seeds.values())) for seeds in experiment.groups.values()):
+        variant = experiment.variants[name]
         if not variant.backbone and variant.warm_start and not Path(variant.warm_start).is_dir():
             continue
         try:
@@ -128,8 +185,7 @@ def check_models(experiment: Experiment, place: str) -> None:
                     f"{longest} positions (max_position_embeddings)"
                 )
             for track_name, track in stage.tracks.items():
-                where = f"{place}: stages.{stage_name}.tracks.{track_name}.trainable (variant {name})"
-                trainable_names(names, track.trainable, where)
+                trained_names(names, track, f"{place}: stages.{stage_name}.tracks.{track_name}", f" (variant {name})")
 
 
 def check_cluster(experiment: Experiment, place: str) -> None:

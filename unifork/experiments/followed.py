@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from unifork.config import Card, Followed
 from unifork.errors import ConfigError
 from unifork.filters.rules import DuplicateOptions, rules_of
-from unifork.sources import source_of
+from unifork.sources import check_installed, source_of
 
 ELSEWHERE = re.compile(r"[~$]")
 """In a path that only this machine knows: what it stands for is written into no file."""
@@ -17,8 +17,10 @@ ELSEWHERE = re.compile(r"[~$]")
 def followed(card: Card, place: str) -> Followed:
     """What the stages of a data set depend on beside its card, which is `place`.
 
-    Raises ConfigError for a source or rule with wrong options, and where files lie too far apart.
+    Raises ConfigError for a source or rule with wrong options, for a source that needs what is not installed, and
+    where files lie too far apart.
     """
+    check_installed(card)
     source, options = source_of(card)
     rules = rules_of(card)
     lists = [getattr(chosen, name) for rule, chosen in rules for name in rule.paths]

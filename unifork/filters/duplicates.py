@@ -32,6 +32,7 @@ from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.sources import MAX_IMAGE_BYTES, RowError, located
 from unifork.sources.archives import Unreadable, is_image, opened
+from unifork.vocabulary import MORE_IMAGES
 
 SIGNATURES_VERSION = 2
 BUCKET_ROWS = 4_000_000
@@ -42,16 +43,16 @@ DROPS_SCHEMA = pa.schema({"key": pa.string(), "rule": pa.string(), "of": pa.stri
 # --------------------------------------------------------------------------------------- signatures
 
 
-def signature(row: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
-    """The signatures of a row; `pair` is None without a URL."""
+def signatures_of(row: dict[str, Any], texts: Iterable[str]) -> list[dict[str, Any]]:
+    """The signatures of a row and of each further image; `pair` is None without a URL, the others without an image."""
     values = [repr(row.get(name) or "") for name in texts]
     pair = hashlib.blake2b("\x00".join([row["url"], *values]).encode(), digest_size=8).digest() if row["url"] else None
-    return {
-        "key": row["key"],
-        "sha256": int(row["sha256"][:16], 16),
-        "pair": None if pair is None else int.from_bytes(pair, "big"),
-        "phash": row["phash"],
-    }
+    found = [
+        {"key": row["key"], "sha256": image["sha256"] and int(image["sha256"][:16], 16), "phash": image["phash"]}
+        for image in (row, *(row.get(MORE_IMAGES) or ()))
+    ]
+    found[0]["pair"] = pair and int.from_bytes(pair, "big")
+    return found
 
 
 class Sign:
@@ -62,7 +63,8 @@ class Sign:
 
     def __call__(self, task: ShardTask) -> ShardResult:
         texts = text_columns(self.card)
-        signatures = [signature(row, texts) for row in input_rows(task) if judge(row, self.card) is None]
+        rows = [row for row in input_rows(task) if judge(row, self.card) is None]
+        signatures = [found for row in rows for found in signatures_of(row, texts)]
         return write_shard(task, pa.Table.from_pylist(signatures, schema=SCHEMA), {})
 
 
@@ -188,7 +190,11 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
             for kind in rule.by:
                 all_sets.find(kind, rule.distance if kind == "phash" else 0, f"same {kind}", found, first=first)
             names = all_sets.keys([*found, *(duplicate for _, duplicate in found.values())])
-            details = {row: f"{how} as {names[duplicate]}" for row, (how, duplicate) in found.items()}
+            details = {
+                row: f"{how} as {names[duplicate]}"
+                for row, (how, duplicate) in found.items()
+                if duplicate < first or names[row] != names[duplicate]  # two images of a row may be alike
+            }
         elif entry.rule == "near_benchmark":
             options = parse(BenchmarkOptions, entry.options, f"{card.name}: filter near_benchmark")
             images = benchmark(options.files)

@@ -1,7 +1,7 @@
 """The rows that a filter kept, images included: the only way from a decision back to the bytes.
 
 In: the folders of a data set's image-text shards and of its filtered shards, or one shard of each. Out: tables. The
-n-th filtered shard holds rows of the n-th image-text shard; without the column `image` the latter is not opened.
+n-th filtered shard holds rows of the n-th image-text shard; without a column of images the latter is not opened.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from unifork.layout import Layout
 from unifork.shards.job import read_table
 from unifork.shards.manifest import Manifest, Shard, present
 from unifork.shards.task import ShardTask
+from unifork.vocabulary import MORE_IMAGES
 
 IMAGE = "image"
 
@@ -62,14 +63,16 @@ def kept_table(
 
     Raises DataError for a damaged shard, and where the image-text shard has no row of a key that was kept.
     """
-    if columns is None or IMAGE in columns:
+    images_of = [IMAGE] if columns is None else [name for name in columns if name in (IMAGE, MORE_IMAGES)]
+    if images_of:
         assert raw_shard is not None, f"{raw}: images were asked for without their shards"
-        others = None if columns is None else ["key", *(name for name in columns if name not in (IMAGE, "key"))]
-        table, images = read_table(filtered, kept, others), read_table(raw, raw_shard, ["key", IMAGE])
+        others = None if columns is None else ["key", *(name for name in columns if name not in ("key", *images_of))]
+        table, images = read_table(filtered, kept, others), read_table(raw, raw_shard, ["key", *images_of])
         # both are in the order of keys; a mask, unlike places, never joins chunks, which may hold gigabytes
         images = images.filter(pc.is_in(images["key"], value_set=table["key"].combine_chunks()))
         if not images["key"].equals(table["key"]):
             raise DataError(f"{raw / raw_shard.path}: not the rows that {filtered / kept.path} keeps; filter again")
-        table = table.append_column(IMAGE, images[IMAGE])
+        for name in images_of:
+            table = table.append_column(name, images[name])
         return table if columns is None else table.select(list(columns))
     return read_table(filtered, kept, columns)

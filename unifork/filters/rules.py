@@ -16,11 +16,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from unifork.config import Card, StrictModel, parse
 from unifork.config.base import Fraction01
+from unifork.config.card import FilterRule
 from unifork.errors import UniForkError, unknown
 from unifork.filters.takedown import listing
 from unifork.registry import Registry
-from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, text_columns
+from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, numbered, text_columns
 from unifork.sources import source_of
+from unifork.vocabulary import MORE_IMAGES
 
 Row = dict[str, Any]
 Options = TypeVar("Options", bound=StrictModel)
@@ -47,15 +49,17 @@ class Rule(Generic[Options]):
     """Whether a row stays."""
     paths: tuple[str, ...] = ()
     """Options that name files or folders."""
+    of_images: bool = False
+    """It is asked for each image of a row, and keeps a row without one."""
     version: int = 0
     """Raise when the same options would decide otherwise; part of the fingerprint."""
 
 
 def rule(
-    options: type[Options], *paths: str, version: int = 0
+    options: type[Options], *paths: str, of_images: bool = False, version: int = 0
 ) -> Callable[[Callable[[Row, Options], bool]], Rule[Options]]:
     """Make a function of a row and options a rule."""
-    return lambda keeps: Rule(options, keeps, paths, version)
+    return lambda keeps: Rule(options, keeps, paths, of_images, version)
 
 
 RULES: Registry[Rule[Any]] = Registry(
@@ -102,19 +106,32 @@ def judge(row: Row, card: Card) -> tuple[str, str] | None:
         return row["problem"], row["problem_detail"]
     if not any(row.get(name) for name in text_columns(card)):
         return "no_text", f"none of {', '.join(text_columns(card))} is filled"
-    for entry, (chosen, options) in zip(card.filters, rules_of(card), strict=True):
-        try:
-            keeps = chosen.keeps({**row, DATASET: card.name}, options)
-        except UniForkError:
-            raise
-        except Exception as error:  # of a rule that met what its author did not think of
-            return "unexpected", f"{entry.rule}: {type(error).__name__}: {error}"
-        if not keeps:
-            if entry.rule == TAKEDOWN:
-                return entry.rule, f"named in {entry.options['file']}"  # nothing else of it is kept
-            shown = {name: row[name] for name in row if row[name] is not None and name != CONVERSATIONS}
-            return entry.rule, f"{entry.options} on {shown}"
+    more = row.get(MORE_IMAGES) or ()
+    images = [] if row["bytes"] is None else [{**row, **image, MORE_IMAGES: None} for image in (row, *more)]
+    for entry, rule_of_it in zip(card.filters, rules_of(card), strict=True):
+        of_images = rule_of_it[0].of_images
+        for number, asked_row in enumerate(images if of_images else [row], 1):
+            if why := _dropped(asked_row, card, entry, *rule_of_it):
+                return why[0], numbered(why[1], number, len(images)) if of_images else why[1]
     return None
+
+
+def _dropped(
+    row: Row, card: Card, entry: FilterRule, chosen: Rule[Any], options: StrictModel
+) -> tuple[str, str] | None:
+    """(reason, detail) where a rule does not keep a row."""
+    try:
+        keeps = chosen.keeps({**row, DATASET: card.name}, options)
+    except UniForkError:
+        raise
+    except Exception as error:  # of a rule that met what its author did not think of
+        return "unexpected", f"{entry.rule}: {type(error).__name__}: {error}"
+    if keeps:
+        return None
+    if entry.rule == TAKEDOWN:
+        return entry.rule, f"named in {entry.options['file']}"  # nothing else of it is kept
+    shown = {name: row[name] for name in row if row[name] is not None and name != CONVERSATIONS}
+    return entry.rule, f"{entry.options} on {shown}"
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -138,26 +155,26 @@ class Most(StrictModel):
     most: PositiveInt
 
 
-@rule(Side)
+@rule(Side, of_images=True)
 def min_side(row: Row, options: Side) -> bool:
     """Keep images whose shorter side has at least `pixels`."""
     return bool(min(row["width"], row["height"]) >= options.pixels)
 
 
-@rule(Aspect)
+@rule(Aspect, of_images=True)
 def max_aspect(row: Row, options: Aspect) -> bool:
     """Keep images whose sides differ by at most `ratio`."""
     long, short = max(row["width"], row["height"]), min(row["width"], row["height"])
     return bool(long <= options.ratio * short)
 
 
-@rule(Most)
+@rule(Most, of_images=True)
 def max_bytes(row: Row, options: Most) -> bool:
     """Keep images of at most `most` bytes as received."""
     return bool(row["bytes"] <= options.most)
 
 
-@rule(Most)
+@rule(Most, of_images=True)
 def max_pixels(row: Row, options: Most) -> bool:
     """Keep images of at most `most` pixels."""
     return bool(row["width"] * row["height"] <= options.most)
@@ -235,7 +252,7 @@ def _within(row: Row, column: str, options: Score) -> bool:
 
 
 def _score_named(column: str) -> Rule[Score]:
-    return Rule(Score, lambda row, options: _within(row, column, options))
+    return Rule(Score, lambda row, options: _within(row, column, options), of_images=True)
 
 
 similarity, aesthetic, pwatermark, punsafe = map(_score_named, SCORES)

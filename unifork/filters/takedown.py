@@ -28,6 +28,7 @@ from unifork.shards.manifest import (
 from unifork.shards.quarantine import parquet_name, scrub
 from unifork.shards.task import ShardTask
 from unifork.sources import located
+from unifork.vocabulary import MORE_IMAGES
 
 KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"
@@ -51,7 +52,8 @@ class Listing:
     def match(self, dataset: str, row: dict[str, Any]) -> str | None:
         """The entry that names a row with `key`, `url` and `sha256`, or None."""
         url = row.get("url") or ""
-        candidates = [("key", f"{dataset}/{row['key']}"), ("url", url), ("sha256", (row.get("sha256") or "").lower())]
+        hashes = [image.get("sha256") or "" for image in (row, *(row.get(MORE_IMAGES) or ()))]
+        candidates = [("key", f"{dataset}/{row['key']}"), ("url", url), *(("sha256", text.lower()) for text in hashes)]
         hit = next((entry for entry in [*candidates, *_hosts(url)] if entry in self.entries), None)
         return None if hit is None else " ".join(hit)
 
@@ -106,7 +108,8 @@ def withdrawn(folder: Path, entries: Listing) -> dict[str, dict[str, str]]:
     """
     manifest, found = read_manifest(folder), {}
     for shard in manifest.shards:
-        rows = read_table(folder, shard, ["key", "url", "sha256"]).to_pylist()
+        more = [name for name in (MORE_IMAGES,) if name in manifest.columns]
+        rows = read_table(folder, shard, ["key", "url", "sha256", *more]).to_pylist()
         hits = {row["key"]: hit for row in rows if (hit := entries.match(manifest.dataset, row))}
         if hits:
             found[shard.path] = hits

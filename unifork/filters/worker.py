@@ -25,6 +25,9 @@ from unifork.shards.task import ShardResult, ShardTask
 FILTER_VERSION = 2
 """Raise when the same rows would be judged otherwise."""
 
+READ_LATER = {"matte", "tasks", "held_out", "reader"}
+"""What a card says to the readers of kept rows; the manifest names it, so that DVC runs them again when it changes."""
+
 DROPS = "duplicates"
 """Folder beside the filtered shards: the rows of each that have an earlier duplicate, by the name of the shard."""
 
@@ -92,5 +95,6 @@ def filter_job(card: Card, measured: Path, folder: Path, duplicates: dict[int, s
     tasks = [ShardTask(shard=shard, duplicates=lists.get(n)) for n, shard in enumerate(present(measured).shards)]
     made_with = filter_fingerprint(card)
     lineage = {name: value for name, value in made_with.items() if name != "version"}
+    lineage["card"] = card.model_dump(mode="json", include=READ_LATER)
     columns = columns_of(filtered_schema(card))
     return ShardJob("filtered", card.name, folder, columns, made_with, lineage, tasks, measured)

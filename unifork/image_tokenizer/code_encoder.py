@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unifork.errors import DataError, unknown
+from unifork.errors import DataError, one_of
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes
 from unifork.image_tokenizer.views import RGB, VARIANTS, declared
 from unifork.images import ImageError, decoding, open_image
@@ -52,11 +52,8 @@ class CodeEncoder:
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
     ) -> None:
-        if view not in VARIANTS:
-            raise unknown("view", view, VARIANTS, "CodeEncoder")
-        self.view = view
-        self.matte = matte
-        self.batch_images = batch_images
+        self.view = one_of("view", view, VARIANTS, "CodeEncoder")
+        self.matte, self.batch_images = matte, batch_images
         self.tokenizer = ImageTokenizer.load(directory, device, dtype)
         self._pool, self._network = ThreadPoolExecutor(threads), Lock()
 

@@ -4,8 +4,11 @@ Decoding, views and the network run in one worker, so that no image travels betw
 has two shards at hand: while one is read or written the network encodes the other.
 """
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from unifork.config import Card
 from unifork.errors import DataError
@@ -16,13 +19,13 @@ from unifork.shards.job import ShardJob, table_of, write_shard
 from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import codes_schema, columns_of
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.vocabulary import VOCABULARY_VERSION, Task
+from unifork.vocabulary import MORE_IMAGES, VOCABULARY_VERSION, Task
 
 if TYPE_CHECKING:
     from unifork.image_tokenizer.code_encoder import CodeEncoder
     from unifork.image_tokenizer.model import ImageTokenizer
 
-ENCODE_VERSION = 1
+ENCODE_VERSION = 2
 """Raise when the same images would give other codes or rows."""
 
 BATCH_IMAGES = 64
@@ -60,34 +63,45 @@ class Encode:
         first = next(iter(card.tasks.values())).view
         dtype = getattr(torch, card.encoder_dtype)
         encoder = CodeEncoder(tokenizer, first, card.matte, BATCH_IMAGES, device, dtype, threads)
+        self.images = ["image", *([MORE_IMAGES] if card.several_images == "keep" else [])]
         self.views = {task: View(card, task, encoder) for task in card.tasks}
 
     def __call__(self, task: ShardTask) -> ShardResult:
         assert task.use is not None, f"{task.output}: a task of no view"
         view = self.views[task.use]
         texts = view.use.texts
-        rows = kept_rows(task, ["key", "url", "sha256", *texts, "image"]).to_pylist()
+        rows = kept_rows(task, ["key", "url", "sha256", *texts, *self.images]).to_pylist()
         # a row without any text for this task has nothing to say here; it is counted, not lost
         spoken = [row for row in rows if any(row[name] for name in texts)]
         rejected: list[dict[str, str]] = []
         try:
-            codes = view.encoder.encode_images([row["image"] for row in spoken])
+            codes = view.encoder.encode_images(_images(spoken))
         except DataError:  # rare, since the filter has decoded every image; only now each is looked at alone
-            problems = [view.encoder.problem_of(row["image"]) for row in spoken]
+            problems = [next(filter(None, map(view.encoder.problem_of, _images([row]))), None) for row in spoken]
             rejected = [
                 {**row, "reason": UNENCODABLE, "detail": problem}
                 for row, problem in zip(spoken, problems, strict=True)
                 if problem
             ]
             spoken = [row for row, problem in zip(spoken, problems, strict=True) if not problem]
-            codes = view.encoder.encode_images([row["image"] for row in spoken])
+            codes = view.encoder.encode_images(_images(spoken))
+        coded = map(np.ndarray.tobytes, codes)
         out = [
-            {"key": row["key"], **{name: row[name] for name in texts}, "codes": code.tobytes()}
-            for row, code in zip(spoken, codes, strict=True)
+            {
+                "key": row["key"],
+                **{name: row[name] for name in texts},
+                "codes": list(islice(coded, len(_images([row])))),
+            }
+            for row in spoken
         ]
         silent = len(rows) - len(spoken) - len(rejected)
         dropped = quarantined(task, rejected) | ({"no_text_for_task": silent} if silent else {})
         return write_shard(task, table_of(out, view.schema), dropped)
+
+
+def _images(rows: list[dict[str, Any]]) -> list[bytes]:
+    images = (image["image"] for row in rows for image in (row, *(row.get(MORE_IMAGES) or ())))
+    return [image for image in images if image is not None]
 
 
 def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: Path) -> ShardJob:

@@ -20,7 +20,6 @@ C channels, M vectors, K codebook rows.
 """
 
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +37,7 @@ from unifork.image_tokenizer import canaries
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture, Description, describe
 from unifork.image_tokenizer.decoder import Decoder
 from unifork.image_tokenizer.encoder import VisionEncoder
-from unifork.shards.manifest import write_json
+from unifork.shards.manifest import whole_folder, write_json
 from unifork.weights import check_fit, read_tensors, shapes_of
 
 ROWS_AT_ONCE = 16384
@@ -84,10 +83,9 @@ def residual_codes(features_MC: Tensor, codebook_KC: Tensor, depth: int) -> tupl
     codebook_KC = codebook_KC.to(torch.float32)
     codes, residuals = [], []
     for _ in range(depth):
-        chosen_M = nearest_rows(rest_MC, codebook_KC)
-        codes.append(chosen_M)
+        codes.append(nearest_rows(rest_MC, codebook_KC))
         residuals.append(rest_MC)
-        rest_MC = rest_MC - codebook_KC[chosen_M]
+        rest_MC = rest_MC - codebook_KC[codes[-1]]
     return torch.stack(codes, dim=1), torch.stack(residuals, dim=1)
 
 
@@ -240,17 +238,12 @@ class ImageTokenizer(nn.Module):
 
     def save(self, directory: Path | str) -> None:
         """Write the directory next to its place and swap it in, so that it is whole or as it was."""
-        directory = Path(directory)
-        temporary = directory.with_name(f".{directory.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        canaries.write(temporary, self.architecture.image_size, self.encode_bytes, self.environment)
         promises = Description(architecture=self.architecture, codebook_id=self.codebook_id, encoder_id=self.encoder_id)
-        write_json(temporary / CONFIG_FILE, promises.model_dump(mode="json"))
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.replace(directory)
+        with whole_folder(Path(directory)) as partial:
+            save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            canaries.write(partial, self.architecture.image_size, self.encode_bytes, self.environment)
+            write_json(partial / CONFIG_FILE, promises.model_dump(mode="json"))
 
     @classmethod
     def load(

@@ -38,9 +38,10 @@ def sample_views(rows: KeptRows, card: Card, size: int, seed: int, most: int = M
         wanted = [row for row in range(shard.rows) if first + row in chosen]
         columns = rows.table(number, ["key", "image"]) if wanted else {}
         for row in wanted:
-            if card.holds_out(columns["key"][row].as_py()):
+            data = columns["image"][row].as_py()
+            if data is None or card.holds_out(columns["key"][row].as_py()):
                 continue
-            image = open_image(columns["image"][row].as_py())
+            image = open_image(data)
             for view, images in views.items():
                 images.append(np.asarray(VIEWS[view](image, size, card.matte), np.uint8))
         first += shard.rows

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unifork.config import ImageTokenizerConfig
-from unifork.errors import ConfigError, DataError, unknown
+from unifork.errors import ConfigError, DataError, one_of
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.codebook_training import CodebookAverages
 from unifork.image_tokenizer.decoder import zero_last_convolutions
@@ -187,8 +187,8 @@ class Batches:
 
     def __init__(self, groups: Groups, batch_images: int, seed: int, shares: Mapping[str, float]) -> None:
         """shares: weights of groups, 1 where none is given. Raises ConfigError for a group that is not there."""
-        for name in shares.keys() - groups.keys():
-            raise unknown("group of images", name, groups, "image_tokenizer.training.shares")
+        for name in shares:
+            one_of("group of images", name, groups, "image_tokenizer.training.shares")
         self.groups = list(groups.values())
         self.seed = seed
         ends = np.cumsum([0.0, *(shares.get(name, 1.0) for name in groups)])

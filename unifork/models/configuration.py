@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from unifork.config import HeadConfig, parse
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.models.decoder import FAMILIES
 from unifork.models.layer_plan import LayerPlan
 from unifork.weights import read_json
@@ -64,12 +64,10 @@ class UniForkConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """The dense model's own configuration."""
         values = dict(self.backbone)
         model_type = values.pop("model_type", "(missing)")
-        if model_type not in FAMILIES:
-            raise unknown("model_type", model_type, FAMILIES, "backbone")
-        kind = CONFIG_MAPPING[model_type]
+        kind = CONFIG_MAPPING[one_of("model_type", model_type, FAMILIES, "backbone")]
         keys = {field.name for field in fields(kind)} | _OLDER_KEYS
-        for key in values.keys() - keys:
-            raise unknown("key", key, keys, f"backbone of model_type {model_type}")
+        for key in values:
+            one_of("key", key, keys, f"backbone of model_type {model_type}")
         try:
             config = kind(**values)
         except (TypeError, ValueError, StrictDataclassError) as error:
@@ -98,10 +96,9 @@ def backbone_of(plain: Mapping[str, Any], model_type: str, place: str) -> dict[s
 
     Raises ConfigError when the model type is not one of `unifork.models.decoder.FAMILIES`.
     """
-    if model_type not in FAMILIES:
-        raise unknown("model_type", model_type, FAMILIES, place)
+    kind = CONFIG_MAPPING[one_of("model_type", model_type, FAMILIES, place)]
     general = {field.name for field in fields(PreTrainedConfig)} | {"torch_dtype"}
-    keys = ({field.name for field in fields(CONFIG_MAPPING[model_type])} | _OLDER_KEYS) - general
+    keys = ({field.name for field in fields(kind)} | _OLDER_KEYS) - general
     kept = {key: value for key, value in plain.items() if key in keys and value is not None}
     return {"model_type": model_type, **kept}
 

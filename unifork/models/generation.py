@@ -81,11 +81,8 @@ def _generate(
     hidden_RH = model.read(batch, cache)[rows_R]
     step = model.decoder(cache.spread(rows_R, P), TASKS.index("generation"), _IMAGE_TOKEN, whole=capture)
     codes_PBD = uniform_PDB.new_zeros(P, B, D, dtype=torch.long)
-    latest_RD, position_1, crowded = (
-        codes_PBD.new_zeros(len(rows_R), D),
-        rows_R.new_zeros(1),
-        rows_R.new_zeros(1).bool(),
-    )
+    latest_RD = codes_PBD.new_zeros(len(rows_R), D)
+    position_1, crowded = rows_R.new_zeros(1), rows_R.new_zeros(1).bool()
 
     def write(hidden_RH: Tensor) -> None:
         uniform_DB = uniform_PDB.index_select(0, position_1)[0]

@@ -73,9 +73,8 @@ class HeadBlock(nn.Module):
     def fold(self) -> None:
         """Multiply the outer maps into the projections; the same function with fewer weights."""
         if isinstance(self.in_proj, nn.Linear) and isinstance(self.out_proj, nn.Linear):
-            self.q_proj, self.k_proj, self.v_proj = (
-                _product(project, self.in_proj) for project in (self.q_proj, self.k_proj, self.v_proj)
-            )
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(self, name, _product(getattr(self, name), self.in_proj))
             self.o_proj = _product(self.out_proj, self.o_proj)
             self.in_proj = self.out_proj = nn.Identity()
 
@@ -96,9 +95,8 @@ class HeadBlock(nn.Module):
         eye_HH = torch.eye(hidden_size).to(self.q_proj.weight)
         identity = _linear(eye_HH, torch.zeros_like(eye_HH[0]))
         self.in_proj, self.out_proj = _padded(identity, inner, hidden_size), _padded(identity, hidden_size, inner)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            _padded(project, inner, inner) for project in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        )
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, _padded(getattr(self, name), inner, inner))
 
     def _layer(self, x_MLH: Tensor) -> Tensor:
         query, key, value = self._heads(x_MLH)

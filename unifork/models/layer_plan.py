@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle, groupby, islice
 from typing import Literal, Self
 
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of, unknown
 from unifork.vocabulary import MODALITIES, TASKS
 
 RouteBy = Literal["none", "task", "modality"]
@@ -90,8 +90,7 @@ class LayerPlan:
         items = list(_ITEM.finditer(written))
         norms = [item["norm"] for item in items if item["norm"]]
         for norm in norms:
-            if norm not in NORMS:
-                raise unknown("norm route", norm, NORMS, place)
+            one_of("norm route", norm, NORMS, place)
         if len(norms) > 1:
             raise ConfigError(f"{place}: says norm: {len(norms)} times; once is enough")
         layers = _filled([_repeated(item, place) for item in items if not item["norm"]], num_hidden_layers, place)
@@ -153,9 +152,7 @@ def _run(text: str, place: str) -> _Repeated:
     match = _RUN.fullmatch(text)
     if match is None:
         raise ConfigError(f"{place}: cannot read {text!r}; write kind*number with a whole number")
-    if match["kind"] not in KINDS:
-        raise unknown("layer kind", match["kind"], KINDS, place)
-    return [match["kind"]], _times(match["times"] or "1")
+    return [one_of("layer kind", match["kind"], KINDS, place)], _times(match["times"] or "1")
 
 
 def _times(text: str) -> int | None:

@@ -35,7 +35,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from unifork.batch import NO_DOCUMENT
-from unifork.errors import unknown
+from unifork.errors import one_of
 
 VARLEN, EAGER = "varlen", "eager"
 """Names of attention implementations, the first one ours."""
@@ -125,8 +125,7 @@ def attention_mask(
     the lowest number of the dtype. counts: of packed rows, which `varlen` takes as sequences (places as there);
     without them, in a step of decoding, it takes sdpa's mask.
     """
-    if implementation not in MASKS:
-        raise unknown("attention implementation", implementation, MASKS, "attn_implementation")
+    one_of("attention implementation", implementation, MASKS, "attn_implementation")
     if implementation == VARLEN and counts:
         return sequences(documents_BS, branches_BS, counts, places)
     seen = visible_BTS(documents_BS, branches_BS, queries)[:, None]
@@ -136,25 +135,18 @@ def attention_mask(
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Sequences | Tensor,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention of (B, A, T, E) queries for transformers' interface: (B, T, A, E) and no weights.
 
     With a cache the queries are fewer than the keys and the mask is a tensor: that is sdpa.
     """
     if isinstance(attention_mask, Tensor):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     B, A, T, E = query.shape
     query_XAE, key_XGE, value_XGE = map(attention_mask.gather, (query, key, value))
     kernel = by_kernel if query.is_cuda and query.dtype in _KERNEL_DTYPES else one_by_one
-    attended_XAE = kernel(query_XAE, key_XGE, value_XGE, attention_mask, scaling)
+    attended_XAE = kernel(query_XAE, key_XGE, value_XGE, attention_mask, options.get("scaling"))
     return attention_mask.scatter(attended_XAE).reshape(B, T, A, E), None
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from unifork.batch import BEGIN_IMAGE, NO_DOCUMENT, TEXT, Batch
-from unifork.errors import IdentityError, unknown
+from unifork.errors import IdentityError, one_of
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, read_config
 from unifork.models.decoder import (
@@ -199,8 +199,7 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         kinds: of layers, as a plan names them, and `head` for the image head's. Raises ConfigError for others.
         """
         for name in kinds:
-            if name not in (*KINDS, HEAD):
-                raise unknown("kind of layer", name, (*KINDS, HEAD), "activation_checkpointing")
+            one_of("kind of layer", name, (*KINDS, HEAD), "activation_checkpointing")
         for module in self.modules():
             if isinstance(module, Block | HeadBlock):
                 module.activation_checkpointing = module.kind_name in kinds

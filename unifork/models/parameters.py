@@ -6,6 +6,7 @@ them, with the image head; a total in which the text head counts although it is 
 embeddings. None holds the connector.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,9 @@ def parts(config: UniForkConfig) -> list[ModelPart]:
     """The parts of a model, in the order of its names. The codebook is no parameter and not among them."""
     with torch.device("meta"):
         model = UniForkModel(config)
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=True):
-        part = _part_of(name)
-        counts[part] = counts.get(part, 0) + parameter.numel()
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[_part_of(name)] += parameter.numel()
     counts.setdefault(TEXT_HEAD, 0)
     return [ModelPart(name, count, _tasks_of(name)) for name, count in counts.items()]
 

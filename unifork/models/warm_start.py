@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,21 +42,12 @@ def branch_of(name: str) -> str | None:
     return found[2] if found else None
 
 
-def model_config(
-    variant: Variant,
-    codebook_size: int,
-    code_channels: int,
-    depth: int,
-    grid: int,
-    vocab_size: int,
-    codebook_id: str = "",
-    encoder_id: str = "",
-    special_tokens: dict[str, int] | None = None,
-) -> UniForkConfig:
+def model_config(variant: Variant, vocab_size: int, **codes: Any) -> UniForkConfig:
     """The configuration of a variant; one without a backbone has that of the dense model it starts from.
 
-    Raises ConfigError when its vocabulary is smaller than the text tokenizer's, CheckpointError when
-    the dense model's configuration cannot be read.
+    codes: fields of the configuration that say what codes are, from `codebook_size` on. Raises ConfigError when its
+    vocabulary is smaller than the text tokenizer's, CheckpointError when the dense model's configuration cannot be
+    read.
     """
     backbone = variant.backbone
     if variant.warm_start is not None and not backbone:
@@ -66,18 +58,9 @@ def model_config(
     named = backbone.get("vocab_size", vocab_size)
     if named < vocab_size:
         raise ConfigError(f"backbone: vocab_size {named} is less than the text tokenizer's {vocab_size} entries")
-    return UniForkConfig(
-        plan=variant.plan,
-        backbone={**backbone, "vocab_size": named},
-        head=variant.head.model_dump(),
-        codebook_size=codebook_size,
-        code_channels=code_channels,
-        depth=depth,
-        grid=grid,
-        codebook_id=codebook_id,
-        encoder_id=encoder_id,
-        special_tokens=special_tokens,
-    )
+    codes = {"codebook_id": "", "encoder_id": "", **codes}
+    backbone = {**backbone, "vocab_size": named}
+    return UniForkConfig(plan=variant.plan, backbone=backbone, head=variant.head.model_dump(), **codes)
 
 
 def create_model(
@@ -93,9 +76,11 @@ def create_model(
 
     Raises ConfigError or CheckpointError when the model of `warm_start` does not fit.
     """
-    identity = codebook_identity(codebook_KC, depth, grid)
-    K, C = codebook_KC.shape
-    config = model_config(variant, K, C, depth, grid, vocab_size, identity, encoder_id, special_tokens)
+    (K, C), identity = codebook_KC.shape, codebook_identity(codebook_KC, depth, grid)
+    config = model_config(
+        variant, vocab_size, codebook_size=K, code_channels=C, depth=depth, grid=grid, codebook_id=identity,
+        encoder_id=encoder_id, special_tokens=special_tokens,
+    )  # fmt: skip
     start = local_folder(variant.warm_start) if variant.warm_start is not None else None
     if start and read_json(start / "config.json").get("model_type") == UniForkConfig.model_type:
         return _same_model(start, config)

@@ -13,7 +13,7 @@ import yaml
 
 from unifork.config import Card
 from unifork.publish.shards import LAYOUT
-from unifork.shards.manifest import Manifest
+from unifork.shards.manifest import Manifest, Shard
 from unifork.vocabulary import Task
 
 README = "README.md"
@@ -36,6 +36,30 @@ class ViewFacts:
     plain_bytes: int
     """Size of all columns without compression."""
 
+    @property
+    def shard(self) -> Shard:
+        """The first published shard with rows, if any has some."""
+        return max(self.manifest.shards, key=lambda shard: shard.rows > 0)
+
+    @property
+    def example(self) -> str:
+        """Its name in the publication."""
+        return f"{self.name}/{self.shard.path}"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a page says beside the facts: where a stranger gets what is needed."""
+
+    library: str
+    """What pip installs the library from, as a shell takes it."""
+    tokenizer: str | None = None
+    """Address of the image tokenizer, for a page of codes without it."""
+    with_tokenizer: bool = False
+    """Whether it lies beside the codes."""
+    license: str | None = None
+    """Of a model, by the Hub's name."""
+
 
 def size_category(rows: int) -> str:
     """The Hub's name for a number of rows."""
@@ -43,10 +67,14 @@ def size_category(rows: int) -> str:
     return names[min(max(len(str(rows)) - 3, 0), len(names) - 1)]
 
 
-def readme(card: Card, views: Sequence[ViewFacts], stages: Mapping[str, Manifest | None]) -> str:
-    """The page of the data set. stages: manifests of download and filter where they are at hand."""
+def readme(
+    card: Card, views: Sequence[ViewFacts], stages: Mapping[str, Manifest | None], offer: Offer, samples: bool
+) -> str:
+    """The page of the data set. stages: manifests of download and filter where they are at hand.
+
+    samples: whether decoded images lie beside it.
+    """
     name, rows = card.license.lower(), max(view.manifest.rows for view in views)
-    example = max(views, key=lambda view: view.manifest.rows > 0)
     page = jinja2.Template(PAGE.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     text: str = page.render(
         card=card,
@@ -57,7 +85,8 @@ def readme(card: Card, views: Sequence[ViewFacts], stages: Mapping[str, Manifest
         size=size_category(rows),
         hub_tasks=HUB["tasks"],
         layout=LAYOUT,
-        example=example,
-        shard=max(example.manifest.shards, key=lambda shard: shard.rows > 0),
+        example=max(views, key=lambda view: view.manifest.rows > 0),
+        offer=offer,
+        samples=samples,
     )
     return text

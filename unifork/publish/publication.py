@@ -1,11 +1,12 @@
 """Publishing a data set and bringing a publication back.
 
-A publication is a folder: one folder of shards per view with its manifest, `README.md`,
-`dataset.yaml` (the card) and `SHA256SUMS`. It is made whole on this machine, by a job that goes on where
-it was killed, and then compared file by file with where it goes.
+A publication is a folder: one folder of shards per view with its manifest, `README.md`, decoded images,
+`dataset.yaml` (the card), on demand the image tokenizer, and `SHA256SUMS`. It is made whole on this machine, by a job
+that goes on where it was killed, and then compared file by file with where it goes.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,12 +14,23 @@ import yaml
 
 from unifork.cluster import run_jobs
 from unifork.config import Card, load_card, parse
-from unifork.errors import ConfigError, DataError, writing
+from unifork.errors import ConfigError, DataError, IdentityError, writing
 from unifork.filters.takedown import Listing
 from unifork.layout import Layout
-from unifork.publish.card import README, ViewFacts, readme
+from unifork.publish.card import README, Offer, ViewFacts, readme
+from unifork.publish.samples import codebook_of, first_codes, strip
 from unifork.publish.shards import Fetch, Publish, fetch_job, publish_job
-from unifork.publish.stores import CHECKSUMS, checksums, checksums_text, read
+from unifork.publish.stores import (
+    CHECKSUMS,
+    SAMPLES,
+    TOKENIZER,
+    bring,
+    checksums,
+    checksums_text,
+    hashes,
+    open_store,
+    read,
+)
 from unifork.publish.takedown import withdrawn_keys
 from unifork.shards.manifest import MANIFEST, TEMPORARY, Manifest, file_sha256, read_manifest, write_atomically
 from unifork.shards.repair import faults, repair
@@ -27,11 +39,12 @@ from unifork.shards.stores import Store
 CARD = "dataset.yaml"
 
 
-def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) -> list[ViewFacts]:
+def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None, offer: Offer) -> list[ViewFacts]:
     """Make the publication of a data set in a folder; what is there and right is kept.
 
     takedown: what names rows to leave out. Raises ConfigError where the license forbids
-    publishing, DataError where codes are missing or damaged.
+    publishing, DataError where codes are missing or damaged, IdentityError where `offer` wants the tokenizer beside
+    them and another is here.
     """
     card = load_card(dataset, layout.cards)
     if not card.redistribute_codes:
@@ -41,10 +54,16 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) 
             f"the card, the parameters and the manifests, with which others make the same codes from their own copy. "
             f"See {card.homepage}"
         )
-    with writing(folder):
-        (folder / CHECKSUMS).unlink(missing_ok=True)
-        for half_written in folder.glob(f".*{TEMPORARY}*"):
-            half_written.unlink()
+    codebooks = {
+        read_manifest(layout.codes / dataset / use.view).lineage.get("codebook_id") for use in card.tasks.values()
+    }
+    found = codebook_of(layout.image_tokenizer)
+    if offer.with_tokenizer and codebooks != {found}:
+        raise IdentityError(
+            f"{layout.image_tokenizer}: codebook_id {found}, but the codes of {dataset} are of "
+            f"{', '.join(map(str, codebooks))}; only the tokenizer that made them goes beside them"
+        )
+    before = begin(folder)
     places = {"download": layout.raw(dataset), "filter": layout.filtered(dataset)}
     views: list[ViewFacts] = []
     sums: dict[str, str] = {}
@@ -58,11 +77,38 @@ def build(dataset: str, layout: Layout, folder: Path, takedown: Listing | None) 
         sums |= {f"{use.view}/{shard.path}": shard.sha256 for shard in manifest.shards}
         sums[f"{use.view}/{MANIFEST}"] = file_sha256(place / MANIFEST)
     stages = {name: read_manifest(place) if (place / MANIFEST).exists() else None for name, place in places.items()}
-    for name, text in {README: readme(card, views, stages), CARD: _card_text(card)}.items():
-        _write(folder / name, text)
-        sums[name] = file_sha256(folder / name)
-    _write(folder / CHECKSUMS, checksums_text(sums))
+    if offer.with_tokenizer:
+        beside = hashes(layout.image_tokenizer)
+        bring(open_store(str(layout.image_tokenizer)), beside, folder / TOKENIZER)
+        sums |= {f"{TOKENIZER}/{name}": digest for name, digest in beside.items()}
+    shown = (first_codes(folder / view.example) for view in views if codebooks == {found})
+    images = next((codes for codes in shown if len(codes)), None)
+    files = {CARD: _card_text(card).encode(), README: readme(card, views, stages, offer, images is not None).encode()}
+    if images is not None:
+        files[SAMPLES] = strip(images, layout.image_tokenizer)
+    finish(folder, files, sums, before)
     return views
+
+
+def begin(folder: Path) -> set[str]:
+    """Make a publication one that is not whole; the names of its files so far."""
+    with writing(folder):
+        before = {*checksums(open_store(str(folder)))} if (folder / CHECKSUMS).exists() else set[str]()
+        (folder / CHECKSUMS).unlink(missing_ok=True)
+        for half_written in folder.rglob(f".*{TEMPORARY}*"):
+            half_written.unlink()
+    return before
+
+
+def finish(folder: Path, files: Mapping[str, bytes], sums: dict[str, str], before: set[str]) -> None:
+    """Write the last files and the checksums of all; what was published before and is no more goes."""
+    for name, data in files.items():
+        _write(folder / name, data)
+        sums[name] = file_sha256(folder / name)
+    with writing(folder):
+        for name in before - {*sums}:
+            (folder / name).unlink(missing_ok=True)
+    _write(folder / CHECKSUMS, checksums_text(sums).encode())
 
 
 def plain_bytes(folder: Path, manifest: Manifest) -> int:
@@ -72,7 +118,7 @@ def plain_bytes(folder: Path, manifest: Manifest) -> int:
 
 
 def fetch(store: Store, name: str, layout: Layout) -> list[Manifest]:
-    """Bring a publication back as `data/codes/<name>`, and its card where there is none of that name.
+    """Bring a publication back as `data/codes/<name>`, its card where there is none of that name, and its tokenizer.
 
     Every file is checked against SHA256SUMS. Raises DataError where the publication is not complete or damaged.
     """
@@ -92,12 +138,13 @@ def fetch(store: Store, name: str, layout: Layout) -> list[Manifest]:
         manifests += run_jobs([job], Fetch)
     path = layout.cards / f"{name}.yaml"
     if not path.exists():
-        _write(path, _card_text(card))
+        _write(path, _card_text(card).encode())
+    bring(store, sums, layout.fetched_tokenizer(name), f"{TOKENIZER}/")
     return manifests
 
 
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+def _write(path: Path, data: bytes) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def _card_text(card: Card) -> str:

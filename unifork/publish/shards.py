@@ -1,7 +1,7 @@
 """Code shards as strangers read them, and back: one published shard per code shard.
 
-A published shard holds the same rows with `codes` as list<uint16>, which every Parquet reader shows
-as integers, and says in its schema metadata what they are. Both directions are stages: a killed run
+A published shard holds the same rows with `codes` as list<list<uint16>>, a list for each image, which every Parquet
+reader shows as integers, and says in its schema metadata what they are. Both directions are stages: a killed run
 goes on where it was, and equal input gives equal bytes.
 """
 
@@ -19,11 +19,19 @@ from unifork.errors import DataError
 from unifork.publish.stores import open_store, read
 from unifork.shards.job import ShardJob, input_table, read_table, write_shard
 from unifork.shards.manifest import Manifest, read_manifest
-from unifork.shards.schema import CODES_META, codes_array, codes_meta, columns_of, text_type
+from unifork.shards.schema import (
+    CODES_META,
+    codes_array,
+    codes_meta,
+    codes_type,
+    columns_of,
+    images_of_rows,
+    text_type,
+)
 from unifork.shards.task import Published, ShardResult, ShardTask
 from unifork.vocabulary import CODE_DTYPE, Task
 
-PUBLISH_VERSION = 1
+PUBLISH_VERSION = 2
 """Raise when the same codes would be published as other bytes."""
 
 PUBLISHED = "published-codes"
@@ -32,9 +40,12 @@ PUBLISHED = "published-codes"
 PUBLISHED_META = b"unifork.published"
 """Schema metadata: JSON with data set, license and how the list of codes is laid out."""
 
-LAYOUT = "positions x depth codes per row, flattened: raster order of positions, depth last; numbers start at 0"
+LAYOUT = (
+    "a list for each image of the row, of positions x depth codes: raster order of positions, depth last; numbers "
+    "start at 0"
+)
 
-CODE_LIST = pa.list_(pa.uint16())
+CODE_LIST = pa.list_(pa.list_(pa.uint16()))
 TAKEDOWN = "takedown"
 
 PUBLISHED_SHARD = "train-{index:05d}-of-{total:05d}.parquet"
@@ -68,9 +79,9 @@ class Publish:
         shape = codes_meta(table.schema, task.folder)["shape"]
         gone = pa.array(task.withdrawn, pa.string())
         kept = table.filter(pc.invert(pc.is_in(table["key"], value_set=gone)))
-        numbers = codes_array(kept["codes"], tuple(shape)).reshape(-1) if kept.num_rows else np.empty(0, CODE_DTYPE)
-        lists = pa.FixedSizeListArray.from_arrays(pa.array(numbers.astype(np.uint16)), shape[0] * shape[1])
-        out = _with_codes(kept, lists.cast(CODE_LIST))
+        numbers = codes_array(kept["codes"], tuple(shape)).reshape(-1).astype(np.uint16)
+        images = pa.FixedSizeListArray.from_arrays(pa.array(numbers), shape[0] * shape[1])
+        out = _with_codes(kept, images.cast(CODE_LIST.value_type), images_of_rows(kept["codes"]))
         out = out.replace_schema_metadata({**table.schema.metadata, PUBLISHED_META: self.about})
         return write_shard(task, out, {TAKEDOWN: len(gone)} if len(gone) else {})
 
@@ -108,20 +119,23 @@ class Fetch:
         place = f"{shard.uri}: {shard.name}"
         shape = codes_meta(table.schema, place)["shape"]
         width = shape[0] * shape[1]
-        lists = table["codes"].combine_chunks()
+        lists = table["codes"].combine_chunks().flatten()
         if not pc.all(pc.equal(pc.list_value_length(lists), width), min_count=0).as_py():
-            raise DataError(f"{place}: rows without the {width} codes that its metadata {shape} asks for")
+            raise DataError(f"{place}: images without the {width} codes that its metadata {shape} asks for")
         numbers = lists.flatten().to_numpy().astype(CODE_DTYPE)
-        bytes_each = width * np.dtype(CODE_DTYPE).itemsize
         codes = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(bytes_each), table.num_rows, [None, pa.py_buffer(numbers.tobytes())]
+            codes_type(width).value_type, len(lists), [None, pa.py_buffer(numbers.tobytes())]
         )
         # Parquet names the parts of lists in its own way; code shards have the names they were written with
-        types = {name: text_type(name) for name in table.schema.names} | {"codes": codes.type}
-        out = _with_codes(table, codes).cast(pa.schema(types, metadata=table.schema.metadata))
+        types = {name: text_type(name) for name in table.schema.names} | {"codes": codes_type(width)}
+        out = _with_codes(table, codes, images_of_rows(table["codes"])).cast(
+            pa.schema(types, metadata=table.schema.metadata)
+        )
         out = out.replace_schema_metadata({CODES_META: table.schema.metadata[CODES_META]})
         return write_shard(task, out, shard.dropped)
 
 
-def _with_codes(table: pa.Table, codes: pa.Array) -> pa.Table:
+def _with_codes(table: pa.Table, images: pa.Array, counts: np.ndarray) -> pa.Table:
+    """A table with other codes: those of the images of all rows, of which each row has so many."""
+    codes = pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(counts)), pa.int32()), images)
     return table.set_column(table.schema.get_field_index("codes"), "codes", codes)

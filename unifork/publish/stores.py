@@ -8,21 +8,30 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from unifork.errors import ConfigError, DataError
 from unifork.shards import stores
-from unifork.shards.manifest import file_sha256
+from unifork.shards.manifest import file_sha256, write_atomically
 from unifork.shards.stores import Store
 
 CHECKSUMS = "SHA256SUMS"
 """Written last and removed before anything changes: its existence means that all is there."""
 
-SHARD_NAME = re.compile(r"\w+/train-\d{5}-of-\d{5}\.parquet")
+TOKENIZER, SAMPLES = "tokenizers/image", "samples.png"
+"""The image tokenizer beside codes, and images that were decoded."""
+
+OURS = re.compile(
+    r"\w+/train-\d{5}-of-\d{5}\.parquet|samples\.png|model[\w.-]*\.(safetensors|json)|"
+    r"(tokenizers/image|image_tokenizer|text_tokenizer|training|histories)/[^/]+"
+)
 """What may be removed from a store when it is not published any more; other files are left alone."""
+
+KINDS = {"dataset": "datasets/", "model": ""}
+"""Repositories of the Hub: what stands in front of their names there."""
 
 FILES_PER_LINE = 50
 """How many files are uploaded between two lines of progress; the Hub's library shows its own."""
@@ -30,12 +39,14 @@ FILES_PER_LINE = 50
 
 @dataclass(frozen=True)
 class HubStore(Store):
-    """A data set repository of the Hugging Face Hub: the library decides how many files are one commit."""
+    """A repository of the Hugging Face Hub: the library decides how many files are one commit."""
+
+    kind: str = "dataset"
 
     @property
     def repository(self) -> dict[str, Any]:
         """Whose name is `user/name`, as the library asks for it."""
-        return {"repo_id": self.root.removeprefix("datasets/"), "repo_type": "dataset"}
+        return {"repo_id": self.root.removeprefix(KINDS[self.kind]), "repo_type": self.kind}
 
     def listing(self) -> dict[str, dict[str, Any]]:
         """As of any store; the first publication makes the repository."""
@@ -56,18 +67,27 @@ class HubStore(Store):
             HfApi().delete_files(**self.repository, delete_patterns=list(names), commit_message=what)
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, kind: str = "dataset") -> Store:
     """The store at a folder, `hf://user/name`, `s3://bucket/path` or any other address fsspec knows.
 
+    kind: of a repository of the Hub, a key of `KINDS`; an address with `datasets/` or `models/` says it itself.
     Credentials come from the environment. Raises ConfigError for an address nobody knows.
     """
     if not uri.startswith("hf://"):
         return stores.open_store(uri)
-    name = uri.removeprefix("hf://").removeprefix("datasets/").strip("/")
-    if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", name):
-        raise ConfigError(f"{uri}: a data set of the Hub is written hf://user/name")
-    store = stores.open_store(f"hf://datasets/{name}")
-    return HubStore(uri, store.system, store.root)
+    found = re.fullmatch(r"hf://(?:(dataset|model)s/)?([\w.\-]+/[\w.\-]+)/?", uri)
+    if not found:
+        raise ConfigError(f"{uri}: a repository of the Hub is written hf://user/name")
+    kind = found[1] or kind
+    store = stores.open_store(f"hf://{KINDS[kind]}{found[2]}")
+    return HubStore(uri, store.system, store.root, kind)
+
+
+def published_at(uri: str) -> Store:
+    """The store of a publication; of the Hub's repositories of one name that of a data set, if something is there."""
+    store = open_store(uri)
+    is_empty = isinstance(store, HubStore) and store.get(CHECKSUMS) is None
+    return open_store(uri, "model") if is_empty else store
 
 
 def holds(store: Store, info: Mapping[str, Any] | None, name: str, path: Path, sha256: str) -> bool:
@@ -110,13 +130,40 @@ def checksums(store: Store) -> dict[str, str]:
     text = store.get(CHECKSUMS)
     if text is None:
         raise DataError(f"{store.uri}: no {CHECKSUMS}; nothing was published here, or not to its end. Publish (again)")
-    pairs = (line.split("  ", 1) for line in text.decode().splitlines())
-    return {name: digest for digest, name in pairs}
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.decode().splitlines())}
+    for name in sums:
+        if not (parts := PurePosixPath(name).parts) or name[0] == "/" or ".." in parts:
+            raise DataError(f"{store.uri}: {CHECKSUMS} names {name!r}; a path inside the publication is expected")
+    return sums
 
 
 def checksums_text(sums: Mapping[str, str]) -> str:
     """As `sha256sum` writes them, and checks with -c."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def bring(store: Store, sums: Mapping[str, str], folder: Path, prefix: str = "") -> None:
+    """Copy the files below a prefix of a store into a folder, each checked; those that are there and right are kept.
+
+    Raises DataError for one that is missing or has another hash.
+    """
+    for name, digest in sums.items():
+        path = folder / name.removeprefix(prefix)
+        if not name.startswith(prefix) or (path.is_file() and file_sha256(path) == digest):
+            continue
+
+        def write(temporary: Path, name: str = name, digest: str = digest) -> None:
+            store.copy(name, temporary)
+            if (found := file_sha256(temporary)) != digest:
+                raise DataError(f"{store.uri}: {_fault(name, found, digest)}; publish it again")
+
+        write_atomically(path, write)
+
+
+def hashes(folder: Path, patterns: Sequence[str] = ("*",)) -> dict[str, str]:
+    """SHA-256 of the files of a folder that match patterns, by their names inside."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(found) if path.name[0] != "."}
 
 
 @dataclass(frozen=True)
@@ -137,7 +184,7 @@ def sync(folder: Path, store: Store) -> Synced:
     sums[CHECKSUMS] = file_sha256(folder / CHECKSUMS)
     there = store.listing()
     missing = [name for name, digest in sums.items() if not holds(store, there.get(name), name, folder / name, digest)]
-    stale = sorted(name for name in there if SHARD_NAME.fullmatch(name) and name not in sums)
+    stale = sorted(name for name in there if OURS.fullmatch(name) and name not in sums)
     if missing or stale:
         if CHECKSUMS in there:
             store.remove([CHECKSUMS])

@@ -15,15 +15,16 @@ import yaml
 from unifork.config import Experiment
 from unifork.layout import Layout
 from unifork.report import training
+from unifork.report.band import band
 from unifork.report.codec import LoadCodec
 from unifork.report.gather import dataset, tokenizer
 from unifork.report.images import grid
 from unifork.report.plots import alignment, training_plots
-from unifork.report.scores import benchmark
+from unifork.report.scores import benchmark, headlines, losses
 from unifork.report.surroundings import surroundings
 from unifork.report.tables import data_uri
 
-REPORT_VERSION = 4
+REPORT_VERSION = 6
 """Raise when the same experiment should be shown otherwise."""
 FIRST = 8
 """Images of the last stage on the first screen, for each variant."""
@@ -36,9 +37,15 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     stages = training.stages_of(experiment, layout, load_codec)
+    firsts = {min(seeds.items())[1] for seeds in experiment.groups.values()}
+    shown = [stage for stage in stages if stage.variant in firsts]
     last = {stage.variant: stage for stage in stages if stage.drawn}
     ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
-    benchmarks = [benchmark(name, experiment, layout) for name in (*experiment.benchmarks, *experiment.text_evals)]
+    benchmarks = [benchmark(name, experiment, layout) for name in experiment.all_benchmarks]
+    lines = training.lines_of(experiment, layout)
+    first = grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()])
+    if not first.rows:
+        first = training.held_out_images(list({stage.variant: stage for stage in stages if stage.held_out}.values()))
     numbers = {shown["card"].name: shown["numbers"] for shown in benchmarks}
     return environment.get_template("page.html").render(
         experiment=experiment,
@@ -47,19 +54,23 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         here=surroundings(layout.root),
         ended=f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d}" if ended else "not known",
         time=training.total([stage.seconds for stage in stages]),
-        first=grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()]),
+        first=first,
         numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
         benchmarks=benchmarks,
+        headlines=headlines(benchmarks, losses(experiment, layout)),
+        band=band(experiment, layout),
         datasets=[dataset(name, experiment, layout, load_codec) for name in experiment.datasets],
         tokenizer=tokenizer(experiment, layout),
         variants=training.overview(experiment, stages),
         runs=training.runs_table(stages),
-        plots=training_plots(training.lines_of(experiment, layout)),
-        parameters=training.parameters_table(stages),
+        references=training.references_table(experiment, layout, stages),
+        plots=training_plots(lines, experiment.groups),
+        parameters=training.parameters_table(shown),
         mixtures=training.mixtures_table(stages),
         quarantined=training.quarantined(stages),
-        held_out=training.held_out_tables(stages),
-        held_out_images=training.held_out_images(stages),
+        held_out_numbers=training.held_out_numbers(shown, lines),
+        held_out=training.held_out_tables(shown),
+        held_out_images=training.held_out_images(shown),
         alignments=[plot for key in experiment.analyzed if (plot := alignment(key, layout))],
-        images=training.images_after_stages(stages),
+        images=training.images_after_stages(shown),
     )

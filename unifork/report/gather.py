@@ -23,9 +23,7 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
     card = load_card(name, layout.cards)
     folders = {"download": layout.raw(name), "filter": layout.filtered(name)}
     folders |= {f"encode, {view}": layout.codes / name / view for view in views_of(card)}
-    found = {
-        stage: read_manifest(folder) if (folder / MANIFEST).exists() else None for stage, folder in folders.items()
-    }
+    found = {name: read_manifest(folder) if (folder / MANIFEST).exists() else None for name, folder in folders.items()}
     shown, rejected = None, []
     if found["filter"] and not elsewhere(layout.raw(name)):
         tokenizer, size = layout.image_tokenizer, experiment.image_tokenizer.image_size
@@ -45,11 +43,7 @@ def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadC
         "name": name,
         "card": card,
         "stages": Table(f"Stages of {name}", ["Stage", "Rows", "Shards", "Size", "Dropped, by reason"], rows),
-        "lineages": {
-            stage: manifest.lineage
-            for stage, manifest in found.items()
-            if manifest and manifest.lineage.get("encoding")
-        },
+        "lineages": {name: done.lineage for name, done in found.items() if done and done.lineage.get("encoding")},
         "images": shown,
         "rejected": rejected,
         "warnings": warnings,

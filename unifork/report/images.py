@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -103,14 +105,16 @@ def grid(label: str, rows: Iterable[tuple[str, Iterable[tuple[str, ShownImage]]]
 
 
 def sample_rows(kept: KeptRows, card: Card) -> list[dict[str, Any]]:
-    """Evenly spaced rows of evenly spaced shards: key, image, and the first text a row has."""
+    """Evenly spaced rows with an image of evenly spaced shards: key, image, and the first text a row has."""
     texts = list(dict.fromkeys(text for use in card.tasks.values() for text in use.texts if text != "conversations"))
     filled = [number for number, shard in enumerate(kept.shards) if shard.rows]
     shards = [filled[i] for i in spread(len(filled), SAMPLED_SHARDS)]
     found: list[dict[str, Any]] = []
     for number, shard in enumerate(shards):
         table = kept.table(shard, ["key", "image", *texts])
-        found += table.take(spread(table.num_rows, (SAMPLES + number) // len(shards))).to_pylist()
+        table = table.filter(pc.is_valid(table["image"]))
+        places = spread(table.num_rows, (SAMPLES + number) // len(shards))
+        found += table.take(pa.array(places, pa.int64())).to_pylist()
     return [row | {"text": next((row[name] for name in texts if row[name]), row["key"])} for row in found]
 
 

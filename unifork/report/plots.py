@@ -7,6 +7,7 @@ random names, no pyplot state. How plots look is in `unifork/figures.py`.
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import filter as matching
 from typing import Any, NamedTuple
@@ -61,8 +62,12 @@ class Plot(NamedTuple):
     numbers: str
 
 
-def training_plots(lines: Lines) -> list[Plot]:
-    """A plot for each quantity that a history has."""
+Groups = Mapping[str, Mapping[int, str]]
+"""Variants that are alike but for their training seeds: their names by seed."""
+
+
+def training_plots(lines: Lines, groups: Groups) -> list[Plot]:
+    """A plot for each quantity that a history has; a color for each group."""
     found = []
     for title in CHARTS:
         if curves := curves_of(lines, title):
@@ -71,7 +76,7 @@ def training_plots(lines: Lines) -> list[Plot]:
             )
             alt = f"{title} over {max(a[-1, 0] for a in curves.values()):.0f} steps. {ranges}"
             with matplotlib.rc_context(fname=LOOK):
-                src = data_uri("image/svg+xml", svg(_figure(curves, lines)).encode())
+                src = data_uri("image/svg+xml", svg(_figure(curves, lines, groups)).encode())
             found.append(Plot(title, src, alt, data_uri("text/csv", _table(curves))))
     return found
 
@@ -87,15 +92,17 @@ def alignment(key: str, layout: Layout) -> Plot | None:
     return Plot(key, data_uri("image/svg+xml", (folder / "alignment.svg").read_bytes()), alt, numbers)
 
 
-def loss_images(lines: Lines) -> dict[str, bytes]:
-    """The plots of the losses as PNG, by file name."""
-    found = {}
+def loss_files(lines: Lines) -> dict[str, bytes]:
+    """Plots and metrics of DVC by file name: the curves of the losses, and where each of them ends."""
+    files, last = dict[str, bytes](), dict[str, float]()
     for title in LOSSES:
+        name = title.lower().replace(" ", "_")
         if curves := curves_of(lines, title):
-            with matplotlib.rc_context(fname=LOOK):
-                _figure(curves, lines).savefig(stream := io.BytesIO(), dpi=110, metadata={"Software": None})
-            found[f"{title.lower().replace(' ', '_')}.png"] = stream.getvalue()
-    return found
+            files[f"losses/{name}.csv"] = _table(curves)
+        for (variant, of), points in curves.items():
+            key = ".".join(filter(None, (variant, name, of.replace("held out: ", "held_out."))))
+            last[key] = round(float(_short(points)[-1, 1]), 6)
+    return files | {"losses.json": json.dumps(last, indent=1).encode()}
 
 
 def curves_of(lines: Lines, title: str) -> Curves:
@@ -136,19 +143,22 @@ def _table(curves: Curves) -> bytes:
     return stream.getvalue().encode()
 
 
-def _figure(curves: Curves, lines: Lines) -> Figure:
-    """A figure: variants by color, parts by dashes, stages by marks; tokens above where they were recorded."""
+def _figure(curves: Curves, lines: Lines, groups: Groups) -> Figure:
+    """Variants by color, their seeds as thin lines, parts by dashes, stages by marks; tokens above where recorded."""
     variants, parts = (list(dict.fromkeys(names)) for names in zip(*curves, strict=True))
-    color = {name: f"C{number}" for number, name in enumerate(lines)}
+    group_of = {name: group for group, seeds in groups.items() for name in seeds.values()}
+    color = {name: f"C{[*groups].index(group)}" for name, group in group_of.items()}
+    width = 1.3 if len(groups) == len(lines) else 0.7
     dash = {name: DASHES[number % len(DASHES)] for number, name in enumerate(parts)}
-    marks: list[tuple[str, Any, str]] = [(color[name], "-", name) for name in variants] * (len(variants) > 1)
+    shown = {group_of[name]: color[name] for name in variants}
+    marks: list[tuple[str, Any, str]] = [(ink, "-", group) for group, ink in shown.items()] * (len(shown) > 1)
     marks += [(INK, dash[name], name or "trained on") for name in parts] * (len(parts) > 1)
     columns = 1 if any(len(label) > 30 for *_, label in marks) else 2
     height = 2.9 + 0.16 * -(-len(marks) // columns)
     figure = Figure(figsize=(5.4, height))
     axes = figure.add_axes((0.1, 0.42 / height, 0.88, 2.0 / height))  # a layout engine would draw everything twice
     for (variant, part), found in curves.items():
-        axes.plot(*_short(found).T, color=color[variant], linestyle=dash[part], alpha=0.9)
+        axes.plot(*_short(found).T, color=color[variant], linestyle=dash[part], linewidth=width, alpha=0.9)
     for start, name in dict.fromkeys((start, stage.stage) for _, start, stage in _started(lines)):
         axes.axvline(start, color=INK, linewidth=0.6, alpha=0.4)
         axes.text(start, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7)

@@ -7,7 +7,7 @@ does not show is not looked at, so that stages may write more than it knows.
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
@@ -19,7 +19,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from unifork.errors import DataError
+from unifork.evaluation.scoring import METRICS
 from unifork.evaluation.statistics import Score
+from unifork.layout import Layout
 
 Content = TypeVar("Content")
 DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile)
@@ -81,6 +83,11 @@ def read_scores(path: Path) -> dict[tuple[str, str], Score]:
             for split, table in (read_json(path) or {}).items()
             for name, row in table.items()
         }
+
+
+def scores_by_seed(layout: Layout, names: Mapping[int, str], name: str) -> dict[int, dict[tuple[str, str], Score]]:
+    """The scores of a benchmark by training seed; none of those that are not there yet. names: of variants, by seed."""
+    return {seed: read_scores(layout.scores(variant) / name / METRICS) for seed, variant in names.items()}
 
 
 def read_history(path: Path) -> list[Found]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from unifork.config import Experiment, Stage
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.warm_start import branch_of
+from unifork.reference import among, references
 from unifork.report.codec import LoadCodec
 from unifork.report.images import ShownImage, grid, shown_images
 from unifork.report.plots import Lines, Recorded
@@ -128,6 +129,16 @@ def runs_table(stages: Sequence[Trained]) -> Table:
     return Table("Stages", ["Stage", "Tracks", "Time", *SPEED], rows)
 
 
+def references_table(experiment: Experiment, layout: Layout, stages: Sequence[Trained]) -> Table:
+    """Where each stage lies among reference runs of its configuration."""
+    found, rows = references(layout), list[list[Any]]()
+    for stage in stages if found else ():
+        key = f"{stage.variant}-{stage.name}"
+        lines = among(found, experiment, layout, key, read_history(layout.model(key) / TRAINING / "history.csv"))
+        rows += [[stage.title, [f"{line}." for line in lines]]] if lines else []
+    return Table("Among reference runs", ["Stage", "Losses"], rows)
+
+
 def parameters_table(stages: Sequence[Trained]) -> Table:
     """Parameters of each part of each variant, and what of them each stage trained."""
     names = list(dict.fromkeys(stage.name for stage in stages))
@@ -174,8 +185,7 @@ def held_out_tables(stages: Sequence[Trained]) -> list[Table]:
     for stage in stages:
         held_out = stage.held_out or {"scores": (), "answers": ()}
         for part in held_out["scores"]:
-            rates = (f"{part[name]:.3f} ± {part[f'{name}_standard_error']:.3f}" for name in ("exact_match", "token_f1"))
-            scores.append([f"{stage.title}: {part['part']}", count(part["answers"]), *rates])
+            scores.append([f"{stage.title}: {part['part']}", *_rates(part)])
             rows = [row for row in held_out["answers"] if row["part"] == part["part"]]
             for row in rows[:ANSWERED]:
                 mark = Judged(bool(row["exact_match"]), row["answer"])
@@ -184,6 +194,25 @@ def held_out_tables(stages: Sequence[Trained]) -> list[Table]:
         Table("Answers for held-out rows", ["Part", "Answers", "Exact match", "Token F1"], scores),
         Table("The first answers of each part", ["Row", "Part", "Expected", "Answered"], answers),
     ]
+
+
+def _rates(part: Mapping[str, Any]) -> list[str]:
+    rates = (f"{part[name]:.3f} ± {part[f'{name}_standard_error']:.3f}" for name in ("exact_match", "token_f1"))
+    return [count(part["answers"]), *rates]
+
+
+def held_out_numbers(stages: Sequence[Trained], lines: Lines) -> Table:
+    """What the last stage of each variant gave on held-out rows: the loss of each part, and scores of its answers."""
+    rows = []
+    for stage, held_out in {stage.variant: (stage, stage.held_out) for stage in stages if stage.held_out}.values():
+        scores = {part["part"]: _rates(part) for part in held_out["scores"]}
+        recorded = [found for found in lines[stage.variant] if found.stage == stage.name]
+        steps = [step for found in recorded for step in found.validation]
+        for part, last in {step["part"]: step for step in steps}.items():
+            loss = last.get("text_loss" if last["task"] == "understanding" else "image_loss")
+            rates = scores.get(part, ["-"] * 3)
+            rows.append([f"{stage.title}: {part}", "-" if loss is None else f"{loss:.3f}", *rates])
+    return Table("Held-out rows", ["Part", "Loss", "Answers", "Exact match", "Token F1"], rows)
 
 
 def images_after_stages(stages: Sequence[Trained]) -> Table:

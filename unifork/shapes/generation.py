@@ -19,7 +19,7 @@ from unifork.config import StrictModel
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.geneval import Clause, Found, Verdict, judge
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, mean, share
+from unifork.evaluation.statistics import Measure, accuracy, mean
 from unifork.evaluation.suites import Answer, Suite
 from unifork.evaluation.suites import Verdict as Judged
 from unifork.images import open_image
@@ -67,7 +67,7 @@ def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[
     found = []
     for split in ASKED_SPLITS:
         members = {kind: (names == (split, kind)).all(axis=1) for kind in KINDS}
-        kinds = [Measure(kind, (share(right_I, of_I),), of_I, split) for kind, of_I in members.items()]
+        kinds = [accuracy(kind, right_I, of_I, split) for kind, of_I in members.items()]
         composed = mean("composed", [kind for kind in kinds if kind.name != "single_object"])
         found += [*kinds, mean("overall", kinds), composed]
     return found

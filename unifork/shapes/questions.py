@@ -51,8 +51,7 @@ def conversations(scene: Scene) -> list[dict[str, str]]:
     draws = Draws("conversation", scene.seed, scene.split, scene.index)
     questions: list[Question] = []
     for kind in DIALOGUE:
-        question = pick_question(scene, kind, draws, earlier=questions)
-        if question is not None:
+        if question := pick_question(scene, kind, draws, earlier=questions):
             questions.append(question)
     return [
         turn
@@ -87,12 +86,8 @@ def _yes_no(scene: Scene) -> Iterator[Candidate]:
     """Is it there?"""
     colors, shapes = {thing.color for thing in scene.objects}, {thing.shape for thing in scene.objects}
     for shape, color, number in _named(scene):
-        if color is None:
-            group = "shape"
-        elif number:
-            group = "there"
-        else:
-            group = "both parts" if color in colors and shape in shapes else "one part"
+        parts = "both parts" if color in colors and shape in shapes else "one part"
+        group = "shape" if color is None else "there" if number else parts
         question = Question(f"Is there {phrase(shape, color)} in the image?", "yes" if number else "no")
         yield Candidate(group, (color, shape) in HELD_OUT_COLORS, question)
 
@@ -133,8 +128,7 @@ def _position(scene: Scene) -> Iterator[Candidate]:
     """For every two objects in one row or column whose shapes occur once: how do they lie?"""
     counts = Counter(thing.shape for thing in scene.objects)
     for a, b in permutations([thing for thing in scene.objects if counts[thing.shape] == 1], 2):
-        answer = relation(a, b)
-        if answer is not None:
+        if answer := relation(a, b):
             text = f"Is the {a.shape} left of, right of, above or below the {b.shape}?"
             yield Candidate("position", {a.shape, b.shape} in HELD_OUT_PAIRS, Question(text, answer))
 

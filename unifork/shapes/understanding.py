@@ -22,8 +22,8 @@ from unifork.documents.prompts import INSTRUCTION
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, binary, share
-from unifork.evaluation.suites import Answer, Rule, Suite, Verdict
-from unifork.evaluation.understanding.answers import normalized, pope_yes, strict_yes, yes_no
+from unifork.evaluation.suites import Rule, Suite
+from unifork.evaluation.understanding.answers import exact, pope_yes, strict_yes, yes_no
 from unifork.images import png
 from unifork.shapes.language import full_caption
 from unifork.shapes.questions import Question, pick_question
@@ -72,14 +72,7 @@ def image(_: Archive, name: str) -> bytes:
 def rule(read_yes: Callable[[str], bool | None]) -> Rule:
     """Yes and no by a reading, everything else by exact match."""
     decided = yes_no(read_yes)
-
-    def judge(item: Item, answer: Answer) -> Verdict:
-        if item.about["kind"] == "yes_no":
-            return decided(item, answer)
-        reading = normalized(answer.text)
-        return Verdict(reading or None, float(reading == item.truth))
-
-    return judge
+    return lambda item, answer: (decided if item.about["kind"] == "yes_no" else exact)(item, answer)
 
 
 def measures(items: Sequence[Item], right_I: np.ndarray, yes_I: np.ndarray) -> list[Measure]:
@@ -104,8 +97,7 @@ def _questions(kind: Kind, split: Split, samples: int, seed: int, start: int = 0
     while len(found) < samples:
         this = scene(seed, next(numbers), split)
         wanted = ("yes", "no")[len(found) % 2] if kind == "yes_no" else None
-        question = _question(this, kind, wanted)
-        if question is not None:
+        if question := _question(this, kind, wanted):
             found.append(Asked(this, *question))
     return found
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -126,10 +126,9 @@ def scene(seed: int, index: int, split: Split, kind: Kind | None = None, *, alon
         pass
     wide = len(inner) < MOST and draws.below(100) < 36
     tall = wide and draws.below(2) == 1
-    while True:
-        outer = _outer(MOST - len(inner), draws) if wide and not alone else []
-        if held_out(inner + outer) == want:
-            break
+    outer: list[Any] = []
+    while wide and not alone and held_out(inner + (outer := _outer(MOST - len(inner), draws))) != want:
+        pass
     start, margin = ((LONG - CROP) // 2 if wide else 0), (CELL - SIZE) // 2
     corners = [(shape, color, (start + CELL * i, CELL * j)) for shape, color, (i, j) in inner] + outer
     objects = []

@@ -38,7 +38,6 @@ from unifork.shards.manifest import (
     checked,
     file_sha256,
     keep_only,
-    read_manifest,
     write_atomically,
     write_json,
     write_manifest,
@@ -284,22 +283,31 @@ class Records(StrictModel):
     shards: tuple[Shard, ...]
 
 
+RECORDED: dict[str, type[StrictModel]] = {MANIFEST: Manifest, RECORDS: Records, "*" + RECORD_SUFFIX: Shard}
+"""Files of a folder that name finished shards, each more recent than those before."""
+
+
 def recorded_shards(folder: Path, stores: Iterable[Store] = ()) -> dict[str, Shard]:
     """Shards recorded by an earlier run, finished or killed, here or in stores, by file name."""
-    records: dict[str, Shard] = {}
-    with suppress(DataError):  # no manifest, or a damaged one, only means that nothing is known to be finished
-        records = {shard.path: shard for shard in read_manifest(folder).shards}
-    with suppress(FileNotFoundError, ConfigError, ValueError):  # nor does a damaged record
-        reverted = parse(Records, json.loads((folder / RECORDS).read_text()), RECORDS).shards
-        records |= {shard.path: shard for shard in reverted}
-    written = [path.read_bytes() for path in folder.glob("*" + RECORD_SUFFIX)]
+    return read_records(folder, stores)[0]
+
+
+def read_records(folder: Path, stores: Iterable[Store] = ()) -> tuple[dict[str, Shard], dict[str, str]]:
+    """The same, and what is wrong with files that should name them: what these say is not known to be finished."""
+    shards: dict[str, Shard] = {}
+    damaged: dict[str, str] = {}
+    files = [(path, path.read_bytes()) for name in RECORDED for path in folder.glob(name)]
     for store in stores:
-        written += store.get_all([name for name in store.listing() if name.endswith(RECORD_SUFFIX)])
-    for record in written:
-        with suppress(ConfigError, ValueError):
-            shard = parse(Shard, json.loads(record), "record")
-            records[shard.path] = shard
-    return records
+        names = [name for name in store.listing() if name.endswith(RECORD_SUFFIX)]
+        files += [(folder / RECORD_SUFFIX, data) for data in store.get_all(names)]
+    for path, data in files:
+        kind = RECORDED.get(path.name, Shard)
+        try:
+            found: Any = parse(kind, json.loads(data), str(path))
+            shards |= {shard.path: shard for shard in ([found] if kind is Shard else found.shards)}
+        except (ConfigError, ValueError) as error:
+            damaged[path.name] = str(error)
+    return shards, damaged
 
 
 def revert_to_records(folder: Path, shards: Iterable[Shard]) -> None:

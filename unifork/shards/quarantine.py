@@ -95,14 +95,10 @@ def nothing_kept(folder: Path, manifest: Manifest) -> str:
         return f"{folder}: no row came in, so none is kept"
     reason, count = next(iter(manifest.dropped.items()))
     dropped = sum(manifest.dropped.values())
-    example = ""
-    for shard in manifest.shards:
-        source = quarantine_of(folder, shard) if reason in shard.dropped else None
-        if source is not None:
-            table = pq.read_table(source, filters=[("reason", "=", reason)])
-            row = table.slice(0, 1).to_pylist()[0]
-            example = f", the first {row['key']!r}: {row['detail']}"
-            break
+    sources, example = (quarantine_of(folder, shard) for shard in manifest.shards if reason in shard.dropped), ""
+    if source := next(filter(None, sources), None):
+        row = pq.read_table(source, filters=[("reason", "=", reason)]).slice(0, 1).to_pylist()[0]
+        example = f", the first {row['key']!r}: {row['detail']}"
     return f"{folder}: none of {dropped} rows is kept: {count} {reason}{example} (all in {folder / QUARANTINE})"
 
 

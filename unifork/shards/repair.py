@@ -4,15 +4,13 @@ In: a folder, or one with such folders below it. Out: one line per fault. Nothin
 a shard is what its stage makes of its input, so the stage makes it again.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from unifork.config import parse
-from unifork.errors import UniForkError, writing
-from unifork.shards.job import Records, revert_to_records
-from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, RECORDS, TEMPORARY, Manifest, Shard, fault
+from unifork.errors import writing
+from unifork.shards.job import RECORDED, read_records, recorded_shards, revert_to_records
+from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, fault
 
 THREADS = 8
 """Shards that are read at once."""
@@ -35,8 +33,7 @@ class Damage:
 
 def job_folders(folder: Path) -> list[Path]:
     """The folders at or below one in which a stage has left anything, sorted."""
-    marks = [path for mark in (MANIFEST, RECORDS, "*" + RECORD_SUFFIX) for path in folder.rglob(mark)]
-    return sorted({mark.parent for mark in marks})
+    return sorted({path.parent for name in RECORDED for path in folder.rglob(name)})
 
 
 def faults(folder: Path, threads: int = THREADS) -> list[Damage]:
@@ -44,7 +41,10 @@ def faults(folder: Path, threads: int = THREADS) -> list[Damage]:
 
     Every shard is read; reading and hashing are done in threads, which do not wait for each other.
     """
-    shards, found = _known_shards(folder)
+    shards, unread = read_records(folder)
+    found = [Damage(folder, name, _unread(name, why)) for name, why in unread.items()]
+    if not (folder / MANIFEST).exists():
+        found.append(Damage(folder, MANIFEST, "missing: the stage has not finished"))
     with ThreadPoolExecutor(threads) as pool:
         problems = pool.map(lambda shard: fault(folder, shard), shards.values())
         found += [
@@ -69,31 +69,13 @@ def repair(found: list[Damage]) -> None:
     """
     for folder in {damage.folder for damage in found if damage.shard}:
         wrong = {damage.name for damage in found if damage.folder == folder}
-        shards, _ = _known_shards(folder)
-        revert_to_records(folder, [shard for name, shard in shards.items() if name not in wrong])
+        revert_to_records(folder, [shard for name, shard in recorded_shards(folder).items() if name not in wrong])
     for damage in found:
         with writing(damage.folder):
             (damage.folder / damage.name).unlink(missing_ok=True)
 
 
-def _known_shards(folder: Path) -> tuple[dict[str, Shard], list[Damage]]:
-    """The shards that a manifest and records name, by file name, and what is wrong with these files themselves."""
-    shards: dict[str, Shard] = {}
-    found = []
-    if not (folder / MANIFEST).exists():
-        found.append(Damage(folder, MANIFEST, "missing: the stage has not finished"))
-    kinds: dict[str, type[Manifest | Records]] = {MANIFEST: Manifest, RECORDS: Records}
-    for name, kind in kinds.items():
-        try:
-            if (path := folder / name).exists():
-                shards |= {shard.path: shard for shard in parse(kind, json.loads(path.read_text()), str(path)).shards}
-        except (UniForkError, ValueError) as error:
-            problem = f"damaged ({error}); without it no shard is known to be whole, and all are made again"
-            found.append(Damage(folder, name, problem))
-    for record in folder.glob("*" + RECORD_SUFFIX):
-        try:
-            shard = parse(Shard, json.loads(record.read_text()), str(record))
-            shards[shard.path] = shard
-        except (UniForkError, ValueError):
-            found.append(Damage(folder, record.name, "damaged record"))
-    return shards, found
+def _unread(name: str, why: str) -> str:
+    if name.endswith(RECORD_SUFFIX):
+        return "damaged record"
+    return f"damaged ({why}); without it no shard is known to be whole, and all are made again"

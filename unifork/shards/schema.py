@@ -1,8 +1,8 @@
 """The columns of the kinds of shard, derived from the card.
 
-`image-text` rows hold the image as received and its texts; `codes` rows hold the texts of one
-view and the codes as one fixed-size binary (little-endian uint16, row by row of the grid, depth
-last), which reads ten times faster than a list column; `documents` rows hold the tokens of one template.
+`image-text` rows hold the image as received, or none, and the texts; `codes` rows hold the texts of one view and a
+list of the row's images, each the codes of one as a fixed-size binary (little-endian uint16, row by row of the grid,
+depth last); `documents` rows hold the tokens of one template.
 """
 
 import json
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from unifork.config import Card
 from unifork.errors import DataError, UniForkError
-from unifork.vocabulary import CODE_DTYPE, Task
+from unifork.vocabulary import CODE_DTYPE, MORE_IMAGES, Task
 
 CONVERSATIONS = "conversations"
 """The column of dialogues: a list of turns `{role, text}`."""
@@ -30,20 +31,20 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
     "license": pa.string(),
 }
 
-NO_IMAGE = -1
-"""`image_at` of a document of text alone."""
 DOCUMENT_COLUMNS: dict[str, pa.DataType] = {
     "key": pa.string(),
     "text_ids": pa.large_list(pa.int32()),
     "loss_mask": pa.large_list(pa.uint8()),  # of the text tokens: 1 is supervised
-    "image_at": pa.int32(),  # text tokens before the image, or NO_IMAGE
-    "tokens": pa.int32(),  # length of the document, its image included
+    "images_at": pa.large_list(pa.int32()),  # text tokens before each image
+    "tokens": pa.int32(),  # length of the document, its images included
     "supervised": pa.int32(),  # text tokens
     "held_out": pa.uint8(),  # 1: nothing is trained on it
     "row_group": pa.int32(),  # of the shard of codes
     "row": pa.int32(),  # of the row group
 }
 """All of fixed width or large, so that a mapped file is read without copying."""
+
+MORE_IMAGE = {name: FIXED_COLUMNS[name] for name in ("image", "width", "height", "sha256")}
 
 CODES_META = b"unifork.codes"
 """Schema metadata: JSON with shape, dtype, codebook_id, encoder_id and encoding."""
@@ -63,7 +64,8 @@ def image_text_schema(card: Card) -> pa.Schema:
     """Schema of the image-text shards of a data set."""
     texts = {name: text_type(name) for name in text_columns(card)}
     kept = {name: pa.string() for name in card.columns}
-    return pa.schema({**FIXED_COLUMNS, **texts, **kept})
+    more = {MORE_IMAGES: pa.list_(pa.struct(MORE_IMAGE))} if card.several_images == "keep" else {}
+    return pa.schema({**FIXED_COLUMNS, **more, **texts, **kept})
 
 
 def codes_schema(card: Card, task: Task, grid: int, depth: int, identity: dict[str, Any]) -> pa.Schema:
@@ -71,9 +73,14 @@ def codes_schema(card: Card, task: Task, grid: int, depth: int, identity: dict[s
     texts = {name: text_type(name) for name in card.tasks[task].texts}
     meta = {"dtype": CODE_DTYPE, "shape": [grid * grid, depth], **identity}
     return pa.schema(
-        {"key": pa.string(), **texts, "codes": pa.binary(grid * grid * depth * np.dtype(CODE_DTYPE).itemsize)},
+        {"key": pa.string(), **texts, "codes": codes_type(grid * grid * depth)},
         metadata={CODES_META: json.dumps(meta, sort_keys=True).encode()},
     )
+
+
+def codes_type(codes: int) -> pa.DataType:
+    """Type of a column of the images of rows, each of so many codes."""
+    return pa.list_(pa.binary(codes * np.dtype(CODE_DTYPE).itemsize))
 
 
 def documents_schema(codes: pa.Schema | None = None) -> pa.Schema:
@@ -96,12 +103,22 @@ def codes_meta(schema: pa.Schema, place: str) -> dict[str, Any]:
 
 
 def codes_array(column: pa.ChunkedArray, shape: tuple[int, int]) -> np.ndarray:
-    """A `codes` column as uint16 codes of shape (rows, positions, depth), without copying."""
-    array = column.combine_chunks()
-    chunk = array if isinstance(array, pa.Array) else array.chunk(0)
+    """The images of all rows of a `codes` column as uint16 codes of shape (images, positions, depth), uncopied."""
+    images = column.combine_chunks().flatten()
     width = shape[0] * shape[1]
-    flat = np.frombuffer(chunk.buffers()[1], CODE_DTYPE)
-    return flat[chunk.offset * width : (chunk.offset + len(chunk)) * width].reshape(-1, *shape)
+    flat = np.frombuffer(images.buffers()[1] or b"", CODE_DTYPE)
+    return flat[images.offset * width : (images.offset + len(images)) * width].reshape(-1, *shape)
+
+
+def images_of_rows(column: pa.ChunkedArray) -> np.ndarray:
+    """How many images each row of a `codes` column has."""
+    counts: np.ndarray = pc.list_value_length(column).fill_null(0).to_numpy()
+    return counts
+
+
+def numbered(detail: str, number: int, images: int) -> str:
+    """What is wrong with an image, with its number where a row has several; counted from 1."""
+    return f"image {number} of {images}: {detail}" if images > 1 else detail
 
 
 # ---------------------------------------------------------------------------------------- dialogues
@@ -121,14 +138,11 @@ class Unusable(UniForkError):
 
 
 def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The turns `{role, text}` of a LLaVA or InternVL row (`image`, `conversations` of `{from, value}`).
+    """The turns `{role, text}` of a LLaVA or InternVL row (`conversations` of `{from, value}`).
 
     Roles are renamed where they are known and kept where not: `dialogue` judges them. Raises Unusable
-    when the row has more than one image or no list of turns.
+    when the row has no list of turns.
     """
-    images = images_of(row)
-    if len(images) > 1:
-        raise Unusable(f"{len(images)} images, a row holds one", "several_images")
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable("conversations is not a list of turns")

@@ -81,6 +81,11 @@ class Store:
             except FileNotFoundError:
                 return None
 
+    def copy(self, name: str, path: Path) -> None:
+        """Write a file of any size to a path here."""
+        with self._answering():
+            self.system.get_file(self._path(name), str(path))
+
     def get_all(self, names: Sequence[str]) -> list[bytes]:
         """The bytes of small files, many at a time; those that are gone by now are left out."""
         with self._answering():

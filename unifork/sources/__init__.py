@@ -3,7 +3,8 @@
 A kind is one module with typed options and a `SOURCE`, and one entry in `SOURCES`; a card may also name
 `MODULE:OBJECT`, which is how anybody's code takes part. A data set with a known kind is one card.
 Rows carry `key, image, width, height, url, sha256`, the text columns of the card, and `license` where it is not the
-card's. A slice never spans two files, so that a file added at the end makes no finished shard anew.
+card's; a row of texts alone has no image, and nothing that an image has. A slice never spans two files, so that a file
+added at the end makes no finished shard anew.
 
 One bad row costs one row, and one bad file that file: rows kept and rows dropped add up to the entries that were
 planned. What of a file cannot be planned any more is one entry of it, and reading it says what is wrong. Only
@@ -15,6 +16,7 @@ import errno
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -30,6 +32,7 @@ from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardResult, ShardTask, Slice
 from unifork.sources.paths import ChangedFile, located, without_suffix
+from unifork.vocabulary import MORE_IMAGES
 
 __all__ = ["located"]  # what a kind of source that is written elsewhere needs stands in one module
 
@@ -37,6 +40,8 @@ DOWNLOAD_VERSION = 2
 """Raise when the same card and task would give other rows."""
 MAX_IMAGE_BYTES = 32 * 1024**2
 """Largest image that is read from an archive, folder or table."""
+MAX_IMAGES = 64
+"""Most images of a row that are read."""
 MAX_TEXT_BYTES = 1024**2
 """Largest text that is read from an archive or folder."""
 MAX_LINE_BYTES = 16 * 1024**2
@@ -51,6 +56,16 @@ class SourceOptions(StrictModel):
 
     access: Annotated[str, Field(exclude=True)] = ""  # dumped nowhere, so that it is part of no fingerprint
     """How a person gets the files; shown when they are missing."""
+
+    @property
+    def web(self) -> bool:
+        """Whether the images are fetched from the web."""
+        return False
+
+    @property
+    def text_only(self) -> bool:
+        """Whether no row has an image."""
+        return False
 
 
 Options = TypeVar("Options", bound=SourceOptions)
@@ -94,8 +109,8 @@ SOURCES: Registry[Source[Any]] = Registry(
         "emoji": "unifork.sources.emoji:SOURCE",
         "pairs": "unifork.sources.pairs:SOURCE",
         "imagenet": "unifork.sources.imagenet:SOURCE",
-        "listed": "unifork.sources.listed:SOURCE",
-        "listed_meta": "unifork.sources.listed:META_SOURCE",
+        "table": "unifork.sources.table:SOURCE",
+        "table_meta": "unifork.sources.table:META_SOURCE",
         "url_list": "unifork.sources.url_lists:SOURCE",
     },
 )
@@ -108,7 +123,19 @@ def source_of(card: Card) -> tuple[Source[Any], SourceOptions]:
         source = SOURCES.find(card.source.kind, f"{place}: source.kind")
     except ConfigError as error:
         raise ConfigError(f"{error}{_where(card.source.options.get('access'))}") from None
-    return source, parse(source.options, card.source.options, place, "source.options")
+    options = parse(source.options, card.source.options, place, "source.options")
+    if options.text_only and card.text_only == "drop":
+        raise ConfigError(f"{place}: text_only: no row of its source has an image; say text_only: keep")
+    return source, options
+
+
+def check_installed(card: Card) -> None:
+    """Raise ConfigError where the images of a card cannot be had for want of a module."""
+    if source_of(card)[1].web and not find_spec("img2dataset"):
+        raise ConfigError(
+            f"card {card.name}: its images are fetched by img2dataset, which is not installed; it comes with the "
+            "extra: pip install 'unifork[web]'"
+        )
 
 
 def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[ShardTask]:
@@ -117,6 +144,7 @@ def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[Shard
     Raises ConfigError for wrong options, for files that are not there or hold nothing, or when an endless source is
     asked for all its rows.
     """
+    check_installed(card)
     source, options = source_of(card)
     place = f"card {card.name}"
     if source.endless and rows is None:
@@ -262,14 +290,27 @@ class Materialize:
 
     def _ready(self, row: Row) -> Row | RowError:
         """A row as the shard holds it."""
-        if self.card.shrink:
+        has_image = row.get("image") is not None
+        if not has_image and self.card.text_only == "drop":
+            return RowError(row["key"], "text_only", "a row without an image; text_only: keep in its card takes it")
+        if row.get(MORE_IMAGES) and self.card.several_images == "drop":
+            count = len(row[MORE_IMAGES]) + 1
+            return RowError(
+                row["key"], "several_images", f"{count} images; several_images: keep in its card takes them"
+            )
+        if self.card.shrink and has_image:
             try:
-                image = shrink(row["image"], self.card.matte, **self.card.shrink.model_dump())
+                # hashes stay those of images as received, which lists name
+                row = {**row, **self._shrunk(row), MORE_IMAGES: list(map(self._shrunk, row.get(MORE_IMAGES) or ()))}
             except ImageError as error:
                 return RowError(row["key"], error.reason, str(error), row.get("url"), row.get("sha256"))
-            row = {**row, **sized(image)}  # the hash stays that of the image as received, which lists name
         columns = {name: str(row[name]) for name in self.card.columns if row.get(name) is not None}
         return {"license": self.card.license, **row, **columns}
+
+    def _shrunk(self, image: Row) -> Row:
+        assert self.card.shrink, f"{self.card.name}: images are kept as received"
+        data = shrink(image["image"], self.card.matte, **self.card.shrink.model_dump())
+        return {"sha256": image.get("sha256"), **sized(data)}
 
     def _table(self, rows: list[Row], rejected: list[RowError]) -> pa.Table:
         """The table of rows; those with a value that its column cannot hold are rejected."""
@@ -303,6 +344,7 @@ def download_job(card: Card, rows: int | None, shard_rows: int, seed: int, folde
         "columns": columns,
         "license": card.license,
     }
+    made_with |= {name: "keep" for name in ("text_only", "several_images") if getattr(card, name) == "keep"}
     if card.shrink:
         made_with["shrink"] = {**card.shrink.model_dump(), "matte": card.matte}
     lineage = {"source": card.source.model_dump(mode="json"), "license": card.license, "attribution": card.attribution}
@@ -319,9 +361,19 @@ def cut(count: int, shard_rows: int, **where: Any) -> Iterator[Slice]:
         yield Slice(start, min(start + shard_rows, count), **where)
 
 
-def image_row(key: str, image: bytes, **more: Any) -> Row:
-    """A row around an image as received; one that cannot be opened has no sides (the filter names it)."""
-    return {"key": key, **sized(image), "url": "", "sha256": hashlib.sha256(image).hexdigest(), **more}
+def image_row(key: str, image: bytes, *others: bytes, **more: Any) -> Row:
+    """A row around images as received; one that cannot be opened has no sides (the filter names it)."""
+    return {"key": key, **hashed(image), "url": "", MORE_IMAGES: list(map(hashed, others)), **more}
+
+
+def hashed(image: bytes) -> Row:
+    """The columns of an image as received."""
+    return {**sized(image), "sha256": hashlib.sha256(image).hexdigest()}
+
+
+def text_row(key: str, **more: Any) -> Row:
+    """A row of texts alone."""
+    return {"key": key, "image": None, "url": "", **more}
 
 
 def sized(image: bytes) -> Row:

@@ -21,7 +21,7 @@ from unifork.shards.task import Slice
 from unifork.sources import MAX_IMAGE_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row
 from unifork.sources.archives import File, contents, opened, samples_in
 from unifork.sources.paths import as_planned, located, size_of, without_suffix
-from unifork.sources.tables import parquet_count, parquet_rows
+from unifork.sources.table_files import parquet_count, parquet_rows
 
 
 class ImageNetOptions(SourceOptions):

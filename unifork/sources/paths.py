@@ -18,8 +18,9 @@ class ChangedFile(DataError):
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)
 _READERS = {
-    (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz"): "tables of URLs are read by url_list",
-    (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json"): "lists that name images are read by listed",
+    (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json"): (
+        "tables and lists are read by table"
+    ),
     (".tar", ".tgz", ".tar.gz"): "tars of images and texts are read by pairs",
 }
 """Endings of files, and which kind of source reads them."""

@@ -14,28 +14,23 @@ The spellings of `url_columns.yaml` are from laion-prepro and img2dataset's data
 coyo-dataset and of unsplash/datasets. The columns of Re-LAION were not seen; they are expected to be LAION's.
 """
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unifork.config import StrictModel, read_yaml
 from unifork.errors import ConfigError
-from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
-from unifork.sources import Row, RowError, Source, SourceOptions, attempt, cut, place_of, planned
+from unifork.sources import Row, RowError, Source, SourceOptions, attempt, cut, place_of
 from unifork.sources.paths import ChangedFile, file_named, files_of
-from unifork.sources.tables import parquet_count, parquet_rows, text_table
-
-TABLES = (".parquet", ".tsv", ".csv", ".tsv.gz", ".csv.gz")
+from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, table_sha256, text_rows
 
 # ----------------------------------------------------------------------------------------- options
 
@@ -51,6 +46,9 @@ class FetchRules(StrictModel):
     """Largest body of an answer; the connection is closed at the next byte."""
     max_pixels: PositiveInt = 64_000_000
     """Largest width times height; read from the header, so a larger image is never decoded."""
+    decode: Literal["full", "header"] = "full"
+    """What is checked of an image before it is kept: all of its bytes, or its header, which leaves it to the filter
+    (`unifork.filters.measure`) to name those that cannot be decoded."""
     max_redirects: NonNegativeInt = 5
     """Redirects followed for one URL; each target is checked like a URL of the list."""
     timeout_seconds: PositiveFloat = 30.0
@@ -81,11 +79,16 @@ class UrlList(SourceOptions):
     `key: COLUMN` names the rows by a column that differs in every row; otherwise they are file name and number."""
     fetch: FetchRules = FetchRules()
 
+    @property
+    def web(self) -> bool:
+        return True
+
 
 # ----------------------------------------------------------------------------------------- columns
 
 
-def _text(value: Any) -> str | None:
+def text_or_none(value: Any) -> str | None:
+    """A value as a text; None where it is empty or no number."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bytes):
@@ -109,7 +112,7 @@ def _whole(value: Any) -> int | None:
     return None if number is None else int(number)
 
 
-_READERS: dict[str, Callable[[Any], Any]] = {"text": _text, "number": _number, "whole": _whole}
+_READERS: dict[str, Callable[[Any], Any]] = {"text": text_or_none, "number": _number, "whole": _whole}
 _COLUMNS: dict[str, dict[str, list[str]]] = read_yaml(Path(__file__).with_name("url_columns.yaml"))
 READ: dict[str, Callable[[Any], Any]] = {name: _READERS[kind] for kind, columns in _COLUMNS.items() for name in columns}
 """Canonical name -> how its values are read. Everything else in a list has no meaning here and is left out."""
@@ -147,7 +150,7 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
     """A row of a list under the canonical names; None where nothing usable is said."""
     by_name: dict[str, Any] = {}
     for name, spellings in columns.items():
-        read: Callable[[Any], Any] = READ.get(name, _text)
+        read: Callable[[Any], Any] = READ.get(name, text_or_none)
         values = (read(row.get(spelling)) for spelling in spellings)
         by_name[name] = next((value for value in values if value is not None), None)
     return by_name
@@ -159,14 +162,11 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
 def slices(urls: UrlList, shard_rows: int) -> Iterator[Slice]:
     """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
     for name, path in files_of(urls.files, TABLES):
-        yield from cut(_count(path, urls.columns), shard_rows, file=name, content=_sha256(path))
+        yield from cut(table_count(path, _check(urls, path.name)), shard_rows, file=name, content=table_sha256(path))
 
 
-def _count(path: Path, named: Mapping[str, str]) -> int:
-    """Rows of a table; damage is one more."""
-    if path.suffix == ".parquet":
-        return parquet_count(path, lambda names: mapped(names, path.name, named))
-    return sum(1 for _ in planned(_text_rows(path, named), {}))
+def _check(urls: UrlList, name: str) -> Check:
+    return lambda names: mapped(names, name, urls.columns)
 
 
 def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
@@ -176,13 +176,13 @@ def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     ChangedFile when the table is no longer the one that was planned with.
     """
     path = file_named(urls.files, piece)
-    if not path.is_file() or piece.content != _sha256(path):
+    if not path.is_file() or piece.content != table_sha256(path):
         raise ChangedFile(f"{piece.file!r} of {urls.files!r}: missing, or changed since it was planned with; run again")
-    if path.suffix == ".parquet":
+    if path.suffix == PARQUET:
         columns = mapped(pq.read_schema(path).names, path.name, urls.columns)
         entries = parquet_rows(path, piece, [name for names in columns.values() for name in names])
     else:
-        columns, entries = {}, islice(_text_rows(path, urls.columns), piece.start, piece.stop)
+        columns, entries = {}, islice(text_rows(path, _check(urls, path.name)), piece.start, piece.stop)
     for number, entry in enumerate(entries, piece.start):
         key = f"{place_of(piece)}/{number:09d}"
         if isinstance(entry, RowError):
@@ -201,34 +201,6 @@ def _row(key: str, entry: Row, columns: Mapped) -> Row | RowError:
     if row["url"] is None:
         return RowError(key, "no_url", "the column of URLs is empty")
     return row
-
-
-def _text_rows(path: Path, named: Mapping[str, str]) -> Iterator[Row | RowError]:
-    """The rows of a text table under the names of its header; an error has no key yet. Raises what damage raises."""
-    with text_table(path) as table:
-        names = next(table)
-        if isinstance(names, str):
-            raise ValueError(f"the line with the names of the columns: {names}")
-        "".join(names).encode()  # raises UnicodeError: no table in any known encoding
-        mapped(names, path.name, named)
-        for fields in table:
-            if isinstance(fields, str):
-                yield RowError("", "broken_line", fields)
-            elif len(fields) != len(names):
-                yield RowError("", "broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
-            else:
-                yield dict(zip(names, fields, strict=True))
-
-
-def _sha256(path: Path) -> str:
-    """Hash of a table; of a Parquet file that of its footer (schema, sizes, statistics, offsets), read in no time."""
-    if path.suffix != ".parquet":
-        return file_sha256(path)
-    with open(path, "rb") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        handle.seek(max(0, size - 8))
-        handle.seek(max(0, size - 8 - int.from_bytes(handle.read(4), "little")))  # all of it where that is no footer
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 SOURCE = Source(UrlList, slices, rows, paths=("files",))

@@ -10,7 +10,6 @@ whole of a sharded model, and training can go on with another number of workers 
 
 import hashlib
 import pickle
-import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,7 +92,8 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.unfinished: Future[None] | None = None
+        self.unfinished = Future[None]()
+        self.unfinished.set_result(None)
         # of a worker that is alone; catching it in the thread would change the filters of all threads
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
@@ -121,13 +121,12 @@ class Saver:
 
     def check(self) -> None:
         """Raise what went wrong with a checkpoint, if its thread has ended; waits for nothing."""
-        if self.unfinished is not None and self.unfinished.done():
-            self.unfinished.result()
+        if self.unfinished.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until what was saved last is `latest`. Raises what went wrong."""
-        if self.unfinished is not None:
-            self.unfinished.result()
+        self.unfinished.result()
 
     def _barrier(self) -> None:
         if self.group is not None:
@@ -223,8 +222,8 @@ def is_intact(plain: dict[str, Any]) -> bool:
 
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, whole or not, oldest first."""
-    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+    named = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(named, key=lambda path: int(path.name[5:]))
 
 
 def start(

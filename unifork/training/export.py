@@ -15,74 +15,63 @@ import numpy as np
 import torch
 
 from unifork.config import Stage, fingerprint
-from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.inference import Engine
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
-from unifork.shards.manifest import write_json
+from unifork.shards.manifest import whole_folder, write_json
 from unifork.training import checkpoint
 from unifork.training.history import VALIDATION, Log, read, write_csv
-from unifork.training.loop import TrackRun, WorkerContext
-from unifork.training.validation import Validation
+from unifork.training.loop import TrackRun
 
 if TYPE_CHECKING:
-    from unifork.training.stage import StageJob
+    from unifork.training.stage import Training
 
 TRAINING, SUMMARY = "training", "summary.json"
 """Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
 
 
-def export(
-    job: "StageJob",
-    run: WorkerContext,
-    path: Path,
-    tokenizer: TextTokenizer,
-    tracks: dict[str, TrackRun],
-    validation: Validation,
-    log: Log,
-) -> None:
+def export(done: "Training", path: Path) -> None:
     """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
-    temporary = job.model_folder.with_name(f".{job.model_folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    job, rows = done.job, read(done.job.run_folder)
     model = checkpoint.whole_model(path, job.start, averaged=job.stage.ema is not None and job.stage.ema.export)
-    model.save_pretrained(temporary)
-    for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
-        if (job.start / name).exists():
-            shutil.copytree(job.start / name, temporary / name)
-    model.to(torch.device(run.device))  # type: ignore[arg-type]
-    training, engine, rows = temporary / TRAINING, Engine(model, tokenizer), read(job.run_folder)
-    write_csv(rows, training / "history.csv")
-    if validation.parts:
-        examined = validation.examine(engine)
-        for row in examined.scores:
-            log(
-                f"held out, {row['part']}: exact match {row['exact_match']:.3f}, token F1 {row['token_f1']:.3f} "
-                f"of {row['answers']} answers"
-            )
-        write_csv(read(job.run_folder, VALIDATION), training / "validation.csv")
-        words = {"scores": examined.scores, "answers": examined.answers, "prompts": examined.prompts}
-        write_json(training / "held_out.json", words)
-        np.savez(training / "held_out.npz", codes=examined.codes_BND, drawn=examined.drawn_BND)
-    write_json(
-        training / SUMMARY,
-        {
+    with whole_folder(job.model_folder) as partial:
+        model.save_pretrained(partial)
+        for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
+            if (job.start / name).exists():
+                shutil.copytree(job.start / name, partial / name)
+        model.to(torch.device(done.run.device))  # type: ignore[arg-type]
+        training, engine = partial / TRAINING, Engine(model, done.tokenizer)
+        write_csv(rows, training / "history.csv")
+        if done.validation.parts:
+            _write_held_out(done, engine, training)
+        summary = {
             "run": job.key,
             "history": fingerprint(rows),
             "stage": job.stage.model_dump(mode="json"),
-            "quarantined": quarantined(tracks),
+            "quarantined": quarantined(done.tracks),
             "documents": {
                 name: [
                     {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
                     for p, seen in zip(track.loader.parts, track.served(), strict=True)
                 ]
-                for name, track in tracks.items()
+                for name, track in done.tracks.items()
             },
             "tensors": checkpoint.read_state(path)["tensors"],
-        },
-    )
-    if job.stage.sample_prompts:
-        np.savez(training / "samples.npz", codes=_sample(engine, job.stage))
-    shutil.rmtree(job.model_folder, ignore_errors=True)
-    temporary.rename(job.model_folder)
+        }
+        write_json(training / SUMMARY, summary)
+        if job.stage.sample_prompts:
+            np.savez(training / "samples.npz", codes=_sample(engine, job.stage))
+
+
+def _write_held_out(done: "Training", engine: Engine, training: Path) -> None:
+    """What the stage lost on held-out rows, and what its model makes of them."""
+    examined = done.validation.examine(engine)
+    for row in examined.scores:
+        rates = f"exact match {row['exact_match']:.3f}, token F1 {row['token_f1']:.3f}"
+        done.log(f"held out, {row['part']}: {rates} of {row['answers']} answers")
+    write_csv(read(done.job.run_folder, VALIDATION), training / "validation.csv")
+    words = {"scores": examined.scores, "answers": examined.answers, "prompts": examined.prompts}
+    write_json(training / "held_out.json", words)
+    np.savez(training / "held_out.npz", codes=examined.codes_BND, drawn=examined.drawn_BND)
 
 
 def _sample(engine: Engine, stage: Stage) -> np.ndarray:

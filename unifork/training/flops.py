@@ -61,7 +61,7 @@ def flops_per_token(model: UniForkModel, loader: TrackLoader, trained: Iterable[
     return _flops(outline, documents, trained) / sum(map(len, documents))
 
 
-def document_flops(model: UniForkModel, task: Task, length: Length, trained: set[str]) -> float:
+def document_flops(model: UniForkModel, task: Task, length: Length, trained: Iterable[str]) -> float:
     """FLOPs of one document of a task, forward and backward. The model is on the meta device, and stays so trained."""
     return _flops(model, [_document(task, length, model.config.depth)], trained)
 
@@ -89,8 +89,8 @@ def _causal_flops(left: Sequence[int], right: Sequence[int], **_: Any) -> int:
 
 
 def _document(task: Task, length: Length, depth: int) -> Document:
-    positions = length.image - BORDER_TOKENS
-    image, text = [BEGIN_IMAGE, *[IMAGE] * positions, END_IMAGE], [TEXT] * length.text
+    positions, text = max(length.image - BORDER_TOKENS, 0), [TEXT] * length.text
+    image = [BEGIN_IMAGE, *[IMAGE] * positions, END_IMAGE] if length.image else []
     kinds_T = np.array(text + image if task == "generation" else image + text)
     loss_mask_T = np.arange(len(kinds_T)) >= len(kinds_T) - length.supervised_text
     codes_ND = np.zeros((positions, depth), np.int64)

@@ -1,8 +1,9 @@
 """Ray Train as launcher: placement, process groups and restarts. Checkpoints are not its business.
 
 With zero workers the stage runs in this process, without Ray; otherwise on worker processes, each
-with what the cluster file asks for. A worker that is lost or raises is started again, as often as
-`max_restarts` says. A UniForkError is nobody's loss and would come again, so it is no error to Ray: the
+with what the cluster file asks for. Where a worker is lost or raises, all are started again, without limit while
+checkpoints come and `max_restarts` times from the same one. A worker says first whether its node shares the storage of
+the data. A UniForkError is nobody's loss and would come again, so it is no error to Ray: the
 worker leaves it as a message and returns, the others see that and return too, wherever they wait for
 each other, and whoever launched the stage raises it. A signal to the program takes the same way to the
 workers. Messages are held in memory by an actor: a disk that is full would take no file.
@@ -11,45 +12,46 @@ workers. Messages are held in memory by an actor: a disk that is full would take
 # ruff: noqa: PLC0415  Ray is slow to import, and small stages do without
 
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from unifork import errors
-from unifork.cluster import check_room
+from unifork.cluster import check_room, check_shared, room, shared_file
 from unifork.config import TrainResources, cluster_file
 from unifork.errors import ConfigError, Stopped, UniForkError
 from unifork.shards.progress import PROGRESS, stop_noted, write_progress
+from unifork.training.checkpoint import LATEST
 from unifork.training.history import LOG
 from unifork.training.loggers import find_loggers
 from unifork.training.loop import WorkerContext, turns
 from unifork.training.requests import Messages, Requests, signals
 from unifork.training.stage import StageJob, train_stage
 
-if TYPE_CHECKING:
-    from ray.train import ScalingConfig
-
-
-POLL_SECONDS = 0.5
+POLL_SECONDS, SILENT_SECONDS = 0.5, 30.0
+"""Between looks at workers; and how long nothing may be heard of them before a line says what they wait for."""
 
 
 def launch(job: StageJob) -> None:
     """Run a stage where its resources say.
 
     Raises ConfigError for resources that this machine does not have, the UniForkError that ended a worker, Stopped
-    after SIGTERM or SIGINT, and Ray's own error where workers were lost or failed more often than `max_restarts`.
+    after SIGTERM or SIGINT, and Ray's own error where workers were lost or failed more often than `max_restarts` from
+    one checkpoint.
     """
     requests, progress = Requests(), job.run_folder / PROGRESS
     find_loggers(job.resources.loggers)
     write_progress(progress, total=len(turns(job.stage)))
     with stop_noted(progress), _shown(job.run_folder / LOG), signals(requests.receive):
-        if job.resources.workers:
+        if job.resources.fewest:
             _fit(job, requests)
         elif job.resources.gpus and not torch.cuda.is_available():
             raise ConfigError(f"{cluster_file()}: {job.key} asks for a GPU, but there is none on this machine")
@@ -57,50 +59,76 @@ def launch(job: StageJob) -> None:
             train_stage(job, WorkerContext(device="cuda" if job.resources.gpus else "cpu", requests=requests))
 
 
-def scaling(resources: TrainResources) -> "ScalingConfig":
-    """What Ray Train is asked for."""
-    from ray.train import ScalingConfig
-
-    return ScalingConfig(
-        num_workers=resources.workers,
-        use_gpu=resources.gpus > 0,
-        resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
-    )
+def scaling(resources: TrainResources) -> dict[str, Any]:
+    """What Ray Train is asked for: arguments of its ScalingConfig."""
+    each = {"CPU": resources.cpus, "GPU": resources.gpus}
+    return {"num_workers": resources.workers, "use_gpu": resources.gpus > 0, "resources_per_worker": each}
 
 
 def _fit(job: StageJob, requests: Requests) -> None:
+    """Fits of Ray Train until one ends, each from the last checkpoint, as long as those come."""
     import ray
-    from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    check_room(job.resources.workers, job.resources.cpus, job.resources.gpus, cluster_file())
+    check_room(job.resources.fewest, job.resources.cpus, job.resources.gpus, cluster_file())
     for name in ("ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if job.resources.gpus:  # read where a trainer begins
+        os.environ["RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR"] = "1"
+        os.environ["RAY_TRAIN_NCCL_RAS_ACTION"] = "fail"
+        os.environ["RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S"] = str(job.resources.collective_timeout_seconds)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor: Any = ray.remote(num_cpus=0)(Messages)
     messages = actor.options(name=_messages_name(job), scheduling_strategy=here).remote()
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config=job.model_dump(mode="json"),
-        scaling_config=scaling(job.resources),
-        torch_config=TorchConfig(backend="nccl" if job.resources.gpus else "gloo"),
-        run_config=RunConfig(
-            name=f"{job.key}-{job.fingerprint()}",
-            storage_path=str(job.layout.ray_train),
-            failure_config=FailureConfig(max_failures=job.resources.max_restarts),
-        ),
-    )
     requests.deferred = True
-    fit, announced = _in_thread(trainer.fit), 0  # in the main thread Ray would take SIGINT for itself
+    saved, failures = "", 0
     try:
-        while not wait([fit], timeout=POLL_SECONDS).done:
-            if requests.signal and not announced:
-                announced = requests.signal
-                ray.get(messages.announce.remote(announced))
-        end, _ = ray.get(messages.read.remote())
+        with shared_file(job.layout.ray_train) as shared:
+            while True:
+                try:
+                    return _fit_once(job, requests, messages, shared)
+                except TrainingFailedError as error:
+                    before, saved = saved, _saved(job)
+                    failures = failures + 1 if saved == before else 1
+                    if failures > job.resources.max_restarts:
+                        raise
+                    reason = str(error).strip().splitlines()[-1]
+                    print(f"{job.key}: workers failed ({reason}); starting again from {saved}", flush=True)
     finally:
         ray.kill(messages)
+
+
+def _saved(job: StageJob) -> str:
+    """The name of the last checkpoint."""
+    pointer = job.run_folder / LATEST
+    return pointer.read_text().strip() if pointer.exists() else "the beginning"
+
+
+def _fit_once(job: StageJob, requests: Requests, messages: Any, shared: str) -> None:
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    backend = "nccl" if job.resources.gpus else "gloo"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job.model_dump(mode="json"), "shared": shared},
+        scaling_config=ScalingConfig(**scaling(job.resources)),
+        torch_config=TorchConfig(backend=backend, timeout_s=job.resources.collective_timeout_seconds),
+        run_config=RunConfig(name=f"{job.key}-{job.fingerprint()}", storage_path=str(job.layout.ray_train)),
+    )
+    fit, announced = _in_thread(trainer.fit), 0  # in the main thread Ray would take SIGINT for itself
+    look_at = time.monotonic() + SILENT_SECONDS
+    while not wait([fit], timeout=POLL_SECONDS).done:
+        if requests.signal and not announced:
+            announced = requests.signal
+            ray.get(messages.announce.remote(announced))
+        if time.monotonic() >= look_at:
+            look_at += SILENT_SECONDS
+            if ray.get(messages.silence.remote()) >= SILENT_SECONDS:
+                print(f"{job.key}: waiting for {room(**scaling(job.resources))}", flush=True)
+    end, _ = ray.get(messages.read.remote())
     if end:  # before what Ray says of workers that it took down with it
         raise Stopped(announced or signal.SIGTERM) if end[0] == Stopped.__name__ else getattr(errors, end[0])(end[1])
     fit.result()
@@ -130,10 +158,10 @@ def _worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train.torch
 
-    job, context = StageJob.model_validate(config), ray.train.get_context()
+    job, context = StageJob.model_validate(config["job"]), ray.train.get_context()
     run = WorkerContext(
         rank=context.get_world_rank(),
-        workers=job.resources.workers,
+        workers=context.get_world_size(),
         node_workers=context.get_local_world_size(),
         device=str(ray.train.torch.get_device()) if job.resources.gpus else "cpu",
         report=ray.train.report,
@@ -141,6 +169,7 @@ def _worker(config: dict[str, Any]) -> None:
     messages: Any = ray.get_actor(_messages_name(job))
 
     def train() -> None:
+        check_shared(config["shared"])
         if job.resources.gpus:
             torch.cuda.set_device(run.device)  # of this thread; Ray has set that of the other
         train_stage(job, run)

@@ -26,7 +26,7 @@ from unifork.documents.loader import PackedDocuments, StepPlan, TrackLoader
 from unifork.documents.order import Slot
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import Losses
-from unifork.training.optimizer import learning_rate, make_optimizer, trainable_names
+from unifork.training.optimizer import learning_rate, make_optimizer, trained_names
 from unifork.training.requests import Requests
 from unifork.training.strategies import Strategy, summed
 
@@ -67,8 +67,7 @@ def turns(stage: Stage) -> list[tuple[str, int]]:
 
 def trained_by(name: str, track: Track, model: nn.Module) -> list[str]:
     """Names of the parameters that a track trains. Raises ConfigError for a pattern without a match."""
-    names = [name for name, _ in model.named_parameters()]
-    return trainable_names(names, track.trainable, f"track {name}: trainable")
+    return trained_names([name for name, _ in model.named_parameters()], track, f"tracks.{name}")
 
 
 def part_of(name: str) -> str:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from unifork.config import OptimizerConfig
+from unifork.config import OptimizerConfig, Track
 from unifork.errors import ConfigError
+from unifork.models.warm_start import branch_of
+from unifork.vocabulary import TASKS
 
 Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]
 """For each track its optimizer and its parameters by name."""
@@ -19,6 +21,17 @@ Parts = Mapping[str, Sequence[nn.Parameter]]
 Read = Callable[[str, dict[str, Tensor]], None]
 """Fills tensors from those below a part of a checkpoint, such as `optimizer/<track>`."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def trained_names(names: Sequence[str], track: Track, place: str, variant: str = "") -> list[str]:
+    """The parameters of a model that a track trains: another choice where its plan has no branches for tasks.
+
+    place, variant: what an error says. Raises ConfigError when a pattern matches nothing.
+    """
+    key = "trainable"
+    if track.without_branches is not None and not any(branch_of(name) in TASKS for name in names):
+        key = "without_branches"
+    return trainable_names(names, getattr(track, key), f"{place}.{key}{variant}")
 
 
 def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -> list[str]:

@@ -90,14 +90,21 @@ class Messages:
         """Type and text of the UniForkError or Stopped that ended a worker first."""
         self.signal = 0
         """What the program received."""
+        self.heard = time.monotonic()
+        """When a worker last asked."""
 
     def read(self) -> tuple[tuple[str, str] | None, int]:
         """(end, signal)"""
+        self.heard = time.monotonic()
         return self.end, self.signal
 
     def leave(self, error: str, text: str) -> None:
         """The error that ended a worker."""
         self.end = self.end or (error, text)
+
+    def silence(self) -> float:
+        """Seconds since anybody read."""
+        return time.monotonic() - self.heard
 
     def announce(self, number: int) -> None:
         """A signal."""

@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
-from unifork.config import Experiment, Stage, StrictModel, TrainResources, fingerprint
+from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import MachineError, writing
 from unifork.layout import MODEL_TEXT_TOKENIZER, Layout
-from unifork.models.configuration import UniForkConfig
 from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
 from unifork.processes import exclusive
@@ -37,18 +35,13 @@ from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import Average, freeze_all_but
 from unifork.training.recovery import check_extended, settle
-from unifork.training.strategies import Strategy, barrier, group_of_one, strategy
+from unifork.training.strategies import barrier, group_of_one, strategy
 from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
 from unifork.vocabulary import VOCABULARY_VERSION
 
 TRAIN_VERSION = 2
 """Raise when the same stage would have other weights: order, packing, loop, optimizer."""
-NOT_IN_THE_WEIGHTS: dict[str, Any] = {
-    "checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True, "validation": True,
-    "sample_prompts": True, "sampling": True, "loss_band": True, "ema": {"export": True},
-}  # fmt: skip
-"""Fields of a stage that decide nothing about its weights."""
 
 
 class StageJob(StrictModel):
@@ -65,6 +58,11 @@ class StageJob(StrictModel):
     def stage(self) -> Stage:
         """The stage's configuration."""
         return self.experiment.stages[self.experiment.runs[self.key].stage]
+
+    @property
+    def seed(self) -> int:
+        """The training seed of the variant."""
+        return self.experiment.variants[self.experiment.runs[self.key].variant].seed
 
     @property
     def extended(self) -> "StageJob | None":
@@ -98,7 +96,7 @@ class StageJob(StrictModel):
         return self.layout.model(self.key)
 
     def fingerprint(self) -> str:
-        """Of everything that decides the weights: versions, stage, start model, codes, text tokenizer."""
+        """Of everything that decides the weights: versions, stage, seed, start model, codes, text tokenizer."""
         data = {
             entry.prepared: manifest_sha256(self.layout.prepared / entry.prepared)
             for track in self.stage.tracks.values()
@@ -109,6 +107,7 @@ class StageJob(StrictModel):
             {
                 "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
                 "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
+                "seed": self.seed,
                 "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
                 "data": data,
                 "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
@@ -130,149 +129,172 @@ def train_stage(job: StageJob, run: WorkerContext) -> None:
 
 
 def _train(job: StageJob, run: WorkerContext) -> None:
-    started, startup = time.monotonic(), Startup()
-    lead = run.rank == 0
-    log = Log(job.run_folder, job.key)
-    stage, mark = job.stage, job.fingerprint()
-    order = turns(stage)
-    startup.mark("imports and hashes of the inputs")
-    if lead:
-        _make_room(job, mark, log)
-    barrier()
-    startup.mark("checking the checkpoint")
-    model = load_model(job.start, attention=VARLEN)
-    model.to(torch.device(run.device))  # type: ignore[arg-type]
-    model.set_activation_checkpointing(job.resources.activation_checkpointing)
-    if job.resources.compile:
-        model.compile_parts()
-    tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
-    startup.mark("model")
-    loaders, validation = _open_documents(job, tokenizer, model.config)
-    startup.mark("opening documents")
-    trained = {parameter for name, track in stage.tracks.items() for parameter in trained_by(name, track, model)}
-    freeze_all_but(model, trained)
-    sharing = strategy(job.resources.shard, run.workers, job.is_bfloat16, run.node_workers)
-    wrapped = sharing.wrap(model)
-    fresh = not (job.start / TRAINING).exists()
-    words = model.config.backbone_config().vocab_size
-    watch = Watch(stage.loss_band, words, model.config.codebook_size, fresh, job.run_folder, lead, log)
-    before = job.experiment.steps_before(job.experiment.runs[job.key].stage)
-    tracks = {
-        name: TrackRun(name, track, loaders[name], model, sharing, before[name]) for name, track in stage.tracks.items()
-    }
-    pairs = {name: (track.optimizer, track.parameters) for name, track in tracks.items()}
-    every = {name: parameter for track in tracks.values() for name, parameter in track.parameters.items()}
-    average = Average(stage.ema.decay, every) if stage.ema else None
-    extended = job.extended.run_folder if job.extended else None
-    state = checkpoint.start(checkpoint.latest(job.run_folder), model, pairs, sharing, average, extended)
-    if lead:
-        _announce(log, model, tracks, state, len(order))
-    startup.mark("reading the checkpoint")
-    state = _steps(job, run, mark, model, wrapped, tracks, sharing, average, state, watch, validation, log, startup)
-    if lead:
-        with writing(job.model_folder):
-            try:
-                export(job, run, checkpoint.folder_of(job.run_folder, state), tokenizer, tracks, validation, log)
-            except SafetensorError as error:  # its own word for what a disk says
-                raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
-        report_seen(log, tracks, read(job.run_folder))
-        seconds = time.monotonic() - started
-        write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": mark, "seconds": seconds})
-        (job.run_folder / STOPPED).unlink(missing_ok=True)
-        log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
+    started, log = time.monotonic(), Log(job.run_folder, job.key)
+    training = Training(job, run, log)
+    state = training.steps()
+    if not training.lead:
+        return
+    with writing(job.model_folder):
+        try:
+            export(training, checkpoint.folder_of(job.run_folder, state))
+        except SafetensorError as error:  # its own word for what a disk says
+            raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
+    report_seen(log, training.tracks, read(job.run_folder))
+    seconds = time.monotonic() - started
+    write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": training.mark, "seconds": seconds})
+    (job.run_folder / STOPPED).unlink(missing_ok=True)
+    log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
 
 
-def _open_documents(
-    job: StageJob, tokenizer: TextTokenizer, config: UniForkConfig
-) -> tuple[dict[str, TrackLoader], Validation]:
-    """What each track reads, and what is held out of it."""
-    identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
-    sizes: dict[str, Any] = {
-        "context": job.stage.context,
-        "row_tokens": job.resources.row_tokens,
-        "rows_per_microbatch": job.resources.rows_per_microbatch,
-    }
-    loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
-    for name, track in job.stage.tracks.items():
-        place: tuple[Any, ...] = (track, job.layout, tokenizer, identity)
-        loaders[name] = TrackLoader(name, *place, seed=job.stage.seed, **sizes)
-        held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
-    return loaders, Validation(job.stage, held_out)
+class Training:
+    """A stage on one worker: its model, documents and optimizers, as far as it has come."""
 
+    def __init__(self, job: StageJob, run: WorkerContext, log: Log) -> None:
+        """Open everything, from where an earlier attempt left off."""
+        self.startup = startup = Startup()
+        self.job, self.run, self.log, self.stage, self.mark = job, run, log, job.stage, job.fingerprint()
+        self.lead, self.order = run.rank == 0, turns(job.stage)
+        startup.mark("imports and hashes of the inputs")
+        if self.lead:
+            _make_room(job, self.mark, log)
+        barrier()
+        startup.mark("checking the checkpoint")
+        self.model = model = load_model(job.start, attention=VARLEN)
+        model.to(torch.device(run.device))  # type: ignore[arg-type]
+        model.set_activation_checkpointing(job.resources.activation_checkpointing)
+        if job.resources.compile:
+            model.compile_parts()
+        self.tokenizer = TextTokenizer(job.start / MODEL_TEXT_TOKENIZER)
+        startup.mark("model")
+        loaders = self._open_documents()
+        startup.mark("opening documents")
+        trained = {name for key, track in self.stage.tracks.items() for name in trained_by(key, track, model)}
+        freeze_all_but(model, trained)
+        self.sharing = strategy(job.resources.shard, run.workers, job.is_bfloat16, run.node_workers)
+        self.wrapped = self.sharing.wrap(model)
+        before = job.experiment.steps_before(job.experiment.runs[job.key].stage)
+        self.tracks = {
+            name: TrackRun(name, track, loaders[name], model, self.sharing, before[name])
+            for name, track in self.stage.tracks.items()
+        }
+        pairs = {name: (track.optimizer, track.parameters) for name, track in self.tracks.items()}
+        self.trained = {name: value for track in self.tracks.values() for name, value in track.parameters.items()}
+        self.average = Average(self.stage.ema.decay, self.trained) if self.stage.ema else None
+        found, extended = checkpoint.latest(job.run_folder), job.extended.run_folder if job.extended else None
+        self.state = checkpoint.start(found, model, pairs, self.sharing, self.average, extended)
+        words, codes = model.config.backbone_config().vocab_size, model.config.codebook_size
+        fresh = not (job.start / TRAINING).exists()
+        self.watch = Watch(self.stage.loss_band, words, codes, fresh, job.run_folder, self.lead, log)
+        self.history: History | None = None
+        self.progress = Progress(log, self.state.total, len(self.order), run.device)
+        self.unread: deque[Done] = deque()
+        if self.lead:
+            self._announce()
+        startup.mark("reading the checkpoint")
 
-def _steps(
-    job: StageJob,
-    run: WorkerContext,
-    mark: str,
-    model: UniForkModel,
-    wrapped: nn.Module,
-    tracks: dict[str, TrackRun],
-    sharing: Strategy,
-    average: Average | None,
-    state: State,
-    watch: Watch,
-    validation: Validation,
-    log: Log,
-    startup: Startup,
-) -> State:
-    """All steps that are left; the last state, which is saved. Raises Stopped once a state is saved after a signal."""
-    lead, stage, order = run.rank == 0, job.stage, turns(job.stage)
-    trained = {name for track in tracks.values() for name in track.parameters}
-    history = History(job.run_folder, state.total, log, find_loggers(job.resources.loggers)) if lead else None
-    progress = Progress(log, state.total, len(order), run.device)
-    if lead:
-        progress.write()
-        progress.token_shares = _token_shares(run.device, run.workers, model, tracks)
-    unread: deque[Done] = deque()
-    alone, started_up = run.workers == 1, not lead
-    interval = 60 * stage.checkpoint_minutes if stage.checkpoint_minutes and lead else math.inf
-    run.requests.save_at = time.monotonic() + interval
-    wrapped.train()
+    def _open_documents(self) -> dict[str, TrackLoader]:
+        """What each track reads; and what is held out of it, as `validation`."""
+        config, resources = self.model.config, self.job.resources
+        shape = (config.positions, config.depth)
+        identity = CodesIdentity(*shape, config.codebook_id, config.encoder_id, config.codebook_size)
+        sizes: dict[str, Any] = {"context": self.stage.context, "row_tokens": resources.row_tokens}
+        sizes["rows_per_microbatch"] = resources.rows_per_microbatch
+        loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
+        for name, track in self.stage.tracks.items():
+            place: tuple[Any, ...] = (track, self.job.layout, self.tokenizer, identity)
+            loaders[name] = TrackLoader(name, *place, seed=self.job.seed, **sizes)
+            held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
+        self.validation = Validation(self.stage, held_out)
+        return loaders
 
-    def validate() -> None:
-        if validation.due(state.total, len(order)):
-            rows = validation.losses(state.total, tracks, wrapped, run)
-            if history:
-                history.add_validation(rows)
-                log(f"held-out losses after step {state.total}: {summary_of(rows)}")
+    def steps(self) -> State:
+        """All steps that are left; the last state, which is saved.
 
-    with (
-        run.requests.defer(),
-        closing(history) if history else nullcontext(),
-        checkpoint.Saver(job.run_folder, trained, mark, stage.keep_checkpoints, lead) as saver,
-    ):
-        for name, step in order[state.total :]:
-            validate()
-            unread.append(tracks[name].step(model, wrapped, step, run))
-            if average:
-                average.update(tracks[name].parameters, tracks[name].before + step)
-            state = replace(state, steps={**state.steps, name: step + 1})
-            looked_at = _read(unread, 1, watch, history, progress)  # what was asked for is read one step later
-            ends = alone and run.requests.signal > 0
-            due = any(done.ends or done.saves for done, _ in looked_at)
-            if ends or due or state.total % stage.checkpoint_every == 0 or state.total == len(order):
-                looked_at += _read(unread, 0, watch, history, progress)
-                ends |= any(done.ends for done, _ in looked_at)
-                if history:
-                    history.sync()
-                saver.save(model, sharing, state, average)
-                run.requests.save_at = time.monotonic() + interval
-                metrics = {k: v for k, v in looked_at[-1][1].items() if v is not None}
-                run.report({"finished_steps": state.total, **metrics})
-            saver.check()
-            if looked_at and not started_up:
-                started_up = True
-                startup.mark("first step")
-                log(str(startup))
-            if ends:
-                run.requests.signal = run.requests.signal or signal.SIGTERM  # another worker's
-                saver.wait()
-                if lead:
-                    log(f"stopped by a signal after step {state.total} of {len(order)}, which is saved")
-                break
-        else:
-            validate()
-    return state
+        Raises Stopped once a state is saved after a signal.
+        """
+        job, run, stage, requests, total = self.job, self.run, self.stage, self.run.requests, len(self.order)
+        if self.lead:
+            self.history = History(job.run_folder, self.state.total, self.log, find_loggers(job.resources.loggers))
+            self.progress.write()
+            self.progress.token_shares = _token_shares(run.device, run.workers, self.model, self.tracks)
+        started_up, minutes = not self.lead, stage.checkpoint_minutes
+        interval = 60 * minutes if minutes and self.lead else math.inf
+        requests.save_at = time.monotonic() + interval
+        self.wrapped.train()
+        with (
+            requests.defer(),
+            closing(self.history) if self.history else nullcontext(),
+            checkpoint.Saver(
+                job.run_folder, {*self.trained}, self.mark, self.stage.keep_checkpoints, self.lead
+            ) as saver,
+        ):
+            for name, step in self.order[self.state.total :]:
+                self._validate()
+                track = self.tracks[name]
+                self.unread.append(track.step(self.model, self.wrapped, step, run))
+                if self.average:
+                    self.average.update(track.parameters, track.before + step)
+                self.state = replace(self.state, steps={**self.state.steps, name: step + 1})
+                looked_at = self._look(leave=1)  # what was asked for is read one step later
+                ends = run.workers == 1 and requests.signal > 0
+                due = any(done.ends or done.saves for done, _ in looked_at)
+                if ends or due or self.state.total % stage.checkpoint_every == 0 or self.state.total == total:
+                    looked_at += self._look(leave=0)
+                    ends |= any(done.ends for done, _ in looked_at)
+                    if self.history:
+                        self.history.sync()
+                    saver.save(self.model, self.sharing, self.state, self.average)
+                    requests.save_at = time.monotonic() + interval
+                    metrics = {k: v for k, v in looked_at[-1][1].items() if v is not None}
+                    run.report({"finished_steps": self.state.total, **metrics})
+                saver.check()
+                if looked_at and not started_up:
+                    started_up = True
+                    self.startup.mark("first step")
+                    self.log(str(self.startup))
+                if ends:
+                    requests.signal = requests.signal or signal.SIGTERM  # another worker's
+                    saver.wait()
+                    if self.lead:
+                        self.log(f"stopped by a signal after step {self.state.total} of {total}, which is saved")
+                    break
+            else:
+                self._validate()
+        return self.state
+
+    def _validate(self) -> None:
+        """Take the losses on what is held out, where they are due."""
+        if self.validation.due(self.state.total, len(self.order)):
+            rows = self.validation.losses(self.state.total, self.tracks, self.wrapped, self.run)
+            if self.history:
+                self.history.add_validation(rows)
+                self.log(f"held-out losses after step {self.state.total}: {summary_of(rows)}")
+
+    def _look(self, leave: int) -> list[tuple[Done, dict[str, Any]]]:
+        """The oldest steps that were not looked at, all but `leave`, checked and recorded. Raises UniForkError."""
+        found = []
+        while len(self.unread) > leave:
+            done = self.unread.popleft()
+            metrics = done.metrics()
+            self.watch.check(metrics, done.plan.keys)
+            if self.history:
+                self.history.add(metrics)
+                self.progress.show(metrics, len(done.plan.keys))
+            found.append((done, metrics))
+        return found
+
+    def _announce(self) -> None:
+        done, total, log = self.state.total, len(self.order), self.log
+        where = f"continuing from step {done} of {total}" if done else f"starting, {total} steps"
+        log(f"{where}; {self.model.num_parameters() / 1e6:.2f} M parameters")
+        if self.model.device.type == "cuda":
+            log(f"attention in bfloat16: the kernel of {KERNEL}")
+        for name, track in self.tracks.items():
+            count = sum(p.numel() for p in track.parameters.values())
+            sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
+            log(f"track {name}: {count / 1e6:.2f} M trained; documents: {sets}")
+        for reason, count in quarantined(self.tracks).items():
+            log(f"quarantined: {count} x {reason}")
 
 
 def _token_shares(device: str, workers: int, model: UniForkModel, tracks: dict[str, TrackRun]) -> dict[str, float]:
@@ -284,22 +306,6 @@ def _token_shares(device: str, workers: int, model: UniForkModel, tracks: dict[s
     return {name: flops / (peak * workers) for name, flops in costs.items()}
 
 
-def _read(
-    unread: deque[Done], leave: int, watch: Watch, history: History | None, progress: Progress
-) -> list[tuple[Done, dict[str, Any]]]:
-    """The oldest steps that were not looked at, all but `leave`, checked and recorded. Raises UniForkError."""
-    read = []
-    while len(unread) > leave:
-        done = unread.popleft()
-        metrics = done.metrics()
-        watch.check(metrics, done.plan.keys)
-        if history:
-            history.add(metrics)
-            progress.show(metrics, len(done.plan.keys))
-        read.append((done, metrics))
-    return read
-
-
 def _make_room(job: StageJob, mark: str, log: Log) -> None:
     """Decide what an existing run folder is worth; one made otherwise is moved aside."""
     if job.run_folder.exists():
@@ -309,17 +315,3 @@ def _make_room(job: StageJob, mark: str, log: Log) -> None:
         check_extended(extended.run_folder, order, extended.model_folder / TRAINING / SUMMARY)
     with writing(job.run_folder):
         job.run_folder.mkdir(parents=True, exist_ok=True)
-
-
-def _announce(log: Log, model: nn.Module, tracks: dict[str, TrackRun], state: State, total: int) -> None:
-    where = f"continuing from step {state.total} of {total}" if state.total else f"starting, {total} steps"
-    every = sum(p.numel() for p in model.parameters())
-    log(f"{where}; {every / 1e6:.2f} M parameters")
-    if next(model.parameters()).is_cuda:
-        log(f"attention in bfloat16: the kernel of {KERNEL}")
-    for name, track in tracks.items():
-        count = sum(p.numel() for p in track.parameters.values())
-        sets = ", ".join(f"{len(part)} {part.entry.dataset} ({part.entry.template})" for part in track.loader.parts)
-        log(f"track {name}: {count / 1e6:.2f} M trained; documents: {sets}")
-    for reason, count in quarantined(tracks).items():
-        log(f"quarantined: {count} x {reason}")

@@ -6,7 +6,7 @@ before the backward pass (FSDP2's own divide factor does not work on gloo).
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,60 +16,29 @@ from torch.distributed.tensor import DTensor
 
 from unifork.errors import ConfigError
 from unifork.training.optimizer import MOMENTS, Optimizers, Parts, Read
-from unifork.training.zero import ZeRO
 
 
-class Strategy(Protocol):
-    """What a run needs to know of a way to share a model, in the order in which it asks."""
-
-    autocast: bool
-    """Whether tracks of bfloat16 are autocast; otherwise the wrapped model computes in it by itself."""
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call; the names of `model`'s parameters stay as they are. Optimizers are made after it."""
-
-    def start(self, optimizers: Optimizers) -> None:
-        """Called when the model has the weights to begin with. Raises ConfigError for tracks that do not fit."""
-
-    def read_moments(self, track: str, read: Read) -> None:
-        """Have `read` fill a track's optimizer state, `optimizer/<track>/<parameter>/<moment>` in a checkpoint."""
-
-    def turn(self, track: str) -> None:
-        """The next step is one of this track."""
-
-    def begin(self, last: bool) -> None:
-        """A microbatch follows, the step's last or not; what is reduced is reduced with the last."""
-
-    def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
-        """One step of the optimizer with the whole gradient clipped; the norms before that, by name, on the device.
-
-        Nothing is looked at here: whoever reads the norms decides what is saved.
-        """
-
-    def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this worker writes of the model's tensors."""
-
-    def moments(self, track: str) -> dict[str, Tensor]:
-        """What this worker writes of a track's optimizer state, by `<parameter>/<moment>`."""
-
-
-class SingleWorker:
-    """One worker: nothing to share."""
+class Strategy:
+    """What a run needs of a way to share a model, in the order in which it asks; here one worker, nothing to share."""
 
     autocast = True
+    """Whether tracks of bfloat16 are autocast; otherwise the wrapped model computes in it by itself."""
 
     def __init__(self) -> None:
         self.optimizers: Optimizers = {}
         self.track = ""
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call; the names of `model`'s parameters stay as they are. Optimizers are made after it."""
         model.every_branch = False  # type: ignore[assignment]
         return model
 
     def start(self, optimizers: Optimizers) -> None:
+        """Called when the model has the weights to begin with. Raises ConfigError for tracks that do not fit."""
         self.optimizers = optimizers
 
     def read_moments(self, track: str, read: Read) -> None:
+        """Have `read` fill a track's optimizer state, `optimizer/<track>/<parameter>/<moment>` in a checkpoint."""
         optimizer, parameters = self.optimizers[track]
         moments = {
             name: {m: torch.tensor(0.0) if m == "step" else torch.zeros_like(parameter.detach()) for m in MOMENTS}
@@ -81,12 +50,17 @@ class SingleWorker:
             optimizer.state[parameter].update(moments[name])
 
     def turn(self, track: str) -> None:
+        """The next step is one of this track."""
         self.track = track
 
     def begin(self, last: bool) -> None:
-        pass
+        """A microbatch follows, the step's last or not; what is reduced is reduced with the last."""
 
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
+        """One step of the optimizer with the whole gradient clipped; the norms before that, by name, on the device.
+
+        Nothing is looked at here: whoever reads the norms decides what is saved.
+        """
         optimizer, parameters = self.optimizers[self.track]
         for parameter in parameters.values():
             if parameter.grad is None:  # of a branch without tokens in this step, which decays all the same
@@ -102,14 +76,16 @@ class SingleWorker:
         return norms_P
 
     def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this worker writes of the model's tensors."""
         return tensors
 
     def moments(self, track: str) -> dict[str, Tensor]:
+        """What this worker writes of a track's optimizer state, by `<parameter>/<moment>`."""
         optimizer, parameters = self.optimizers[track]
         return {f"{name}/{m}": optimizer.state[parameter][m] for name, parameter in parameters.items() for m in MOMENTS}
 
 
-class Sharded(SingleWorker):
+class Sharded(Strategy):
     """torch's `fully_shard`: replicas of the model, each in shards on so many workers; resharding is loading.
 
     A stage of bfloat16 tracks multiplies bfloat16 copies of the weights; shards, their gradients and the reduction are
@@ -158,8 +134,10 @@ def strategy(shard: str, workers: int, bfloat16: bool = False, node_workers: int
     bfloat16: whether all tracks of the stage are. node_workers: workers on this worker's node. Raises ConfigError.
     """
     if workers == 1:
-        return Sharded(1, 1, bfloat16) if bfloat16 else SingleWorker()
+        return Sharded(1, 1, bfloat16) if bfloat16 else Strategy()
     if shard in DEEPSPEED:
+        from unifork.training.zero import ZeRO  # noqa: PLC0415  which is one of these, by an extra
+
         return ZeRO(DEEPSPEED[shard])
     shards = {"none": 1, "all": workers}.get(shard) or _on_every_node(node_workers, workers)
     return Sharded(shards, workers, bfloat16)

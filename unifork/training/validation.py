@@ -21,8 +21,10 @@ from unifork.config import Stage
 from unifork.documents.loader import PackedDocuments
 from unifork.documents.mixture import MixturePart
 from unifork.documents.order import Slot
+from unifork.documents.prompts import TEMPLATES
 from unifork.inference import Engine
 from unifork.training.loop import TrackRun, WorkerContext
+from unifork.vocabulary import TASKS
 
 LONGER = 16
 """Tokens that an answer may have beyond the longest expected one of its part."""
@@ -73,10 +75,9 @@ class Validation:
 
     def examine(self, engine: Engine) -> Examined:
         """What a finished model answers and draws."""
-        by_task: dict[str, list[MixturePart]] = {"understanding": [], "generation": []}
-        for part in self.parts.values():
-            by_task[part.task].append(part)
-        answers = {part: _answers(engine, part, self.config.answers) for part in by_task["understanding"]}
+        by_task = {task: [part for part in self.parts.values() if part.task == task] for task in TASKS}
+        asking = [part for part in by_task["understanding"] if TEMPLATES[part.entry.template].images != 0]
+        answers = {part: _answers(engine, part, self.config.answers) for part in asking}  # of plain text none
         scores = [{**_named(part), **_scores(found)} for part, found in answers.items() if found]
         share = math.ceil(self.config.prompts / max(len(by_task["generation"]), 1))
         prompts: list[Row] = []
@@ -131,9 +132,9 @@ def _stretch(document: Document, start: int) -> list[int]:
 
 
 def _until(document: Document, stop: int) -> Document:
-    """The beginning of a document, without its image where that comes later."""
-    kinds_T, codes_ND = document.kinds_T[:stop], document.codes_ND
-    codes_ND = codes_ND if (kinds_T == IMAGE).any() else codes_ND[:0]
+    """The beginning of a document, without the images that come later."""
+    kinds_T = document.kinds_T[:stop]
+    codes_ND = document.codes_ND[: int((kinds_T == IMAGE).sum())]
     return Document(document.key, document.task, kinds_T, document.text_ids_T[:stop], np.zeros(stop, bool), codes_ND)
 
 

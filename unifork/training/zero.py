@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unifork.errors import ConfigError
 from unifork.training.optimizer import Optimizers, Parts, Read
+from unifork.training.strategies import Strategy
 
 BUCKET = 50_000_000
 """Most elements that are reduced at once; DeepSpeed allocates as much."""
@@ -66,10 +67,11 @@ class Shared(nn.Module):
         return self.engine(batch, device, torch.is_autocast_enabled(device))
 
 
-class ZeRO:
-    """DeepSpeed with one of its stages. The norms of the gradient's parts are left out: no worker holds them."""
+class ZeRO(Strategy):
+    """DeepSpeed with one of its stages. The norms of the gradient's parts are left out: no worker holds them.
 
-    autocast = True
+    Gradients are reduced after every microbatch, whatever `begin` says: stages 2 and 3 do so.
+    """
 
     def __init__(self, stage: int) -> None:
         """stage: 1, 2 or 3. Raises ConfigError when DeepSpeed is not installed."""
@@ -78,8 +80,8 @@ class ZeRO:
                 f"cluster file: shard: deepspeed-{stage} needs DeepSpeed, which is not installed; "
                 f"it comes with the extra: pip install 'unifork[deepspeed]'"
             )
+        super().__init__()
         self.stage = stage
-        self.optimizers: Optimizers = {}
         self.deepspeed: Any = None
         self.shared: Shared
         self.joint: Joint
@@ -145,9 +147,6 @@ class ZeRO:
         for name, (_, parameters) in self.optimizers.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(name == track)  # what has no gradient is not part of the norm
-
-    def begin(self, last: bool) -> None:
-        """Stages 2 and 3 reduce after every microbatch, and 1 does as they do."""
 
     def update(self, parts: Parts, clip_norm: float) -> dict[str, Tensor]:
         del parts

@@ -1,5 +1,7 @@
 """A server on the loopback for each test."""
 
+import os
+
 import pytest
 from loopback import ROBOTS, Web
 
@@ -11,3 +13,10 @@ def web():
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported():
+    """Import img2dataset, whose import takes seconds that no test should count."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import img2dataset.downloader  # noqa: F401

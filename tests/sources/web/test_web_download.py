@@ -2,19 +2,24 @@
 
 import shutil
 import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from loopback import FETCH, Web, elsewhere, image, pages
-from tiny import REPOSITORY, start
+from loopback import FETCH, Web, bomb, elsewhere, image, pages
+from tiny import REPOSITORY, bytes_of, filter_here, start
 
+from unifork import sources
 from unifork.config import Card, WebAccess, load_card, parse
+from unifork.config.card import Source as CardSource
 from unifork.errors import ConfigError, DataError
+from unifork.experiments.followed import followed
 from unifork.shards.manifest import MANIFEST, read_manifest
 from unifork.sources import download_job
 from unifork.sources.url_lists import FetchRules, UrlList
@@ -210,6 +215,70 @@ def test_what_a_list_lacks_is_said(root):
         download(card(fetch={"allow_addresses": ["127.0.0.300"]}), "out")
 
 
+def test_without_img2dataset_it_is_said_before_anything_starts(root, monkeypatch):
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    write_laion(root / "lists/a.parquet", ["http://x.example/"])
+    message = r"card weblist: its images are fetched by img2dataset, .* not installed; .*'unifork\[web\]'$"
+    for check in (lambda: download_job(card(), None, 5, 0, root / "out"), lambda: followed(card(), "card")):
+        with pytest.raises(ConfigError, match=message):
+            check()
+    shapes = load_card("shapes", REPOSITORY / "datasets")
+    assert download_job(shapes, 5, 5, 0, root / "out").tasks
+    assert not (root / "out").exists()
+
+
+def test_a_table_with_a_column_of_addresses_is_fetched(root, web):
+    web.pages |= {"/a.png": image("PNG", 1)}
+    (root / "lists/a.csv").write_text(f"name,link,text\na,{web.root}/a.png,x\nb,{web.root}/gone.png,y\nc,,z\n")
+    options = {"files": "lists", "image": "link", "texts": {"caption": "text"}, "key": "name", "fetch": FETCH}
+    table = card().model_copy(update={"source": CardSource(kind="table", options=options)})
+    manifest, _, _ = download(table, "out")
+    (row,) = rows_of("out")
+    assert (row["key"], row["caption"], row["image"]) == ("a", "x", image("PNG", 1))
+    assert (row["url"], manifest.dropped) == (f"{web.root}/a.png", {"http_404": 1, "no_url": 1})
+
+
+def test_the_check_of_images_may_be_left_to_the_filter(root, web):
+    """With `decode: header` what has a whole header is kept, and the filter says what is wrong with it."""
+    png, jpeg = image("PNG", 1), image("JPEG", 2)
+    web.pages |= {"/a.png": png, "/cut.png": png[:-500], "/cut.jpg": jpeg[: len(jpeg) // 2]}
+    web.pages |= {"/page.png": b"<html>", "/bomb.png": bomb(), "/empty.png": b""}
+    write_laion(root / "lists/a.parquet", [web.root + path for path in web.pages if path != "/robots.txt"])
+    full, _, _ = download(card(), "full")
+    refused = {"not_an_image": 1, "too_many_pixels": 1, "empty": 1}
+    assert (full.rows, full.dropped) == (1, {"undecodable": 2, **refused})
+    header, _, _ = download(card(fetch={**FETCH, "decode": "header"}), "header")
+    assert (header.rows, header.dropped) == (3, refused)
+    assert [row["image"] for row in rows_of("header")] == [
+        web.pages[path] for path in ("/a.png", "/cut.png", "/cut.jpg")
+    ]
+    kept = filter_here(card(), root / "header", root / "measured", root / "filtered")
+    assert (kept.rows, kept.dropped) == (1, {"undecodable": 2})
+
+
+DEAD = ("localhost", "127.0.0.1")
+
+
+def test_a_dead_host_is_tried_a_bounded_number_of_times(root, web):
+    """Two names at which nobody listens: the rest of their rows is not tried any more."""
+    contacts = Counter()
+    write_laion(root / "lists/a.parquet", [f"http://{name}:1/{i}.png" for i in range(40) for name in DEAD])
+    original = socket.create_connection
+
+    def counted(address, *rest, **options):
+        contacts[address] += 1
+        return original(address, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_connection", counted)
+        with pytest.raises(DataError, match="none of 80 rows is kept"):
+            download(card(fetch={**FETCH, "allow_addresses": ["127.0.0.0/8", "::1/128"]}), "out")
+    reasons = Counter(row["reason"] for row in rejects("out"))
+    assert reasons.total() == 80
+    assert reasons["host_unreachable"] >= 40
+    assert 32 <= contacts.total() <= 2 * (16 + 8) * 2
+
+
 def test_a_key_that_repeats_is_counted(root, web):
     web.pages["/a.png"] = image("PNG")
     write_laion(root / "lists/a.parquet", [web.root + "/a.png"] * 3, code=["x", "y", "x"])
@@ -229,10 +298,10 @@ def test_a_host_has_at_most_its_connections_and_the_tail_of_a_shard_ends(root, w
     web.pages |= {f"/{i}.png": slow for i in range(24)} | {"/never.png": never}
     urls = [f"{web.root}/never.png", *(f"{web.root}/{i}.png" for i in range(24))]
     write_laion(root / "lists/a.parquet", urls)
-    fetch = {**FETCH, "attempts": 9, "backoff_seconds": 30, "tail_seconds": 0.2}
+    fetch = {**FETCH, "timeout_seconds": 3, "attempts": 9, "backoff_seconds": 30, "tail_seconds": 0.2}
     started = time.monotonic()
     manifest, _, _ = download(card(fetch=fetch), "out", per_host=3)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 6
     assert manifest.dropped == {"timeout": 1}
     assert web.most == 3
     web.gate.set()
@@ -302,14 +371,8 @@ def test_a_proxy_is_used_when_configured_and_asked_for_the_checked_address(root,
     proxy.server_close()
 
 
-def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(root, web):
-    def gated(page):
-        web.gate.wait(20)
-        page.answer(200, image("PNG", 99))
-
-    web.pages |= {f"/{i}.png": image("PNG", i) for i in range(6)} | {"/gate.png": gated}
-    urls = [f"{web.root}/{i}.png" for i in range(5)] + [f"{web.root}/gate.png", f"{web.root}/5.png", web.root + "/no"]
-    write_laion(root / "lists/a.parquet", urls)
+def write_root(root: Path) -> Card:
+    """What the program needs beside the list."""
     (root / "datasets").mkdir()
     patient = card(fetch={**FETCH, "timeout_seconds": 20})
     (root / "datasets/weblist.yaml").write_text(yaml.safe_dump(patient.model_dump(mode="json")))
@@ -318,7 +381,87 @@ def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(r
     params["datasets"]["weblist"] = {"rows": None, "shard_rows": 4}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     shutil.copytree(REPOSITORY / "clusters", root / "clusters")
+    return patient
 
+
+KILLS = """
+import os, signal, sys, time
+if {words!r} in " ".join(sys.orig_argv):
+    sys.path.insert(0, {tests!r})
+    import crashes
+    def die(mark):
+        os.kill(os.getppid() if {inside!r} else os.getpid(), signal.SIGKILL)
+        time.sleep(20)
+    crashes.die = die
+    crashes.arm({point!r})
+"""
+INSIDE = ("in the middle of the shard", "after the temporary file", "before the rename", "before the record",
+          "after the record")  # fmt: skip
+"""Points that the process of img2dataset comes to; the program to the others."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [*INSIDE, "before the manifest"])
+def test_a_program_killed_at_a_point_ends_with_the_same_bytes(root, web, tmp_path, point):
+    web.pages |= {f"/{i}.png": image("PNG", i) for i in range(6)}
+    write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(6)] + [web.root + "/no", "ftp://x"])
+    download(write_root(root), "whole", shard_rows=4)
+    inside = point in INSIDE
+    words = "--multiprocessing-fork" if inside else "pipelines.download"
+    (tmp_path / "killed").mkdir()
+    code = KILLS.format(words=words, tests=str(REPOSITORY / "tests"), inside=inside, point=point)
+    (tmp_path / "killed/sitecustomize.py").write_text(code)
+    first = start(root, "pipelines.download", "weblist", path=tmp_path / "killed")
+    output = first.communicate(timeout=60)
+    assert first.returncode == -signal.SIGKILL, output
+    assert not (root / "data/raw/weblist" / MANIFEST).exists()
+    second = start(root, "pipelines.download", "weblist")
+    output = second.communicate(timeout=60)
+    assert second.returncode == 0, output
+    assert bytes_of(root / "data/raw/weblist") == bytes_of(root / "whole")
+
+
+ALONE = """
+import sys, urllib.request
+from pipelines import download
+if __name__ == "__main__":
+    download.main("weblist")
+    print("img2dataset" in sys.modules, urllib.request._opener)
+"""
+
+
+@pytest.mark.slow
+def test_the_program_never_imports_img2dataset_and_says_how_its_process_ended(root, web, tmp_path):
+    web.pages |= {f"/{i}.png": image("PNG", i) for i in range(2)} | {"/gate.png": lambda page: web.gate.wait(20)}
+    write_laion(root / "lists/a.parquet", [f"{web.root}/{i}.png" for i in range(2)])
+    write_root(root)
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = start(root, "alone", path=tmp_path).communicate(timeout=60)
+    assert done[0].splitlines()[-1] == "False None", done
+    write_laion(root / "lists/b.parquet", [f"{web.root}/gate.png"])
+    program = start(root, "pipelines.download", "weblist")
+    while not web.hits["/gate.png"]:
+        assert program.poll() is None
+        time.sleep(0.02)
+    for child in psutil.Process(program.pid).children():
+        if "--multiprocessing-fork" in child.cmdline():
+            child.kill()
+    output = program.communicate(timeout=60)
+    assert program.returncode == 2
+    assert "part-00001.parquet: the process that makes it ended with exit code -9" in output[1].splitlines()[-1]
+    web.gate.set()
+
+
+@pytest.mark.slow
+def test_a_killed_program_does_only_the_rest_and_a_grown_list_only_what_is_new(root, web):
+    def gated(page):
+        web.gate.wait(20)
+        page.answer(200, image("PNG", 99))
+
+    web.pages |= {f"/{i}.png": image("PNG", i) for i in range(6)} | {"/gate.png": gated}
+    urls = [f"{web.root}/{i}.png" for i in range(5)] + [f"{web.root}/gate.png", f"{web.root}/5.png", web.root + "/no"]
+    write_laion(root / "lists/a.parquet", urls)
+    patient = write_root(root)
     first = start(root, "pipelines.download", "weblist")
     while not web.hits["/gate.png"]:
         assert first.poll() is None

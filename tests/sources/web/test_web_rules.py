@@ -2,16 +2,17 @@
 
 import threading
 import time
+import urllib.request
 from collections import Counter
 from ipaddress import ip_network
 
 import pytest
 
-from unifork.errors import DataError
+from unifork.errors import MachineError
 from unifork.sources.url_lists import FetchRules
-from unifork.sources.web import download as schedule
-from unifork.sources.web.client import Refused, target_of
-from unifork.sources.web.permission import parse_robots, refusal, reservation
+from unifork.sources.web.download import Places, fetch_all
+from unifork.sources.web.guard import Network
+from unifork.sources.web.permission import Refused, parse_robots, refusal, reservation, target_of
 
 REFUSED = """
 0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.255.255.254 168.63.129.16 169.254.169.254 172.16.0.1 172.31.255.255
@@ -92,6 +93,9 @@ def test_robots(agent, path, allowed):
         ("User-agent: uniforks\nDisallow: /", "/a.png", True),
         ("User-agent: *\nDisallow: /\n\nUser-agent: unifork\nDisallow:", "/a.png", True),
         ("User-agent: *\nDisallow: /\nAllow: /", "/a.png", True),
+        ("User-agent: Unifork/1.0\nDisallow: /", "/a.png", False),
+        ("User-agent: *\nDisallow: /private/", "/%70rivate/a.png", False),
+        ("User-agent: *\nDisallow: /%70rivate/", "/private/a.png", False),
         ("Disallow: /", "/a.png", True),
         ("User-agent: *\nDisallow: /" + "*a" * 30 + "$", "/" + "a" * 2000 + "b", True),
     ],
@@ -105,6 +109,17 @@ def test_robots_are_compared_as_the_standard_says(robots, path, allowed):
     [
         ("X-Robots-Tag", "noai", True),
         ("x-robots-tag", "nofollow, NoImageAI", True),
+        ("X-Robots-Tag", "noai; noimageai", True),
+        ("X-Robots-Tag", "nofollow; noimageai", True),
+        ("X-Robots-Tag", "noai noimageai", True),
+        ("X-Robots-Tag", "nofollow noimageai", True),
+        ("X-Robots-Tag", "otherbot: nofollow; unifork: noai", True),
+        ("X-Robots-Tag", "Unifork/1.0: NoAI", True),
+        ("X-Robots-Tag", "*: noai", True),
+        ("X-Robots-Tag", "noai otherbot: all", True),
+        ("X-Robots-Tag", "unavailable_after: Tue, 25 Jun 2030 15:00:00 GMT, noai", True),
+        ("X-Robots-Tag", "otherbot: all; noai", False),
+        ("X-Robots-Tag", "unavailable_after: Tue, 25 Jun 2030 15:00:00 GMT", False),
         ("X-Robots-Tag", "none", True),
         ("X-Robots-Tag", "unifork: noindex", True),
         ("X-Robots-Tag", "unavailable_after: 25 Jun 2030 15:00:00 PST, noai", True),
@@ -126,6 +141,9 @@ def test_reservations(name, value, denied):
         (" https://example.com:443/a b/ä.png?q=ü#part ", "example.com", "/a%20b/%C3%A4.png?q=%C3%BC"),
         ("http://user:pass@example.com:8080/%20", "example.com:8080", "/%20"),
         ("http://bücher.example/", "xn--bcher-kva.example", "/"),
+        ("http://h/x/../private/%2e/%2E%2e/a.png?../b", "h", "/a.png?../b"),
+        ("http://h/../..", "h", "/"),
+        ("http://h/a//b/.", "h", "/a//b/"),
         ("http://[2606:4700::1]:81/", "[2606:4700::1]:81", "/"),
     ],
 )
@@ -144,21 +162,28 @@ def test_anything_else_is_no_url(url):
 
 
 class Cut:
-    """A client whose network works for the hosts in `alive`."""
+    """A guard whose network works for the hosts in `alive`."""
 
-    rules = FetchRules(attempts=1)
-    connections_per_host = 8
+    rules = FetchRules(attempts=1, backoff_seconds=0)
 
     def __init__(self, reason, alive=()):
         self.reason, self.alive = reason, alive
 
     def reach(self, url):
-        return None if target_of(url).host in self.alive else Refused(self.reason, url)
+        host = target_of(url).host
+        return None if host in self.alive else Refused(self.reason, url, host)
 
-    def get(self, url):
-        if refused := self.reach(url):
+    def get(self, target):
+        if refused := self.reach(target.url):
             raise refused
         return b""
+
+
+def fetched(urls, guard, threads, connections=8):
+    """Reason of every URL, None for an image."""
+    outcomes = fetch_all(urls, guard, Network(guard), Places(connections, threads))
+    assert list(outcomes) == urls
+    return [getattr(outcome, "reason", None) for outcome in outcomes.values()]
 
 
 URLS = [f"http://host{number}.example/a.png" for number in range(60)]
@@ -166,55 +191,128 @@ URLS = [f"http://host{number}.example/a.png" for number in range(60)]
 
 @pytest.mark.parametrize(
     ("reason", "diagnosis"),
-    [("dns_failure", "resolver"), ("no_such_host", "no name can be resolved"), ("connection_failed", "egress")],
+    [
+        ("dns_failure", "no name is resolved"),
+        ("no_such_host", "no name"),
+        ("connection_failed", "no connection leaves"),
+    ],
 )
 def test_a_machine_without_a_network_stops_before_the_first_row(reason, diagnosis):
-    with pytest.raises(DataError, match=f"before the first row: .*{diagnosis}.*12 {reason}"):
-        schedule.Health(Cut(reason)).preflight(URLS)
+    message = rf"before the first row: this machine has no network: {diagnosis}.*None of 12 hosts.*host0\.example"
+    with pytest.raises(MachineError, match=message) as error:
+        fetched(URLS, Cut(reason), 4)
+    assert "\n" not in str(error.value)
 
 
 def test_one_dead_host_is_no_diagnosis_but_a_silent_resolver_is():
-    schedule.Health(Cut("connection_failed")).preflight(URLS[:1])
-    with pytest.raises(DataError, match="resolver"):
-        schedule.Health(Cut("dns_failure")).preflight(URLS[:1])
+    assert fetched(URLS[:1], Cut("connection_failed"), 4) == ["connection_failed"]
+    with pytest.raises(MachineError, match="no name is resolved"):
+        fetched(URLS[:1], Cut("dns_failure"), 4)
 
 
 def test_a_network_that_breaks_stops_the_shard_and_dead_links_do_not():
     alive = Cut("timeout", alive=["host0.example"])
-    outcomes = schedule.fetch_all(URLS, alive, 4, schedule.Health(alive))
-    assert [outcomes[url].reason for url in URLS] == ["empty"] + ["timeout"] * 59
-    broken = Cut("timeout")
-    with pytest.raises(DataError, match="after 25 hosts failed in a row"):
-        schedule.fetch_all(URLS, broken, 4, schedule.Health(broken))
+    assert fetched(URLS, alive, 4) == ["empty"] + ["timeout"] * 59
+    breaking = Cut("timeout", alive=["host0.example"])
+    breaking.get = lambda target: breaking.alive.clear() or Cut.get(breaking, target)
+    with pytest.raises(MachineError, match=r"after 2[5-9] hosts failed in a row: this machine has no network"):
+        fetched(URLS, breaking, 4)
 
 
 class Counting(Cut):
-    """A client whose hosts answer after a moment, and that remembers what was asked and how much at once."""
+    """A guard whose hosts answer after a moment, or are silent; it counts what was asked, and how much at once."""
 
-    connections_per_host = 2
-
-    def __init__(self):
-        super().__init__("timeout", alive="ab")
-        self.requested, self.now, self.most = [], Counter(), Counter()
+    def __init__(self, silent=(), seconds=0.02, **rules):
+        super().__init__("timeout", alive=("a", "b", "good"))
+        self.silent, self.seconds, self.rules = silent, seconds, FetchRules(backoff_seconds=0, **rules)
+        self.requested, self.now, self.most, self.most_silent = [], Counter(), Counter(), 0
         self.lock = threading.Lock()
 
-    def get(self, url):
-        host = target_of(url).host
+    def get(self, target):
+        host = target.host
         with self.lock:
             self.requested.append(host)
             self.now[host] += 1
-            self.most = self.most | self.now
-        time.sleep(0.02)
+            self.most |= self.now
+            self.most_silent = max(self.most_silent, sum(self.now[name] for name in self.silent))
+        time.sleep(self.seconds if host not in self.silent else 5 * self.seconds)
         with self.lock:
             self.now[host] -= 1
+        if host in self.silent:
+            raise Refused("timeout", target.url, host)
         return b""
 
 
 @pytest.mark.parametrize("threads", [2, 16])
-def test_hosts_take_turns_and_none_exceeds_its_connections(threads):
-    client = Counting()
-    urls = [f"http://a/{number}" for number in range(8)] + [f"http://b/{number}" for number in range(3)]
-    assert list(schedule.fetch_all(urls, client, threads, schedule.Health(client))) == urls
-    assert client.most == {"a": 2, "b": 2}
-    assert client.requested[:4].count("b") == 2, "the rows of b do not wait for all of a, which came before them"
-    assert Counter(client.requested) == {"a": 8, "b": 3}
+def test_hosts_are_asked_in_turn_and_none_exceeds_its_connections(threads):
+    guard = Counting()
+    fetched(
+        [f"http://a/{number}" for number in range(8)] + [f"http://b/{number}" for number in range(3)], guard, threads, 2
+    )
+    assert guard.most <= Counter({"a": 2, "b": 2})
+    assert guard.most["a"] == 2
+    assert guard.requested[:6].count("b") >= 2, "the rows of b do not wait for all of a, which came before them"
+    assert Counter(guard.requested) == {"a": 8, "b": 3}
+
+
+@pytest.mark.parametrize("silent", [0, 4, 6, 20])
+def test_silent_hosts_hold_back_no_other_and_are_given_up(silent):
+    """Never more than half of the threads wait for hosts that do not answer; 16 failures in a row are enough."""
+    names = [f"silent{number}" for number in range(silent)]
+    guard = Counting(names, seconds=0.01)
+    urls = [f"http://good/{number}" for number in range(200)] + [
+        f"http://{name}/{n}" for name in names for n in range(30)
+    ]
+    reasons = Counter(fetched(urls, guard, 16))
+    assert reasons["empty"] == 200
+    last_good = len(guard.requested) - guard.requested[::-1].index("good")
+    assert last_good < 200 + 3 * 16, "rows of silent hosts were fetched before the last row of a good host"
+    assert guard.most_silent <= 8
+    for name in names:
+        assert 16 <= guard.requested.count(name) < 16 + 8
+        assert guard.most[name] <= 2
+    assert reasons["timeout"] + reasons["host_unreachable"] == 30 * silent
+    assert reasons["host_unreachable"] >= 12 * silent
+
+
+def test_a_host_that_was_given_up_is_left_alone_for_a_while_in_later_shards_too(monkeypatch):
+    guard = Counting(["dead"], seconds=0.001, attempts=1)
+    places, network = Places(8, 4), Network(guard)
+    urls = [f"http://dead/{number}" for number in range(40)]
+    fetch_all(urls, guard, network, places)
+    before = guard.requested.count("dead")
+    outcomes = fetch_all([*urls, "http://a/1"], guard, network, places)
+    assert [outcomes[url].reason for url in urls] == ["host_unreachable"] * 40
+    assert guard.requested.count("dead") == before < 20
+    monkeypatch.setattr("unifork.sources.web.download.DEAD_SECONDS", 0.0)
+    guard.silent = ()
+    assert {outcome.reason for outcome in fetch_all(urls, guard, network, places).values()} == {"empty"}
+    assert guard.requested.count("dead") == before + 40
+
+
+def test_rows_that_keep_failing_are_no_dead_host():
+    """What comes again are the rows that fail: of a host that answers others they say nothing."""
+    guard = Counting(seconds=0.001, attempts=3)
+    hangs = lambda target: int(target.path[1:]) % 10 == 0  # noqa: E731
+    get = guard.get
+    guard.get = lambda target: Cut("timeout").get(target) if hangs(target) else get(target)
+    urls = [f"http://a/{number}" for number in range(300)]
+    reasons = Counter(fetched(urls, guard, 8))
+    assert reasons == {"empty": 270, "timeout": 30}
+
+
+def test_rows_that_fail_for_now_come_again_in_further_passes():
+    guard = Counting(["b"], attempts=3)
+    assert fetched(["http://a/1", "http://b/1"], guard, 4) == ["empty", "timeout"]
+    assert Counter(guard.requested) == {"a": 1, "b": 3}
+
+
+def test_a_row_that_is_lost_on_the_way_through_img2dataset_is_no_silent_loss(monkeypatch):
+    monkeypatch.setattr("unifork.sources.web.download._Shard.write", lambda *_: None)
+    with pytest.raises(RuntimeError, match="2 rows went into img2dataset, 0 came out"):
+        fetched(["http://a/1", "http://b/1"], Counting(), 4)
+
+
+def test_pythons_own_opener_is_back_after_a_shard():
+    fetched(["http://a/1"], Counting(), 4)
+    assert urllib.request._opener is None

@@ -16,7 +16,7 @@ from unifork.config import StrictModel
 from unifork.errors import DataError
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item, faults
-from unifork.evaluation.statistics import Measure, share
+from unifork.evaluation.statistics import Measure, accuracy
 from unifork.evaluation.suites import Answer, Suite, Verdict
 from unifork.images import open_image
 
@@ -25,11 +25,7 @@ TILES = 4
 YES = "yes"
 
 
-class Options(StrictModel):
-    """Of its card: nothing."""
-
-
-def read(archive: Archive, _: Options, __: int) -> list[Item]:
+def read(archive: Archive, _: StrictModel, __: int) -> list[Item]:
     """Four items for every prompt. Raises DataError for questions that depend on none of their prompt's.
 
     `about["official"]`: the questions that the official script has. It takes the first row for a heading, and where
@@ -107,7 +103,7 @@ def _judged(answer: Answer, order: Sequence[str], share_of: Callable[[dict[str, 
 def measures(_: Sequence[Item], right_I: np.ndarray, __: np.ndarray) -> list[Measure]:
     """The mean over images in percent; what the rule leaves out is not counted."""
     counted_I = ~np.isnan(right_I)
-    return [Measure("dpg", (share(np.nan_to_num(right_I), counted_I, 100.0),), counted_I)]
+    return [accuracy("dpg", np.nan_to_num(right_I), counted_I, weight=100.0)]
 
 
-SUITE = Suite(read, {"official": official, "corrected": corrected}, measures, Options, examine=examine)
+SUITE = Suite(read, {"official": official, "corrected": corrected}, measures, examine=examine)

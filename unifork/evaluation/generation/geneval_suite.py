@@ -5,6 +5,7 @@ the surest first), or the official scorer's `results.jsonl`, whose verdicts are 
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from unifork.config import StrictModel
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.geneval import Clause, Found, judge
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, mean, share
+from unifork.evaluation.statistics import Measure, accuracy, mean
 from unifork.evaluation.suites import Answer, Suite, Verdict
 from unifork.images import open_image
 
@@ -71,10 +72,9 @@ def official(item: Item, answer: Answer) -> Verdict:
         rows = [(Found(name, color, tuple(box)), score) for name, color, box, score in json.loads(answer.text)]
     except (ValueError, TypeError):
         return Verdict(None, 0.0, ("not what a detector found",))
-    counts: dict[str, int] = {}
-    objects = []
+    counts, objects = Counter[str](), []
     for thing, score in sorted(rows, key=lambda row: -row[1]):
-        counts[thing.name] = counts.get(thing.name, 0) + (score > _least(item))
+        counts[thing.name] += score > _least(item)
         if score > _least(item) and counts[thing.name] <= MOST_OBJECTS:
             objects.append(thing)
     include, exclude = ([_clause(plain) for plain in item.truth[part]] for part in ("include", "exclude"))
@@ -83,16 +83,13 @@ def official(item: Item, answer: Answer) -> Verdict:
 
 
 def _clause(plain: Mapping[str, Any]) -> Clause:
-    position = plain.get("position")
-    return Clause(plain["class"], plain["count"], plain.get("color"), (position[0], position[1]) if position else None)
+    return Clause(plain["class"], plain["count"], plain.get("color"), plain.get("position"))
 
 
 def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
     """The share of right images of each kind, and `overall`, the unweighted mean of the kinds."""
     kinds_I = np.array([item.about["kind"] for item in items])
-    kinds = [
-        Measure(kind, (share(right_I, kinds_I == kind),), kinds_I == kind) for kind in KINDS if (kinds_I == kind).any()
-    ]
+    kinds = [accuracy(kind, right_I, kinds_I == kind) for kind in KINDS if (kinds_I == kind).any()]
     return [mean("overall", kinds), *kinds]
 
 

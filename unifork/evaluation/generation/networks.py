@@ -145,11 +145,9 @@ class ClipColors:
         return 100 * features[0] @ self.sentences(name).T
 
     def __call__(self, image: Image.Image, found: Sequence[Detected]) -> list[str]:
-        blank, colors = Image.new("RGB", image.size, BACKGROUND), []
-        for thing in found:
-            shown = Image.composite(image, blank, Image.fromarray(thing.mask)).crop(thing.box)
-            colors.append(COLORS[int(self.logits(shown, thing.name).argmax())])
-        return colors
+        blank = Image.new("RGB", image.size, BACKGROUND)
+        crops = (Image.composite(image, blank, Image.fromarray(thing.mask)).crop(thing.box) for thing in found)
+        return [COLORS[int(self.logits(c, thing.name).argmax())] for c, thing in zip(crops, found, strict=True)]
 
     def canary(self, image: Image.Image) -> Tensor:
         """Numbers that depend on all of it."""

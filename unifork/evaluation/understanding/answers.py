@@ -1,14 +1,17 @@
 """What an answer says: a text goes in; yes, no, a letter or a normalized text comes out, None for anything else.
 
-Rules of benchmarks are built from these readings. Those of their makers are kept as published, because reported numbers
-rest on them.
+Rules and scores of benchmarks are built from these readings. Those of their makers are kept as published, because
+reported numbers rest on them.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from unifork.evaluation.items import Item
+from unifork.evaluation.statistics import Measure, accuracy
 from unifork.evaluation.suites import Answer, Rule, Verdict
 
 NONE = {"", "nan", "NaN", "None", "none", "null", "NULL", "N/A", "NA", "n/a", "<NA>"}
@@ -92,9 +95,23 @@ def with_choices(question: str, options: Mapping[str, str]) -> str:
     return "\n".join([question, *(f"{mark}. {text}" for mark, text in options.items())])
 
 
+def exact(item: Item, answer: Answer) -> Verdict:
+    """The rule of questions with a short answer: equality of normalized texts."""
+    reading = normalized(answer.text)
+    return Verdict(reading or None, float(reading == normalized(item.truth)))
+
+
+def by_type(items: Sequence[Item], right_I: np.ndarray, weight: float = 1.0) -> list[Measure]:
+    """Accuracy over all questions, and over those of each `about["type"]`."""
+    types_I = np.array([item.about["type"] for item in items])
+    members = {f"accuracy_{name}": types_I == name for name in sorted({*types_I.tolist()} - {"all"})}
+    members = {"accuracy": types_I != "", **members}
+    return [accuracy(name, right_I, members_I, weight=weight) for name, members_I in members.items()]
+
+
 def commonest(groups: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
     """The most common answer of every group: what a model that sees nothing of an item but its group would say."""
-    counts: dict[str, Counter[str]] = {}
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for group, answer in zip(groups, answers, strict=True):
-        counts.setdefault(group, Counter())[answer] += 1
+        counts[group][answer] += 1
     return {group: min(found, key=lambda text: (-found[text], text)) for group, found in counts.items()}

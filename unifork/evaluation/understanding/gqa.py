@@ -6,17 +6,13 @@ then the makers' comparison.
 """
 
 import json
-from collections.abc import Sequence
-
-import numpy as np
 
 from unifork.config import EvalCard, StrictModel
 from unifork.evaluation.answers import Rows
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, share
 from unifork.evaluation.suites import Answer, Suite, Verdict
-from unifork.evaluation.understanding.answers import commonest, normalized
+from unifork.evaluation.understanding.answers import by_type, commonest, exact
 
 
 class Options(StrictModel):
@@ -54,24 +50,10 @@ def official(item: Item, answer: Answer) -> Verdict:
     return Verdict(reading, float(reading == item.truth))
 
 
-def strict(item: Item, answer: Answer) -> Verdict:
-    """Equality of normalized texts."""
-    reading = normalized(answer.text)
-    return Verdict(reading or None, float(reading == normalized(item.truth)))
-
-
 def export(_: EvalCard, rows: Rows) -> dict[str, str]:
     """A submission."""
     return {"gqa.json": json.dumps([{"questionId": item.id, "prediction": converted(a)} for item, a in rows if a])}
 
 
-def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
-    """Accuracy over all questions, and over those of each structural type."""
-    kinds_I = np.array([item.about["type"] for item in items])
-    found = [Measure("accuracy", (share(right_I, kinds_I != ""),), kinds_I != "")]
-    for kind in sorted({*kinds_I.tolist()} - {"all"}):
-        found.append(Measure(f"accuracy_{kind}", (share(right_I, kinds_I == kind),), kinds_I == kind))
-    return found
-
-
-SUITE = Suite(read, {"official": official, "strict": strict}, measures, Options)
+RULES = {"official": official, "strict": exact}
+SUITE = Suite(read, RULES, lambda items, right_I, _: by_type(items, right_I), Options)

@@ -13,7 +13,7 @@ import numpy as np
 from unifork.config import StrictModel
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, share, together
+from unifork.evaluation.statistics import Measure, accuracy, together
 from unifork.evaluation.suites import Suite
 from unifork.evaluation.understanding.answers import choices, given, letter, strict_letter, with_choices
 
@@ -49,10 +49,8 @@ def lone_letter(answer: str, options: Mapping[str, str]) -> str | None:
 
 def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
     """Share of questions right in all rotations, share of rows."""
-    all_I = np.ones(len(items), dtype=bool)
-    groups = [item.cluster for item in items]
-    ratios = {"circular": together(right_I, groups, all_I), "accuracy": share(right_I, all_I)}
-    return [Measure(name, (ratio,), all_I) for name, ratio in ratios.items()]
+    all_I, groups = np.ones(len(items), dtype=bool), [item.cluster for item in items]
+    return [Measure("circular", (together(right_I, groups, all_I),), all_I), accuracy("accuracy", right_I, all_I)]
 
 
 SUITE = Suite(read, {"official": letter(lone_letter), "strict": letter(strict_letter)}, measures)

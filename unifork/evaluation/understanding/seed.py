@@ -5,6 +5,7 @@ LLaVA's way, which UniFork takes, lets the model write a letter; the makers' own
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from unifork.config import EvalCard, StrictModel
 from unifork.evaluation.answers import Rows
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, mean, share
+from unifork.evaluation.statistics import Measure, accuracy, mean
 from unifork.evaluation.suites import Suite
 from unifork.evaluation.understanding.answers import choices, exact_letter, letter, strict_letter, with_choices
 
@@ -38,10 +39,10 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
     rows = list(archive.table())
     if not rows:
         rows = [(str(row["data_id"]), row) for row in archive.json("**/SEED-Bench*.json")["questions"]]
-    items, seen = [], dict[str, int]()
+    items, seen = [], Counter[str]()
     for place, row in rows:
         name = str(row["question_id"])
-        seen[name] = seen.get(name, 0) + 1
+        seen[name] += 1
         options = choices(row, COLUMNS)
         about = {"question_id": name, "type": int(row["question_type_id"]), "options": options}
         items.append(
@@ -61,16 +62,15 @@ def export(_: EvalCard, rows: Rows) -> dict[str, str]:
 
 def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
     """Accuracy over questions (SEED-I), its mean over types, and that of each type, by image and video."""
+    splits_I, types_I = np.array([item.split for item in items]), np.array([item.about["type"] for item in items])
     found = []
-    for split in sorted({item.split for item in items}):
-        members_I = np.array([item.split == split for item in items])
-        types_I = np.array([item.about["type"] for item in items])
-        kinds = []
-        for number in sorted({*types_I[members_I].tolist()}):
-            of_type_I = members_I & (types_I == number)
-            kinds.append(Measure(TYPES[number - 1], (share(right_I, of_type_I),), of_type_I, split))
-        found += [Measure("accuracy", (share(right_I, members_I),), members_I, split), mean("mean_of_types", kinds)]
-        found += kinds
+    for split in sorted({*splits_I.tolist()}):
+        members_I = splits_I == split
+        kinds = [
+            accuracy(TYPES[number - 1], right_I, members_I & (types_I == number), split)
+            for number in sorted({*types_I[members_I].tolist()})
+        ]
+        found += [accuracy("accuracy", right_I, members_I, split), mean("mean_of_types", kinds), *kinds]
     return found
 
 

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from unifork.config import EvalCard, StrictModel
 from unifork.evaluation.answers import Rows
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
-from unifork.evaluation.statistics import Measure, share
 from unifork.evaluation.suites import Answer, Suite, Verdict
-from unifork.evaluation.understanding.answers import commonest, normalized
+from unifork.evaluation.understanding.answers import by_type, commonest, normalized
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 FULL_STOP = re.compile(r"\.(?!\d)")
@@ -128,18 +125,11 @@ def strict(item: Item, answer: Answer) -> Verdict:
     return Verdict(reading or None, accuracy(reading, [normalized(truth) for truth in item.truth]))
 
 
-def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
-    """Accuracy in percent, over all questions and over each type of answer."""
-    kinds_I = np.array([item.about["type"] for item in items])
-    members = {"accuracy": kinds_I != ""}
-    members |= {f"accuracy_{kind}": kinds_I == kind for kind in sorted({*kinds_I.tolist()} - {"all"})}
-    return [Measure(name, (share(right_I, members_I, 100.0),), members_I) for name, members_I in members.items()]
-
-
 def export(_: EvalCard, rows: Rows) -> dict[str, str]:
     """A submission: every question, with an empty answer where there is none."""
     entries = [{"question_id": int(item.id), "answer": converted(answer) if answer else ""} for item, answer in rows]
     return {"vqa.json": json.dumps(entries)}
 
 
-SUITE = Suite(read, {"official": official, "strict": strict}, measures, Options)
+RULES = {"official": official, "strict": strict}
+SUITE = Suite(read, RULES, lambda items, right_I, _: by_type(items, right_I, weight=100.0), Options)

@@ -6,6 +6,8 @@ reading goes on at the next one.
 """
 
 import csv
+import hashlib
+import os
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import deque
@@ -17,17 +19,29 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
-from unifork.sources import MAX_LINE_BYTES, Row, RowError, cause
+from unifork.sources import MAX_LINE_BYTES, Row, RowError, cause, planned
 from unifork.sources.paths import opened_list
 
+PARQUET = ".parquet"
+TABLES = (PARQUET, ".tsv", ".csv", ".tsv.gz", ".csv.gz")
+Check = Callable[[list[str]], object]
+"""Raises what is wrong with the names of a table's columns."""
 MAX_FIELD = 65_536
 """Letters of the longest field of a CSV."""
 URL_FIELD = re.compile(r"(?:^|[,\r\n])\"?https?:", re.IGNORECASE)
 """The beginning of a field with a URL: within a field of several lines it is one of another row."""
 
 
-def parquet_count(path: Path, check: Callable[[list[str]], object] = len) -> int:
+def table_count(path: Path, check: Check) -> int:
+    """Rows of a table; damage is one more. Raises what `check` says of the names of its columns."""
+    if path.suffix.lower() == PARQUET:
+        return parquet_count(path, check)
+    return sum(1 for _ in planned(text_rows(path, check), {}))
+
+
+def parquet_count(path: Path, check: Check = len) -> int:
     """Rows of a table; 1 for one that cannot be opened, which `parquet_rows` then says.
 
     Raises what `check` says of the names of its columns.
@@ -41,7 +55,7 @@ def parquet_count(path: Path, check: Callable[[list[str]], object] = len) -> int
         return 1
 
 
-def parquet_rows(path: Path, piece: Slice, columns: Iterable[str]) -> Iterator[Row | RowError]:
+def parquet_rows(path: Path, piece: Slice, columns: Iterable[str] | None) -> Iterator[Row | RowError]:
     """The rows of a slice of a table; only row groups that hold some of them are read, one at a time.
 
     The error of a row has no key yet: `broken_list` in a row group that cannot be read, `broken_text` where a text is
@@ -55,7 +69,7 @@ def parquet_rows(path: Path, piece: Slice, columns: Iterable[str]) -> Iterator[R
         if begin >= end:
             continue
         try:
-            chunk = file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
+            chunk = file.read_row_group(group, columns=columns and list(columns)).slice(begin, end - begin)
             if chunk.num_rows != end - begin:
                 raise ValueError(f"{chunk.num_rows} rows, {end - begin} are expected")
         except Exception as error:
@@ -73,6 +87,17 @@ def _single(batch: Any) -> Row | RowError:
         return dict(batch.to_pylist()[0])
     except UnicodeError as error:
         return RowError("", "broken_text", cause(error))
+
+
+def table_sha256(path: Path) -> str:
+    """Hash of a table; of a Parquet file that of its footer (schema, sizes, statistics, offsets), read in no time."""
+    if path.suffix.lower() != PARQUET:
+        return file_sha256(path)
+    with open(path, "rb") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - 8))
+        handle.seek(max(0, size - 8 - int.from_bytes(handle.read(4), "little")))  # all of it where that is no footer
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------- text tables
@@ -96,6 +121,23 @@ def text_table(path: Path) -> Iterator[Iterator[list[str] | str]]:
         if not first[0].strip():
             raise ValueError("empty, a line with the names of the columns is expected")
         yield (_tsv_rows if "\t" in first[0] else _csv_rows)(chain([first], lines))
+
+
+def text_rows(path: Path, check: Check) -> Iterator[Row | RowError]:
+    """The rows of a text table under the names of its header; an error has no key yet. Raises what damage raises."""
+    with text_table(path) as table:
+        names = next(table)
+        if isinstance(names, str):
+            raise ValueError(f"the line with the names of the columns: {names}")
+        "".join(names).encode()  # raises UnicodeError: no table in any known encoding
+        check(names)
+        for fields in table:
+            if isinstance(fields, str):
+                yield RowError("", "broken_line", fields)
+            elif len(fields) != len(names):
+                yield RowError("", "broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
+            else:
+                yield dict(zip(names, fields, strict=True))
 
 
 def bounded_lines(file: Any, ends: Any, most: int = MAX_LINE_BYTES) -> Iterator[tuple[Any, int]]:

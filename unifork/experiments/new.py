@@ -1,0 +1,161 @@
+"""A first card and experiment for somebody's own files, by what the first rows hold.
+
+In: a name and a file, folder or glob. Out: the texts of `datasets/NAME.yaml` and `experiments/NAME.yaml`, and the rows
+that they were made by. What people have to decide or to correct stands in the two files.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from unifork.config import Card, parse
+from unifork.errors import ConfigError, unknown
+from unifork.experiments import HERE
+from unifork.experiments.followed import followed
+from unifork.experiments.inheritance import inherited
+from unifork.shards.schema import CONVERSATIONS
+from unifork.sources import Row, RowError, cause, plan, rows_of
+from unifork.sources.archives import is_image, picked
+from unifork.sources.list_files import LISTS
+from unifork.sources.paths import files_of
+from unifork.sources.table import first_entries
+from unifork.sources.table_files import TABLES
+
+EXTENDED = ("demo", "micro")
+"""Experiments that a new one may extend; the templates know their stages."""
+LOOKED_AT, PROMPTS = 20, 4
+SHARD_ROWS = 500
+TEXTS = ("caption", "text", "description", "prompt", "title", "sentence", "label", "class")
+"""Columns that are taken for texts first, by their names."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What `unifork new` would write."""
+
+    card: str
+    experiment: str
+    rows: list[Row]
+    """The first of them."""
+    total: int
+    """How many entries there are."""
+
+
+def propose(name: str, files: str, extends: str, image: str | None = None, text: str | None = None) -> Proposal:
+    """The two files for some others. image, text: columns of a table that hold them; None looks for some.
+
+    Raises ConfigError where no row can be made of what is there, with the reason for the first.
+    """
+    if not name.isidentifier():
+        raise ConfigError(f"{name!r}: letters, digits and _ are expected; files and stages are called so")
+    if extends not in EXTENDED:
+        raise unknown("experiment", extends, EXTENDED, "--like")
+    source = _source(files, image, text)
+    column = next(iter(source["options"].get("texts", {"caption": "caption"})))
+    fields = {"name": name, "source": source, "text": column, "extends": extends}
+
+    def card_with(held_out: float) -> tuple[str, Card]:
+        written = _written("new_card.yaml.jinja", **fields, held_out=held_out)
+        return written, parse(Card, yaml.safe_load(written), f"datasets/{name}.yaml")
+
+    _, card = card_with(0.1)
+    followed(card, f"datasets/{name}.yaml")
+    total = sum(task.rows for task in plan(card, None, SHARD_ROWS, 0))
+    found = list(rows_of(card, plan(card, LOOKED_AT, LOOKED_AT, 0)[0]))
+    rows = [row for row in found if not isinstance(row, RowError)]
+    for error in found if not rows else ():
+        assert isinstance(error, RowError)
+        raise ConfigError(f"{files}: the first entries are no rows: {error.reason}: {error.detail}")
+    texts = dict.fromkeys(row["caption"] for row in rows if row.get("caption"))
+    parent = inherited(extends, HERE.experiments)
+    experiment = _written(
+        "new_experiment.yaml.jinja", **fields, rows=total, shard_rows=SHARD_ROWS, prompts=list(texts)[:PROMPTS],
+        **{key: list(parent[key]) for key in ("datasets", "stages", "benchmarks")},
+    )  # fmt: skip
+    return Proposal(card_with(0.1 if total < 4 * SHARD_ROWS else 0.02)[0], experiment, rows, total)
+
+
+def _written(template: str, **fields: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return environment.get_template(template).render(**fields)
+
+
+def _source(files: str, image: str | None, text: str | None) -> dict[str, Any]:
+    """A table where there is one, else images and texts of the same names."""
+    endings = (*TABLES, *LISTS)
+    try:  # not .json, which may lie beside every image
+        (name, path), *_ = files_of(files, [ending for ending in endings if ending != ".json"])
+    except ConfigError:
+        return {"kind": "pairs", "options": {"files": files}}
+    if not name.lower().endswith(endings):
+        return {"kind": "pairs", "options": {"files": files}}
+    try:
+        entries = first_entries(name, path, LOOKED_AT)
+    except Exception as error:
+        raise ConfigError(f"{path}: it cannot be read: {cause(error)}") from None
+    columns = list(dict.fromkeys(column for entry in entries for column in entry))
+    for named in filter(None, (image, text)):
+        if named not in columns:
+            raise unknown("column", named, columns, name)
+    values = {column: [entry[column] for entry in entries if entry.get(column) not in (None, "")] for column in columns}
+    kinds = {column: _kind(some[0]) for column, some in values.items() if some}
+    image = image or next((c for kind in ("image", "path", "url") for c in columns if kinds.get(c) == kind), None)
+    text = text or next(_texts(values, kinds), None)
+    for what, found in (("image", image), ("text", text)):
+        if found is None or not values[found]:
+            raise ConfigError(
+                f"{files}: no column of {what}s; found: {', '.join(columns) or 'no rows'}. Name it: --{what} COLUMN"
+            )
+    assert image
+    assert text
+    column = CONVERSATIONS if kinds.get(text) == CONVERSATIONS else "caption"
+    options: dict[str, Any] = {"files": files, "image": image, "texts": {column: text}}
+    if kinds[image] == "url":
+        options["fetch"] = {}
+    elif kinds[image] != "image":
+        options["root"] = _root(path, values[image][0])
+    return {"kind": "table", "options": options}
+
+
+def _kind(value: Any) -> str:
+    """What a column is, by its first value."""
+    if isinstance(value, list) and value:
+        return CONVERSATIONS if isinstance(value[0], dict) and "from" in value[0] else _kind(value[0])
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return "image"
+    if not isinstance(value, str):
+        return "other"
+    return "url" if value.startswith(("http://", "https://")) else "path" if is_image(value) else "text"
+
+
+def _texts(values: dict[str, list[Any]], kinds: dict[str, str]) -> Iterator[str]:
+    """Columns that may hold the text, likely ones first."""
+    yield from (column for column, kind in kinds.items() if kind == CONVERSATIONS)
+    texts = [column for column, kind in kinds.items() if kind == "text"]
+    yield from sorted((c for c in texts if c.lower() in TEXTS), key=lambda column: TEXTS.index(column.lower()))
+    yield from (column for column in texts if any(" " in value for value in values[column]))
+
+
+def _root(table: Path, image: Any) -> str:
+    """The folder that the paths of a table start in. Raises ConfigError where none holds the first image."""
+    while isinstance(image, list | dict):
+        image = image[0] if isinstance(image, list) else image.get("path")
+    here = table.parent
+    roots = [here, *sorted(filter(Path.is_dir, here.iterdir())), here.parent, Path()]
+    for root in roots:
+        if all(isinstance(data, bytes) for _, data in picked(root, [image])):
+            return os.path.normpath(root)
+    shown = ", ".join(map(str, islice(roots, 5)))
+    raise ConfigError(f"{table}: no image {image!r} below {shown}; paths are relative to a folder that holds them all")

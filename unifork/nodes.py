@@ -1,0 +1,107 @@
+"""What the nodes of a cluster have: `unifork doctor --cluster FILE`, one line for each.
+
+In: a file that the command wrote into the experiment's folder, with the versions that are installed beside it. Out: a
+line and a verdict for each node, from a task there. The file shows whether a node shares the folder, and a lock on it
+whether locks hold across nodes.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import distributions
+from pathlib import Path
+
+from unifork.cluster import check_shared, local_ray, on_every_node
+from unifork.config import load_cluster
+from unifork.jobs import run_stage
+
+LEAST_FREE_GB, LEAST_SHM_GB, LARGEST_SKEW_SECONDS = 1, 1, 5
+LOCK = Path(__file__).parents[1] / "requirements.lock"
+MODULE = "unifork.nodes"
+
+
+def installed() -> dict[str, str]:
+    """Versions of all distributions here, without the build (`+cpu`)."""
+    return {found.name.lower().replace("_", "-"): found.version.partition("+")[0] for found in distributions()}
+
+
+@contextmanager
+def submitted_file() -> Iterator[str]:
+    """The name of a new file in this folder: versions of the lock's packages that are installed here."""
+    here = installed()
+    locked = {line.partition("==")[0].lower() for line in LOCK.read_text().split()} if LOCK.exists() else {*here}
+    with tempfile.NamedTemporaryFile("w", dir=".", prefix=".doctor-", suffix=".json") as file:
+        json.dump({name: version for name, version in here.items() if name in locked}, file)
+        file.flush()
+        os.chmod(file.name, 0o666)  # jobs may be of another user
+        yield Path(file.name).name
+
+
+def look(path: str, expected: dict[str, str]) -> tuple[list[str], list[str], float]:
+    """On a node: (what is wrong, what is there, its clock). path: the file, which the caller has locked."""
+    wrong, there = [], []
+    now, folder = installed(), Path(path).parent
+    others = [
+        f"{name} {now.get(name)}, not {version}" for name, version in expected.items() if now.get(name) != version
+    ]
+    if others:
+        wrong.append("; ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""))
+    if os.path.exists(path):
+        with open(path, "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                wrong.append("flock holds on one node only")
+            except BlockingIOError:
+                there.append("root shared, flock holds")
+            except OSError as error:
+                wrong.append(f"flock: {error.strerror}")
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as own:
+            Path(own, "a").touch()
+            os.replace(Path(own, "a"), Path(own, "b"))
+    else:
+        wrong.append(f"does not see {path}: `root` is not shared")
+    for name, least in (str(folder), LEAST_FREE_GB), (tempfile.gettempdir(), LEAST_FREE_GB), ("/dev/shm", LEAST_SHM_GB):
+        free = shutil.disk_usage(name).free / 1e9 if os.path.exists(name) else 0.0
+        (wrong if free < least else there).append(f"{free:.1f} GB free in {name}")
+    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    there.append(f"tokens: {mode}")
+    return wrong, there, time.time()
+
+
+def main(name: str) -> None:
+    """Look at every node, from one of them. Exit code 1 where something is wrong."""
+    path, failed = os.path.abspath(name), False
+    check_shared(path)
+    with local_ray(load_cluster()), open(path, "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        expected, started = json.load(file), time.time()
+        for node, gpus, answer in on_every_node(look, path, expected):
+            if isinstance(answer, Exception):
+                wrong, there = [" ".join(str(answer).split())[-300:] or "no answer"], []
+            else:
+                wrong, there, clock = answer
+                skew = max(started - clock, clock - time.time())
+                if skew > LARGEST_SKEW_SECONDS:
+                    wrong = [*wrong, f"clock {skew:.0f} s off"]
+            failed = failed or bool(wrong)
+            print(
+                f"{node:30} {'failed' if wrong else 'ok':7} {'; '.join([*wrong, f'{gpus:g} GPUs', *there])}", flush=True
+            )
+    sys.exit(failed)
+
+
+def examine_nodes() -> None:
+    """Run `main` where the cluster file says. Ends the program."""
+    with submitted_file() as name:
+        run_stage(partial(main, name), MODULE, [name])
+
+
+if __name__ == "__main__":
+    run_stage(partial(main, sys.argv[1]), MODULE, sys.argv[1:])

@@ -1,0 +1,58 @@
+"""This run beside earlier runs of the same recipe.
+
+In: an experiment's folders, and a file of earlier runs where the experiment names one. Out: the run as a row of such a
+file, and a table of its scores with where one more run was expected to have them.
+"""
+
+from unifork.config import EvalCard, Experiment, TextCard, load_eval, load_text
+from unifork.errors import DataError
+from unifork.evaluation.comparison import Earlier, EarlierRun, placed, read_runs
+from unifork.layout import Layout
+from unifork.report.reading import read_json, scores_by_seed
+from unifork.report.surroundings import surroundings
+from unifork.report.tables import Judged, Table
+from unifork.training.checkpoint import FINISHED
+
+
+def card_of(name: str, experiment: Experiment, layout: Layout) -> EvalCard | TextCard:
+    """The card of a benchmark."""
+    return load_text(name, layout.evals) if name in experiment.text_evals else load_eval(name, layout.evals)
+
+
+def is_headline(name: str, experiment: Experiment, layout: Layout) -> bool:
+    """Whether `<benchmark> <split> <name>` is one of its card's headlines."""
+    benchmark, _, score = name.split(" ", 2)
+    return score in card_of(benchmark, experiment, layout).show.headlines
+
+
+def this_run(experiment: Experiment, name: str, layout: Layout) -> EarlierRun:
+    """The scores of a variant by its cards' first rules. Raises DataError where they are not there yet."""
+    variant, found = experiment.variants[name], dict[str, Earlier]()
+    for benchmark in experiment.all_benchmarks:
+        card = card_of(benchmark, experiment, layout)
+        (scores,) = scores_by_seed(layout, {variant.seed: name}, benchmark).values()
+        if not scores:
+            raise DataError(f"{layout.scores(name) / benchmark}: not there yet; `dvc repro` makes it")
+        for (split, score_name), score in scores.items():
+            if isinstance(card, TextCard) or score.rule == card.score.rules[0]:
+                found[f"{benchmark} {split} {score_name}"] = Earlier(value=score.value, error=score.standard_error)
+    runs = [read_json(layout.run(f"{name}-{stage}") / FINISHED) for stage in variant.stages]
+    seconds = sum(run["seconds"] for run in runs if run)
+    here = surroundings(layout.root)
+    return EarlierRun(seed=variant.seed, seconds=seconds, machine=f"{here['cpu']}, {here['cores']} cores", scores=found)
+
+
+def band(experiment: Experiment, layout: Layout) -> Table | None:
+    """A row for each score and variant, or why there is none; None where the experiment names no file."""
+    if experiment.band is None:
+        return None
+    rows, columns = [], ["Score", "This run", "Usual", "As usual"]
+    try:
+        earlier = read_runs(layout.root / experiment.band)
+        for name in experiment.variants:
+            for score in placed(earlier, this_run(experiment, name, layout), name):
+                usual = "{:.2f} to {:.2f}".format(*score.usual)
+                rows.append([f"{name}: {score.name}", f"{score.value:.3f}", usual, Judged(score.inside, None)])
+    except DataError as fault:
+        return Table(f"Beside earlier runs ({fault})", columns, [])
+    return Table(f"Beside {len(earlier)} earlier runs", columns, rows)
