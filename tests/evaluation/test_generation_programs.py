@@ -185,17 +185,19 @@ def test_programs_go_from_a_model_to_scores(tmp_path):
     output = run("score", "unifork")
     assert "unifork: geneval: all overall" in output
     assert "unifork: mjhq: all fid " in output
-    every = json.loads((tmp_path / "scores/unifork.json").read_text())
-    assert set(every["dpg"]) == {"not_here"}
-    assert every["geneval"]["all"]["overall"]["items"] == 24
+    headlines = json.loads((tmp_path / "scores/unifork.json").read_text())
+    assert {name.partition(".")[0] for name in headlines} == {"geneval", "mjhq"}  # of dpg nothing is here
+    geneval = json.loads((tmp_path / "scores/unifork/geneval/metrics.json").read_text())["all"]["overall"]
+    assert geneval["items"] == 24
+    assert geneval["value"] == headlines["geneval.all.overall"]
     drawn = read_manifest(tmp_path / "answers/unifork/geneval").lineage
-    assert every["geneval"]["all"]["overall"]["model"] == drawn["model"]
-    assert every["geneval"]["all"]["overall"]["decoding"].startswith(drawn["decoding"] + "; examined by ")
+    assert geneval["model"] == drawn["model"]
+    assert geneval["decoding"].startswith(drawn["decoding"] + "; examined by ")
     (reference,) = (tmp_path / "data/evals/mjhq-reference").glob("pytorch-fid-*.npz")
     with np.load(reference) as held:
         assert held["images"] == 6
         assert held["sigma"].shape == (5, 5)
-    assert CANARY not in json.dumps(every)
+    assert CANARY not in json.dumps([headlines, geneval])
     shutil.rmtree(tmp_path / "networks")
     shutil.rmtree(tmp_path / "answers/unifork/geneval.found")
     assert "unifork/geneval: not here: the network " in run("examine", "unifork/geneval")
