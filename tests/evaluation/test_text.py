@@ -273,9 +273,7 @@ def test_without_the_package_is_one_line(model, tmp_path):
 @pytest.mark.slow
 def test_the_programs_list_what_is_not_here_and_the_page_shows_scores(tmp_path):
     card = {**CARD.model_dump(exclude={"show"}), "include_path": "archives/text", "access": "two files"}
-    (tmp_path / "datasets" / "evals" / "text").mkdir(parents=True)
-    for path in (REPOSITORY / "datasets" / "evals").glob("*.*"):
-        (tmp_path / "datasets" / "evals" / path.name).write_text(path.read_text())
+    shutil.copytree(REPOSITORY / "datasets", tmp_path / "datasets")
     (tmp_path / "datasets" / "evals" / "text" / "tiny.yaml").write_text(yaml.safe_dump(card))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
