@@ -109,7 +109,8 @@ def test_status_report_and_record_of_a_real_run(experiment, root):
     tracks = {"joint": stage.tracks["joint"].model_copy(update={"steps": 8, "batch_documents": 8})}
     runs = {KEY: experiment.runs[KEY].model_copy(update={"after": "models/unifork-init"})}
     stages = experiment.stages | {"s2-pretrain": stage.model_copy(update={"tracks": tracks, "sample_prompts": ()})}
-    plan = experiment.model_copy(update={"runs": runs, "stages": stages})
+    variants = {"unifork": experiment.variants["unifork"].model_copy(update={"stages": ("s2-pretrain",)})}
+    plan = experiment.model_copy(update={"runs": runs, "stages": stages, "variants": variants})
     (root / "params.yaml").unlink()
     (root / "params.yaml").write_text(json.dumps(plan.model_dump(mode="json")))
 
