@@ -28,6 +28,7 @@ from unifork.filters.takedown import takedown
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
+from unifork.publish.card import Offer
 from unifork.publish.publication import build
 from unifork.report.images import rejected_rows
 from unifork.shards.job import RECORD_SUFFIX, read_table
@@ -114,8 +115,8 @@ def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(t
 
     texts = [list(texts_of(KeptRows(Layout(place), "shapes", images=False), CARD)) for place in (root, tiny_root)]
     assert texts[0] == texts[1]
-    views = build("shapes", Layout(root), root / "out", None)
-    build("shapes", Layout(tiny_root), root / "as-local", None)
+    views = build("shapes", Layout(root), root / "out", None, Offer("unifork"))
+    build("shapes", Layout(tiny_root), root / "as-local", None, Offer("unifork"))
     assert files(root / "out") == files(root / "as-local")
     assert [view.manifest.rows for view in views] == [ROWS, ROWS]
 

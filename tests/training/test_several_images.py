@@ -18,6 +18,7 @@ from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.filters.duplicates import Sign, decide, sign_job
 from unifork.image_tokenizer.code_encoder import CodeEncoder
 from unifork.layout import Layout
+from unifork.publish.card import Offer
 from unifork.publish.publication import build, fetch
 from unifork.publish.stores import open_store
 from unifork.shards.job import read_table
@@ -180,7 +181,7 @@ def test_a_withdrawn_hash_takes_the_row_whichever_image_it_is_of(root, tmp_path,
 def test_a_publication_has_all_images_and_comes_back_byte_for_byte(root, tmp_path, monkeypatch):
     copy = copy_of(root, tmp_path / "root")
     monkeypatch.chdir(copy)
-    build("several", Layout(), copy / "out", None)
+    build("several", Layout(), copy / "out", None, Offer("unifork"))
     fetch(open_store(str(copy / "out")), "again", Layout())
     for shard in read_manifest(copy / "data/codes/several/pad").shards:
         there, here = (copy / f"data/codes/{name}/pad/{shard.path}" for name in ("several", "again"))

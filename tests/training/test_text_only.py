@@ -23,6 +23,7 @@ from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.samples import sample_views
 from unifork.layout import Layout
+from unifork.publish.card import Offer
 from unifork.publish.publication import build, fetch
 from unifork.publish.stores import open_store
 from unifork.report.images import sample_rows
@@ -213,7 +214,7 @@ def test_a_stage_trains_on_them_and_validates(root, tmp_path):
     stage_job = job(copy_of(root, tmp_path / "root"), steps=12)
     track = stage_job.stage.tracks["joint"]
     tokenizer = TextTokenizer(root / "tokenizers/text")
-    loader = TrackLoader("joint", track, Layout(root), tokenizer, identity_of(root), seed=stage_job.stage.seed,
+    loader = TrackLoader("joint", track, Layout(root), tokenizer, identity_of(root), seed=stage_job.seed,
                          context=stage_job.stage.context, row_tokens=384, rows_per_microbatch=1)  # fmt: skip
     plans = [loader.plan(step, 1) for step in range(12)]
     for plan in plans:
@@ -252,7 +253,7 @@ def test_a_publication_comes_back_byte_for_byte(root, tmp_path, monkeypatch):
     copy = copy_of(root, tmp_path / "root")
     monkeypatch.chdir(copy)
     for name, count in (("mixed", 16), ("corpus", 0)):
-        build(name, Layout(), Path(f"out-{name}"), None)
+        build(name, Layout(), Path(f"out-{name}"), None, Offer("unifork"))
         fetch(open_store(f"out-{name}"), f"{name}-again", Layout())
         for path in Path(f"data/codes/{name}").rglob("*.parquet"):
             again = Path(f"data/codes/{name}-again") / path.relative_to(f"data/codes/{name}")

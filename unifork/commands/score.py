@@ -82,7 +82,7 @@ def compare(
     rule: Annotated[str | None, typer.Option(help="whose verdicts are compared; default: the card's first")] = None,
 ) -> None:
     """What one model scores above another on the same items, or a variant above another with the same seeds."""
-    from unifork.config import load_experiment
+    from unifork.config import Experiment, load
     from unifork.errors import unknown
     from unifork.evaluation import comparison
     from unifork.evaluation.statistics import holm
@@ -93,7 +93,7 @@ def compare(
         for name, a, b, (value, error, p) in comparison.compare(Path(first), Path(second), rule):
             print(f"{name}: {a:.6g} - {b:.6g} = {value:.6g} +- {error:.4g} (p {p:.4f})")
         return
-    params, found = load_experiment(), dict[str, comparison.Paired]()
+    params, found = load(Experiment, Layout().params), dict[str, comparison.Paired]()
     for name in (first, second):
         if name not in params.groups:
             raise unknown("folder or variant", name, params.groups, "params.yaml: variants")
@@ -111,13 +111,13 @@ def band(
     record: Annotated[bool, typer.Option(help="add this run to the file instead")] = False,
 ) -> None:
     """Scores beside a 95 % prediction interval for one more run: headlines, and what lies outside."""
-    from unifork.config import load_experiment
+    from unifork.config import Experiment, load
     from unifork.evaluation.comparison import placed, read_runs
     from unifork.layout import Layout
     from unifork.report.band import is_headline, this_run
     from unifork.shards.manifest import write_json
 
-    params, layout = load_experiment(), Layout()
+    params, layout = load(Experiment, Layout().params), Layout()
     if (path := runs or (Path(params.band) if params.band else None)) is None:
         return
     earlier = [] if record and not path.exists() else read_runs(path)
