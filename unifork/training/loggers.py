@@ -41,7 +41,7 @@ class TensorBoard(Logger):
         super().__init__(folder, finished, log)
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)
-        self._board = EventsWriter(str(board / "events"), f".{os.getpid()}")
+        self._board = EventsWriter(str(board / "events"), f".{os.getpid()}.{time.time_ns()}")  # a second is in its name
         # what an attempt before this one wrote after the checkpoint is hidden
         self._write_event(step=finished + 1, session_log=SessionLog(status=SessionLog.START))
 
