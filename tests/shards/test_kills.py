@@ -71,7 +71,7 @@ def test_a_job_killed_at_a_point_keeps_what_is_recorded_and_ends_with_the_same_b
 
 @pytest.mark.parametrize("name", ["raw", "measured", "filtered"])
 def test_a_shard_killed_at_random_is_whole_or_not_there(whole, tmp_path, name):
-    card, expected = load_card("shapes"), whole / f"data/{name}/shapes"
+    card, expected = load_card("shapes", whole / "datasets"), whole / f"data/{name}/shapes"
     job, worker = {
         "raw": (download_job(card, ROWS, SHARD_ROWS, 0, tmp_path), Materialize),
         "measured": (measure_job(card, whole / "data/raw/shapes", tmp_path), Measure),
