@@ -195,7 +195,7 @@ def test_dvc_runs_an_experiment_and_shows_what_it_changed(reproduced):
     assert (float(rows["warmer"][key]), float(rows["warmer"][loss])) == (0.002, now[loss])
     assert float(next(row for name, row in rows.items() if name not in ("warmer", "workspace"))[loss]) == ended[loss]
 
-    changed = json.loads(run(reproduced, "dvc", "metrics", "diff", "--json", "HEAD"))["diff"]
+    changed = json.loads(run(reproduced, "dvc", "metrics", "diff", "--json", "HEAD"))
     assert changed["reports/micro/losses.json"][loss] == {
         "old": ended[loss], "new": now[loss], "diff": pytest.approx(now[loss] - ended[loss]),
     }  # fmt: skip
@@ -281,6 +281,6 @@ def test_the_commands_of_the_howto_page_work(reproduced):
             (reproduced / text.partition("\n")[0].removeprefix("# ")).write_text(text)
         elif kind == "console":
             run(reproduced, "bash", "-e", "-c", text)
-    assert {path.name for path in (reproduced / "models").glob("*")} >= {"unifork-s2-more", "unifork-s2-slow"}
+    assert {path.name for path in (reproduced / "runs").glob("*")} >= {"unifork-s2-more", "unifork-s2-slow"}
     assert (reproduced / "models/tuned-drawing/model.safetensors").exists()
     assert (reproduced / "published-codes/README.md").exists()

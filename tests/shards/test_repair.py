@@ -224,8 +224,9 @@ def program(root: Path, *words: str, **options) -> tuple[int, str]:
 
 @pytest.fixture
 def experiment(tmp_path) -> Path:
-    """A root in which nothing was made yet."""
+    """A root in which nothing was made yet, with the card of `whole`."""
     write_experiment(tmp_path, {"datasets": {"shapes": {"rows": 12, "shard_rows": 4}}})
+    shutil.copy(REPOSITORY / "datasets/shapes.yaml", tmp_path / "datasets")
     return tmp_path
 
 

@@ -1,10 +1,10 @@
 """Short stages on the tiny experiment, whole or killed on the way."""
 
-import multiprocessing
 import os
 import signal
 
 import torch
+from forks import SERVER
 from safetensors.torch import load_file
 
 from unifork.config import Experiment, TrainResources, load
@@ -88,10 +88,9 @@ def train_and_die(plain, where, when, rank=0, workers=1):
 
 def killed(stage_job, where, when):
     """Train in a process of its own until SIGKILL."""
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=train_and_die, args=(stage_job.model_dump(mode="json"), where, when))
+    process = SERVER.Process(target=train_and_die, args=(stage_job.model_dump(mode="json"), where, when))
     process.start()
-    process.join()
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
 
 

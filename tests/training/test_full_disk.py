@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from forks import SERVER
 from stage_runs import RESOURCES, assert_equal, job, weights
 
 from unifork.cluster import local_ray
@@ -22,6 +23,7 @@ from unifork.training.stage import StageJob, train_stage
 
 KEY, CLONE_NEWNS = "unifork-s2-pretrain", 0x20000
 STEP_BYTES = 3_200_000
+SPAWN = multiprocessing.get_context("spawn")
 SECONDS = 20
 """Within which a run must have ended after its last step."""
 
@@ -56,8 +58,7 @@ def on_a_small_disk(plain, size, pipe):
     pipe.send((error, waited, found and found[0].name, log, read(stage_job.run_folder)))
 
 
-def outcome(stage_job, size, method):
-    context = multiprocessing.get_context(method)
+def outcome(stage_job, size, context):
     stage_job.run_folder.parent.mkdir(exist_ok=True)
     here, there = context.Pipe()
     process = context.Process(target=on_a_small_disk, args=(stage_job.model_dump(mode="json"), size, there))
@@ -76,7 +77,7 @@ def outcome(stage_job, size, method):
 @pytest.mark.parametrize("share", [0.002, 0.4, 1.3, 2.4])
 def test_a_full_disk_ends_training_with_one_line_and_room_lets_it_go_on(root, unbroken, share):
     stage_job = job(root, checkpoint_every=2)
-    error, waited, latest, log, history = outcome(stage_job, int(share * STEP_BYTES), "fork")
+    error, waited, latest, log, history = outcome(stage_job, int(share * STEP_BYTES), SERVER)
     assert re.fullmatch(r"/[^\n]*: (the checkpoint )?cannot be written: [^\n]*", error)
     assert waited < SECONDS
     assert latest == {0.002: None, 0.4: None, 1.3: "step-2", 2.4: "step-4"}[share]
@@ -92,7 +93,7 @@ def test_a_full_disk_ends_training_with_one_line_and_room_lets_it_go_on(root, un
 def test_a_full_disk_ends_two_workers_and_is_no_failure_to_ray(root):
     resources = RESOURCES.model_copy(update={"workers": 2, "cpus": 0.5, "max_restarts": 3})
     stage_job = job(root, checkpoint_every=2, resources=resources)
-    error, waited, latest, log, history = outcome(stage_job, int(1.3 * STEP_BYTES), "spawn")
+    error, waited, latest, log, history = outcome(stage_job, int(1.3 * STEP_BYTES), SPAWN)
     assert "cannot be written" in error
     assert waited < SECONDS
     assert latest == "step-2"

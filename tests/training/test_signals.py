@@ -1,6 +1,5 @@
 """SIGTERM and SIGINT: every worker saves after the same step, the exit code is the signal's, the end is the same."""
 
-import multiprocessing
 import os
 import random
 import re
@@ -10,6 +9,7 @@ import time
 
 import pytest
 from distributed_testing import run_distributed
+from forks import SERVER
 from stage_runs import RESOURCES, assert_equal, job, weights, worker
 from tiny import copy_of
 
@@ -22,7 +22,6 @@ from unifork.training.loop import WorkerContext
 from unifork.training.requests import Requests, signals
 from unifork.training.stage import StageJob, train_stage
 
-FORK = multiprocessing.get_context("fork")
 KEY = "unifork-s2-pretrain"
 
 
@@ -106,9 +105,9 @@ def _twice():
 
 
 def test_a_second_signal_ends_at_once():
-    process = FORK.Process(target=_twice)
+    process = SERVER.Process(target=_twice)
     process.start()
-    process.join()
+    process.join(60)
     assert process.exitcode == -signal.SIGTERM
 
 
@@ -159,7 +158,7 @@ def test_a_signal_at_a_random_moment(root, unbroken):
     stage_job, stops = job(root, checkpoint_every=100), 0
     random.seed(5)
     for _ in range(3):
-        process = FORK.Process(target=_trained, args=(stage_job.model_dump(mode="json"),))
+        process = SERVER.Process(target=_trained, args=(stage_job.model_dump(mode="json"),))
         process.start()
         before, deadline = latest(stage_job), time.monotonic() + 60
         log = stage_job.run_folder / "log.txt"
