@@ -1,0 +1,299 @@
+"""A study: many variants, each with several training seeds, as small files that are kept beside the code.
+
+In: a folder with `study.json`, a file for each run and perhaps `hypotheses.yaml`. Out: every number of a run by a flat
+name, what variants give over seeds, differences that are paired by seed, and what became of the hypotheses. No model
+and no torch are needed.
+
+Names of quantities, as `quantities` gives them and hypotheses use them:
+
+- `<benchmark> <split> <score>`: a score by its card's first rule, `shapes-generation seen overall`.
+- `loss <stage> <part> text` or `... image`: of held-out rows after a stage; `... image depth 0` at a depth of the code.
+- `alignment <stage> <task> <layer>`: layer 0 is the input of the first; besides `last`, `highest` of all layers, and
+  `fall`, which is highest - last.
+- `conflict <stage> <matrix> <layer>`: of the matrices `down_proj` and the like; besides `mean` over layers.
+- `parameters`, and `seconds <stage>` of training.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+from unifork.config import StrictModel, parse, read_yaml
+from unifork.errors import ConfigError, DataError, one_of
+from unifork.evaluation.comparison import Paired, paired
+from unifork.evaluation.statistics import holm, spread
+from unifork.report.reading import read_json
+
+STUDY, HYPOTHESES = "study.json", "hypotheses.yaml"
+RISK = 0.05
+"""Of an interval that misses; a family shares it."""
+
+
+class Scored(StrictModel):
+    """A score of a run."""
+
+    value: float
+    error: float | None
+    """Its standard error over the items alone."""
+    chance: float
+
+
+class Curve(StrictModel):
+    """Alignment of one task by layer, from the input of the first to the output of the last."""
+
+    score: tuple[float, ...]
+    error: tuple[float, ...]
+    low: tuple[float, ...]
+    """Chance has 95 % of its scores from here ..."""
+    high: tuple[float, ...]
+    """... to here."""
+
+
+class Record(StrictModel):
+    """One finished run, the file `<variant>-seed<N>.json`. Numbers have six digits."""
+
+    variant: str
+    seed: int
+    plan: str
+    parameters: int
+    config_hash: str
+    """Of all in `params.yaml` that decides the run, but for its seed."""
+    versions: dict[str, int]
+    """Version constants of the code that recorded it."""
+    commit: str
+    machine: str
+    items: dict[str, str]
+    """By benchmark: hash of what was asked."""
+    seconds: dict[str, float]
+    """Of training, by stage."""
+    scores: dict[str, Scored]
+    losses: dict[str, float]
+    """By `<stage> <part> <text or image>`."""
+    alignment: dict[str, dict[str, Curve]]
+    """By stage and task."""
+    conflict: dict[str, dict[str, dict[int, float]]]
+    """By stage, matrix and layer."""
+
+
+class StudyVariant(StrictModel):
+    """A row of all tables and figures."""
+
+    name: str
+    plan: str
+    fork: int | None
+    """Its first layer that is split by task."""
+
+
+class GridPrompt(StrictModel):
+    """A column of the grid."""
+
+    id: str
+    text: str
+    about: str
+    """Kind and split."""
+
+
+class Study(StrictModel):
+    """What all runs share, the file `study.json`."""
+
+    name: str
+    data_seed: int
+    variants: tuple[StudyVariant, ...]
+    """In the order of the experiment."""
+    benchmark: str | None
+    """That of the grid, the first for which images are drawn."""
+    prompts: tuple[GridPrompt, ...]
+
+
+class Hypothesis(StrictModel):
+    """What is expected before the runs: `first` has another value than `second`, on the side of the sign."""
+
+    id: str
+    says: str
+    first: str
+    second: str
+    score: str | tuple[str, ...]
+    """A quantity, or several whose mean is taken for each seed."""
+    sign: Literal[">", "<", "!="]
+    family: str = "primary"
+    """Hypotheses that share the risk of an error."""
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """Their names."""
+        return (self.score,) if isinstance(self.score, str) else self.score
+
+
+class Defaults(StrictModel):
+    """Choices of `unifork study show`."""
+
+    references: tuple[str, ...]
+    """Variants from which all others are subtracted."""
+
+
+class AnalysisEntry(StrictModel):
+    """An entry of `hypotheses.yaml` that is no hypothesis."""
+
+    analysis: Defaults
+
+
+Values = Mapping[str, Mapping[int, Mapping[str, float]]]
+"""Quantities by variant and seed; a variant without runs has none."""
+
+
+class Results(NamedTuple):
+    """A folder of a study."""
+
+    study: Study
+    records: Sequence[Record]
+    hypotheses: Sequence[Hypothesis]
+    references: Sequence[str]
+    values: Values
+
+    @property
+    def names(self) -> list[str]:
+        """All quantities that some run has."""
+        return list(dict.fromkeys(name for runs in self.values.values() for run in runs.values() for name in run))
+
+    def of(self, variant: str, names: Sequence[str]) -> dict[int, float]:
+        """The mean of some quantities by seed, of the runs that have them all."""
+        runs = self.values[variant].items()
+        return {seed: fmean(run[name] for name in names) for seed, run in runs if all(name in run for name in names)}
+
+
+def quantities(record: Record) -> dict[str, float]:
+    """All numbers of a run by their flat names."""
+    found = {name: score.value for name, score in record.scores.items()}
+    found |= {f"loss {name}": value for name, value in record.losses.items()}
+    for stage, curves in record.alignment.items():
+        for task, curve in curves.items():
+            ends = {"last": curve.score[-1], "highest": max(curve.score)}
+            ends["fall"] = ends["highest"] - ends["last"]
+            ends |= {str(layer): score for layer, score in enumerate(curve.score)}
+            found |= {f"alignment {stage} {task} {place}": value for place, value in ends.items()}
+    for stage, matrices in record.conflict.items():
+        for matrix, layers in matrices.items():
+            found |= {f"conflict {stage} {matrix} {layer}": value for layer, value in layers.items()}
+            found[f"conflict {stage} {matrix} mean"] = fmean(layers.values())
+    found |= {f"seconds {stage}": seconds for stage, seconds in record.seconds.items()}
+    return found | {"parameters": float(record.parameters)}
+
+
+def results_of(study: Study, records: Sequence[Record], place: str, entries: Sequence[object] = ()) -> Results:
+    """A study and its runs, checked: variants and items, and what hypotheses name. entries: of `hypotheses.yaml`.
+
+    Raises ConfigError or DataError.
+    """
+    values: dict[str, dict[int, dict[str, float]]] = {variant.name: {} for variant in study.variants}
+    items: dict[str, str] = {}
+    for record in records:
+        here = f"{place}/{record.variant}-seed{record.seed}.json"
+        one_of("variant", record.variant, values, f"{here}: variant")
+        for benchmark, mark in record.items.items():
+            if items.setdefault(benchmark, mark) != mark:
+                raise DataError(f"{here}: items of {benchmark}: {mark}, in other runs {items[benchmark]}")
+        values[record.variant][record.seed] = quantities(record)
+    hypotheses, chosen = list[Hypothesis](), list[str]()
+    for number, entry in enumerate(entries):
+        where = f"{place}/{HYPOTHESES}: entry {number + 1}"
+        if isinstance(entry, dict) and "analysis" in entry:
+            chosen += parse(AnalysisEntry, entry, where).analysis.references
+        else:
+            hypotheses.append(parse(Hypothesis, entry, where))
+    references = chosen or list(dict.fromkeys(each.second for each in hypotheses)) or list(values)[:1]
+    found = Results(study, records, hypotheses, references, values)
+    for hypothesis in hypotheses:
+        where = f"{place}/{HYPOTHESES}: {hypothesis.id}"
+        for variant in (hypothesis.first, hypothesis.second):
+            one_of("variant", variant, values, where)
+        for name in hypothesis.quantities if records else ():
+            one_of("quantity", name, found.names, where)
+    for variant in references:
+        one_of("variant", variant, values, f"{place}/{HYPOTHESES}: references")
+    if twice := {each.id for each in hypotheses if sum(each.id == other.id for other in hypotheses) > 1}:
+        raise ConfigError(f"{place}/{HYPOTHESES}: id {min(twice)} occurs twice; each must differ")
+    return found
+
+
+def read_study(folder: Path) -> Study | None:
+    """What is written in `study.json`; None where it is not there. Raises ConfigError or DataError."""
+    path = folder / STUDY
+    return None if (plain := read_json(path)) is None else parse(Study, plain, str(path))
+
+
+def read_results(folder: Path, references: Sequence[str] = ()) -> Results:
+    """All files of a folder. Raises ConfigError or DataError, which name the file and what is wrong there.
+
+    references: variants that are subtracted; none: those of `hypotheses.yaml`.
+    """
+    if (study := read_study(folder)) is None:
+        raise DataError(f"{folder / STUDY}: no such file; `unifork study record {folder}` writes it")
+    records = []
+    for path in sorted(folder.glob("*-seed*.json")):
+        records.append(record := parse(Record, read_json(path), str(path)))
+        if path.name != (name := f"{record.variant}-seed{record.seed}.json"):
+            raise DataError(f"{path}: is of {name}; a file has the name of its run")
+    entries = read_yaml(folder / HYPOTHESES) if (folder / HYPOTHESES).exists() else []
+    if not isinstance(entries, list):
+        raise ConfigError(f"{folder / HYPOTHESES}: {type(entries).__name__}; a list of hypotheses is expected")
+    found = results_of(study, records, str(folder), entries)
+    for variant in references:
+        one_of("variant", variant, found.values, "--reference")
+    return found._replace(references=references or found.references)
+
+
+class Between(NamedTuple):
+    """`first` less `second`, paired by seed, among the comparisons of a family."""
+
+    first: str
+    second: str
+    quantities: tuple[str, ...]
+    runs: int
+    """Seeds that both have."""
+    found: Paired | None
+    """None below two of them."""
+    wide: tuple[float, float]
+    """Interval of the difference that holds for all of the family at once in 95 % (Bonferroni)."""
+    corrected: float
+    """p by Student's t, corrected for the family (Holm)."""
+
+
+def family(results: Results, pairs: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Between]:
+    """Comparisons that share the risk of an error, those that are not measured yet included."""
+    rows = []
+    for first, second, names in pairs:
+        ours, theirs = (results.of(variant, names) for variant in (first, second))
+        seeds = sorted(ours.keys() & theirs.keys())
+        rows.append(([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]))
+    found = [paired(*sides) if len(sides[0]) > 1 else None for sides in rows]
+    ps = holm([each.p if each else 1.0 for each in found])
+    nowhere = (float("-inf"), float("inf"))
+    wide = [
+        spread([a - b for a, b in zip(*sides, strict=True)], RISK / len(pairs)).interval if each else nowhere
+        for each, sides in zip(found, rows, strict=True)
+    ]
+    return [
+        Between(*pair, len(sides[0]), each, interval, p)
+        for pair, sides, each, interval, p in zip(pairs, rows, found, wide, ps, strict=True)
+    ]
+
+
+def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
+    """Every hypothesis with its difference and what became of it, in the order of the file."""
+    found: dict[str, tuple[Hypothesis, Between, str]] = {}
+    for name in dict.fromkeys(each.family for each in results.hypotheses):
+        members = [each for each in results.hypotheses if each.family == name]
+        rows = family(results, [(each.first, each.second, each.quantities) for each in members])
+        found |= {each.id: (each, row, verdict(each, row)) for each, row in zip(members, rows, strict=True)}
+    return [found[each.id] for each in results.hypotheses]
+
+
+def verdict(hypothesis: Hypothesis, row: Between) -> str:
+    """`holds` or `contradicted` where the family's interval excludes zero on this or the other side; `!=` has no
+    other side."""
+    above, below = row.wide[0] > 0, row.wide[1] < 0
+    holds, contradicted = {">": (above, below), "<": (below, above), "!=": (above or below, False)}[hypothesis.sign]
+    if row.found is None:
+        return "not measured"
+    return "holds" if holds else "contradicted" if contradicted else "not settled"
