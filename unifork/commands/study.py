@@ -15,11 +15,11 @@ def record(
     again: Annotated[bool, typer.Option("--again", help="write files anew that are there already")] = False,
 ) -> None:
     """Write a small file for each finished run of params.yaml; those that are not finished are named."""
-    from unifork.config import load_experiment
+    from unifork.config import Experiment, load
     from unifork.layout import Layout
     from unifork.report.study_record import record as write
 
-    for name, what in write(load_experiment(), Layout(), folder, again).items():
+    for name, what in write(load(Experiment, Layout().params), Layout(), folder, again).items():
         print(f"{name}: {what}")
 
 

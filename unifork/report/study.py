@@ -8,13 +8,14 @@ Names of quantities, as `quantities` gives them and hypotheses use them:
 
 - `<benchmark> <split> <score>`: a score by its card's first rule, `shapes-generation seen overall`.
 - `loss <stage> <part> text` or `... image`: of held-out rows after a stage; `... image depth 0` at a depth of the code.
-- `alignment <stage> <task> <layer>`: layer 0 is the input of the first; besides `last`, `highest` of all layers, and
-  `fall`, which is highest - last.
-- `conflict <stage> <matrix> <layer>`: of the matrices `down_proj` and the like; besides `mean` over layers.
+- `alignment <stage> <task> <layer>`: layer 0 is the input of the first.
+- `conflict <stage> <matrix> <layer>`: of the matrices `down_proj` and the like, in layers that share them.
+- Both also with `mean`, `last` and `highest` of the layers instead of a number, and `fall`, which is highest - last.
 - `parameters`, and `seconds <stage>` of training.
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -40,13 +41,14 @@ class Scored(StrictModel):
 
 
 class Curve(StrictModel):
-    """Alignment of one task by layer, from the input of the first to the output of the last."""
+    """Alignment of one task, each column from the input of the first layer to the output of the last."""
 
     score: tuple[float, ...]
-    error: tuple[float, ...]
-    low: tuple[float, ...]
-    """Chance has 95 % of its scores from here ..."""
-    high: tuple[float, ...]
+    standard_error: tuple[float, ...]
+    chance: tuple[float, ...]
+    chance_low: tuple[float, ...]
+    """95 % of chance lies from here ..."""
+    chance_high: tuple[float, ...]
     """... to here."""
 
 
@@ -120,22 +122,16 @@ class Hypothesis(StrictModel):
     """Hypotheses that share the risk of an error."""
 
     @property
-    def quantities(self) -> tuple[str, ...]:
-        """Their names."""
+    def names(self) -> tuple[str, ...]:
+        """Its quantities."""
         return (self.score,) if isinstance(self.score, str) else self.score
 
 
-class Defaults(StrictModel):
-    """Choices of `unifork study show`."""
+class Choices(StrictModel):
+    """The entry `analysis` of `hypotheses.yaml`."""
 
     references: tuple[str, ...]
     """Variants from which all others are subtracted."""
-
-
-class AnalysisEntry(StrictModel):
-    """An entry of `hypotheses.yaml` that is no hypothesis."""
-
-    analysis: Defaults
 
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -162,20 +158,32 @@ class Results(NamedTuple):
         return {seed: fmean(run[name] for name in names) for seed, run in runs if all(name in run for name in names)}
 
 
+def curves_of(record: Record) -> dict[str, dict[str, dict[int, float]]]:
+    """Alignment by `<stage> <task>` and conflict by `<stage> <matrix>`: values by layer."""
+    alignment = {
+        f"{stage} {task}": dict(enumerate(curve.score))
+        for stage, curves in record.alignment.items()
+        for task, curve in curves.items()
+    }
+    conflict = {
+        f"{stage} {matrix}": dict(sorted(layers.items()))
+        for stage, matrices in record.conflict.items()
+        for matrix, layers in matrices.items()
+    }
+    return {"alignment": alignment, "conflict": conflict}
+
+
 def quantities(record: Record) -> dict[str, float]:
     """All numbers of a run by their flat names."""
     found = {name: score.value for name, score in record.scores.items()}
     found |= {f"loss {name}": value for name, value in record.losses.items()}
-    for stage, curves in record.alignment.items():
-        for task, curve in curves.items():
-            ends = {"last": curve.score[-1], "highest": max(curve.score)}
-            ends["fall"] = ends["highest"] - ends["last"]
-            ends |= {str(layer): score for layer, score in enumerate(curve.score)}
-            found |= {f"alignment {stage} {task} {place}": value for place, value in ends.items()}
-    for stage, matrices in record.conflict.items():
-        for matrix, layers in matrices.items():
-            found |= {f"conflict {stage} {matrix} {layer}": value for layer, value in layers.items()}
-            found[f"conflict {stage} {matrix} mean"] = fmean(layers.values())
+    for kind, curves in curves_of(record).items():
+        for of, layers in curves.items():
+            values = [*layers.values()]
+            highest, last = max(values), values[-1]
+            found |= {f"{kind} {of} {layer}": value for layer, value in layers.items()}
+            ends = {"mean": fmean(values), "last": last, "highest": highest, "fall": highest - last}
+            found |= {f"{kind} {of} {name}": value for name, value in ends.items()}
     found |= {f"seconds {stage}": seconds for stage, seconds in record.seconds.items()}
     return found | {"parameters": float(record.parameters)}
 
@@ -186,19 +194,20 @@ def results_of(study: Study, records: Sequence[Record], place: str, entries: Seq
     Raises ConfigError or DataError.
     """
     values: dict[str, dict[int, dict[str, float]]] = {variant.name: {} for variant in study.variants}
-    items: dict[str, str] = {}
+    marks = dict[str, str]()
     for record in records:
         here = f"{place}/{record.variant}-seed{record.seed}.json"
         one_of("variant", record.variant, values, f"{here}: variant")
-        for benchmark, mark in record.items.items():
-            if items.setdefault(benchmark, mark) != mark:
-                raise DataError(f"{here}: items of {benchmark}: {mark}, in other runs {items[benchmark]}")
+        of_items = {f"items of {benchmark}": mark for benchmark, mark in record.items.items()}
+        for what, mark in {f"config_hash of {record.variant}": record.config_hash, **of_items}.items():
+            if marks.setdefault(what, mark) != mark:
+                raise DataError(f"{here}: {what}: {mark}, in other runs {marks[what]}; record all of one configuration")
         values[record.variant][record.seed] = quantities(record)
     hypotheses, chosen = list[Hypothesis](), list[str]()
     for number, entry in enumerate(entries):
         where = f"{place}/{HYPOTHESES}: entry {number + 1}"
         if isinstance(entry, dict) and "analysis" in entry:
-            chosen += parse(AnalysisEntry, entry, where).analysis.references
+            chosen += parse(Choices, entry["analysis"], where, "analysis").references
         else:
             hypotheses.append(parse(Hypothesis, entry, where))
     references = chosen or list(dict.fromkeys(each.second for each in hypotheses)) or list(values)[:1]
@@ -207,7 +216,7 @@ def results_of(study: Study, records: Sequence[Record], place: str, entries: Seq
         where = f"{place}/{HYPOTHESES}: {hypothesis.id}"
         for variant in (hypothesis.first, hypothesis.second):
             one_of("variant", variant, values, where)
-        for name in hypothesis.quantities if records else ():
+        for name in hypothesis.names if records else ():
             one_of("quantity", name, found.names, where)
     for variant in references:
         one_of("variant", variant, values, f"{place}/{HYPOTHESES}: references")
@@ -261,22 +270,13 @@ class Between(NamedTuple):
 
 def family(results: Results, pairs: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Between]:
     """Comparisons that share the risk of an error, those that are not measured yet included."""
-    rows = []
-    for first, second, names in pairs:
-        ours, theirs = (results.of(variant, names) for variant in (first, second))
-        seeds = sorted(ours.keys() & theirs.keys())
-        rows.append(([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]))
-    found = [paired(*sides) if len(sides[0]) > 1 else None for sides in rows]
-    ps = holm([each.p if each else 1.0 for each in found])
-    nowhere = (float("-inf"), float("inf"))
-    wide = [
-        spread([a - b for a, b in zip(*sides, strict=True)], RISK / len(pairs)).interval if each else nowhere
-        for each, sides in zip(found, rows, strict=True)
-    ]
-    return [
-        Between(*pair, len(sides[0]), each, interval, p)
-        for pair, sides, each, interval, p in zip(pairs, rows, found, wide, ps, strict=True)
-    ]
+    sides = [[results.of(variant, names) for variant in (first, second)] for first, second, names in pairs]
+    rows = [[(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())] for ours, theirs in sides]
+    found = [paired(*map(list, zip(*row, strict=True))) if len(row) > 1 else None for row in rows]
+    ps, risk = holm([each.p if each else 1.0 for each in found]), RISK / max(len(pairs), 1)
+    wide = [spread([a - b for a, b in row], risk).interval if len(row) > 1 else (-inf, inf) for row in rows]
+    columns = zip(pairs, rows, found, wide, ps, strict=True)
+    return [Between(*pair, len(row), each, ends, p) for pair, row, each, ends, p in columns]
 
 
 def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
@@ -284,7 +284,7 @@ def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
     found: dict[str, tuple[Hypothesis, Between, str]] = {}
     for name in dict.fromkeys(each.family for each in results.hypotheses):
         members = [each for each in results.hypotheses if each.family == name]
-        rows = family(results, [(each.first, each.second, each.quantities) for each in members])
+        rows = family(results, [(each.first, each.second, each.names) for each in members])
         found |= {each.id: (each, row, verdict(each, row)) for each, row in zip(members, rows, strict=True)}
     return [found[each.id] for each in results.hypotheses]
 

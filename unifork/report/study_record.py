@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import unifork
-from unifork.config import EvalCard, Experiment, Variant, fingerprint
+from unifork.config import EvalCard, Experiment, Variant, fingerprint, parse
 from unifork.errors import ConfigError, DataError
 from unifork.evaluation.answering import draws
 from unifork.evaluation.items import Item, read_items
@@ -26,7 +26,7 @@ from unifork.images import open_image
 from unifork.layout import Layout
 from unifork.models.layer_plan import LayerPlan
 from unifork.report.band import card_of, first_scores
-from unifork.report.reading import Found, read_history, read_json
+from unifork.report.reading import read_history, read_json
 from unifork.report.study import (
     STUDY,
     Curve,
@@ -92,7 +92,11 @@ def record_of(experiment: Experiment, group: str, name: str, layout: Layout, her
     finished = {stage: read_json(layout.run(run) / FINISHED) for stage, run in runs.items()}
     summary = read_json(layout.model(runs[variant.stages[-1]]) / TRAINING / SUMMARY)
     scores = first_scores(experiment, name, layout)
-    analyzed = {kind: _analyses(kind, runs, layout) for kind in ("alignment", "conflict")}
+    folders = {stage: layout.analysis(run) for stage, run in runs.items()}
+    alignment, conflict = (
+        {stage: found for stage, folder in folders.items() if (found := read_json(folder / f"{kind}.json"))}
+        for kind in ("alignment", "conflict")
+    )
     return Record(
         variant=group, seed=variant.seed, plan=plan_of(variant)[0],
         parameters=sum(map(sum, parts_of(summary["tensors"] if summary else {}).values())),
@@ -105,11 +109,8 @@ def record_of(experiment: Experiment, group: str, name: str, layout: Layout, her
             for key, score in scores.items()
         },
         losses={key: value for stage, run in runs.items() for key, value in _losses(stage, layout.model(run)).items()},
-        alignment={
-            stage: {task: _curve(columns) for task, columns in found["curves"].items()}
-            for stage, found in analyzed["alignment"].items()
-        },
-        conflict={stage: _matrices(found) for stage, found in analyzed["conflict"].items()},
+        alignment={stage: _curves(found) for stage, found in alignment.items()},
+        conflict={stage: _matrices(found) for stage, found in conflict.items()},
     )  # fmt: skip
 
 
@@ -136,14 +137,11 @@ def _losses(stage: str, model: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _analyses(kind: str, runs: Mapping[str, str], layout: Layout) -> dict[str, Found]:
-    found = {stage: read_json(layout.analysis(run) / f"{kind}.json") for stage, run in runs.items()}
-    return {stage: content for stage, content in found.items() if content is not None}
-
-
-def _curve(columns: Mapping[str, Sequence[float]]) -> Curve:
-    sources = {"score": "score", "error": "standard_error", "low": "chance_low", "high": "chance_high"}
-    return Curve(**{name: tuple(map(short, columns[source])) for name, source in sources.items()})
+def _curves(found: Mapping[str, Any]) -> dict[str, Curve]:
+    return {
+        task: parse(Curve, {name: tuple(map(short, column)) for name, column in columns.items()}, "alignment", task)
+        for task, columns in found["curves"].items()
+    }
 
 
 def _matrices(found: Mapping[str, Any]) -> dict[str, dict[int, float]]:
@@ -158,35 +156,29 @@ def _matrices(found: Mapping[str, Any]) -> dict[str, dict[int, float]]:
 def study_of(experiment: Experiment, layout: Layout) -> Study:
     """What the runs of an experiment share."""
     firsts = {group: experiment.variants[min(seeds.items())[1]] for group, seeds in experiment.groups.items()}
-    variants = []
-    for group, variant in firsts.items():
-        plan, fork = plan_of(variant)
-        variants.append(StudyVariant(name=group, plan=plan, fork=fork))
+    plans = {group: plan_of(variant) for group, variant in firsts.items()}
     cards = {name: card_of(name, experiment, layout) for name in experiment.benchmarks}
     drawn = [name for name, card in cards.items() if isinstance(card, EvalCard) and draws(card.answer)]
-    there = [name for name in drawn if (layout.items(name) / MANIFEST).exists()]
-    prompts = grid_prompts(read_items(layout.items(there[0]))) if there else ()
+    benchmark = next((name for name in drawn if (layout.items(name) / MANIFEST).exists()), None)
     return Study(
-        name=experiment.name, data_seed=experiment.data_seed, variants=tuple(variants),
-        benchmark=there[0] if there else None, prompts=tuple(prompts),
+        name=experiment.name, data_seed=experiment.data_seed, benchmark=benchmark,
+        variants=tuple(StudyVariant(name=group, plan=plan, fork=fork) for group, (plan, fork) in plans.items()),
+        prompts=grid_prompts(read_items(layout.items(benchmark))) if benchmark else (),
     )  # fmt: skip
 
 
-def grid_prompts(items: Sequence[Item]) -> list[GridPrompt]:
+def grid_prompts(items: Sequence[Item]) -> tuple[GridPrompt, ...]:
     """The first item of each kind and split, none of whose text stands there already."""
     found: dict[str, GridPrompt] = {}
-    texts: set[str] = set()
     for item in items:
         about = words(f"{item.about.get('kind', '')} ({item.split})".strip())
-        if about not in found and item.question not in texts:
-            texts.add(item.question)
-            found[about] = GridPrompt(id=item.id, text=item.question, about=about)
-    return list(found.values())
+        if all(item.question != prompt.text for prompt in found.values()):
+            found.setdefault(about, GridPrompt(id=item.id, text=item.question, about=about))
+    return tuple(found.values())
 
 
-def found_here(experiment: Experiment, layout: Layout) -> Results:
+def found_here(experiment: Experiment, layout: Layout, here: Mapping[str, Any]) -> Results:
     """The study as far as its runs lie in the folders of the experiment, without hypotheses."""
-    here = surroundings(layout.root)
     names = [(group, name) for group, seeds in experiment.groups.items() for name in seeds.values()]
     whole = [(group, name) for group, name in names if not missing(experiment, name, layout)]
     records = [record_of(experiment, group, name, layout, here) for group, name in whole]
@@ -199,20 +191,14 @@ def record(experiment: Experiment, layout: Layout, folder: Path, again: bool = F
     A file of the same configuration and versions stays as it is. What other calls have recorded stays, too, so that
     variants and seeds may be recorded apart. Raises ConfigError where the folder is of a study with other data.
     """
-    study, before = study_of(experiment, layout), read_study(folder)
-    if before:
+    study = study_of(experiment, layout)
+    if before := read_study(folder):
         if before.data_seed != study.data_seed:
-            raise ConfigError(
-                f"{folder / STUDY}: data_seed is {before.data_seed}, in params.yaml {study.data_seed}: another study"
-            )
-        others = {each.name for each in before.variants} - {each.name for each in study.variants}
-        known_order = {each.name: each for each in (before.variants if others else ())}
-        merged = known_order | {each.name: each for each in study.variants}
-        prompts = study.prompts or before.prompts
-        study = study.model_copy(
-            update={"variants": tuple(merged.values()), "prompts": prompts,
-                    "benchmark": study.benchmark or before.benchmark}
-        )  # fmt: skip
+            pair = f"{before.data_seed}, in params.yaml {study.data_seed}"
+            raise ConfigError(f"{folder / STUDY}: data_seed: {pair}; another study needs another folder")
+        old, new = ({variant.name: variant for variant in each.variants} for each in (before, study))
+        variants = tuple((new if old.keys() <= new.keys() else old | new).values())
+        study = (study if study.benchmark else before).model_copy(update={"variants": variants})
     here, now, done = surroundings(layout.root), versions(), dict[str, str]()
     for group, seeds in experiment.groups.items():
         for seed, name in seeds.items():
