@@ -85,6 +85,13 @@ def test_verdicts(tmp_path, first, sign, expected):
     assert (verdict, row.runs) == (expected, 4)
 
 
+def test_equal_differences_settle_nothing(tmp_path):
+    values = {"shared": [0.4, 0.5], "fork-3": [0.5, 0.6]}
+    ((_, row, verdict),) = judged(read_results(hypotheses(write_study(tmp_path, values), {})))
+    assert (row.runs, verdict) == (2, "not settled")
+    assert row.wide == pytest.approx((0.1, 0.1))
+
+
 def test_a_family_shares_the_risk(tmp_path):
     folder = write_study(tmp_path, {"shared": [0.50, 0.52, 0.48], "fork-3": [0.60, 0.66, 0.57], "fork-1": []})
     alone = judged(read_results(hypotheses(folder, {})))[0]
@@ -139,9 +146,7 @@ def test_references_come_from_the_command_the_file_or_the_hypotheses(tmp_path):
     assert results.references == ["fork-3", "shared"]
     assert [row[1] for row in differences(results, "fork-3").rows[:2]] == ["shared", "fork-1"]
     assert read_results(folder, ("fork-1",)).references == ("fork-1",)
-    assert "--reference: unknown variant 'mot'" in str(
-        run("show", folder, "--out", "x", "--reference", "mot").exception
-    )
+    assert "references: unknown variant 'mot'" in str(run("show", folder, "--out", "x", "--reference", "mot").exception)
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,11 @@ def grid(
     seed: Annotated[int, typer.Option(min=0, help="training seed")] = 0,
 ) -> None:
     """Show what all variants drew for the same prompts, from answers/; nothing is generated."""
-    from unifork.errors import DataError
     from unifork.layout import Layout
-    from unifork.report.study import STUDY, read_study
+    from unifork.report.study import read_study
     from unifork.report.study_record import grid as draw
 
-    if (study := read_study(folder)) is None:
-        raise DataError(f"{folder / STUDY}: no such file; `unifork study record {folder}` writes it")
+    study = read_study(folder)
     print(f"{out}: {draw(study, Layout(), seed, out)} of {len(study.variants)} variants")
 
 

@@ -29,6 +29,8 @@ from unifork.report.reading import read_json
 STUDY, HYPOTHESES = "study.json", "hypotheses.yaml"
 RISK = 0.05
 """Of an interval that misses; a family shares it."""
+LEAST = 1e-9
+"""Standard deviation below which numbers are equal but for rounding."""
 
 
 class Scored(StrictModel):
@@ -188,10 +190,12 @@ def quantities(record: Record) -> dict[str, float]:
     return found | {"parameters": float(record.parameters)}
 
 
-def results_of(study: Study, records: Sequence[Record], place: str, entries: Sequence[object] = ()) -> Results:
-    """A study and its runs, checked: variants and items, and what hypotheses name. entries: of `hypotheses.yaml`.
+def results_of(
+    study: Study, records: Sequence[Record], place: str, entries: Sequence[object] = (), references: Sequence[str] = ()
+) -> Results:
+    """A study and its runs, checked: variants, items, configurations, and what hypotheses name.
 
-    Raises ConfigError or DataError.
+    entries: of `hypotheses.yaml`. references: instead of those that it names. Raises ConfigError or DataError.
     """
     values: dict[str, dict[int, dict[str, float]]] = {variant.name: {} for variant in study.variants}
     marks = dict[str, str]()
@@ -203,14 +207,14 @@ def results_of(study: Study, records: Sequence[Record], place: str, entries: Seq
             if marks.setdefault(what, mark) != mark:
                 raise DataError(f"{here}: {what}: {mark}, in other runs {marks[what]}; record all of one configuration")
         values[record.variant][record.seed] = quantities(record)
-    hypotheses, chosen = list[Hypothesis](), list[str]()
+    hypotheses, listed = list[Hypothesis](), list[str]()
     for number, entry in enumerate(entries):
         where = f"{place}/{HYPOTHESES}: entry {number + 1}"
         if isinstance(entry, dict) and "analysis" in entry:
-            chosen += parse(Choices, entry["analysis"], where, "analysis").references
+            listed += parse(Choices, entry["analysis"], where, "analysis").references
         else:
             hypotheses.append(parse(Hypothesis, entry, where))
-    references = chosen or list(dict.fromkeys(each.second for each in hypotheses)) or list(values)[:1]
+    references = references or listed or [*dict.fromkeys(each.second for each in hypotheses)] or [*values][:1]
     found = Results(study, records, hypotheses, references, values)
     for hypothesis in hypotheses:
         where = f"{place}/{HYPOTHESES}: {hypothesis.id}"
@@ -219,16 +223,17 @@ def results_of(study: Study, records: Sequence[Record], place: str, entries: Seq
         for name in hypothesis.names if records else ():
             one_of("quantity", name, found.names, where)
     for variant in references:
-        one_of("variant", variant, values, f"{place}/{HYPOTHESES}: references")
+        one_of("variant", variant, values, f"{place}: references")
     if twice := {each.id for each in hypotheses if sum(each.id == other.id for other in hypotheses) > 1}:
         raise ConfigError(f"{place}/{HYPOTHESES}: id {min(twice)} occurs twice; each must differ")
     return found
 
 
-def read_study(folder: Path) -> Study | None:
-    """What is written in `study.json`; None where it is not there. Raises ConfigError or DataError."""
-    path = folder / STUDY
-    return None if (plain := read_json(path)) is None else parse(Study, plain, str(path))
+def read_study(folder: Path) -> Study:
+    """What is written in `study.json`. Raises ConfigError or DataError."""
+    if (plain := read_json(folder / STUDY)) is None:
+        raise DataError(f"{folder / STUDY}: no such file; `unifork study record {folder}` writes it")
+    return parse(Study, plain, str(folder / STUDY))
 
 
 def read_results(folder: Path, references: Sequence[str] = ()) -> Results:
@@ -236,9 +241,7 @@ def read_results(folder: Path, references: Sequence[str] = ()) -> Results:
 
     references: variants that are subtracted; none: those of `hypotheses.yaml`.
     """
-    if (study := read_study(folder)) is None:
-        raise DataError(f"{folder / STUDY}: no such file; `unifork study record {folder}` writes it")
-    records = []
+    study, records = read_study(folder), []
     for path in sorted(folder.glob("*-seed*.json")):
         records.append(record := parse(Record, read_json(path), str(path)))
         if path.name != (name := f"{record.variant}-seed{record.seed}.json"):
@@ -246,37 +249,39 @@ def read_results(folder: Path, references: Sequence[str] = ()) -> Results:
     entries = read_yaml(folder / HYPOTHESES) if (folder / HYPOTHESES).exists() else []
     if not isinstance(entries, list):
         raise ConfigError(f"{folder / HYPOTHESES}: {type(entries).__name__}; a list of hypotheses is expected")
-    found = results_of(study, records, str(folder), entries)
-    for variant in references:
-        one_of("variant", variant, found.values, "--reference")
-    return found._replace(references=references or found.references)
+    return results_of(study, records, str(folder), entries, references)
 
 
 class Between(NamedTuple):
-    """`first` less `second`, paired by seed, among the comparisons of a family."""
+    """Two variants, paired by seed, among the comparisons of a family."""
 
     first: str
-    second: str
-    quantities: tuple[str, ...]
     runs: int
     """Seeds that both have."""
     found: Paired | None
-    """None below two of them."""
+    """`first` less the other; None below two seeds."""
     wide: tuple[float, float]
     """Interval of the difference that holds for all of the family at once in 95 % (Bonferroni)."""
     corrected: float
     """p by Student's t, corrected for the family (Holm)."""
 
 
-def family(results: Results, pairs: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Between]:
-    """Comparisons that share the risk of an error, those that are not measured yet included."""
-    sides = [[results.of(variant, names) for variant in (first, second)] for first, second, names in pairs]
-    rows = [[(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())] for ours, theirs in sides]
-    found = [paired(*map(list, zip(*row, strict=True))) if len(row) > 1 else None for row in rows]
-    ps, risk = holm([each.p if each else 1.0 for each in found]), RISK / max(len(pairs), 1)
-    wide = [spread([a - b for a, b in row], risk).interval if len(row) > 1 else (-inf, inf) for row in rows]
-    columns = zip(pairs, rows, found, wide, ps, strict=True)
-    return [Between(*pair, len(row), each, ends, p) for pair, row, each, ends, p in columns]
+def family(results: Results, pairs: Sequence[tuple[str, str, Sequence[str]]]) -> list[Between]:
+    """Comparisons that share the risk of an error: of two variants, in the mean of some quantities.
+
+    Those that are not measured yet count as well.
+    """
+    rows = []
+    for first, second, names in pairs:
+        ours, theirs = results.of(first, names), results.of(second, names)
+        seeds = sorted(ours.keys() & theirs.keys())
+        sides = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+        above, risk = [a - b for a, b in zip(*sides, strict=True)], RISK / len(pairs)
+        many = len(seeds) > 1
+        wide = spread(above, risk).interval if many else (-inf, inf)
+        rows.append(Between(first, len(seeds), paired(*sides) if many else None, wide, 1.0))
+    corrected = holm([row.found.p if row.found else 1.0 for row in rows])
+    return [row._replace(corrected=p) for row, p in zip(rows, corrected, strict=True)]
 
 
 def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
@@ -290,10 +295,13 @@ def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
 
 
 def verdict(hypothesis: Hypothesis, row: Between) -> str:
-    """`holds` or `contradicted` where the family's interval excludes zero on this or the other side; `!=` has no
-    other side."""
-    above, below = row.wide[0] > 0, row.wide[1] < 0
-    holds, contradicted = {">": (above, below), "<": (below, above), "!=": (above or below, False)}[hypothesis.sign]
+    """`holds` or `contradicted` where the family's interval excludes zero on this or the other side.
+
+    `!=` has no other side. Differences that are equal in all seeds have no spread to judge them by: not settled.
+    """
     if row.found is None:
         return "not measured"
+    spreads = row.found.difference.deviation > LEAST
+    above, below = spreads and row.wide[0] > 0, spreads and row.wide[1] < 0
+    holds, contradicted = {">": (above, below), "<": (below, above), "!=": (above or below, False)}[hypothesis.sign]
     return "holds" if holds else "contradicted" if contradicted else "not settled"

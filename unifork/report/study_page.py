@@ -24,7 +24,7 @@ from unifork.config import EvalCard, TextCard
 from unifork.evaluation.statistics import spread
 from unifork.figures import INK, LOOK, svg
 from unifork.report.plots import DASHES, Plot
-from unifork.report.study import Between, Results, curves_of, family, judged
+from unifork.report.study import Between, Record, Results, curves_of, family, judged
 from unifork.report.tables import Judged, Table, count, data_uri, duration, words
 from unifork.shards.manifest import write_atomically
 
@@ -34,8 +34,8 @@ GRID = "grid.png"
 MARKS = {"holds": True, "contradicted": False}
 """Verdicts that are right or wrong; the others are neither."""
 BETWEEN = ("Seeds", "Difference", "95 % interval", "Interval of the family", "p", "p of the family")
-Layers = tuple[str, Mapping[int, float]]
-"""A variant, and values of one run by layer."""
+OfRun = tuple[Record, Mapping[int, float]]
+"""A run, and what it has of a panel by layer."""
 
 
 def score_groups(results: Results) -> dict[str, list[str]]:
@@ -173,27 +173,31 @@ def dots(results: Results, group: str, names: Sequence[str]) -> Plot:
 def curves(results: Results) -> list[Plot]:
     """Alignment and conflict by layer, the variants over each other: means over seeds with their standard errors.
 
-    A panel for each stage and task, or stage and matrix; chance is shaded, forks are dotted lines.
+    A panel for each stage and task, or stage and matrix; chance of the first run is shaded, forks are dotted lines.
     """
-    found: dict[str, dict[str, list[Layers]]] = {}
+    found: dict[str, dict[str, list[OfRun]]] = {}
     for record in results.records:
         for kind, curves in curves_of(record).items():
             for of, layers in curves.items():
-                found.setdefault(kind, {}).setdefault(of, []).append((record.variant, layers))
+                found.setdefault(kind, {}).setdefault(of, []).append((record, layers))
     return [_curves(results, kind, panels) for kind, panels in found.items()]
 
 
-def _curves(results: Results, kind: str, panels: Mapping[str, Sequence[Layers]]) -> Plot:
+def _curves(results: Results, kind: str, panels: Mapping[str, Sequence[OfRun]]) -> Plot:
     figure, places = _panels(len(panels), 2.0)
     rows: list[Sequence[Any]] = [("variant", "of", "layer", "seeds", "mean", "error")]
     shown: dict[str, Any] = {}
     for axes, (of, runs) in zip(places, panels.items(), strict=True):
         if kind == "alignment":
-            axes.fill_between(*_chance(results, of), color="0.5", alpha=0.2, linewidth=0)
+            stage, task = of.split(" ")
+            chance = runs[0][0].alignment[stage][task]
+            ends = (chance.chance_low, chance.chance_high)
+            axes.fill_between([*runs[0][1]], *ends, color="0.5", alpha=0.2, linewidth=0)
         for number, variant in enumerate(results.study.variants):
-            own, look = [layers for name, layers in runs if name == variant.name], _look(number)
+            own = [layers for run, layers in runs if run.variant == variant.name]
             if not own:
                 continue
+            look = {"color": f"C{number % COLORS}", "linestyle": DASHES[number // COLORS % len(DASHES)]}
             x, spreads = [*own[0]], [spread([layers[layer] for layers in own]) for layer in own[0]]
             means_L = np.array([each.mean for each in spreads])
             errors_L = np.array([each.deviation / each.runs**0.5 for each in spreads])
@@ -208,22 +212,6 @@ def _curves(results: Results, kind: str, panels: Mapping[str, Sequence[Layers]])
     figure.supxlabel("layer", fontsize=8)
     figure.legend([*shown.values()], [*shown], loc="outside upper center", ncols=min(5, len(shown)))
     return _plot(f"{kind} by layer", figure, rows)
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {"color": f"C{number % COLORS}", "linestyle": DASHES[number // COLORS % len(DASHES)]}
-
-
-def _chance(results: Results, panel: str) -> tuple[Sequence[int], Sequence[float], Sequence[float]]:
-    """Layers, and the mean over runs of where the central 95 % of chance begins and ends."""
-    stage, task = panel.split(" ")
-    found = [record.alignment[stage][task] for record in results.records if task in record.alignment.get(stage, {})]
-    ends = [[curve.chance_low, curve.chance_high] for curve in found]
-    deepest = max(len(low) for low, _ in ends)
-    low, high = (
-        [fmean(side[n][layer] for side in ends if layer < len(side[n])) for layer in range(deepest)] for n in (0, 1)
-    )
-    return range(deepest), low, high
 
 
 def csv_of(rows: Sequence[Sequence[Any]]) -> bytes:

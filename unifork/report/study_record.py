@@ -192,7 +192,8 @@ def record(experiment: Experiment, layout: Layout, folder: Path, again: bool = F
     variants and seeds may be recorded apart. Raises ConfigError where the folder is of a study with other data.
     """
     study = study_of(experiment, layout)
-    if before := read_study(folder):
+    if (folder / STUDY).exists():
+        before = read_study(folder)
         if before.data_seed != study.data_seed:
             pair = f"{before.data_seed}, in params.yaml {study.data_seed}"
             raise ConfigError(f"{folder / STUDY}: data_seed: {pair}; another study needs another folder")
