@@ -74,14 +74,11 @@ def tables(results: Results) -> list[Table]:
 
 def architectures(results: Results, cards: Mapping[str, EvalCard | TextCard]) -> Table:
     """A row for each variant, a column for each headline of the benchmarks. cards: by name."""
-    found = dict.fromkeys(name for record in results.records for name in record.scores)
-    parts = [(*name.split(" ", 2), name) for name in found]
+    scores = dict.fromkeys(tuple(name.split(" ", 2)) for record in results.records for name in record.scores)
     names = {
-        f"{words(split)}: {card.show.headlines[score]}": name
-        for benchmark, card in cards.items()
-        for split in dict.fromkeys([*card.show.splits, *(part[1] for part in parts)])
-        for of, in_split, score, name in parts
-        if (of, in_split) == (benchmark, split) and score in card.show.headlines
+        f"{words(split)}: {cards[of].show.headlines[score]}": f"{of} {split} {score}"
+        for of, split, score in sorted(scores, key=lambda name: name[1] not in cards[name[0]].show.splits[:1])
+        if score in cards[of].show.headlines
     }
     return means(results, "Architectures", names)
 
