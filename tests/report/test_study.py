@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from math import inf, sqrt
 
 import pytest
@@ -163,6 +165,13 @@ def test_references_come_from_the_command_the_file_or_the_hypotheses(tmp_path):
 def test_what_hypotheses_may_not_say(tmp_path, entry, message):
     with pytest.raises(ConfigError, match=message):
         read_results(hypotheses(write_study(tmp_path), entry))
+
+
+def test_tables_and_figures_need_no_torch(tmp_path):
+    arguments = ["study", "show", str(write_study(tmp_path)), "--out", str(tmp_path / "out")]
+    call = f"app({arguments}, standalone_mode=False)"
+    code = f"import sys; from unifork.cli import app; {call}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_before_the_first_run_hypotheses_are_not_measured(tmp_path):

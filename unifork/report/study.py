@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from unifork.config import StrictModel, parse, read_yaml
 from unifork.errors import ConfigError, DataError, one_of
@@ -29,8 +29,6 @@ from unifork.report.reading import read_json
 STUDY, HYPOTHESES = "study.json", "hypotheses.yaml"
 RISK = 0.05
 """Of an interval that misses; a family shares it."""
-LEAST = 1e-9
-"""Standard deviation below which numbers are equal but for rounding."""
 
 
 class Scored(StrictModel):
@@ -43,15 +41,13 @@ class Scored(StrictModel):
 
 
 class Curve(StrictModel):
-    """Alignment of one task, each column from the input of the first layer to the output of the last."""
+    """Alignment of one task by layer, first its input; 95 % of chance lies from low to high."""
 
     score: tuple[float, ...]
     standard_error: tuple[float, ...]
     chance: tuple[float, ...]
     chance_low: tuple[float, ...]
-    """95 % of chance lies from here ..."""
     chance_high: tuple[float, ...]
-    """... to here."""
 
 
 class Record(StrictModel):
@@ -136,6 +132,7 @@ class Choices(StrictModel):
     """Variants from which all others are subtracted."""
 
 
+Value = TypeVar("Value")
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Quantities by variant and seed; a variant without runs has none."""
 
@@ -162,17 +159,14 @@ class Results(NamedTuple):
 
 def curves_of(record: Record) -> dict[str, dict[str, dict[int, float]]]:
     """Alignment by `<stage> <task>` and conflict by `<stage> <matrix>`: values by layer."""
-    alignment = {
-        f"{stage} {task}": dict(enumerate(curve.score))
-        for stage, curves in record.alignment.items()
-        for task, curve in curves.items()
+    return {
+        "alignment": {of: dict(enumerate(curve.score)) for of, curve in _flat(record.alignment).items()},
+        "conflict": {of: dict(sorted(layers.items())) for of, layers in _flat(record.conflict).items()},
     }
-    conflict = {
-        f"{stage} {matrix}": dict(sorted(layers.items()))
-        for stage, matrices in record.conflict.items()
-        for matrix, layers in matrices.items()
-    }
-    return {"alignment": alignment, "conflict": conflict}
+
+
+def _flat(nested: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+    return {f"{stage} {of}": value for stage, found in nested.items() for of, value in found.items()}
 
 
 def quantities(record: Record) -> dict[str, float]:
@@ -182,10 +176,8 @@ def quantities(record: Record) -> dict[str, float]:
     for kind, curves in curves_of(record).items():
         for of, layers in curves.items():
             values = [*layers.values()]
-            highest, last = max(values), values[-1]
-            found |= {f"{kind} {of} {layer}": value for layer, value in layers.items()}
-            ends = {"mean": fmean(values), "last": last, "highest": highest, "fall": highest - last}
-            found |= {f"{kind} {of} {name}": value for name, value in ends.items()}
+            ends = {"mean": fmean(values), "last": values[-1], "highest": max(values), "fall": max(values) - values[-1]}
+            found |= {f"{kind} {of} {place}": value for place, value in [*layers.items(), *ends.items()]}
     found |= {f"seconds {stage}": seconds for stage, seconds in record.seconds.items()}
     return found | {"parameters": float(record.parameters)}
 
@@ -286,12 +278,11 @@ def family(results: Results, pairs: Sequence[tuple[str, str, Sequence[str]]]) ->
 
 def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
     """Every hypothesis with its difference and what became of it, in the order of the file."""
-    found: dict[str, tuple[Hypothesis, Between, str]] = {}
-    for name in dict.fromkeys(each.family for each in results.hypotheses):
-        members = [each for each in results.hypotheses if each.family == name]
-        rows = family(results, [(each.first, each.second, each.names) for each in members])
-        found |= {each.id: (each, row, verdict(each, row)) for each, row in zip(members, rows, strict=True)}
-    return [found[each.id] for each in results.hypotheses]
+    rows = {}
+    for name in {each.family for each in results.hypotheses}:
+        pairs = [(each.first, each.second, each.names) for each in results.hypotheses if each.family == name]
+        rows[name] = iter(family(results, pairs))
+    return [(each, row := next(rows[each.family]), verdict(each, row)) for each in results.hypotheses]
 
 
 def verdict(hypothesis: Hypothesis, row: Between) -> str:
@@ -301,7 +292,7 @@ def verdict(hypothesis: Hypothesis, row: Between) -> str:
     """
     if row.found is None:
         return "not measured"
-    spreads = row.found.difference.deviation > LEAST
+    spreads = row.found.difference.deviation > 1e-9  # more than rounding
     above, below = spreads and row.wide[0] > 0, spreads and row.wide[1] < 0
     holds, contradicted = {">": (above, below), "<": (below, above), "!=": (above or below, False)}[hypothesis.sign]
     return "holds" if holds else "contradicted" if contradicted else "not settled"

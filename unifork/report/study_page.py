@@ -194,7 +194,7 @@ def _curves(results: Results, kind: str, panels: Mapping[str, Sequence[OfRun]]) 
             own = [layers for run, layers in runs if run.variant == variant.name]
             if not own:
                 continue
-            look = {"color": f"C{number % COLORS}", "linestyle": DASHES[number // COLORS % len(DASHES)]}
+            look = {"marker": ".", "color": f"C{number % COLORS}", "linestyle": DASHES[number // COLORS % len(DASHES)]}
             x, spreads = [*own[0]], [spread([layers[layer] for layers in own]) for layer in own[0]]
             means_L = np.array([each.mean for each in spreads])
             errors_L = np.array([each.deviation / each.runs**0.5 for each in spreads])

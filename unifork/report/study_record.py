@@ -179,9 +179,9 @@ def grid_prompts(items: Sequence[Item]) -> tuple[GridPrompt, ...]:
 
 def found_here(experiment: Experiment, layout: Layout, here: Mapping[str, Any]) -> Results:
     """The study as far as its runs lie in the folders of the experiment, without hypotheses."""
-    names = [(group, name) for group, seeds in experiment.groups.items() for name in seeds.values()]
-    whole = [(group, name) for group, name in names if not missing(experiment, name, layout)]
-    records = [record_of(experiment, group, name, layout, here) for group, name in whole]
+    names = {name: group for group, seeds in experiment.groups.items() for name in seeds.values()}
+    whole = [name for name in names if not missing(experiment, name, layout)]
+    records = [record_of(experiment, names[name], name, layout, here) for name in whole]
     return results_of(study_of(experiment, layout), records, experiment.name)
 
 
