@@ -57,3 +57,14 @@ def test_three_plans_are_trained_and_compared(tmp_path, monkeypatch):
     assert re.search(loss + r"(?: [\d.]+ ± [\d.]+ over 2 seeds \([^)]*\)){3}", first_screen), first_screen
     output = CliRunner().invoke(app, ["score", "compare", "mot", "unifork"]).output
     assert "shapes-understanding seen yes_no_accuracy: " in output
+    commands = {
+        "record study": [f"{name}: recorded" for name in experiment.variants],
+        "grid study --out study/grid.png --seed 1": ["3 of 3 variants"],
+        "show study --out shown --reference shared": ["shown/index.html", "shown/loss-s3.svg"],
+    }
+    for command, expected in commands.items():
+        lines = CliRunner().invoke(app, ["study", *command.split()]).output
+        assert [words for words in expected if words not in lines] == []
+    tables = (tmp_path / "shown/tables.md").read_text()
+    assert "| loss s3 shapes-caption-generate image depth 3 | unifork | 2 | " in tables
+    assert "## Differences from shared (families of 2, the variants in one score)" in tables

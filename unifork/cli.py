@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unifork.commands import model as model_group
-from unifork.commands import tokenizer
+from unifork.commands import study, tokenizer
 from unifork.commands.analyze import analyze
 from unifork.commands.doctor import doctor
 from unifork.commands.infer import describe, generate, serve
@@ -36,6 +36,7 @@ app.command(epilog="Example: unifork describe --model models/unifork-s3 --image 
 app.command(epilog="Example: unifork serve --model models/unifork-s3")(serve)
 app.add_typer(score_app, name="score")
 app.add_typer(answers_app, name="answers")
+app.add_typer(study.app, name="study")
 app.command()(inspect)
 app.command(epilog="Example: unifork new birds --from archives/birds")(new)
 app.command(epilog="Example: unifork analyze alignment models/unifork-s3 --held-out --out found")(analyze)

@@ -130,10 +130,14 @@ def compare_seeds(first: Mapping[int, Scores], second: Mapping[int, Scores]) -> 
         if len(ours) == len(theirs) == len(seeds):
             if len({(score.items_hash, score.rule) for score in ours + theirs}) > 1:
                 raise DataError(f"{' '.join(key)}: items or rules are not the same in all runs")
-            values, others = ([score.value for score in side] for side in (ours, theirs))
-            above = [a - b for a, b in zip(values, others, strict=True)]
-            found[key] = Paired(spread(values), spread(others), spread(above), *p_values(above))
+            found[key] = paired([score.value for score in ours], [score.value for score in theirs])
     return found
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """Values of two variants, paired by training seed."""
+    above = [a - b for a, b in zip(first, second, strict=True)]
+    return Paired(spread(first), spread(second), spread(above), *p_values(above))
 
 
 class Earlier(StrictModel):

@@ -226,13 +226,16 @@ class Spread(NamedTuple):
     runs: int
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Of the values of several runs, one for each seed. The interval of a single run is without bounds."""
+def spread(values: Sequence[float], outside: float = 0.05) -> Spread:
+    """Of the values of several runs, one for each seed. The interval of a single run is without bounds.
+
+    outside: probability that the interval misses.
+    """
     mean, runs = fmean(values), len(values)
     if runs == 1:
         return Spread(mean, 0.0, (-inf, inf), runs)
     deviation = stdev(values)
-    reach = t95(runs - 1) * deviation / sqrt(runs)
+    reach = t_reach(runs - 1, outside) * deviation / sqrt(runs)
     return Spread(mean, deviation, (mean - reach, mean + reach), runs)
 
 
@@ -264,7 +267,7 @@ def prediction(values: Sequence[float], fewest: int = FEWEST_IN_BAND) -> tuple[f
     """95 % prediction interval for one more run: mean +- t s sqrt(1 + 1/n). Raises DataError for fewer runs."""
     if len(values) < fewest:
         raise DataError(f"a prediction needs {fewest} runs, got {len(values)}")
-    reach = t95(len(values) - 1) * stdev(values) * sqrt(1 + 1 / len(values))
+    reach = t_reach(len(values) - 1) * stdev(values) * sqrt(1 + 1 / len(values))
     return fmean(values) - reach, fmean(values) + reach
 
 
@@ -279,12 +282,12 @@ def t_tail(t: float, freedom: int) -> float:
     return max(0.0, 1 - inside)
 
 
-def t95(freedom: int) -> float:
-    """Standard errors on each side of a 95 % interval by Student's t."""
-    low, high = 0.0, 100.0
+def t_reach(freedom: int, outside: float = 0.05) -> float:
+    """Standard errors on each side of an interval by Student's t that misses with probability `outside`."""
+    low, high = 0.0, 5 / outside
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > 0.05 else (low, middle)
+        low, high = (middle, high) if t_tail(middle, freedom) > outside else (low, middle)
     return high
 
 

@@ -7,9 +7,10 @@ file, and a table of its scores with where one more run was expected to have the
 from unifork.config import EvalCard, Experiment, TextCard, load_eval, load_text
 from unifork.errors import DataError
 from unifork.evaluation.comparison import Earlier, EarlierRun, placed, read_runs
+from unifork.evaluation.statistics import Score
 from unifork.layout import Layout
 from unifork.report.reading import read_json, scores_by_seed
-from unifork.report.surroundings import surroundings
+from unifork.report.surroundings import machine, surroundings
 from unifork.report.tables import Judged, Table
 from unifork.training.checkpoint import FINISHED
 
@@ -27,7 +28,19 @@ def is_headline(name: str, experiment: Experiment, layout: Layout) -> bool:
 
 def this_run(experiment: Experiment, name: str, layout: Layout) -> EarlierRun:
     """The scores of a variant by its cards' first rules. Raises DataError where they are not there yet."""
-    variant, found = experiment.variants[name], dict[str, Earlier]()
+    variant, scores = experiment.variants[name], first_scores(experiment, name, layout)
+    found = {key: Earlier(value=score.value, error=score.standard_error) for key, score in scores.items()}
+    runs = [read_json(layout.run(f"{name}-{stage}") / FINISHED) for stage in variant.stages]
+    seconds = sum(run["seconds"] for run in runs if run)
+    return EarlierRun(seed=variant.seed, seconds=seconds, machine=machine(surroundings(layout.root)), scores=found)
+
+
+def first_scores(experiment: Experiment, name: str, layout: Layout) -> dict[str, Score]:
+    """The scores of a variant by their cards' first rules, by `<benchmark> <split> <name>`.
+
+    Raises DataError where they are not there yet.
+    """
+    variant, found = experiment.variants[name], dict[str, Score]()
     for benchmark in experiment.all_benchmarks:
         card = card_of(benchmark, experiment, layout)
         (scores,) = scores_by_seed(layout, {variant.seed: name}, benchmark).values()
@@ -35,11 +48,8 @@ def this_run(experiment: Experiment, name: str, layout: Layout) -> EarlierRun:
             raise DataError(f"{layout.scores(name) / benchmark}: not there yet; `dvc repro` makes it")
         for (split, score_name), score in scores.items():
             if isinstance(card, TextCard) or score.rule == card.score.rules[0]:
-                found[f"{benchmark} {split} {score_name}"] = Earlier(value=score.value, error=score.standard_error)
-    runs = [read_json(layout.run(f"{name}-{stage}") / FINISHED) for stage in variant.stages]
-    seconds = sum(run["seconds"] for run in runs if run)
-    here = surroundings(layout.root)
-    return EarlierRun(seed=variant.seed, seconds=seconds, machine=f"{here['cpu']}, {here['cores']} cores", scores=found)
+                found[f"{benchmark} {split} {score_name}"] = score
+    return found
 
 
 def band(experiment: Experiment, layout: Layout) -> Table | None:

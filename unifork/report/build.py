@@ -21,10 +21,12 @@ from unifork.report.gather import dataset, tokenizer
 from unifork.report.images import grid
 from unifork.report.plots import alignment, training_plots
 from unifork.report.scores import benchmark, headlines, losses
+from unifork.report.study_page import architectures, curves
+from unifork.report.study_record import found_here
 from unifork.report.surroundings import surroundings
 from unifork.report.tables import data_uri
 
-REPORT_VERSION = 6
+REPORT_VERSION = 7
 """Raise when the same experiment should be shown otherwise."""
 FIRST = 8
 """Images of the last stage on the first screen, for each variant."""
@@ -46,12 +48,15 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     first = grid("First images", [(stage.title, stage.drawn[:FIRST]) for stage in last.values()])
     if not first.rows:
         first = training.held_out_images(list({stage.variant: stage for stage in stages if stage.held_out}.values()))
+    here, cards = surroundings(layout.root), {shown["card"].name: shown["card"] for shown in benchmarks}
+    several = len(experiment.groups) > 1 and len(experiment.seeds) > 1
+    study = found_here(experiment, layout, here) if several else None
     numbers = {shown["card"].name: shown["numbers"] for shown in benchmarks}
     return environment.get_template("page.html").render(
         experiment=experiment,
         params=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
         program=version("unifork"),
-        here=surroundings(layout.root),
+        here=here,
         ended=f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d}" if ended else "not known",
         time=training.total([stage.seconds for stage in stages]),
         first=first,
@@ -71,6 +76,12 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         held_out_numbers=training.held_out_numbers(shown, lines),
         held_out=training.held_out_tables(shown),
         held_out_images=training.held_out_images(shown),
-        alignments=[plot for key in experiment.analyzed if (plot := alignment(key, layout))],
+        architectures=architectures(study, cards) if study and benchmarks else None,
+        curves=curves(study) if study else [],
+        alignments=[
+            plot
+            for key in experiment.analyzed
+            if experiment.runs[key].variant in firsts and (plot := alignment(key, layout))
+        ],
         images=training.images_after_stages(shown),
     )

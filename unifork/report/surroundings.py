@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def surroundings(root: Path) -> dict[str, Any]:
         "gpus": (gpus or "").splitlines(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def machine(here: Mapping[str, Any]) -> str:
+    """The facts that a record of a run has of its machine, in words."""
+    return f"{here['cpu']}, {here['cores']} cores"
 
 
 def revision(root: Path) -> str:
