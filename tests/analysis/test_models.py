@@ -1,14 +1,16 @@
 """Analyses of small models: what is read, what batches and padding change (nothing), and the command."""
 
 import json
+import sys
 from math import isfinite
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import REPOSITORY, copy_of
 
-from unifork.analysis import alignment
+from unifork.analysis import alignment, gradients
 from unifork.analysis.alignment import pooled_states
 from unifork.analysis.gradients import conflicts
 from unifork.analysis.runs import RunDocuments
@@ -20,6 +22,9 @@ from unifork.errors import ConfigError, DataError
 from unifork.experiments import resolve
 from unifork.library import Model
 from unifork.models.modeling import UniForkModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+from model_samples import generation, new_model, understanding
 
 PROMPTS = [
     f"{count} {color} {shape}"
@@ -149,6 +154,12 @@ def test_gradient_conflict_is_of_shared_matrices_and_needs_two_kinds(tiny_root, 
         assert row == pytest.approx(found["matrices"][name], abs=1e-5)  # of eight documents both are one batch
     with pytest.raises(DataError, match=r"between images: documents of two kinds are needed, found \['with image'\]"):
         conflicts(model.engine.model, every, Analysis(between="images"))
+
+
+def test_a_model_that_shares_no_layer_has_no_conflict_and_a_figure_that_says_so():
+    found = conflicts(new_model("mot"), [understanding(0), generation(1)], CHOICES)
+    assert found["matrices"] == {}
+    assert "<svg" in gradients.figure(found, CHOICES)
 
 
 def run(capsys, *words):

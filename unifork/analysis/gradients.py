@@ -53,8 +53,8 @@ def mean_gradients(
 def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analysis) -> dict[str, Any]:
     """Everything that is written as `conflict.json`: of the first `pairs` documents of each kind, equally many.
 
-    The model has no other gradients switched on afterwards. Raises DataError where there are not two kinds, or where
-    they share no layer.
+    The model has no other gradients switched on afterwards. `matrices` is empty where they share no layer. Raises
+    DataError where there are not two kinds.
     """
     kinds: dict[str, list[Document]] = {}
     for document in documents:
@@ -69,10 +69,10 @@ def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analy
     model.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
-    if not weights:
-        raise DataError(f"plan {model.config.plan}: no layer is shared, so nothing can be in conflict")
-    a, b, *halves = (mean_gradients(model, [every[n] for n in order], choices.batch, weights) for order in orders)
-    found = {name: conflict((a[name], b[name]), (halves[0][name], halves[1][name])) for name in weights}
+    found = {}
+    if weights:
+        a, b, *halves = (mean_gradients(model, [every[n] for n in order], choices.batch, weights) for order in orders)
+        found = {name: conflict((a[name], b[name]), (halves[0][name], halves[1][name])) for name in weights}
     return {"documents": dict.fromkeys(kinds, count), "loss": "mean over mini-batches", "matrices": found}
 
 
