@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 )
 """`text` of a question, `image` (PNG) and `codes` of a prompt; the others are null."""
 PART = {"cpu": 32}
-"""Items of a part by kind of device, elsewhere the whole shard: fewer at once take longer, more gain a CPU nothing."""
+"""Items of a part by kind of device, elsewhere the whole shard. Fewer at once take longer (docs/evaluation.md)."""
 MADE_ON = "unifork.made_on"
 """Schema metadata of a shard: JSON with the device, number type and torch that its answers come from."""
 
