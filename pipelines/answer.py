@@ -1,6 +1,6 @@
 """Have a model answer the items of a benchmark. 1 shard of items : 1 shard of raw answers or images.
 
-A run that is killed goes on with the next shard and ends with the same answers.
+A run that is killed goes on with the next part of a shard and ends with the same answers.
 """
 
 from unifork.cluster import run_jobs

@@ -19,6 +19,7 @@ from PIL import Image
 from test_publish import HubStub, command
 from tiny import REPOSITORY, bytes_of, copy_of
 
+from unifork import __version__
 from unifork.config import Experiment, TrainResources, parse
 from unifork.errors import CheckpointError, ConfigError, DataError, IdentityError
 from unifork.filters.takedown import listing
@@ -128,6 +129,17 @@ def test_codes_of_any_key_and_number_of_images_are_decoded(root, tmp_path):
     with Image.open(folder / "samples.png") as strip, Image.open(folder / "1-0.png") as first:
         assert strip.size == (8 * 48, 48)
         assert np.array_equal(np.asarray(strip)[:, :48], np.asarray(first))
+
+
+def test_pages_without_an_address_of_the_library_have_no_command_that_installs_it(root, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(copy_of(root, tmp_path / "root"))
+    command("publish", "shapes", "--to", str(tmp_path / "codes"))
+    monkeypatch.chdir(copy_of(trained, tmp_path / "trained"))
+    command("publish", f"models/{KEY}", "--to", str(tmp_path / "model"))
+    for name, commands in {"codes": ["pip install datasets"], "model": []}.items():
+        text = (tmp_path / name / "README.md").read_text()
+        assert [line for line in text.splitlines() if line.startswith("pip ")] == commands
+        assert text.count(f"\n\nInstall the library from the source of unifork {__version__} first: no address ") == 1
 
 
 def test_the_page_says_where_the_tokenizer_is(root, tmp_path):

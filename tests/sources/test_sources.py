@@ -15,11 +15,13 @@ from archive_samples import PNG, card_of, download, filtered, gzipped, jpeg, jso
 from PIL import Image
 
 from unifork.config import load_card
+from unifork.documents.prompts import TEMPLATES, written
 from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer.views import crop_view
 from unifork.shards.task import Slice
 from unifork.sources import RowError, Source, SourceOptions, list_files, plan, rows_of, source_of
 from unifork.sources.imagenet import sentences
+from unifork.vocabulary import TURN_END
 
 DATASETS = Path(__file__).parent.parent.parent / "datasets"
 PROMPTS = b"""
@@ -366,6 +368,32 @@ def test_internvls_meta_file(at):
     assert sorted(result.rows) == ["half/000000000", "half/000000002", "twice/000000000", "twice~1/000000000"]
     assert result.rejects == [("half/000000001", "broken_line"), ("twice/000000001", "text_only"),
                             ("twice~1/000000001", "text_only")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl_sft"])
+def test_the_cards_of_instruction_tuning_keep_dialogues_without_an_image(at, name):
+    """With the template that the paper's stages read them with."""
+    folder = at / "archives" / name
+    llava_images(folder / "images")
+    if name == "llava":
+        put(folder / "llava_v1_5_mix665k.json", json.dumps(LLAVA[:2]).encode())
+    else:
+        put(folder / "a.jsonl", jsonl(LLAVA[:2]))
+        meta = {"a": {"root": "images", "annotation": "a.jsonl", "repeat_time": 1, "length": 2}}
+        put(folder / "meta.json", json.dumps(meta).encode())
+    card = load_card(name, DATASETS)
+    result = download(card, at / "raw")
+    assert result.rejects == []
+    assert [row["image"] is None for _, row in sorted(result.rows.items())] == [False, True]
+    kept = filtered(card, at / "raw", at / "filtered")
+    assert kept.rows.keys() == result.rows.keys()
+    paper = yaml.safe_load((DATASETS.parent / "experiments/paper.yaml").read_text())
+    tracks = [track for stage in paper["stages"].values() for track in stage["tracks"].values()]
+    entries = [entry for track in tracks for entry in track["mixture"] if entry["dataset"] == "internvl_sft"]
+    assert len(entries) == 2
+    for entry in entries:
+        pieces = written(TEMPLATES[entry["template"]], max(result.rows.items())[1][entry["text"]], images=0)
+        assert "".join(piece.text for piece in pieces if piece.supervised) == f" yes{TURN_END}"
 
 
 # ------------------------------------------------------------------------------------ texts alone

@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-from unifork import __version__
-
 TAKEDOWN = Path("takedown.txt")
-LIBRARY = f"unifork=={__version__}"
 
 
 def publish(
@@ -21,7 +18,7 @@ def publish(
     verify: Annotated[bool, typer.Option(help="read every published file again afterwards")] = False,
     with_tokenizer: Annotated[bool, typer.Option(help="put the image tokenizer beside codes")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="address of the image tokenizer, for the page of codes")] = None,
-    library: Annotated[str, typer.Option(help="what pip installs unifork from, for the page")] = LIBRARY,
+    library: Annotated[str | None, typer.Option(help="what pip installs unifork from, for the page")] = None,
     license: Annotated[str | None, typer.Option(help="license of a model, by the Hub's name")] = None,
 ) -> None:
     """Publish the codes of a data set, or a model: only what is missing or differs is uploaded."""
@@ -34,7 +31,7 @@ def publish(
     from unifork.publish.publication import build
     from unifork.publish.stores import open_store, reread, sync
 
-    layout, offer = Layout(), Offer(quote(library), tokenizer, with_tokenizer, license)
+    layout, offer = Layout(), Offer(library and quote(library), tokenizer, with_tokenizer, license)
     is_model = (Path(what) / model.CONFIG).exists()
     store = open_store(to, "model" if is_model else "dataset")
     place = layout.published_model(Path(what).resolve().name) if is_model else layout.published(what)

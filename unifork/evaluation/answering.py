@@ -1,7 +1,9 @@
 """The worker of the stage `answer`: shard of items in, shard of raw answers or images out.
 
-A shard is answered at once and written when it is, so a run that is killed goes on with the next one and ends with the
-same answers. The text that a model was given stands beside each answer.
+A shard is answered part by part. A part is what a model is given at once: always the same items together, since the
+last bits of their logits, and so now and then an answer, depend on that. A finished part is a file beside the shard
+until the shard is there, so a run that is killed goes on with the next part and ends with the same answers. The text
+that a model was given stands beside each answer.
 """
 
 import json
@@ -16,17 +18,19 @@ from unifork.documents.prompts import template_named
 from unifork.evaluation.names import ABSENT, identity
 from unifork.images import png
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
-from unifork.shards.manifest import read_manifest
+from unifork.shards.manifest import read_manifest, write_json
 from unifork.shards.schema import columns_of
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import CODE_DTYPE, VOCABULARY_VERSION
 
-ANSWER_VERSION = 1
+ANSWER_VERSION = 2
 """Raise when the same model would give other answers to the same items."""
 SCHEMA = pa.schema(
     [*((name, pa.string()) for name in ("id", "prompt", "text")), *((name, pa.binary()) for name in ("image", "codes"))]
 )
 """`text` of a question, `image` (PNG) and `codes` of a prompt; the others are null."""
+PART = {"cpu": 32}
+"""Items of a part by kind of device, elsewhere the whole shard. Fewer at once take longer (docs/evaluation.md)."""
 MADE_ON = "unifork.made_on"
 """Schema metadata of a shard: JSON with the device, number type and torch that its answers come from."""
 
@@ -41,34 +45,59 @@ class Answerer:
         from unifork.library import Model  # noqa: PLC0415
 
         self.request, self.model = request, Model.load(model, device, request.dtype)
-        here = {"device": torch.device(device).type, "dtype": request.dtype, "torch": torch.__version__}
-        self.schema = SCHEMA.with_metadata({MADE_ON: json.dumps(here)})
+        self.here = {"device": torch.device(device).type, "dtype": request.dtype, "torch": str(torch.__version__)}
+        self.schema = SCHEMA.with_metadata({MADE_ON: json.dumps(self.here)})
 
     def __call__(self, task: ShardTask) -> ShardResult:
         rows = input_rows(task)
         prompts = [self.request.form(row["question"]) for row in rows]
-        answered = self._images(rows, prompts) if draws(self.request) else self._texts(rows, prompts)
+        drawn = draws(self.request)
+        codes = [] if drawn else self._codes(rows)
+        most = PART.get(self.here["device"], len(rows))
+        made_with = {"inputs": task.inputs, "part": most, **self.here}
+        files: list[Path] = []
+        answers: list[str] = []
+        for start in range(0, len(rows), most):
+            part, file = slice(start, start + most), Path(f"{task.output}.{start}.json")
+            found = json.loads(file.read_text()) if file.exists() else {}
+            if found.get("made_with") != made_with:
+                first = rows[start]["number"]
+                texts = self._drawn(prompts[part], first) if drawn else self._texts(codes[part], prompts[part])
+                found = {"made_with": made_with, "answers": texts}
+                write_json(file, found)
+            files.append(file)
+            answers += found["answers"]
+        answered = self._images(answers) if drawn else [{"text": text} for text in answers]
         for row, prompt, answer in zip(rows, prompts, answered, strict=True):
             answer |= {"id": row["id"], "prompt": prompt}
-        return write_shard(task, table_of(answered, self.schema), {})
+        result = write_shard(task, table_of(answered, self.schema), {})
+        for file in files:
+            file.unlink()
+        return result
 
-    def _texts(self, rows: list[dict[str, Any]], prompts: list[str]) -> list[dict[str, Any]]:
-        """Every image is encoded once, in the padded view; its questions stand side by side."""
+    def _codes(self, rows: list[dict[str, Any]]) -> list[np.ndarray]:
+        """Of each row's image, in the padded view; every image is encoded once."""
         images = {row["sha256"]: row["bytes"] for row in rows if row["bytes"]}
         codes = dict(zip(images, self.model.images.encode_images(list(images.values())), strict=True))
-        shown = np.stack([codes[row["sha256"]] for row in rows])
-        request, engine = self.request, self.model.engine
-        texts = engine.answer_questions(shown, prompts, request.template, request.max_new_tokens)
-        return [{"text": text} for text in texts]
+        return [codes[row["sha256"]] for row in rows]
 
-    def _images(self, rows: list[dict[str, Any]], prompts: list[str]) -> list[dict[str, Any]]:
-        """What is drawn depends on the prompt and the item's number alone."""
-        request, engine, first = self.request, self.model.engine, rows[0]["number"]
-        codes = engine.generate_images(prompts, request.sampling, request.template, first=first)
-        files = [png(image) for image in self.model.images.decode_codes(codes)]
-        return [
-            {"image": file, "codes": code.astype(CODE_DTYPE).tobytes()} for file, code in zip(files, codes, strict=True)
-        ]
+    def _texts(self, codes: list[np.ndarray], prompts: list[str]) -> list[str]:
+        """Questions about one image stand side by side."""
+        request = self.request
+        return self.model.engine.answer_questions(np.stack(codes), prompts, request.template, request.max_new_tokens)
+
+    def _drawn(self, prompts: list[str], first: int) -> list[str]:
+        """Codes in hex. What is drawn depends on the prompt and the item's number alone."""
+        request = self.request
+        codes = self.model.engine.generate_images(prompts, request.sampling, request.template, first=first)
+        return [code.astype(CODE_DTYPE).tobytes().hex() for code in codes]
+
+    def _images(self, answers: list[str]) -> list[dict[str, Any]]:
+        """The images that codes in hex stand for, decoded together, with the codes."""
+        config, codes = self.model.engine.model.config, [bytes.fromhex(answer) for answer in answers]
+        codes_BND = np.frombuffer(b"".join(codes), CODE_DTYPE).reshape(-1, config.positions, config.depth)
+        files = [png(image) for image in self.model.images.decode_codes(codes_BND)]
+        return [{"image": file, "codes": code} for file, code in zip(files, codes, strict=True)]
 
 
 def draws(request: AnswerPart) -> bool:

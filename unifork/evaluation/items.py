@@ -1,8 +1,9 @@
 """Items of a benchmark: official files go in, a table of questions, truths and images comes out.
 
-The table is a folder of shards with a manifest, like all data here. A shard is what a model is given at once, so that
-answers do not depend on where a run was killed; it holds the images of its items, each once, measured when they are
-brought in: nothing else is needed to answer, and what is missing or damaged is found before any network runs.
+The table is a folder of shards with a manifest, like all data here. A shard is what a model is given at once, or in
+parts of a fixed size, so that answers do not depend on where a run was killed; it holds the images of its items, each
+once, measured when they are brought in: nothing else is needed to answer, and what is missing or damaged is found
+before any network runs.
 """
 
 import json
@@ -26,7 +27,7 @@ from unifork.shards.task import ShardTask
 ITEMS_VERSION = 1
 """Raise when the same files would give other items."""
 AT_ONCE = 64
-"""Items of a shard: what a model is given at once."""
+"""Items of a shard: what a model is given at once at most."""
 NAMED = 5
 """Faults that a message names; the others are counted."""
 TEXTS = ("id", "question", "cluster", "split", "image")

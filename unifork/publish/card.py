@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from unifork import __version__
 from unifork.config import Card
 from unifork.publish.shards import LAYOUT
 from unifork.shards.manifest import Manifest, Shard
@@ -51,14 +52,16 @@ class ViewFacts:
 class Offer:
     """What a page says beside the facts: where a stranger gets what is needed."""
 
-    library: str
-    """What pip installs the library from, as a shell takes it."""
+    library: str | None = None
+    """What pip installs the library from, as a shell takes it; None: the page names the version alone."""
     tokenizer: str | None = None
     """Address of the image tokenizer, for a page of codes without it."""
     with_tokenizer: bool = False
     """Whether it lies beside the codes."""
     license: str | None = None
     """Of a model, by the Hub's name."""
+    version: str = __version__
+    """Of the library."""
 
 
 def size_category(rows: int) -> str:
