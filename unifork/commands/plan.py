@@ -97,7 +97,12 @@ def differences(experiment: "Experiment") -> None:
         for row in dict.fromkeys(row for fact in facts for row in fact)
     }
     different = {row: cells for row, cells in rows.items() if len({*cells}) > 1}
-    _table("What differs between the variants", ["", *firsts], ([row, *cells] for row, cells in different.items()))
+    widest = 2 + max(len(cell) for cells in [[*firsts], *different.values()] for cell in cells)
+    together = max(1, (WIDTH - max(map(len, different), default=0)) // widest)
+    for start in range(0, len(firsts), together):  # as many variants in a table as have room
+        some = slice(start, start + together)
+        table = ([row, *cells[some]] for row, cells in different.items())
+        _table("What differs between the variants", ["", *[*firsts][some]], table)
     seeds = ", ".join(map(str, experiment.seeds or [experiment.training_seed]))
     same = (f"{row} {cells[0]}" for row, cells in rows.items() if row not in different)
     print(f"The same in all: {'; '.join(same)}; training seeds {seeds}; order of documents")
