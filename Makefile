@@ -4,18 +4,21 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-fast check soak lock clean
+.PHONY: demo test test-fast pages check soak lock clean
 
 demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the report
 	dvc repro
 	@unifork score band
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
-test: test-fast                 ## all tests but the long kill tests; slow ones file by file
-	python -m pytest -m "slow and not soak" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+test: test-fast                 ## all tests but pages and the long kill tests; slow ones file by file
+	python -m pytest -m "slow and not soak and not pages" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work, under two minutes
 	python -m pytest -m "not soak and not slow" -n 2 --dist worksteal --durations=15
+
+pages: $(VENV)/.installed        ## all commands of docs/howto.md and docs/own-data.md, as people type them
+	python -m pytest -m pages -n 2 --dist loadfile --durations=5
 
 check: $(VENV)/.installed       ## style and types
 	ruff check .

@@ -272,6 +272,7 @@ def test_the_model_draws_and_answers_from_the_command_line(reproduced, tmp_path)
     assert done.stderr == "error: nowhere.png: no such file\n"
 
 
+@pytest.mark.pages
 def test_the_commands_of_the_howto_page_work(reproduced):
     """Its files and its commands, in the order of the page, after all others: params.yaml and models change."""
     run(reproduced, sys.executable, "-m", "unifork.cli", "use", "micro", "--force")

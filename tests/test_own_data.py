@@ -150,6 +150,7 @@ def test_a_set_of_few_different_images_is_told_what_to_change(here, monkeypatch)
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.pages
 def test_the_example_goes_from_files_to_a_report(checkout):  # noqa: F811
     script, commands = re.findall(r"```(?:python|console)\n(.*?)```", PAGE, re.DOTALL)[:2]
     micro = checkout / "experiments/micro.yaml"
