@@ -20,6 +20,10 @@ from safetensors.torch import load_file
 from test_howto import blocks
 
 from unifork.config import Experiment, TrainResources, load
+from unifork.evaluation.comparison import read_runs
+from unifork.experiments import resolve
+from unifork.layout import Layout
+from unifork.report.band import first_scores
 from unifork.shards.manifest import read_manifest
 
 REPOSITORY = Path(__file__).parent.parent
@@ -127,6 +131,14 @@ def test_it_ends_with_the_weights_of_an_unbroken_run(reproduced, tmp_path):
     for name in ("history.csv",):
         file = Path("models") / STAGE / "training" / name
         assert (reproduced / file).read_text() == (root / file).read_text()
+
+
+def test_earlier_runs_of_the_demo_have_the_scores_that_a_run_has(reproduced):
+    """`micro` has its benchmarks, and scores them by the same cards."""
+    experiment = load(Experiment, reproduced / "params.yaml")
+    scores = first_scores(experiment, "unifork", Layout(reproduced))
+    for earlier in read_runs(reproduced / resolve("demo", reproduced / "experiments", reproduced / "datasets").band):
+        assert earlier.scores.keys() == scores.keys()
 
 
 def test_everything_is_there(reproduced):

@@ -1,6 +1,7 @@
 """`unifork plan`: what an experiment will cost, as tables, before anything runs."""
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,12 +98,15 @@ def differences(experiment: "Experiment") -> None:
         for row in dict.fromkeys(row for fact in facts for row in fact)
     }
     different = {row: cells for row, cells in rows.items() if len({*cells}) > 1}
-    widest = 2 + max(len(cell) for cells in [[*firsts], *different.values()] for cell in cells)
-    together = max(1, (WIDTH - max(map(len, different), default=0)) // widest)
-    for start in range(0, len(firsts), together):  # as many variants in a table as have room
-        some = slice(start, start + together)
-        table = ([row, *cells[some]] for row, cells in different.items())
-        _table("What differs between the variants", ["", *[*firsts][some]], table)
+    left = max(map(len, different), default=0)
+    widths = [3 + max(map(len, column)) for column in zip(firsts, *different.values(), strict=True)]
+    start = 0
+    while start < len(firsts):  # as many variants in a table as have room
+        room = takewhile(lambda total: total <= WIDTH - left, accumulate(widths[start:]))
+        some = slice(start, start + max(1, len([*room])))
+        rows_shown = ([row, *cells[some]] for row, cells in different.items())
+        _table("What differs between the variants", ["", *[*firsts][some]], rows_shown)
+        start = some.stop
     seeds = ", ".join(map(str, experiment.seeds or [experiment.training_seed]))
     same = (f"{row} {cells[0]}" for row, cells in rows.items() if row not in different)
     print(f"The same in all: {'; '.join(same)}; training seeds {seeds}; order of documents")

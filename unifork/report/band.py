@@ -5,7 +5,7 @@ file, and a table of its scores with where one more run was expected to have the
 """
 
 from unifork.config import EvalCard, Experiment, TextCard, load_eval, load_text
-from unifork.errors import DataError
+from unifork.errors import ConfigError, DataError
 from unifork.evaluation.comparison import Earlier, EarlierRun, placed, read_runs
 from unifork.evaluation.statistics import Score
 from unifork.layout import Layout
@@ -63,6 +63,6 @@ def band(experiment: Experiment, layout: Layout) -> Table | None:
             for score in placed(earlier, this_run(experiment, name, layout), name):
                 usual = "{:.2f} to {:.2f}".format(*score.usual)
                 rows.append([f"{name}: {score.name}", f"{score.value:.3f}", usual, Judged(score.inside, None)])
-    except DataError as fault:
+    except (ConfigError, DataError) as fault:
         return Table(f"Beside earlier runs ({fault})", columns, [])
     return Table(f"Beside {len(earlier)} earlier runs", columns, rows)
