@@ -188,7 +188,7 @@ class Placed(NamedTuple):
 
 
 def placed(earlier: Sequence[EarlierRun], run: EarlierRun, place: str) -> list[Placed]:
-    """Every score that all earlier runs have, beside the interval that they predict for `run`.
+    """Every score that all earlier runs have, beside the interval that they predict for `run`, cut to 0..1 for shares.
 
     Raises DataError for fewer than five earlier runs, ConfigError where the run lacks a score.
     """
@@ -197,6 +197,9 @@ def placed(earlier: Sequence[EarlierRun], run: EarlierRun, place: str) -> list[P
         if all(name in other.scores for other in earlier):
             if name not in run.scores:
                 raise unknown("score", name, run.scores, place)
-            usual = prediction([other.scores[name].value for other in earlier])
-            found.append(Placed(name, run.scores[name].value, usual))
+            values, value = [other.scores[name].value for other in earlier], run.scores[name].value
+            low, high = prediction(values)
+            if all(0 <= each <= 1 for each in [*values, value]):
+                low, high = max(low, 0.0), min(high, 1.0)
+            found.append(Placed(name, value, (low, high)))
     return found

@@ -53,16 +53,19 @@ def first_scores(experiment: Experiment, name: str, layout: Layout) -> dict[str,
 
 
 def band(experiment: Experiment, layout: Layout) -> Table | None:
-    """A row for each score and variant, or why there is none; None where the experiment names no file."""
+    """Headlines and what is outside, by variant, or why there is none; None where the experiment names no file."""
     if experiment.band is None:
         return None
-    rows, columns = [], ["Score", "This run", "Usual", "As usual"]
+    rows, counts, columns = [], [], ["Score", "This run", "Usual", "As usual"]
     try:
         earlier = read_runs(layout.root / experiment.band)
         for name in experiment.variants:
-            for score in placed(earlier, this_run(experiment, name, layout), name):
-                usual = "{:.2f} to {:.2f}".format(*score.usual)
-                rows.append([f"{name}: {score.name}", f"{score.value:.3f}", usual, Judged(score.inside, None)])
+            scores = placed(earlier, this_run(experiment, name, layout), name)
+            counts.append(f"{sum(score.inside for score in scores)} of {len(scores)} scores of {name} as usual")
+            for score in scores:
+                if not score.inside or is_headline(score.name, experiment, layout):
+                    usual = "{:.2f} to {:.2f}".format(*score.usual)
+                    rows.append([f"{name}: {score.name}", f"{score.value:.3f}", usual, Judged(score.inside, None)])
     except (ConfigError, DataError) as fault:
         return Table(f"Beside earlier runs ({fault})", columns, [])
-    return Table(f"Beside {len(earlier)} earlier runs", columns, rows)
+    return Table(f"Beside {len(earlier)} earlier runs: {'; '.join(counts)}", columns, rows)
