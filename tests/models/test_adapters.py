@@ -7,7 +7,7 @@ from model_samples import BACKBONES, gradients, largest_difference, mixed_batch,
 from unifork.config import Lora
 from unifork.training.optimizer import NEVER_CALLED, add_adapters
 
-EVERYWHERE = Lora(rank=2, alpha=3.0, modules=("*",))
+EVERYWHERE = Lora(rank=2, alpha=3, modules=("*",))
 
 
 def losses_of(model):

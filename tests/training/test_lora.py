@@ -26,7 +26,7 @@ from unifork.training.optimizer import add_adapters
 from unifork.training.stage import Training, train_stage
 
 ROOT = Path(__file__).parents[2]
-LORA = Lora(rank=4, alpha=6.0, modules=("layers.*_proj",))
+LORA = Lora(rank=4, alpha=6, modules=("layers.*_proj",))
 TRAINABLE = {
     "generation": ("layers.*.generation.*.lora_*", "image_head.*"),
     "understanding": ("layers.*.understanding.*.lora_*",),
@@ -237,4 +237,4 @@ def test_a_stage_without_is_written_as_before():
     plain = {"tracks": {}, "context": 8, "checkpoint_every": 1}
     assert "lora" not in parse(Stage, plain, "x").model_dump(mode="json")
     with_it = parse(Stage, {**plain, "lora": {"modules": ["*"]}}, "x")
-    assert with_it.model_dump(mode="json")["lora"] == {"rank": 8, "alpha": 16.0, "modules": ["*"]}
+    assert with_it.model_dump(mode="json")["lora"] == {"rank": 8, "alpha": 16, "modules": ["*"]}

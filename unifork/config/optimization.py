@@ -38,7 +38,7 @@ class Lora(StrictModel):
 
     rank: PositiveInt = 8
     """Rows of A and columns of B."""
-    alpha: PositiveFloat = 16.0
+    alpha: PositiveInt = 16
     """The product is multiplied by alpha / rank."""
     modules: tuple[str, ...]
     """Glob patterns of module names, such as `layers.*.q_proj`; they take the linear maps among what they match."""
