@@ -80,6 +80,17 @@ def test_they_are_drawn_by_seed_and_name_and_alike_in_branches():
     assert not torch.equal(drawn[1], drawn[2])
 
 
+def test_activation_checkpointing_changes_no_bit():
+    model, found = noisy_model("shared*2 task*2 norm:task").train(), []
+    add_adapters(model, EVERYWHERE, seed=0)
+    for kinds in ((), ("shared", "task", "head")):
+        model.set_activation_checkpointing(kinds)
+        losses_of(model).sum().backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys() >= factors(model, "B").keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.slow
 def test_compiled_parts_compute_the_same():
     plain, compiled = (noisy_model("shared*2 task*2 norm:task").train() for _ in range(2))
