@@ -295,5 +295,6 @@ def test_the_commands_of_the_howto_page_work(reproduced):
         elif kind == "console":
             run(reproduced, "bash", "-e", "-c", text)
     assert {path.name for path in (reproduced / "runs").glob("*")} >= {"unifork-s2-more", "unifork-s2-slow"}
-    assert (reproduced / "models/tuned-drawing/model.safetensors").exists()
+    summary = json.loads((reproduced / "models/tuned-drawing/training/summary.json").read_text())
+    assert summary["stage"]["lora"]["rank"] == 8
     assert (reproduced / "published-codes/README.md").exists()

@@ -68,7 +68,9 @@ def test_files_load(path, tmp_path):
         assert parse(Cluster, yaml.safe_load(files()[path]), path).train.workers == 2
         return
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    (tmp_path / path).write_text(files()[path])
+    for name, text in files().items():  # which may extend each other
+        if name.startswith("experiments/"):
+            (tmp_path / name).write_text(text)
     assert resolve(Path(path).stem, tmp_path / "experiments", ROOT / "datasets").runs
 
 

@@ -107,7 +107,7 @@ def test_the_lock_is_fit_for_strangers():
     assert not any(name.startswith(("nvidia", "cuda", "triton")) for name in names)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    locked = [requirement for name in ("demo", "dev", "deepspeed", "s3", "web") for requirement in extras[name]]
+    locked = [requirement for name in ("demo", "dev", "deepspeed", "lora", "s3", "web") for requirement in extras[name]]
     for requirement in [*project["dependencies"], *locked]:
         assert re.split(r"[\[<>=;]", requirement)[0].lower() in names | {"unifork"}, requirement
     assert int(next(line for line in lines if line.startswith("pandas==")).split("==")[1].split(".")[0]) < 3

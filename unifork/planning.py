@@ -24,7 +24,7 @@ from unifork.models.parameters import paper_counts, parts, with_head
 from unifork.models.warm_start import model_config
 from unifork.sources import source_of
 from unifork.training.flops import BORDER_TOKENS, PEAK_TFLOPS, Length, document_flops
-from unifork.training.optimizer import trained_names
+from unifork.training.optimizer import trained_names, with_adapters
 from unifork.vocabulary import CODE_DTYPE, TASKS, VIEW_OF_TASK, Task
 
 CHARACTERS_PER_TOKEN = 4
@@ -71,6 +71,8 @@ class TrackPlan:
     trained: int
     """Parameters that it trains."""
     entries: Sequence[EntryPlan]
+    adapters: int = 0
+    """Parameters that the stage's `lora` adds to the model."""
 
 
 def code_shape(experiment: Experiment) -> dict[str, int]:
@@ -130,10 +132,11 @@ def track_plans(
     experiment: Experiment, cards: Mapping[str, Card], name: str, model: UniForkModel, assumed: Assumptions
 ) -> Iterator[TrackPlan]:
     """Every track of every stage of a variant, in order. Raises ConfigError for a pattern without a match."""
-    sizes = {parameter_name: tensor.numel() for parameter_name, tensor in model.named_parameters()}
     flops = dict[tuple[Task, Length, frozenset[str]], float]()
     for stage_name in experiment.variants[name].stages:
         stage = experiment.stages[stage_name]
+        adapted = with_adapters(model, stage.lora, f"stages.{stage_name}.lora")
+        sizes = {parameter_name: tensor.numel() for parameter_name, tensor in adapted.named_parameters()}
         for track_name, track in stage.tracks.items():
             place = f"stages.{stage_name}.tracks.{track_name}"
             trained = frozenset(trained_names(list(sizes), track, place))
@@ -144,12 +147,13 @@ def track_plans(
                     entry, cards[entry.dataset], track, model.config.positions, stage.context, assumed, place
                 )
                 kind = (entry.task, length, trained)
-                flops[kind] = flops.get(kind) or document_flops(model, *kind)
+                flops[kind] = flops.get(kind) or document_flops(adapted, *kind)
                 documents = track.steps * track.batch_documents * entry.weight / weights
                 rows = experiment.datasets[entry.dataset].rows
                 passes = documents / rows if rows else None
                 entries.append(EntryPlan(entry, documents, passes, length, documents * flops[kind]))
-            yield TrackPlan(stage_name, track_name, track.steps, sum(map(sizes.__getitem__, trained)), entries)
+            count, added = sum(map(sizes.__getitem__, trained)), sum(sizes.values()) - model.num_parameters()
+            yield TrackPlan(stage_name, track_name, track.steps, count, entries, added)
 
 
 def variant_facts(
@@ -206,6 +210,6 @@ def prepared_bytes(experiment: Experiment, tracks: Iterable[TrackPlan]) -> dict[
 
 
 def checkpoint_bytes(model: UniForkModel, tracks: Sequence[TrackPlan]) -> int:
-    """One checkpoint of a run with these tracks: weights and codebook, and two moments per trained parameter."""
-    weights = model.codebook.numel() + sum(tensor.numel() for tensor in model.parameters())
+    """One checkpoint of a run with these tracks: weights, codebook, adapters, two moments per trained parameter."""
+    weights = model.codebook.numel() + sum(tensor.numel() for tensor in model.parameters()) + tracks[0].adapters
     return weights * FLOAT32_BYTES + sum(track.trained for track in tracks) * ADAM_BYTES

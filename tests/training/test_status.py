@@ -138,10 +138,10 @@ def test_the_share_of_a_peak_is_that_of_the_planned_flops(root):
     model, found = load_model(stage_job.start), {}
     original, shares = stage.flops_per_token, stage._token_shares
 
-    def counting(model, loader, trained):
+    def counting(model, loader, trained, lora):
         plan = loader.plan(0, 1)
         found["documents"] = [loader.document(plan, number) for number in range(len(plan.slots))]
-        found["each"] = original(model, loader, trained)
+        found["each"] = original(model, loader, trained, lora)
         found["trained"] = set(trained)
         return found["each"]
 

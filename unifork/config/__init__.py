@@ -32,7 +32,6 @@ from unifork.config.experiment import (
     NOT_IN_THE_WEIGHTS,
     Analysis,
     AnalyzedRun,
-    Averaging,
     Benchmark,
     DatasetUse,
     Experiment,
@@ -40,7 +39,6 @@ from unifork.config.experiment import (
     HeadConfig,
     LossBand,
     MixtureEntry,
-    OptimizerConfig,
     PreparedSet,
     Sampling,
     Stage,
@@ -49,6 +47,7 @@ from unifork.config.experiment import (
     Variant,
     load_experiment,
 )
+from unifork.config.optimization import Averaging, Lora, OptimizerConfig
 from unifork.config.tokenizers import (
     DecoderConfig,
     EncoderConfig,

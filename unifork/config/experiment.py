@@ -1,10 +1,11 @@
 """`params.yaml`: everything an experiment is, and nothing about where it runs."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from unifork.config.base import Fraction01, StrictModel, load
+from unifork.config.optimization import Averaging, Lora, OptimizerConfig
 from unifork.config.tokenizers import AnyTextTokenizer, AnyTokenizer
 from unifork.errors import ConfigError, unknown
 from unifork.vocabulary import Task
@@ -92,23 +93,6 @@ class MixtureEntry(StrictModel):
         return f"{self.dataset}-{self.text}-{self.template}"
 
 
-class OptimizerConfig(StrictModel):
-    """AdamW and its schedule."""
-
-    learning_rate: PositiveFloat
-    """Peak learning rate."""
-    schedule: Literal["constant", "cosine"]
-    """Constant, or a cosine to zero at the last step."""
-    warmup_steps: NonNegativeInt
-    """Steps of linear warm-up from zero."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay."""
-    betas: tuple[Fraction01, Fraction01] = (0.9, 0.999)
-    """Decay of the first and second moments."""
-    clip_norm: PositiveFloat = 1.0
-    """Largest norm of the gradient over all trained tensors."""
-
-
 class Track(StrictModel):
     """One sequence of optimizer steps over one mixture."""
 
@@ -171,15 +155,6 @@ class Validation(StrictModel):
     """Held-out prompts of the stage that are drawn at its end."""
 
 
-class Averaging(StrictModel):
-    """An exponential moving average of the weights that a stage trains."""
-
-    decay: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """At step n of a track, n from 0, averages of what it trains keep min(decay, (1 + n) / (10 + n)) of themselves."""
-    export: bool = True
-    """Whether the stage's model has the averaged weights instead of the trained ones; a checkpoint has both."""
-
-
 class Stage(StrictModel):
     """One training run: its tracks and how they take turns."""
 
@@ -207,6 +182,15 @@ class Stage(StrictModel):
     """When a loss is reported and when it stops the run."""
     ema: Averaging | None = Field(default=None, exclude_if=lambda ema: ema is None)
     """Weights averaged over the steps; None: none are."""
+    lora: Lora | None = Field(default=None, exclude_if=lambda lora: lora is None)
+    """Adapters, which `trainable` of a track names `*.lora_A.*` and `*.lora_B.*`; the maps beneath are frozen. The
+    stage's model has them added to its weights. None: there are none."""
+
+    @model_validator(mode="after")
+    def _no_average_of_adapters(self) -> Self:
+        if self.lora and self.ema:
+            raise ValueError("lora and ema exclude each other: a product of averages is not the average of products")
+        return self
 
     @property
     def entries(self) -> list[MixtureEntry]:

@@ -159,13 +159,13 @@ def _check_extended(experiment: Experiment, place: str) -> None:
 def _what_goes_on(stage: Stage) -> dict[str, Any]:
     keys = ("mixture", "batch_documents", "trainable", "without_branches")
     tracks = {f"tracks.{name}.{key}": getattr(t, key) for name, t in stage.tracks.items() for key in keys}
-    return {"context": stage.context, **tracks}
+    return {"context": stage.context, "lora": stage.lora, **tracks}
 
 
 def check_models(experiment: Experiment, place: str) -> None:
     """Backbone, plan and head of every variant, and what its stages ask of the model, which is built without memory."""
     from unifork.planning import meta_model  # noqa: PLC0415  torch is slow to import
-    from unifork.training.optimizer import trained_names  # noqa: PLC0415
+    from unifork.training.optimizer import trained_names, with_adapters  # noqa: PLC0415
 
     for name in (next(iter(seeds.values())) for seeds in experiment.groups.values()):
         variant = experiment.variants[name]
@@ -175,7 +175,6 @@ def check_models(experiment: Experiment, place: str) -> None:
             model = meta_model(experiment, _with_vocabulary(experiment, variant))
         except (ConfigError, CheckpointError) as error:
             raise type(error)(f"{place}: variants.{name}: {error}") from None
-        names = [parameter for parameter, _ in model.named_parameters()]
         longest = model.config.backbone_config().max_position_embeddings
         for stage_name in variant.stages:
             stage = experiment.stages[stage_name]
@@ -184,6 +183,8 @@ def check_models(experiment: Experiment, place: str) -> None:
                     f"{place}: stages.{stage_name}.context is {stage.context}; the backbone of variants.{name} has "
                     f"{longest} positions (max_position_embeddings)"
                 )
+            adapted = with_adapters(model, stage.lora, f"{place}: stages.{stage_name}.lora", f" (variant {name})")
+            names = [parameter for parameter, _ in adapted.named_parameters()]
             for track_name, track in stage.tracks.items():
                 trained_names(names, track, f"{place}: stages.{stage_name}.tracks.{track_name}", f" (variant {name})")
 

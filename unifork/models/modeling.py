@@ -12,6 +12,7 @@ Shape suffixes: B or R rows, T tokens of a row, X = B*T, S keys or supervised te
 M supervised image positions, D code depth, C code channels, K codebook rows, H hidden size, E head size, V words.
 """
 
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -47,6 +48,8 @@ from unifork.models.masks import VARLEN, Counts, Mask, Places, attention_mask
 from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
+# which accelerate, where both are installed, imports whenever a model is saved
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 MODEL_VERSION = 2
 """Raise when the same weights would compute something else, or the same seed draw other weights."""

@@ -104,6 +104,12 @@ def _same_model(folder: Path, wanted: UniForkConfig) -> UniForkModel:
     return model
 
 
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """What a parameter is drawn with: by (seed, name without the branch)."""
+    digest = hashlib.sha256(f"{seed} {without_branch(name)}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
 @torch.no_grad()
 def initialize(model: UniForkModel, seed: int, embedding_range: float | None = None) -> None:
     """Draw every weight by (seed, name without the branch); copies of a part start equal."""
@@ -111,9 +117,7 @@ def initialize(model: UniForkModel, seed: int, embedding_range: float | None = N
     for name, parameter in model.named_parameters():
         std = embedding_range or general if parameter is model.embed_tokens.weight else general
         if parameter.dim() > 1:
-            digest = hashlib.sha256(f"{seed} {without_branch(name)}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
+            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator_of(seed, name)))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 

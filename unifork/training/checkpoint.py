@@ -28,12 +28,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from unifork.config import fingerprint
+from unifork.config import Lora, fingerprint
 from unifork.errors import CheckpointError, MachineError, writing
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.training.history import FILE
-from unifork.training.optimizer import Average, Optimizers
+from unifork.training.optimizer import Average, Optimizers, add_adapters
 from unifork.training.strategies import Strategy
 from unifork.weights import check_fit, read_json
 
@@ -251,18 +251,19 @@ def start(
     return state
 
 
-def whole_model(path: Path, start: Path, averaged: bool = False) -> UniForkModel:
+def whole_model(path: Path, start: Path, averaged: bool = False, lora: Lora | None = None) -> UniForkModel:
     """The model of a checkpoint in one piece on the CPU, whatever strategy wrote it.
 
     start: model directory the run began with, which has the configuration. averaged: with the average of what was
-    trained. Raises CheckpointError.
+    trained. lora: adapters of the checkpoint, which are added to the weights. Raises CheckpointError.
     """
     model = load_model(start)
+    adapters = add_adapters(model, lora, seed=0)
     tensors = all_tensors(model)
     _read(path, "model", tensors)
     if averaged:
         _read(path, "ema", {name: tensors[name] for name in _stored(FileSystemReader(path), "ema")})
-    return model
+    return cast(UniForkModel, adapters.merge_and_unload()) if adapters else model
 
 
 def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:

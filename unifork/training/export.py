@@ -32,7 +32,8 @@ TRAINING, SUMMARY = "training", "summary.json"
 def export(done: "Training", path: Path) -> None:
     """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
     job, rows = done.job, read(done.job.run_folder)
-    model = checkpoint.whole_model(path, job.start, averaged=job.stage.ema is not None and job.stage.ema.export)
+    averaged = job.stage.ema is not None and job.stage.ema.export
+    model = checkpoint.whole_model(path, job.start, averaged, job.stage.lora)
     with whole_folder(job.model_folder) as partial:
         model.save_pretrained(partial)
         for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):

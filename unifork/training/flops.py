@@ -22,9 +22,11 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Document, pack
+from unifork.config import Lora
 from unifork.documents.loader import TrackLoader
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
+from unifork.training.optimizer import add_adapters
 from unifork.vocabulary import Task
 
 PEAK_TFLOPS: dict[str, float] = yaml.safe_load((Path(__file__).parents[1] / "chips.yaml").read_text())
@@ -52,10 +54,11 @@ def peak_flops(device_name: str) -> float | None:
     return PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else None
 
 
-def flops_per_token(model: UniForkModel, loader: TrackLoader, trained: Iterable[str]) -> float:
+def flops_per_token(model: UniForkModel, loader: TrackLoader, trained: Iterable[str], lora: Lora | None) -> float:
     """FLOPs of a track's documents, forward and backward, by their tokens: of the first ones of its first step."""
     with torch.device("meta"):
         outline = UniForkModel(model.config)
+    add_adapters(outline, lora, seed=0)
     plan = loader.plan(0, 1)
     documents = [loader.document(plan, number) for number in range(min(SAMPLE, len(plan.slots)))]
     return _flops(outline, documents, trained) / sum(map(len, documents))

@@ -1,17 +1,22 @@
-"""What is trained, and how: name patterns, AdamW and its schedule, the average of weights."""
+"""What is trained, and how: name patterns, adapters, AdamW and its schedule, the average of weights."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from unifork.config import OptimizerConfig, Track
+from unifork.config import Lora, OptimizerConfig, Track
 from unifork.errors import ConfigError
-from unifork.models.warm_start import branch_of
+from unifork.models.modeling import UniForkModel
+from unifork.models.warm_start import branch_of, generator_of
 from unifork.vocabulary import TASKS
 
 Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]
@@ -21,21 +26,57 @@ Parts = Mapping[str, Sequence[nn.Parameter]]
 Read = Callable[[str, dict[str, Tensor]], None]
 """Fills tensors from those below a part of a checkpoint, such as `optimizer/<track>`."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+NEVER_CALLED = ("lm_head", "image_head.classifier")
+"""Linear maps whose weights the losses read, past any adapter."""
+UNDER_ADAPTER = ".base_layer."
+"""In the names of parameters that have an adapter beside them."""
+
+
+def add_adapters(model: UniForkModel, lora: Lora | None, seed: int, place: str = "lora", variant: str = "") -> Any:
+    """Put adapters beside the linear maps that a stage names, in place. The model computes what it did: B is zero.
+
+    A is drawn as peft does, by (seed, name without the branch). Returns peft's tuner, None without `lora`. Raises
+    ConfigError without peft, and when a pattern matches no linear map that is called.
+    """
+    if lora is None:
+        return None
+    if find_spec("peft") is None:
+        raise ConfigError(f"{place}: needs peft, which is not installed: pip install 'unifork[lora]'")
+    from peft import LoraConfig, LoraModel  # noqa: PLC0415  an extra
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    fitting = [name for name in linear if name not in NEVER_CALLED]
+    chosen = trainable_names(fitting, lora.modules, f"{place}.modules{variant}", "linear maps that can have adapters")
+    exactly = "|".join(map(re.escape, chosen))
+    with torch.random.fork_rng(devices=[]), torch.device(model.device):
+        tuner = LoraModel(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=exactly), "default")
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator_of(seed, name))
+    return tuner
+
+
+def with_adapters(model: UniForkModel, lora: Lora | None, place: str, variant: str = "") -> UniForkModel:
+    """A copy of a model on the meta device with a stage's adapters; the model itself where there are none."""
+    outline = deepcopy(model) if lora else model
+    add_adapters(outline, lora, 0, place, variant)
+    return outline
 
 
 def trained_names(names: Sequence[str], track: Track, place: str, variant: str = "") -> list[str]:
     """The parameters of a model that a track trains: another choice where its plan has no branches for tasks.
 
-    place, variant: what an error says. Raises ConfigError when a pattern matches nothing.
+    What has an adapter beside it is not among them. place, variant: what an error says. Raises ConfigError when a
+    pattern matches nothing.
     """
-    key = "trainable"
+    names, key = [name for name in names if UNDER_ADAPTER not in name], "trainable"
     if track.without_branches is not None and not any(branch_of(name) in TASKS for name in names):
         key = "without_branches"
     return trainable_names(names, getattr(track, key), f"{place}.{key}{variant}")
 
 
-def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -> list[str]:
-    """Parameters that match a glob pattern; a pattern starting with `!` takes names out again.
+def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str, kind: str = "parameters") -> list[str]:
+    """Names that match a glob pattern; a pattern starting with `!` takes names out again. kind: what they are of.
 
     Raises ConfigError when a pattern matches nothing, listing the names nearest to it.
     """
@@ -46,7 +87,7 @@ def trainable_names(names: Sequence[str], patterns: Iterable[str], place: str) -
         if not matched:
             near = get_close_matches(glob.replace("*", ""), names, n=4, cutoff=0.3)
             raise ConfigError(
-                f"{place}: the pattern {pattern!r} matches none of the {len(names)} parameters; "
+                f"{place}: the pattern {pattern!r} matches none of the {len(names)} {kind}; "
                 f"nearest names: {', '.join(near) or ', '.join(names[:4])}"
             )
         chosen = chosen.difference(matched) if remove else chosen.union(matched)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Stage, StrictModel, TrainResources, fingerprint
+from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Lora, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import MachineError, writing
+from unifork.errors import ConfigError, MachineError, writing
 from unifork.layout import MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
@@ -33,9 +33,9 @@ from unifork.training.flops import flops_per_token, peak_flops
 from unifork.training.history import History, Log, Progress, Startup, read
 from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
-from unifork.training.optimizer import Average, freeze_all_but
+from unifork.training.optimizer import Average, add_adapters, freeze_all_but
 from unifork.training.recovery import check_extended, settle
-from unifork.training.strategies import barrier, group_of_one, strategy
+from unifork.training.strategies import DEEPSPEED, barrier, group_of_one, strategy
 from unifork.training.validation import Validation, summary_of
 from unifork.training.watch import STOPPED, Watch
 from unifork.vocabulary import VOCABULARY_VERSION
@@ -154,12 +154,15 @@ class Training:
         self.startup = startup = Startup()
         self.job, self.run, self.log, self.stage, self.mark = job, run, log, job.stage, job.fingerprint()
         self.lead, self.order = run.rank == 0, turns(job.stage)
+        if self.stage.lora and run.workers > 1 and job.resources.shard in DEEPSPEED:
+            raise ConfigError(f"cluster file: shard: {job.resources.shard}: not with lora; use none, node or all")
         startup.mark("imports and hashes of the inputs")
         if self.lead:
             _make_room(job, self.mark, log)
         barrier()
         startup.mark("checking the checkpoint")
         self.model = model = load_model(job.start, attention=VARLEN)
+        add_adapters(model, self.stage.lora, job.seed)
         model.to(torch.device(run.device))  # type: ignore[arg-type]
         model.set_activation_checkpointing(job.resources.activation_checkpointing)
         if job.resources.compile:
@@ -216,7 +219,7 @@ class Training:
         if self.lead:
             self.history = History(job.run_folder, self.state.total, self.log, find_loggers(job.resources.loggers))
             self.progress.write()
-            self.progress.token_shares = _token_shares(run.device, run.workers, self.model, self.tracks)
+            self.progress.token_shares = _token_shares(run.device, run.workers, self.model, self.tracks, stage.lora)
         started_up, minutes = not self.lead, stage.checkpoint_minutes
         interval = 60 * minutes if minutes and self.lead else math.inf
         requests.save_at = time.monotonic() + interval
@@ -297,12 +300,14 @@ class Training:
             log(f"quarantined: {count} x {reason}")
 
 
-def _token_shares(device: str, workers: int, model: UniForkModel, tracks: dict[str, TrackRun]) -> dict[str, float]:
+def _token_shares(
+    device: str, workers: int, model: UniForkModel, tracks: dict[str, TrackRun], lora: Lora | None
+) -> dict[str, float]:
     """Of the peak of all workers' chips that a token a second of each track is; nothing for one without a peak."""
     peak = peak_flops(torch.cuda.get_device_name(device)) if device != "cpu" else None
     if peak is None:
         return {}
-    costs = {name: flops_per_token(model, run.loader, run.parameters) for name, run in tracks.items()}
+    costs = {name: flops_per_token(model, run.loader, run.parameters, lora) for name, run in tracks.items()}
     return {name: flops / (peak * workers) for name, flops in costs.items()}
 
 

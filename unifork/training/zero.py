@@ -6,7 +6,6 @@ with the other strategies. A checkpoint gets what is sharded gathered tensor by 
 one worker, so it is the same as any other checkpoint and fits any number of workers.
 """
 
-import logging
 import os
 import warnings
 import zlib
@@ -205,7 +204,6 @@ def _deepspeed(device: str) -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")  # asked for, and not used where a process group is there
     import deepspeed  # noqa: PLC0415  an extra
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of its own calls
     # not to be compiled at run time; all runs of a user without a port would share its memory by name
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
