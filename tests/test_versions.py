@@ -24,7 +24,7 @@ STAGES_OF = {
     "MODEL_VERSION": "init train answer text analyze report",
     "TRAIN_VERSION": "train report",
     "ITEMS_VERSION": "items examine score report",
-    "ANSWER_VERSION": "answer",
+    "ANSWER_VERSION": "answer report",
     "EXAMINE_VERSION": "examine",
     "SCORE_VERSION": "score report",
     "TEXT_VERSION": "text",
