@@ -84,10 +84,10 @@ def machine(_: Here) -> Finding:
 
 
 def versions(_: Here) -> Finding:
-    """Installed distributions against requirements.lock; builds of one version (`+cpu`) are equal."""
+    """Installed distributions, as Python finds them first, against requirements.lock; builds of one version (`+cpu`) are equal."""
     if not LOCK.exists():
         return "not run", "no requirements.lock beside the package"
-    installed = {found.name.lower().replace("_", "-"): found.version for found in distributions()}
+    installed = {found.name.lower().replace("_", "-"): found.version for found in reversed([*distributions()])}
     locked = dict(line.lower().replace("_", "-").split("==") for line in LOCK.read_text().split())
     there = {name: installed[name] for name in locked if name in installed}  # the others belong to extras
     others = [f"{name} {now}, not {locked[name]}" for name, now in there.items() if now.split("+")[0] != locked[name]]
