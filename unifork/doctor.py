@@ -84,7 +84,7 @@ def machine(_: Here) -> Finding:
 
 
 def versions(_: Here) -> Finding:
-    """Installed distributions, as Python finds them first, against requirements.lock; builds of one version (`+cpu`) are equal."""
+    """Distributions that Python imports against requirements.lock; builds of one version (`+cpu`) are equal."""
     if not LOCK.exists():
         return "not run", "no requirements.lock beside the package"
     installed = {found.name.lower().replace("_", "-"): found.version for found in reversed([*distributions()])}
