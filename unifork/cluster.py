@@ -153,16 +153,26 @@ def check_shared(path: str, patience_seconds: float = 5.0) -> None:
         time.sleep(0.2)
 
 
-def on_every_node(look: Callable[..., Any], *arguments: object, seconds: float = 120.0) -> list[tuple[str, float, Any]]:
-    """Call a function on every living node: name and address, number of GPUs, what it returned or the error.
+def living_nodes() -> list[dict[str, Any]]:
+    """Ray's own words for its nodes: `NodeID`, `Resources`, and others. To be called while Ray runs."""
+    import ray
 
-    To be called while Ray runs; nodes that do not answer in time have a TimeoutError.
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def on_every_node(
+    look: Callable[..., Any], *arguments: object, gpus: int = 0, seconds: float = 120.0
+) -> list[tuple[str, float, Any]]:
+    """Call a function on every living node at once: name and address, number of GPUs, what it returned or the error.
+
+    gpus: that each call takes; nodes with fewer are left out. To be called while Ray runs; nodes that do not answer in
+    time have a TimeoutError.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(look)
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(look)
+    nodes = [node for node in living_nodes() if node["Resources"].get("GPU", 0) >= gpus]
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     calls = [task.options(scheduling_strategy=place).remote(*arguments) for place in places]
     ray.wait(calls, num_returns=len(calls), timeout=seconds)

@@ -18,11 +18,15 @@ from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
-from unifork.cluster import check_shared, local_ray, on_every_node
+from unifork.cluster import check_shared, living_nodes, local_ray, on_every_node
 from unifork.config import load_cluster
+from unifork.errors import MachineError
 from unifork.jobs import run_stage
+from unifork.processes import meet
 
 LEAST_FREE_GB, LEAST_SHM_GB, LARGEST_SKEW_SECONDS = 1, 1, 5
+REDUCED = 16_000_000
+"""Numbers of four bytes."""
 LOCK = Path(__file__).parents[1] / "requirements.lock"
 MODULE = "unifork.nodes"
 
@@ -75,8 +79,35 @@ def look(path: str, expected: dict[str, str]) -> tuple[list[str], list[str], flo
     return wrong, there, time.time()
 
 
-def main(name: str) -> None:
-    """Look at every node, from one of them. Exit code 1 where something is wrong."""
+def meet_here(folder: str, nodes: list[str], backend: str) -> float:
+    """This node's part of an all-reduce over all of them, as `meet`. nodes: Ray's ids."""
+    import ray  # noqa: PLC0415
+
+    rank = nodes.index(ray.get_runtime_context().get_node_id())
+    return meet(rank, len(nodes), backend, folder, REDUCED)
+
+
+def bandwidth(root: str) -> str:
+    """One line: how fast nodes add up numbers together, by nccl where two have GPUs. Raises MachineError."""
+    nodes = living_nodes()
+    gpus = int(sum(node["Resources"].get("GPU", 0) > 0 for node in nodes) > 1)
+    backend, ids = ("gloo", "nccl")[gpus], [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0) >= gpus]
+    if len(ids) < 2:
+        return "all-reduce: one node, nothing to measure"
+    with tempfile.TemporaryDirectory(dir=root, prefix=".doctor-") as folder:
+        os.chmod(folder, 0o777)
+        found = on_every_node(meet_here, folder, ids, backend, gpus=gpus)
+    for name, _, answer in found:
+        if isinstance(answer, Exception):
+            raise MachineError(
+                f"all-reduce by {backend}: {name}: {' '.join(str(answer).split())[-300:] or 'no answer'}"
+            )
+    slowest = min(answer for _, _, answer in found)
+    return f"all-reduce of {4 * REDUCED / 1e6:.0f} MB over {len(ids)} nodes by {backend}: {slowest:.2f} GB/s"
+
+
+def main(name: str, reduce: str = "") -> None:
+    """Look at every node, from one of them. reduce: anything, for an all-reduce. Exit code 1 where something fails."""
     path, failed = os.path.abspath(name), False
     check_shared(path)
     with local_ray(load_cluster()), open(path, "r+") as file:
@@ -94,14 +125,17 @@ def main(name: str) -> None:
             print(
                 f"{node:30} {'failed' if wrong else 'ok':7} {'; '.join([*wrong, f'{gpus:g} GPUs', *there])}", flush=True
             )
+        if reduce:
+            print(bandwidth(str(Path(path).parent)), flush=True)
     sys.exit(failed)
 
 
-def examine_nodes() -> None:
+def examine_nodes(reduce: bool) -> None:
     """Run `main` where the cluster file says. Ends the program."""
     with submitted_file() as name:
-        run_stage(partial(main, name), MODULE, [name])
+        arguments = [name, *["reduce"] * reduce]
+        run_stage(partial(main, *arguments), MODULE, arguments)
 
 
 if __name__ == "__main__":
-    run_stage(partial(main, sys.argv[1]), MODULE, sys.argv[1:])
+    run_stage(partial(main, *sys.argv[1:]), MODULE, sys.argv[1:])

@@ -15,12 +15,21 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from unifork.errors import MachineError, UniForkError, writing
 
+LEASE_SECONDS = 180.0
+"""How long the lock of a lost machine may be held: the lease of an NFS server is about 90 s by default."""
+PRINT = partial(print, flush=True)
+SUMS = 5
+"""That `meet` takes the time of."""
+ON = " on "
+"""In the lock file, between the process and its machine."""
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h; the signal also needs a parent that is one program, without a shell between."""
 
@@ -50,11 +59,15 @@ def lock_path(folder: Path | str) -> Path:
 
 
 @contextmanager
-def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
+def exclusive(
+    folder: Path | str, wait_seconds: float = 10.0, say: Callable[[str], object] | None = None
+) -> Iterator[None]:
     """Be the only program that writes a folder, on all machines that share it where `flock` holds across machines.
 
     Waits a few seconds, since an orphan may be about to die, then raises UniForkError naming the folder and
-    the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`.
+    the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`; that of
+    another machine is waited for as long as a file server may keep the lock of a client that died (LEASE_SECONDS).
+    say: gets a line where that is long; without it the line is printed.
     """
     path = lock_path(folder)
     if path.parent.exists() and os.statvfs(path.parent).f_flag & os.ST_RDONLY:
@@ -62,17 +75,24 @@ def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_seconds
+    started, elsewhere = time.monotonic(), False
     while (handle := _try_lock(path)) is None:
-        if time.monotonic() >= deadline:
+        holder, before = _holder(path), elsewhere
+        elsewhere = ON in holder and not holder.endswith(ON + socket.gethostname())
+        patience = max(LEASE_SECONDS, wait_seconds) if elsewhere else wait_seconds
+        if elsewhere and not before:
+            (say or PRINT)(
+                f"{folder}: locked by {holder}; waiting up to {patience:g} s, since that machine may be lost"
+            )
+        if time.monotonic() - started >= patience:
             raise UniForkError(
-                f"{folder}: being written by {_holder(path)}, which still lives after {wait_seconds:g} seconds. "
+                f"{folder}: being written by {holder}, which still lives after {patience:g} seconds. "
                 f"Wait for it or stop it, then start again; the lock {path} goes away with it"
             )
         time.sleep(0.1)
     try:
         os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(handle, f"process {os.getpid()}{ON}{socket.gethostname()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held: nobody can lock the file of a dead name
@@ -107,17 +127,28 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def meet(rank: int, workers: int, backend: str, folder: str) -> None:
+def meet(rank: int, workers: int, backend: str, folder: str, numbers: int = 1024) -> float:
     """Add numbers up over processes, each of which calls this; here, where starting one imports nothing but torch.
 
-    backend: `gloo`, or `nccl` with a GPU for each. folder: an empty one. Raises RuntimeError for a wrong sum.
+    backend: `gloo`, or `nccl` with a GPU for each. folder: an empty one that all see. Returns GB/s: bytes of the
+    numbers by seconds of a sum. Raises RuntimeError for a wrong sum.
     """
     import torch  # noqa: PLC0415
 
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=workers)
-    value = torch.full((1024,), rank + 1.0, device=device)
-    torch.distributed.all_reduce(value)
+    gpu = backend == "nccl"
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
+    torch.distributed.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=workers, timeout=timedelta(seconds=60)
+    )
+    value = torch.full((numbers,), rank + 1.0, device=device)
+    torch.distributed.all_reduce(value)  # connects
+    right = bool((value == workers * (workers + 1) / 2).all())
+    started = time.perf_counter()
+    for _ in range(SUMS):
+        torch.distributed.all_reduce(value)
+    float(value[0])  # waits for a device
+    seconds = time.perf_counter() - started
     torch.distributed.destroy_process_group()
-    if not bool((value == workers * (workers + 1) / 2).all()):
-        raise RuntimeError(f"the sum of 1 to {workers} came out as {float(value[0])}")
+    if not right:
+        raise RuntimeError(f"the sum of 1 to {workers} came out wrong")
+    return SUMS * value.nbytes / seconds / 1e9

@@ -74,8 +74,8 @@ def ray_up_problems(config: dict[str, Any]) -> list[str]:
             found.append(f"{name}: spot is for workers")
         if kind.get("min_workers", 0) != kind.get("max_workers", 0):
             found.append(f"{name}: workers come and go")
-    if config["provider"]["type"] == "aws" and "IpPermissions" not in config["provider"].get("security_group", {}):
-        found.append("provider: port 22 is open to everybody")
+        if config["provider"]["type"] == "aws" and "SecurityGroupIds" not in kind["node_config"]:
+            found.append(f"{name}: port 22 is open to everybody")  # in a group that Ray makes
     return found
 
 
@@ -96,7 +96,7 @@ BROKEN_RAY_UP = [
     ("available_node_types/head/resources", {"CPU": 8}, "the head gets work"),
     ("available_node_types/head/node_config/x", {"MarketType": "SPOT"}, "head: spot is for workers"),
     ("available_node_types/gpu/min_workers", 0, "gpu: workers come and go"),
-    ("provider/security_group", None, "port 22 is open"),
+    ("available_node_types/gpu/node_config/SecurityGroupIds", None, "gpu: port 22 is open"),
 ]
 
 

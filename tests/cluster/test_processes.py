@@ -1,10 +1,12 @@
 """A program dies with its parent, and a lock dies with its program; shown with real processes."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -104,6 +106,34 @@ def test_lock_lies_beside_the_folder_and_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with exclusive(folder):
         pass
+
+
+def test_the_lock_of_another_machine_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server frees the lock of a machine without power when its lease ends, which is longer than an orphan."""
+    folder, lines = tmp_path / "run", list[str]()
+    held, writes = threading.Event(), threading.Event()
+
+    def lost() -> None:
+        with open(lock_path(folder), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write("process 7 on another")
+            file.flush()
+            held.set()
+            writes.wait(60)
+
+    thread = threading.Thread(target=lost)
+    thread.start()
+    held.wait()
+    monkeypatch.setattr("unifork.processes.LEASE_SECONDS", 0.5)
+    refused = pytest.raises(UniForkError, match=r"run: being written by process 7 on another, .* after 0\.5 seconds")
+    with refused, exclusive(folder, wait_seconds=0, say=lines.append):
+        pass
+    assert lines == [f"{folder}: locked by process 7 on another; waiting up to 0.5 s, since that machine may be lost"]
+    monkeypatch.setattr("unifork.processes.LEASE_SECONDS", 60)
+    threading.Timer(0.3, writes.set).start()
+    with exclusive(folder, wait_seconds=0):
+        assert lock_path(folder).read_text().startswith(f"process {os.getpid()} on ")
+    thread.join()
 
 
 def test_many_processes_take_turns(tmp_path: Path) -> None:

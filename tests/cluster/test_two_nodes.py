@@ -1,6 +1,7 @@
 """Two nodes in token mode, on this machine: the second does not see the experiment, as without the shared disk."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,3 +119,7 @@ def test_what_a_node_without_the_disk_and_a_driver_with_cpus_do(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "driver on the second node" in done.stdout
     assert "1 shards" in done.stdout
+
+    done = run(head, both_see, "unifork.cli", "doctor", "--cluster", "two.yaml", "--bandwidth")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^all-reduce of 64 MB over 2 nodes by gloo: \d+\.\d\d GB/s$", done.stdout, re.MULTILINE)

@@ -1,9 +1,13 @@
 """A worker process or a whole node dies inside a running fit: it is replaced and training goes on."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -62,7 +66,19 @@ def lose_a_node(stage_job, cluster):
         cluster.add_node(num_cpus=1)
 
 
-@pytest.mark.parametrize("loss", [kill_the_lead, lose_a_node])
+def drain_a_node(stage_job, cluster):
+    """A cloud's notice, as whoever reads it passes it on; then the machine that replaces the one that leaves."""
+    node = sorted(cluster.worker_nodes, key=lambda node: node.unique_id)[0]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]
+    command = [Path(sys.executable).with_name("ray"), "drain-node", "--address", cluster.address, "--node-id"]
+    subprocess.run(
+        [*command, node.node_id, *reason, "600"], check=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"}
+    )
+    with mock.patch("ray._private.utils.set_sigterm_handler"):
+        cluster.add_node(num_cpus=1)
+
+
+@pytest.mark.parametrize("loss", [kill_the_lead, lose_a_node, drain_a_node])
 def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_path, loss):
     from unifork.training.launch import launch
 
@@ -88,7 +104,11 @@ def test_what_is_lost_is_replaced_and_training_goes_on(cluster, prepared, tmp_pa
         ended.set()
         watcher.join()
     assert lost
-    assert "continuing from step" in (stage_job.run_folder / "log.txt").read_text()
+    log = (stage_job.run_folder / "log.txt").read_text()
+    assert "continuing from step" in log
+    if loss is drain_a_node:  # which has time to save: no step is trained again
+        (saved,) = re.findall(r"stopped by a signal after step (\d+) of", log)
+        assert f"continuing from step {saved} of" in log
     history = read(stage_job.run_folder)
     assert [row["documents_hash"] for row in history] == [row["documents_hash"] for row in unbroken]
     for ours, theirs in zip(history, unbroken, strict=True):

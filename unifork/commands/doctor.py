@@ -10,6 +10,7 @@ import typer
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="a list of objects with check, verdict and text")] = False,
     cluster: Annotated[str | None, typer.Option(help="cluster file: one line for each node instead")] = None,
+    bandwidth: Annotated[bool, typer.Option(help="with --cluster: time an all-reduce over the nodes, too")] = False,
 ) -> None:
     """Check this machine, what runs on it and what the cluster file asks for; exit code 1 where something failed."""
     from unifork.config import CLUSTER, load_cluster, load_experiment
@@ -19,7 +20,7 @@ def doctor(
 
     if cluster:
         os.environ[CLUSTER] = cluster
-        examine_nodes()
+        examine_nodes(bandwidth)
     here = Here(load_cluster(), load_experiment() if Layout().params.exists() else None)
     found = []
     for name in CHECKS:

@@ -6,7 +6,9 @@ checkpoints come and `max_restarts` times from the same one. A worker says first
 the data. A UniForkError is nobody's loss and would come again, so it is no error to Ray: the
 worker leaves it as a message and returns, the others see that and return too, wherever they wait for
 each other, and whoever launched the stage raises it. A signal to the program takes the same way to the
-workers. Messages are held in memory by an actor: a disk that is full would take no file.
+workers, and so does the notice that a node of theirs is about to be taken away (drained): they save the step and
+return, and the next fit begins on other nodes. Messages are held in memory by an actor: a disk that is full would take
+no file.
 """
 
 # ruff: noqa: PLC0415  Ray is slow to import, and small stages do without
@@ -38,6 +40,8 @@ from unifork.training.stage import StageJob, train_stage
 
 POLL_SECONDS, SILENT_SECONDS = 0.5, 30.0
 """Between looks at workers; and how long nothing may be heard of them before a line says what they wait for."""
+LEAVES = signal.SIGUSR1
+"""What workers get when one of their nodes is about to be taken away."""
 
 
 def launch(job: StageJob) -> None:
@@ -87,7 +91,12 @@ def _fit(job: StageJob, requests: Requests) -> None:
         with shared_file(job.layout.ray_train) as shared:
             while True:
                 try:
-                    return _fit_once(job, requests, messages, shared)
+                    if _fit_once(job, requests, messages, shared):
+                        return
+                    print(
+                        f"{job.key}: a node is about to be taken away; going on elsewhere from {_saved(job)}",
+                        flush=True,
+                    )
                 except TrainingFailedError as error:
                     before, saved = saved, _saved(job)
                     failures = failures + 1 if saved == before else 1
@@ -105,8 +114,10 @@ def _saved(job: StageJob) -> str:
     return pointer.read_text().strip() if pointer.exists() else "the beginning"
 
 
-def _fit_once(job: StageJob, requests: Requests, messages: Any, shared: str) -> None:
+def _fit_once(job: StageJob, requests: Requests, messages: Any, shared: str) -> bool:
+    """Whether training ended; otherwise everything is saved, and a node is about to be taken away."""
     import ray
+    from ray._private.state import state  # which Ray Train asks, too: there is no public way to hear of it
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -118,20 +129,29 @@ def _fit_once(job: StageJob, requests: Requests, messages: Any, shared: str) -> 
         torch_config=TorchConfig(backend=backend, timeout_s=job.resources.collective_timeout_seconds),
         run_config=RunConfig(name=f"{job.key}-{job.fingerprint()}", storage_path=str(job.layout.ray_train)),
     )
+    ray.get(messages.begin.remote())
     fit, announced = _in_thread(trainer.fit), 0  # in the main thread Ray would take SIGINT for itself
     look_at = time.monotonic() + SILENT_SECONDS
     while not wait([fit], timeout=POLL_SECONDS).done:
-        if requests.signal and not announced:
+        if not announced:
             announced = requests.signal
-            ray.get(messages.announce.remote(announced))
+            leaving = [*state.get_draining_nodes()]
+            if not announced and leaving and ray.get(messages.among.remote(leaving)):
+                announced = LEAVES
+            if announced:
+                ray.get(messages.announce.remote(announced))
         if time.monotonic() >= look_at:
             look_at += SILENT_SECONDS
             if ray.get(messages.silence.remote()) >= SILENT_SECONDS:
                 print(f"{job.key}: waiting for {room(**scaling(job.resources))}", flush=True)
     end, _ = ray.get(messages.read.remote())
     if end:  # before what Ray says of workers that it took down with it
-        raise Stopped(announced or signal.SIGTERM) if end[0] == Stopped.__name__ else getattr(errors, end[0])(end[1])
+        if end[0] != Stopped.__name__:
+            raise getattr(errors, end[0])(end[1])
+        if requests.signal or announced != LEAVES:
+            raise Stopped(requests.signal or signal.SIGTERM)
     fit.result()
+    return not end
 
 
 def _messages_name(job: StageJob) -> str:
@@ -167,6 +187,7 @@ def _worker(config: dict[str, Any]) -> None:
         report=ray.train.report,
     )
     messages: Any = ray.get_actor(_messages_name(job))
+    node = ray.get_runtime_context().get_node_id()
 
     def train() -> None:
         check_shared(config["shared"])
@@ -177,7 +198,7 @@ def _worker(config: dict[str, Any]) -> None:
     work = _in_thread(train)
     try:
         while not wait([work], timeout=POLL_SECONDS).done:
-            left: tuple[Any, int] = ray.get(messages.read.remote())
+            left: tuple[Any, int] = ray.get(messages.read.remote(node))
             end, number = left
             if end:
                 return

@@ -80,23 +80,34 @@ def signals(receive: Callable[[int], None]) -> Iterator[None]:
 
 
 class Messages:
-    """What workers and the program that launched them leave for each other.
+    """What the workers of one fit and the program that launched them leave for each other.
 
     An actor, whose process has to import this module alone: it stands here because that is quick.
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Of a fit: nothing of the one before counts."""
         self.end: tuple[str, str] | None = None
         """Type and text of the UniForkError or Stopped that ended a worker first."""
         self.signal = 0
         """What the program received."""
         self.heard = time.monotonic()
         """When a worker last asked."""
+        self.nodes = set[str]()
+        """Where workers are."""
 
-    def read(self) -> tuple[tuple[str, str] | None, int]:
-        """(end, signal)"""
+    def read(self, node: str | None = None) -> tuple[tuple[str, str] | None, int]:
+        """(end, signal). node: the worker's, who asks."""
         self.heard = time.monotonic()
+        self.nodes |= {node} if node else set()
         return self.end, self.signal
+
+    def among(self, nodes: list[str]) -> bool:
+        """Whether a worker is on any of some nodes."""
+        return not self.nodes.isdisjoint(nodes)
 
     def leave(self, error: str, text: str) -> None:
         """The error that ended a worker."""

@@ -123,13 +123,13 @@ def train_stage(job: StageJob, run: WorkerContext) -> None:
     have a signal; then every finished step is saved.
     """
     torch.set_num_threads(job.resources.threads)
-    group = group_of_one(run.device, job.is_bfloat16 and run.workers == 1)
-    with exclusive(job.run_folder) if run.rank == 0 else nullcontext(), group:
-        _train(job, run)
+    group, log = group_of_one(run.device, job.is_bfloat16 and run.workers == 1), Log(job.run_folder, job.key)
+    with exclusive(job.run_folder, say=log) if run.rank == 0 else nullcontext(), group:
+        _train(job, run, log)
 
 
-def _train(job: StageJob, run: WorkerContext) -> None:
-    started, log = time.monotonic(), Log(job.run_folder, job.key)
+def _train(job: StageJob, run: WorkerContext, log: Log) -> None:
+    started = time.monotonic()
     training = Training(job, run, log)
     state = training.steps()
     if not training.lead:
