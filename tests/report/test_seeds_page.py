@@ -83,7 +83,7 @@ def test_runs_are_recorded_and_stand_beside_those_of_before(compared):
     rows = json.loads((where.root / "earlier.json").read_text())
     assert [row["seed"] for row in rows] == [0, 1, 2] * 4
     assert rows[0]["seconds"] == 180.0
-    assert rows[0]["scores"]["shapes-generation seen overall"] == {"value": 0.5, "error": 0.0625}
+    assert rows[0]["scores"]["shapes-generation seen overall"] == {"value": 0.5, "error": 0.0625, "items": 2}
     rewrite(where, "fork-seed2", 0.9)
     output = run("band").output
     assert re.search(r"shapes-generation seen overall 0\.90, usual 0\.\d\d to 0\.\d\d: outside", output)

@@ -146,6 +146,7 @@ class Earlier(StrictModel):
     value: float
     error: float | None
     """Its standard error over the items alone."""
+    items: int | None = None
 
 
 class EarlierRun(StrictModel):
@@ -190,6 +191,8 @@ class Placed(NamedTuple):
 def placed(earlier: Sequence[EarlierRun], run: EarlierRun, place: str) -> list[Placed]:
     """Every score that all earlier runs have, beside the interval that they predict for `run`, cut to 0..1 for shares.
 
+    Where all earlier runs have the same value the interval is one item of `run` wide on each side.
+
     Raises DataError for fewer than five earlier runs, ConfigError where the run lacks a score.
     """
     found = []
@@ -199,6 +202,8 @@ def placed(earlier: Sequence[EarlierRun], run: EarlierRun, place: str) -> list[P
                 raise unknown("score", name, run.scores, place)
             values, value = [other.scores[name].value for other in earlier], run.scores[name].value
             low, high = prediction(values)
+            if low == high and (items := run.scores[name].items):  # equal in all: an item more or less says nothing
+                low, high = low - 1 / items, high + 1 / items
             if all(0 <= each <= 1 for each in [*values, value]):
                 low, high = max(low, 0.0), min(high, 1.0)
             found.append(Placed(name, value, (low, high)))

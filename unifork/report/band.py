@@ -29,7 +29,9 @@ def is_headline(name: str, experiment: Experiment, layout: Layout) -> bool:
 def this_run(experiment: Experiment, name: str, layout: Layout) -> EarlierRun:
     """The scores of a variant by its cards' first rules. Raises DataError where they are not there yet."""
     variant, scores = experiment.variants[name], first_scores(experiment, name, layout)
-    found = {key: Earlier(value=score.value, error=score.standard_error) for key, score in scores.items()}
+    found = {
+        key: Earlier(value=score.value, error=score.standard_error, items=score.items) for key, score in scores.items()
+    }
     runs = [read_json(layout.run(f"{name}-{stage}") / FINISHED) for stage in variant.stages]
     seconds = sum(run["seconds"] for run in runs if run)
     return EarlierRun(seed=variant.seed, seconds=seconds, machine=machine(surroundings(layout.root)), scores=found)

@@ -26,7 +26,7 @@ from unifork.report.study_record import found_here
 from unifork.report.surroundings import surroundings
 from unifork.report.tables import data_uri
 
-REPORT_VERSION = 8
+REPORT_VERSION = 9
 """Raise when the same experiment should be shown otherwise."""
 FIRST = 8
 """Images of the last stage on the first screen, for each variant."""
