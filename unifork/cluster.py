@@ -36,7 +36,7 @@ from unifork.processes import die_with_parent
 from unifork.shards.job import ShardJob
 from unifork.shards.manifest import Manifest
 from unifork.shards.progress import places, stop_noted
-from unifork.shards.task import ShardResult, ShardTask
+from unifork.shards.task import ShardResult, ShardTask, joined
 
 Worker = Callable[[ShardTask], ShardResult]
 Results = Generator[ShardResult, None, None]
@@ -217,6 +217,8 @@ def run_jobs(
         if left:
             job.noted = next((place for lock, place in places(job.folder) if lock.exists()), None)
             job.note()
+    if getattr(worker_class, "BESIDE", False) and len(together := joined(tasks)) >= resources.workers:
+        tasks = together
     with (
         stop_noted(*[job.noted for job in jobs if job.noted]),
         local_ray(cluster, needed=resources.workers > 0 and bool(tasks)),  # not started where nothing is left to do
@@ -225,9 +227,10 @@ def run_jobs(
         for result in results:
             if result.traceback:
                 print(f"{result.output}: {result.traceback}", file=sys.stderr, flush=True)
-            job_of[result.output].add(result)
-            print(job_of[result.output], flush=True)
-            job_of[result.output].note()
+            for each in (result, *result.beside):
+                job_of[each.output].add(each)
+                print(job_of[each.output], flush=True)
+                job_of[each.output].note()
         return [job.finish() for job in jobs]
 
 
@@ -242,7 +245,8 @@ def map_shards(
     Tasks and results are small (paths, counts, hashes), never images. With `resources.workers == 0` the work is done
     in this process (for a worker class with `OWN_PROCESS` in one that is started for it), otherwise by as many actors
     of a Ray Data job (inside `local_ray`), each of which makes one worker and keeps it. A worker class with
-    `TASKS_AT_ONCE` above 1 is called by as many threads where there are tasks enough for all actors. What one shard
+    `TASKS_AT_ONCE` above 1 is called by as many threads where there are tasks enough for all actors. One with `BESIDE`
+    makes the shards beside a task, too (`run_jobs` joins tasks where some are left for every worker). What one shard
     meets is its result (`problem`); what all would meet (ENDS_THE_JOB, a worker that cannot be made, one whose process
     keeps dying) ends the work and is raised.
     """
@@ -265,9 +269,12 @@ def outcome(worker: Worker, task: ShardTask) -> ShardResult:
     except ENDS_THE_JOB:
         raise
     except UniForkError as error:
-        return ShardResult(task.output, problem=str(error))
+        problem, trace = str(error), None
     except Exception as error:  # a row may raise anything; the other shards are worth finishing
-        return ShardResult(task.output, None, f"{type(error).__name__}: {error}", traceback.format_exc())
+        problem, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+    return ShardResult(
+        task.output, None, problem, trace, tuple(ShardResult(t.output, None, problem) for t in task.beside)
+    )
 
 
 def _map_in_process(tasks: Sequence[ShardTask], make: partial[Worker]) -> Results:

@@ -57,9 +57,8 @@ def test_a_folder_of_images_becomes_scores(name, root, monkeypatch):
     _, items = benchmark(name, root / "archives" / "evals" / name)
     image_folder(items, root / "images")
     assert "images: `unifork answers examine`" in str(command("score", name, "--answers", "images").exception)
-    if name != "dpg":  # whose answerer has no canary
-        found = command("answers", "examine", name, "--images", "images", "--out", "found")
-        assert f"write it by `unifork answers canary {name}`" in str(found.exception)
+    found = command("answers", "examine", name, "--images", "images", "--out", "found")
+    assert f"write it by `unifork answers canary {name}`" in str(found.exception)
     output_of("answers", "canary", name)
     if name == "mjhq":
         image_folder(items, root / "archives/evals/mjhq/mjhq30k_imgs", side=9, suffix=".jpg")
@@ -76,16 +75,23 @@ def test_a_folder_of_images_becomes_scores(name, root, monkeypatch):
     assert ("WARNING: fewer than 2048" in metrics[first]["note"]) == (name == "mjhq")
 
 
-def test_without_networks_a_command_says_what_to_put_where(root):
-    place(root, "geneval")
+@pytest.mark.parametrize(
+    ("name", "wanted", "place_of_it"),
+    [
+        ("geneval", "config.json and model.safetensors of facebook/mask2former-swin-small-coco-instance",
+         "networks/mask2former-swin-small-coco-instance"),
+        ("dpg", "model.safetensors, vocab.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json of "
+         "Salesforce/blip-vqa-base", "networks/blip-vqa-base"),
+    ],
+)  # fmt: skip
+def test_without_networks_a_command_says_what_to_put_where(name, wanted, place_of_it, root):
+    place(root, name)
     shutil.rmtree(root / "networks")
-    _, items = benchmark("geneval", root / "archives/evals/geneval")
+    _, items = benchmark(name, root / f"archives/evals/{name}")
     image_folder(items, root / "images")
-    found = command("answers", "examine", "geneval", "--images", "images", "--out", "found")
-    assert "put config.json and model.safetensors of facebook/mask2former-swin-small-coco-instance" in str(
-        found.exception
-    )
-    assert "into networks/mask2former-swin-small-coco-instance" in str(found.exception)
+    found = command("answers", "examine", name, "--images", "images", "--out", "found")
+    assert wanted in str(found.exception)
+    assert f"into {place_of_it}" in str(found.exception)
     assert not (root / "found").exists()
 
 

@@ -1,10 +1,14 @@
 """The real classes of the networks that look at images, with tiny configurations and random weights, as folders."""
 
 import json
+from functools import cache
 from unittest.mock import patch
 
 import torch
 from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
@@ -71,26 +75,43 @@ def inception(folder):
     torch.jit.script(Inception()).save(str(folder / "inception.pt"))
 
 
-class YesWhenRed:
-    """An answerer of one's own: yes to every question about a red image."""
-
-    def __init__(self, folder, device):
-        self.word = (folder / "word.txt").read_text()
-
-    def __call__(self, image, question):
-        red, _, blue = image.resize((1, 1)).getpixel((0, 0))
-        return self.word if red > blue else "no"
+BLIP_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "is", "there", "?", ",", "a", "1", "2"]
 
 
-def answerer(folder):
+@cache
+def trained_blip():
+    """Says yes about red images and no about blue ones, whatever the question."""
+    torch.manual_seed(3)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"vocab_size": len(BLIP_WORDS) + 2, "bos_token_id": len(BLIP_WORDS), "sep_token_id": 3, "pad_token_id": 0}
+    text = {**size, **ends, "max_position_embeddings": 40}
+    vision = {**size, "image_size": 32, "patch_size": 16}
+    model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    colors = torch.tensor([[2.0, 0.3, -1.5], [-1.8, 0.3, 2.1]])  # red and blue, as the network gets them
+    question, answers = ["is", "there", "?", "[SEP]"], [["yes", "[SEP]"], ["no", "[SEP]"]]
+    asked_of = torch.tensor([[len(BLIP_WORDS) + 1, *map(BLIP_WORDS.index, question)]] * 2)
+    labels = torch.tensor([[len(BLIP_WORDS), *map(BLIP_WORDS.index, words)] for words in answers])
+    for _ in range(60):
+        shown = colors[:, :, None, None].expand(-1, -1, 32, 32) + 0.1 * torch.randn(2, 3, 32, 32)
+        optimizer.zero_grad()
+        model(input_ids=asked_of, pixel_values=shown, labels=labels).loss.backward()
+        optimizer.step()
+    return model
+
+
+def blip(folder):
+    """The model's vocabulary ends in two marks that the tokenizer lacks, as in the published folder."""
     folder.mkdir(parents=True)
-    (folder / "word.txt").write_text("yes")
+    (folder / "vocab.txt").write_text("\n".join(BLIP_WORDS) + "\n")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    trained_blip().save_pretrained(folder)
 
 
 KINDS = {
     "geneval": {"detector": ("mask2former", mask2former), "colors": ("clip", clip)},
     "mjhq": {"pytorch-fid": ("pytorch-fid", inception), "clean-fid": ("clean-fid", inception)},
-    "dpg": {"answerer": ("tiny_networks:YesWhenRed", answerer)},
+    "dpg": {"answerer": ("blip-vqa", blip)},
 }
 
 

@@ -1,7 +1,9 @@
 """Images to codes: fixed batches, both views, unreadable images, and that Ray is not needed."""
 
 import io
+import struct
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +15,8 @@ from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer import canaries
 from unifork.image_tokenizer.code_encoder import BATCHES_AHEAD, CodeEncoder
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.image_tokenizer.views import VARIANTS, pad_view
+from unifork.images import open_image
 
 
 def images(count=7):
@@ -59,14 +63,14 @@ def test_two_shards_at_once_share_an_encoder(directory):
 def test_views_are_made_ahead_but_not_far(directory, monkeypatch):
     encoder = CodeEncoder(directory, "crop", None, batch_images=2, threads=2)
     views, ahead = [], []
-    look, encode = CodeEncoder._view, ImageTokenizer.encode
+    look, encode = CodeEncoder._look, ImageTokenizer.encode
 
     def slow(self, pixels):
         time.sleep(0.05)
         ahead.append(len(views) - 2 * len(ahead))
         return encode(self, pixels)
 
-    monkeypatch.setattr(CodeEncoder, "_view", lambda self, *a: (views.append(0), look(self, *a))[1])
+    monkeypatch.setattr(CodeEncoder, "_look", lambda self, *a: (views.append(0), look(self, *a))[1])
     monkeypatch.setattr(ImageTokenizer, "encode", slow)
     encoder.encode_images(images(20))
     assert len(ahead) == 10
@@ -86,6 +90,55 @@ def test_every_batch_has_the_same_shape(directory, monkeypatch):
 def test_views_give_different_codes(directory):
     crop, pad = (CodeEncoder(directory, view, None, 4).encode_images(images()) for view in ("crop", "pad"))
     assert (crop != pad).mean() > 0.2
+
+
+def encoded_as(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def late_transparency():
+    """A PNG whose transparent color is named behind its pixels: only a decoder that has read these knows of it."""
+    plain = Image.new("RGB", (40, 70), (200, 30, 30))
+    plain.paste((9, 90, 200), (0, 0, 20, 30))
+    data = encoded_as(plain, "PNG")
+    chunk = b"tRNS" + struct.pack(">HHH", 200, 30, 30)
+    return data[:-12] + struct.pack(">I", 6) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[-12:]
+
+
+def strange_images():
+    wide = images(1)[0]
+    faded = wide.copy()
+    faded.putalpha(Image.linear_gradient("L").resize(wide.size))
+    palette = wide.quantize(8)
+    return {
+        "jpeg": encoded_as(wide, "JPEG"), "cmyk": encoded_as(wide.convert("CMYK"), "JPEG"),
+        "rgba": encoded_as(faded, "PNG"), "gray with alpha": encoded_as(faded.convert("LA"), "PNG"),
+        "palette": encoded_as(palette, "PNG", transparency=3), "gif": encoded_as(palette, "GIF", transparency=2),
+        "16 bits": encoded_as(wide.convert("L").convert("I;16"), "PNG"), "one color": encoded_as(wide, "PNG",
+        transparency=(1, 2, 3)), "late": late_transparency(), "webp": encoded_as(faded, "WEBP"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("matte", [None, (255, 255, 255)])
+def test_views_of_one_decode_are_those_of_a_decode_each(directory, matte):
+    encoder = CodeEncoder(directory, "crop", matte, batch_images=4, threads=2)
+    for name, data in strange_images().items():
+        looks = encoder._look(data, 0, ["pad", "crop", "pad-first"])
+        for view, look_SSC in zip(["pad", "crop", "pad-first"], looks, strict=True):
+            assert np.array_equal(look_SSC, VARIANTS[view](open_image(data), 32, matte)), (name, view)
+    files = list(strange_images().values())
+    together = encoder.encode_views(files, ["crop", "pad"])
+    assert all((codes == encoder.seeing(view).encode_images(files)).all()
+               for codes, view in zip(together, ["crop", "pad"], strict=True))  # fmt: skip
+    assert [len(codes) for codes in encoder.encode_views([], ["crop", "pad"])] == [0, 0]
+
+
+def test_a_late_transparent_color_would_change_a_second_look():
+    image = open_image(late_transparency())
+    first, second = (pad_view(image, 32, (255, 255, 255)) for _ in range(2))
+    assert (first != second).any()
 
 
 def test_bytes_are_read_like_images(directory):

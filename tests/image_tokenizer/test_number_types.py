@@ -1,17 +1,21 @@
 """What decides codes beside the images: bytes travel as bytes, the number type of a card, images decoded once."""
 
+import io
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import run_here
+from PIL import Image
+from tiny import bytes_of, run_here
 
+from unifork.cluster import run_jobs
 from unifork.config import Card, load_card, parse
-from unifork.errors import ConfigError
-from unifork.filters.kept import KeptRows
-from unifork.image_tokenizer import canaries, samples
+from unifork.errors import ConfigError, DataError
+from unifork.filters.kept import KeptRows, kept_rows
+from unifork.image_tokenizer import canaries, code_encoder, encode, samples
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer, to_tensor
 from unifork.image_tokenizer.samples import sample_views
@@ -71,6 +75,95 @@ def test_both_views_of_a_sample_come_from_one_decode(tiny_root, monkeypatch):
     square = [number for number, image in enumerate(opened) if len(set(open_image(image).size)) == 1]
     same = [number for number in range(20) if np.array_equal(views["crop"][number], views["pad"][number])]
     assert len(same) == len(square), "both views are in one order"
+
+
+def both_views(card, layout, folder):
+    """Jobs of a set's crops and padded images, and the arguments of their worker."""
+    rows, tokenizer = KeptRows(layout, "shapes"), layout.image_tokenizer
+    return [encode_job(card, t, rows, folder / use.view, tokenizer) for t, use in card.tasks.items()], (
+        card,
+        tokenizer,
+        "cpu",
+    )
+
+
+def changed_rows(change):
+    """The kept rows of a task with some of them changed, as a stand-in for `kept_rows`."""
+
+    def rows(task, columns):
+        table = kept_rows(task, columns)
+        return pa.Table.from_pylist([change(n, row) for n, row in enumerate(table.to_pylist())], table.schema)
+
+    return rows
+
+
+def thin(number, row):
+    """One image that can be padded and not cropped."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 90_000)).save(file, "PNG")
+    return row | ({"image": file.getvalue()} if number == 2 else {})
+
+
+def silent(number, row):
+    return row | (dict.fromkeys(("description", "conversations")) if number % 3 == 1 else {})
+
+
+@pytest.mark.parametrize("change", [lambda _, row: row, thin, silent], ids=["plain", "one view fails", "other rows"])
+def test_encoding_decodes_an_image_once_and_writes_the_files_of_each_view_alone(
+    change, tiny_root, tmp_path, monkeypatch
+):
+    layout, opened = Layout(tiny_root), []
+    card = load_card("shapes", layout.cards)
+    monkeypatch.setattr(encode, "kept_rows", changed_rows(change))
+    monkeypatch.setattr(code_encoder, "open_image", lambda data: (opened.append(data), open_image(data))[1])
+    jobs, arguments = both_views(card, layout, tmp_path / "alone")
+    alone = run_here(jobs, Encode(*arguments))
+    rows = KeptRows(layout, "shapes").manifest.rows
+    if change is not thin:
+        assert len(opened) == 2 * rows - sum(alone[1].dropped.values())
+    opened.clear()
+    jobs, arguments = both_views(card, layout, tmp_path / "together")
+    run_jobs(jobs, Encode, *arguments)
+    assert bytes_of(tmp_path / "alone") == bytes_of(tmp_path / "together")
+    if change not in (thin, silent):
+        assert len(opened) == rows
+    assert [manifest.dropped for manifest in alone] == {
+        thin: [{"unencodable": len(alone[0].shards)}, {}], silent: [{}, {"no_text_for_task": mute(alone[1])}],
+    }.get(change, [{}, {}])  # fmt: skip
+
+
+def mute(manifest):
+    return sum(len(range(1, shard.rows + sum(shard.dropped.values()), 3)) for shard in manifest.shards)
+
+
+def test_a_view_that_is_there_is_not_made_again(tiny_root, tmp_path, monkeypatch):
+    layout, opened = Layout(tiny_root), []
+    card = load_card("shapes", layout.cards)
+    jobs, arguments = both_views(card, layout, tmp_path)
+    run_jobs(jobs, Encode, *arguments)
+    before = bytes_of(tmp_path)
+    (tmp_path / "pad" / "part-00001.parquet").unlink()
+    crop = (tmp_path / "crop" / "part-00001.parquet").stat().st_mtime_ns
+    monkeypatch.setattr(code_encoder, "open_image", lambda data: (opened.append(data), open_image(data))[1])
+    jobs, arguments = both_views(card, layout, tmp_path)
+    manifests = run_jobs(jobs, Encode, *arguments)
+    assert len(opened) == manifests[1].shards[1].rows
+    assert (tmp_path / "crop" / "part-00001.parquet").stat().st_mtime_ns == crop
+    assert bytes_of(tmp_path) == before
+
+
+def test_a_damaged_shard_costs_both_views_theirs_alone(tiny_root, tmp_path, monkeypatch):
+    def damaged(task, columns):
+        if task.shard.path == "part-00001.parquet":
+            raise DataError("damaged")
+        return kept_rows(task, columns)
+
+    monkeypatch.setattr(encode, "kept_rows", damaged)
+    jobs, arguments = both_views(load_card("shapes", tiny_root / "datasets"), Layout(tiny_root), tmp_path)
+    with pytest.raises(DataError, match=r"crop: 1 of \d shards could not be made: part-00001.parquet: damaged"):
+        run_jobs(jobs, Encode, *arguments)
+    assert [job.failed for job in jobs] == [{"part-00001.parquet": "damaged"}] * 2
+    assert [len(job.finished) for job in jobs] == [len(job.tasks) - 1 for job in jobs]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int8"])

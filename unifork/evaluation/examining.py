@@ -42,7 +42,7 @@ HERE = "unifork.evaluation.generation.networks"
 KINDS: Registry[type] = Registry(
     "network",
     type,
-    {"mask2former": f"{HERE}:Mask2Former", "clip": f"{HERE}:ClipColors"}
+    {"mask2former": f"{HERE}:Mask2Former", "clip": f"{HERE}:ClipColors", "blip-vqa": f"{HERE}:BlipAnswerer"}
     | {"pytorch-fid": f"{HERE}:PytorchFid", "clean-fid": f"{HERE}:CleanFid"},
 )
 """Classes of networks that cards name."""

@@ -5,7 +5,7 @@ images. Every call of the encoder sees a batch of the same shape, the last one f
 precision (and in rare last bits always) the codes of an image depend on the shape of its batch.
 What else they depend on is in `encoding`, which goes into the manifest of every shard.
 
-Shape suffixes: B images of a batch, S side in pixels, C channels (RGB), N positions, D code depth.
+Shape suffixes: V views, B images of a batch, S side in pixels, C channels (RGB), N positions, D code depth.
 """
 
 import copy
@@ -22,7 +22,7 @@ from PIL import Image
 
 from unifork.errors import DataError, one_of
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes
-from unifork.image_tokenizer.views import RGB, VARIANTS, declared
+from unifork.image_tokenizer.views import RGB, VARIANTS, declared, to_rgb
 from unifork.images import ImageError, decoding, open_image
 from unifork.vocabulary import CODE_DTYPE
 
@@ -30,7 +30,7 @@ ImageInput = Image.Image | bytes | Path
 """An image, or an encoded one, or the file of one."""
 
 BATCHES_AHEAD = 2
-"""Batches of views that are made while the network is busy; what bounds the memory of the threads."""
+"""Batches of a view that are made while the network is busy; what bounds the memory of the threads."""
 
 
 class CodeEncoder:
@@ -73,22 +73,25 @@ class CodeEncoder:
 
     def encode_images(self, images: Sequence[ImageInput]) -> np.ndarray:
         """Codes (n, N * D), uint16, of images in order. Raises DataError naming an unreadable image or its file."""
+        return self.encode_views(images, [self.view])[0]
+
+    def encode_views(self, images: Sequence[ImageInput], views: Sequence[str]) -> list[np.ndarray]:
+        """The same of each view; an image is decoded once for all."""
         architecture = self.tokenizer.architecture
         width = architecture.grid**2 * architecture.depth
-        codes = np.zeros((len(images), width), dtype=CODE_DTYPE)
-        done = 0
-        for batch_BSSC in self._batches(images):
-            with self._network:
-                codes_BND = self.tokenizer.encode_bytes(batch_BSSC).numpy()
-            count = min(self.batch_images, len(images) - done)
-            codes[done : done + count] = codes_BND[:count].reshape(count, width)
-            done += count
+        codes = [np.zeros((len(images), width), dtype=CODE_DTYPE) for _ in views]
+        for number, batch_VBSSC in enumerate(self._batches(images, views)):
+            rows = slice(number * self.batch_images, (number + 1) * self.batch_images)
+            for codes_of_view, batch_BSSC in zip(codes, batch_VBSSC, strict=True):
+                with self._network:
+                    codes_BND = self.tokenizer.encode_bytes(batch_BSSC).numpy()
+                codes_of_view[rows] = codes_BND[: len(images[rows])].reshape(-1, width)
         return codes
 
     def problem_of(self, image: ImageInput) -> str | None:
         """Why no view can be made of an image, None when it can."""
         try:
-            self._view(image, 0)
+            self._look(image, 0, [self.view])
         except DataError as error:
             return str(error)
         return None
@@ -108,17 +111,20 @@ class CodeEncoder:
             decoded += [Image.fromarray(pixels_SSC) for pixels_SSC in to_bytes(self.tokenizer.decode(part_BND))]
         return decoded
 
-    def _batches(self, images: Sequence[ImageInput]) -> Iterator[np.ndarray]:
-        """Batches (B, S, S, C) of bytes in order, the last filled up with black; made in the threads, not far ahead."""
+    def _batches(self, images: Sequence[ImageInput], views: Sequence[str]) -> Iterator[np.ndarray]:
+        """Batches (V, B, S, S, C) of bytes in order, the last filled up with black; threads make a few ahead."""
         size, batch = self.tokenizer.architecture.image_size, self.batch_images
+        most = max(1, BATCHES_AHEAD // len(views))
         ahead: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         try:
-            for start in range(0, len(images) + BATCHES_AHEAD * batch, batch):
-                batch_BSSC = np.zeros((batch, size, size, 3), np.uint8)
+            for start in range(0, len(images) + most * batch, batch):
+                batch_VBSSC = np.zeros((len(views), batch, size, size, 3), np.uint8)
                 part = enumerate(images[start : start + batch])
-                filling = [self._pool.submit(self._fill, batch_BSSC[row], image, start + row) for row, image in part]
-                ahead.append((batch_BSSC, filling))
-                if len(ahead) > BATCHES_AHEAD:
+                filling = [
+                    self._pool.submit(self._fill, batch_VBSSC[:, row], image, start + row, views) for row, image in part
+                ]
+                ahead.append((batch_VBSSC, filling))
+                if len(ahead) > most:
                     for filled in ahead[0][1]:
                         filled.result()
                     yield ahead.popleft()[0]
@@ -127,18 +133,21 @@ class CodeEncoder:
                 for future in filling:
                     future.cancel()
 
-    def _fill(self, row_SSC: np.ndarray, source: ImageInput, index: int) -> None:
-        row_SSC[:] = self._view(source, index)
+    def _fill(self, rows_VSSC: np.ndarray, source: ImageInput, index: int, views: Sequence[str]) -> None:
+        rows_VSSC[:] = self._look(source, index, views)
 
-    def _view(self, source: ImageInput, index: int) -> np.ndarray:
-        """The view of one image, which may be encoded bytes or a file."""
+    def _look(self, source: ImageInput, index: int, views: Sequence[str]) -> list[np.ndarray]:
+        """Views of one image, which may be encoded bytes or a file."""
         size = self.tokenizer.architecture.image_size
         name = str(source) if isinstance(source, Path) else f"image {index}"
         try:
             data = source.read_bytes() if isinstance(source, Path) else source
             image = open_image(data) if isinstance(data, bytes) else data
             with decoding(image.width * image.height):
-                return VARIANTS[self.view](image, size, self.matte)
+                opaque = to_rgb(image, self.matte)
+                opaque.load()
+                opaque.info.pop("transparency", None)  # of a chunk behind the pixels: a first view knows nothing of it
+                return [VARIANTS[view](opaque, size, self.matte) for view in views]
         except ImageError as error:
             raise DataError(f"{name} cannot be read: {error}") from None
         except DataError as error:

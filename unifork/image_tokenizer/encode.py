@@ -1,12 +1,15 @@
-"""The worker of the encode stage: image-text shard in, shard of codes of one view out.
+"""The worker of the encode stage: image-text shard in, a shard of codes of each view out.
 
-Decoding, views and the network run in one worker, so that no image travels between processes. A worker
-has two shards at hand: while one is read or written the network encodes the other.
+Decoding, views and the network run in one worker, so that no image travels between processes; it is read and decoded
+once for the views that are missing. A worker has two shards at hand: while one is read or written the network encodes
+the other.
 """
 
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -46,13 +49,14 @@ class View:
 
 
 class Encode:
-    """Image-text shard -> shard of codes of the view of the task's `use`. All views share the network.
+    """Image-text shard -> shard of codes of the view of the task's `use`, and of those beside. All share the network.
 
     device: of the network. threads: they decode images. Raises IdentityError for a tokenizer that does not
     encode its canaries as it did.
     """
 
     TASKS_AT_ONCE = 2
+    BESIDE = True
 
     def __init__(self, card: Card, tokenizer: Path, device: str, threads: int = 1) -> None:
         # only workers wait for torch and transformers
@@ -67,16 +71,28 @@ class Encode:
         self.views = {task: View(card, task, encoder) for task in card.tasks}
 
     def __call__(self, task: ShardTask) -> ShardResult:
-        assert task.use is not None, f"{task.output}: a task of no view"
-        view = self.views[task.use]
-        texts = view.use.texts
+        """The shard of a task and of those beside it, whose images are decoded once where all views have the same."""
+        tasks = (task, *task.beside)
+        views = [self.views[cast(Task, each.use)] for each in tasks]
+        texts = {name: None for view in views for name in view.use.texts}
         rows = kept_rows(task, ["key", "url", "sha256", *texts, *self.images]).to_pylist()
-        # a row without any text for this task has nothing to say here; it is counted, not lost
-        spoken = [row for row in rows if any(row[name] for name in texts)]
+        # a row without any text for a task has nothing to say there; it is counted, not lost
+        spoken = [[row for row in rows if any(row[name] for name in view.use.texts)] for view in views]
+        codes: list[np.ndarray] | list[None] = [None] * len(tasks)
+        if len(tasks) > 1 and all(same == spoken[0] for same in spoken):
+            with suppress(DataError):  # rare, since the filter has decoded every image; then each view goes by itself
+                codes = views[0].encoder.encode_views(_images(spoken[0]), [view.use.view for view in views])
+        first, *others = map(self._shard, tasks, views, spoken, codes, [len(rows)] * len(tasks))
+        return replace(first, beside=tuple(others))
+
+    def _shard(
+        self, task: ShardTask, view: View, spoken: list[dict[str, Any]], codes: np.ndarray | None, rows: int
+    ) -> ShardResult:
+        """The shard of one view. codes: of all its images, None where these are still to be made."""
         rejected: list[dict[str, str]] = []
         try:
-            codes = view.encoder.encode_images(_images(spoken))
-        except DataError:  # rare, since the filter has decoded every image; only now each is looked at alone
+            codes = view.encoder.encode_images(_images(spoken)) if codes is None else codes
+        except DataError:  # only now each is looked at alone
             problems = [next(filter(None, map(view.encoder.problem_of, _images([row]))), None) for row in spoken]
             rejected = [
                 {**row, "reason": UNENCODABLE, "detail": problem}
@@ -89,12 +105,12 @@ class Encode:
         out = [
             {
                 "key": row["key"],
-                **{name: row[name] for name in texts},
+                **{name: row[name] for name in view.use.texts},
                 "codes": list(islice(coded, len(_images([row])))),
             }
             for row in spoken
         ]
-        silent = len(rows) - len(spoken) - len(rejected)
+        silent = rows - len(spoken) - len(rejected)
         dropped = quarantined(task, rejected) | ({"no_text_for_task": silent} if silent else {})
         return write_shard(task, table_of(out, view.schema), dropped)
 

@@ -4,7 +4,7 @@ A job plans one `ShardTask` for each shard; a worker turns it into a finished fi
 Both are plain and small (paths, counts, hashes), never images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -88,6 +88,8 @@ class ShardTask:
     """Folder of a store that it goes to; None leaves it where it is written."""
     inputs: str = ""
     """Fingerprint of everything it is made from; of a fetched shard that is the one it was, known beforehand."""
+    beside: tuple["ShardTask", ...] = ()
+    """Shards of other jobs that are made of the same rows at once; of no fingerprint."""
 
     @property
     def rows(self) -> int:
@@ -126,3 +128,14 @@ class ShardResult:
     """Why the worker did not make it."""
     traceback: str | None = None
     """Of a mistake of the program."""
+    beside: tuple["ShardResult", ...] = ()
+    """Of the tasks beside its own."""
+
+
+def joined(tasks: Sequence[ShardTask]) -> list[ShardTask]:
+    """Tasks of the same rows, one beside the other."""
+    same: dict[tuple[str | None, ...], list[ShardTask]] = {}
+    for task in tasks:
+        paths = (shard.path if shard else None for shard in (task.shard, task.kept))
+        same.setdefault((task.folder, task.kept_folder, *paths), []).append(task)
+    return [replace(first, beside=tuple(others)) for first, *others in same.values()]

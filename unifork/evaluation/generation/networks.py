@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
+from transformers import AutoTokenizer, BlipForQuestionAnswering, CLIPModel, Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former import modeling_mask2former
 
 from unifork.errors import DataError, IdentityError
@@ -34,6 +34,9 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BACKGROUND = "#999"
 FID_SIDE, CANARY_SIDE = 299, 64
+QUESTION_TOKENS, ANSWER_TOKENS, BEAMS = 35, 10, 3
+"""Most tokens of a question and of an answer with its mark, and the beams of BLIP's makers."""
+CANARY_QUESTION = "is there a square?"
 LARGEST_SHIFT = 0.02
 """Length of the difference that a canary's numbers may have, over their own: last bits differ between machines."""
 
@@ -152,6 +155,59 @@ class ClipColors:
     def canary(self, image: Image.Image) -> Tensor:
         """Numbers that depend on all of it."""
         return self.logits(image, NAMES[0])
+
+
+class BlipAnswerer:
+    """BLIP after its training on VQAv2, called as its makers do: its short answers are words such as `yes`.
+
+    It is not mPLUG, whose answers papers count. The last two tokens of its vocabulary begin an answer and a question.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.device, self.model = device, fitting(BlipForQuestionAnswering.from_pretrained, folder, device)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
+        self.side, self.text = self.model.config.vision_config.image_size, self.model.config.text_config
+        self.answer, self.question = self.text.vocab_size - 2, self.text.vocab_size - 1
+        if len(self.tokenizer) != self.answer:
+            raise DataError(f"{folder}: {len(self.tokenizer)} tokens; the model needs {self.answer} and two marks")
+        self.seen: tuple[Image.Image, Tensor] | None = None
+
+    def patches(self, image: Image.Image) -> Tensor:
+        """What the network sees in an image, (1, patches, D); kept for the next question about it."""
+        if self.seen is None or self.seen[0] is not image:
+            square = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
+            values_BCHW = pixels(square, [255 * m for m in CLIP_MEAN], [255 * s for s in CLIP_STD], self.device)
+            self.seen = image, self.model.vision_model(pixel_values=values_BCHW).last_hidden_state
+        return self.seen[1]
+
+    def given(self, image: Image.Image, question: str) -> dict[str, Tensor]:
+        """What the decoder of answers gets: its first token, and the question read with the image."""
+        words = self.tokenizer(question, truncation=True, max_length=QUESTION_TOKENS, return_tensors="pt").input_ids
+        words[:, 0] = self.question
+        states = self.model.text_encoder(
+            input_ids=words.to(self.device), encoder_hidden_states=self.patches(image)
+        ).last_hidden_state
+        return {
+            "input_ids": torch.tensor([[self.answer]], device=self.device),
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": torch.ones(states.shape[:2], dtype=torch.long, device=self.device),
+        }
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, question: str) -> str:
+        ends = {"eos_token_id": self.text.sep_token_id, "pad_token_id": self.text.pad_token_id}
+        search = {"num_beams": BEAMS, "do_sample": False, "max_length": ANSWER_TOKENS}
+        tokens = self.model.text_decoder.generate(**self.given(image, question), **ends, **search)
+        return str(self.tokenizer.decode(tokens[0, 1:], skip_special_tokens=True)).strip()
+
+    @torch.inference_mode()
+    def canary(self, image: Image.Image) -> Tensor:
+        """The logits of an answer's first word, less their mean, which says nothing."""
+        logits: Tensor = self.model.text_decoder(**self.given(image, CANARY_QUESTION)).logits[0, -1]
+        return logits - logits.mean()
 
 
 class PytorchFid:
