@@ -59,7 +59,7 @@ class SourceOptions(StrictModel):
 
     @property
     def web(self) -> bool:
-        """Whether the images are fetched from the web."""
+        """Whether the images are fetched from the web, by the rules of an option `fetch` (`url_lists.FetchRules`)."""
         return False
 
     @property
