@@ -10,14 +10,13 @@ from tiny import run_here
 
 from unifork.config import Card, load_card, parse
 from unifork.errors import ConfigError
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer import canaries, samples
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer, to_tensor
 from unifork.image_tokenizer.samples import sample_views
-from unifork.image_tokenizer.views import VIEWS
-from unifork.images import open_image
+from unifork.images import VIEWS, open_image
 from unifork.layout import Layout
+from unifork.shards.job import KeptRows
 
 
 def test_the_device_is_sent_bytes(directory, blocks, monkeypatch):

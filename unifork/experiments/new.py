@@ -22,10 +22,9 @@ from unifork.experiments.inheritance import inherited
 from unifork.shards.schema import CONVERSATIONS
 from unifork.sources import Row, RowError, cause, plan, rows_of
 from unifork.sources.archives import is_image, picked
+from unifork.sources.files import TABLES, files_of
 from unifork.sources.list_files import LISTS
-from unifork.sources.paths import files_of
 from unifork.sources.table import first_entries
-from unifork.sources.table_files import TABLES
 
 EXTENDED = ("demo", "micro")
 """Experiments that a new one may extend; the templates know their stages."""

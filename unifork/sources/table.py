@@ -29,13 +29,26 @@ from unifork.sources import (
     attempt,
     cut,
     image_row,
+    located,
     place_of,
     text_row,
 )
 from unifork.sources.archives import picked
+from unifork.sources.files import (
+    PARQUET,
+    TABLES,
+    Check,
+    as_planned,
+    check_ending,
+    file_named,
+    files_of,
+    parquet_rows,
+    size_of,
+    table_count,
+    table_sha256,
+    text_rows,
+)
 from unifork.sources.list_files import LISTS, list_slices, objects, sizes_of
-from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, size_of
-from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, table_sha256, text_rows
 from unifork.sources.url_lists import FetchRules, text_or_none
 
 
