@@ -209,26 +209,26 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
             before = f"models/{name}-{stage}"
             if kinds := experiment.analyses.of_stage(stage):
                 analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
+    models = {name: f"models/{name}-{variant.stages[-1]}" for name, variant in experiment.variants.items()}
     evaluations = {
-        f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
-        for name, variant in experiment.variants.items()
+        f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": model}
+        for name, model in models.items()
         for benchmark in experiment.benchmarks
     }
     nothing = (HERE.evals / "README.md").as_posix()
     text_runs = {
         f"{name}-{card.name}": {
-            "variant": name, "benchmark": card.name, "model": f"models/{name}-{variant.stages[-1]}",
+            "variant": name, "benchmark": card.name, "model": model,
             "follows": nothing if card.absent else card.include_path or nothing,
         }
-        for name, variant in experiment.variants.items()
+        for name, model in models.items()
         for card in (load_text(text, HERE.evals) for text in experiment.text_evals)
     }  # fmt: skip
-    benchmarks: dict[str, Benchmark] = {}
-    for name, use in experiment.benchmarks.items():
-        archive = evals[name].items.archive
-        benchmarks[name] = use.model_copy(
-            update={"follows": archive if archive and Path(archive).is_dir() else nothing}
-        )
+    archives = {name: evals[name].items.archive or "" for name in experiment.benchmarks}
+    follows = {name: archive if archive and Path(archive).is_dir() else nothing for name, archive in archives.items()}
+    benchmarks = {
+        name: use.model_copy(update={"follows": follows[name]}) for name, use in experiment.benchmarks.items()
+    }
     return {
         "datasets": datasets, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
         "analyzed": analyzed, "text_runs": text_runs,
