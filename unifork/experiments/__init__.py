@@ -29,7 +29,7 @@ from unifork.config import (
     read_yaml,
 )
 from unifork.documents.prompts import template_named
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.evaluation.suites import suite_of
 from unifork.experiments import checks, inheritance
 from unifork.experiments.followed import followed
@@ -147,8 +147,7 @@ def _read(name: str, folder: Path, cards: Path, choice: Choice = AS_WRITTEN) -> 
     checks.check_names(experiment, loaded, str(path))
     checks.check_alike(experiment, roots, str(path))
     for variant in choice.variants:
-        if variant not in experiment.variants:
-            raise unknown("variant", variant, experiment.variants, "--variants")
+        one_of("variant", variant, experiment.variants, "--variants")
     shared = {"prepared": _prepared(experiment)}  # by all variants, kept or not: what is there stays as it is
     kept = experiment.model_copy(update=shared | {"variants": _with_seeds(experiment, choice.variants)})
     return kept.model_copy(update=_derived(kept, loaded, evals)), loaded

@@ -16,7 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, Unusable, numbered, turns_of
 from unifork.shards.task import Slice
 from unifork.sources import (
@@ -87,8 +87,7 @@ class TableOptions(SourceOptions):
     def check(self, name: str, columns: list[str]) -> None:
         """Raise ConfigError for a table without a column that is named."""
         for field in self.fields:
-            if field not in columns:
-                raise unknown("column", field, columns, name)
+            one_of("column", field, columns, name)
 
 
 class MetaOptions(SourceOptions):
