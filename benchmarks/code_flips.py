@@ -22,7 +22,7 @@ from timing import machine, table
 from torch import Tensor
 
 from unifork.image_tokenizer.model import ImageTokenizer, to_tensor
-from unifork.image_tokenizer.views import crop_view
+from unifork.images import crop_view
 
 BATCHES = (1, 8, 32)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -28,8 +28,8 @@ from timing import Meter, alternate, interval, machine, ratio, table
 
 from unifork.cluster import local_ray, map_shards
 from unifork.config import Cluster, JobResources
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
+from unifork.shards.job import KeptRows
 from unifork.shards.manifest import MANIFEST
 from unifork.shards.task import ShardResult, ShardTask, joined
 

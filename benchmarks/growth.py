@@ -25,13 +25,12 @@ from timing import Meter, in_a_new_process, machine, table
 
 from unifork.cluster import run_jobs
 from unifork.config import Cluster, FilterRule, JobResources
-from unifork.filters.kept import KeptRows
 from unifork.filters.measure import Measure, measure_job
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
 from unifork.publish.publication import build
-from unifork.shards.job import ShardJob
+from unifork.shards.job import KeptRows, ShardJob
 from unifork.sources import Materialize, download_job
 
 SHARD_ROWS = 1000

@@ -29,8 +29,8 @@ from timing import machine, table
 
 from unifork.cluster import local_ray, run_jobs
 from unifork.config import Card, Cluster, JobResources, MixtureEntry, PreparedSet, load_card
+from unifork.documents.loader import SetOrder
 from unifork.documents.mixture import CodesIdentity, MixturePart
-from unifork.documents.order import SetOrder
 from unifork.documents.prepare import Prepare, prepare_job
 from unifork.documents.prompts import TEMPLATES
 from unifork.documents.text_tokenizer import TextTokenizer

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from unifork.config import Card, DecoderConfig, EncoderConfig, load_card
-from unifork.filters.kept import KeptRows
 from unifork.filters.worker import filtered_schema
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.layout import Layout
 from unifork.shapes.source import ShapesOptions
 from unifork.shapes.source import rows as world_rows
-from unifork.shards.job import table_of, write_shard
+from unifork.shards.job import KeptRows, table_of, write_shard
 from unifork.shards.manifest import Manifest, write_manifest
 from unifork.shards.schema import columns_of, image_text_schema
 from unifork.shards.task import ShardTask, Slice

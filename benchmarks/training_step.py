@@ -32,9 +32,8 @@ from timing import alternate, interval, machine, ratio, table
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack
+from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack, pack_step
 from unifork.config import HeadConfig, OptimizerConfig, Variant
-from unifork.documents.order import pack_step
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import create_model

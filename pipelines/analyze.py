@@ -5,7 +5,7 @@ from pathlib import Path
 from unifork.analysis.kinds import analyze
 from unifork.analysis.runs import RunDocuments
 from unifork.config import load_experiment
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.library import Model
@@ -16,8 +16,7 @@ LAYOUT = Layout()
 def main(name: str) -> None:
     # in: the model of a run, and the one that its variant began with
     params = load_experiment()
-    if name not in params.analyzed:
-        raise unknown("analyzed run", name, params.analyzed, "params.yaml: analyzed")
+    one_of("analyzed run", name, params.analyzed, "params.yaml: analyzed")
     wanted = params.analyzed[name]
     model, untrained = Model.load(LAYOUT.model(name), "cpu"), Model.load(Path(wanted.start), "cpu")
     documents = RunDocuments(name, model, params.analyses)

@@ -5,7 +5,7 @@ A run that is killed goes on with the next part of a shard and ends with the sam
 
 from unifork.cluster import run_jobs
 from unifork.config import JobResources, load_cluster, load_eval, load_experiment
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.evaluation.answering import Answerer, answer_job
 from unifork.evaluation.names import ABSENT
 from unifork.jobs import program
@@ -17,8 +17,7 @@ LAYOUT = Layout()
 def main(name: str) -> None:
     params, cluster = load_experiment(), load_cluster()
     entries = {f"{entry['variant']}/{entry['benchmark']}": entry for entry in params.evaluations.values()}
-    if name not in entries:
-        raise unknown("evaluation", name, entries, "params.yaml: evaluations")
+    one_of("evaluation", name, entries, "params.yaml: evaluations")
     benchmark = entries[name]["benchmark"]
     card = load_eval(benchmark).used(params.benchmarks[benchmark])
     device = "cuda" if cluster.jobs.get("answer", JobResources()).gpus else "cpu"

@@ -5,7 +5,7 @@ from unifork.config import JobResources, load_card, load_cluster, load_experimen
 from unifork.filters.rules import check_card
 from unifork.jobs import program
 from unifork.layout import Layout
-from unifork.shards.quarantine import warnings_of
+from unifork.shards.task import warnings_of
 from unifork.sources import Materialize, download_job, source_of
 from unifork.sources.web.download import WEB_VERSION, Download
 

@@ -5,10 +5,10 @@ Decoding, views and the network run in the same actor: no image travels between 
 
 from unifork.cluster import run_jobs
 from unifork.config import JobResources, load_card, load_cluster
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.jobs import program
 from unifork.layout import Layout
+from unifork.shards.job import KeptRows
 
 LAYOUT = Layout()
 

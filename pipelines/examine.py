@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unifork.cluster import run_jobs
 from unifork.config import JobResources, load_cluster, load_eval, load_experiment
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.evaluation.examining import Examiner, examine_job, write_summary
 from unifork.evaluation.items import read_items
 from unifork.evaluation.names import ABSENT
@@ -20,8 +20,7 @@ LAYOUT = Layout()
 def main(name: str) -> None:
     params, cluster = load_experiment(), load_cluster()
     entries = {entry["name"]: entry for entry in params.examined.values()}
-    if name not in entries:
-        raise unknown("name", name, entries, "params.yaml: examined")
+    one_of("name", name, entries, "params.yaml: examined")
     benchmark = entries[name]["benchmark"]
     card = load_eval(benchmark).used(params.benchmarks[benchmark])
     device = "cuda" if cluster.jobs.get("answer", JobResources()).gpus else "cpu"

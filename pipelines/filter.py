@@ -11,7 +11,7 @@ from unifork.filters.worker import Filter, filter_job
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.processes import exclusive
-from unifork.shards.quarantine import warnings_of
+from unifork.shards.task import warnings_of
 
 LAYOUT = Layout()
 WAIT_SECONDS = 24 * 3600.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unifork.assembly import create
 from unifork.config import load_experiment
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.jobs import program
 from unifork.layout import Layout
 
@@ -21,8 +21,7 @@ def folder(name: str) -> Path:
 
 def main(name: str) -> None:
     variants = load_experiment().variants
-    if name not in variants:
-        raise unknown("variant", name, variants, "params.yaml: variants")
+    one_of("variant", name, variants, "params.yaml: variants")
     shutil.rmtree(folder(name), ignore_errors=True)
     model = create(variants[name], LAYOUT.image_tokenizer, LAYOUT.text_tokenizer, folder(name))
     print(f"{name}: {variants[name].plan}, {model.num_parameters() / 1e6:.2f} M parameters -> {folder(name)}")

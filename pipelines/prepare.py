@@ -7,7 +7,7 @@ from unifork.cluster import run_jobs
 from unifork.config import load_card, load_cluster, load_experiment
 from unifork.documents.prepare import Prepare, prepare_job
 from unifork.documents.prompts import template_named
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.jobs import program
 from unifork.layout import Layout
 
@@ -16,8 +16,7 @@ LAYOUT = Layout()
 
 def main(name: str) -> None:
     params, cluster = load_experiment(), load_cluster()
-    if name not in params.prepared:
-        raise unknown("prepared set", name, params.prepared, "params.yaml: prepared")
+    one_of("prepared set", name, params.prepared, "params.yaml: prepared")
     chosen, tokenizer = params.prepared[name], LAYOUT.text_tokenizer.absolute()
     card = load_card(chosen.dataset, LAYOUT.cards)
     job = prepare_job(card, chosen, LAYOUT.root / chosen.codes, LAYOUT.prepared / name, tokenizer)

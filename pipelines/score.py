@@ -7,7 +7,7 @@ benchmark whose files are not here has none.
 import shutil
 
 from unifork.config import EvalCard, TextCard, load_eval, load_experiment, load_text
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.evaluation.answers import join, read_answers
 from unifork.evaluation.items import read_items
 from unifork.evaluation.names import ABSENT
@@ -23,8 +23,7 @@ LAYOUT = Layout()
 
 def main(name: str) -> None:
     params, values = load_experiment(), dict[str, float]()
-    if name not in params.scored:
-        raise unknown("variant", name, params.scored, "params.yaml: scored")
+    one_of("variant", name, params.scored, "params.yaml: scored")
     shutil.rmtree(LAYOUT.scores(name), ignore_errors=True)
     for benchmark in params.scored[name]:
         answers, of_text = LAYOUT.answers(name) / benchmark, benchmark in params.text_evals

@@ -6,7 +6,7 @@ Benchmarks whose files are not here are noted as such, with what to put where; n
 import shutil
 
 from unifork.config import JobResources, load_cluster, load_experiment, load_text
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.evaluation.names import ABSENT
 from unifork.evaluation.text import run_tasks
 from unifork.jobs import program
@@ -19,8 +19,7 @@ LAYOUT = Layout()
 def main(name: str) -> None:
     params, cluster = load_experiment(), load_cluster()
     entries = {f"{entry['variant']}/{entry['benchmark']}": entry for entry in params.text_runs.values()}
-    if name not in entries:
-        raise unknown("text evaluation", name, entries, "params.yaml: text_runs")
+    one_of("text evaluation", name, entries, "params.yaml: text_runs")
     card, folder = load_text(entries[name]["benchmark"]), LAYOUT.answers(name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

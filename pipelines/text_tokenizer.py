@@ -6,9 +6,9 @@
 from unifork.config import TextTokenizerImport, load_card, load_experiment
 from unifork.documents.prompts import INSTRUCTION, SYSTEM
 from unifork.documents.text_tokenizer import FILES, import_text_tokenizer, texts_of, train_text_tokenizer
-from unifork.filters.kept import KeptRows
 from unifork.jobs import program
 from unifork.layout import Layout
+from unifork.shards.job import KeptRows
 from unifork.weights import local_folder
 
 LAYOUT = Layout()

@@ -5,7 +5,7 @@ import signal
 
 from unifork.cluster import local_ray
 from unifork.config import load_cluster, load_experiment
-from unifork.errors import unknown
+from unifork.errors import one_of
 from unifork.jobs import program
 from unifork.layout import Layout
 from unifork.processes import die_with_parent
@@ -17,8 +17,7 @@ LAYOUT = Layout()
 
 def main(name: str) -> None:
     params, cluster = load_experiment(), load_cluster()
-    if name not in params.runs:
-        raise unknown("run", name, params.runs, "params.yaml: runs")
+    one_of("run", name, params.runs, "params.yaml: runs")
     resources = cluster.for_stage(params.runs[name].stage)
     die_with_parent(signal.SIGTERM)  # which saves; a signal to a whole group ends `dvc` first
     with local_ray(cluster, needed=resources.fewest > 0):

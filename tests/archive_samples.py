@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import filter_here, run_here
 
 from unifork.config import Card
-from unifork.shards.quarantine import QUARANTINE
+from unifork.shards.task import QUARANTINE
 from unifork.sources import Materialize, RowError, download_job, plan, rows_of
 
 IMAGES = Path(__file__).parent / "fixtures/official_tiny/images"

@@ -16,8 +16,8 @@ PROGRAMS = ("download", "filter", "encode", "prepare", "train")
 LAYOUT_TOKENS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 BESIDE = {
     "the ground floor, which nobody opens to follow the data": (
-        "errors", "vocabulary", "layout", "registry", "randomness", "processes", "weights", "identity", "config",
-        "jobs",
+        "errors", "vocabulary", "layout", "registry", "randomness", "processes", "devices", "weights", "stores",
+        "identity", "config", "jobs",
     ),
     "kinds of source that a URL is not": ("sources/archives",),
     "the inside of one network": (

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from unifork import images
-from unifork.image_tokenizer.views import VARIANTS
-from unifork.images import FORMATS, MAX_ASPECT, ImageError, decoding, jpeg_scans, measure, open_image
+from unifork.images import FORMATS, MAX_ASPECT, VARIANTS, ImageError, decoding, jpeg_scans, measure, open_image
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:

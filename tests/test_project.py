@@ -16,7 +16,7 @@ from unifork.experiments import params_text, resolve
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors"},
-    {"vocabulary", "layout", "randomness", "registry", "processes", "weights", "devices", "figures"},
+    {"vocabulary", "layout", "randomness", "registry", "processes", "weights", "stores", "devices", "figures"},
     {"config", "batch", "identity", "images"},
     {"shards", "jobs", "models"},
     {"sources"},

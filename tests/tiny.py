@@ -14,7 +14,6 @@ from unifork.documents.prepare import Prepare, prepare_job
 from unifork.documents.prompts import TEMPLATES
 from unifork.documents.text_tokenizer import TextTokenizer, texts_of, train_text_tokenizer
 from unifork.experiments import params_text, resolve
-from unifork.filters.kept import KeptRows
 from unifork.filters.measure import Measure, measure_job
 from unifork.filters.worker import Filter, filter_job
 from unifork.image_tokenizer.architecture import Architecture
@@ -22,6 +21,7 @@ from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.layout import Layout
 from unifork.models.warm_start import create_model
+from unifork.shards.job import KeptRows
 from unifork.shards.manifest import Manifest
 from unifork.sources import Materialize, download_job
 from unifork.vocabulary import VIEW_OF_TASK

@@ -27,7 +27,7 @@ READ = [
 ]
 """Items and rules of all benchmarks."""
 IMAGES = ["unifork/images.py"]
-NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model", "views"), *IMAGES]
+NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model"), *IMAGES]
 """Images to codes."""
 SHARDS = within("unifork/shards", "schema")
 
@@ -88,7 +88,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         [
             *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch", "zero"),
             *within("unifork/training", "validation", "export"),
-            *within("unifork/documents", "loader", "order"),
+            *within("unifork/documents", "loader"),
             *within("unifork", "batch", "inference"),  # a stage ends with samples
             "pipelines/train.py",
         ],
@@ -162,12 +162,10 @@ DECIDES_NOTHING = {
     "unifork/config/*.py": "its values are parameters, and parts of fingerprints",
     "unifork/experiments/*.py": "writes parameters",
     "unifork/shards/__init__.py": "empty",
-    "unifork/filters/kept.py": "reads what was decided",
-    "unifork/shards/quarantine.py": "names what is left out; what that is its worker decides",
     "unifork/shards/manifest.py": "hashes and sizes of what others made",
-    "unifork/shards/stores.py": "where shards lie",
+    "unifork/stores.py": "where shards lie",
     "unifork/shards/repair.py": "makes nothing, has damaged shards made again",
-    "unifork/shards/task.py": "messages between driver and workers",
+    "unifork/shards/task.py": "messages between driver and workers; what is left out its worker decides",
     "unifork/shards/job.py": "which shards are left to make; what is in one is its worker's affair",
     "unifork/image_tokenizer/__init__.py": "empty",
     "unifork/training/__init__.py": "empty",

@@ -3,6 +3,11 @@
 In: one `Document` per sample (text tokens with image spans). Out: a `Batch` of index arrays that
 were all computed on the CPU, so that the model never has to ask the device for a count.
 
+Between them, documents become rows, and rows go to workers: a pure function of lengths and tasks, first fit and longest
+first, task by task, so that the documents of a task are neighbours and a task route is two slices. Rows are made as
+many as the workers' microbatches hold, and as short as that allows: an empty row costs as much as a full one, and a
+step rarely fills its last rows. Packing decides the speed of a step and nothing else.
+
 Shape suffixes: B rows, T tokens of a row, N image tokens of the batch (row by row, left to right),
 D code depth, S supervised text tokens, M supervised image positions, X = B*T, R runs of tokens
 (documents and padding).
@@ -14,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from unifork.errors import ConfigError
 from unifork.vocabulary import TASKS, Task
 
 if TYPE_CHECKING:  # documents are prepared by processes that need no torch
@@ -25,6 +31,10 @@ TEXT, IMAGE, BEGIN_IMAGE, END_IMAGE = range(4)
 
 NO_DOCUMENT = -1
 """The document number of padding."""
+
+LENGTHS = 256
+"""Rows of a step are a multiple of 1/256 of `row_tokens` long: steps share lengths (5 to 9 in 20 steps of 384
+documents), and rounding up costs little where many workers make rows short."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +119,80 @@ def together(tensors: "Mapping[str, Tensor]", move: "Callable[[Tensor], Tensor]"
         parts = torch.split(flat, [tensors[name].numel() for name in names])
         moved |= {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
     return moved
+
+
+# ------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows of document numbers, all of the same length in tokens; some may be empty."""
+
+    rows: list[list[int]]
+    row_tokens: int
+    fill: float
+    """Share of the rows' tokens that belong to documents, empty rows included."""
+
+
+def pack_step(lengths: list[int], tasks: list[Task], row_tokens: int, multiple: int = 1) -> Packing:
+    """Pack documents into rows of at most `row_tokens`; the number of rows is a multiple of `multiple`.
+
+    No document is split, every document is in exactly one row. Raises ConfigError when a document
+    is longer than a row.
+    """
+    longest = max(lengths, default=0)
+    if longest > row_tokens:
+        raise ConfigError(
+            f"row_tokens is {row_tokens}, but a document of this step has {longest} tokens; "
+            f"raise row_tokens in the cluster file to at least the stage's context"
+        )
+    by_task = [sorted((n for n in range(len(lengths)) if tasks[n] == t), key=lambda n: (-lengths[n], n)) for t in TASKS]
+    rows = _first_fit(by_task, lengths, row_tokens)
+    count = -(-max(len(rows), 1) // multiple) * multiple
+    unit = -(-row_tokens // LENGTHS)
+    least = max(longest, -(-sum(lengths) // count), 1)
+    for shorter in range(-(-least // unit) * unit, row_tokens, unit):
+        found = _first_fit(by_task, lengths, shorter)
+        if len(found) <= count:
+            rows, row_tokens = found, shorter
+            break
+    rows += [[]] * (count - len(rows))
+    return Packing(rows, row_tokens, sum(lengths) / (count * row_tokens))
+
+
+def _first_fit(by_task: list[list[int]], lengths: list[int], row_tokens: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for numbers in by_task:
+        # of the earlier task's rows only the last one is shared, so at most one row is mixed
+        first = max(len(rows) - 1, 0)
+        for number in numbers:
+            for row in range(first, len(rows)):
+                if free[row] >= lengths[number]:
+                    break
+            else:
+                row = len(rows)
+                rows.append([])
+                free.append(row_tokens)
+            rows[row].append(number)
+            free[row] -= lengths[number]
+    return rows
+
+
+def assign_rows_to_workers(
+    rows: list[list[int]], workers: int, rows_per_microbatch: int
+) -> list[list[list[list[int]]]]:
+    """[worker][microbatch][row] -> document numbers.
+
+    Every worker gets the same number of microbatches of the same number of rows. Raises ValueError
+    when the rows do not come out even, which is an error of the caller.
+    """
+    if len(rows) % (workers * rows_per_microbatch):
+        raise ValueError(f"{len(rows)} rows for {workers} workers with {rows_per_microbatch} rows at once")
+    return [
+        [own_rows[first : first + rows_per_microbatch] for first in range(0, len(own_rows), rows_per_microbatch)]
+        for own_rows in (rows[worker::workers] for worker in range(workers))
+    ]
 
 
 def pack(rows: list[list[Document]], row_tokens: int, depth: int) -> Batch:

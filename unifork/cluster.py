@@ -160,6 +160,14 @@ def living_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
+def this_node() -> str:
+    """The `NodeID` of the node where this is called, in a task or actor."""
+    import ray
+
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
+
+
 def on_every_node(
     look: Callable[..., Any], *arguments: object, gpus: int = 0, seconds: float = 120.0
 ) -> list[tuple[str, float, Any]]:

@@ -38,8 +38,8 @@ from unifork.models.masks import EAGER, MASKS, VARLEN
 from unifork.models.warm_start import create_model
 from unifork.processes import meet
 from unifork.report.surroundings import surroundings
-from unifork.shards.stores import open_store
 from unifork.sources import source_of
+from unifork.stores import open_store
 from unifork.vocabulary import TASKS
 
 Finding = tuple[Literal["ok", "warning", "failed", "not run"], str]

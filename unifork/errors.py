@@ -28,6 +28,10 @@ class IdentityError(UniForkError):
     """Codes, codebooks or encoders that do not belong together."""
 
 
+class ChangedFile(DataError):
+    """A file that is gone, or another than the one that was planned with; planning again is what helps."""
+
+
 class CheckpointError(UniForkError):
     """A checkpoint that is incomplete, damaged or belongs to another run."""
 

@@ -1,22 +1,31 @@
-"""Images as strangers send them: opened by a list of formats, measured once, decoded within bounds.
+"""Images as strangers send them: opened by a list of formats, measured once, decoded within bounds, seen as squares.
 
 In: the bytes of an image as received. Out: a Pillow image, or what it measures; or `ImageError` with a reason for
 people to count by. Everything here that reads bytes of others goes by `open_image`, so that none of Pillow's forty
 decoders runs that is not in FORMATS: one of them (EPS) starts a program.
+
+A view is what a task sees of an image. In: a Pillow image in any mode, the side S in pixels, and a matte (the color put
+behind transparent pixels; None drops the alpha channel as the official code does). Out: uint8 pixels of shape
+(S, S, 3). Bytes equal the official preprocessing's (tliby/UniFork: Pillow's bicubic filter, sizes truncated after the
+same order of float operations), because codes of any other bytes are other codes. For the same reason an EXIF rotation
+is not applied: the official code converts to RGB and no more.
+
+Shape suffixes: H height, W width, S side of the view, C channels (RGB).
 """
 
 import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from unifork.errors import DataError
+from unifork.vocabulary import View
 
 Image.init()
 FORMATS = tuple(
@@ -29,10 +38,26 @@ MAX_SCANS = 100
 """Most scans of a JPEG: a progressive one has about ten; each costs a pass over all pixels."""
 MAX_ASPECT = 200
 """Largest ratio of the sides. A thinner image cannot be cropped: up to views of 640 pixels, resizing it stays below
-Pillow's own limit (`image_tokenizer.views`)."""
+Pillow's own limit."""
 PIXELS_AT_ONCE = MAX_PIXELS
 """Pixels that all threads of a process decode at the same time; a larger image waits until it is alone."""
 
+RGB = tuple[int, int, int]
+MATTE = (255, 255, 255)
+"""Behind transparent pixels of images that no card describes."""
+Look = Callable[[Image.Image, int, RGB | None], np.ndarray]
+
+PREPROCESSING_VERSION = "official-bicubic-1"
+"""Change with any change of a view's bytes; it is recorded with every shard of codes."""
+
+PAD_COLOR: RGB = (127, 127, 127)
+"""The official background: int(0.5 * 255)."""
+
+SMALLEST_SIDE = 14
+"""The official `min_size`: a very thin image is widened to this many pixels."""
+
+LARGEST_RESIZED_PIXELS = 89_478_485
+"""Pillow's own limit for one image; a crop of a hair-thin image would be resized beyond it."""
 
 _ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
@@ -125,18 +150,20 @@ def dhash(image: Image.Image) -> int | None:
     return value if 4 <= value.bit_count() <= 60 else None  # plain grounds all look alike
 
 
-def _opaque(image: Image.Image, matte: tuple[int, int, int]) -> Image.Image:
-    """An image in RGB, laid over a color where it is transparent."""
+def _opaque(image: Image.Image, matte: RGB | None) -> Image.Image:
+    """An image in RGB, laid over a color where it is transparent; None drops the alpha channel."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     whole = image.convert("RGBA")
+    if matte is None:
+        return whole.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", whole.size, (*matte, 255)), whole).convert("RGB")
 
 
-def shrink(data: bytes, matte: tuple[int, int, int], *, longest_side: int, format: str, quality: int) -> bytes:
+def shrink(data: bytes, matte: RGB, *, longest_side: int, format: str, quality: int) -> bytes:
     """An image whose longest side is at most that, re-encoded where it was longer and else as it is.
 
-    Nothing but colors is kept: views use no rotation and no color profile either (`image_tokenizer.views`).
+    Nothing but colors is kept: views use no rotation and no color profile either.
     Raises ImageError, for a longer image also those of `measure`.
     """
     with open_image(data) as image:
@@ -189,3 +216,82 @@ def decoding(pixels: int) -> Iterator[None]:
         with _pixels_changed:
             _pixels_left += share
             _pixels_changed.notify_all()
+
+
+# --------------------------------------------------------------------------------------- views
+
+
+def to_rgb(image: Image.Image, matte: RGB | None) -> Image.Image:
+    """Any Pillow image as RGB.
+
+    Transparent pixels are laid over `matte`; None drops the alpha channel, which shows whatever
+    color hides below it. An image without a transparent pixel comes out the same for any matte.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image  # whose pixels are perhaps not decoded yet
+    try:
+        return _opaque(image, matte)
+    except (ValueError, OSError) as error:
+        raise DataError(f"an image of mode {image.mode!r} and size {image.size} cannot become RGB: {error}") from None
+
+
+def crop_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
+    """The shorter side resized to `size`, the center cut out: what generation learns to draw."""
+    opaque = to_rgb(image, matte)
+    scale = size / min(opaque.size)
+    width, height = (max(int(side * scale), size) for side in opaque.size)
+    resized = _resize(opaque, width, height)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def pad_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
+    """The longer side resized to `size`, the rest filled with gray: what understanding reads.
+
+    This is the official training variant: resize, then pad.
+    """
+    opaque = to_rgb(image, matte)
+    longer = max(opaque.size)
+    width, height = (max(int(side / longer * size), SMALLEST_SIDE) for side in opaque.size)
+    return np.asarray(_on_gray_square(_resize(opaque, width, height)))
+
+
+def pad_first_view(image: Image.Image, size: int, matte: RGB | None) -> np.ndarray:
+    """The official inference variant, which pads to a square first and resizes after; other bytes."""
+    square = _on_gray_square(to_rgb(image, matte))
+    return np.asarray(_resize(square, size, size))
+
+
+VIEWS: dict[View, Look] = {"crop": crop_view, "pad": pad_view}
+"""The views codes are made of; `unifork.vocabulary.VIEW_OF_TASK` says which task reads which."""
+
+VARIANTS: dict[str, Look] = {"crop": crop_view, "pad": pad_view, "pad-first": pad_first_view}
+"""All ways to see an image; what is not in VIEWS serves evaluation alone, no data set may ask for it."""
+
+
+def declared(view: str, matte: RGB | None, batch_images: int, size: int, dtype: str) -> dict[str, Any]:
+    """StrictModel data: all that decides the codes of an image beside the tokenizer and the machine."""
+    return {
+        "view": view,
+        "matte": None if matte is None else list(matte),
+        "preprocessing": PREPROCESSING_VERSION,
+        "batch_shape": [batch_images, 3, size, size],
+        "dtype": dtype,
+    }
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    if width * height > LARGEST_RESIZED_PIXELS:
+        raise DataError(
+            f"an image of size {image.size} would be resized to {width}x{height}; "
+            f"allowed are {LARGEST_RESIZED_PIXELS} pixels: it is too thin to be cropped"
+        )
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _on_gray_square(image: Image.Image) -> Image.Image:
+    """An image in the middle of a gray square of its longer side."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), PAD_COLOR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

@@ -24,7 +24,7 @@ from unifork.devices import chosen_device, chosen_dtype
 from unifork.documents.prompts import Exchange
 from unifork.errors import DataError
 from unifork.image_tokenizer.code_encoder import CodeEncoder, ImageInput
-from unifork.image_tokenizer.views import MATTE
+from unifork.images import MATTE
 from unifork.inference import Engine, stage_sampling
 from unifork.layout import MODEL_IMAGE_TOKENIZER
 

@@ -18,7 +18,7 @@ from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
-from unifork.cluster import check_shared, living_nodes, local_ray, on_every_node
+from unifork.cluster import check_shared, living_nodes, local_ray, on_every_node, this_node
 from unifork.config import load_cluster
 from unifork.errors import MachineError
 from unifork.jobs import run_stage
@@ -81,10 +81,7 @@ def look(path: str, expected: dict[str, str]) -> tuple[list[str], list[str], flo
 
 def meet_here(folder: str, nodes: list[str], backend: str) -> float:
     """This node's part of an all-reduce over all of them, as `meet`. nodes: Ray's ids."""
-    import ray  # noqa: PLC0415
-
-    rank = nodes.index(ray.get_runtime_context().get_node_id())
-    return meet(rank, len(nodes), backend, folder, REDUCED)
+    return meet(nodes.index(this_node()), len(nodes), backend, folder, REDUCED)
 
 
 def bandwidth(root: str) -> str:

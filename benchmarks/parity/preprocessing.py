@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.parity.comparison import Comparison
 from unifork.errors import DataError
 from unifork.image_tokenizer.model import to_tensor
-from unifork.image_tokenizer.views import PAD_COLOR, SMALLEST_SIDE, crop_view, pad_first_view, pad_view
+from unifork.images import PAD_COLOR, SMALLEST_SIDE, crop_view, pad_first_view, pad_view
 
 ITEM = "04_preprocess"
 NUMBERS = "04_preprocess.json"

@@ -14,11 +14,11 @@ from unifork.cli import app
 from unifork.cluster import run_jobs
 from unifork.config import load_card
 from unifork.errors import DataError, MachineError
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
 from unifork.processes import exclusive, lock_path
 from unifork.shards import job as shard_jobs
+from unifork.shards.job import KeptRows
 from unifork.sources import Materialize, download_job
 
 LAYOUT = Layout()

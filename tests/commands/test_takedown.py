@@ -5,9 +5,8 @@ from tiny import copy_of
 from typer.testing import CliRunner
 
 from unifork.cli import app
-from unifork.filters.kept import KeptRows
 from unifork.layout import Layout
-from unifork.shards.job import read_table
+from unifork.shards.job import KeptRows, read_table
 from unifork.shards.manifest import present
 
 

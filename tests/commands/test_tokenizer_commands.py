@@ -17,7 +17,7 @@ from unifork.errors import ConfigError, DataError, IdentityError
 from unifork.experiments import params_text, resolve
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.views import VARIANTS
+from unifork.images import VARIANTS
 
 OFFICIAL = REPOSITORY / "tests/fixtures/official_tiny"
 IMPORT = {"import": str(OFFICIAL / "unifork"), "image_size": 32}

@@ -6,7 +6,7 @@ from unifork.batch import IMAGE, TEXT
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import SYSTEM, TEMPLATES, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.shards.schema import Unusable, images_of, turns_of
+from unifork.shards.schema import Unusable, turns_of
 
 END = "<|im_end|>"
 S = f"<|im_start|>{SYSTEM}"
@@ -22,8 +22,8 @@ def tokenizer(qwen_directory) -> TextTokenizer:
 def read(row, template, tokenizer):
     """(the whole sample, what is supervised of it), the image as <image>."""
     form = TEMPLATES[template]
-    images = len(images_of(row))
-    doc = skeleton(written(form, turns_of(row), images), tokenizer, 1, form.border)
+    images = row["image"] if isinstance(row["image"], list) else [row["image"]] if row["image"] else []
+    doc = skeleton(written(form, turns_of(row), len(images)), tokenizer, 1, form.border)
 
     def text(keep):
         parts = []

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from unifork.documents.order import MixtureOrder, Schedule, SetOrder
+from unifork.documents.loader import MixtureOrder, Schedule, SetOrder
 from unifork.errors import ConfigError
 
 

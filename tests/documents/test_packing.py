@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unifork.documents.order import assign_rows_to_workers, pack_step
+from unifork.batch import assign_rows_to_workers, pack_step
 from unifork.errors import ConfigError
 from unifork.vocabulary import TASKS
 

@@ -19,14 +19,13 @@ from tiny import filter_here, run_here
 from unifork.config import StrictModel, load_card
 from unifork.errors import ConfigError, DataError
 from unifork.filters import duplicates as dedup
-from unifork.filters.kept import KeptRows, kept_table
 from unifork.filters.measure import Measure, measure_job
-from unifork.filters.rules import judge, rule, rules_of
-from unifork.filters.takedown import Listing, listing, takedown, withdrawn
+from unifork.filters.rules import Listing, judge, listing, rule, rules_of
+from unifork.filters.takedown import takedown, withdrawn
 from unifork.filters.worker import filter_job
 from unifork.images import measure
 from unifork.layout import Layout
-from unifork.shards.job import write_shard
+from unifork.shards.job import KeptRows, kept_table, write_shard
 from unifork.shards.manifest import fault, read_manifest
 from unifork.shards.task import ShardTask
 from unifork.sources import RowError

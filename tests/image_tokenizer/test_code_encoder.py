@@ -15,8 +15,7 @@ from unifork.errors import ConfigError, DataError
 from unifork.image_tokenizer import canaries
 from unifork.image_tokenizer.code_encoder import BATCHES_AHEAD, CodeEncoder
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.image_tokenizer.views import VARIANTS, pad_view
-from unifork.images import open_image
+from unifork.images import VARIANTS, open_image, pad_view
 
 
 def images(count=7):

@@ -14,14 +14,13 @@ from tiny import bytes_of, run_here
 from unifork.cluster import run_jobs
 from unifork.config import Card, load_card, parse
 from unifork.errors import ConfigError, DataError
-from unifork.filters.kept import KeptRows, kept_rows
 from unifork.image_tokenizer import canaries, code_encoder, encode, samples
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.model import ImageTokenizer, to_tensor
 from unifork.image_tokenizer.samples import sample_views
-from unifork.image_tokenizer.views import VIEWS
-from unifork.images import open_image
+from unifork.images import VIEWS, open_image
 from unifork.layout import Layout
+from unifork.shards.job import KeptRows, kept_rows
 
 
 def test_the_device_is_sent_bytes(directory, blocks, monkeypatch):

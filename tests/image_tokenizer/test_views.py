@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unifork import images
 from unifork.errors import DataError
-from unifork.image_tokenizer import views
 from unifork.image_tokenizer.model import to_bytes, to_tensor
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 SHA256 = json.loads((OFFICIAL / "04_preprocess.sha256.json").read_text())
-VARIANTS = {"gen": views.crop_view, "und": views.pad_view, "und_infer_pad": views.pad_first_view}
+VARIANTS = {"gen": images.crop_view, "und": images.pad_view, "und_infer_pad": images.pad_first_view}
 
 
 def digest(array: np.ndarray) -> str:
@@ -44,7 +44,7 @@ def wide() -> Image.Image:
 
 
 def test_crop_cuts_and_pad_keeps():
-    crop, pad = views.crop_view(wide(), 24, None), views.pad_view(wide(), 24, None)
+    crop, pad = images.crop_view(wide(), 24, None), images.pad_view(wide(), 24, None)
     assert crop.shape == pad.shape == (24, 24, 3)
     assert not crop[12, 6:18].any(), "the middle third alone is in the crop"
     assert (pad[[0, -1]] == 127).all(), "gray above and below"
@@ -53,16 +53,16 @@ def test_crop_cuts_and_pad_keeps():
 
 
 def test_very_thin_images():
-    pad = views.pad_view(Image.new("RGB", (3, 3000), (9, 9, 9)), 48, None)
-    assert (pad == 9).all(axis=2).any(axis=0).sum() == views.SMALLEST_SIDE
+    pad = images.pad_view(Image.new("RGB", (3, 3000), (9, 9, 9)), 48, None)
+    assert (pad == 9).all(axis=2).any(axis=0).sum() == images.SMALLEST_SIDE
     with pytest.raises(DataError, match="too thin"):
-        views.crop_view(Image.new("RGB", (1, 60_000), (9, 9, 9)), 384, None)
+        images.crop_view(Image.new("RGB", (1, 60_000), (9, 9, 9)), 384, None)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1"])
 def test_opaque_images_do_not_depend_on_the_matte(mode):
     image = wide().convert(mode)
-    seen = [views.crop_view(image, 24, matte).tobytes() for matte in (None, (255, 255, 255), (0, 200, 0))]
+    seen = [images.crop_view(image, 24, matte).tobytes() for matte in (None, (255, 255, 255), (0, 200, 0))]
     assert len(set(seen)) == 1
 
 
@@ -78,10 +78,10 @@ def half_transparent(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_show_the_matte(mode):
-    matted = views.pad_view(half_transparent(mode), 60, (0, 255, 0))
+    matted = images.pad_view(half_transparent(mode), 60, (0, 255, 0))
     assert (matted[22] == (0, 255, 0)).all()
     assert (matted[37] < 40).all(), "the opaque half keeps its color"
-    assert not (views.pad_view(half_transparent(mode), 60, None)[22] == (0, 255, 0)).all()
+    assert not (images.pad_view(half_transparent(mode), 60, None)[22] == (0, 255, 0)).all()
 
 
 def stored(image: Image.Image, kind: str, **options) -> Image.Image:
@@ -130,14 +130,14 @@ KINDS = {
 """Images of 16 x 16 pixels, and the colors that all views must show: the official code's, alpha dropped."""
 
 
-@pytest.mark.parametrize("variant", views.VARIANTS)
+@pytest.mark.parametrize("variant", images.VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_images(kind, variant):
     make, expected = KINDS[kind]
-    assert (views.VARIANTS[variant](make(), 16, None) == expected).all()
+    assert (images.VARIANTS[variant](make(), 16, None) == expected).all()
 
 
-@pytest.mark.parametrize("variant", views.VARIANTS)
+@pytest.mark.parametrize("variant", images.VARIANTS)
 def test_exif_rotation_is_not_applied(variant):
     assert rotated().getexif()[0x0112] == 6
-    assert (views.VARIANTS[variant](rotated(), 24, None) == views.VARIANTS[variant](wide(), 24, None)).all()
+    assert (images.VARIANTS[variant](rotated(), 24, None) == images.VARIANTS[variant](wide(), 24, None)).all()

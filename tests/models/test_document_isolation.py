@@ -26,8 +26,8 @@ from model_samples import (
 from unifork.batch import TEXT, pack
 from unifork.models import masks
 from unifork.models.decoder import modalities
+from unifork.models.layer_plan import without_branch
 from unifork.models.masks import MASKS, by_kernel, one_by_one, sequences
-from unifork.models.warm_start import without_branch
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from unifork.errors import CheckpointError, ConfigError, IdentityError
+from unifork.models.layer_plan import without_branch
 from unifork.models.modeling import UniForkModel, load_model
-from unifork.models.warm_start import without_branch
 
 torch.set_num_threads(1)
 

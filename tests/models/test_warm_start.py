@@ -24,8 +24,8 @@ from unifork.errors import CheckpointError, ConfigError, IdentityError
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.models.generation import generate_images
-from unifork.models.layer_plan import BRANCHES
-from unifork.models.warm_start import warm_start, without_branch
+from unifork.models.layer_plan import BRANCHES, without_branch
+from unifork.models.warm_start import warm_start
 from unifork.training.optimizer import freeze_all_but, make_optimizer, trainable_names
 
 torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from unifork.config import MixtureEntry, load_card
 from unifork.documents.mixture import CodesIdentity, MixturePart
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, DataError
-from unifork.filters.takedown import listing
+from unifork.filters.rules import listing
 from unifork.layout import Layout
 from unifork.publish import stores
 from unifork.publish.card import size_category

@@ -21,7 +21,7 @@ import os, signal, sys
 from pathlib import Path
 
 from unifork.publish import stores
-from unifork.shards.stores import Store
+from unifork.stores import Store
 
 seen = []
 

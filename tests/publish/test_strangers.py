@@ -22,7 +22,7 @@ from tiny import REPOSITORY, bytes_of, copy_of
 from unifork import __version__
 from unifork.config import Experiment, TrainResources, parse
 from unifork.errors import CheckpointError, ConfigError, DataError, IdentityError
-from unifork.filters.takedown import listing
+from unifork.filters.rules import listing
 from unifork.layout import Layout
 from unifork.publish import model as models
 from unifork.publish import stores

@@ -15,9 +15,8 @@ from unifork.layout import Layout
 from unifork.shapes.world import draw, scene
 from unifork.shards.job import write_shard
 from unifork.shards.manifest import Manifest, write_json, write_manifest
-from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import image_text_schema
-from unifork.shards.task import ShardTask
+from unifork.shards.task import ShardTask, quarantined
 
 REPOSITORY = Path(__file__).parents[2]
 NASTY = "<script>alert('a')</script> & <b>"

@@ -13,8 +13,7 @@ from unifork.errors import ConfigError
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.scoring import Origin, by_split, score_answers
 from unifork.evaluation.suites import Answer, suite_of
-from unifork.image_tokenizer.views import crop_view, pad_view
-from unifork.images import open_image, png
+from unifork.images import crop_view, open_image, pad_view, png
 from unifork.shapes import understanding
 from unifork.shapes.world import ASKED_SPLITS, KINDS, SINGLE_KINDS, Draws, crop_objects, draw, scene
 

@@ -6,7 +6,7 @@ from PIL import Image, ImageFilter
 
 from unifork.config import load_card
 from unifork.image_tokenizer.readers import read_back
-from unifork.image_tokenizer.views import crop_view, pad_view
+from unifork.images import crop_view, pad_view
 from unifork.shapes.detector import detect, same_objects
 from unifork.shapes.world import COLORS, Object, crop_objects, draw, mask, scene
 

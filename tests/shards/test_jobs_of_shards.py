@@ -17,12 +17,12 @@ from unifork.cluster import run_jobs
 from unifork.config import FilterRule, load_card
 from unifork.config.card import Losses
 from unifork.errors import ConfigError, DataError, IdentityError
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.layout import Layout
+from unifork.shards.job import KeptRows
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, Manifest, Shard, fault, read_manifest
-from unifork.shards.quarantine import QUARANTINE, warnings_of
 from unifork.shards.schema import codes_meta
+from unifork.shards.task import QUARANTINE, warnings_of
 from unifork.sources import Materialize, download_job
 
 

@@ -22,7 +22,6 @@ from unifork.cli import app
 from unifork.config import Cluster, Experiment, TrainResources, load, load_card, parse
 from unifork.documents.text_tokenizer import texts_of
 from unifork.errors import ConfigError, DataError
-from unifork.filters.kept import KeptRows
 from unifork.filters.measure import Measure, measure_job
 from unifork.filters.takedown import takedown
 from unifork.filters.worker import Filter, filter_job
@@ -31,9 +30,9 @@ from unifork.layout import Layout
 from unifork.publish.card import Offer
 from unifork.publish.publication import build
 from unifork.report.images import rejected_rows
-from unifork.shards.job import RECORD_SUFFIX, read_table
+from unifork.shards.job import RECORD_SUFFIX, KeptRows, read_table
 from unifork.shards.manifest import FETCHED, MANIFEST, manifest_sha256, read_manifest
-from unifork.shards.quarantine import QUARANTINE, quarantine_of
+from unifork.shards.task import QUARANTINE, quarantine_of
 from unifork.sources import Materialize, download_job
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
@@ -173,7 +172,7 @@ def test_a_damaged_object_is_named_and_made_again_alone(root, store):
 
 KILLED = """
 import os, runpy, signal, sys
-from unifork.shards import stores
+from unifork import stores
 
 put = stores.Store.put
 

@@ -22,12 +22,11 @@ from PIL import Image
 from tiny import REPOSITORY
 
 from unifork.config.card import Shrink
-from unifork.errors import ConfigError, MachineError
-from unifork.image_tokenizer.views import crop_view, pad_view
+from unifork.errors import ChangedFile, ConfigError, MachineError
+from unifork.images import crop_view, pad_view
 from unifork.shards.task import Slice
 from unifork.sources import Materialize, RowError, Source, SourceOptions, download_job, image_row, plan, rows_of
 from unifork.sources import archives as archives_module
-from unifork.sources.paths import ChangedFile
 from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.download import inspect
 from unifork.sources.web.permission import Refused

@@ -17,7 +17,7 @@ from PIL import Image
 from unifork.config import load_card
 from unifork.documents.prompts import TEMPLATES, written
 from unifork.errors import ConfigError, DataError
-from unifork.image_tokenizer.views import crop_view
+from unifork.images import crop_view
 from unifork.shards.task import Slice
 from unifork.sources import RowError, Source, SourceOptions, list_files, plan, rows_of, source_of
 from unifork.sources.imagenet import sentences

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from distributed_testing import run_distributed
 
-from unifork.batch import pack
+from unifork.batch import assign_rows_to_workers, pack
 from unifork.config import OptimizerConfig
-from unifork.documents.order import assign_rows_to_workers
 from unifork.errors import ConfigError
 from unifork.models import losses
 from unifork.training.loop import TrackRun, WorkerContext

@@ -19,7 +19,6 @@ from unifork.config import MixtureEntry, load_card
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import CodesIdentity, MixturePart
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.image_tokenizer.samples import sample_views
 from unifork.layout import Layout
@@ -27,7 +26,7 @@ from unifork.publish.card import Offer
 from unifork.publish.publication import build, fetch
 from unifork.publish.stores import open_store
 from unifork.report.images import sample_rows
-from unifork.shards.job import read_table
+from unifork.shards.job import KeptRows, read_table
 from unifork.shards.manifest import present, read_manifest
 from unifork.sources import Materialize, download_job
 from unifork.training.history import VALIDATION, read

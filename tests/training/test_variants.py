@@ -7,7 +7,8 @@ from stage_runs import job, weights
 from tiny import write_experiment
 
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.models.warm_start import create_model, without_branch
+from unifork.models.layer_plan import without_branch
+from unifork.models.warm_start import create_model
 from unifork.training.history import read
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage

@@ -23,7 +23,7 @@ def publish(
 ) -> None:
     """Publish the codes of a data set, or a model: only what is missing or differs is uploaded."""
     from unifork.errors import DataError
-    from unifork.filters.takedown import listing
+    from unifork.filters.rules import listing
     from unifork.layout import Layout
     from unifork.processes import exclusive
     from unifork.publish import model
@@ -83,7 +83,8 @@ def takedown(
     from contextlib import ExitStack
 
     from unifork.config import load_card
-    from unifork.filters.takedown import listing, take_down
+    from unifork.filters.rules import listing
+    from unifork.filters.takedown import take_down
     from unifork.layout import Layout
     from unifork.processes import exclusive
 

@@ -83,7 +83,7 @@ def compare(
 ) -> None:
     """What one model scores above another on the same items, or a variant above another with the same seeds."""
     from unifork.config import Experiment, load
-    from unifork.errors import unknown
+    from unifork.errors import one_of
     from unifork.evaluation import comparison
     from unifork.evaluation.statistics import holm
     from unifork.layout import Layout
@@ -95,8 +95,7 @@ def compare(
         return
     params, found = load(Experiment, Layout().params), dict[str, comparison.Paired]()
     for name in (first, second):
-        if name not in params.groups:
-            raise unknown("folder or variant", name, params.groups, "params.yaml: variants")
+        one_of("folder or variant", name, params.groups, "params.yaml: variants")
     for benchmark in params.all_benchmarks:
         sides = (scores_by_seed(Layout(), params.groups[name], benchmark) for name in (first, second))
         above = comparison.compare_seeds(*sides)

@@ -104,13 +104,12 @@ def _runs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
 
 def record(name: Annotated[str, typer.Argument(help="finished run, for example unifork-s3")]) -> None:
     """Write the losses of a run to histories/, as a reference for runs of the same configuration."""
-    from unifork.errors import DataError, unknown
+    from unifork.errors import DataError, one_of
     from unifork.report.reading import read_history
     from unifork.training.export import TRAINING
 
     layout, experiment = Layout(), load_experiment()
-    if name not in experiment.runs:
-        raise unknown("run", name, experiment.runs, "params.yaml: runs")
+    one_of("run", name, experiment.runs, "params.yaml: runs")
     if not (rows := read_history(layout.model(name) / TRAINING / "history.csv")):
         raise DataError(f"{layout.model(name)}: no history; the run has not finished. `dvc repro train@{name}` goes on")
     own = reference(experiment, layout, name, rows)

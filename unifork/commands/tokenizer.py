@@ -113,6 +113,6 @@ def check_files(images: Iterable[Path]) -> None:
 def code_encoder(directory: Path, view: str) -> "CodeEncoder":
     """The image tokenizer of a directory, as the commands use it."""
     from unifork.image_tokenizer.code_encoder import CodeEncoder
-    from unifork.image_tokenizer.views import MATTE
+    from unifork.images import MATTE
 
     return CodeEncoder(directory, view, MATTE, BATCH_IMAGES)

@@ -13,6 +13,7 @@ from unifork.config.card import (
     Source,
     TaskUse,
     load_card,
+    located,
 )
 from unifork.config.cluster import (
     CLUSTER,
@@ -55,5 +56,6 @@ from unifork.config.tokenizers import (
     ImportedTokenizer,
     TextTokenizerConfig,
     TextTokenizerImport,
+    TokenizerShape,
     TokenizerTraining,
 )

@@ -68,6 +68,17 @@ def load(model: type[Config], path: Path | str) -> Config:
     return parse(model, read_yaml(path), str(path))
 
 
+def load_named(model: type[Config], what: str, name: str, folder: Path) -> Config:
+    """The file `name` of a folder, whose key `name` says the same. Raises ConfigError. what: it is, in words."""
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        raise unknown(what, name, (p.stem for p in folder.glob("*.yaml")), str(folder))
+    found = load(model, path)
+    if (own := dict(found)["name"]) != name:
+        raise ConfigError(f"{path}: name is {own!r}, but the file is called {name!r}")
+    return found
+
+
 def parse(model: type[Config], plain: Any, place: str, inside: str = "") -> Config:
     """StrictModel data as a typed configuration. Raises ConfigError naming place, key, value and rule.
 

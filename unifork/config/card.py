@@ -1,14 +1,19 @@
 """`datasets/*.yaml`: what a data set is, where it comes from, who may use it and how it is read."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from unifork.config.base import Fraction01, StrictModel, load
-from unifork.errors import ConfigError, unknown
+from unifork.config.base import Fraction01, StrictModel, load_named
+from unifork.errors import ConfigError
 from unifork.randomness import uniform
 from unifork.vocabulary import Task, View
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)
 
 
 class Source(StrictModel):
@@ -110,10 +115,30 @@ class Card(StrictModel):
 
 def load_card(name: str, folder: Path | str = "datasets") -> Card:
     """The card of a data set. Raises ConfigError when the file and its name disagree."""
-    path = Path(folder) / f"{name}.yaml"
-    if not path.exists():
-        raise unknown("data set", name, (p.stem for p in Path(folder).glob("*.yaml")), str(folder))
-    card = load(Card, path)
-    if card.name != name:
-        raise ConfigError(f"{path}: name is {card.name!r}, but the file is called {name!r}")
-    return card
+    return load_named(Card, "data set", name, Path(folder))
+
+
+def expanded(text: str) -> Path:
+    """A path of a card with `~` and environment variables filled in. Raises ConfigError.
+
+    Tasks and manifests keep the text as the card has it: what a variable holds reaches no file, and a
+    variable that is named like a credential is refused, since error messages show paths.
+    """
+    for name in (braced or plain for braced, plain in _VARIABLE.findall(text)):
+        if _SECRET.search(name):
+            raise ConfigError(f"{text!r}: a path must not hold ${name}; credentials do not belong in paths")
+        if name not in os.environ:
+            raise ConfigError(f"{text!r}: the environment variable {name} is not set")
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def located(text: str) -> Path:
+    """An existing file or folder of a card. Raises ConfigError."""
+    path = expanded(text)
+    try:
+        found = path.exists()
+    except (OSError, ValueError):  # too long a name, or letters that no name has
+        found = False
+    if not found:
+        raise ConfigError(f"{text!r}: no such file or folder (relative paths start in {os.getcwd()!r})")
+    return path

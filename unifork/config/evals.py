@@ -1,13 +1,13 @@
 """`evals/*.yaml`: what a benchmark is, in three parts, one for each program that reads it."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from unifork.config.base import StrictModel, load
+from unifork.config.base import StrictModel, load_named
 from unifork.config.experiment import Benchmark, Sampling
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError
 
 QUESTION = "{question}"
 """In a prompt form: where the item's question (or the text that an image is generated for) stands."""
@@ -100,9 +100,6 @@ class _Head(StrictModel):
     show: ShowPart = ShowPart()
 
 
-AnyCard = TypeVar("AnyCard", bound=_Head)
-
-
 class TextCard(_Head):
     """Benchmarks of text alone, run by lm-evaluation-harness on one branch of a model.
 
@@ -152,7 +149,7 @@ class EvalCard(_Head):
 
 def load_eval(name: str, folder: Path | str = "datasets/evals") -> EvalCard:
     """The card of a benchmark. Raises ConfigError when the file and its name disagree."""
-    card = _named(EvalCard, name, Path(folder))
+    card = load_named(EvalCard, "benchmark", name, Path(folder))
     if QUESTION not in card.answer.prompt:
         raise ConfigError(f"{folder}/{name}.yaml: answer.prompt must contain {QUESTION}")
     return card
@@ -160,14 +157,4 @@ def load_eval(name: str, folder: Path | str = "datasets/evals") -> EvalCard:
 
 def load_text(name: str, folder: Path | str = "datasets/evals") -> TextCard:
     """The card of benchmarks of text. Raises ConfigError when the file and its name disagree."""
-    return _named(TextCard, name, Path(folder) / "text")
-
-
-def _named(kind: type[AnyCard], name: str, folder: Path) -> AnyCard:
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        raise unknown("benchmark", name, (p.stem for p in folder.glob("*.yaml")), str(folder))
-    card = load(kind, path)
-    if card.name != name:
-        raise ConfigError(f"{path}: name must be {name!r}, the file's")
-    return card
+    return load_named(TextCard, "benchmark", name, Path(folder) / "text")

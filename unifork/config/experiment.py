@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from unifork.config.base import Fraction01, StrictModel, load
 from unifork.config.optimization import Averaging, Lora, OptimizerConfig
 from unifork.config.tokenizers import AnyTextTokenizer, AnyTokenizer
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.vocabulary import Task
 
 
@@ -332,8 +332,7 @@ class Experiment(StrictModel):
 
     def dataset(self, name: str) -> DatasetUse:
         """How the experiment uses a data set. Raises ConfigError when it does not."""
-        if name not in self.datasets:
-            raise unknown("data set", name, self.datasets, "params.yaml: datasets")
+        one_of("data set", name, self.datasets, "params.yaml: datasets")
         return self.datasets[name]
 
     @property

@@ -64,8 +64,8 @@ class TokenizerTraining(StrictModel):
     """Images kept out of training and used for the reported errors."""
 
 
-class ImageTokenizerConfig(StrictModel):
-    """The residual-quantized autoencoder that turns images into codes."""
+class TokenizerShape(StrictModel):
+    """What an image tokenizer looks like, however it is made."""
 
     image_size: PositiveInt
     """Side of both views in pixels."""
@@ -75,16 +75,21 @@ class ImageTokenizerConfig(StrictModel):
     depth: PositiveInt
     """Codes per position, D."""
     codebook_size: PositiveInt
-    """Rows of the one codebook shared by all depths, K."""
+    """Rows of the one codebook shared by all depths, K, without any padding row."""
     decoder: DecoderConfig
-    training: TokenizerTraining
-    seed: NonNegativeInt
-    """Seed of initialization and of the order of images."""
 
     @property
     def grid(self) -> int:
         """Positions along one side of the image."""
         return self.image_size // self.patch_size
+
+
+class ImageTokenizerConfig(TokenizerShape):
+    """The residual-quantized autoencoder that turns images into codes."""
+
+    training: TokenizerTraining
+    seed: NonNegativeInt
+    """Seed of initialization and of the order of images."""
 
 
 class ImportedTokenizer(StrictModel):

@@ -19,9 +19,8 @@ from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import UniForkError, unknown
 from unifork.shards.job import ARROW, ShardJob, table_of, write_shard
 from unifork.shards.manifest import checked, manifest_sha256, present
-from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import Unusable, codes_meta, columns_of, documents_schema, images_of_rows
-from unifork.shards.task import ShardResult, ShardTask
+from unifork.shards.task import ShardResult, ShardTask, quarantined
 
 
 class Prepare:

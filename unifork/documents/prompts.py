@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from unifork.config import MixtureEntry
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, ROLES, Unusable
 from unifork.vocabulary import DROPPED_PROMPT, TURN_END, TURN_START, Task
 
@@ -92,9 +92,7 @@ TEMPLATES: dict[str, Template] = {
 
 def template_named(name: str, place: str) -> Template:
     """A template by name. Raises ConfigError listing the known ones."""
-    if name not in TEMPLATES:
-        raise unknown("prompt template", name, TEMPLATES, place)
-    return TEMPLATES[name]
+    return TEMPLATES[one_of("prompt template", name, TEMPLATES, place)]
 
 
 def template_for(entry: MixtureEntry, place: str) -> Template:

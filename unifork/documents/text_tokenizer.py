@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from unifork.config import Card, fingerprint
 from unifork.documents.prompts import Border, Piece
 from unifork.errors import DataError
-from unifork.filters.kept import KeptRows
+from unifork.shards.job import KeptRows
 from unifork.shards.manifest import write_atomically, write_json
 from unifork.shards.schema import text_columns
 from unifork.vocabulary import DROPPED_PROMPT, PAD, SPECIAL_TOKENS, TURN_END, TURN_START

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from unifork.config import StrictModel, load_eval, load_text
-from unifork.errors import DataError, unknown
+from unifork.errors import DataError, one_of
 from unifork.evaluation.archive import read_json
 from unifork.evaluation.items import Item, faults
 from unifork.evaluation.names import SAMPLES
@@ -198,8 +198,7 @@ def placed(earlier: Sequence[EarlierRun], run: EarlierRun, place: str) -> list[P
     found = []
     for name in earlier[0].scores if earlier else ():
         if all(name in other.scores for other in earlier):
-            if name not in run.scores:
-                raise unknown("score", name, run.scores, place)
+            one_of("score", name, run.scores, place)
             values, value = [other.scores[name].value for other in earlier], run.scores[name].value
             low, high = prediction(values)
             if low == high and (items := run.scores[name].items):  # equal in all: an item more or less says nothing

@@ -29,7 +29,7 @@ from unifork.config import (
     read_yaml,
 )
 from unifork.documents.prompts import template_named
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.evaluation.suites import suite_of
 from unifork.experiments import checks, inheritance
 from unifork.experiments.followed import followed
@@ -147,8 +147,7 @@ def _read(name: str, folder: Path, cards: Path, choice: Choice = AS_WRITTEN) -> 
     checks.check_names(experiment, loaded, str(path))
     checks.check_alike(experiment, roots, str(path))
     for variant in choice.variants:
-        if variant not in experiment.variants:
-            raise unknown("variant", variant, experiment.variants, "--variants")
+        one_of("variant", variant, experiment.variants, "--variants")
     shared = {"prepared": _prepared(experiment)}  # by all variants, kept or not: what is there stays as it is
     kept = experiment.model_copy(update=shared | {"variants": _with_seeds(experiment, choice.variants)})
     return kept.model_copy(update=_derived(kept, loaded, evals)), loaded
@@ -209,26 +208,26 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
             before = f"models/{name}-{stage}"
             if kinds := experiment.analyses.of_stage(stage):
                 analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
+    models = {name: f"models/{name}-{variant.stages[-1]}" for name, variant in experiment.variants.items()}
     evaluations = {
-        f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
-        for name, variant in experiment.variants.items()
+        f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": model}
+        for name, model in models.items()
         for benchmark in experiment.benchmarks
     }
     nothing = (HERE.evals / "README.md").as_posix()
     text_runs = {
         f"{name}-{card.name}": {
-            "variant": name, "benchmark": card.name, "model": f"models/{name}-{variant.stages[-1]}",
+            "variant": name, "benchmark": card.name, "model": model,
             "follows": nothing if card.absent else card.include_path or nothing,
         }
-        for name, variant in experiment.variants.items()
+        for name, model in models.items()
         for card in (load_text(text, HERE.evals) for text in experiment.text_evals)
     }  # fmt: skip
-    benchmarks: dict[str, Benchmark] = {}
-    for name, use in experiment.benchmarks.items():
-        archive = evals[name].items.archive
-        benchmarks[name] = use.model_copy(
-            update={"follows": archive if archive and Path(archive).is_dir() else nothing}
-        )
+    archives = {name: evals[name].items.archive or "" for name in experiment.benchmarks}
+    follows = {name: archive if archive and Path(archive).is_dir() else nothing for name, archive in archives.items()}
+    benchmarks = {
+        name: use.model_copy(update={"follows": follows[name]}) for name, use in experiment.benchmarks.items()
+    }
     return {
         "datasets": datasets, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
         "analyzed": analyzed, "text_runs": text_runs,

@@ -25,7 +25,7 @@ from unifork.config import (
     load,
 )
 from unifork.documents.prompts import template_for
-from unifork.errors import CheckpointError, ConfigError, unknown
+from unifork.errors import CheckpointError, ConfigError, one_of
 from unifork.image_tokenizer.readers import READERS
 from unifork.sources import source_of
 
@@ -74,8 +74,7 @@ def _settings(variant: Variant) -> dict[str, Any]:
 def check_names(experiment: Experiment, cards: Cards, place: str) -> None:
     """Data sets, stages, tasks and texts that parts of an experiment name."""
     for what, name, allowed, where in _names(experiment, cards, place):
-        if name not in allowed:
-            raise unknown(what, name, allowed, where)
+        one_of(what, name, allowed, where)
 
 
 def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[str, str, Collection[str], str]]:
@@ -129,8 +128,7 @@ def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:
                 raise ConfigError(f"{place}: image_tokenizer.training.datasets: no row of {name} has an image")
         groups = {f"{name}/{use.view}" for name in images.training.datasets for use in cards[name].tasks.values()}
         for group in images.training.shares:
-            if group not in groups:
-                raise unknown("group of images", group, groups, f"{place}: image_tokenizer.training.shares")
+            one_of("group of images", group, groups, f"{place}: image_tokenizer.training.shares")
 
 
 def _check_images(entry: MixtureEntry, card: Card, place: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unifork.config import Stage, parse, read_yaml
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of, unknown
 
 IMPORT, LIKE = "import", "like"
 
@@ -58,8 +58,7 @@ def _chain(name: str, variants: dict[str, Any], place: str, heirs: tuple[str, ..
     if not isinstance(own, dict) or LIKE not in own:
         return (name,)
     other, where = str(own[LIKE]), f"{place}: variants.{name}.{LIKE}"
-    if other not in variants:
-        raise unknown("variant", other, variants, where)
+    one_of("variant", other, variants, where)
     if other in heirs:
         raise ConfigError(f"{where}: it is like itself by way of {' -> '.join((*heirs, other))}")
     return (*_chain(other, variants, place, heirs), name)

@@ -15,17 +15,16 @@ import jinja2
 import yaml
 
 from unifork.config import Card, parse
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.experiments import HERE
 from unifork.experiments.followed import followed
 from unifork.experiments.inheritance import inherited
 from unifork.shards.schema import CONVERSATIONS
 from unifork.sources import Row, RowError, cause, plan, rows_of
 from unifork.sources.archives import is_image, picked
+from unifork.sources.files import TABLES, files_of
 from unifork.sources.list_files import LISTS
-from unifork.sources.paths import files_of
 from unifork.sources.table import first_entries
-from unifork.sources.table_files import TABLES
 
 EXTENDED = ("demo", "micro")
 """Experiments that a new one may extend; the templates know their stages."""
@@ -54,8 +53,7 @@ def propose(name: str, files: str, extends: str, image: str | None = None, text:
     """
     if not name.isidentifier():
         raise ConfigError(f"{name!r}: letters, digits and _ are expected; files and stages are called so")
-    if extends not in EXTENDED:
-        raise unknown("experiment", extends, EXTENDED, "--like")
+    one_of("experiment", extends, EXTENDED, "--like")
     source = _source(files, image, text)
     column = next(iter(source["options"].get("texts", {"caption": "caption"})))
     fields = {"name": name, "source": source, "text": column, "extends": extends}
@@ -105,8 +103,7 @@ def _source(files: str, image: str | None, text: str | None) -> dict[str, Any]:
         raise ConfigError(f"{path}: it cannot be read: {cause(error)}") from None
     columns = list(dict.fromkeys(column for entry in entries for column in entry))
     for named in filter(None, (image, text)):
-        if named not in columns:
-            raise unknown("column", named, columns, name)
+        one_of("column", named, columns, name)
     values = {column: [entry[column] for entry in entries if entry.get(column) not in (None, "")] for column in columns}
     kinds = {column: _kind(some[0]) for column, some in values.items() if some}
     image = image or next((c for kind in ("image", "path", "url") for c in columns if kinds.get(c) == kind), None)

@@ -7,21 +7,23 @@ how anybody's code takes part. A row has its columns, without the image, and wha
 
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from unifork.config import Card, StrictModel, parse
 from unifork.config.base import Fraction01
 from unifork.config.card import FilterRule
-from unifork.errors import UniForkError, unknown
-from unifork.filters.takedown import listing
+from unifork.errors import ConfigError, UniForkError, unknown
 from unifork.registry import Registry
+from unifork.shards.manifest import file_sha256
 from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, numbered, text_columns
-from unifork.sources import source_of
+from unifork.sources import located, source_of
 from unifork.vocabulary import MORE_IMAGES
 
 Row = dict[str, Any]
@@ -258,6 +260,64 @@ def _score_named(column: str) -> Rule[Score]:
 similarity, aesthetic, pwatermark, punsafe = map(_score_named, SCORES)
 
 # ------------------------------------------------------------------------- lists and other rows
+
+
+KINDS = ("url", "host", "sha256", "key")
+"""Kinds of entries of a list."""
+
+
+class Listing:
+    """A list of what must not be used, held in memory as a set of strings.
+
+    A text file, one entry per line: `url ADDRESS`, `host NAME` (and every host below it), `sha256 HEX` (of the image
+    as received), `key SET/KEY`. `#` begins a comment.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError naming the first line that is no entry."""
+        self.entries: set[tuple[str, str]] = set()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            words = line.split(maxsplit=1)
+            if not words or words[0].startswith("#"):
+                continue
+            if words[0] not in KINDS or len(words) != 2:
+                raise ConfigError(f"{path}:{number}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
+            value = words[1].strip()
+            self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
+
+    def match(self, dataset: str, row: dict[str, Any]) -> str | None:
+        """The entry that names a row with `key`, `url` and `sha256`, or None."""
+        url = row.get("url") or ""
+        hashes = [image.get("sha256") or "" for image in (row, *(row.get(MORE_IMAGES) or ()))]
+        candidates = [("key", f"{dataset}/{row['key']}"), ("url", url), *(("sha256", text.lower()) for text in hashes)]
+        hit = next((entry for entry in [*candidates, *_hosts(url)] if entry in self.entries), None)
+        return None if hit is None else " ".join(hit)
+
+
+def _hosts(url: str) -> list[tuple[str, str]]:
+    """`a.b.org` as the hosts a.b.org, b.org and org."""
+    try:
+        parts = (urlsplit(url).hostname or "").lower().split(".")
+    except ValueError:
+        return []
+    return [("host", ".".join(parts[number:])) for number in range(len(parts))]
+
+
+def listing(text: str) -> Listing:
+    """The list that a card names, read once while it does not change. Raises ConfigError."""
+    path = located(text)
+    state = path.stat()
+    return _read(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _changed: int, _bytes: int) -> Listing:
+    return Listing(path)
+
+
+def list_hashes(files: Iterable[str]) -> dict[str, str]:
+    """Name -> hash of its content, for the fingerprint of what lists decide."""
+    return {text: file_sha256(located(text)) for text in files}
 
 
 class TakedownOptions(StrictModel):

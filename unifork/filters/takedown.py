@@ -1,90 +1,27 @@
-"""Lists of what must not be used: applied by the filter, and again to shards that are already finished.
-
-A list is a text file, one entry per line: `url ADDRESS`, `host NAME` (and every host below it), `sha256 HEX`
-(of the image as received), `key SET/KEY`. `#` begins a comment. It is held in memory as a set of strings.
-"""
+"""What a list of `unifork.filters.rules` names is removed from shards that are already finished."""
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from unifork.errors import ConfigError
+from unifork.filters.rules import Listing
 from unifork.layout import Layout
-from unifork.shards.job import read_table, recorded_shards, write_shard
+from unifork.shards.job import read_table, write_shard
 from unifork.shards.manifest import (
     FETCHED,
     MANIFEST,
     RECORD_SUFFIX,
     Shard,
-    file_sha256,
     local_path,
     read_manifest,
+    recorded_shards,
     write_manifest,
 )
-from unifork.shards.quarantine import parquet_name, scrub
-from unifork.shards.task import ShardTask
-from unifork.sources import located
+from unifork.shards.task import ShardTask, parquet_name, scrub
 from unifork.vocabulary import MORE_IMAGES
 
-KINDS = ("url", "host", "sha256", "key")
 REASON = "takedown"
-
-
-class Listing:
-    """The entries of a list."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError naming the first line that is no entry."""
-        self.entries: set[tuple[str, str]] = set()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            words = line.split(maxsplit=1)
-            if not words or words[0].startswith("#"):
-                continue
-            if words[0] not in KINDS or len(words) != 2:
-                raise ConfigError(f"{path}:{number}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
-            value = words[1].strip()
-            self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
-
-    def match(self, dataset: str, row: dict[str, Any]) -> str | None:
-        """The entry that names a row with `key`, `url` and `sha256`, or None."""
-        url = row.get("url") or ""
-        hashes = [image.get("sha256") or "" for image in (row, *(row.get(MORE_IMAGES) or ()))]
-        candidates = [("key", f"{dataset}/{row['key']}"), ("url", url), *(("sha256", text.lower()) for text in hashes)]
-        hit = next((entry for entry in [*candidates, *_hosts(url)] if entry in self.entries), None)
-        return None if hit is None else " ".join(hit)
-
-
-def _hosts(url: str) -> list[tuple[str, str]]:
-    """`a.b.org` as the hosts a.b.org, b.org and org."""
-    try:
-        parts = (urlsplit(url).hostname or "").lower().split(".")
-    except ValueError:
-        return []
-    return [("host", ".".join(parts[number:])) for number in range(len(parts))]
-
-
-def listing(text: str) -> Listing:
-    """The list that a card names, read once while it does not change. Raises ConfigError."""
-    path = located(text)
-    state = path.stat()
-    return _read(path, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=4)
-def _read(path: Path, _changed: int, _bytes: int) -> Listing:
-    return Listing(path)
-
-
-def list_hashes(files: Iterable[str]) -> dict[str, str]:
-    """Name -> hash of its content, for the fingerprint of what lists decide."""
-    return {text: file_sha256(located(text)) for text in files}
-
-
-# -------------------------------------------------------------------------------- finished shards
 
 
 def take_down(dataset: str, layout: Layout, entries: Listing) -> dict[Path, int]:

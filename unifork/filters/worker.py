@@ -14,13 +14,11 @@ import pyarrow.parquet as pq
 from unifork.config import Card
 from unifork.errors import ConfigError, DataError
 from unifork.filters.measure import measured_schema
-from unifork.filters.rules import DUPLICATE_RULES, DUPLICATES, TAKEDOWN, judge, rules_of
-from unifork.filters.takedown import list_hashes
+from unifork.filters.rules import DUPLICATE_RULES, DUPLICATES, TAKEDOWN, judge, list_hashes, rules_of
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import file_sha256, present
-from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import columns_of
-from unifork.shards.task import ShardResult, ShardTask
+from unifork.shards.task import ShardResult, ShardTask, quarantined
 
 FILTER_VERSION = 2
 """Raise when the same rows would be judged otherwise."""

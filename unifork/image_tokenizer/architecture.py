@@ -10,9 +10,9 @@ from typing import Self
 
 from pydantic import PositiveInt
 
-from unifork.config import DecoderConfig, EncoderConfig, ImageTokenizerConfig, ImportedTokenizer, StrictModel, parse
+from unifork.config import ImageTokenizerConfig, ImportedTokenizer, StrictModel, TokenizerShape, parse
 from unifork.errors import ConfigError
-from unifork.image_tokenizer.views import SMALLEST_SIDE
+from unifork.images import SMALLEST_SIDE
 from unifork.weights import read_json
 
 CONFIG_FILE = "config.json"
@@ -20,32 +20,17 @@ LARGEST_CODEBOOK = 2**16
 """Codes are stored as 16-bit integers."""
 
 
-class Architecture(StrictModel):
+class Architecture(TokenizerShape):
     """What must be known to build a tokenizer, however it was made (trained here or imported)."""
 
-    image_size: PositiveInt
-    """Side of both views in pixels."""
-    patch_size: PositiveInt
-    """Side of a patch in pixels."""
     position_grid: PositiveInt
     """Side of the encoder's table of positions; 16 upstream, where images have 24 x 24 patches."""
-    encoder: EncoderConfig
-    depth: PositiveInt
-    """Codes per position, D."""
-    codebook_size: PositiveInt
-    """Rows of the codebook, K, without any padding row."""
-    decoder: DecoderConfig
 
     @classmethod
     def of(cls, config: ImageTokenizerConfig) -> Self:
         """The architecture an experiment asks for."""
-        shared = {name: getattr(config, name) for name in cls.model_fields if name != "position_grid"}
+        shared = {name: getattr(config, name) for name in TokenizerShape.model_fields}
         return cls(position_grid=config.grid, **shared)
-
-    @property
-    def grid(self) -> int:
-        """Positions along one side of the image."""
-        return self.image_size // self.patch_size
 
     def check(self, place: str) -> None:
         """Raise ConfigError where the numbers do not fit each other."""

@@ -22,8 +22,7 @@ from PIL import Image
 
 from unifork.errors import DataError, one_of
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes
-from unifork.image_tokenizer.views import RGB, VARIANTS, declared, to_rgb
-from unifork.images import ImageError, decoding, open_image
+from unifork.images import RGB, VARIANTS, ImageError, declared, decoding, open_image, to_rgb
 from unifork.vocabulary import CODE_DTYPE
 
 ImageInput = Image.Image | bytes | Path

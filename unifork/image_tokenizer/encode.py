@@ -15,13 +15,11 @@ import numpy as np
 
 from unifork.config import Card
 from unifork.errors import DataError
-from unifork.filters.kept import KeptRows, kept_rows
 from unifork.image_tokenizer.architecture import Description, describe
-from unifork.image_tokenizer.views import declared
-from unifork.shards.job import ShardJob, table_of, write_shard
-from unifork.shards.quarantine import quarantined
+from unifork.images import declared
+from unifork.shards.job import KeptRows, ShardJob, kept_rows, table_of, write_shard
 from unifork.shards.schema import codes_schema, columns_of
-from unifork.shards.task import ShardResult, ShardTask
+from unifork.shards.task import ShardResult, ShardTask, quarantined
 from unifork.vocabulary import MORE_IMAGES, VOCABULARY_VERSION, Task
 
 if TYPE_CHECKING:

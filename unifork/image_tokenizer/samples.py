@@ -5,12 +5,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from unifork.config import Card, load_card
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.training import without_repeats
-from unifork.image_tokenizer.views import VIEWS
-from unifork.images import open_image
+from unifork.images import VIEWS, open_image
 from unifork.layout import Layout
 from unifork.randomness import keyed
+from unifork.shards.job import KeptRows
 from unifork.vocabulary import View
 
 MAX_IMAGES = 20_000

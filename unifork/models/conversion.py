@@ -26,9 +26,9 @@ from unifork.config import HeadConfig, read_yaml
 from unifork.errors import CheckpointError, ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
-from unifork.models.layer_plan import LayerPlan
+from unifork.models.layer_plan import LayerPlan, branch_of, without_branch
 from unifork.models.modeling import UniForkModel
-from unifork.models.warm_start import NOT_DENSE, branch_of, without_branch
+from unifork.models.warm_start import NOT_DENSE
 from unifork.vocabulary import MODALITIES, TASKS
 from unifork.weights import StoredWeights, check_fit
 

@@ -7,8 +7,11 @@ tokens are routed, which position-wise parts have a copy per branch, and whether
 within a branch. Several consecutive equal layers are written once with their number; a group in
 parentheses may be repeated, not nested. One item may be repeated `*rest` times: it fills the layers
 that are left, the last group cut short where they do not divide.
+
+A tensor of a part that has copies carries the name of its branch.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from itertools import cycle, groupby, islice
@@ -22,6 +25,8 @@ BlockPart = Literal["attention", "mlp"]
 
 BRANCHES: dict[RouteBy, tuple[str, ...]] = {"none": ("shared",), "task": TASKS, "modality": MODALITIES}
 """Names of the copies of a part, in the order of the route's branch numbers."""
+_NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
+_BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
 
 
 @dataclass(frozen=True)
@@ -170,3 +175,23 @@ def _filled(items: list[_Repeated], num_hidden_layers: int | None, place: str) -
     return [
         layer for kinds, times in items for layer in (islice(cycle(kinds), left) if times is None else kinds * times)
     ]
+
+
+# ------------------------------------------------------------------------------------ names of tensors
+
+
+def without_branch(name: str) -> str:
+    """A tensor's name as a dense model would have it: `norm.generation.weight` -> `norm.weight`."""
+    return _BRANCH.sub(r"\1.", name)
+
+
+def branch_of(name: str) -> str | None:
+    """The branch a tensor's name carries: `norm.generation.weight` -> `generation`; None without any."""
+    found = _BRANCH.match(name)
+    return found[2] if found else None
+
+
+def seed_of(seed: int, name: str) -> int:
+    """What a parameter is drawn with, by (seed, name without the branch): copies of a part start equal."""
+    digest = hashlib.sha256(f"{seed} {without_branch(name)}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from unifork.models.configuration import UniForkConfig
-from unifork.models.layer_plan import BRANCHES
+from unifork.models.layer_plan import BRANCHES, branch_of
 from unifork.models.modeling import UniForkModel
-from unifork.models.warm_start import branch_of
 from unifork.vocabulary import TASKS, Task
 
 EMBEDDINGS, TEXT_HEAD, CONNECTOR, IMAGE_HEAD = "embed_tokens", "lm_head", "connector", "image_head"

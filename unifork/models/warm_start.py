@@ -8,7 +8,6 @@ part, whatever the plan.
 Shape suffixes: K codebook rows, C code channels.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,25 +20,12 @@ from unifork.config import Variant
 from unifork.errors import ConfigError
 from unifork.identity import codebook_identity
 from unifork.models.configuration import UniForkConfig, backbone_of
-from unifork.models.layer_plan import BRANCHES
+from unifork.models.layer_plan import seed_of, without_branch
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.weights import StoredWeights, check_fit, local_folder, read_json, shapes_of
 
-_NAMES = "|".join(branch for branches in BRANCHES.values() for branch in branches)
-_BRANCH = re.compile(rf"^(layers\.\d+\.\w+|norm)\.({_NAMES})\.")
 NOT_DENSE = ("connector.", "image_head.", "codebook")
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.(original_)?inv_freq$")
-
-
-def without_branch(name: str) -> str:
-    """A tensor's name as a dense model would have it: `norm.generation.weight` -> `norm.weight`."""
-    return _BRANCH.sub(r"\1.", name)
-
-
-def branch_of(name: str) -> str | None:
-    """The branch a tensor's name carries: `norm.generation.weight` -> `generation`; None without any."""
-    found = _BRANCH.match(name)
-    return found[2] if found else None
 
 
 def model_config(variant: Variant, vocab_size: int, **codes: Any) -> UniForkConfig:
@@ -104,12 +90,6 @@ def _same_model(folder: Path, wanted: UniForkConfig) -> UniForkModel:
     return model
 
 
-def generator_of(seed: int, name: str) -> torch.Generator:
-    """What a parameter is drawn with: by (seed, name without the branch)."""
-    digest = hashlib.sha256(f"{seed} {without_branch(name)}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
 @torch.no_grad()
 def initialize(model: UniForkModel, seed: int, embedding_range: float | None = None) -> None:
     """Draw every weight by (seed, name without the branch); copies of a part start equal."""
@@ -117,7 +97,9 @@ def initialize(model: UniForkModel, seed: int, embedding_range: float | None = N
     for name, parameter in model.named_parameters():
         std = embedding_range or general if parameter is model.embed_tokens.weight else general
         if parameter.dim() > 1:
-            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator_of(seed, name)))
+            parameter.copy_(
+                torch.normal(0.0, std, parameter.shape, generator=torch.Generator().manual_seed(seed_of(seed, name)))
+            )
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 

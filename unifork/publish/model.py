@@ -26,7 +26,7 @@ from unifork.reference import reference
 from unifork.report.reading import Found, read_codes, read_history, read_json, read_scores
 from unifork.report.scores import measured
 from unifork.shards.manifest import json_text
-from unifork.shards.stores import Store
+from unifork.stores import Store
 from unifork.training.export import SUMMARY, TRAINING
 
 PAGE = Path(__file__).with_name("model.jinja")

@@ -15,7 +15,7 @@ import yaml
 from unifork.cluster import run_jobs
 from unifork.config import Card, load_card, parse
 from unifork.errors import ConfigError, DataError, IdentityError, writing
-from unifork.filters.takedown import Listing
+from unifork.filters.rules import Listing
 from unifork.layout import Layout
 from unifork.publish.card import README, Offer, ViewFacts, readme
 from unifork.publish.samples import codebook_of, first_codes, strip
@@ -34,7 +34,7 @@ from unifork.publish.stores import (
 from unifork.publish.takedown import withdrawn_keys
 from unifork.shards.manifest import MANIFEST, TEMPORARY, Manifest, file_sha256, read_manifest, write_atomically
 from unifork.shards.repair import faults, repair
-from unifork.shards.stores import Store
+from unifork.stores import Store
 
 CARD = "dataset.yaml"
 

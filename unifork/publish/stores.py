@@ -13,10 +13,10 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from unifork import stores
 from unifork.errors import ConfigError, DataError
-from unifork.shards import stores
 from unifork.shards.manifest import file_sha256, write_atomically
-from unifork.shards.stores import Store
+from unifork.stores import Store
 
 CHECKSUMS = "SHA256SUMS"
 """Written last and removed before anything changes: its existence means that all is there."""

@@ -6,7 +6,8 @@ Code shards know only keys; what else a list names is looked up in the measured 
 from pathlib import Path
 
 from unifork.errors import DataError
-from unifork.filters.takedown import Listing, withdrawn
+from unifork.filters.rules import Listing
+from unifork.filters.takedown import withdrawn
 from unifork.shards.job import read_table
 from unifork.shards.manifest import MANIFEST, read_manifest
 

@@ -7,15 +7,15 @@ is said to be missing; a damaged file raises a UniForkError.
 from typing import Any
 
 from unifork.config import Experiment, load_card
-from unifork.filters.kept import KeptRows
 from unifork.image_tokenizer.architecture import CONFIG_FILE, architecture_of
 from unifork.layout import Layout
 from unifork.report.codec import LoadCodec
 from unifork.report.images import data_images, rejected_rows, views_of
 from unifork.report.reading import read_json
 from unifork.report.tables import Table, count
+from unifork.shards.job import KeptRows
 from unifork.shards.manifest import MANIFEST, elsewhere, read_manifest
-from unifork.shards.quarantine import warnings_of
+from unifork.shards.task import warnings_of
 
 
 def dataset(name: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> dict[str, Any]:

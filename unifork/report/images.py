@@ -20,15 +20,13 @@ from PIL import Image
 
 from unifork.config import Card
 from unifork.errors import DataError
-from unifork.filters.kept import KeptRows
-from unifork.image_tokenizer.views import VARIANTS
-from unifork.images import MAX_PIXELS, open_image
+from unifork.images import MAX_PIXELS, VARIANTS, open_image
 from unifork.report.codec import Codec
 from unifork.report.reading import undamaged
 from unifork.report.tables import Table, data_uri
-from unifork.shards.job import read_table
+from unifork.shards.job import KeptRows, read_table
 from unifork.shards.manifest import read_manifest
-from unifork.shards.quarantine import QUARANTINE, quarantine_of
+from unifork.shards.task import QUARANTINE, quarantine_of
 from unifork.training.validation import spread
 from unifork.vocabulary import VIEWS, View
 

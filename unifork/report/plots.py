@@ -5,8 +5,6 @@ that says the same to those who cannot see it and a link to its points. Equal nu
 random names, no pyplot state. How plots look is in `unifork/figures.py`.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import filter as matching
@@ -21,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from unifork.figures import INK, LOOK, svg
 from unifork.layout import Layout
 from unifork.report.reading import read_json
-from unifork.report.tables import data_uri
+from unifork.report.tables import csv_of, data_uri
 
 MOST_POINTS = 250
 """Points per curve; longer histories are averaged, so that a page of long runs stays small."""
@@ -136,11 +134,8 @@ def _started(lines: Lines) -> Iterator[tuple[str, int, Recorded]]:
 
 
 def _table(curves: Curves) -> bytes:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["variant", "of", "step", "value"])
-    writer.writerows([*key, f"{x:g}", f"{y:.6g}"] for key, found in curves.items() for x, y in _short(found))
-    return stream.getvalue().encode()
+    rows = [[*key, f"{x:g}", f"{y:.6g}"] for key, found in curves.items() for x, y in _short(found)]
+    return csv_of([["variant", "of", "step", "value"], *rows])
 
 
 def _figure(curves: Curves, lines: Lines, groups: Groups) -> Figure:

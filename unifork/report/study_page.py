@@ -4,8 +4,6 @@ In: `Results`. Out: tables and plots, for the report of an experiment too; and a
 an SVG for each plot, and `index.html`, which needs no other file. Equal records give equal bytes.
 """
 
-import csv
-import io
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,7 +23,7 @@ from unifork.evaluation.statistics import spread
 from unifork.figures import INK, LOOK, svg
 from unifork.report.plots import DASHES, Plot
 from unifork.report.study import Between, Record, Results, curves_of, family, judged
-from unifork.report.tables import Judged, Table, count, data_uri, duration, words
+from unifork.report.tables import Judged, Table, count, csv_of, data_uri, duration, words
 from unifork.shards.manifest import write_atomically
 
 COLUMNS, WIDTH, COLORS = 4, 2.3, 8
@@ -209,13 +207,6 @@ def _curves(results: Results, kind: str, panels: Mapping[str, Sequence[OfRun]]) 
     figure.supxlabel("layer", fontsize=8)
     figure.legend([*shown.values()], [*shown], loc="outside upper center", ncols=min(5, len(shown)))
     return _plot(f"{kind} by layer", figure, rows)
-
-
-def csv_of(rows: Sequence[Sequence[Any]]) -> bytes:
-    """Rows as a file."""
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue().encode()
 
 
 def markdown(table: Table) -> str:

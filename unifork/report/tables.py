@@ -1,7 +1,9 @@
 """What a page is built of: plain values go in; tables, which a phone shows as cards, and numbers in words come out."""
 
+import csv
+import io
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -32,6 +34,13 @@ class Measured(NamedTuple):
 def data_uri(kind: str, data: bytes) -> str:
     """Bytes as an address that holds them."""
     return f"data:{kind};base64,{b64encode(data).decode()}"
+
+
+def csv_of(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Rows as a file."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue().encode()
 
 
 def count(number: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from unifork.config import Experiment, Stage
 from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
-from unifork.models.warm_start import branch_of
+from unifork.models.layer_plan import branch_of
 from unifork.reference import among, references
 from unifork.report.codec import LoadCodec
 from unifork.report.images import ShownImage, grid, shown_images

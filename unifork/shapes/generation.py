@@ -17,11 +17,10 @@ from pydantic import PositiveInt
 
 from unifork.config import StrictModel
 from unifork.evaluation.archive import Archive
-from unifork.evaluation.generation.geneval import Clause, Found, Verdict, judge
+from unifork.evaluation.generation.geneval import Clause, Found, judge
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, accuracy, mean
-from unifork.evaluation.suites import Answer, Suite
-from unifork.evaluation.suites import Verdict as Judged
+from unifork.evaluation.suites import Answer, Suite, Verdict
 from unifork.images import open_image
 from unifork.shapes.detector import detect
 from unifork.shapes.language import Prompt, prompts
@@ -53,12 +52,12 @@ def read(_: Archive, options: Options, seed: int) -> list[Item]:
     return items
 
 
-def official(item: Item, answer: Answer) -> Judged:
+def official(item: Item, answer: Answer) -> Verdict:
     """GenEval's verdict on what the detector finds."""
     objects = detect(open_image(answer.image or b""))
     include, exclude = ([Clause(**clause) for clause in item.truth[part]] for part in ("include", "exclude"))
-    correct, faults = _verdict(include, exclude, objects)
-    return Judged([thing._asdict() for thing in objects], float(correct), faults)
+    faults = _faults(include, exclude, objects)
+    return Verdict([thing._asdict() for thing in objects], float(not faults), faults)
 
 
 def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:
@@ -73,8 +72,8 @@ def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[
     return found
 
 
-def _verdict(include: Sequence[Clause], exclude: Sequence[Clause], objects: Iterable[Object]) -> Verdict:
-    """Whether these objects, the surest first, are what is asked for."""
+def _faults(include: Sequence[Clause], exclude: Sequence[Clause], objects: Iterable[Object]) -> tuple[str, ...]:
+    """What these objects, the surest first, lack of what is asked for."""
     return judge(include, exclude, [Found(*thing) for thing in objects])
 
 
@@ -82,9 +81,7 @@ def _chances(every: Sequence[Prompt], seed: int) -> dict[Prompt, float]:
     """For each prompt the share of other images of its split that would be right for it by accident."""
     images = {split: [_accident(seed, number, split) for number in range(CHANCE_IMAGES)] for split in ASKED_SPLITS}
     return {
-        prompt: float(
-            np.mean([_verdict(prompt.include, prompt.exclude, held).correct for held in images[prompt.split]])
-        )
+        prompt: float(np.mean([not _faults(prompt.include, prompt.exclude, held) for held in images[prompt.split]]))
         for prompt in set(every)
     }
 

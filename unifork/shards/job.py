@@ -11,42 +11,46 @@ unread, everything else is made anew, and the result has the same bytes. (Who re
 `unifork verify` checks all of them.) The record of a shard (`<shard>.done`) is written right after the shard and folded
 into the manifest at the end. With a store, quarantine, shard and record are moved there as soon as they are written,
 in this order; a kept shard stays where it is.
+
+`KeptRows` reads what a filter kept, images included: the only way from a decision back to the bytes. The n-th filtered
+shard holds rows of the n-th image-text shard; without a column of images the latter is not opened.
 """
 
-import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unifork.config import StrictModel, parse
-from unifork.errors import ConfigError, DataError, writing
+from unifork.errors import DataError, writing
+from unifork.layout import Layout
 from unifork.shards.manifest import (
-    MANIFEST,
     RECORD_SUFFIX,
-    RECORDS,
     Manifest,
     Shard,
     Sizes,
     checked,
+    delete_record,
     file_sha256,
     keep_only,
+    present,
+    recorded_shards,
+    revert_to_records,
     write_atomically,
     write_json,
     write_manifest,
 )
 from unifork.shards.progress import places, write_progress
-from unifork.shards.quarantine import QUARANTINE, nothing_kept, parquet_name
-from unifork.shards.stores import Store, deliver, open_store
-from unifork.shards.task import ShardResult, ShardTask
-from unifork.vocabulary import ROW_GROUP
+from unifork.shards.task import QUARANTINE, ShardResult, ShardTask, nothing_kept, parquet_name
+from unifork.stores import Store, deliver, open_store
+from unifork.vocabulary import MORE_IMAGES, ROW_GROUP
 
 ARROW = ".arrow"
 NOTED_SECONDS = 5.0
@@ -274,60 +278,62 @@ def input_rows(task: ShardTask) -> list[dict[str, Any]]:
     return list(input_table(task).to_pylist())
 
 
-# ------------------------------------------------------------------------- what earlier runs finished
+# ------------------------------------------------------------------------------- what a filter kept
 
 
-class Records(StrictModel):
-    """What RECORDS holds."""
+class KeptRows:
+    """All kept rows of a data set. Raises DataError where shards are missing."""
 
-    shards: tuple[Shard, ...]
+    def __init__(self, layout: Layout, dataset: str, *, images: bool = True) -> None:
+        """images: whether the column `image` will be asked for."""
+        self.raw, self.filtered = layout.raw(dataset), layout.filtered(dataset)
+        self.manifest: Manifest = present(self.filtered)
+        self.raw_shards = present(self.raw).shards if images else ()
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The filtered shards, in order."""
+        return self.manifest.shards
 
-RECORDED: dict[str, type[StrictModel]] = {MANIFEST: Manifest, RECORDS: Records, "*" + RECORD_SUFFIX: Shard}
-"""Files of a folder that name finished shards, each more recent than those before."""
+    def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some columns (None: all) of the kept rows of shard `number`, in its order."""
+        raw = self.raw_shards[number] if self.raw_shards else None
+        return kept_table(self.raw, raw, self.filtered, self.shards[number], columns)
 
+    def image(self, number: int, key: str) -> bytes | None:
+        """The image of any row of shard `number`, kept or not."""
+        images = read_table(self.raw, self.raw_shards[number], ["key", "image"])
+        place = pc.index(images["key"], key).as_py()
+        return None if place < 0 else images["image"][place].as_py()
 
-def recorded_shards(folder: Path, stores: Iterable[Store] = ()) -> dict[str, Shard]:
-    """Shards recorded by an earlier run, finished or killed, here or in stores, by file name."""
-    return read_records(folder, stores)[0]
-
-
-def read_records(folder: Path, stores: Iterable[Store] = ()) -> tuple[dict[str, Shard], dict[str, str]]:
-    """The same, and what is wrong with files that should name them: what these say is not known to be finished."""
-    shards: dict[str, Shard] = {}
-    damaged: dict[str, str] = {}
-    files = [(path, path.read_bytes()) for name in RECORDED for path in folder.glob(name)]
-    for store in stores:
-        names = [name for name in store.listing() if name.endswith(RECORD_SUFFIX)]
-        files += [(folder / RECORD_SUFFIX, data) for data in store.get_all(names)]
-    for path, data in files:
-        kind = RECORDED.get(path.name, Shard)
-        try:
-            found: Any = parse(kind, json.loads(data), str(path))
-            shards |= {shard.path: shard for shard in ([found] if kind is Shard else found.shards)}
-        except (ConfigError, ValueError) as error:
-            damaged[path.name] = str(error)
-    return shards, damaged
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The same of every shard."""
+        return (self.table(number, columns) for number in range(len(self.shards)))
 
 
-def revert_to_records(folder: Path, shards: Iterable[Shard]) -> None:
-    """Make a folder one of a killed job that had finished these shards and no others: records instead of a manifest.
+def kept_rows(task: ShardTask, columns: Sequence[str] | None = None) -> pa.Table:
+    """The kept rows of a task that reads an image-text shard and what was kept of it."""
+    assert task.kept is not None, f"{task.output}: a task without decisions about its rows"
+    return kept_table(Path(task.folder), task.shard, Path(task.kept_folder), task.kept, columns)
 
-    No record of another shard stays: its size alone would not tell a shard that is made anew from the old one.
+
+def kept_table(
+    raw: Path, raw_shard: Shard | None, filtered: Path, kept: Shard, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The rows that a filtered shard names, with their images where those are asked for.
+
+    Raises DataError for a damaged shard, and where the image-text shard has no row of a key that was kept.
     """
-    records = Records(shards=tuple(shards))
-    if records.shards:
-        write_json(folder / RECORDS, records.model_dump(mode="json"))
-    with writing(folder):
-        for name in (MANIFEST, *(() if records.shards else (RECORDS,))):
-            (folder / name).unlink(missing_ok=True)
-        for record in folder.glob("*" + RECORD_SUFFIX):
-            record.unlink(missing_ok=True)
-
-
-def delete_record(folder: Path, store: Store, name: str) -> None:
-    """Remove the records of a shard before its object is replaced: size alone would not tell it from the old one."""
-    with writing(folder):
-        (folder / (name + RECORD_SUFFIX)).unlink(missing_ok=True)
-    if store.size(name + RECORD_SUFFIX) is not None:
-        store.remove([name + RECORD_SUFFIX])
+    images_of = ["image"] if columns is None else [name for name in columns if name in ("image", MORE_IMAGES)]
+    if images_of:
+        assert raw_shard is not None, f"{raw}: images were asked for without their shards"
+        others = None if columns is None else ["key", *(name for name in columns if name not in ("key", *images_of))]
+        table, images = read_table(filtered, kept, others), read_table(raw, raw_shard, ["key", *images_of])
+        # both are in the order of keys; a mask, unlike places, never joins chunks, which may hold gigabytes
+        images = images.filter(pc.is_in(images["key"], value_set=table["key"].combine_chunks()))
+        if not images["key"].equals(table["key"]):
+            raise DataError(f"{raw / raw_shard.path}: not the rows that {filtered / kept.path} keeps; filter again")
+        for name in images_of:
+            table = table.append_column(name, images[name])
+        return table if columns is None else table.select(list(columns))
+    return read_table(filtered, kept, columns)

@@ -3,7 +3,8 @@
 A shard appears by write-temp, fsync, rename; the manifest is written last, so its existence means
 that the stage is done. It lists shards with rows and hash, drops by reason, schema and lineage, and
 nothing that changes from run to run. Consumers read the manifest and check every shard they open.
-A shard lies beside its manifest, or in a store (`uri`) as one object, which appears whole by itself.
+A shard lies beside its manifest, or in a store (`uri`) as one object, which appears whole by itself. Until there is a
+manifest, records say which shards an earlier run finished.
 """
 
 import hashlib
@@ -21,9 +22,9 @@ from uuid import uuid4
 from pydantic import AfterValidator, Field
 
 from unifork.config import StrictModel, parse
-from unifork.errors import DataError, writing
+from unifork.errors import ConfigError, DataError, writing
 from unifork.layout import command_for
-from unifork.shards.stores import Store, open_store
+from unifork.stores import Store, open_store
 
 MANIFEST = "manifest.json"
 RECORD_SUFFIX = ".done"
@@ -311,3 +312,62 @@ def _differs(shard: Shard, size: int | None, sha256: Callable[[], str] | None = 
         return f"{size} bytes instead of {shard.bytes}"
     found = sha256() if sha256 else shard.sha256
     return None if found == shard.sha256 else f"sha256 {found[:12]}... instead of {shard.sha256[:12]}..."
+
+
+# ------------------------------------------------------------------------- what earlier runs finished
+
+
+class Records(StrictModel):
+    """What RECORDS holds."""
+
+    shards: tuple[Shard, ...]
+
+
+RECORDED: dict[str, type[StrictModel]] = {MANIFEST: Manifest, RECORDS: Records, "*" + RECORD_SUFFIX: Shard}
+"""Files of a folder that name finished shards, each more recent than those before."""
+
+
+def recorded_shards(folder: Path, stores: Iterable[Store] = ()) -> dict[str, Shard]:
+    """Shards recorded by an earlier run, finished or killed, here or in stores, by file name."""
+    return read_records(folder, stores)[0]
+
+
+def read_records(folder: Path, stores: Iterable[Store] = ()) -> tuple[dict[str, Shard], dict[str, str]]:
+    """The same, and what is wrong with files that should name them: what these say is not known to be finished."""
+    shards: dict[str, Shard] = {}
+    damaged: dict[str, str] = {}
+    files = [(path, path.read_bytes()) for name in RECORDED for path in folder.glob(name)]
+    for store in stores:
+        names = [name for name in store.listing() if name.endswith(RECORD_SUFFIX)]
+        files += [(folder / RECORD_SUFFIX, data) for data in store.get_all(names)]
+    for path, data in files:
+        kind = RECORDED.get(path.name, Shard)
+        try:
+            found: Any = parse(kind, json.loads(data), str(path))
+            shards |= {shard.path: shard for shard in ([found] if kind is Shard else found.shards)}
+        except (ConfigError, ValueError) as error:
+            damaged[path.name] = str(error)
+    return shards, damaged
+
+
+def revert_to_records(folder: Path, shards: Iterable[Shard]) -> None:
+    """Make a folder one of a killed job that had finished these shards and no others: records instead of a manifest.
+
+    No record of another shard stays: its size alone would not tell a shard that is made anew from the old one.
+    """
+    records = Records(shards=tuple(shards))
+    if records.shards:
+        write_json(folder / RECORDS, records.model_dump(mode="json"))
+    with writing(folder):
+        for name in (MANIFEST, *(() if records.shards else (RECORDS,))):
+            (folder / name).unlink(missing_ok=True)
+        for record in folder.glob("*" + RECORD_SUFFIX):
+            record.unlink(missing_ok=True)
+
+
+def delete_record(folder: Path, store: Store, name: str) -> None:
+    """Remove the records of a shard before its object is replaced: size alone would not tell it from the old one."""
+    with writing(folder):
+        (folder / (name + RECORD_SUFFIX)).unlink(missing_ok=True)
+    if store.size(name + RECORD_SUFFIX) is not None:
+        store.remove([name + RECORD_SUFFIX])

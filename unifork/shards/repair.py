@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unifork.errors import writing
-from unifork.shards.job import RECORDED, read_records, recorded_shards, revert_to_records
-from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, TEMPORARY, Shard, fault
+from unifork.shards.manifest import (
+    MANIFEST,
+    RECORD_SUFFIX,
+    RECORDED,
+    TEMPORARY,
+    Shard,
+    fault,
+    read_records,
+    recorded_shards,
+    revert_to_records,
+)
 
 THREADS = 8
 """Shards that are read at once."""

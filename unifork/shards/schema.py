@@ -151,9 +151,3 @@ def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
         {"role": ROLES.get(role, role), "text": str(turn.get("value") or "")}
         for role, turn in zip(roles, turns, strict=True)
     ]
-
-
-def images_of(row: Mapping[str, Any]) -> list[str]:
-    """Paths of a row's images: `image` is a path, a list of paths, empty or absent."""
-    images = row.get("image") or []
-    return [images] if isinstance(images, str) else list(images)

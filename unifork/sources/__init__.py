@@ -23,15 +23,13 @@ from typing import Annotated, Any, Generic, TypeVar
 import pyarrow as pa
 from pydantic import Field
 
-from unifork.config import Card, StrictModel, parse
-from unifork.errors import ConfigError, DataError, MachineError
+from unifork.config import Card, StrictModel, located, parse
+from unifork.errors import ChangedFile, ConfigError, DataError, MachineError
 from unifork.images import ImageError, open_image, shrink
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, table_of, write_shard
-from unifork.shards.quarantine import quarantined
 from unifork.shards.schema import columns_of, image_text_schema
-from unifork.shards.task import ShardResult, ShardTask, Slice
-from unifork.sources.paths import ChangedFile, located, without_suffix
+from unifork.shards.task import ShardResult, ShardTask, Slice, quarantined
 from unifork.vocabulary import MORE_IMAGES
 
 __all__ = ["located"]  # what a kind of source that is written elsewhere needs stands in one module
@@ -59,7 +57,7 @@ class SourceOptions(StrictModel):
 
     @property
     def web(self) -> bool:
-        """Whether the images are fetched from the web."""
+        """Whether the images are fetched from the web, by the rules of an option `fetch` (`url_lists.FetchRules`)."""
         return False
 
     @property
@@ -213,6 +211,12 @@ def place_of(piece: Slice) -> str:
     """The first part of a key that is the file and number of an entry."""
     name = without_suffix(piece.file or "")
     return f"{name}~{piece.again}" if piece.again else name
+
+
+def without_suffix(name: str) -> str:
+    """A file's name without its kind, for keys: `a/sa_000001.tar.gz` -> `a/sa_000001`."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + (base.split(".")[0] or base)
 
 
 def rows_of(card: Card, task: ShardTask) -> Iterator[Row | RowError]:

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unifork.sources import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RowError, cause, leaves
-from unifork.sources.paths import without_suffix
+from unifork.sources import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RowError, cause, leaves, without_suffix
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of members that are images. What is inside decides how they are decoded, not the ending."""

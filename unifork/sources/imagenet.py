@@ -18,10 +18,20 @@ from unifork.config import StrictModel, load
 from unifork.errors import ConfigError
 from unifork.randomness import keyed
 from unifork.shards.task import Slice
-from unifork.sources import MAX_IMAGE_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row
+from unifork.sources import (
+    MAX_IMAGE_BYTES,
+    Row,
+    RowError,
+    Source,
+    SourceOptions,
+    attempt,
+    cut,
+    image_row,
+    located,
+    without_suffix,
+)
 from unifork.sources.archives import File, contents, opened, samples_in
-from unifork.sources.paths import as_planned, located, size_of, without_suffix
-from unifork.sources.table_files import parquet_count, parquet_rows
+from unifork.sources.files import as_planned, parquet_count, parquet_rows, size_of
 
 
 class ImageNetOptions(SourceOptions):

@@ -14,8 +14,7 @@ from typing import Any
 from unifork.shards.task import Slice
 from unifork.sources import MAX_LINE_BYTES, Row, RowError, attempt, place_of, planned
 from unifork.sources.archives import open_tar, until_damage
-from unifork.sources.paths import as_planned, check_ending, opened_list, size_of
-from unifork.sources.table_files import bounded_lines, too_long
+from unifork.sources.files import as_planned, bounded_lines, check_ending, opened_list, size_of, too_long
 
 LISTS = (".jsonl", ".jsonl.gz", ".jsonl.tgz", ".jsonl.tar.gz", ".json")
 

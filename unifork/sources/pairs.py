@@ -11,9 +11,9 @@ from pathlib import Path
 
 from unifork.errors import ConfigError
 from unifork.shards.task import Slice
-from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row
+from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row, located
 from unifork.sources.archives import ARCHIVES, File, contents, failed, is_image, opened, read_below, samples_in
-from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, size_of
+from unifork.sources.files import as_planned, check_ending, file_named, files_of, size_of
 
 
 class PairOptions(SourceOptions):

@@ -16,7 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, one_of
 from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, Unusable, numbered, turns_of
 from unifork.shards.task import Slice
 from unifork.sources import (
@@ -29,13 +29,26 @@ from unifork.sources import (
     attempt,
     cut,
     image_row,
+    located,
     place_of,
     text_row,
 )
 from unifork.sources.archives import picked
+from unifork.sources.files import (
+    PARQUET,
+    TABLES,
+    Check,
+    as_planned,
+    check_ending,
+    file_named,
+    files_of,
+    parquet_rows,
+    size_of,
+    table_count,
+    table_sha256,
+    text_rows,
+)
 from unifork.sources.list_files import LISTS, list_slices, objects, sizes_of
-from unifork.sources.paths import as_planned, check_ending, file_named, files_of, located, size_of
-from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, table_sha256, text_rows
 from unifork.sources.url_lists import FetchRules, text_or_none
 
 
@@ -74,8 +87,7 @@ class TableOptions(SourceOptions):
     def check(self, name: str, columns: list[str]) -> None:
         """Raise ConfigError for a table without a column that is named."""
         for field in self.fields:
-            if field not in columns:
-                raise unknown("column", field, columns, name)
+            one_of("column", field, columns, name)
 
 
 class MetaOptions(SourceOptions):

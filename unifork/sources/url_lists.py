@@ -26,11 +26,20 @@ import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unifork.config import StrictModel, read_yaml
-from unifork.errors import ConfigError
+from unifork.errors import ChangedFile, ConfigError
 from unifork.shards.task import Slice
 from unifork.sources import Row, RowError, Source, SourceOptions, attempt, cut, place_of
-from unifork.sources.paths import ChangedFile, file_named, files_of
-from unifork.sources.table_files import PARQUET, TABLES, Check, parquet_rows, table_count, table_sha256, text_rows
+from unifork.sources.files import (
+    PARQUET,
+    TABLES,
+    Check,
+    file_named,
+    files_of,
+    parquet_rows,
+    table_count,
+    table_sha256,
+    text_rows,
+)
 
 # ----------------------------------------------------------------------------------------- options
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from unifork import errors
-from unifork.cluster import check_room, check_shared, room, shared_file
+from unifork.cluster import check_room, check_shared, room, shared_file, this_node
 from unifork.config import TrainResources, cluster_file
 from unifork.errors import ConfigError, Stopped, UniForkError
 from unifork.shards.progress import PROGRESS, stop_noted, write_progress
@@ -187,7 +187,6 @@ def _worker(config: dict[str, Any]) -> None:
         report=ray.train.report,
     )
     messages: Any = ray.get_actor(_messages_name(job))
-    node = ray.get_runtime_context().get_node_id()
 
     def train() -> None:
         check_shared(config["shared"])
@@ -198,7 +197,7 @@ def _worker(config: dict[str, Any]) -> None:
     work = _in_thread(train)
     try:
         while not wait([work], timeout=POLL_SECONDS).done:
-            left: tuple[Any, int] = ray.get(messages.read.remote(node))
+            left: tuple[Any, int] = ray.get(messages.read.remote(this_node()))
             end, number = left
             if end:
                 return

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from unifork.batch import Batch
 from unifork.config import Stage, Track
-from unifork.documents.loader import PackedDocuments, StepPlan, TrackLoader
-from unifork.documents.order import Slot
+from unifork.documents.loader import PackedDocuments, Slot, StepPlan, TrackLoader
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import Losses
 from unifork.training.optimizer import learning_rate, make_optimizer, trained_names

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from unifork.config import Lora, OptimizerConfig, Track
 from unifork.errors import ConfigError
+from unifork.models.layer_plan import branch_of, seed_of
 from unifork.models.modeling import UniForkModel
-from unifork.models.warm_start import branch_of, generator_of
 from unifork.vocabulary import TASKS
 
 Optimizers = Mapping[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]
@@ -52,7 +52,8 @@ def add_adapters(model: UniForkModel, lora: Lora | None, seed: int, place: str =
         tuner = LoraModel(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=exactly), "default")
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator_of(seed, name))
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
     return tuner
 
 

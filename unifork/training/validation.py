@@ -18,9 +18,8 @@ from torch import nn
 
 from unifork.batch import IMAGE, Document
 from unifork.config import Stage
-from unifork.documents.loader import PackedDocuments
+from unifork.documents.loader import PackedDocuments, Slot
 from unifork.documents.mixture import MixturePart
-from unifork.documents.order import Slot
 from unifork.documents.prompts import TEMPLATES
 from unifork.inference import Engine
 from unifork.training.loop import TrackRun, WorkerContext

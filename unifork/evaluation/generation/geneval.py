@@ -39,15 +39,11 @@ class Found(NamedTuple):
     box: tuple[float, float, float, float]
 
 
-class Verdict(NamedTuple):
-    """Whether an image is right, and what is wrong with it."""
+def judge(include: Sequence[Clause], exclude: Sequence[Clause], objects: Sequence[Found]) -> tuple[str, ...]:
+    """What is wrong with an image by its objects, which come surest first; nothing where it is right.
 
-    correct: bool
-    faults: tuple[str, ...]
-
-
-def judge(include: Sequence[Clause], exclude: Sequence[Clause], objects: Sequence[Found]) -> Verdict:
-    """Whether all of `include` and none of `exclude` is met by the objects, which come surest first."""
+    All of `include` and none of `exclude` has to be met.
+    """
     faults: list[str] = []
     matched: list[list[Found]] = []
     for clause in include:
@@ -59,7 +55,7 @@ def judge(include: Sequence[Clause], exclude: Sequence[Clause], objects: Sequenc
         count = sum(thing.name == clause.name for thing in objects)
         if count >= clause.count:
             faults.append(f"expected fewer than {clause.count} {clause.name}, found {count}")
-    return Verdict(not faults, tuple(faults))
+    return tuple(faults)
 
 
 def _fault(clause: Clause, found: list[Found], matched: list[list[Found]]) -> list[str]:

@@ -78,8 +78,8 @@ def official(item: Item, answer: Answer) -> Verdict:
         if score > _least(item) and counts[thing.name] <= MOST_OBJECTS:
             objects.append(thing)
     include, exclude = ([_clause(plain) for plain in item.truth[part]] for part in ("include", "exclude"))
-    verdict = judge(include, exclude, objects)
-    return Verdict([thing._asdict() for thing in objects], float(verdict.correct), verdict.faults)
+    faults = judge(include, exclude, objects)
+    return Verdict([thing._asdict() for thing in objects], float(not faults), faults)
 
 
 def _clause(plain: Mapping[str, Any]) -> Clause:

@@ -18,7 +18,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from urllib.error import URLError
 
 import fsspec
@@ -30,8 +30,7 @@ from unifork.images import ImageError, measure, open_image
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
 from unifork.sources import Materialize, Row, RowError, source_of
-from unifork.sources.table import TableOptions
-from unifork.sources.url_lists import FetchRules, UrlList
+from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.guard import UNREACHED, Guard, Network
 from unifork.sources.web.permission import Refused, Target, target_of
 
@@ -351,9 +350,9 @@ class Download(Materialize):
                 f"web.connections_per_host"
             )
         super().__init__(card)
-        rules = cast(UrlList | TableOptions, source_of(card)[1]).fetch or FetchRules()
+        options: Any = source_of(card)[1]
         connections = web.connections_per_host // workers
-        self.guard = Guard(rules, connections, web.proxy)
+        self.guard = Guard(options.fetch, connections, web.proxy)
         self.network, self.places = Network(self.guard), Places(connections, web.threads)
 
     def rows(self, task: ShardTask) -> Iterator[Row | RowError]:

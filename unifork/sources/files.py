@@ -1,11 +1,12 @@
-"""Parquet, TSV and CSV, row by row: what is damaged costs the rows that it holds, and every row is counted.
+"""The files that a card names: found, checked, opened; tables among them (Parquet, TSV, CSV) row by row.
 
-A text table is read line by line. A TSV has no quotes. In a CSV a quote that stands alone would take all that follows
-for one field: a field that holds the beginning of another row's URL, or that is too long, costs its first line, and
-reading goes on at the next one.
+What of a table is damaged costs the rows that it holds, and every row is counted. A text table is read line by line. A
+TSV has no quotes. In a CSV a quote that stands alone would take all that follows for one field: a field that holds the
+beginning of another row's URL, or that is too long, costs its first line, and reading goes on at the next one.
 """
 
 import csv
+import gzip
 import hashlib
 import os
 import re
@@ -19,10 +20,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from unifork.config.card import expanded
+from unifork.errors import ChangedFile, ConfigError
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
 from unifork.sources import MAX_LINE_BYTES, Row, RowError, cause, planned
-from unifork.sources.paths import opened_list
 
 PARQUET = ".parquet"
 TABLES = (PARQUET, ".tsv", ".csv", ".tsv.gz", ".csv.gz")
@@ -32,6 +34,79 @@ MAX_FIELD = 65_536
 """Letters of the longest field of a CSV."""
 URL_FIELD = re.compile(r"(?:^|[,\r\n])\"?https?:", re.IGNORECASE)
 """The beginning of a field with a URL: within a field of several lines it is one of another row."""
+_READERS = {
+    (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".jsonl.tgz", ".json"): (
+        "tables and lists are read by table"
+    ),
+    (".tar", ".tgz", ".tar.gz"): "tars of images and texts are read by pairs",
+}
+"""Endings of files, and which kind of source reads them."""
+
+
+def files_of(text: str, suffixes: Iterable[str]) -> list[tuple[str, Path]]:
+    """(name, path) of the files that a card names: one file, a glob, or everything with a suffix below a folder.
+
+    Names are relative to what the card names, so that they stay when the data moves; they are in sorted
+    order. Raises ConfigError when there are none.
+    """
+    root, pattern = _root(text)
+    endings = tuple(suffixes)
+    if root.is_file():
+        return [(root.name, root)]
+    if pattern is None:
+        paths = [path for path in root.rglob("*") if path.name.lower().endswith(endings)]
+    else:
+        paths = list(root.glob(pattern))
+    found = sorted((path.relative_to(root).as_posix(), path) for path in paths if not path.name.startswith("."))
+    if not found:
+        raise ConfigError(
+            f"{text!r}: no such file or folder, nothing that matches, or nothing that ends in {' '.join(endings)} "
+            f"(relative paths start in {os.getcwd()!r})"
+        )
+    return found
+
+
+def check_ending(name: str, endings: tuple[str, ...]) -> None:
+    """Raise ConfigError, which says who reads it, for a file that has none of the endings."""
+    if not name.lower().endswith(endings):
+        readers = (f"; {reader}" for others, reader in _READERS.items() if name.lower().endswith(others))
+        raise ConfigError(f"{name}: this kind reads {', '.join(endings)}{next(readers, '')}")
+
+
+def file_named(text: str, piece: Slice) -> Path:
+    """The path of a slice's file, one of `files_of(text)`, without looking at the others."""
+    root, _ = _root(text)
+    return root if root.is_file() else root / (piece.file or "")
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file, 0 for a folder, None where there is neither."""
+    return path.stat().st_size if path.is_file() else 0 if path.is_dir() else None
+
+
+def as_planned(path: Path, piece: Slice) -> Path:
+    """The file of a slice. Raises ChangedFile when it is gone or has another size than when it was planned."""
+    size = size_of(path)
+    if size != piece.bytes:
+        raise ChangedFile(f"{path.name}: {size} bytes, {piece.bytes} when the shards were planned; run the stage again")
+    return path
+
+
+def _root(text: str) -> tuple[Path, str | None]:
+    """The part of a path before its first wild card, and the rest."""
+    path = expanded(text)
+    wild = next((number for number, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), None)
+    if wild is None or path.exists():
+        return path, None
+    return Path(*path.parts[:wild]), str(Path(*path.parts[wild:]))
+
+
+def opened_list(path: Path, mode: str, **how: Any) -> Any:
+    """A list or table, unpacked when it is called `.gz`; `mode` and `how` as for `open`."""
+    return gzip.open(path, mode, **how) if path.suffix == ".gz" else open(path, mode, **how)
+
+
+# ------------------------------------------------------------------------------------------- tables
 
 
 def table_count(path: Path, check: Check) -> int:
