@@ -24,6 +24,9 @@ from unifork.errors import MachineError, UniForkError, writing
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h; the signal also needs a parent that is one program, without a shell between."""
 
+ORPHAN_SECONDS, LEASE_SECONDS = 10.0, 150.0
+"""How long a dead holder's lock may stay: on this machine until an orphan dies; that of a machine that lost power until
+its lease at the file server ends (90 s with NFS 4)."""
 _PARENT = os.getppid()
 """The parent when this module was imported: another one later means that it has died since."""
 
@@ -50,11 +53,11 @@ def lock_path(folder: Path | str) -> Path:
 
 
 @contextmanager
-def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
+def exclusive(folder: Path | str, wait_seconds: float | None = None) -> Iterator[None]:
     """Be the only program that writes a folder, on all machines that share it where `flock` holds across machines.
 
-    Waits a few seconds, since an orphan may be about to die, then raises UniForkError naming the folder and
-    the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`.
+    Waits, by default as long as a holder that is no more may keep the lock, then raises UniForkError naming the folder
+    and the process that holds it. The operating system frees the lock when the holder ends, even by `kill -9`.
     """
     path = lock_path(folder)
     if path.parent.exists() and os.statvfs(path.parent).f_flag & os.ST_RDONLY:
@@ -62,11 +65,14 @@ def exclusive(folder: Path | str, wait_seconds: float = 10.0) -> Iterator[None]:
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_seconds
+    started = time.monotonic()
     while (handle := _try_lock(path)) is None:
-        if time.monotonic() >= deadline:
+        holder = _holder(path)
+        here = holder.endswith(f" on {socket.gethostname()}")
+        patience = wait_seconds if wait_seconds is not None else ORPHAN_SECONDS if here else LEASE_SECONDS
+        if time.monotonic() - started >= patience:
             raise UniForkError(
-                f"{folder}: being written by {_holder(path)}, which still lives after {wait_seconds:g} seconds. "
+                f"{folder}: being written by {holder}, which still lives after {patience:g} seconds. "
                 f"Wait for it or stop it, then start again; the lock {path} goes away with it"
             )
         time.sleep(0.1)

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from unifork import processes
 from unifork.errors import MachineError, UniForkError
 from unifork.processes import die_with_parent, exclusive, lock_path
 
@@ -92,6 +94,23 @@ def test_lock_of_a_living_process_is_respected_and_a_killed_one_frees_it(tmp_pat
     holder.kill()
     with exclusive(folder, wait_seconds=5):  # waits for the orphan's end
         assert lock_path(folder).read_text().startswith(f"process {os.getpid()} on ")
+    holder.wait()
+
+
+def test_the_lock_of_another_machine_is_waited_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server keeps the locks of a machine that lost power for a while."""
+    folder = tmp_path / "run"
+    holder = start(HOLDER, str(folder))
+    assert first_line(holder) == "held"
+    monkeypatch.setattr(processes, "ORPHAN_SECONDS", 0.2)
+    with pytest.raises(UniForkError, match=r"after 0\.2 seconds"), exclusive(folder):
+        pass
+    lock_path(folder).write_text("process 7 on another-machine")
+    ends = threading.Timer(1, holder.kill)
+    ends.start()
+    with exclusive(folder):
+        assert lock_path(folder).read_text().startswith(f"process {os.getpid()} on ")
+    ends.join()
     holder.wait()
 
 
