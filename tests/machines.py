@@ -21,7 +21,15 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from distributed_testing import run_distributed
 from ray_heads import wait_until
+from safetensors.torch import load_file
+
+from unifork.config import Experiment, TrainResources, load
+from unifork.training.history import read
+from unifork.training.loop import WorkerContext
+from unifork.training.stage import StageJob, train_stage
 
 REPOSITORY, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 OWN = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net"]
@@ -122,6 +130,7 @@ class Network:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "UNIFORK_"))}
         environment |= {"HOME": str(self.folder / "home"), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONPATH": str(REPOSITORY)}
+        environment |= {"RAY_worker_niceness": "0"}  # Ray's 15 is starved on a machine that others use, too
         parts = ["--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "--ipc"]
         holder = held([*OWN, *parts, "bash", "-c", BOOT, name, name, hosts, "" if disk else self.disk])
         machine = Machine(name, address, self.switch.pid, holder, environment, self.disk)
@@ -199,13 +208,56 @@ def network(tmp_path: Path) -> Iterator[Network]:
 # ------------------------------------------------------------------------------------------ Ray
 
 
-def join(machine: Machine, head: Machine, cpus: int, log: Path) -> "subprocess.Popen[str]":
-    """Start Ray on a machine, as the head or as a node of another's, and wait until it runs."""
-    place = ["--head", "--dashboard-host=0.0.0.0"] if machine is head else [f"--address={head.address}:6379"]
+def join(machine: Machine, head: Machine, cpus: int, **environment: str) -> None:
+    """Start Ray on a machine, as the head or as a node of another's."""
+    place = (
+        ["--head", "--dashboard-host=0.0.0.0", "--no-monitor"]
+        if machine is head
+        else [f"--address={head.address}:6379"]
+    )
     sizes = [f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=80000000"]
-    ray = machine.start("ray", "start", "--block", *place, *sizes, stdout=log.open("w"))
-    assert wait_until(lambda: "Ray runtime started" in log.read_text() or ray.poll() is not None, 240), log.read_text()
-    assert ray.poll() is None, log.read_text()
+    done = machine.run("ray", "start", *place, *sizes, env=environment, seconds=900)
+    assert done.returncode == 0, done.stdout
     port = ("bash", "-c", f"exec 3<>/dev/tcp/{head.address}/8265")  # of the job server
-    assert wait_until(lambda: machine.run(*port).returncode == 0, 120), log.read_text()
-    return ray
+    assert wait_until(lambda: machine.run(*port).returncode == 0, 300)
+
+
+def has_ray(machine: Machine) -> bool:
+    """Whether a Ray runs on a machine."""
+    return machine.run("pgrep", "-x", "raylet").returncode == 0
+
+
+def trained_on(machine: Machine) -> str:
+    """Names of the logs that workers of Ray Train left on a machine."""
+    return machine.run("sh", "-c", "ls /tmp/ray/session_latest/logs/train | grep worker").stdout
+
+
+def train_in_one_place(root: Path, key: str, resources: dict[str, Any]) -> None:
+    """A stage as `workers` of the resources train it, without Ray and without interruption."""
+    found = TrainResources.model_validate(resources)
+    job = StageJob(key=key, experiment=load(Experiment, root / "params.yaml"), resources=found, root=str(root))
+    run_distributed(_train, found.fewest, job.model_dump(mode="json"))
+
+
+def _train(rank: int, workers: int, job: dict[str, Any]) -> None:
+    train_stage(StageJob.model_validate(job), WorkerContext(rank=rank, workers=workers))
+
+
+def copies(root: Path, target: Path, *names: str) -> Path:
+    """A root with some folders of another, hard links, and the same experiment."""
+    for name in names:
+        shutil.copytree(root / name, target / name, copy_function=os.link)
+    shutil.copy(root / "params.yaml", target)
+    return target
+
+
+def assert_same_weights(root: Path, other: Path, key: str) -> None:
+    """Bit-equal weights, and steps over the same documents, each once."""
+    found, expected = (load_file(place / "models" / key / "model.safetensors") for place in (root, other))
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    steps, others = (
+        [(row["track"], row["step"], row["documents_hash"]) for row in read(place / "runs" / key)]
+        for place in (root, other)
+    )
+    assert steps == others
