@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import yaml
 from checkouts import check_out, environment
 from machines import (
     BIN,
+    REPOSITORY,
     Machine,
     Network,
     assert_same_weights,
@@ -126,57 +129,134 @@ def login(network: Network) -> Machine:
     return login
 
 
+@dataclass
+class Job:
+    """A batch script that was submitted in the experiment's root, without the line that asks for GPUs."""
+
+    login: Machine
+    started: float = field(default_factory=time.monotonic)
+    number: str = ""
+
+    def submit(self, **environment: str) -> None:
+        script = self.login.root / "clusters/slurm.sbatch"
+        lines = (REPOSITORY / "clusters/slurm.sbatch").read_text().splitlines(keepends=True)
+        script.write_text("".join(line for line in lines if "--gpus-per-node" not in line))
+        environment |= {"PYTHONPATH": str(self.login.root)}
+        self.number = self.ask("sbatch", "clusters/slurm.sbatch", env=environment).split()[-1]
+
+    def ask(self, *command: str, **options: dict[str, str]) -> str:
+        done = self.login.run(*command, **options)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    @property
+    def output(self) -> str:
+        path = self.login.root / f"slurm-{self.number}.out"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def state(self) -> str:
+        shown = self.ask("scontrol", "--oneliner", "show", "job", self.number)
+        return re.sub(r".*JobState=(\w+).*", r"\1", shown.strip())
+
+    def comes(self, what: str, condition: Callable[[], object], seconds: float = 2400) -> None:
+        """Wait for something, while the job does not fail."""
+        ended = ("FAILED", "CANCELLED", "TIMEOUT")
+        assert wait_until(lambda: condition() or self.state in ended, seconds), self.output
+        assert condition(), self.state + self.output
+        print(f"{time.monotonic() - self.started:6.0f} s: {what}", flush=True)
+
+    def becomes(self, state: str, what: str) -> None:
+        self.comes(what, lambda: self.state == state, 400)
+
+    def end_soon(self) -> None:
+        """What Slurm does five minutes before the time is over."""
+        self.ask("scancel", "--batch", "--signal=TERM", self.number)
+
+    def requeue(self) -> None:
+        """What an administrator does."""
+        self.ask("scontrol", "requeue", self.number)
+
+
+RAY = """#!/bin/bash
+while [ "$1" != --address ]; do shift; done
+address=${2%%:*}
+while [ "$1" != -- ]; do shift; done
+shift
+if ip -brief address | grep -q " $address/"; then "$@"; else sleep 2; fi
+"""
+DVC = "#!/bin/bash\npython -m pipelines.train run\n"
+STAGE = """
+import signal, sys, time
+from pathlib import Path
+
+
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(2)
+    print("saved", flush=True)
+    done.write_text(str(number + 1))
+    sys.exit(143)
+
+
+done = Path("done")
+number = int(done.read_text()) if done.exists() else 0
+signal.signal(signal.SIGTERM, save)
+print("start", number, flush=True)
+time.sleep(300 if number < 2 else 1)
+print("end", flush=True)
+"""
+
+
+def test_the_script_has_the_stage_save_and_queues_again(login):
+    """With stand-ins for `ray symmetric-run`, `dvc` and a stage."""
+    root = login.root
+    for folder in (".venv/bin", "pipelines", "clusters"):
+        (root / folder).mkdir(parents=True)
+    for name, text in ("ray", RAY), ("dvc", DVC):
+        (root / ".venv/bin" / name).write_text(text)
+        (root / ".venv/bin" / name).chmod(0o755)
+    (root / "pipelines/train.py").write_text(STAGE)
+    job = Job(login)
+    job.submit()
+    for number, end in enumerate((job.end_soon, job.requeue)):
+        job.comes(f"start {number}", lambda number=number: f"start {number}" in job.output, 400)
+        end()
+        job.becomes("PENDING", f"queued again after {end.__name__}")
+    job.becomes("COMPLETED", "end")
+    words = [line for line in job.output.splitlines() if line.split()[0] in ("start", "saved", "end")]
+    assert words == ["start 0", "saved", "start 1", "saved", "start 2", "end"]
+
+
 def last_step(root: Path) -> int:
     pointer = root / "runs" / KEY / "latest"
     return int(pointer.read_text().removeprefix("step-")) if pointer.exists() else 0
 
 
-def test_the_batch_script_as_it_is_is_told_to_save_queued_again_and_ends(login, network, tmp_path):
+def test_the_line_under_slurm(login, network, tmp_path):
+    """`dvc repro` of `micro` in two nodes, ended twice while it trains."""
     root = check_out(network.disk, CLUSTER)
     (root / "slow.py").write_text(SLOW)
     (root / ".venv").symlink_to(BIN.parent)
     (root / "clusters/slurm.yaml").write_text(yaml.safe_dump(CLUSTER))
-    script = root / "clusters/slurm.sbatch"
-    script.write_text("".join(line for line in script.read_text().splitlines(True) if "--gpus-per-node" not in line))
-    names = {name: value for name, value in environment(root).items() if name.startswith("GIT_")}
     nodes = {machine.name: machine for machine in network.machines if machine is not login}
-    submitted = login.run("sbatch", "clusters/slurm.sbatch", env=names | {"PYTHONPATH": str(root)})
-    assert submitted.returncode == 0, submitted.stdout
-    job, started = submitted.stdout.split()[-1], time.monotonic()
-    log = root / f"slurm-{job}.out"
-
-    def state() -> str:
-        """Such as RUNNING; empty when the job is over for a while."""
-        return re.sub(
-            r".*JobState=(\w+).*", r"\1", login.run("scontrol", "--oneliner", "show", "job", job).stdout.strip()
-        )
-
-    def comes(what: str, condition, seconds: float = 2400) -> None:
-        assert wait_until(lambda: condition() or state() in ("FAILED", "CANCELLED", "TIMEOUT"), seconds), (
-            log.read_text()
-        )
-        assert condition(), state() + log.read_text()
-        print(f"{time.monotonic() - started:6.0f} s: {what}", flush=True)
-
-    comes("running", lambda: state() == "RUNNING", 60)
-    comes("step 5", lambda: last_step(root) >= 5)
+    job = Job(login)
+    job.submit(**{name: value for name, value in environment(root).items() if name.startswith("GIT_")})
+    job.comes("step 5", lambda: last_step(root) >= 5)
     assert all(trained_on(node) for node in nodes.values())
     steps = (root / "runs" / KEY / "history.jsonl").read_text().count("\n")
-    login.run("scancel", "--batch", "--signal=TERM", job).check_returncode()  # as five minutes before the end
-    comes("saved and queued again", lambda: state() == "PENDING", 300)
+    job.end_soon()
+    job.becomes("PENDING", "saved and queued again")
     saved = last_step(root)
     assert saved >= steps
-    comes("running again", lambda: state() == "RUNNING", 200)
-    comes("a later checkpoint", lambda: last_step(root) > saved)
-    assert f"{KEY}: continuing from step {saved} of 25" in log.read_text()
-
-    login.run("scontrol", "requeue", job).check_returncode()  # as an administrator does
-    comes("queued again, without a word before", lambda: state() == "PENDING", 300)
-    comes("running again", lambda: state() == "RUNNING", 200)
-    comes("report", (root / "reports/micro/index.html").exists)
-    comes("no Ray on the head", lambda: not has_ray(nodes["n1"]), 300)
-    comes("no Ray on the second node", lambda: not has_ray(nodes["n2"]), 300)
-    comes("over", lambda: state() == "COMPLETED", 300)
+    job.comes("a later checkpoint", lambda: last_step(root) > saved)
+    assert f"{KEY}: continuing from step {saved} of 25" in job.output
+    job.requeue()
+    job.becomes("PENDING", "queued again")
+    job.comes("report", (root / "reports/micro/index.html").exists)
+    job.comes("no Ray on the head", lambda: not has_ray(nodes["n1"]), 300)
+    job.comes("no Ray on the second node", lambda: not has_ray(nodes["n2"]), 300)
+    job.becomes("COMPLETED", "end")
 
     alone = copies(root, tmp_path / "alone", "data", "models/unifork-init", "models/unifork-s1-captions")
     train_in_one_place(alone, KEY, TRAIN)
