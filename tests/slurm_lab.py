@@ -16,19 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkouts import check_out, environment
-from machines import (
-    BIN,
-    REPOSITORY,
-    Machine,
-    Network,
-    assert_same_weights,
-    copies,
-    has_ray,
-    needs_machines,
-    network,
-    train_in_one_place,
-    trained_on,
-)
+from machines import BIN, REPOSITORY, Machine, Network, has_ray, needs_machines, network, trained_on
 from ray_heads import wait_until
 
 __all__ = ["network"]
@@ -234,7 +222,9 @@ def last_step(root: Path) -> int:
 
 
 def test_the_line_under_slurm(login, network, tmp_path):
-    """`dvc repro` of `micro` in two nodes, ended twice while it trains."""
+    """`dvc repro` of `micro` on two nodes, ended twice while it trains."""
+    from one_place import assert_same_weights, copies, train_in_one_place
+
     root = check_out(network.disk, CLUSTER)
     (root / "slow.py").write_text(SLOW)
     (root / ".venv").symlink_to(BIN.parent)

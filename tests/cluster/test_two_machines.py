@@ -1,22 +1,11 @@
 """Two machines with an address each, a head and a node in token mode; a third one submits jobs."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import yaml
-from machines import (
-    REPOSITORY,
-    Machine,
-    Network,
-    assert_same_weights,
-    join,
-    needs_machines,
-    network,
-    train_in_one_place,
-    trained_on,
-)
+from machines import Machine, Network, join, needs_machines, network, trained_on
+from one_place import assert_same_weights, train_in_one_place
 from tiny import copy_of
 
 __all__ = ["network"]
@@ -24,25 +13,25 @@ __all__ = ["network"]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_machines]
 
 KEY = "unifork-s1-captions"
-TRAIN = {"workers": 2, "cpus": 1, "threads": 1, "row_tokens": 384}
+TRAIN = {"workers": 2, "cpus": 1, "threads": 1, "row_tokens": 384, "max_restarts": 3}
 
 
-def submit(login: Machine, root: Path, head: Machine, *words: str, **keys: object) -> tuple[int, str]:
-    """Run a module with a cluster file of some keys; exit code and output."""
-    (root / "two.yaml").write_text(yaml.safe_dump({"name": "two", "address": f"http://{head.address}:8265", **keys}))
-    environment = {"UNIFORK_CLUSTER": "two.yaml", "PYTHONPATH": f"{root}{os.pathsep}{REPOSITORY}"}
-    done = login.run("env", f"--chdir={root}", "python", "-m", *words, env=environment, seconds=1500)
+def train(login: Machine, head: Machine) -> tuple[int, str]:
+    """The stage as a job that another machine submits; exit code and output."""
+    keys = {"name": "two", "address": f"http://{head.address}:8265", "train": TRAIN}
+    (login.root / "two.yaml").write_text(yaml.safe_dump(keys))
+    done = login.run("python", "-m", "pipelines.train", KEY, env={"UNIFORK_CLUSTER": "two.yaml"}, seconds=1500)
     return done.returncode, done.stdout
 
 
 @pytest.fixture
 def two(network: Network) -> Callable[..., tuple[Machine, Machine, Machine]]:
-    """Starts a head with a CPU, a node with some, with or without the disk, and a machine without Ray."""
+    """Starts a head and a node, with or without the disk, of one CPU each; and a machine without Ray."""
 
-    def start(cpus: int, *, disk: bool) -> tuple[Machine, Machine, Machine]:
+    def start(*, disk: bool) -> tuple[Machine, Machine, Machine]:
         head, node, login = network.add("head"), network.add("node", disk=disk), network.add("login")
         join(head, head, 1)
-        join(node, head, cpus)
+        join(node, head, 1)
         return head, node, login
 
     return start
@@ -51,8 +40,8 @@ def two(network: Network) -> Callable[..., tuple[Machine, Machine, Machine]]:
 def test_workers_on_two_machines_end_with_the_weights_of_two_in_one_place(tiny_root, network, two, tmp_path):
     root = copy_of(tiny_root, network.disk)
     alone = copy_of(tiny_root, tmp_path / "alone")
-    head, node, login = two(1, disk=True)
-    code, output = submit(login, root, head, "pipelines.train", KEY, train=TRAIN)
+    head, node, login = two(disk=True)
+    code, output = train(login, head)
     assert code == 0, output
     assert trained_on(head)
     assert trained_on(node)
@@ -63,8 +52,8 @@ def test_workers_on_two_machines_end_with_the_weights_of_two_in_one_place(tiny_r
 
 def test_a_machine_without_the_disk_is_named_and_costs_no_restart(tiny_root, network, two):
     root = copy_of(tiny_root, network.disk)
-    head, node, login = two(1, disk=False)
-    code, output = submit(login, root, head, "pipelines.train", KEY, train={**TRAIN, "max_restarts": 3})
+    head, node, login = two(disk=False)
+    code, output = train(login, head)
     assert code == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: node node ({node.address}) does not see {root}/runs/.ray/.shared-")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from checkouts import check_out, environment
-from machines import assert_same_weights, has_ray, join, needs_machines, network, train_in_one_place, trained_on
+from machines import has_ray, join, needs_machines, network, trained_on
+from one_place import assert_same_weights, train_in_one_place
 from ray_heads import wait_until
 from tiny import REPOSITORY, build, copy_of
 
