@@ -87,7 +87,7 @@ class Machine:
 
     def cut(self) -> None:
         """Power cut: nothing more is sent, not even that connections end, and every process is gone."""
-        on_switch(self.switch, "ip", "link", "set", "dev", self.name, "down")
+        on_switch(self.switch, "ip", "link", "delete", "dev", self.name)
         os.kill(self.first, signal.SIGKILL)
         self.holder.wait()
 
