@@ -58,11 +58,11 @@ munged --force --key-file="$1/munge.key" --log-file=/run/munge/log --seed-file=/
 "$2"
 """
 """What a machine of a Slurm cluster has; $1: a folder with the configuration, $2: its daemon."""
-TRAIN = {"workers": 2, "cpus": 1, "threads": 1, "row_tokens": 384, "max_restarts": 3}
+TRAIN = {"workers": 3, "cpus": 1, "threads": 1, "row_tokens": 384, "max_restarts": 3}
 CLUSTER = {
     "name": "slurm",
     "address": "http://127.0.0.1:8265",
-    "driver": {"cpus": 1},
+    "driver": {"cpus": 1},  # with three workers all four CPUs are taken, so that both nodes train
     "jobs": {"encode": {"workers": 2, "cpus": 1}, "answer": {"workers": 2, "cpus": 1}},
     "train": TRAIN,
     "train_stages": {"s2-pretrain": {**TRAIN, "loggers": ["slow:Slow"]}},
