@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-fast pages check soak lock clean
+.PHONY: demo test test-fast pages check soak slurm-lab lock clean
 
 demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the report
 	dvc repro
@@ -12,7 +12,7 @@ demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
 test: test-fast                 ## all tests but pages and the long kill tests; slow ones file by file
-	python -m pytest -m "slow and not soak and not pages" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	python -m pytest -m "slow and not soak and not pages" -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -rs
 
 test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work, under two minutes
 	python -m pytest -m "not soak and not slow" -n 2 --dist worksteal --durations=15
@@ -27,7 +27,10 @@ check: $(VENV)/.installed       ## style and types
 	python tests/size.py
 
 soak: $(VENV)/.installed        ## long random kill tests
-	python -m pytest -m soak --durations=15
+	python -m pytest -m soak --durations=15 -rs -o faulthandler_timeout=7200
+
+slurm-lab: $(VENV)/.installed    ## clusters/slurm.sbatch under a real Slurm; installs Debian's where there is none; needs root
+	python -m pytest tests/slurm_lab.py -s -rs -o faulthandler_timeout=7200
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

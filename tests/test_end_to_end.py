@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from checkouts import check_out, environment, run
 from safetensors.torch import load_file
 from test_howto import blocks
 
@@ -26,7 +26,6 @@ from unifork.layout import Layout
 from unifork.report.band import first_scores
 from unifork.shards.manifest import read_manifest
 
-REPOSITORY = Path(__file__).parent.parent
 STAGE = "unifork-s2-pretrain"
 CLUSTER = {
     "name": "test",
@@ -42,33 +41,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # has a Ray of its own
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """The tracked files of this working tree as a repository of their own, without cache or outputs."""
-    root = tmp_path_factory.mktemp("checkout")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
-    for name in files.decode().split("\0"):
-        if name and (REPOSITORY / name).exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, root / name)
-    (root / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
-    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "checkout"]):
-        run(root, *command)
-    run(root, sys.executable, "-m", "unifork.cli", "use", "micro")
-    return root
-
-
-def environment(root: Path) -> dict[str, str]:
-    scripts = str(Path(sys.executable).parent)
-    names = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    paths = {"PATH": scripts + os.pathsep + os.environ["PATH"], "PYTHONPATH": str(root)}
-    return {**os.environ, **names, **paths, "UNIFORK_CLUSTER": str(root / "cluster.yaml")}
-
-
-def run(root: Path, *command: str) -> str:
-    done = subprocess.run(
-        command, check=False, cwd=root, env=environment(root), capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return check_out(tmp_path_factory.mktemp("checkout"), CLUSTER)
 
 
 def kill_tree(process: subprocess.Popen) -> None:

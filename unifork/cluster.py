@@ -89,8 +89,7 @@ def local_ray(cluster: Cluster, *, needed: bool = True) -> Iterator[None]:
         "object_store_memory": cluster.object_store_mb * 1024**2,
         "include_dashboard": False,
     }
-    # in a job RAY_ADDRESS names the cluster
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if in_job() else own))
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if in_job() else own))  # RAY_ADDRESS in a job
     try:
         yield
     finally:
@@ -164,8 +163,7 @@ def this_node() -> str:
     """The `NodeID` of the node where this is called, in a task or actor."""
     import ray
 
-    node: str = ray.get_runtime_context().get_node_id()
-    return node
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def on_every_node(
@@ -173,16 +171,15 @@ def on_every_node(
 ) -> list[tuple[str, float, Any]]:
     """Call a function on every living node at once: name and address, number of GPUs, what it returned or the error.
 
-    gpus: that each call takes; nodes with fewer are left out. To be called while Ray runs; nodes that do not answer in
-    time have a TimeoutError.
+    gpus: of each call; nodes with fewer are left out. To be called while Ray runs; TimeoutError where none answers.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(look)
     nodes = [node for node in living_nodes() if node["Resources"].get("GPU", 0) >= gpus]
-    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    calls = [task.options(scheduling_strategy=place).remote(*arguments) for place in places]
+    on = partial(NodeAffinitySchedulingStrategy, soft=False)
+    calls = [task.options(scheduling_strategy=on(node["NodeID"])).remote(*arguments) for node in nodes]
     ray.wait(calls, num_returns=len(calls), timeout=seconds)
     found = []
     for node, call in zip(nodes, calls, strict=True):

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import import_module
 from ipaddress import ip_address
 from pathlib import Path
@@ -26,6 +26,9 @@ from urllib.parse import urlsplit
 from unifork.config import CLUSTER, IN_JOB, ROOT, Cluster, cluster_file, in_job, load_cluster
 from unifork.errors import ConfigError, Stopped, UniForkError
 from unifork.processes import die_with_parent, exclusive
+
+SILENT_SECONDS = 30.0
+"""How long a job's log may be silent before its server must answer."""
 
 
 def program(output: Callable[[str], Path], main: Callable[[str], None], what: str | None = None) -> None:
@@ -201,7 +204,7 @@ async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
     while True:
         try:
             skip = printed
-            async for text in client.tail_job_logs(job):
+            async for text in _log(client, job):
                 print(text[skip:], end="", flush=True)
                 printed += len(text[skip:])
                 skip = max(0, skip - len(text))
@@ -217,6 +220,21 @@ async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:
                     f"the job server went away ({error}). Job {job} may still run there: `ray job status {job}`"
                 ) from None
         await asyncio.sleep(1)
+
+
+async def _log(client: Any, job: str) -> AsyncIterator[str]:
+    """The job's log as it comes; where nothing comes, the server must answer: a lost machine closes no connection."""
+    log = client.tail_job_logs(job)
+    while True:
+        text = asyncio.ensure_future(anext(log, None))
+        try:
+            while not (await asyncio.wait([text], timeout=SILENT_SECONDS))[0]:
+                client.get_job_info(job)
+        finally:
+            text.cancel()
+        if (found := text.result()) is None:
+            return
+        yield found
 
 
 def _stop(client: Any, job: str, patience_seconds: float = 300.0) -> None:

@@ -19,6 +19,7 @@ from typing import Protocol
 import pytest
 from ray_heads import BIN, Head, free_port, wait_until
 
+from unifork import jobs
 from unifork.config import Cluster
 from unifork.errors import UniForkError
 from unifork.jobs import follow, wait_for_outputs
@@ -256,6 +257,26 @@ class Flaky:
 def test_a_broken_log_is_taken_up_where_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
     asyncio.run(follow(Flaky(), "job"))
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+class Lost(Flaky):
+    """A job client whose server lost power: its connection is not closed, and nobody answers."""
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "one\n"
+        await asyncio.Event().wait()
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        raise ConnectionError("no route to host")
+
+
+def test_a_server_that_lost_power_is_noticed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "SILENT_SECONDS", 0.1)
+    with pytest.raises(UniForkError, match=r"the job server went away \(no route to host\)\. Job job may still run"):
+        asyncio.run(follow(Lost(), "job", patience_seconds=0))
+    assert capsys.readouterr().out == "one\n"
 
 
 def test_outputs_that_cannot_be_seen_are_named(tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def test_a_file_of_earlier_runs_is_read_or_refused(tmp_path):
     assert str(placed(runs, far, "x")[0]).endswith("0.49, usual 0.51 to 0.85: outside")
     equal = [run.model_copy(update={"scores": {"a seen b": Earlier(value=1.0, error=0.0)}}) for run in runs]
     for value, inside in ((1.0, True), (0.98, True), (0.96, False)):
-        one = runs[0].model_copy(update={"scores": {"a seen b": Earlier(value=value, error=0.02, items=50)}})
-        assert placed(equal, one, "x")[0].inside is inside
+        run = runs[0].model_copy(update={"scores": {"a seen b": Earlier(value=value, error=0.02, items=50)}})
+        assert placed(equal, run, "x")[0].inside is inside
     with pytest.raises(ConfigError, match="unknown score 'a seen b'"):
         placed(runs, far.model_copy(update={"scores": {}}), "x")
     path.write_text(path.read_text().replace('"value": 0.75', '"value": "?"'))

@@ -53,12 +53,12 @@ def test_the_head_is_on_demand_the_workers_are_spot_and_all_are_in_the_group_of_
     for name in ("head", "gpu", "gpu"):  # moto makes a single spot machine of a request for several
         tags = {"ray-node-type": "worker" if name == "gpu" else "head", "ray-user-node-type": name}
         provider.create_node(types[name]["node_config"], tags, 1)
-    machines = [each for made in ec2.describe_instances()["Reservations"] for each in made["Instances"]]
+    machines = [each for batch in ec2.describe_instances()["Reservations"] for each in batch["Instances"]]
     kinds = sorted((each["InstanceType"], each.get("InstanceLifecycle", "on demand")) for each in machines)
     assert kinds == [("m7i.2xlarge", "on demand"), ("p5.48xlarge", "spot"), ("p5.48xlarge", "spot")]
     assert {each["ImageId"] for each in machines} == {image}
     assert [found["GroupId"] for each in machines for found in each["SecurityGroups"]] == [group] * 3
     assert {each["Placement"]["AvailabilityZone"] for each in machines} == {"us-east-1a"}
     provider.terminate_nodes([each["InstanceId"] for each in machines])
-    states = [each for made in ec2.describe_instances()["Reservations"] for each in made["Instances"]]
+    states = [each for batch in ec2.describe_instances()["Reservations"] for each in batch["Instances"]]
     assert {each["State"]["Name"] for each in states} == {"terminated"}
