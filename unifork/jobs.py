@@ -23,8 +23,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from unifork.config import CLUSTER, IN_JOB, ROOT, Cluster, cluster_file, in_job, load_cluster
-from unifork.errors import ConfigError, Stopped, UniForkError
+from unifork.config import (
+    CLUSTER,
+    IN_JOB,
+    ROOT,
+    Cluster,
+    TrainResources,
+    cluster_file,
+    in_job,
+    load_cluster,
+    load_experiment,
+)
+from unifork.errors import ConfigError, Stopped, UniForkError, one_of
 from unifork.processes import die_with_parent, exclusive
 
 SILENT_SECONDS = 30.0
@@ -176,7 +186,7 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
     }
     packages = [import_module(name).__path__[0] for name in sorted({"unifork", module.partition(".")[0]})]
     name = module.rpartition(".")[2]
-    step = cluster.train if name == "train" else cluster.jobs.get(name)
+    step = cluster.jobs.get(name) if module != "pipelines.train" else _for_run(cluster, *argv)
     own = step if step and not step.workers else cluster.driver  # without workers the program itself computes
     job: str = client.submit_job(
         entrypoint_num_cpus=own.cpus,
@@ -191,6 +201,11 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
         },
     )
     return job
+
+
+def _for_run(cluster: Cluster, run: str) -> TrainResources:
+    one_of("run", run, runs := load_experiment().runs, "params.yaml: runs")
+    return cluster.for_stage(runs[run].stage)
 
 
 async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:

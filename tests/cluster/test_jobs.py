@@ -18,6 +18,7 @@ from typing import Protocol
 
 import pytest
 from ray_heads import BIN, Head, free_port, wait_until
+from tiny import write_experiment
 
 from unifork import jobs
 from unifork.config import Cluster
@@ -277,6 +278,24 @@ def test_a_server_that_lost_power_is_noticed(
     with pytest.raises(UniForkError, match=r"the job server went away \(no route to host\)\. Job job may still run"):
         asyncio.run(follow(Lost(), "job", patience_seconds=0))
     assert capsys.readouterr().out == "one\n"
+
+
+def test_a_stage_that_trains_in_the_program_itself_asks_for_what_its_own_entry_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_experiment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stages = {"s1-captions": {"workers": 2, "cpus": 8}}
+    cluster = Cluster.model_validate(
+        {"name": "far", "driver": {"cpus": 0.5}, "train": {"workers": 0, "cpus": 3}, "train_stages": stages}
+    )
+    sent: list[dict[str, object]] = []
+    client = SimpleNamespace(submit_job=lambda **keys: sent.append(keys))
+    for run in ("unifork-s3", "unifork-s1-captions"):
+        jobs._start_job(client, cluster, "pipelines.train", [run])
+    assert [keys["entrypoint_num_cpus"] for keys in sent] == [3, 0.5]
+    with pytest.raises(UniForkError, match="unknown run 'x'"):
+        jobs._start_job(client, cluster, "pipelines.train", ["x"])
 
 
 def test_outputs_that_cannot_be_seen_are_named(tmp_path: Path) -> None:
