@@ -5,6 +5,7 @@ an SVG for each plot, and `index.html`, which needs no other file. Equal records
 """
 
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,10 +46,10 @@ def score_groups(results: Results) -> dict[str, list[str]]:
     return found
 
 
-def means(results: Results, label: str, names: Mapping[str, str]) -> Table:
-    """A row for each variant, a column for each quantity. names: of quantities, by title."""
+def means(results: Results, label: str, names: Mapping[str, Sequence[str]]) -> Table:
+    """A row for each variant, a column for the mean of some quantities. names: of these, by title."""
     rows = [
-        [variant, *(_mean([*results.of(variant, (name,)).values()]) for name in names.values())]
+        [variant, *(_mean([*results.of(variant, each).values()]) for each in names.values())]
         for variant in results.values
     ]
     return Table(label, ["Variant", *names], rows)
@@ -63,18 +64,34 @@ def _mean(values: Sequence[float]) -> str | None:
 
 
 def tables(results: Results) -> list[Table]:
-    """All of them, in order."""
-    found = [runs_table(results)] + [hypotheses_table(results)] * bool(results.hypotheses)
-    for group, names in score_groups(results).items():
-        found.append(means(results, words(group), {words(name.removeprefix(f"{group} ")): name for name in names}))
+    """All of them, in order: what was asked and found, then everything that was measured."""
+    found = hypotheses_tables(results)
+    if names := dict.fromkeys(each.names for each in results.hypotheses):
+        found.append(means(results, "What the hypotheses compare", {title_of(each): each for each in names}))
+    found.append(runs_table(results))
+    for group, members in score_groups(results).items():
+        found.append(means(results, words(group), {words(name.removeprefix(f"{group} ")): (name,) for name in members}))
     return found + [differences(results, reference) for reference in results.references]
+
+
+def title_of(names: Sequence[str]) -> str:
+    """Words for the mean of some quantities."""
+    parts = zip(*(name.split(" ") for name in names), strict=False)
+    common = words(" ".join(part for part, *others in parts if {*others} <= {part}))
+    return common if len(names) == 1 else f"{common} (mean of {len(names)})"
+
+
+def verdicts(results: Results) -> str:
+    """How many hypotheses hold and do not; empty without any."""
+    found = Counter(verdict for *_, verdict in judged(results))
+    return ", ".join(f"{number} {verdict}" for verdict, number in found.most_common())
 
 
 def architectures(results: Results, cards: Mapping[str, EvalCard | TextCard]) -> Table:
     """A row for each variant, a column for each headline of the benchmarks. cards: by name."""
     scores = dict.fromkeys(tuple(name.split(" ", 2)) for record in results.records for name in record.scores)
     names = {
-        f"{words(split)}: {cards[of].show.headlines[score]}": f"{of} {split} {score}"
+        f"{words(split)}: {cards[of].show.headlines[score]}": (f"{of} {split} {score}",)
         for of, split, score in sorted(scores, key=lambda name: name[1] not in cards[name[0]].show.splits[:1])
         if score in cards[of].show.headlines
     }
@@ -94,14 +111,15 @@ def runs_table(results: Results) -> Table:
     return Table("Runs", ["Variant", "Layer plan", "Parameters", "Training, mean", "Seeds"], rows)
 
 
-def hypotheses_table(results: Results) -> Table:
-    """A row for each hypothesis."""
-    rows = []
+def hypotheses_tables(results: Results) -> list[Table]:
+    """A table for each family of hypotheses, with a row for each of them."""
+    families: dict[str, list[list[Any]]] = {}
     for each, row, verdict in judged(results):
         mark = Judged(MARKS[verdict], verdict) if verdict in MARKS else verdict
-        compared = f"{each.first} {each.sign} {each.second} in {', '.join(each.names)}"
-        rows.append([each.id, each.says, compared, each.family, *_between(row), mark])
-    return Table("Hypotheses", ["", "Hypothesis", "Compared", "Family", *BETWEEN, "Verdict"], rows)
+        compared = f"{each.first} {each.sign} {each.second}: {title_of(each.names)}"
+        families.setdefault(each.family, []).append([each.id, each.says, mark, compared, *_between(row)])
+    columns = ["", "Hypothesis", "Verdict", "Compared", *BETWEEN]
+    return [Table(f"Hypotheses: {name}", columns, rows) for name, rows in families.items()]
 
 
 def differences(results: Results, reference: str) -> Table:
@@ -227,7 +245,7 @@ def write(results: Results, folder: Path, out: Path) -> list[Path]:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("study.html").render(
-        study=results.study, tables=all_tables, plots=all_plots,
+        study=results.study, verdicts=verdicts(results), tables=all_tables, plots=all_plots,
         grid=data_uri("image/png", image.read_bytes()) if image.exists() else None,
     )  # fmt: skip
     scores: list[Sequence[Any]] = [("variant", "seed", "quantity", "value", "error")]
@@ -235,7 +253,9 @@ def write(results: Results, folder: Path, out: Path) -> list[Path]:
         scores += [(record.variant, record.seed, name, row.value, row.error) for name, row in record.scores.items()]
         scores += [(record.variant, record.seed, f"loss {name}", loss, None) for name, loss in record.losses.items()]
     files = {"index.html": page.encode(), "scores.csv": csv_of(scores)}
-    files["tables.md"] = "\n".join([f"# {results.study.name}", "", *map(markdown, all_tables)]).encode()
+    files["tables.md"] = "\n".join(
+        [f"# {results.study.name}", "", verdicts(results), "", *map(markdown, all_tables)]
+    ).encode()
     files |= {f"{plot.title.replace(' ', '-')}.svg": b64decode(plot.src.partition(",")[2]) for plot in all_plots}
     for name, data in files.items():
         write_atomically(out / name, partial(Path.write_bytes, data=data))
