@@ -142,7 +142,7 @@ def meet(rank: int, workers: int, backend: str, folder: str, numbers: int = 1024
     )
     value = torch.full((numbers,), rank + 1.0, device=device)
     torch.distributed.all_reduce(value)  # connects
-    right = bool((value == workers * (workers + 1) / 2).all())
+    right, first = bool((value == workers * (workers + 1) / 2).all()), float(value[0])
     started = time.perf_counter()
     for _ in range(SUMS):
         torch.distributed.all_reduce(value)
@@ -150,5 +150,5 @@ def meet(rank: int, workers: int, backend: str, folder: str, numbers: int = 1024
     seconds = time.perf_counter() - started
     torch.distributed.destroy_process_group()
     if not right:
-        raise RuntimeError(f"the sum of 1 to {workers} came out wrong")
+        raise RuntimeError(f"the sum of 1 to {workers} came out as {first}")
     return SUMS * value.nbytes / seconds / 1e9
