@@ -87,7 +87,7 @@ def run(head: Head, place: Path, *command: str, **keys: object) -> "subprocess.C
     (place / "two.yaml").write_text("\n".join(lines))
     variables = {"PYTHONPATH": str(REPOSITORY), "UNIFORK_CLUSTER": "two.yaml", "HOME": head.environment["HOME"]}
     return subprocess.run(
-        [sys.executable, "-m", *command], cwd=place, env={**os.environ, **variables}, timeout=200,
+        [sys.executable, "-m", *command], cwd=place, env={**os.environ, **variables}, timeout=600,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
