@@ -45,7 +45,7 @@ def program(output: Callable[[str], Path], main: Callable[[str], None], what: st
     """Run `main(name)` of the running module where the cluster file says, alone in its output folder. Ends the program.
 
     what: what the one argument of the program names; None for a program without arguments. Nothing but the cluster
-    file is read before the program stands in the root of its experiment; `params.yaml` where a training stage is submitted.
+    file is read before the program stands in the root of its experiment, or `params.yaml` to submit a training stage.
     """
     module: str = main.__globals__["__spec__"].name
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=main.__globals__["__doc__"])
