@@ -15,15 +15,15 @@ from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
 
-def train_in_one_place(root: Path, key: str, resources: dict[str, Any]) -> None:
-    """A stage as `workers` of the resources train it, without Ray and without interruption."""
+def train_in_one_place(root: Path, key: str, resources: dict[str, Any], node_workers: int = 1) -> None:
+    """A stage as `workers` of the resources train it, as many on a node, without Ray and without interruption."""
     found = TrainResources.model_validate(resources)
     job = StageJob(key=key, experiment=load(Experiment, root / "params.yaml"), resources=found, root=str(root))
-    run_distributed(_train, found.fewest, job.model_dump(mode="json"))
+    run_distributed(_train, found.fewest, job.model_dump(mode="json"), node_workers)
 
 
-def _train(rank: int, workers: int, job: dict[str, Any]) -> None:
-    train_stage(StageJob.model_validate(job), WorkerContext(rank=rank, workers=workers))
+def _train(rank: int, workers: int, job: dict[str, Any], node_workers: int) -> None:
+    train_stage(StageJob.model_validate(job), WorkerContext(rank=rank, workers=workers, node_workers=node_workers))
 
 
 def copies(root: Path, target: Path, *names: str) -> Path:
