@@ -49,8 +49,10 @@ from unifork.training.export import SUMMARY, TRAINING
 
 OUTSIDE_RUNS = ("REPORT_VERSION", "PUBLISH_VERSION")
 """Versions from which no number of a run follows."""
-NOT_IN_NUMBERS = dict.fromkeys(("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "sample_prompts"), True)
-"""Fields of a stage that decide no number of a record."""
+NOT_IN_NUMBERS = dict.fromkeys(
+    ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "sample_prompts", "loss_band"), True
+)
+"""Fields of a stage that decide no number of a record: a run either ends or has none."""
 VERSION = re.compile(r"^([A-Z_]+_VERSION) = (\d+)$", re.MULTILINE)
 FIGURE_INCHES, TITLE_WIDTH = 0.95, 17
 """Of an image of the grid; letters of a line above it."""
