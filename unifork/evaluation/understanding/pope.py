@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from unifork.config import StrictModel
+from unifork.errors import one_of
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, binary, mean
 from unifork.evaluation.suites import Suite
-from unifork.evaluation.understanding.answers import pope_yes, strict_yes, yes_no
+from unifork.evaluation.understanding.answers import YES_NO, pope_yes, strict_yes, yes_no
 
 SPLITS = ("adversarial", "popular", "random")
 FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -31,7 +32,8 @@ class Options(StrictModel):
 def read(archive: Archive, _: Options, __: int) -> list[Item]:
     """All questions, split by split."""
     rows = [
-        (row["category"], name, row["image_source"], row["question"], row["answer"]) for name, row in archive.table()
+        (one_of("category", row["category"], SPLITS, name), name, row["image_source"], row["question"], row["answer"])
+        for name, row in archive.table()
     ]
     for split in SPLITS if not rows else ():
         lines = archive.json(f"**/coco_pope_{split}.json*")
@@ -58,4 +60,4 @@ def measures(items: Sequence[Item], right_I: np.ndarray, yes_I: np.ndarray) -> l
     return [*found, mean("pope", f1, "all")]
 
 
-SUITE = Suite(read, {"official": yes_no(pope_yes), "strict": yes_no(strict_yes)}, measures, Options)
+SUITE = Suite(read, {"official": yes_no(pope_yes), "strict": yes_no(strict_yes)}, measures, Options, truths=YES_NO)
