@@ -149,7 +149,7 @@ def test_a_folder_of_another_kind_is_refused(tmp_path):
     ("name", "content", "problem"),
     [
         ("a.jsonl", '{"question_id": 1, "text": "a"}\n{"question_id": 2, "te', r"line 2: Unterminated string"),
-        ("a.jsonl", '{"question_id": 1, "text": "a"}\n{"question_id": 2}', r"; 1 lack them: entry 2"),
+        ("a.jsonl", '{"question_id": 1, "text": "a"}\n{"question_id": 2}', r"; of 2 entries 1 lack them: entry 2"),
         ("a.tsv", "index\tprediction\n1\ta\n2\n", r"1 rows have not as many fields as the first line: row 2"),
         ("a.tsv", "index\tprediction\n1\ta\tb\n", r"1 rows have not as many fields as the first line: row 1"),
         ("a.jsonl.gz", "no gzip", "Not a gzipped file"),

@@ -53,15 +53,15 @@ def read_answers(path: Path) -> list[Answer]:
             raise DataError(f"{path}: no manifest.json, no <task>.txt of MME's tool; images: `unifork answers examine`")
         return [answer for file in files for answer in _mme(file)]
     plain = table_rows(path) if path.suffix == ".tsv" else read_json(path)
-    rows = plain if isinstance(plain, list) else [plain]
-    fields = next((names for names in FIELDS if rows and _has(rows[0], names)), None)
-    lacking = [f"entry {number}" for number, row in enumerate(rows, 1) if not _has(row, fields or FIELDS[0])]
+    rows = [row if isinstance(row, dict) else {} for row in (plain if isinstance(plain, list) else [plain])]
+    fields = next((names for names in FIELDS if rows and rows[0].keys() >= {*names}), None)
+    lacking = [f"entry {number}" for number, row in enumerate(rows, 1) if not row.keys() >= {*(fields or FIELDS[0])}]
     if lacking or fields is None:
         allowed = " or ".join(f"{a}, {b}" for a, b in FIELDS)
-        where = faults("lack them", lacking) if lacking else "it has no entry"
+        where = f"of {len(rows)} entries {faults('lack them', lacking)}"
         raise DataError(f"{path}: no answers: every entry needs the keys {allowed}; {where}")
     name, given = fields
-    if given == "text" and _has(rows[0], ("image",)) and not _has(rows[0], ("prompt",)):
+    if given == "text" and "image" in rows[0] and "prompt" not in rows[0]:
         raise DataError(f"{path}: these are questions: entries have an `image` and no `prompt`")
     kind, allowed = (bool, "true or false") if given == "correct" else (str, "a text, or null where it is empty")
     if odd := [f"{row[name]} has {row[given]!r:.99}" for row in rows if not isinstance(row[given], kind | None)]:
@@ -71,10 +71,6 @@ def read_answers(path: Path) -> list[Answer]:
         Answer(_key(row[name]), text, None, row.get("prompt"), given != "text")
         for row, text in zip(rows, texts, strict=True)
     ]
-
-
-def _has(row: Any, keys: Sequence[str]) -> bool:
-    return isinstance(row, dict) and row.keys() >= {*keys}
 
 
 def _own(folder: Path) -> Iterator[Answer]:

@@ -94,8 +94,7 @@ def read_text(path: Path) -> str:
     What is not UTF-8 is kept as lone surrogates: an answer may hold anything.
     """
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode(json.detect_encoding(data), errors="surrogateescape")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: {error}") from None

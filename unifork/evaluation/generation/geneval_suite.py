@@ -39,11 +39,11 @@ def read(archive: Archive, options: Options, _: int) -> list[Item]:
     items = []
     for number, plain in enumerate(archive.json("**/evaluation_metadata.jsonl")):
         name, truth = f"{number:05d}", {part: plain.get(part, []) for part in ("include", "exclude")}
-        kind = one_of("tag", plain["tag"], KINDS, f"prompt {name}")
         for clause in [*truth["include"], *truth["exclude"]]:
             _clause(clause)  # raises what scoring would
         for sample in range(options.samples):
-            about = {"kind": kind, "file": f"{name}/samples/{sample:04d}", "metadata": plain}
+            kind, file = one_of("tag", plain["tag"], KINDS, f"prompt {name}"), f"{name}/samples/{sample:04d}"
+            about = {"kind": kind, "file": file, "metadata": plain}
             items.append(Item(f"{name}/{sample:04d}", plain["prompt"], truth, name, about=about))
     return items
 

@@ -32,15 +32,14 @@ class Options(StrictModel):
 def read(archive: Archive, _: Options, __: int) -> list[Item]:
     """All questions, split by split."""
     rows = [
-        (one_of("category", row["category"], SPLITS, name), name, row["image_source"], row["question"], row["answer"])
-        for name, row in archive.table()
+        (row["category"], name, row["image_source"], row["question"], row["answer"]) for name, row in archive.table()
     ]
     for split in SPLITS if not rows else ():
         lines = archive.json(f"**/coco_pope_{split}.json*")
         rows += [(split, line["image"], line["image"], line["text"], line["label"]) for line in lines]
     items = []
     for split in SPLITS:
-        chosen = [row[1:] for row in rows if row[0] == split]
+        chosen = [row[1:] for row in rows if one_of("category", row[0], SPLITS, row[1]) == split]
         for number, (image, source, question, label) in enumerate(chosen, 1):
             about = {"question_id": FIRST_ID[split] + number}
             items.append(Item(f"{split}/{number}", question, label.strip().lower(), source, split, image, 0.5, about))

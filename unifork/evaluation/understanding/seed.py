@@ -32,6 +32,7 @@ TYPES = (
     "action_prediction", "procedure_understanding",
 )  # fmt: skip
 """By question_type_id, from 1; the last three are of videos."""
+SPLITS = ("image", "video")
 NUMBERS = [str(number) for number in range(1, len(TYPES) + 1)]
 
 
@@ -54,11 +55,11 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
         options = choices(row, COLUMNS)
         kind = int(one_of("question_type_id", str(row["question_type_id"]), NUMBERS, f"question {name}"))
         about = {"question_id": name, "type": kind, "options": options}
-        split = one_of("data_type", str(row["data_type"]), ("image", "video"), f"question {name}")
         items.append(
             Item(
                 name if seen[name] == 1 else f"{name}#{seen[name]}", with_choices(row["question"], options),
-                row["answer"], str(row["data_id"]), split, place, 1 / len(options), about,
+                row["answer"], str(row["data_id"]), one_of("data_type", str(row["data_type"]), SPLITS, name), place,
+                1 / len(options), about,
             )
         )  # fmt: skip
     return items
