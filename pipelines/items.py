@@ -24,7 +24,7 @@ def main(name: str) -> None:
         print(f"{name}: not here: {archive.absent}")
         return
     files = archive.check()
-    items = selected(card, suite.read(archive, options, params.data_seed))
+    items = selected(card, suite.items_of(archive, options, params.data_seed))
     lineage = {"revision": card.items.revision, "files": files, "seed": params.data_seed}
     manifest = write_items(card, items, lambda image: suite.image(archive, image), folder, lineage)
     print(manifest.summary(folder))

@@ -65,6 +65,8 @@ def one_of(what: str, name: str, choices: Collection[str], place: str = "") -> s
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """What an operating system says of a full, read-only or forbidden disk."""
+IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
+"""And of a file where a folder should be."""
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def writing(path: os.PathLike[str] | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNWRITABLE + IN_THE_WAY:
             raise
         raise MachineError(
             f"{os.fspath(path)}: cannot be written: {os.strerror(error.errno)}. Make room or allow writing, then run "

@@ -7,7 +7,8 @@ from benchmark_files import OFFICIAL, TAIL, items_of, lines, write
 
 from unifork.errors import DataError
 from unifork.evaluation.answers import join, read_answers
-from unifork.evaluation.items import selected
+from unifork.evaluation.archive import table_rows
+from unifork.evaluation.items import selected, write_items
 from unifork.evaluation.scoring import Origin, score_answers, write_scores
 
 
@@ -94,6 +95,73 @@ def test_a_file_without_answers_is_refused_by_name(tmp_path, content, problem):
     write(tmp_path / "answers.jsonl", content)
     with pytest.raises(DataError, match=rf"answers\.jsonl: .*{problem}"):
         read_answers(tmp_path / "answers.jsonl")
+
+
+def test_a_file_in_any_unicode_with_any_line_ends_is_read(pope, tmp_path):
+    plain = lines(pope[2])
+    wanted = joined(pope, pope[2], tmp_path)
+    for data in (plain.encode("utf-8-sig"), plain.encode("utf-16"), plain.replace("\n", "\r\n").encode()):
+        write(tmp_path / "answers.jsonl", data)
+        assert join(*pope[:2], read_answers(tmp_path / "answers.jsonl"), "test") == wanted
+    table = "index\tprediction\n" + "".join(f"{row['question_id']}\t{row['text']}\n" for row in pope[2])
+    for encoding in ("utf-8-sig", "utf-16"):
+        write(tmp_path / "answers.tsv", table.encode(encoding))
+        table_rows.cache_clear()
+        found = join(*pope[:2], read_answers(tmp_path / "answers.tsv"), "test")
+        assert [answer.text for answer in found.values()] == [answer.text for answer in wanted.values()]
+
+
+@pytest.mark.parametrize("value", [2, 2.0, True, float("nan"), ["no"], {"text": "no"}], ids=repr)
+def test_an_answer_that_is_no_text_is_refused_and_not_read_as_yes(pope, tmp_path, value):
+    with pytest.raises(DataError, match=r"1 values of 'text' are not a text, or null where it is empty: 1 has "):
+        joined(pope, [{**pope[2][0], "text": value}, *pope[2][1:]], tmp_path)
+
+
+def test_a_file_of_questions_is_not_taken_for_answers(pope, tmp_path):
+    rows = [{"question_id": row["question_id"], "image": "a.jpg", "text": row["prompt"]} for row in pope[2]]
+    with pytest.raises(DataError, match="these are questions: entries have an `image` and no `prompt`"):
+        joined(pope, rows, tmp_path)
+
+
+def test_answers_without_prompts_are_not_joined_by_place(tmp_path):
+    """Both questions about an image of MME have one id."""
+    OFFICIAL["mme"](tmp_path / "files")
+    card, _, items = items_of("mme", tmp_path / "files")
+    rows = [{"question_id": item.about["question_id"], "answer": item.truth} for item in items]
+    write(tmp_path / "answers.json", rows)
+    with pytest.raises(
+        DataError, match="12 answers lack a prompt, and their id is that of several items: existence/blue"
+    ):
+        join(card, items, read_answers(tmp_path / "answers.json"), "test")
+    write(tmp_path / "answers.json", [{**row, "answer": "Yes"} for row in rows])
+    assert len(join(card, items, read_answers(tmp_path / "answers.json"), "test")) == 12
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path):
+    OFFICIAL["pope"](tmp_path / "files")
+    card, archive, items = items_of("pope", tmp_path / "files")
+    write_items(card, items, archive.image, tmp_path / "items", {})
+    with pytest.raises(DataError, match="items: holds items, not answers"):
+        read_answers(tmp_path / "items")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl", '{"question_id": 1, "text": "a"}\n{"question_id": 2, "te', r"line 2: Unterminated string"),
+        ("a.jsonl", '{"question_id": 1, "text": "a"}\n{"question_id": 2}', r"; of 2 entries 1 lack them: entry 2"),
+        ("a.tsv", "index\tprediction\n1\ta\n2\n", r"1 rows have not as many fields as the first line: row 2"),
+        ("a.tsv", "index\tprediction\n1\ta\tb\n", r"1 rows have not as many fields as the first line: row 1"),
+        ("a.jsonl.gz", "no gzip", "Not a gzipped file"),
+        ("nothing.tsv", None, "No such file"),
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_refused_with_its_place(tmp_path, name, content, problem):
+    if content is not None:
+        write(tmp_path / name, content)
+    table_rows.cache_clear()
+    with pytest.raises(DataError, match=rf"{name}: .*{problem}"):
+        read_answers(tmp_path / name)
 
 
 def test_a_line_of_mmes_tool_with_a_tab_in_its_answer_is_refused(tmp_path):

@@ -13,15 +13,16 @@ import pytest
 from benchmark_files import lines, write
 from generation_files import PROMPTS, benchmark
 
-from unifork.errors import DataError
+from unifork.errors import DataError, UniForkError
 from unifork.evaluation.answers import join, read_answers
+from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation import dpg, geneval_suite
 from unifork.evaluation.generation.frechet import distances, moments
 from unifork.evaluation.generation.mjhq import Options, summarize
 from unifork.evaluation.items import Item, selected
 from unifork.evaluation.scoring import Origin, score_answers
 from unifork.evaluation.statistics import value
-from unifork.evaluation.suites import Answer
+from unifork.evaluation.suites import Answer, suite_of
 
 VECTORS = json.loads((Path(__file__).parents[1] / "fixtures" / "score_vectors.json").read_text())
 
@@ -313,6 +314,68 @@ def test_fid_refuses_other_networks_missing_statistics_and_fewer_images(tmp_path
         scores_of(card, items, lambda item: texts[item.id])
     with pytest.raises(DataError, match="1 items have no answer"):
         join(card, items, [Answer(item.id, texts[item.id]) for item in items[1:]], "test")
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04x", b"text", "no sigma", "small", "nan"], ids=repr)
+def test_fid_refuses_statistics_that_are_none(tmp_path, damage):
+    rows = np.random.default_rng(2).normal(size=(6, 3))
+    card, items = benchmark("mjhq", tmp_path / "files", options={"reference": str(tmp_path)})
+    path, mean = tmp_path / "pytorch-fid-abc.npz", np.zeros(3)
+    arrays = {"no sigma": {}, "small": {"sigma": np.eye(2)}, "nan": {"sigma": np.full((3, 3), np.nan)}}
+    if isinstance(damage, bytes):
+        path.write_bytes(damage)
+    else:
+        np.savez(path, mu=mean, **arrays[damage])
+    texts = dict(zip([item.id for item in items], features(rows), strict=True))
+    with pytest.raises(DataError, match=r"pytorch-fid-abc\.npz: no mean `mu` and covariance `sigma` of features: "):
+        scores_of(card, items, lambda item: texts[item.id])
+
+
+@pytest.mark.parametrize("text", [3, "!", "AAA", ""])
+def test_fid_refuses_features_that_are_none(tmp_path, text):
+    rows = np.random.default_rng(2).normal(size=(6, 3))
+    card, items = benchmark("mjhq", tmp_path / "files", options={"reference": str(tmp_path)})
+    texts = dict(zip([item.id for item in items], features(rows), strict=True))
+    for odd in (json.dumps({"pytorch-fid-abc": text}), *features(np.full((1, 3), np.nan))):
+        texts[items[0].id] = odd
+        with pytest.raises(DataError, match="features are no base64 of equally many float32 numbers: "):
+            scores_of(card, items, lambda item: texts[item.id])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"tag": "Counting"}, "prompt 00000: unknown tag 'Counting'. Did you mean 'counting'"),
+        ({"include": [{"class": "dog"}]}, "no 'count' in {'class': 'dog'}; wanted: evaluation_metadata"),
+        ({"include": [{"count": 1}]}, "no 'class' in {'count': 1}"),
+    ],
+)
+def test_prompts_of_geneval_that_no_image_can_meet_are_refused(tmp_path, change, problem):
+    from benchmark_files import card_of
+
+    write(tmp_path / "evaluation_metadata.jsonl", lines([PROMPTS[0] | change, *PROMPTS[1:]]))
+    suite, options = suite_of(card := card_of("geneval"))
+    with pytest.raises(UniForkError, match=re.escape(problem)):
+        suite.items_of(Archive(card, options, tmp_path), options, 0)
+
+
+@pytest.mark.parametrize("box", [[0, 0, 1], ["left", 0, 1, 1], None])
+def test_what_is_no_box_is_not_read(tmp_path, box):
+    card, items = benchmark("geneval", tmp_path)
+    scores, _ = scores_of(card, items, lambda _: json.dumps([["dog", "red", box, 0.95]]))
+    assert (scores["overall"].value, scores["overall"].unread) == (0.0, 1.0)
+
+
+def test_an_answer_to_dpg_that_is_no_text_is_not_read(tmp_path):
+    card, items = benchmark("dpg", tmp_path)
+    scores, _ = scores_of(card, items, lambda item: json.dumps(dict.fromkeys(item.truth, True)))
+    assert (scores["dpg"].value, scores["dpg"].unread) == (0.0, 1.0)
+
+
+def test_results_of_geneval_are_true_or_false(tmp_path):
+    write(tmp_path / "results.jsonl", lines([{"filename": "0/samples/0.png", "correct": 1}]))
+    with pytest.raises(DataError, match="values of 'correct' are not true or false: 0/samples/0"):
+        read_answers(tmp_path / "results.jsonl")
 
 
 def test_images_are_not_scored_before_networks_have_looked_at_them(tmp_path):

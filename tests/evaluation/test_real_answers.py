@@ -1,12 +1,14 @@
 """All answers of a published model to POPE and MME give the published values, with errors, from the command line."""
 
 import json
+import re
 
 import pytest
 from benchmark_files import lines, real_mme, real_pope, write
 from typer.testing import CliRunner
 
 from unifork.cli import app
+from unifork.errors import DataError
 
 POPE = {
     "adversarial": (0.844587, 0.00690), "popular": (0.862459, 0.00683), "random": (0.871360, 0.00667),
@@ -98,3 +100,34 @@ def test_two_files_of_answers_are_compared_pairwise(real, tmp_path):
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     result = CliRunner().invoke(app, ["score", "compare", *names])
     assert "1 items are not the same in both: adversarial/1" in str(result.exception)
+
+
+def test_verdicts_of_another_version_or_form_are_not_compared(real, tmp_path):
+    """A rule that has changed reads the same answers in another way."""
+    ours = real / "scores" / "pope"
+    rows = [json.loads(line) for line in (ours / "verdicts.jsonl").read_text().splitlines()]
+    changes = {
+        "of the versions 2 and [0-9]+; score both again": {"version": 2},
+        "no verdicts of one form: .*unexpected keyword": {"verdicts": {"official": {"says": "yes"}}},
+        "no verdicts of items by rule 'official'": {"verdicts": {}},
+    }
+    for problem, change in changes.items():
+        write(tmp_path / "verdicts.jsonl", lines([row | change for row in rows]))
+        result = CliRunner().invoke(app, ["score", "compare", str(ours), str(tmp_path)])
+        assert isinstance(result.exception, DataError)
+        assert re.search(problem, str(result.exception))
+    write(tmp_path / "verdicts.jsonl", lines([{key: row[key] for key in row if key != "chance"} for row in rows]))
+    result = CliRunner().invoke(app, ["score", "compare", str(ours), str(tmp_path)])
+    assert "no verdicts of one form: no 'chance' in {'benchmark': 'pope'" in str(result.exception)
+
+
+def test_another_benchmarks_layout_and_a_file_in_the_way_are_one_line(real):
+    place = ("--answers", str(real / "pope.jsonl"), "--archive", str(real / "pope"))
+    result = CliRunner().invoke(
+        app, ["answers", "export", "pope", "--format", "mme", *place, "--out", str(real / "out")]
+    )
+    assert str(result.exception) == "--format mme: not of pope: KeyError: 'file'"
+    under = ("--out", str(real / "pope.jsonl" / "out"))
+    for command in (["answers", "export", "pope", "--format", "llava"], ["score", "pope"]):
+        result = CliRunner().invoke(app, [*command, *place, *under])
+        assert "cannot be written: Not a directory" in str(result.exception)

@@ -3,12 +3,13 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from benchmark_files import NAMES, OFFICIAL, card_of, hub, items_of, png, write
+from benchmark_files import NAMES, OFFICIAL, card_of, hub, items_of, png, table, write
 
-from unifork.errors import ConfigError, DataError
+from unifork.errors import ConfigError, DataError, UniForkError
 from unifork.evaluation.answers import EXPORTS, join, read_answers
-from unifork.evaluation.archive import Archive
+from unifork.evaluation.archive import Archive, table_rows
 from unifork.evaluation.items import AT_ONCE, identity, read_items, selected, write_items
 from unifork.evaluation.scoring import Origin, score_answers
 from unifork.evaluation.suites import Answer, suite_of
@@ -186,6 +187,95 @@ def test_only_the_dimension_of_rotations_differs_between_the_two_scores_of_mmben
 
 
 # ------------------------------------------------------------------------------------------ bad files
+
+
+def changed(path, change):
+    """A file of JSON, or of JSON lines, after a change of its content."""
+    text = path.read_text()
+    plain = (
+        json.loads(text) if path.name != "coco_pope_random.json" else [json.loads(line) for line in text.splitlines()]
+    )
+    change(plain)
+    write(path, plain)
+
+
+def set_in(*keys, **values):
+    """A change of what lies below some keys; None takes a key away."""
+
+    def change(plain):
+        for key in keys:
+            plain = plain[key]
+        for name, value in values.items():
+            plain.pop(name) if value is None else plain.update({name: value})
+
+    return change
+
+
+SEED, VQA, PEOPLE = (
+    "SEED-Bench.json",
+    "v2_OpenEnded_mscoco_val2014_questions.json",
+    "v2_mscoco_val2014_annotations.json",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "problem"),
+    [
+        ("pope", "coco_pope_random.json", set_in(0, label=None), r"pope: .*no 'label' in \{.*wanted: coco_"),
+        ("pope", "coco_pope_random.json", set_in(0, label="maybe"), r"random/1: its truth is 'maybe', allowed are yes"),
+        ("pope", "coco_pope_random.json", set_in(0, text=3), r"random/1: its question is 3, a text is needed"),
+        ("seed", SEED, set_in(questions=None), r"no 'questions' in \{\}"),
+        ("seed", SEED, set_in("questions", 2, answer="c"), r"102: its truth is 'c', allowed are A, B, C, D"),
+        ("seed", SEED, set_in("questions", 2, answer="E", choice_e="fifth"), r"its truth is 'E', allowed are A, B"),
+        ("seed", SEED, set_in("questions", 2, choice_a=""), r"no choices in \{'answer': 'C'"),
+        ("seed", SEED, set_in("questions", 2, data_type="Image"), r"unknown data_type 'Image'\. Did you mean 'image'"),
+        ("seed", SEED, set_in("questions", 2, question_type_id=0), r"question 102: unknown question_type_id '0'"),
+        ("vqav2", VQA, set_in("questions", 2, question_id=99), r"val2014_annotations.json: 1 questions .*: 99"),
+        ("vqav2", PEOPLE, set_in("annotations", 2, answers=[]), r"vqav2: .*1 items lack a truth: 20"),
+        ("gqa", "testdev_balanced_questions.json", set_in("02", imageId=7), r"02: its cluster is 7, a text is needed"),
+    ],
+)  # fmt: skip
+def test_questions_that_nobody_can_answer_are_refused(tmp_path, name, file, change, problem):
+    OFFICIAL[name](tmp_path)
+    changed(tmp_path / file, change)
+    archive = archive_of(name, tmp_path)
+    suite, options = suite_of(archive.card)
+    with pytest.raises(UniForkError, match=problem):
+        suite.items_of(archive, options, 0)
+
+
+def test_tables_with_another_category_or_damage_are_refused(tmp_path):
+    OFFICIAL["mme"](tmp_path / "files")
+    hub("mme", tmp_path / "hub", tmp_path / "files")
+    archive = archive_of("mme", tmp_path / "hub")
+    suite, options = suite_of(archive.card)
+    (first, second) = sorted((tmp_path / "hub" / "data").iterdir())
+    rows = pq.read_table(first).to_pylist()
+    table(first, [{**row, "category": row["category"].upper()} for row in rows])
+    with pytest.raises(UniForkError, match="parquet#0: unknown category 'EXISTENCE'"):
+        suite.items_of(archive, options, 0)
+    write(first, second.read_bytes()[:-9])
+    table_rows.cache_clear()
+    with pytest.raises(UniForkError, match=r"mme: .*hub: ArrowInvalid: .*wanted: MME_Benchmark_release_version"):
+        suite.items_of(archive, options, 0)
+
+
+def test_a_choice_of_seed_that_is_called_none_is_a_choice(tmp_path):
+    OFFICIAL["seed"](tmp_path)
+    changed(tmp_path / SEED, set_in("questions", 2, choice_a="None", choice_b="NA"))
+    _, _, items = items_of("seed", tmp_path)
+    assert items[2].about["options"] == {"A": "None", "B": "NA", "C": "thing c", "D": "thing d"}
+    assert items[2].chance == 0.25
+
+
+def test_a_table_of_mmbench_may_have_five_choices(tmp_path):
+    head, row = (
+        ["index", "question", "hint", *"ABCDE", "answer", "category", "image"],
+        ["7", "Which?", "", *"vwxyz", "E", "c", "aGk="],
+    )
+    write(tmp_path / "mmbench_dev.tsv", "\ufeff" + "\t".join(head) + "\r\n" + "\t".join(row) + "\r\n")
+    _, _, (item,) = items_of("mmbench_dev", tmp_path)
+    assert (item.truth, item.question.splitlines()[-1], item.chance) == ("E", "E. z", 0.2)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def _all_items(name: str, archive: Path | None) -> "tuple[EvalCard, list[Item]]"
     if files.absent:
         raise DataError(f"{name}: not here: {files.absent}")
     files.check()
-    return card, suite.read(files, options, 0)
+    return card, suite.items_of(files, options, 0)
 
 
 @app.command("SUITE", epilog="Example: unifork score pope --answers llava_pope.jsonl --rule official")
@@ -141,16 +141,20 @@ def export(
     archive: Archive = None,
 ) -> None:
     """Write answers in an official layout."""
+    from unifork.errors import ConfigError, writing
     from unifork.evaluation.answers import EXPORTS, join, read_answers
 
     write = EXPORTS.find(format, "--format")
     card, items = _all_items(suite, archive)
     found = join(card, items, read_answers(answers), str(answers))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in write(card, [(item, found.get(item.id)) for item in items]).items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        data = text if isinstance(text, bytes) else text.encode(errors="surrogateescape")
-        (out / name).write_bytes(data)
+    try:
+        files = write(card, [(item, found.get(item.id)) for item in items])
+    except (LookupError, ValueError) as error:
+        raise ConfigError(f"--format {format}: not of {suite}: {type(error).__name__}: {error}") from None
+    for name, text in files.items():
+        with writing(out / name):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogateescape"))
     print(f"{out}: written")
 
 

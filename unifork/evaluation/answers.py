@@ -7,6 +7,7 @@ are no keys, and two versions of POPE differ in their questions alone.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FunctionType
@@ -14,7 +15,7 @@ from typing import Any
 
 from unifork.config import EvalCard
 from unifork.errors import DataError
-from unifork.evaluation.archive import read_json, table_rows
+from unifork.evaluation.archive import read_json, read_text, table_rows
 from unifork.evaluation.items import Item, faults
 from unifork.evaluation.suites import Answer
 from unifork.registry import Registry
@@ -52,28 +53,38 @@ def read_answers(path: Path) -> list[Answer]:
             raise DataError(f"{path}: no manifest.json, no <task>.txt of MME's tool; images: `unifork answers examine`")
         return [answer for file in files for answer in _mme(file)]
     plain = table_rows(path) if path.suffix == ".tsv" else read_json(path)
-    rows = plain if isinstance(plain, list) else [plain]
-    keys = set.intersection(*({*row} if isinstance(row, dict) else set() for row in rows)) if rows else set()
-    fields = next((names for names in FIELDS if keys.issuperset(names)), None)
-    if fields is None:
+    rows = [row if isinstance(row, dict) else {} for row in (plain if isinstance(plain, list) else [plain])]
+    fields = next((names for names in FIELDS if rows and rows[0].keys() >= {*names}), None)
+    lacking = [f"entry {number}" for number, row in enumerate(rows, 1) if not row.keys() >= {*(fields or FIELDS[0])}]
+    if lacking or fields is None:
         allowed = " or ".join(f"{a}, {b}" for a, b in FIELDS)
-        raise DataError(f"{path}: no answers: every entry needs the keys {allowed}; or a folder of MME's <task>.txt")
-    texts = ["" if row[fields[1]] is None else str(row[fields[1]]) for row in rows]
+        where = f"of {len(rows)} entries {faults('lack them', lacking)}"
+        raise DataError(f"{path}: no answers: every entry needs the keys {allowed}; {where}")
+    name, given = fields
+    if given == "text" and "image" in rows[0] and "prompt" not in rows[0]:
+        raise DataError(f"{path}: these are questions: entries have an `image` and no `prompt`")
+    kind, allowed = (bool, "true or false") if given == "correct" else (str, "a text, or null where it is empty")
+    if odd := [f"{row[name]} has {row[given]!r:.99}" for row in rows if not isinstance(row[given], kind | None)]:
+        raise DataError(f"{path}: {faults(f'values of {given!r} are not {allowed}', odd)}")
+    texts = ["" if row[given] is None else str(row[given]) for row in rows]
     return [
-        Answer(_key(row[fields[0]]), text, None, row.get("prompt"), fields != FIELDS[0])
+        Answer(_key(row[name]), text, None, row.get("prompt"), given != "text")
         for row, text in zip(rows, texts, strict=True)
     ]
 
 
 def _own(folder: Path) -> Iterator[Answer]:
-    for shard in read_manifest(folder).shards:
+    manifest = read_manifest(folder)
+    if manifest.kind != "answers":
+        raise DataError(f"{folder}: holds {manifest.kind}, not answers")
+    for shard in manifest.shards:
         for row in read_table(folder, shard).to_pylist():
             yield Answer(row["id"], row["text"] or "", row["image"], row["prompt"])
 
 
 def _mme(path: Path) -> Iterator[Answer]:
     """Lines `image, question, truth, answer` of one task."""
-    for number, line in enumerate(path.read_bytes().decode(errors="surrogateescape").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         parts = line.split("\t")
         if len(parts) != 4:
             raise DataError(f"{path}, line {number}: {len(parts)} fields; image, question, truth and answer are needed")
@@ -115,7 +126,8 @@ def join(
 
     A prompt may lack the tail of the card's form: LLaVA's files for MMBench do.
     items: all of the benchmark, also those that are not scored. partial: items may lack answers. Raises DataError
-    that counts and names answers of another prompt, doubled and unknown ones, and items without an answer.
+    that counts and names answers of another prompt, doubled and unknown ones, those that may be of several items, and
+    items without an answer.
     """
     waiting: dict[str, list[Item]] = {}
     for item in items:
@@ -123,11 +135,15 @@ def join(
             waiting.setdefault(key, []).append(item)
     found: dict[str, Answer] = {}
     wrong: dict[str, list[str]] = {}
+    bare = {(answer.id, answer.text) for answer in answers if answer.prompt is None}
+    several = Counter(name for name, _ in bare)
     for answer in answers:
         named = waiting.get(answer.id, [])
         fitting = [item for item in named if answer.prompt in (None, item.question, card.answer.form(item.question))]
         free = next((item for item in fitting if item.id not in found), None)
-        if free is not None:
+        if answer.prompt is None and len(named) > 1 and several[answer.id] > 1:
+            wrong.setdefault("answers lack a prompt, and their id is that of several items", []).append(answer.id)
+        elif free is not None:
             found[free.id] = answer
         elif fitting:
             wrong.setdefault("answers come twice", []).append(answer.id)

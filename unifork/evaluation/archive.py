@@ -10,6 +10,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from unifork.config import EvalCard, StrictModel
 from unifork.errors import DataError
+from unifork.evaluation.items import faults
 from unifork.shards.manifest import file_sha256
 from unifork.sources import MAX_IMAGE_BYTES, leaves
 from unifork.sources.archives import Unreadable, read_below
@@ -79,31 +81,52 @@ class Archive:
             raise DataError(str(error)) from None
 
 
-def read_json(path: Path) -> Any:
-    """A file of JSON, or a list of one value per line; perhaps compressed by gzip. Raises DataError naming it.
+class Row(dict[str, Any]):
+    """An object of a file, which shows itself where a key is missing."""
+
+    def __missing__(self, key: str) -> Any:
+        raise LookupError(f"no {key!r} in {dict(self)!r:.200}")
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8 or, by its first bytes, UTF-16; perhaps compressed by gzip. Raises DataError naming it.
 
     What is not UTF-8 is kept as lone surrogates: an answer may hold anything.
     """
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode(errors="surrogateescape")
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode(json.detect_encoding(data), errors="surrogateescape")
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: neither JSON nor a JSON value per line: {error}") from None
+        raise DataError(f"{path}: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """A file of JSON, or a list of one value per line; perhaps compressed by gzip. Raises DataError naming it."""
+    text, rows = read_text(path), []
+    try:
+        return json.loads(text, object_hook=Row)
+    except ValueError as error:
+        whole = error
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line, object_hook=Row)] if line.strip() else []
+        except ValueError as error:
+            why = f"{whole}; line {number}: {error}"
+            raise DataError(f"{path}: neither JSON nor a JSON value per line: {why}") from None
+    return rows
 
 
 @lru_cache(2)
-def table_rows(path: Path) -> list[dict[str, Any]]:
-    """A Parquet file without its images, or a TSV, whose rows are texts, with them."""
+def table_rows(path: Path) -> list[Row]:
+    """A Parquet file without its images, or a TSV, whose rows are texts, with them. Raises DataError for torn rows."""
     if path.suffix == ".tsv":
         csv.field_size_limit(2 * MAX_IMAGE_BYTES)
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
+        rows = [Row(row) for row in csv.DictReader(StringIO(read_text(path), newline=""), delimiter="\t")]
+        if torn := [f"row {number}" for number, row in enumerate(rows, 1) if None in (*row, *row.values())]:
+            raise DataError(f"{path}: {faults('rows have not as many fields as the first line', torn)}")
+        return rows
     columns = [name for name in pq.read_schema(path).names if name != HELD]
-    return list(pq.read_table(path, columns=columns).to_pylist())
+    return [Row(row) for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
 @lru_cache(2)

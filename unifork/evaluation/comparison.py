@@ -54,7 +54,10 @@ def compare(first: Path, second: Path, rule: str | None = None) -> list[Compared
     Raises DataError where they are of other benchmarks or items, or lack the rule.
     """
     of_text = all((folder / SAMPLES).exists() for folder in (first, second))
-    clusters, measures = _text_outcomes(first, second) if of_text else _verdicts(first, second, rule)
+    try:
+        clusters, measures = _text_outcomes(first, second) if of_text else _verdicts(first, second, rule)
+    except (LookupError, TypeError) as error:
+        raise DataError(f"{first}, {second}: no verdicts of one form: {error}") from None
     return [
         Compared(f"{a.split} {a.name}", value(a.ratios), value(b.ratios), difference(a, b, clusters))
         for a, b in zip(*measures, strict=True)
@@ -82,6 +85,8 @@ def _verdicts(first: Path, second: Path, rule: str | None) -> tuple[list[str], l
         name for name in {**contents[0], **contents[1]} if contents[0].get(name) != contents[1].get(name)
     ):
         raise DataError(f"{first}, {second}: {faults('items are not the same in both', other)}")
+    if len(versions := {str(line.get("version")) for table in tables for line in table.values()}) > 1:
+        raise DataError(f"{first}, {second}: rules of the versions {' and '.join(sorted(versions))}; score both again")
     card = load_eval(names[0].pop())
     suite, _ = suite_of(card)
     chosen = rule or card.score.rules[0]
@@ -90,7 +95,9 @@ def _verdicts(first: Path, second: Path, rule: str | None) -> tuple[list[str], l
     measures: list[Sequence[Measure]] = []
     for table, folder in zip(tables, (first, second), strict=True):
         if any(chosen not in table[item.id]["verdicts"] for item in items):
-            raise DataError(f"{folder}: no verdicts of rule {chosen!r}; score the answers by it first")
+            raise DataError(
+                f"{folder}: no verdicts of items by rule {chosen!r}; a distance has none, else score by it first"
+            )
         verdicts = [Verdict(**table[item.id]["verdicts"][chosen]) for item in items]
         measures.append(suite.measures(items, *outcomes(verdicts)))
     return [item.cluster for item in items], measures

@@ -24,7 +24,7 @@ from unifork.shards.manifest import Manifest, Shard, read_manifest, write_manife
 from unifork.shards.schema import columns_of
 from unifork.shards.task import ShardTask
 
-ITEMS_VERSION = 1
+ITEMS_VERSION = 2
 """Raise when the same files would give other items."""
 AT_ONCE = 64
 """Items of a shard: what a model is given at once at most."""

@@ -19,7 +19,7 @@ from unifork.evaluation.statistics import Score, estimate, value
 from unifork.evaluation.suites import Answer, Suite, Verdict, suite_of
 from unifork.shards.manifest import MANIFEST, read_manifest, write_atomically, write_json
 
-SCORE_VERSION = 2
+SCORE_VERSION = 3
 """Raise when the same answers would get other verdicts or scores."""
 METRICS, VERDICTS = "metrics.json", "verdicts.jsonl"
 
@@ -94,7 +94,8 @@ def outcomes(verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
 
 def write_scores(folder: Path, card: EvalCard, scores: Sequence[Score], lines: Sequence[Mapping[str, Any]]) -> None:
     """`metrics.json`, scores by split and name, and `verdicts.jsonl`, a line for each item."""
-    text = "".join(json.dumps({"benchmark": card.name, **line}) + "\n" for line in lines)
+    head = {"benchmark": card.name, "version": SCORE_VERSION}
+    text = "".join(json.dumps({**head, **line}) + "\n" for line in lines)
     write_atomically(folder / VERDICTS, lambda path: path.write_text(text))
     write_json(folder / METRICS, by_split(scores))
 

@@ -5,7 +5,7 @@ over items are its scores. Its functions are pure: no model, no network, no torc
 `Suite`; a card names it as `MODULE:OBJECT`, or by a name in SUITES.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unifork.config import EvalCard, StrictModel, parse
-from unifork.errors import one_of
+from unifork.errors import DataError, one_of
 from unifork.evaluation.archive import Archive
-from unifork.evaluation.items import Item
+from unifork.evaluation.items import TEXTS, Item, faults
 from unifork.evaluation.statistics import Estimate, Measure
 from unifork.registry import Registry
 
@@ -67,6 +67,31 @@ class Suite:
     """From options, a rule and all answers: name, value and note of a score that is no sum over items."""
     summarize: Callable[[Path, Sequence[Answer]], list[Path]] | None = None
     """From a folder and what networks found in the reference images: the files there that `whole` compares with."""
+    truths: Collection[str] = ()
+    """What the truth of an item may be, where it is not one of its `about["options"]`; nothing for any."""
+
+    def items_of(self, archive: Archive, options: Any, seed: int) -> list[Item]:
+        """What `read` gives. Raises DataError for files of another form, and for items that nobody can answer."""
+        try:
+            items = self.read(archive, options, seed)
+            odd = [f"{item.id}: {fault}" for item in items if (fault := self._fault(item))]
+            without = [item.id for item in items if item.truth is None]
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+            why = f"{type(error).__name__}: {error}; wanted: {archive.card.items.access}"
+            raise DataError(f"{archive.card.name}: {archive.folder}: {why}") from None
+        if odd or len(items) > len(without) > 0:
+            wrong = faults("items are odd", odd) if odd else faults("items lack a truth", without)
+            raise DataError(f"{archive.card.name}: {archive.folder}: {wrong}")
+        return items
+
+    def _fault(self, item: Item) -> str | None:
+        """What is wrong with an item."""
+        if odd := [name for name in TEXTS if not isinstance(getattr(item, name), str)]:
+            return f"its {odd[0]} is {getattr(item, odd[0])!r:.99}, a text is needed"
+        allowed = self.truths or item.about.get("options")
+        if not allowed or item.truth is None or item.truth in allowed:
+            return None
+        return f"its truth is {item.truth!r:.99}, allowed are {', '.join(allowed)}"
 
     def rule(self, name: str, place: str) -> Rule:
         """A rule by name. Raises ConfigError naming the place and the rules that there are."""

@@ -95,7 +95,8 @@ def corrected(item: Item, answer: Answer) -> Verdict:
 def _judged(answer: Answer, order: Sequence[str], share_of: Callable[[dict[str, bool]], float]) -> Verdict:
     try:
         texts = dict(json.loads(answer.text))
-        return Verdict(texts, share_of({question: texts[question] == YES for question in order}))
+        # raises TypeError for an answer that is no text
+        return Verdict(texts, share_of({question: str.__eq__(texts[question], YES) for question in order}))
     except (ValueError, TypeError, KeyError) as error:
         return Verdict(None, 0.0, (f"not an answer to every question: {error}",))
 

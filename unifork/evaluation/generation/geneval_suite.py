@@ -14,6 +14,7 @@ from PIL import ImageOps
 from pydantic import PositiveInt
 
 from unifork.config import StrictModel
+from unifork.errors import one_of
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.geneval import Clause, Found, judge
 from unifork.evaluation.items import Item
@@ -38,8 +39,11 @@ def read(archive: Archive, options: Options, _: int) -> list[Item]:
     items = []
     for number, plain in enumerate(archive.json("**/evaluation_metadata.jsonl")):
         name, truth = f"{number:05d}", {part: plain.get(part, []) for part in ("include", "exclude")}
+        for clause in [*truth["include"], *truth["exclude"]]:
+            _clause(clause)  # raises what scoring would
         for sample in range(options.samples):
-            about = {"kind": plain["tag"], "file": f"{name}/samples/{sample:04d}", "metadata": plain}
+            kind, file = one_of("tag", plain["tag"], KINDS, f"prompt {name}"), f"{name}/samples/{sample:04d}"
+            about = {"kind": kind, "file": file, "metadata": plain}
             items.append(Item(f"{name}/{sample:04d}", plain["prompt"], truth, name, about=about))
     return items
 
@@ -69,7 +73,10 @@ def official(item: Item, answer: Answer) -> Verdict:
     if answer.text in ("True", "False"):
         return Verdict(answer.text, float(answer.text == "True"))
     try:
-        rows = [(Found(name, color, tuple(box)), score) for name, color, box, score in json.loads(answer.text)]
+        rows = [
+            (Found(name, color, (float(left), float(top), float(right), float(bottom))), float(score))
+            for name, color, (left, top, right, bottom), score in json.loads(answer.text)
+        ]
     except (ValueError, TypeError):
         return Verdict(None, 0.0, ("not what a detector found",))
     counts, objects = Counter[str](), []
@@ -83,7 +90,7 @@ def official(item: Item, answer: Answer) -> Verdict:
 
 
 def _clause(plain: Mapping[str, Any]) -> Clause:
-    return Clause(plain["class"], plain["count"], plain.get("color"), plain.get("position"))
+    return Clause(plain["class"], int(plain["count"]), plain.get("color"), plain.get("position"))
 
 
 def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[Measure]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import NonNegativeInt
@@ -65,14 +66,17 @@ def features_of(protocol: str, answers: Sequence[Answer], place: str) -> tuple[s
     if len(names) != 1 or not all(found):
         raise DataError(f"{place}: features of {sorted(names) or 'no network'} for {protocol}; one network must have "
                         "seen all images: `unifork answers examine`")  # fmt: skip
-    rows = [np.frombuffer(base64.b64decode(next(iter(row.values()))), dtype="<f4") for row in found]
-    return names.pop(), np.stack(rows)
+    try:
+        rows = [np.frombuffer(base64.b64decode(next(iter(row.values()))), dtype="<f4") for row in found]
+        return names.pop(), np.asarray_chkfinite(np.stack(rows))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{place}: features are no base64 of equally many float32 numbers: {error}") from None
 
 
 def _plain(answer: Answer) -> dict[str, str]:
     try:
         return dict(json.loads(answer.text))
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
 
 
@@ -94,10 +98,14 @@ def whole(options: Options, protocol: str, answers: Sequence[Answer]) -> tuple[s
     if not path.exists():
         raise DataError(f"{path}: no statistics of the reference by the network that saw the answers; make them by "
                         "`unifork answers examine mjhq`")  # fmt: skip
-    with np.load(path, allow_pickle=False) as held:
-        reference = held["mu"], held["sigma"]
-    if len(rows_ND) < 2 or rows_ND.shape[1:] != reference[0].shape:
-        raise DataError(f"{path}: {reference[0].shape} features; the answers are {rows_ND.shape}, at least two rows")
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            reference = mean, covariance = held["mu"], held["sigma"]
+        np.asarray_chkfinite(covariance).reshape(2 * mean.shape)
+    except (OSError, EOFError, ValueError, TypeError, LookupError, BadZipFile) as fault:
+        raise DataError(f"{path}: no mean `mu` and covariance `sigma` of features: {fault}") from None
+    if len(rows_ND) < 2 or rows_ND.shape[1:] != mean.shape:
+        raise DataError(f"{path}: {mean.shape} features; the answers are {rows_ND.shape}, at least two rows")
     rng, count = np.random.default_rng(0), len(rows_ND)
     drawn = (moments(rows_ND[rng.integers(count, size=count)]) for _ in range(options.resamples))
     found, *draws = distances(*reference, chain([moments(rows_ND)], drawn))

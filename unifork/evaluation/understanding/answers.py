@@ -6,6 +6,7 @@ reported numbers rest on them.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, accuracy
 from unifork.evaluation.suites import Answer, Rule, Verdict
 
-NONE = {"", "nan", "NaN", "None", "none", "null", "NULL", "N/A", "NA", "n/a", "<NA>"}
-"""What the field of a table reads that holds nothing."""
+LETTERS = "ABCDEFGH"
+"""Of choices."""
+YES_NO = ("yes", "no")
 
 
 def pope_yes(answer: str) -> bool:
@@ -76,18 +78,11 @@ def exact_letter(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def choices(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, str]:
-    """The choices of a row, by letter, up to the first column that holds nothing."""
-    options: dict[str, str] = {}
-    for mark, column in zip("ABCDEFGH", columns, strict=False):
-        if (text := given(row.get(column))) is None:
-            break
-        options[mark] = text
+    """The choices of a row, by letter, up to the first column that holds nothing. Raises LookupError without any."""
+    texts = takewhile(lambda text: text not in (None, ""), (row.get(column) for column in columns))
+    if not (options := dict(zip(LETTERS, map(str, texts), strict=False))):
+        raise LookupError(f"no choices in {row!r:.200}")
     return options
-
-
-def given(value: Any) -> str | None:
-    """The text of a field, None where it holds nothing."""
-    return None if value is None or str(value) in NONE else str(value)
 
 
 def with_choices(question: str, options: Mapping[str, str]) -> str:
@@ -98,7 +93,7 @@ def with_choices(question: str, options: Mapping[str, str]) -> str:
 def exact(item: Item, answer: Answer) -> Verdict:
     """The rule of questions with a short answer: equality of normalized texts."""
     reading = normalized(answer.text)
-    return Verdict(reading or None, float(reading == normalized(item.truth)))
+    return Verdict(reading or None, float(reading == normalized(str(item.truth))))
 
 
 def by_type(items: Sequence[Item], right_I: np.ndarray, weight: float = 1.0) -> list[Measure]:

@@ -47,7 +47,7 @@ def converted(answer: Answer) -> str:
 def official(item: Item, answer: Answer) -> Verdict:
     """Equality, nothing stripped but full stops at the end."""
     reading = converted(answer)
-    return Verdict(reading, float(reading == item.truth))
+    return Verdict(reading, float(reading == str(item.truth)))
 
 
 def export(_: EvalCard, rows: Rows) -> dict[str, str]:

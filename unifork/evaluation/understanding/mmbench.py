@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from unifork.config import StrictModel
-from unifork.evaluation.archive import Archive
+from unifork.evaluation.archive import Archive, Row
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, accuracy, together
 from unifork.evaluation.suites import Suite
-from unifork.evaluation.understanding.answers import choices, given, letter, strict_letter, with_choices
+from unifork.evaluation.understanding.answers import LETTERS, choices, letter, strict_letter, with_choices
 
+NONE = {"", "nan", "NaN", "None", "none", "null", "NULL", "N/A", "NA", "n/a", "<NA>"}
+"""What pandas takes for an empty field, as the makers' and LLaVA's scripts do."""
 ROTATION = 1_000_000
 MARKS = re.compile(r"[.()\[\],:;!*#{}]")
 
@@ -24,10 +26,11 @@ MARKS = re.compile(r"[.()\[\],:;!*#{}]")
 def read(archive: Archive, _: StrictModel, __: int) -> list[Item]:
     """All rows; those of one question are a cluster."""
     items = []
-    for place, row in [*archive.table("**/*.parquet"), *archive.table("**/*.tsv")]:
-        index, options, hint = int(row["index"]), choices(row, "ABCD"), given(row.get("hint"))
+    for place, given in [*archive.table("**/*.parquet"), *archive.table("**/*.tsv")]:
+        row = Row({name: None if str(value) in NONE else value for name, value in given.items()})
+        index, options, hint = int(row["index"]), choices(row, LETTERS), row.get("hint")
         question = with_choices(f"{hint}\n{row['question']}" if hint else row["question"], options)
-        truth, group = given(row.get("answer")), str(index % ROTATION)
+        truth, group = row.get("answer"), str(index % ROTATION)
         about = {"options": options}
         items.append(Item(str(index), question, truth, group, "all", place, 1 / len(options), about))
     return items

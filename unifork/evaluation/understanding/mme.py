@@ -9,18 +9,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from unifork.config import EvalCard, StrictModel
-from unifork.errors import DataError
+from unifork.errors import DataError, one_of
 from unifork.evaluation.answers import MME_TAIL, Rows, escaped, without_tail
-from unifork.evaluation.archive import Archive
+from unifork.evaluation.archive import Archive, read_text
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, share, together, total
 from unifork.evaluation.suites import Suite
-from unifork.evaluation.understanding.answers import mme_yes, strict_yes, yes_no
+from unifork.evaluation.understanding.answers import YES_NO, mme_yes, strict_yes, yes_no
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+TASKS = (*PERCEPTION, *COGNITION)
 ENDINGS = (".jpg", ".png", ".jpeg")
 
 
@@ -32,7 +33,7 @@ def read(archive: Archive, _: StrictModel, __: int) -> list[Item]:
         about = {"question_id": name, "task": task, "file": image}
         number = sum(item.cluster == name for item in items[-2:])
         plain = without_tail(question)
-        items.append(Item(f"{name}#{number}", plain, truth.strip().lower(), name, "all", place, 0.5, about))
+        items.append(Item(f"{name}#{number}", plain, str(truth).strip().lower(), name, "all", place, 0.5, about))
     return items
 
 
@@ -40,14 +41,14 @@ def _rows(archive: Archive) -> Iterator[tuple[str, str, str, str, str]]:
     """Task, image, its name in the archive, question, truth."""
     for place, row in archive.table():
         name = str(row["question_id"]).rpartition("/")[2]
-        yield row["category"], name, place, row["question"], row["answer"]
-    for task in (*PERCEPTION, *COGNITION):
+        yield one_of("category", row["category"], TASKS, place), name, place, row["question"], row["answer"]
+    for task in TASKS:
         for path in sorted(archive.folder.glob(f"**/{task}.txt")):  # of the tool: without images
-            for line in path.read_text().splitlines():
+            for line in read_text(path).splitlines():
                 image, question, truth = line.split("\t")[:3]
                 yield task, image, f"{task}/{image}", question, truth
         for path in sorted(archive.folder.glob(f"**/{task}/**/*.txt")):
-            lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+            lines = [line.split("\t") for line in read_text(path).splitlines() if line.strip()]
             folders = (path.parent, path.parents[1] / "images")
             beside = [folder / (path.stem + ending) for folder in folders for ending in ENDINGS]
             image_path = next((image for image in beside if image.exists()), None)
@@ -87,4 +88,4 @@ def export(_: EvalCard, rows: Rows) -> dict[str, str]:
     return files
 
 
-SUITE = Suite(read, {"official": yes_no(mme_yes), "strict": yes_no(strict_yes)}, measures)
+SUITE = Suite(read, {"official": yes_no(mme_yes), "strict": yes_no(strict_yes)}, measures, truths=YES_NO)

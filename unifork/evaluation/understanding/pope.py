@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from unifork.config import StrictModel
+from unifork.errors import one_of
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, binary, mean
 from unifork.evaluation.suites import Suite
-from unifork.evaluation.understanding.answers import pope_yes, strict_yes, yes_no
+from unifork.evaluation.understanding.answers import YES_NO, pope_yes, strict_yes, yes_no
 
 SPLITS = ("adversarial", "popular", "random")
 FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -38,7 +39,7 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
         rows += [(split, line["image"], line["image"], line["text"], line["label"]) for line in lines]
     items = []
     for split in SPLITS:
-        chosen = [row[1:] for row in rows if row[0] == split]
+        chosen = [row[1:] for row in rows if one_of("category", row[0], SPLITS, row[1]) == split]
         for number, (image, source, question, label) in enumerate(chosen, 1):
             about = {"question_id": FIRST_ID[split] + number}
             items.append(Item(f"{split}/{number}", question, label.strip().lower(), source, split, image, 0.5, about))
@@ -58,4 +59,4 @@ def measures(items: Sequence[Item], right_I: np.ndarray, yes_I: np.ndarray) -> l
     return [*found, mean("pope", f1, "all")]
 
 
-SUITE = Suite(read, {"official": yes_no(pope_yes), "strict": yes_no(strict_yes)}, measures, Options)
+SUITE = Suite(read, {"official": yes_no(pope_yes), "strict": yes_no(strict_yes)}, measures, Options, truths=YES_NO)

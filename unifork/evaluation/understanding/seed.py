@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unifork.config import EvalCard, StrictModel
+from unifork.errors import one_of
 from unifork.evaluation.answers import Rows
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
@@ -25,6 +26,8 @@ TYPES = (
     "action_prediction", "procedure_understanding",
 )  # fmt: skip
 """By question_type_id, from 1; the last three are of videos."""
+SPLITS = ("image", "video")
+NUMBERS = [str(number) for number in range(1, len(TYPES) + 1)]
 
 
 class Options(StrictModel):
@@ -44,19 +47,27 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
         name = str(row["question_id"])
         seen[name] += 1
         options = choices(row, COLUMNS)
-        about = {"question_id": name, "type": int(row["question_type_id"]), "options": options}
+        kind = int(one_of("question_type_id", str(row["question_type_id"]), NUMBERS, f"question {name}"))
+        about = {"question_id": name, "type": kind, "options": options}
         items.append(
             Item(
                 name if seen[name] == 1 else f"{name}#{seen[name]}", with_choices(row["question"], options),
-                row["answer"], str(row["data_id"]), row["data_type"], place, 1 / len(options), about,
+                row["answer"], str(row["data_id"]), one_of("data_type", str(row["data_type"]), SPLITS, name), place,
+                1 / len(options), about,
             )
         )  # fmt: skip
     return items
 
 
 def export(_: EvalCard, rows: Rows) -> dict[str, str]:
-    """A submission: an object a line."""
-    lines = [{"question_id": item.about["question_id"], "prediction": answer.text} for item, answer in rows if answer]
+    """A submission: an object a line. Where an id comes again, its lines have a prompt, too."""
+    times = Counter(item.about["question_id"] for item, _ in rows)
+    lines = [
+        {"question_id": (name := item.about["question_id"]), "prediction": answer.text}
+        | ({"prompt": item.question} if times[name] > 1 else {})
+        for item, answer in rows
+        if answer
+    ]
     return {"seed.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}
 
 

@@ -12,9 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from unifork.config import EvalCard, StrictModel
+from unifork.errors import DataError
 from unifork.evaluation.answers import Rows
-from unifork.evaluation.archive import Archive
-from unifork.evaluation.items import Item
+from unifork.evaluation.archive import Archive, Row
+from unifork.evaluation.items import Item, faults
 from unifork.evaluation.suites import Answer, Suite, Verdict
 from unifork.evaluation.understanding.answers import by_type, commonest, normalized
 
@@ -52,11 +53,11 @@ def read(archive: Archive, options: Options, _: int) -> list[Item]:
     if not rows:
         questions = archive.json(f"**/{options.questions}")["questions"]
         people = archive.json(f"**/{options.annotations}")["annotations"] if options.annotations else []
-        known_by_id = {row["question_id"]: row for row in people}
-        rows = [
-            (f"COCO_{options.images}_{row['image_id']:012d}.jpg", {**row, **known_by_id.get(row["question_id"], {})})
-            for row in questions
-        ]
+        by_id = {str(row["question_id"]): row for row in people}
+        merged = [Row({**row, **by_id.get(str(row["question_id"]), {})}) for row in questions]
+        if people and (without := [str(row["question_id"]) for row in merged if "answers" not in row]):
+            raise DataError(f"{options.annotations}: {faults('questions have no answers there', without)}")
+        rows = [(f"COCO_{options.images}_{int(row['image_id']):012d}.jpg", row) for row in merged]
     subset = archive.json(f"**/{options.subset}")["questions"] if options.subset else []
     dev = {row["question_id"] for row in subset}
     truths = [[str(people["answer"]) for people in row["answers"]] if row.get("answers") else None for _, row in rows]
