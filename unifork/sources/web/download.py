@@ -18,6 +18,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.error import URLError
 
@@ -26,7 +27,7 @@ import pyarrow as pa
 
 from unifork.config import Card, WebAccess, cluster_file
 from unifork.errors import ConfigError, MachineError
-from unifork.images import ImageError, measure, open_image
+from unifork.images import ImageError, decode, decoded, open_image
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
 from unifork.sources import Materialize, Row, RowError, source_of
@@ -65,10 +66,10 @@ def inspect(data: bytes, rules: FetchRules) -> Row:
     try:
         with open_image(data) as image:
             width, height = image.size
-        if width * height > rules.max_pixels:
-            raise ImageError("too_many_pixels", f"{width}x{height}, at most {rules.max_pixels} are fetched")
-        if rules.decode == "full":
-            measure(data, rules.max_pixels)
+            if width * height > rules.max_pixels:
+                raise ImageError("too_many_pixels", f"{width}x{height}, at most {rules.max_pixels} are fetched")
+            if rules.decode == "full":
+                decoded(image, data, partial(decode, data=data))
     except ImageError as error:
         if error.reason != "too_thin":
             raise Refused(error.reason, str(error)) from None

@@ -47,6 +47,8 @@ REMEMBERED = 50_000
 """Hosts and robots.txt files kept in memory; with one more all are forgotten."""
 REMEMBERED_SECONDS = 3600.0
 """Age at which an address or a robots.txt is asked for again."""
+HEADERS = ("Connection: close", "Accept: image/*,*/*;q=0.5", "Accept-Encoding: identity", "", "")
+"""The end of every request."""
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 
@@ -132,6 +134,7 @@ class Guard:
     def __init__(self, rules: FetchRules, connections_per_host: int, proxy: str | None = None) -> None:
         self.rules, self.connections_per_host, self.proxy = rules, connections_per_host, proxy
         self.agent = rules.user_agent.split()[0].split("/")[0].lower()
+        self.headers = (f"User-Agent: {rules.user_agent}", *HEADERS)
         self.tls = ssl.create_default_context()
         self._lock = threading.Lock()
         self._memory: dict[Any, tuple[float, Any]] = {}
@@ -183,8 +186,13 @@ class Guard:
     def _check_robots(self, target: Target, clock: Clock) -> None:
         """Raise Refused for what robots.txt denies, and when its host cannot be asked."""
         key = "robots", target.origin
-        with _classified(target, clock), self._slot(key, 1, clock):  # the first row asks, others wait
-            robots = self._remembered(key, lambda: self._ask_robots(target, clock))
+
+        def ask() -> Protego:
+            with self._slot(key, 1, clock):  # the first row asks, others wait
+                return self._remembered(key, lambda: self._ask_robots(target, clock))
+
+        with _classified(target, clock):
+            robots = self._remembered(key, ask)
         if not robots.can_fetch(target.url, self.agent):
             raise Refused("robots_denied", f"robots.txt of {target.authority}")
 
@@ -205,25 +213,23 @@ class Guard:
     @contextmanager
     def _requested(self, target: Target, clock: Clock) -> Iterator[http.client.HTTPResponse]:
         """The answer to one request. Raises Refused."""
-        headers = {"Host": target.authority, "User-Agent": self.rules.user_agent, "Connection": "close"}
-        headers |= {"Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+        lines = (f"GET {target.path} HTTP/1.1", f"Host: {target.authority}", *self.headers)
         with (
             _classified(target, clock),
             self._slot(("host", target.host), self.connections_per_host, clock),
             self._connected(target, clock) as sock,
         ):
-            connection = http.client.HTTPConnection(target.host, target.port)
-            connection.sock = _Limited(sock, clock, self.rules.max_bytes + FRAMING_BYTES)
-            connection.response_class = _Response
-            connection.request("GET", target.path, headers=headers)
-            with connection.getresponse() as answer:
+            limited: Any = _Limited(sock, clock, self.rules.max_bytes + FRAMING_BYTES)
+            limited.sendall("\r\n".join(lines).encode("ascii"))
+            with _Response(limited, method="GET") as answer:
+                answer.begin()
                 yield answer
 
     @contextmanager
     def _slot(self, key: Any, places: int, clock: Clock) -> Iterator[None]:
         """One of some places, waited for as long as the clock runs."""
         with self._lock:  # a semaphore lives as long as somebody holds or awaits a place
-            slots = self._slots.setdefault(key, threading.Semaphore(places))
+            slots = self._slots.get(key) or self._slots.setdefault(key, threading.Semaphore(places))
         if not slots.acquire(timeout=clock.left()):
             raise TimeoutError
         try:
@@ -295,7 +301,6 @@ CLASSES: dict[type[Exception], str] = {
     ssl.SSLError: "tls_failed",
     OSError: "connection_failed",
     UnicodeError: "bad_url",  # no host name
-    http.client.InvalidURL: "bad_url",
     http.client.HTTPException: "bad_answer",
     TooMuch: "too_large",
 }
