@@ -66,6 +66,8 @@ SMALLEST_SIDE = 14
 LARGEST_RESIZED_PIXELS = 89_478_485
 """Pillow's own limit for one image; a crop of a hair-thin image would be resized beyond it."""
 
+SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd9\xff]")
+"""The marker of a JPEG's segment: not stuffing, fill or a marker without a segment."""
 _ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
@@ -163,25 +165,22 @@ def decode(image: Image.Image, data: bytes) -> None:
 
 
 def _is_sound(image: PngImageFile, data: memoryview) -> bool:
-    """Whether a PNG of 8 bits holds exactly its rows, with the sums of all chunks; False where that takes a decoder."""
+    """Whether a PNG of 8 bits holds exactly its rows; False also where that takes a decoder."""
     start, mode = next(((tile.offset, tile.args) for tile in image.tile), (0, None))
     if mode not in BANDS or not image.info.keys().isdisjoint(("interlace", "transparency")):
         return False
-    stride, place = 1 + image.width * BANDS[mode], start - 8
-    left, inflate = image.height * stride, zlib.decompressobj()
+    stride, place, parts = 1 + image.width * BANDS[mode], start - 8, []
     while data[place + 4 : place + 8] == b"IDAT":
         end = place + 8 + int.from_bytes(data[place : place + 4], "big")
-        crc = int.from_bytes(data[end : end + 4], "big")
-        try:
-            rows = inflate.decompress(data[place + 8 : end], left + 1)
-        except zlib.error:
-            return False
-        filters = rows[left % stride :: stride]
-        left -= len(rows)
-        if left < 0 or filters.strip(PNG_FILTERS) or zlib.crc32(data[place + 4 : end]) != crc:
-            return False
-        place = end + 4
-    return data[place + 4 : place + 8] == b"IEND" and left == 0 and inflate.eof and not inflate.unused_data
+        parts.append(data[place + 8 : end])
+        place = end + 4  # the chunk's own sum is compared by no decoder, that of all rows is
+    inflate, size = zlib.decompressobj(), image.height * stride
+    try:
+        rows = inflate.decompress(b"".join(parts), size + 1)
+    except zlib.error:
+        return False
+    whole = len(rows) == size and inflate.eof and not inflate.unused_data
+    return whole and not rows[::stride].strip(PNG_FILTERS) and data[place + 4 : place + 8] == b"IEND"
 
 
 def _undecodable(error: Exception) -> ImageError:
@@ -237,14 +236,9 @@ def shrink(data: bytes, matte: RGB, *, longest_side: int, format: str, quality: 
 def jpeg_scans(data: bytes) -> int:
     """The scans of a JPEG: `SOS` markers outside of its segments, such as the thumbnail in an APP1."""
     scans, place = 0, 2
-    while (place := data.find(b"\xff", place)) >= 0 and place + 4 <= len(data):
-        marker = data[place + 1]
-        if marker == 0xDA:
-            scans += 1
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # stuffing, fill, and markers without a segment
-            place += 1 if marker == 0xFF else 2
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    while (found := SEGMENT.search(data, place)) and found.end() + 2 <= len(data):
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        scans += found[0] == b"\xff\xda"
     return scans
 
 

@@ -79,10 +79,12 @@ def inspect(data: bytes, rules: FetchRules) -> Row:
 # ------------------------------------------------------------------------------- whose turn it is
 
 
-@dataclass
+@dataclass(eq=False)
 class _Host:
     """How a host of the list does."""
 
+    changed: threading.Condition
+    """Of all hosts with one lock, so that a place that is given back wakes only who waits for it."""
     waiting: int = 0
     """Rows of this pass that no thread has taken."""
     active: int = 0
@@ -104,10 +106,11 @@ class Places:
 
     def __init__(self, connections: int, threads: int) -> None:
         self.connections, self.threads = connections, threads
-        self.hosts: defaultdict[str, _Host] = defaultdict(_Host)
+        self.lock = threading.Lock()
+        self.hosts: defaultdict[str, _Host] = defaultdict(lambda: _Host(threading.Condition(self.lock)))
         self.open: dict[bool, set[str]] = {True: set(), False: set()}
-        self.silent = self.queued = 0
-        self.changed = threading.Condition()
+        self.silent = 0
+        self.queue: list[_Host] = []
 
     def begin(self, names: Sequence[str]) -> int:
         """Set up for a pass over rows of these hosts; the threads that are of use for it."""
@@ -119,7 +122,8 @@ class Places:
 
     def end(self) -> None:
         """Forget all hosts but the dead."""
-        self.hosts = defaultdict(_Host, {name: host for name, host in self.hosts.items() if host.dead})
+        for name in [name for name, host in self.hosts.items() if not host.dead]:
+            del self.hosts[name]
         self.open = {True: set(), False: set()}
 
     def enter(self, name: str, over: Callable[[], bool]) -> bool:
@@ -127,18 +131,18 @@ class Places:
 
         Raises Refused for a dead host.
         """
-        with self.changed:
+        with self.lock:
             host = self.hosts[name]
             host.waiting -= 1
-            self.queued += 1
+            self.queue.append(host)
             self._note(name)
             while not host.dead and not self._has_place(host):
                 others = self.open[True] or (self.open[False] and self._place_for_silent())
-                if over() or (others and (not host.answers or self.queued > self.threads // 4)):
-                    self.queued -= 1
+                if over() or (others and (not host.answers or len(self.queue) > self.threads // 4)):
+                    self.queue.remove(host)
                     return False
-                self.changed.wait(0.5)
-            self.queued -= 1
+                host.changed.wait(0.5)
+            self.queue.remove(host)
             if host.dead:
                 raise Refused("host_unreachable", f"{name}: {MOST_FAILURES} attempts in a row did not reach it")
             host.active += 1
@@ -148,8 +152,9 @@ class Places:
 
     def leave(self, name: str, answered: bool | None) -> None:
         """Give a place back. answered: whether the host did, None where it was not contacted."""
-        with self.changed:
+        with self.lock:
             host = self.hosts[name]
+            before = host.answers
             host.active -= 1
             self.silent -= not host.answers
             if answered is not None:
@@ -158,8 +163,11 @@ class Places:
                 host.failures = 0 if answered else host.failures + 1
                 host.failed_at = time.monotonic()
             self._note(name)
-            if self.queued:
-                self.changed.notify_all()
+            if before and host.answers and host in self.queue:
+                host.changed.notify()
+            else:
+                for other in self.queue:
+                    other.changed.notify_all()
 
     def _connections(self, host: _Host) -> int:
         return self.connections if host.answers else min(SILENT_CONNECTIONS, self.connections)

@@ -17,7 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -41,6 +41,8 @@ CONNECT_SECONDS = 10.0
 """Most time for one address of a host, so that a dead one leaves time for the next."""
 IDLE_SECONDS = 15.0
 """Most time in which no byte comes or goes."""
+BUFFER_BYTES = 64 * 1024
+"""Bytes taken from a connection at once: a small image with its headers."""
 FRAMING_BYTES = 1024**2
 """Bytes of a connection beside those of the body: headers, and the sizes of chunks."""
 REMEMBERED = 50_000
@@ -81,25 +83,32 @@ class _Limited(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, clock: Clock, most_bytes: int) -> None:
         self.sock, self.clock, self.bytes_left = sock, clock, most_bytes
+        self.timeout = 0.0
 
     def sendall(self, data: Any) -> None:
-        self.sock.settimeout(self.clock.left(IDLE_SECONDS))
+        self._limit()
         self.sock.sendall(data)  # its timeout is for all of the data
 
     def makefile(self, *_: Any) -> io.BufferedReader:
-        return io.BufferedReader(self)
+        return io.BufferedReader(self, BUFFER_BYTES)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(self.clock.left(IDLE_SECONDS))
+        self._limit()
         count = self.sock.recv_into(buffer)
         self.bytes_left -= count
         self.clock.heard = self.clock.heard or count > 0
         if self.bytes_left < 0:
             raise TooMuch
         return count
+
+    def _limit(self) -> None:
+        seconds = self.clock.left(IDLE_SECONDS)
+        if seconds != self.timeout:  # a system call, and a turn of another thread
+            self.sock.settimeout(seconds)
+            self.timeout = seconds
 
     def close(self) -> None:
         """Nothing: `http.client` closes its socket while it still reads from it; who connected it closes it."""
@@ -252,10 +261,12 @@ class Guard:
         else:
             raise failure
         with sock:
+            if target.scheme != "https":
+                yield sock
+                return
             sock.settimeout(clock.left())
-            secure = target.scheme == "https"
-            with self.tls.wrap_socket(sock, server_hostname=target.host) if secure else nullcontext(sock) as ready:
-                yield ready
+            with self.tls.wrap_socket(sock, server_hostname=target.host) as secure:
+                yield secure
 
     def _open(self, address: str, port: int, clock: Clock) -> socket.socket:
         """A connection to exactly this address, through the configured proxy if there is one."""
