@@ -41,8 +41,6 @@ CONNECT_SECONDS = 10.0
 """Most time for one address of a host, so that a dead one leaves time for the next."""
 IDLE_SECONDS = 15.0
 """Most time in which no byte comes or goes."""
-BUFFER_BYTES = 64 * 1024
-"""Bytes taken from a connection at once: a small image with its headers."""
 FRAMING_BYTES = 1024**2
 """Bytes of a connection beside those of the body: headers, and the sizes of chunks."""
 REMEMBERED = 50_000
@@ -90,7 +88,7 @@ class _Limited(io.RawIOBase):
         self.sock.sendall(data)  # its timeout is for all of the data
 
     def makefile(self, *_: Any) -> io.BufferedReader:
-        return io.BufferedReader(self, BUFFER_BYTES)
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
