@@ -130,12 +130,12 @@ def look_at_all(image: Image.Image, data: bytes) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1", "I;16"])
 def test_bytes_that_are_only_checked_get_the_same_verdict_as_those_that_are_looked_at(mode, monkeypatch):
-    sound = []
-    real = images._is_sound
-    monkeypatch.setattr(images, "_is_sound", lambda *args: sound.append(real(*args)) or sound[-1])
+    whole_ones = []
+    real = images._is_whole
+    monkeypatch.setattr(images, "_is_whole", lambda *args: whole_ones.append(real(*args)) or whole_ones[-1])
     for data in hostile_pngs(mode):
         assert verdict(data, decode) == verdict(data, look_at_all), data
-    assert (sum(sound) > 50) == (mode in images.BANDS)
+    assert (sum(whole_ones) > 50) == (mode in images.BANDS)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form not in ("PNG", "JPEG2000")])

@@ -19,8 +19,8 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -45,10 +45,7 @@ PIXELS_AT_ONCE = MAX_PIXELS
 """Pixels that all threads of a process decode at the same time; a larger image waits until it is alone."""
 BANDS = {"L": 1, "RGB": 3, "RGBA": 4}
 """Modes of 8 bits a band, without a palette, and how many bands they have: none fails to become another."""
-PNG_FILTERS = bytes(range(5))
-"""The types of filter of a PNG's rows: the first byte of each."""
 
-T = TypeVar("T")
 RGB = tuple[int, int, int]
 MATTE = (255, 255, 255)
 """Behind transparent pixels of images that no card describes."""
@@ -125,15 +122,13 @@ def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> Measured:
     `too_thin` for what no view can be made of, `undecodable` with what the decoder said.
     """
     with open_image(data) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError("too_many_pixels", f"{width}x{height}, at most {max_pixels} are decoded")
-        scans, frames, phash = decoded(image, data, dhash)
-    return Measured(width, height, scans, frames, phash)
+        if image.width * image.height > max_pixels:
+            raise ImageError("too_many_pixels", f"{image.width}x{image.height}, at most {max_pixels} are decoded")
+        return decoded(image, data, dhash)
 
 
-def decoded(image: Image.Image, data: bytes, look: Callable[[Image.Image], T]) -> tuple[int, int, T]:
-    """Scans and frames of an image just opened, and what `look`, which decodes it, says of it.
+def decoded(image: Image.Image, data: bytes, look: Callable[[Image.Image], int | None]) -> Measured:
+    """What an image just opened measures; `look` decodes it and says the hash.
 
     Raises ImageError: `too_many_scans`, `too_thin`, `undecodable`.
     """
@@ -146,8 +141,8 @@ def decoded(image: Image.Image, data: bytes, look: Callable[[Image.Image], T]) -
     try:
         with decoding(width * height):
             image.draft("L", (32, 32))  # a JPEG is decoded at an eighth of its sides: all bytes, few pixels
-            found = look(image)
-        return scans, getattr(image, "n_frames", 1), found
+            phash = look(image)
+        return Measured(width, height, scans, getattr(image, "n_frames", 1), phash)
     except Exception as error:
         raise _undecodable(error) from None
 
@@ -155,17 +150,17 @@ def decoded(image: Image.Image, data: bytes, look: Callable[[Image.Image], T]) -
 def decode(image: Image.Image, data: bytes) -> None:
     """Decode all bytes of an image just opened, for their faults alone. Raises what the decoder and `dhash` would.
 
-    Of a PNG whose data are inflated at once, at a third of the cost, and are without fault, no pixels are made.
+    Of a PNG whose rows are found whole, for a third of the cost, no pixels are made.
     """
-    if isinstance(image, PngImageFile) and _is_sound(image, memoryview(data)):
+    if isinstance(image, PngImageFile) and _is_whole(image, memoryview(data)):
         return
     image.load()
     if image.mode not in BANDS or "transparency" in image.info:
         dhash(image)
 
 
-def _is_sound(image: PngImageFile, data: memoryview) -> bool:
-    """Whether a PNG of 8 bits holds exactly its rows; False also where that takes a decoder."""
+def _is_whole(image: PngImageFile, data: memoryview) -> bool:
+    """Whether a PNG of 8 bits holds exactly its rows, inflated at once; False also where that takes a decoder."""
     start, mode = next(((tile.offset, tile.args) for tile in image.tile), (0, None))
     if mode not in BANDS or not image.info.keys().isdisjoint(("interlace", "transparency")):
         return False
@@ -173,14 +168,13 @@ def _is_sound(image: PngImageFile, data: memoryview) -> bool:
     while data[place + 4 : place + 8] == b"IDAT":
         end = place + 8 + int.from_bytes(data[place : place + 4], "big")
         parts.append(data[place + 8 : end])
-        place = end + 4  # the chunk's own sum is compared by no decoder, that of all rows is
-    inflate, size = zlib.decompressobj(), image.height * stride
-    try:
+        place = end + 4  # Pillow does not compare the sums of these chunks, but that of the rows
+    size, inflate = image.height * stride, zlib.decompressobj()
+    with suppress(zlib.error):  # a row begins with the number of its filter, 0 to 4
         rows = inflate.decompress(b"".join(parts), size + 1)
-    except zlib.error:
-        return False
-    whole = len(rows) == size and inflate.eof and not inflate.unused_data
-    return whole and not rows[::stride].strip(PNG_FILTERS) and data[place + 4 : place + 8] == b"IEND"
+        exact = len(rows) == size and inflate.eof and not inflate.unused_data
+        return exact and not rows[::stride].strip(bytes(range(5))) and data[place + 4 : place + 8] == b"IEND"
+    return False
 
 
 def _undecodable(error: Exception) -> ImageError:

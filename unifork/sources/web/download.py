@@ -84,7 +84,7 @@ class _Host:
     """How a host of the list does."""
 
     changed: threading.Condition
-    """Of all hosts with one lock, so that a place that is given back wakes only who waits for it."""
+    """With the lock of all hosts, so that a place that is given back wakes only who waits for it."""
     waiting: int = 0
     """Rows of this pass that no thread has taken."""
     active: int = 0
@@ -110,7 +110,7 @@ class Places:
         self.hosts: defaultdict[str, _Host] = defaultdict(lambda: _Host(threading.Condition(self.lock)))
         self.open: dict[bool, set[str]] = {True: set(), False: set()}
         self.silent = 0
-        self.queue: list[_Host] = []
+        self.queue: list[_Host] = []  # of every thread that waits, the host
 
     def begin(self, names: Sequence[str]) -> int:
         """Set up for a pass over rows of these hosts; the threads that are of use for it."""
@@ -122,8 +122,7 @@ class Places:
 
     def end(self) -> None:
         """Forget all hosts but the dead."""
-        for name in [name for name, host in self.hosts.items() if not host.dead]:
-            del self.hosts[name]
+        self.hosts = defaultdict(self.hosts.default_factory, {n: host for n, host in self.hosts.items() if host.dead})
         self.open = {True: set(), False: set()}
 
     def enter(self, name: str, over: Callable[[], bool]) -> bool:
@@ -163,11 +162,8 @@ class Places:
                 host.failures = 0 if answered else host.failures + 1
                 host.failed_at = time.monotonic()
             self._note(name)
-            if before and host.answers and host in self.queue:
-                host.changed.notify()
-            else:
-                for other in self.queue:
-                    other.changed.notify_all()
+            for waits in [host] if before and host.answers and host in self.queue else self.queue:
+                waits.changed.notify()
 
     def _connections(self, host: _Host) -> int:
         return self.connections if host.answers else min(SILENT_CONNECTIONS, self.connections)

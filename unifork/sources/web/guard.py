@@ -17,7 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -103,10 +103,9 @@ class _Limited(io.RawIOBase):
         return count
 
     def _limit(self) -> None:
-        seconds = self.clock.left(IDLE_SECONDS)
-        if seconds != self.timeout:  # a system call, and a turn of another thread
-            self.sock.settimeout(seconds)
+        if (seconds := self.clock.left(IDLE_SECONDS)) != self.timeout:
             self.timeout = seconds
+            self.sock.settimeout(seconds)  # a system call, and a turn of another thread
 
     def close(self) -> None:
         """Nothing: `http.client` closes its socket while it still reads from it; who connected it closes it."""
@@ -259,12 +258,10 @@ class Guard:
         else:
             raise failure
         with sock:
-            if target.scheme != "https":
-                yield sock
-                return
             sock.settimeout(clock.left())
-            with self.tls.wrap_socket(sock, server_hostname=target.host) as secure:
-                yield secure
+            secure = target.scheme == "https"
+            with self.tls.wrap_socket(sock, server_hostname=target.host) if secure else nullcontext(sock) as ready:
+                yield ready
 
     def _open(self, address: str, port: int, clock: Clock) -> socket.socket:
         """A connection to exactly this address, through the configured proxy if there is one."""
