@@ -152,14 +152,14 @@ def decode(image: Image.Image, data: bytes) -> None:
 
     Of a PNG whose rows are found whole, for a third of the cost, no pixels are made.
     """
-    if isinstance(image, PngImageFile) and _is_whole(image, memoryview(data)):
+    if isinstance(image, PngImageFile) and _is_whole(image, data):
         return
     image.load()
     if image.mode not in BANDS or "transparency" in image.info:
         dhash(image)
 
 
-def _is_whole(image: PngImageFile, data: memoryview) -> bool:
+def _is_whole(image: PngImageFile, data: bytes) -> bool:
     """Whether a PNG of 8 bits holds exactly its rows, inflated at once; False also where that takes a decoder."""
     start, mode = next(((tile.offset, tile.args) for tile in image.tile), (0, None))
     if mode not in BANDS or not image.info.keys().isdisjoint(("interlace", "transparency")):

@@ -47,8 +47,7 @@ REMEMBERED = 50_000
 """Hosts and robots.txt files kept in memory; with one more all are forgotten."""
 REMEMBERED_SECONDS = 3600.0
 """Age at which an address or a robots.txt is asked for again."""
-HEADERS = ("Connection: close", "Accept: image/*,*/*;q=0.5", "Accept-Encoding: identity", "", "")
-"""The end of every request."""
+HEADERS = "Connection: close\r\nAccept: image/*,*/*;q=0.5\r\nAccept-Encoding: identity\r\n\r\n"
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 
@@ -80,8 +79,7 @@ class _Limited(io.RawIOBase):
     """
 
     def __init__(self, sock: socket.socket, clock: Clock, most_bytes: int) -> None:
-        self.sock, self.clock, self.bytes_left = sock, clock, most_bytes
-        self.timeout = 0.0
+        self.sock, self.clock, self.bytes_left, self.timeout = sock, clock, most_bytes, 0.0
 
     def sendall(self, data: Any) -> None:
         self._limit()
@@ -140,9 +138,7 @@ class Guard:
     def __init__(self, rules: FetchRules, connections_per_host: int, proxy: str | None = None) -> None:
         self.rules, self.connections_per_host, self.proxy = rules, connections_per_host, proxy
         self.agent = rules.user_agent.split()[0].split("/")[0].lower()
-        self.headers = (f"User-Agent: {rules.user_agent}", *HEADERS)
-        self.tls = ssl.create_default_context()
-        self._lock = threading.Lock()
+        self.tls, self._lock = ssl.create_default_context(), threading.Lock()
         self._memory: dict[Any, tuple[float, Any]] = {}
         self._slots: WeakValueDictionary[Any, threading.Semaphore] = WeakValueDictionary()
 
@@ -192,13 +188,8 @@ class Guard:
     def _check_robots(self, target: Target, clock: Clock) -> None:
         """Raise Refused for what robots.txt denies, and when its host cannot be asked."""
         key = "robots", target.origin
-
-        def ask() -> Protego:
-            with self._slot(key, 1, clock):  # the first row asks, others wait
-                return self._remembered(key, lambda: self._ask_robots(target, clock))
-
-        with _classified(target, clock):
-            robots = self._remembered(key, ask)
+        with _classified(target, clock), self._slot(key, 1, clock):  # the first row asks, others wait
+            robots = self._remembered(key, lambda: self._ask_robots(target, clock))
         if not robots.can_fetch(target.url, self.agent):
             raise Refused("robots_denied", f"robots.txt of {target.authority}")
 
@@ -219,14 +210,14 @@ class Guard:
     @contextmanager
     def _requested(self, target: Target, clock: Clock) -> Iterator[http.client.HTTPResponse]:
         """The answer to one request. Raises Refused."""
-        lines = (f"GET {target.path} HTTP/1.1", f"Host: {target.authority}", *self.headers)
+        request = f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent: {self.rules.user_agent}\r\n"
         with (
             _classified(target, clock),
             self._slot(("host", target.host), self.connections_per_host, clock),
             self._connected(target, clock) as sock,
         ):
             limited: Any = _Limited(sock, clock, self.rules.max_bytes + FRAMING_BYTES)
-            limited.sendall("\r\n".join(lines).encode("ascii"))
+            limited.sendall((request + HEADERS).encode("ascii"))
             with _Response(limited, method="GET") as answer:
                 answer.begin()
                 yield answer
