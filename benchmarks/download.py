@@ -8,6 +8,7 @@ opt-out headers, and of each image all bytes (`full`) or the header. Ways take t
 """
 
 import argparse
+import asyncio
 import contextlib
 import io
 import multiprocessing
@@ -18,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from unifork.sources.web.download import WEB_VERSION, Download
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 9)]
 THREADS = 8 * len(HOSTS)
+IMAGES = 64
+"""Different images of each format: with few, a table of them would hold each but once."""
 FORMATS = {"jpg": "JPEG", "png": "PNG"}
 CHECKS: dict[str, dict[str, Any]] = {
     "checks, full": {},
@@ -43,33 +45,37 @@ CHECKS: dict[str, dict[str, Any]] = {
 """Rules of a card."""
 
 
-def image(form: str) -> bytes:
-    """An image of 256x256 with some detail: about 33 kB as JPEG, 120 kB as PNG."""
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+def image(form: str, number: int = 0) -> bytes:
+    """An image of 256x256 with some detail: about 33 kB as JPEG, 145 kB as PNG."""
+    noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC).save(out, form, quality=90)
     return out.getvalue()
 
 
 def serve(ready: Connection) -> None:
-    """Answer every path with an image of its ending, robots.txt with 404."""
-    bodies = {ending: image(form) for ending, form in FORMATS.items()}
+    """Answer `/NUMBER.ENDING` with one of some images, robots.txt with 404; cheaply, since it shares the cores."""
+    bodies = {f"/{n}.{ending}": image(form, n) for ending, form in FORMATS.items() for n in range(IMAGES)}
+    head = "HTTP/1.0 %s\r\nServer: loopback\r\nDate: Mon, 30 Nov 2026 12:00:00 GMT\r\nContent-Length: %d\r\n\r\n"
+    answers = {path.encode(): (head % ("200 OK", len(body))).encode() + body for path, body in bodies.items()}
+    missing = (head % ("404 Not Found", 0)).encode()
 
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = bodies.get(self.path.rpartition(".")[2])
-            self.send_response(200 if body else 404)
-            self.send_header("Content-Length", str(len(body or b"")))
-            self.end_headers()
-            self.wfile.write(body or b"")
+    class Page(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport, self.request = transport, b""
 
-        def log_message(self, *_: Any) -> None:
-            """Quiet."""
+        def data_received(self, data: bytes) -> None:
+            self.request += data
+            if self.request.endswith(b"\r\n\r\n"):
+                self.transport.write(answers.get(self.request.split()[1].partition(b"?")[0], missing))
+                self.transport.close()
 
-    ThreadingHTTPServer.request_queue_size = 256
-    server = ThreadingHTTPServer(("", 0), Page)
-    ready.send(server.server_address[1])
-    server.serve_forever()
+    async def forever() -> None:
+        server = await asyncio.get_running_loop().create_server(Page, "0.0.0.0", 0, backlog=256)
+        ready.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(forever())
 
 
 def ours(rules: dict[str, Any], urls: list[str], folder: Path) -> int:
@@ -150,7 +156,9 @@ def main() -> None:
     ways: dict[str, Callable[[list[str], Path], int]] = {"img2dataset": img2dataset}
     ways |= {name: partial(ours, rules) for name, rules in CHECKS.items()}
     for ending, form in FORMATS.items():
-        urls = [f"http://{HOSTS[row % len(HOSTS)]}:{port}/{row}.{ending}" for row in range(arguments.rows)]
+        urls = [
+            f"http://{HOSTS[row % len(HOSTS)]}:{port}/{row % IMAGES}.{ending}?{row}" for row in range(arguments.rows)
+        ]
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for way in ways.values():
             measured(way, urls[:64])  # imports

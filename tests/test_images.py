@@ -6,6 +6,9 @@ import random
 import struct
 import threading
 import time
+import zlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,19 @@ import pytest
 from PIL import Image
 
 from unifork import images
-from unifork.images import FORMATS, MAX_ASPECT, VARIANTS, ImageError, decoding, jpeg_scans, measure, open_image
+from unifork.images import (
+    FORMATS,
+    MAX_ASPECT,
+    VARIANTS,
+    ImageError,
+    decode,
+    decoded,
+    decoding,
+    dhash,
+    jpeg_scans,
+    measure,
+    open_image,
+)
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
@@ -58,6 +73,76 @@ def test_each_reason_has_its_word(reason):
         measure(REFUSED[reason])
     assert error.value.reason == reason
     assert "object at 0x" not in str(error.value)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def split(data: bytes) -> tuple[bytes, bytes]:
+    """What of a PNG comes before its image data, and the data."""
+    place, found = data.index(b"IDAT") - 4, b""
+    start = place
+    while data[place + 4 : place + 8] == b"IDAT":
+        size = int.from_bytes(data[place : place + 4], "big")
+        found += data[place + 8 : place + 8 + size]
+        place += 12 + size
+    return data[:start], found
+
+
+END = chunk(b"IEND", b"")
+
+
+def hostile_pngs(mode: str) -> Iterator[bytes]:
+    """A whole PNG; its chunks as they should be and not; cut off and changed at every byte, sums right and wrong."""
+    whole = encoded(noise(9, 7).convert(mode), "PNG")
+    head, zipped = split(whole)
+    rows = zlib.decompress(zipped)
+    yield from (whole, whole + b"more")
+    for other in (rows, rows + rows, rows[:-1], rows + b"\0", b"", *(bytes([n]) + rows[1:] for n in range(8))):
+        yield head + chunk(b"IDAT", zlib.compress(other)) + END
+    data = chunk(b"IDAT", zipped)
+    for parts in ((), (data,), (data, data), *((data, chunk(kind, b"a\0\0b"), END) for kind in (b"tEXt", b"zTXt"))):
+        yield head + b"".join(parts)
+    for size in range(8):
+        yield head + chunk(b"tRNS", bytes(size)) + data + END
+    for cut in range(len(zipped)):
+        yield head + chunk(b"IDAT", zipped[:cut]) + END
+        yield head + chunk(b"IDAT", b"") + chunk(b"IDAT", zipped[:cut]) + chunk(b"IDAT", zipped[cut:]) + END
+        yield head + chunk(b"IDAT", zipped[:cut]) + chunk(b"tEXt", b"a\0b") + chunk(b"IDAT", zipped[cut:]) + END
+        yield head + chunk(b"IDAT", zipped[:cut] + bytes([zipped[cut] ^ 1 << cut % 8]) + zipped[cut + 1 :]) + END
+    for place in range(8, len(whole)):
+        yield whole[:place]
+        yield whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+
+
+def verdict(data: bytes, look) -> tuple:
+    try:
+        with open_image(data) as image:
+            return decoded(image, data, partial(look, data=data))[:2]
+    except ImageError as error:
+        return error.reason, str(error)
+
+
+def look_at_all(image: Image.Image, data: bytes) -> None:
+    dhash(image)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1", "I;16"])
+def test_bytes_that_are_only_checked_get_the_same_verdict_as_those_that_are_looked_at(mode, monkeypatch):
+    whole_ones = []
+    real = images._is_whole
+    monkeypatch.setattr(images, "_is_whole", lambda *args: whole_ones.append(real(*args)) or whole_ones[-1])
+    for data in hostile_pngs(mode):
+        assert verdict(data, decode) == verdict(data, look_at_all), data
+    assert (sum(whole_ones) > 50) == (mode in images.BANDS)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form not in ("PNG", "JPEG2000")])
+def test_other_formats_get_the_same_verdict_too(form):
+    whole, inks = encoded(noise(40, 30), form), encoded(noise(40, 30).convert("CMYK"), "JPEG")
+    for data in (whole, inks, *(whole[:size] for size in range(1, len(whole), 1 + len(whole) // 100))):
+        assert verdict(data, decode) == verdict(data, look_at_all)
 
 
 @pytest.mark.parametrize("data", [POSTSCRIPT, PSD], ids=["eps", "psd"])

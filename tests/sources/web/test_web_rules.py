@@ -37,7 +37,7 @@ def test_a_public_address_may_be_contacted(address):
 
 
 def test_only_the_networks_that_are_named_are_allowed():
-    allowed = [ip_network("127.0.0.1/32"), ip_network("fd00::/8")]
+    allowed = (ip_network("127.0.0.1/32"), ip_network("fd00::/8"))
     assert refusal("127.0.0.1", allowed) is None
     assert refusal("fd00::1", allowed) is None
     for other in ("127.0.0.2", "::ffff:127.0.0.1", "::1", "fc00::1"):

@@ -18,6 +18,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.error import URLError
 
@@ -26,7 +27,7 @@ import pyarrow as pa
 
 from unifork.config import Card, WebAccess, cluster_file
 from unifork.errors import ConfigError, MachineError
-from unifork.images import ImageError, measure, open_image
+from unifork.images import ImageError, decode, decoded, open_image
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
 from unifork.sources import Materialize, Row, RowError, source_of
@@ -65,10 +66,10 @@ def inspect(data: bytes, rules: FetchRules) -> Row:
     try:
         with open_image(data) as image:
             width, height = image.size
-        if width * height > rules.max_pixels:
-            raise ImageError("too_many_pixels", f"{width}x{height}, at most {rules.max_pixels} are fetched")
-        if rules.decode == "full":
-            measure(data, rules.max_pixels)
+            if width * height > rules.max_pixels:
+                raise ImageError("too_many_pixels", f"{width}x{height}, at most {rules.max_pixels} are fetched")
+            if rules.decode == "full":
+                decoded(image, data, partial(decode, data=data))
     except ImageError as error:
         if error.reason != "too_thin":
             raise Refused(error.reason, str(error)) from None
@@ -78,10 +79,12 @@ def inspect(data: bytes, rules: FetchRules) -> Row:
 # ------------------------------------------------------------------------------- whose turn it is
 
 
-@dataclass
+@dataclass(eq=False)
 class _Host:
     """How a host of the list does."""
 
+    changed: threading.Condition
+    """With the lock of all hosts, so that a place that is given back wakes only who waits for it."""
     waiting: int = 0
     """Rows of this pass that no thread has taken."""
     active: int = 0
@@ -103,10 +106,11 @@ class Places:
 
     def __init__(self, connections: int, threads: int) -> None:
         self.connections, self.threads = connections, threads
-        self.hosts: defaultdict[str, _Host] = defaultdict(_Host)
+        self.lock = threading.Lock()
+        self.hosts: defaultdict[str, _Host] = defaultdict(lambda: _Host(threading.Condition(self.lock)))
         self.open: dict[bool, set[str]] = {True: set(), False: set()}
-        self.silent = self.queued = 0
-        self.changed = threading.Condition()
+        self.silent = 0
+        self.queue: list[_Host] = []  # of every thread that waits, the host
 
     def begin(self, names: Sequence[str]) -> int:
         """Set up for a pass over rows of these hosts; the threads that are of use for it."""
@@ -118,7 +122,7 @@ class Places:
 
     def end(self) -> None:
         """Forget all hosts but the dead."""
-        self.hosts = defaultdict(_Host, {name: host for name, host in self.hosts.items() if host.dead})
+        self.hosts = defaultdict(self.hosts.default_factory, {n: host for n, host in self.hosts.items() if host.dead})
         self.open = {True: set(), False: set()}
 
     def enter(self, name: str, over: Callable[[], bool]) -> bool:
@@ -126,18 +130,18 @@ class Places:
 
         Raises Refused for a dead host.
         """
-        with self.changed:
+        with self.lock:
             host = self.hosts[name]
             host.waiting -= 1
-            self.queued += 1
+            self.queue.append(host)
             self._note(name)
             while not host.dead and not self._has_place(host):
                 others = self.open[True] or (self.open[False] and self._place_for_silent())
-                if over() or (others and (not host.answers or self.queued > self.threads // 4)):
-                    self.queued -= 1
+                if over() or (others and (not host.answers or len(self.queue) > self.threads // 4)):
+                    self.queue.remove(host)
                     return False
-                self.changed.wait(0.5)
-            self.queued -= 1
+                host.changed.wait(0.5)
+            self.queue.remove(host)
             if host.dead:
                 raise Refused("host_unreachable", f"{name}: {MOST_FAILURES} attempts in a row did not reach it")
             host.active += 1
@@ -147,8 +151,9 @@ class Places:
 
     def leave(self, name: str, answered: bool | None) -> None:
         """Give a place back. answered: whether the host did, None where it was not contacted."""
-        with self.changed:
+        with self.lock:
             host = self.hosts[name]
+            before = host.answers
             host.active -= 1
             self.silent -= not host.answers
             if answered is not None:
@@ -157,8 +162,8 @@ class Places:
                 host.failures = 0 if answered else host.failures + 1
                 host.failed_at = time.monotonic()
             self._note(name)
-            if self.queued:
-                self.changed.notify_all()
+            for waits in [host] if before and host.answers and host in self.queue else self.queue:
+                waits.changed.notify()
 
     def _connections(self, host: _Host) -> int:
         return self.connections if host.answers else min(SILENT_CONNECTIONS, self.connections)

@@ -47,6 +47,7 @@ REMEMBERED = 50_000
 """Hosts and robots.txt files kept in memory; with one more all are forgotten."""
 REMEMBERED_SECONDS = 3600.0
 """Age at which an address or a robots.txt is asked for again."""
+HEADERS = "Connection: close\r\nAccept: image/*,*/*;q=0.5\r\nAccept-Encoding: identity\r\n\r\n"
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 
@@ -78,10 +79,10 @@ class _Limited(io.RawIOBase):
     """
 
     def __init__(self, sock: socket.socket, clock: Clock, most_bytes: int) -> None:
-        self.sock, self.clock, self.bytes_left = sock, clock, most_bytes
+        self.sock, self.clock, self.bytes_left, self.timeout = sock, clock, most_bytes, 0.0
 
     def sendall(self, data: Any) -> None:
-        self.sock.settimeout(self.clock.left(IDLE_SECONDS))
+        self._limit()
         self.sock.sendall(data)  # its timeout is for all of the data
 
     def makefile(self, *_: Any) -> io.BufferedReader:
@@ -91,13 +92,18 @@ class _Limited(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(self.clock.left(IDLE_SECONDS))
+        self._limit()
         count = self.sock.recv_into(buffer)
         self.bytes_left -= count
         self.clock.heard = self.clock.heard or count > 0
         if self.bytes_left < 0:
             raise TooMuch
         return count
+
+    def _limit(self) -> None:
+        if (seconds := self.clock.left(IDLE_SECONDS)) != self.timeout:
+            self.timeout = seconds
+            self.sock.settimeout(seconds)  # a system call, and a turn of another thread
 
     def close(self) -> None:
         """Nothing: `http.client` closes its socket while it still reads from it; who connected it closes it."""
@@ -132,8 +138,7 @@ class Guard:
     def __init__(self, rules: FetchRules, connections_per_host: int, proxy: str | None = None) -> None:
         self.rules, self.connections_per_host, self.proxy = rules, connections_per_host, proxy
         self.agent = rules.user_agent.split()[0].split("/")[0].lower()
-        self.tls = ssl.create_default_context()
-        self._lock = threading.Lock()
+        self.tls, self._lock = ssl.create_default_context(), threading.Lock()
         self._memory: dict[Any, tuple[float, Any]] = {}
         self._slots: WeakValueDictionary[Any, threading.Semaphore] = WeakValueDictionary()
 
@@ -205,25 +210,23 @@ class Guard:
     @contextmanager
     def _requested(self, target: Target, clock: Clock) -> Iterator[http.client.HTTPResponse]:
         """The answer to one request. Raises Refused."""
-        headers = {"Host": target.authority, "User-Agent": self.rules.user_agent, "Connection": "close"}
-        headers |= {"Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+        request = f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent: {self.rules.user_agent}\r\n"
         with (
             _classified(target, clock),
             self._slot(("host", target.host), self.connections_per_host, clock),
             self._connected(target, clock) as sock,
         ):
-            connection = http.client.HTTPConnection(target.host, target.port)
-            connection.sock = _Limited(sock, clock, self.rules.max_bytes + FRAMING_BYTES)
-            connection.response_class = _Response
-            connection.request("GET", target.path, headers=headers)
-            with connection.getresponse() as answer:
+            limited: Any = _Limited(sock, clock, self.rules.max_bytes + FRAMING_BYTES)
+            limited.sendall((request + HEADERS).encode("ascii"))
+            with _Response(limited, method="GET") as answer:
+                answer.begin()
                 yield answer
 
     @contextmanager
     def _slot(self, key: Any, places: int, clock: Clock) -> Iterator[None]:
         """One of some places, waited for as long as the clock runs."""
         with self._lock:  # a semaphore lives as long as somebody holds or awaits a place
-            slots = self._slots.setdefault(key, threading.Semaphore(places))
+            slots = self._slots.get(key) or self._slots.setdefault(key, threading.Semaphore(places))
         if not slots.acquire(timeout=clock.left()):
             raise TimeoutError
         try:
@@ -295,7 +298,6 @@ CLASSES: dict[type[Exception], str] = {
     ssl.SSLError: "tls_failed",
     OSError: "connection_failed",
     UnicodeError: "bad_url",  # no host name
-    http.client.InvalidURL: "bad_url",
     http.client.HTTPException: "bad_answer",
     TooMuch: "too_large",
 }

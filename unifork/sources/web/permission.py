@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
+from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,8 @@ _NOT_PUBLIC = Path(__file__).with_name("refused_networks.yaml")
 _TABLE: list[tuple[Network, str]] = [(ip_network(network), why) for network, why in read_yaml(_NOT_PUBLIC).items()]
 
 
-def refusal(text: str, allowed: Iterable[Network] = ()) -> str | None:
+@lru_cache(2**16)
+def refusal(text: str, allowed: tuple[Network, ...] = ()) -> str | None:
     """Why an address must not be contacted; None when it may. Anything but an address is refused."""
     try:
         address = ip_address(text)
