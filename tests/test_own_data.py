@@ -180,7 +180,7 @@ def test_rows_of_a_mix_of_dialogues_are_all_kept(here, form):
     ("files", "words", "message"),
     [
         ("archives/none", (), "'archives/none': no such file or folder"),
-        ("archives/notext", (), "the first entries are no rows: missing_caption: an image of that name, but no text"),
+        ("archives/notext", (), "the first entries are no rows: missing_caption: an image of that name, but no .txt"),
         ("archives/numbers.csv", (), "no column of images; found: a, b. Name it: --image COLUMN"),
         ("archives/csv", ("--text", "txet"), "unknown column 'txet'. Did you mean 'text'"),
         ("archives/lost.csv", (), r"no image '/x/1.jpg' below archives, .*paths are relative to a folder"),

@@ -457,7 +457,10 @@ def test_a_list_names_any_key(tmp_path, key):
 
 @pytest.mark.parametrize(
     ("data", "error"),
-    [(b'\nkey "set/a\n', r"list:2: '\"set/a' is no text in JSON"), ("key a".encode("utf-16"), "list: a text in UTF-8")],
+    [
+        (b'\nkey "set/a\n', r"list:2: UTF-8, with quoted values in JSON, is expected"),
+        ("key a".encode("utf-16"), "list:0: UTF-8"),
+    ],
 )
 def test_a_list_that_cannot_be_read_is_one_line(tmp_path, data, error):
     with pytest.raises(ConfigError, match=error):

@@ -42,13 +42,10 @@ def new(
         size = f"{row['width']} x {row['height']}" if row.get("image") else row["url"] or "no image"
         texts = row.get("caption") or " / ".join(turn["text"] for turn in row.get("conversations") or ())
         print(f"  {row['key']}  {size}  {' '.join(texts.split())[:LONGEST]!r}")
-    if found.left_out:
-        reasons = Counter(error.reason for error in found.left_out).most_common()
-        first = found.left_out[0]
-        print(
-            f"left out of the first {len(found.rows) + len(found.left_out)}: "
-            f"{', '.join(f'{count} {reason}' for reason, count in reasons)}; {first.key}: {first.detail}"
-        )
+    counted = Counter(error.reason for error in found.left_out)
+    for first in found.left_out[:1]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counted.most_common())
+        print(f"left out of the first {len(found.rows) + counted.total()}: {reasons}; {first.key}: {first.detail}")
     print(*lines, sep="\n")
     print(f"written: {paths[0]} (license and whom to credit are yours to fill in), {paths[1]}")
     print(f"next: unifork use {name} && dvc repro")

@@ -173,19 +173,11 @@ def _root(tables: list[tuple[str, Path]], images: list[Any]) -> str | None:
     here, named = table.parent, table.parents[name.count("/")]
     beside = [named] if several else [*sorted(filter(Path.is_dir, here.iterdir())), here.parent]
     roots = [here, *beside, Path()]  # a folder beside one of several tables holds no images of the others
-    paths = list(_paths(images))
+    flat = [image for value in images for image in (value if isinstance(value, list) else [value])]
+    found = (image.get("path") if isinstance(image, dict) else image for image in flat)
+    paths = [path for path in found if isinstance(path, str)]
     for root in roots:
         if any(isinstance(data, bytes) for _, data in picked(root, paths)):
             return None if several and root == here else os.path.normpath(root)
-    shown = ", ".join(map(str, islice(roots, 5)))
-    raise ConfigError(
-        f"{table}: no image {paths[0]!r} below {shown}; paths are relative to a folder that holds them all"
-    )
-
-
-def _paths(value: Any) -> Iterator[str]:
-    """The paths in values of a column of images."""
-    if isinstance(value, list):
-        yield from (path for element in value for path in _paths(element))
-    elif path := value.get("path") if isinstance(value, dict) else value:
-        yield path
+    shown, first = ", ".join(map(str, islice(roots, 5))), next(iter(paths), None)
+    raise ConfigError(f"{table}: no image {first!r} below {shown}; paths are relative to a folder that holds them all")

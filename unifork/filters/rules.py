@@ -278,20 +278,22 @@ class Listing:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError naming the first line that is no entry."""
         self.entries: set[tuple[str, str]] = set()
+        number = 0
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeError as error:
-            raise ConfigError(f"{path}: a text in UTF-8 is expected: {error}") from None
-        for number, line in enumerate(lines, 1):
-            words = line.split(maxsplit=1)
-            if not words or words[0].startswith("#"):
-                continue
-            if words[0] not in KINDS or len(words) != 2:
-                raise ConfigError(f"{path}:{number}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
-            value = words[1].strip()
-            if value.startswith('"'):
-                value = _unquoted(value, f"{path}:{number}")
-            self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+                self._add(line, f"{path}:{number}")
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: UTF-8, with quoted values in JSON, is expected: {error}") from None
+
+    def _add(self, line: str, place: str) -> None:
+        words = line.split(maxsplit=1)
+        if not words or words[0].startswith("#"):
+            return
+        if words[0] not in KINDS or len(words) != 2:
+            raise ConfigError(f"{place}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
+        value = words[1].strip()
+        value = str(json.loads(value)) if value.startswith('"') else value
+        self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
 
     def match(self, dataset: str, row: dict[str, Any]) -> str | None:
         """The entry that names a row with `key`, `url` and `sha256`, or None."""
@@ -300,13 +302,6 @@ class Listing:
         candidates = [("key", f"{dataset}/{row['key']}"), ("url", url), *(("sha256", text.lower()) for text in hashes)]
         hit = next((entry for entry in [*candidates, *_hosts(url)] if entry in self.entries), None)
         return None if hit is None else " ".join(hit)
-
-
-def _unquoted(value: str, place: str) -> str:
-    try:
-        return str(json.loads(value))
-    except ValueError as error:
-        raise ConfigError(f"{place}: {value!r} is no text in JSON: {error}") from None
 
 
 def _hosts(url: str) -> list[tuple[str, str]]:

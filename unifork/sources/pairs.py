@@ -65,11 +65,8 @@ def rows(options: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | RowEr
 
 
 def _opened(path: Path, name: str) -> AbstractContextManager[Iterator[File | RowError]]:
-    if name != "." and path.is_dir() and path.is_symlink():
-        return nullcontext(
-            iter([RowError(name, "not_a_file", f"{name!r} is a link to a folder, which is not followed")])
-        )
-    return opened(path)
+    link = RowError(name, "not_a_file", f"{name!r} is a link to a folder, which is not followed")
+    return nullcontext(iter([link])) if name != "." and path.is_dir() and path.is_symlink() else opened(path)
 
 
 def _ending(options: PairOptions) -> str | None:

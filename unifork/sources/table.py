@@ -185,11 +185,10 @@ def first_entries(name: str, path: Path, most: int) -> list[Row]:
     """
     piece = next(_slices(name, path, most, len), Slice(0, 0, file=name, bytes=size_of(path)))
     found = [entry for _, entry in _entries(path, piece, None)]
-    entries = [entry for entry in found if not isinstance(entry, RowError)]
-    for error in found if not entries else ():
-        assert isinstance(error, RowError)
-        raise ValueError(f"{error.reason}: {error.detail}")
-    return entries
+    broken = [entry for entry in found if isinstance(entry, RowError)]
+    if broken and len(broken) == len(found):
+        raise ValueError(f"{broken[0].reason}: {broken[0].detail}")
+    return [entry for entry in found if not isinstance(entry, RowError)]
 
 
 def _row(key: str, entry: Row, options: TableOptions) -> Row | RowError:
