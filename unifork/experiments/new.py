@@ -72,7 +72,7 @@ def propose(name: str, files: str, extends: str, image: str | None = None, text:
     total = sum(task.rows for task in plan(card, None, SHARD_ROWS, 0))
     # images of the web are not there yet
     looked_at = card.model_copy(update={"text_only": "keep"}) if source_of(card)[1].web else card
-    table, left_out = Materialize(looked_at).made(plan(card, LOOKED_AT, LOOKED_AT, 0)[0])
+    table, left_out = Materialize(looked_at).materialized(plan(card, LOOKED_AT, LOOKED_AT, 0)[0])
     rows = table.to_pylist()
     for error in left_out if not rows else ():
         raise ConfigError(f"{files}: the first entries are no rows: {error.reason}: {error.detail}")

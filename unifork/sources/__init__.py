@@ -286,10 +286,10 @@ class Materialize:
         return rows_of(self.card, task)
 
     def __call__(self, task: ShardTask) -> ShardResult:
-        table, rejected = self.made(task)
+        table, rejected = self.materialized(task)
         return write_shard(task, table, quarantined(task, map(asdict, rejected)))
 
-    def made(self, task: ShardTask) -> tuple[pa.Table, list[RowError]]:
+    def materialized(self, task: ShardTask) -> tuple[pa.Table, list[RowError]]:
         """The rows of a planned shard as it holds them, and what is left out."""
         kept: list[Row] = []
         rejected: list[RowError] = []
