@@ -170,7 +170,7 @@ def _entries(path: Path, piece: Slice, options: TableOptions | None) -> Iterator
         yield from objects(path, piece)
         return
     if as_planned(path, piece).suffix.lower() == PARQUET:
-        columns = options and options.read(path.name, pq.read_schema(path).names)
+        columns = options.read(path.name, pq.read_schema(path).names) if options else None
         read = parquet_rows(path, piece, columns)
     else:
         check = partial(options.read, path.name) if options else len
