@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -92,9 +91,14 @@ def _written(template: str, **fields: Any) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    written = partial(yaml.safe_dump, allow_unicode=True, default_flow_style=True, default_style='"', width=math.inf)
-    environment.filters["yaml"] = lambda value: written([value]).strip()[1:-1]
+    environment.filters["yaml"] = _yaml
     return environment.get_template(template).render(**fields)
+
+
+def _yaml(value: Any) -> str:
+    """A value as YAML takes it anywhere, whatever letters it has."""
+    how: dict[str, Any] = {"allow_unicode": True, "default_flow_style": True, "default_style": '"', "width": math.inf}
+    return str(yaml.safe_dump([value], **how)).strip()[1:-1]
 
 
 def _source(files: str, image: str | None, text: str | None) -> dict[str, Any]:
