@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import random
 import shutil
 from pathlib import Path
@@ -424,6 +425,46 @@ def test_a_takedown_list_acts_in_the_filter_and_on_finished_shards(tmp_path):
     assert (tmp_path / "filtered/part-00000.parquet").stat().st_mtime_ns == untouched.st_mtime_ns
     download_again = download(card, tmp_path / "raw")
     assert len(download_again.rows) == 4, "a stage that runs again keeps what was taken down away"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "a/b c",
+        "\u2028 \x85 \x0c",
+        "é",
+        "e\u0301",
+        "\u202eключ 鍵 😀",
+        "#no",
+        "a\nb",
+        " pad ",
+        '"q"',
+        "nul\0",
+        "\ufeff",
+        "",
+    ],
+)
+def test_a_list_names_any_key(tmp_path, key):
+    """A key is written as it is, or as JSON where a line cannot hold it; editors of Windows add a mark and returns."""
+    rows = [{"key": name, "url": "", "sha256": "ab"} for name in (key, f"{key}x", f"x{key}")]
+    forms = [json.dumps(f"set/{key}")]
+    if "\n" not in key and key == key.strip():
+        forms.append(f"set/{key}")
+    for text in forms:
+        entries = Listing(put(tmp_path / "list", f"\ufeffhost no.example\r\nkey {text}\r\n".encode()))
+        assert [bool(entries.match("set", row)) for row in rows] == [True, False, False], text
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b'\nkey "set/a\n', r"list:2: UTF-8, with quoted values in JSON, is expected"),
+        ("key a".encode("utf-16"), "list:0: UTF-8"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_one_line(tmp_path, data, error):
+    with pytest.raises(ConfigError, match=error):
+        Listing(put(tmp_path / "list", data))
 
 
 def test_codes_without_a_withdrawn_row_are_still_codes(tiny_root, tmp_path):

@@ -104,6 +104,41 @@ def test_links_out_of_a_folder_are_not_followed(at):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_names_with_dots_are_pairs_and_further_fields_are_none(at, form):
+    members = [
+        ("IMG.2021.1.jpg", JPEG), ("IMG.2021.1.txt", b"\xef\xbb\xbfone"), ("IMG.2021.2.jpg", JPEG),
+        ("IMG.2021.2.txt", b"two"), ("IMG.2021.3.jpg", JPEG), ("b.jpg", JPEG), ("b.txt", b"b"), ("b.old.txt", b"x"),
+        ("c.image.jpg", JPEG), ("c.txt", b"c"), ("c.seg.png", JPEG), ("d.more.txt", b"d"),
+    ]  # fmt: skip
+    if form == "tar":
+        put(at / "sets/t.1.tar", tarred(members))
+    for name, data in members if form == "folder" else ():
+        put(at / "sets" / name, data)
+    found = download(pairs(), at / "raw")
+    place = "t.1/" if form == "tar" else ""
+    captions = {"IMG.2021.1": "one", "IMG.2021.2": "two", "b": "b", "c": "c"}
+    assert {key: row["caption"] for key, row in found.rows.items()} == {place + key: captions[key] for key in captions}
+    assert found.rejects == [
+        (place + "IMG.2021.3", "missing_caption"), (place + "c", "duplicate_key"), (place + "d.more", "missing_image"),
+    ]  # fmt: skip
+    assert found.details[place + "IMG.2021.3"] == "an image of that name, but no .txt"
+
+
+def test_what_begins_with_a_dot_is_no_data_and_linked_folders_are_not_followed(at):
+    for folder in ("sets/a", "sets/.trash", "sets/a/.cache", "elsewhere"):
+        put(at / folder / "x.jpg", JPEG)
+        put(at / folder / "x.txt", b"x")
+    (at / "sets/b").symlink_to(at / "elsewhere")
+    assert accounted(pairs()) == {"a/x": "ok", "b": "not_a_file"}
+    (at / "named").symlink_to(at / "sets")  # what a card names may be a link
+    assert accounted(pairs(files="named")) == {"a/x": "ok", "b": "not_a_file"}
+    put(
+        at / "tars/t.tar", tarred([("./.c/x.jpg", JPEG), ("./c/._x.jpg", JPEG), ("./c/x.jpg", JPEG), ("c/x.txt", b"x")])
+    )
+    assert accounted(pairs(files="tars")) == {"t/c/x": "ok"}
+
+
 def test_members_have_bounds(at, little_memory):
     big, long = bytes(33 << 20), b"x" * (2 << 20)
     put(at / "sets/a.tar.gz", tarred([("a.jpg", big), ("a.txt", b"x"), ("b.jpg", JPEG), ("b.txt", long),

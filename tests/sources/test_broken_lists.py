@@ -62,7 +62,7 @@ def test_damaged_lists_cost_themselves_alone(at):
         "good.jsonl": lines[: lines.index(b"\n") + 1], "cut.jsonl.gz": gzipped(lines)[:-2000], "empty.jsonl": b"",
         "cut2.jsonl.tgz": gzipped(inner)[:-2000],
         "two.jsonl.tgz": tarred([("a.jsonl", lines), ("b.jsonl", lines)], "w:gz"),
-        "noise.jsonl.gz": b"not gzip", "noise.jsonl.tgz": b"not gzip", "none.jsonl.tgz": b"", "none.json": b"",
+        "noise.jsonl.gz": b"not gzip", "noise2.jsonl.tgz": b"not gzip", "none.jsonl.tgz": b"", "none2.json": b"",
         "page.json": b"<html>", "flipped.jsonl.gz": gzipped(lines)[:20000] + b"\0\0\0" + gzipped(lines)[20003:],
     }.items():  # fmt: skip
         put(at / "sets" / name, data)
@@ -72,7 +72,7 @@ def test_damaged_lists_cost_themselves_alone(at):
     for name in ("cut", "cut2", "flipped"):
         assert 400 < sum(key.startswith(f"{name}/") for key in kept) < 4000
     assert set(found.values()) == {"ok", "broken_list", "broken_line"}  # the latter of what unpacks to noise
-    for name in ("two", "noise", "none", "page"):
+    for name in ("two", "noise", "noise2", "none", "none2", "page"):
         assert found[f"{name}/000000000"] == "broken_list"
     result = download(a_list(), at / "raw", shard_rows=500)
     assert "one jsonl file is expected" in result.details["two/000000000"]
@@ -211,19 +211,19 @@ def test_damaged_tables_cost_themselves_alone(at):
         "footer.parquet": whole[:-20] + whole[-8:],
         "page.parquet": b"<html>", "lying.parquet": whole[:-8] + b"\xff\xff\xff\x7fPAR1", "cut.parquet": whole[:-3000],
         "flip.parquet": whole[:place] + bytes(b ^ 0xFF for b in whole[place : place + 60]) + whole[place + 60 :],
-        "cut.csv.gz": gzipped(text)[:-20], "noise.csv.gz": b"no gzip", "none.csv": b"",
-        "noise.csv": b"\xfe\x9c\x00\xff",
-        "none.tsv.gz": b"", "odd.csv": text.decode().encode("utf-16")[:-1],
+        "cut2.csv.gz": gzipped(text)[:-20], "noise.csv.gz": b"no gzip", "none.csv": b"",
+        "noise2.csv": b"\xfe\x9c\x00\xff",
+        "none2.tsv.gz": b"", "odd.csv": text.decode().encode("utf-16")[:-1],
     }.items():  # fmt: skip
         put(at / "sets" / name, data)
     found = accounted(table(), 700)
     count = {name: [reason for key, reason in found.items() if key.startswith(f"{name}/")] for name in (
-        "good", "short", "empty", "footer", "page", "lying", "flip", "noise", "none")}  # fmt: skip
+        "good", "short", "empty", "footer", "page", "lying", "flip", "noise", "noise2", "none", "none2")}  # fmt: skip
     assert count["good"] == ["ok"] * 3
-    for name in ("short", "empty", "footer", "page", "lying", "noise", "none"):
+    for name in ("short", "empty", "footer", "page", "lying", "noise", "noise2", "none", "none2"):
         assert count[name] == ["broken_list"], name
     assert (count["flip"].count("ok"), count["flip"].count("broken_list")) == (1500, 500), "one row group is lost"
-    with pytest.raises(ConfigError, match=r"none\.csv|noise\.csv|other\.csv: no column of URLs"):
+    with pytest.raises(ConfigError, match=r"none2?\.csv|noise2?\.csv|other\.csv: no column of URLs"):
         put(at / "sets/other.csv", b"a,b\n1,2\n")
         accounted(table())
 

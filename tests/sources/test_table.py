@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from archive_samples import PNG, accounted, card_of, download, gzipped, jpeg, jsonl, put
+from archive_samples import PNG, accounted, card_of, download, gzipped, jpeg, jsonl, put, tarred
 
 from unifork.errors import ConfigError
 from unifork.sources import plan, rows_of
@@ -165,6 +165,81 @@ def test_a_column_that_is_not_there_is_a_mistake_in_the_card(at, column):
     options |= {"image": column} if column == "img" else {"texts": {"caption": column}}
     with pytest.raises(ConfigError, match=rf"card sample: a\.csv: unknown column '{column}'"):
         plan(card_of("table", options, ["caption"]), None, 2, 0)
+
+
+def test_what_is_no_text_is_no_caption(at):
+    """Lists and structs are quarantined, an element of one is named by its number; bytes are text in UTF-8."""
+    values = [["one", "two"], {"a": "b"}, b"caf\xc3\xa9", b"\xff", " \n", 7, True]
+    (at / "set").mkdir()
+    for number, value in enumerate(values):
+        pq.write_table(pa.table({"image": [IMAGES["b0"]], "text": [value]}), at / f"set/{number}.parquet")
+    card = card_of("table", {"files": "set", "texts": {"caption": "text"}}, ["caption"])
+    found = download(card, at / "raw")
+    assert {row["caption"] for row in found.rows.values()} == {"café", "7", "true"}
+    reasons = ["broken_text", "broken_text", "broken_text", "missing_caption"]
+    assert [reason for _, reason in found.rejects] == reasons
+    assert "`text.0`: first of a list" in found.details["0/000000000"]
+    options = {"files": "set/0.parquet", "texts": {"caption": "text.1", "first": "text.0", "none": "text.2"}}
+    (row,) = download(card_of("table", options, ["caption", "first", "none"]), at / "two").rows.values()
+    assert (row["caption"], row["first"], row["none"]) == ("two", "one", None)
+
+
+def test_turns_have_two_spellings_and_are_texts(at):
+    put(at / "set/a.jpg", IMAGES["b0"])
+    parts = [{"type": "text", "text": "It?"}]
+    rows = [
+        [{"role": "user", "content": "It?"}],
+        [{"from": "human", "value": "It?"}],
+        [{"role": "user", "content": parts}],
+    ]
+    put(at / "set/l.jsonl", jsonl([{"image": "a.jpg", "messages": turns} for turns in rows]))
+    found = download(
+        card_of("table", {"files": "set", "texts": {"conversations": "messages"}}, ["conversations"]), at / "raw"
+    )
+    assert [row["conversations"] for row in found.rows.values()] == [[{"role": "user", "text": "It?"}]] * 2
+    assert found.rejects == [("l/000000002", "broken_dialogue")]
+
+
+def test_names_of_columns_may_hold_dots(at):
+    put(at / "set/images/b0.jpg", IMAGES["b0"])
+    rows = {"img.path": ["b0.jpg"], "txt.caption": ["x"], "meta": [{"txt": "y"}]}
+    (at / "set").mkdir(exist_ok=True)
+    pq.write_table(pa.table(rows), at / "set/a.parquet")
+    put(at / "set/b.csv", b"img.path,txt.caption,meta\nb0.jpg,x,\n")
+    options = {"files": "set", "root": "set/images", "image": "img.path", "texts": {"caption": "txt.caption"}}
+    card = card_of("table", {**options, "keep": {"more": "meta.txt"}}, ["caption"], columns=["more"])
+    found = download(card, at / "raw")
+    assert {key: (row["caption"], row["more"]) for key, row in found.rows.items()} == {
+        "a/000000000": ("x", "y"), "b/000000000": ("x", None),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["A.PARQUET", "A.CSV", "A.TSV.GZ", "A.JSONL.GZ", "A.JSON", "A.JSONL.TGZ"])
+def test_endings_in_capitals_are_read_alike(at, name):
+    put(at / "set/b0.JPG", IMAGES["b0"])
+    row, out = {"image": "b0.JPG", "text": "x"}, io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([row]), out)
+    data = {
+        ".PARQUET": out.getvalue(), ".CSV": text_table([row]), ".TSV.GZ": gzipped(text_table([row], "\t")),
+        ".JSONL.GZ": gzipped(jsonl([row])), ".JSON": json.dumps([row]).encode(),
+        ".JSONL.TGZ": tarred([("a.jsonl", jsonl([row]))], "w:gz"),
+    }  # fmt: skip
+    put(at / "set" / name, data[name.removeprefix("A")])
+    card = card_of("table", {"files": "set", "texts": {"caption": "text"}}, ["caption"])
+    assert accounted(card) == {"A/000000000": "ok"}
+
+
+def test_rows_of_files_with_dots_in_their_names_have_different_keys(at):
+    for name in ("a.1.csv", "a.2.csv", "a.2.tsv000", "b.snappy.parquet.csv"):
+        put(at / "set" / name, b"url,text\nhttps://x.example/1.jpg,x\n")
+    options = {"files": "set/*", "image": "url", "texts": {"caption": "text"}, "fetch": {}}
+    urls = card_of("url_list", {"files": "set/*"}, ["caption"])
+    keys = ["a.1/000000000", "a.2/000000000", "a.2.tsv000/000000000", "b.snappy.parquet/000000000"]
+    assert sorted(accounted(urls)) == sorted(keys)
+    put(at / "set/a.1.csv.gz", gzipped(b"url,text\nhttps://x.example/1.jpg,x\n"))
+    for card in (urls, card_of("table", {**options, "files": "set/*.[cg][sz]*"}, ["caption"])):
+        with pytest.raises(ConfigError, match=r"a\.1\.csv and a\.1\.csv\.gz: their rows would have the same keys"):
+            plan(card, None, 2, 0)
 
 
 def test_addresses_are_read_as_rows_to_fetch(at):

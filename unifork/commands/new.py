@@ -1,5 +1,6 @@
 """`unifork new`: from somebody's files to a card and an experiment."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,9 +39,13 @@ def new(
         raise
     print(f"{found.total:,} entries; the first:")
     for row in found.rows[:SHOWN]:
-        size = f"{row['width']} x {row['height']}" if row.get("image") else row["url"]
-        texts = row.get("caption") or " / ".join(turn["text"] for turn in row["conversations"])
+        size = f"{row['width']} x {row['height']}" if row.get("image") else row["url"] or "no image"
+        texts = row.get("caption") or " / ".join(turn["text"] for turn in row.get("conversations") or ())
         print(f"  {row['key']}  {size}  {' '.join(texts.split())[:LONGEST]!r}")
+    counted = Counter(error.reason for error in found.left_out)
+    for first in found.left_out[:1]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counted.most_common())
+        print(f"left out of the first {len(found.rows) + counted.total()}: {reasons}; {first.key}: {first.detail}")
     print(*lines, sep="\n")
     print(f"written: {paths[0]} (license and whom to credit are yours to fill in), {paths[1]}")
     print(f"next: unifork use {name} && dvc repro")

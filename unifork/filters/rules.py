@@ -5,6 +5,7 @@ how anybody's code takes part. A row has its columns, without the image, and wha
 (`unifork.filters.measure`). One that cannot be decoded is dropped whatever the card says, with what the decoder said.
 """
 
+import json
 import math
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -270,20 +271,29 @@ class Listing:
     """A list of what must not be used, held in memory as a set of strings.
 
     A text file, one entry per line: `url ADDRESS`, `host NAME` (and every host below it), `sha256 HEX` (of the image
-    as received), `key SET/KEY`. `#` begins a comment.
+    as received), `key SET/KEY`. `#` begins a comment. A value in double quotes is read as JSON, for line breaks in it
+    and blanks at its ends.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError naming the first line that is no entry."""
         self.entries: set[tuple[str, str]] = set()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            words = line.split(maxsplit=1)
-            if not words or words[0].startswith("#"):
-                continue
-            if words[0] not in KINDS or len(words) != 2:
-                raise ConfigError(f"{path}:{number}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
-            value = words[1].strip()
-            self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
+        number = 0
+        try:
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+                self._add(line, f"{path}:{number}")
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: UTF-8, with quoted values in JSON, is expected: {error}") from None
+
+    def _add(self, line: str, place: str) -> None:
+        words = line.split(maxsplit=1)
+        if not words or words[0].startswith("#"):
+            return
+        if words[0] not in KINDS or len(words) != 2:
+            raise ConfigError(f"{place}: {line!r} is no entry; {' | '.join(KINDS)}, a blank, and the value")
+        value = words[1].strip()
+        value = str(json.loads(value)) if value.startswith('"') else value
+        self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
 
     def match(self, dataset: str, row: dict[str, Any]) -> str | None:
         """The entry that names a row with `key`, `url` and `sha256`, or None."""

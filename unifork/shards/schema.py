@@ -138,16 +138,16 @@ class Unusable(UniForkError):
 
 
 def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The turns `{role, text}` of a LLaVA or InternVL row (`conversations` of `{from, value}`).
+    """The turns `{role, text}` of a row: its `conversations` of `{from, value}` (LLaVA, InternVL) or `{role, content}`.
 
     Roles are renamed where they are known and kept where not: `dialogue` judges them. Raises Unusable
-    when the row has no list of turns.
+    when the row has no list of turns of texts.
     """
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable("conversations is not a list of turns")
-    roles = [str(turn.get("from")) for turn in turns]
-    return [
-        {"role": ROLES.get(role, role), "text": str(turn.get("value") or "")}
-        for role, turn in zip(roles, turns, strict=True)
-    ]
+    roles = [str(turn.get("from", turn.get("role"))) for turn in turns]
+    texts = [turn.get("value", turn.get("content")) for turn in turns]
+    if wrong := next((text for text in texts if isinstance(text, list | dict | bytes)), None):
+        raise Unusable(f"a turn says {wrong!r:.200}; a text is expected")
+    return [{"role": ROLES.get(role, role), "text": str(text or "")} for role, text in zip(roles, texts, strict=True)]

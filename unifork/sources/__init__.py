@@ -14,6 +14,7 @@ with (`ChangedFile`) end the work on a shard.
 
 import errno
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -147,10 +148,12 @@ def plan(card: Card, rows: int | None, shard_rows: int, seed: int) -> list[Shard
     place = f"card {card.name}"
     if source.endless and rows is None:
         raise ConfigError(f"{place}: a {card.source.kind!r} source is endless; say how many rows to take")
-    tasks: list[ShardTask] = []
+    tasks, files = list[ShardTask](), dict[str, str | None]()
     taken = 0
     try:
         for piece in source.slices(options, shard_rows):
+            if (same := files.setdefault(place_of(piece), piece.file)) != piece.file:
+                raise ConfigError(f"{same} and {piece.file}: their rows would have the same keys; rename one of them")
             stop = piece.stop if rows is None else min(piece.stop, piece.start + rows - taken)
             tasks.append(ShardTask(piece=replace(piece, stop=stop), seed=seed if source.seeded else 0))
             taken += stop - piece.start
@@ -193,7 +196,7 @@ def attempt(key: str, make: Callable[..., Row | RowError], *arguments: Any, **na
     try:
         return make(*arguments, **named)
     except UnicodeError as error:
-        return RowError(key, "broken_text", cause(error))
+        return RowError(key, "broken_text", f"not UTF-8, or half a surrogate pair: {cause(error)}")
     except Exception as error:
         return RowError(key, "unexpected", cause(error))
 
@@ -207,16 +210,19 @@ def planned(entries: Iterator[Entry], rest: Entry) -> Iterator[Entry]:
         yield rest
 
 
+KIND = re.compile(r"(\.snappy)?\.(parquet|tsv|csv|jsonl?|tar|tgz)(\.gz|\.tgz|\.tar\.gz)?$", re.IGNORECASE)
+"""The end of a file's name that says how it is read. Other dots stay: `a.1.csv` and `a.2.csv` are two places."""
+
+
 def place_of(piece: Slice) -> str:
     """The first part of a key that is the file and number of an entry."""
-    name = without_suffix(piece.file or "")
+    name = without_kind(piece.file or "")
     return f"{name}~{piece.again}" if piece.again else name
 
 
-def without_suffix(name: str) -> str:
+def without_kind(name: str) -> str:
     """A file's name without its kind, for keys: `a/sa_000001.tar.gz` -> `a/sa_000001`."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + (base.split(".")[0] or base)
+    return KIND.sub("", name)
 
 
 def rows_of(card: Card, task: ShardTask) -> Iterator[Row | RowError]:
@@ -280,6 +286,11 @@ class Materialize:
         return rows_of(self.card, task)
 
     def __call__(self, task: ShardTask) -> ShardResult:
+        table, rejected = self.materialized(task)
+        return write_shard(task, table, quarantined(task, map(asdict, rejected)))
+
+    def materialized(self, task: ShardTask) -> tuple[pa.Table, list[RowError]]:
+        """The rows of a planned shard as it holds them, and what is left out."""
         kept: list[Row] = []
         rejected: list[RowError] = []
         for row in self.rows(task):
@@ -289,8 +300,7 @@ class Materialize:
             else:
                 kept.append(ready)
         kept.sort(key=lambda row: row["key"])
-        table = self._table(kept, rejected)
-        return write_shard(task, table, quarantined(task, map(asdict, rejected)))
+        return self._table(kept, rejected), rejected
 
     def _ready(self, row: Row) -> Row | RowError:
         """A row as the shard holds it."""

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unifork.sources import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RowError, cause, leaves, without_suffix
+from unifork.sources import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RowError, cause, leaves, without_kind
+from unifork.sources.files import hidden
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of members that are images. What is inside decides how they are decoded, not the ending."""
@@ -102,7 +103,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[File | RowError]:
             target = earlier.get(os.path.normpath(member.linkname)) if member.islnk() else member
             if target is not None:
                 earlier[os.path.normpath(member.name)] = target
-            if not member.isdir() and not _hidden(member.name):
+            if not member.isdir() and not hidden(member.name):
                 yield member.name.removeprefix("./"), partial(_read_member, tar, target, member)
         file: Any = tar.fileobj
         file.seek(tar.offset)
@@ -132,7 +133,8 @@ def _files_below(folder: Path) -> Iterator[File | RowError]:
 
     for place, folders, files in os.walk(folder, onerror=unlisted):
         beside = os.path.relpath(place, folder)
-        names += [os.path.normpath(os.path.join(beside, name)) for name in files if not _hidden(name)]
+        names += [os.path.normpath(os.path.join(beside, name)) for name in files if not hidden(name)]
+        folders[:] = (name for name in folders if not hidden(name))
         for name in folders:
             if os.path.islink(os.path.join(place, name)):
                 detail = f"{os.path.join(beside, name)!r} is a link to a folder, which is not followed"
@@ -161,10 +163,6 @@ def _read(file: Any, size: int, most: int) -> bytes:
     return data
 
 
-def _hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")  # `._x.jpg` are what macOS leaves in archives
-
-
 def is_image(name: str) -> bool:
     """Whether a member is an image by its name."""
     return name.lower().endswith(IMAGES)
@@ -177,21 +175,28 @@ Sample = tuple[str, dict[str, Read]]
 def samples_in(files: Iterable[File | RowError], place: str, text: str | None = None) -> list[Sample | RowError]:
     """Files of one name, `text` being the ending of texts, in the order of the first; then what cannot be used.
 
+    A name is what stands before the ending, and where that has no partner, before the first dot, as in WebDataset.
     These errors are names that lead out of the archive, second files of a name, and what broke off.
     """
     found: dict[str, dict[str, Read]] = {}
     errors: list[RowError] = []
-    prefix = "" if place == "." else without_suffix(place) + "/"
+    prefix = "" if place == "." else without_kind(place) + "/"
+    named: list[tuple[str, str, str, Read]] = []
     for file in files:
         if isinstance(file, RowError):
             errors.append(replace(file, key=place))
+        elif is_image(file[0]):
+            named.append(("image", file[0].rpartition(".")[0], *file))
+        elif text and file[0].lower().endswith(f".{text.lower()}"):
+            named.append(("text", file[0][: -len(text) - 1], *file))
+    stems = {role: {stem for its, stem, *_ in named if its == role} for role in MOST_BYTES}
+    for role, whole, name, read in named:
+        others, first = stems["text" if role == "image" else "image"], _before_dots(name)
+        stem = whole if whole in others or first not in others else first
+        if role == "text" and stem != whole:  # a further field of a sample
             continue
-        name, read = file
-        ending = name.rpartition("/")[2].partition(".")[2].lower()
-        role = "image" if is_image(name) else "text" if ending == text else None
-        if role and found.setdefault(without_suffix(name), {}).setdefault(role, read) is not read:
-            detail = f"{name!r} comes a second time in {place}"
-            errors.append(RowError(prefix + without_suffix(name), "duplicate_key", detail))
+        if found.setdefault(stem, {}).setdefault(role, read) is not read:
+            errors.append(RowError(prefix + stem, "duplicate_key", f"{name!r} is a second {role} of {stem!r}"))
     samples: list[Sample | RowError] = [
         RowError(prefix + name, "path_outside", f"{name!r} leads out of {place}")
         if leaves(name)
@@ -199,6 +204,12 @@ def samples_in(files: Iterable[File | RowError], place: str, text: str | None = 
         for name, readers in found.items()
     ]
     return [*samples, *errors]
+
+
+def _before_dots(name: str) -> str:
+    """`a/b.seg.png` -> `a/b`."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + (base.split(".")[0] or base)
 
 
 def contents(samples: Iterable[Sample | RowError]) -> Iterator[tuple[str, dict[str, bytes]] | RowError]:

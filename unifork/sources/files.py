@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -39,6 +39,7 @@ _READERS = {
         "tables and lists are read by table"
     ),
     (".tar", ".tgz", ".tar.gz"): "tars of images and texts are read by pairs",
+    (".txt",): "texts without images are read by table, as entries of a list",
 }
 """Endings of files, and which kind of source reads them."""
 
@@ -57,13 +58,19 @@ def files_of(text: str, suffixes: Iterable[str]) -> list[tuple[str, Path]]:
         paths = [path for path in root.rglob("*") if path.name.lower().endswith(endings)]
     else:
         paths = list(root.glob(pattern))
-    found = sorted((path.relative_to(root).as_posix(), path) for path in paths if not path.name.startswith("."))
+    named = ((path.relative_to(root).as_posix(), path) for path in paths)
+    found = sorted((name, path) for name, path in named if not hidden(name))
     if not found:
         raise ConfigError(
             f"{text!r}: no such file or folder, nothing that matches, or nothing that ends in {' '.join(endings)} "
             f"(relative paths start in {os.getcwd()!r})"
         )
     return found
+
+
+def hidden(name: str) -> bool:
+    """Whether a file, or a folder above it, has a name that begins with a dot, as `._x.jpg` of macOS: it is no data."""
+    return any(part.startswith(".") and part != ".." for part in PurePosixPath(name).parts)
 
 
 def check_ending(name: str, endings: tuple[str, ...]) -> None:
@@ -103,7 +110,7 @@ def _root(text: str) -> tuple[Path, str | None]:
 
 def opened_list(path: Path, mode: str, **how: Any) -> Any:
     """A list or table, unpacked when it is called `.gz`; `mode` and `how` as for `open`."""
-    return gzip.open(path, mode, **how) if path.suffix == ".gz" else open(path, mode, **how)
+    return gzip.open(path, mode, **how) if path.suffix.lower() == ".gz" else open(path, mode, **how)
 
 
 # ------------------------------------------------------------------------------------------- tables

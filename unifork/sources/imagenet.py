@@ -28,7 +28,7 @@ from unifork.sources import (
     cut,
     image_row,
     located,
-    without_suffix,
+    without_kind,
 )
 from unifork.sources.archives import File, contents, opened, samples_in
 from unifork.sources.files import as_planned, parquet_count, parquet_rows, size_of
@@ -99,7 +99,7 @@ def _classes(path: Path) -> tuple[list[tuple[str, str]], RowError | None]:
 
 
 def _synset(name: str) -> str:
-    return without_suffix(Path(name).name)
+    return without_kind(Path(name).name)
 
 
 def _class(path: Path, name: str) -> AbstractContextManager[Iterator[File | RowError]]:
@@ -134,7 +134,7 @@ def rows(options: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Ro
         return
     if piece.label is None:
         for number, row in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):
-            key = f"{without_suffix(name)}/{number:07d}"
+            key = f"{without_kind(name)}/{number:07d}"
             yield attempt(key, _table_row, key, row, seed, prompts)
         return
     with _class(path, name) as files:

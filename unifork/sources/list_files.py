@@ -73,7 +73,7 @@ def entries_of(path: Path, offset: int = 0) -> Iterator[Iterator[Entry]]:
     Both raise what damage raises, such as an archive that does not hold exactly one file.
     """
     with ExitStack() as stack:
-        if path.name.endswith((".tgz", ".tar.gz")):
+        if path.name.lower().endswith((".tgz", ".tar.gz")):
             with open_tar(path) as tar:  # once more below: a stream that broke off cannot be read again
                 listed = [member for member in until_damage(tar) if member.isfile()]
             members = [member for member in listed if not Path(member.name).name.startswith(".")]
@@ -83,7 +83,7 @@ def entries_of(path: Path, offset: int = 0) -> Iterator[Iterator[Entry]]:
         else:
             file = stack.enter_context(opened_list(path, "rb"))
         file.seek(offset)
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             yield _elements(file, offset)
         else:
             yield ((line if size == len(line) else None, size) for line, size in bounded_lines(file, b"\n"))

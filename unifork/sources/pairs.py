@@ -1,11 +1,11 @@
 """Images with a text of the same name: WebDataset tars (BLIP3o-60k), SA-1B tars or folders with captions apart.
 
-A sample is every member whose name agrees up to the first dot of its last part, wherever in the archive
-they lie. Its key is the archive and that name.
+A sample is every member whose name agrees up to its ending, or else up to the first dot of its last part, wherever in
+the archive they lie. Its key is the archive and that name.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from unifork.errors import ConfigError
 from unifork.shards.task import Slice
 from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row, located
 from unifork.sources.archives import ARCHIVES, File, contents, failed, is_image, opened, read_below, samples_in
-from unifork.sources.files import as_planned, check_ending, file_named, files_of, size_of
+from unifork.sources.files import as_planned, check_ending, file_named, files_of, hidden, size_of
 
 
 class PairOptions(SourceOptions):
@@ -35,7 +35,7 @@ def _containers(files: str) -> list[tuple[str, Path]]:
         found = files_of(files, ARCHIVES)
     except ConfigError:
         root = located(files)
-        found = [(entry.name, entry) for entry in sorted(root.iterdir())]
+        found = [(entry.name, entry) for entry in sorted(root.iterdir()) if not hidden(entry.name)]
         if any(is_image(name) for name, _ in found):
             return [(".", root)]
         found = [(name, path) for name, path in found if path.is_dir()] or found
@@ -50,18 +50,23 @@ def slices(options: PairOptions, shard_rows: int) -> Iterator[Slice]:
     if options.captions:
         located(options.captions)
     for name, path in _containers(options.files):
-        with opened(path) as files:
+        with _opened(path, name) as files:
             count = len(samples_in(files, name, _ending(options)))
         yield from cut(count, shard_rows, file=name, bytes=size_of(path))
 
 
 def rows(options: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     """The samples of one slice."""
-    with opened(as_planned(file_named(options.files, piece), piece)) as files:
+    with _opened(as_planned(file_named(options.files, piece), piece), piece.file or "") as files:
         chosen = samples_in(files, piece.file or "", _ending(options))[piece.start : piece.stop]
         apart = _texts_apart([sample[0] for sample in chosen if not isinstance(sample, RowError)], options)
         for sample in contents(chosen):
-            yield sample if isinstance(sample, RowError) else attempt(sample[0], _row, *sample, options.column, apart)
+            yield sample if isinstance(sample, RowError) else attempt(sample[0], _row, *sample, options, apart)
+
+
+def _opened(path: Path, name: str) -> AbstractContextManager[Iterator[File | RowError]]:
+    link = RowError(name, "not_a_file", f"{name!r} is a link to a folder, which is not followed")
+    return nullcontext(iter([link])) if name != "." and path.is_dir() and path.is_symlink() else opened(path)
 
 
 def _ending(options: PairOptions) -> str | None:
@@ -69,16 +74,16 @@ def _ending(options: PairOptions) -> str | None:
     return None if options.captions else options.text
 
 
-def _row(key: str, found: dict[str, bytes], column: str, apart: dict[str, bytes | RowError]) -> Row | RowError:
+def _row(key: str, found: dict[str, bytes], options: PairOptions, apart: dict[str, bytes | RowError]) -> Row | RowError:
     text = found.get("text", apart.get(key))
     if isinstance(text, RowError):
         return text
-    caption = None if text is None else text.decode("utf-8").strip()
+    caption = None if text is None else text.decode("utf-8-sig").strip()
     if "image" not in found:
         return RowError(key, "missing_image", "its archive has a text of that name, but no image")
     if caption is None:
-        return RowError(key, "missing_caption", "an image of that name, but no text")
-    return image_row(key, found["image"], **{column: caption})
+        return RowError(key, "missing_caption", f"an image of that name, but no .{options.text}")
+    return image_row(key, found["image"], **{options.column: caption})
 
 
 def _texts_apart(keys: list[str], options: PairOptions) -> dict[str, bytes | RowError]:
@@ -107,4 +112,4 @@ def _texts_apart(keys: list[str], options: PairOptions) -> dict[str, bytes | Row
     return texts
 
 
-SOURCE = Source(PairOptions, slices, rows, paths=("files", "captions"))
+SOURCE = Source(PairOptions, slices, rows, paths=("files", "captions"), version=1)

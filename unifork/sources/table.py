@@ -16,6 +16,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from unifork.errors import ConfigError, one_of
 from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, Unusable, numbered, turns_of
 from unifork.shards.task import Slice
@@ -62,7 +64,8 @@ class TableOptions(SourceOptions):
     root: str | None = None
     """Folder that paths start in; without it, that of the file. DVC follows it only where it is named."""
     texts: dict[str, str]
-    """Column -> field that fills it; `Task2.Caption` is a field of a field. Dialogues are translated."""
+    """Column -> field that fills it; `Task2.Caption` is a field of a field, `captions.0` the first of a list. Dialogues
+    are translated."""
     keep: dict[str, str] = {}
     """The same for columns that are no text of the row, such as the path of its image."""
     key: str | None = None
@@ -78,16 +81,11 @@ class TableOptions(SourceOptions):
     def text_only(self) -> bool:
         return self.image is None
 
-    @property
-    def fields(self) -> list[str]:
-        """The columns of a table that are read."""
-        named = (self.image, self.key, *self.texts.values(), *self.keep.values())
-        return sorted({field.split(".")[0] for field in named if field})
-
-    def check(self, name: str, columns: list[str]) -> None:
-        """Raise ConfigError for a table without a column that is named."""
-        for field in self.fields:
-            one_of("column", field, columns, name)
+    def read(self, name: str, columns: list[str]) -> list[str]:
+        """Those of a table's columns that are read. Raises ConfigError where one that is named is not there."""
+        named = filter(None, (self.image, self.key, *self.texts.values(), *self.keep.values()))
+        fields = {field if field in columns else field.split(".")[0] for field in named}
+        return [one_of("column", field, columns, name) for field in sorted(fields)]
 
 
 class MetaOptions(SourceOptions):
@@ -107,7 +105,7 @@ def slices(options: TableOptions, shard_rows: int) -> Iterator[Slice]:
     if options.root:
         located(options.root)
     for name, path in files_of(options.files, (*TABLES, *LISTS)):
-        yield from _slices(name, path, shard_rows, partial(options.check, name))
+        yield from _slices(name, path, shard_rows, partial(options.read, name))
 
 
 def _slices(name: str, path: Path, shard_rows: int, check: Check) -> Iterator[Slice]:
@@ -128,7 +126,7 @@ def _rows(path: Path, options: TableOptions, piece: Slice) -> Iterator[Row | Row
     found: list[Row] = []
     damage = None
     try:
-        for key, entry in _entries(path, piece, options.fields, partial(options.check, path.name)):
+        for key, entry in _entries(path, piece, options):
             row = entry if isinstance(entry, RowError) else attempt(key, _row, key, entry, options)
             if isinstance(row, RowError):
                 yield replace(row, key=row.key or key)
@@ -163,22 +161,34 @@ def _with_images(images: list[bytes | RowError], key: str, **row: Any) -> Row | 
     return image_row(key, *found, **row) if found else text_row(key, **row)
 
 
-def _entries(path: Path, piece: Slice, fields: list[str] | None, check: Check) -> Iterator[tuple[str, Row | RowError]]:
-    """The entries of a slice by file and number; an error may have no key yet. Raises what damage raises."""
+def _entries(path: Path, piece: Slice, options: TableOptions | None) -> Iterator[tuple[str, Row | RowError]]:
+    """The entries of a slice by file and number, with the columns that options name, or all; an error may have no key.
+
+    Raises what damage raises.
+    """
     if path.name.lower().endswith(LISTS):
         yield from objects(path, piece)
         return
     if as_planned(path, piece).suffix.lower() == PARQUET:
-        read = parquet_rows(path, piece, fields)
+        columns = options.read(path.name, pq.read_schema(path).names) if options else None
+        read = parquet_rows(path, piece, columns)
     else:
+        check = partial(options.read, path.name) if options else len
         read = islice(text_rows(path, check), piece.start, piece.stop)
     yield from ((f"{place_of(piece)}/{number:09d}", entry) for number, entry in enumerate(read, piece.start))
 
 
 def first_entries(name: str, path: Path, most: int) -> list[Row]:
-    """The first entries of a file with all their columns, as they stand there; broken ones are left out."""
+    """The first entries of a file with all their columns, as they stand there; broken ones are left out.
+
+    Raises ValueError where all are broken, with what is wrong with the first.
+    """
     piece = next(_slices(name, path, most, len), Slice(0, 0, file=name, bytes=size_of(path)))
-    return [entry for _, entry in _entries(path, piece, None, len) if not isinstance(entry, RowError)]
+    found = [entry for _, entry in _entries(path, piece, None)]
+    broken = [entry for entry in found if isinstance(entry, RowError)]
+    if broken and len(broken) == len(found):
+        raise ValueError(f"{broken[0].reason}: {broken[0].detail}")
+    return [entry for entry in found if not isinstance(entry, RowError)]
 
 
 def _row(key: str, entry: Row, options: TableOptions) -> Row | RowError:
@@ -223,31 +233,45 @@ def _image(value: Any) -> bytes | str | None:
 
 
 def _at(entry: Any, field: str) -> Any:
-    """A field, or a field of a field; None where it is not there, or not a number."""
-    for name in field.split("."):
-        entry = entry.get(name) if isinstance(entry, dict) else None
+    """A field, a field of a field, or an element of a list; None where it is not there, or not a number."""
+    for name in [field] if field in entry else field.split("."):
+        if isinstance(entry, list) and name.isdecimal():
+            entry = dict(enumerate(entry)).get(int(name))
+        else:
+            entry = entry.get(name) if isinstance(entry, dict) else None
     return None if isinstance(entry, float) and math.isnan(entry) else entry
 
 
 def texts_of(key: str, entry: Row, texts: dict[str, str], keep: dict[str, str]) -> Row | RowError:
     """The columns that fields of an entry fill. Those of `keep` are no texts of the row."""
     try:
-        row = {column: _field(entry, column, field) for column, field in texts.items()}
+        row = {column: _text(entry, column, field) for column, field in texts.items()}
     except Unusable as error:
-        return RowError(key, "broken_dialogue", str(error))
+        return RowError(key, error.reason, str(error))
     if not any(row.values()):
         return RowError(key, "missing_caption", f"none of {', '.join(texts.values())} is filled")
-    return row | {column: _field(entry, column, field) for column, field in keep.items()}
+    return row | {column: _written(_at(entry, field)) for column, field in keep.items()}
 
 
-def _field(entry: Any, column: str, field: str) -> Any:
-    """A field as a text, or as turns when the column holds dialogues; None when it is not there."""
+def _text(entry: Any, column: str, field: str) -> Any:
+    """A field as a text, or as turns when the column holds dialogues; None when it is not there or blank.
+
+    Raises Unusable for what is no text.
+    """
     value = _at(entry, field)
-    if value is None or (column == CONVERSATIONS and not value):
-        return None
     if column == CONVERSATIONS:
-        return turns_of({CONVERSATIONS: value})
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        return turns_of({CONVERSATIONS: value}) if value else None
+    if isinstance(value, list | dict):
+        raise Unusable(f"{field!r} is {value!r:.200}; a text is expected (`{field}.0`: first of a list)", "broken_text")
+    text = _written(value)
+    return text if text and text.strip() else None
+
+
+def _written(value: Any) -> str | None:
+    """A value of any kind as a text."""
+    if isinstance(value, bytes):
+        value = value.decode()
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 # ------------------------------------------------------------------------------------ file of files
@@ -307,5 +331,5 @@ def _meta(options: MetaOptions) -> dict[str, dict[str, Any]]:
     return lists
 
 
-SOURCE = Source(TableOptions, slices, rows, paths=("files", "root"), version=1)
-META_SOURCE = Source(MetaOptions, meta_slices, meta_rows, paths=("meta", "root"), version=1)
+SOURCE = Source(TableOptions, slices, rows, paths=("files", "root"), version=2)
+META_SOURCE = Source(MetaOptions, meta_slices, meta_rows, paths=("meta", "root"), version=2)

@@ -187,7 +187,7 @@ def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     path = file_named(urls.files, piece)
     if not path.is_file() or piece.content != table_sha256(path):
         raise ChangedFile(f"{piece.file!r} of {urls.files!r}: missing, or changed since it was planned with; run again")
-    if path.suffix == PARQUET:
+    if path.suffix.lower() == PARQUET:
         columns = mapped(pq.read_schema(path).names, path.name, urls.columns)
         entries = parquet_rows(path, piece, [name for names in columns.values() for name in names])
     else:
@@ -212,4 +212,4 @@ def _row(key: str, entry: Row, columns: Mapped) -> Row | RowError:
     return row
 
 
-SOURCE = Source(UrlList, slices, rows, paths=("files",))
+SOURCE = Source(UrlList, slices, rows, paths=("files",), version=1)
