@@ -9,7 +9,6 @@ import secrets
 import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from unifork.config import StrictModel, parse
 from unifork.documents.prompts import Exchange
 from unifork.errors import UniForkError
 from unifork.images import png
+from unifork.jobs import is_loopback
 from unifork.library import Chat, Model
 
 PAGE = Path(__file__).with_name("serving.html")
@@ -56,7 +56,7 @@ def application(model: Model, token: str | None) -> web.Application:
 
     @web.middleware
     async def guard(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-        if not token and not _is_here(request.url.host or ""):  # a name that somebody pointed at this machine
+        if not token and not is_loopback(request.url.host or ""):  # a name that somebody pointed at this machine
             return web.json_response({"error": f"this page is not {request.host}"}, status=403)
         given = request.query.get("token") or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and not secrets.compare_digest(given.encode(), token.encode()):
@@ -101,7 +101,7 @@ def application(model: Model, token: str | None) -> web.Application:
 
 def run(model: Model, host: str, port: int) -> None:
     """Serve until interrupted or terminated."""
-    token = None if _is_here(host) else secrets.token_urlsafe(16)
+    token = None if is_loopback(host) else secrets.token_urlsafe(16)
 
     async def start() -> None:
         runner = web.AppRunner(application(model, token))
@@ -117,10 +117,3 @@ def run(model: Model, host: str, port: int) -> None:
         await runner.cleanup()
 
     asyncio.run(start())
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

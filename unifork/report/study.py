@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from pydantic import AfterValidator
 
 from unifork.config import StrictModel, parse, read_yaml
 from unifork.errors import ConfigError, DataError, one_of
@@ -29,29 +31,31 @@ from unifork.report.reading import read_json
 STUDY, HYPOTHESES = "study.json", "hypotheses.yaml"
 RISK = 0.05
 """Of an interval that misses; a family shares it."""
+Short = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
+"""A number with six digits, so that files stay small and their differences readable."""
 
 
 class Scored(StrictModel):
     """A score of a run."""
 
-    value: float
-    error: float | None
+    value: Short
+    error: Short | None
     """Its standard error over the items alone."""
-    chance: float
+    chance: Short
 
 
 class Curve(StrictModel):
     """Alignment of one task by layer, first its input; 95 % of chance lies from low to high."""
 
-    score: tuple[float, ...]
-    standard_error: tuple[float, ...]
-    chance: tuple[float, ...]
-    chance_low: tuple[float, ...]
-    chance_high: tuple[float, ...]
+    score: tuple[Short, ...]
+    standard_error: tuple[Short, ...]
+    chance: tuple[Short, ...]
+    chance_low: tuple[Short, ...]
+    chance_high: tuple[Short, ...]
 
 
 class Record(StrictModel):
-    """One finished run, the file `<variant>-seed<N>.json`. Numbers have six digits."""
+    """One finished run, the file `<variant>-seed<N>.json`."""
 
     variant: str
     seed: int
@@ -65,14 +69,14 @@ class Record(StrictModel):
     machine: str
     items: dict[str, str]
     """By benchmark: hash of what was asked."""
-    seconds: dict[str, float]
+    seconds: dict[str, Short]
     """Of training, by stage."""
     scores: dict[str, Scored]
-    losses: dict[str, float]
+    losses: dict[str, Short]
     """By `<stage> <part> <text or image>`."""
     alignment: dict[str, dict[str, Curve]]
     """By stage and task."""
-    conflict: dict[str, dict[str, dict[int, float]]]
+    conflict: dict[str, dict[str, dict[int, Short]]]
     """By stage, matrix and layer."""
 
 
