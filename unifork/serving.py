@@ -6,7 +6,7 @@ It listens on this machine alone unless an address is given; then every request 
 import asyncio
 import base64
 import secrets
-import signal
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ def application(model: Model, token: str | None) -> web.Application:
 
     async def work(act: Callable[[], Any]) -> Any:
         async with lock:  # one request at a time: the network is one
-            return await asyncio.get_running_loop().run_in_executor(None, act)
+            return await asyncio.to_thread(act)
 
     @web.middleware
     async def guard(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
@@ -102,18 +102,8 @@ def application(model: Model, token: str | None) -> web.Application:
 def run(model: Model, host: str, port: int) -> None:
     """Serve until interrupted or terminated."""
     token = None if is_loopback(host) else secrets.token_urlsafe(16)
-
-    async def start() -> None:
-        runner = web.AppRunner(application(model, token))
-        await runner.setup()
-        site = web.TCPSite(runner, host, port)
-        await site.start()
-        (address, number, *_) = runner.addresses[0]
+    family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.create_server(place[:2], family=family) as listening:
+        address, number, *_ = listening.getsockname()
         print(f"http://{address}:{number}/{f'?token={token}' if token else ''}  (ctrl-C ends it)", flush=True)
-        ended = asyncio.Event()
-        for signal_number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signal_number, ended.set)
-        await ended.wait()
-        await runner.cleanup()
-
-    asyncio.run(start())
+        web.run_app(application(model, token), sock=listening, print=None)

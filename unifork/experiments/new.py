@@ -67,9 +67,8 @@ def propose(name: str, files: str, extends: str, image: str | None = None, text:
     total = sum(task.rows for task in plan(card, None, SHARD_ROWS, 0))
     found = list(rows_of(card, plan(card, LOOKED_AT, LOOKED_AT, 0)[0]))
     rows = [row for row in found if not isinstance(row, RowError)]
-    for error in found if not rows else ():
-        assert isinstance(error, RowError)
-        raise ConfigError(f"{files}: the first entries are no rows: {error.reason}: {error.detail}")
+    if not rows and (errors := [row for row in found if isinstance(row, RowError)]):
+        raise ConfigError(f"{files}: the first entries are no rows: {errors[0].reason}: {errors[0].detail}")
     texts = dict.fromkeys(row["caption"] for row in rows if row.get("caption"))
     parent = inherited(extends, HERE.experiments)
     experiment = _written(

@@ -112,12 +112,12 @@ def measured(score: Score, card: EvalCard | TextCard | None) -> Measured:
     text = f"{real(score.value)} {about}" if card else real(score.value)
     text += f"; {count(score.missing)} answers missing" * (score.missing > 0)
     text += f"; {score.note}" * bool(score.note)
-    if card is None:
+    usual = (0.0, 1.0) if max(score.value, score.chance) <= 1 else None
+    scales = card.show.scales if card else {"*": None}
+    scale = next((ends for pattern, ends in scales.items() if fnmatch(score.name, pattern)), usual)
+    if scale is None:
         return Measured(text, None, None)
-    scale = next((ends for pattern, ends in card.show.scales.items() if fnmatch(score.name, pattern)), None)
-    if scale is None and max(score.value, score.chance) > 1:
-        return Measured(text, None, None)
-    worst, best = scale or (0.0, 1.0)
+    worst, best = scale
     places = [min(max((number - worst) / (best - worst), 0.0), 1.0) for number in (score.value, score.chance)]
     return Measured(text, places[0], places[1] if best > worst else None)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from unifork.config import StrictModel, parse, read_yaml
 from unifork.errors import ConfigError, DataError, one_of
@@ -117,16 +117,11 @@ class Hypothesis(StrictModel):
     says: str
     first: str
     second: str
-    score: str | tuple[str, ...]
+    score: Annotated[tuple[str, ...], BeforeValidator(lambda score: (score,) if isinstance(score, str) else score)]
     """A quantity, or several whose mean is taken for each seed."""
     sign: Literal[">", "<", "!="]
     family: str = "primary"
     """Hypotheses that share the risk of an error."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Its quantities."""
-        return (self.score,) if isinstance(self.score, str) else self.score
 
 
 class Choices(StrictModel):
@@ -216,7 +211,7 @@ def results_of(
         where = f"{place}/{HYPOTHESES}: {hypothesis.id}"
         for variant in (hypothesis.first, hypothesis.second):
             one_of("variant", variant, values, where)
-        for name in hypothesis.names if records else ():
+        for name in hypothesis.score if records else ():
             one_of("quantity", name, found.names, where)
     for variant in references:
         one_of("variant", variant, values, f"{place}: references")
@@ -284,7 +279,7 @@ def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
     """Every hypothesis with its difference and what became of it, in the order of the file."""
     rows = {}
     for name in {each.family for each in results.hypotheses}:
-        pairs = [(each.first, each.second, each.names) for each in results.hypotheses if each.family == name]
+        pairs = [(each.first, each.second, each.score) for each in results.hypotheses if each.family == name]
         rows[name] = iter(family(results, pairs))
     return [(each, row := next(rows[each.family]), verdict(each, row)) for each in results.hypotheses]
 

@@ -65,7 +65,7 @@ def _mean(values: Sequence[float]) -> str | None:
 def tables(results: Results) -> list[Table]:
     """All of them, in order: what was asked and found, then everything that was measured."""
     found = hypotheses_tables(results)
-    if names := dict.fromkeys(each.names for each in results.hypotheses):
+    if names := dict.fromkeys(each.score for each in results.hypotheses):
         found.append(means(results, "What the hypotheses compare", {title_of(each): each for each in names}))
     found.append(runs_table(results))
     for group, members in score_groups(results).items():
@@ -115,7 +115,7 @@ def hypotheses_tables(results: Results) -> list[Table]:
     families: dict[str, list[list[Any]]] = {}
     for each, row, verdict in judged(results):
         mark = Judged(MARKS[verdict], verdict) if verdict in MARKS else verdict
-        compared = f"{each.first} {each.sign} {each.second}: {title_of(each.names)}"
+        compared = f"{each.first} {each.sign} {each.second}: {title_of(each.score)}"
         families.setdefault(each.family, []).append([each.id, each.says, mark, compared, *_between(row)])
     columns = ["", "Hypothesis", "Verdict", "Compared", *BETWEEN]
     return [Table(f"Hypotheses: {name}", columns, rows) for name, rows in families.items()]
