@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +36,7 @@ from unifork.models import generation
 from unifork.models.masks import EAGER, MASKS, VARLEN
 from unifork.models.warm_start import create_model
 from unifork.processes import meet
-from unifork.report.surroundings import surroundings
+from unifork.report.surroundings import installed, surroundings
 from unifork.sources import source_of
 from unifork.stores import open_store
 from unifork.vocabulary import TASKS
@@ -84,13 +83,12 @@ def machine(_: Here) -> Finding:
 
 
 def versions(_: Here) -> Finding:
-    """Distributions that Python imports against requirements.lock; builds of one version (`+cpu`) are equal."""
+    """Distributions that Python imports against requirements.lock."""
     if not LOCK.exists():
         return "not run", "no requirements.lock beside the package"
-    installed = {found.name.lower().replace("_", "-"): found.version for found in reversed([*distributions()])}
-    locked = dict(line.lower().replace("_", "-").split("==") for line in LOCK.read_text().split())
-    there = {name: installed[name] for name in locked if name in installed}  # the others belong to extras
-    others = [f"{name} {now}, not {locked[name]}" for name, now in there.items() if now.split("+")[0] != locked[name]]
+    locked, here = dict(line.lower().replace("_", "-").split("==") for line in LOCK.read_text().split()), installed()
+    there = {name: here[name] for name in locked if name in here}  # the others belong to extras
+    others = [f"{name} {now}, not {locked[name]}" for name, now in there.items() if now != locked[name]]
     return ("warning", "; ".join(others)) if others else ("ok", f"{len(there)} as in requirements.lock")
 
 

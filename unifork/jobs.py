@@ -112,7 +112,7 @@ def connect(cluster: Cluster) -> Any:
     place = f"cluster {cluster.name!r} ({cluster.address})"
     try:
         client = JobSubmissionClient(str(cluster.address), headers=headers)
-        if not (cluster.allow_unprotected or _is_loopback(str(cluster.address))):
+        if not (cluster.allow_unprotected or is_loopback(urlsplit(str(cluster.address)).hostname or "")):
             _check_protected(str(cluster.address), place)
         return client
     except AuthenticationError as error:
@@ -126,8 +126,8 @@ def connect(cluster: Cluster) -> Any:
         ) from None
 
 
-def _is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its very name or address."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:  # another name

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import distributions
 from pathlib import Path
 
 from unifork.cluster import check_shared, living_nodes, local_ray, on_every_node, this_node
@@ -23,17 +22,13 @@ from unifork.config import load_cluster
 from unifork.errors import MachineError
 from unifork.jobs import run_stage
 from unifork.processes import meet
+from unifork.report.surroundings import installed
 
 LEAST_FREE_GB, LEAST_SHM_GB, LARGEST_SKEW_SECONDS = 1, 1, 5
 REDUCED = 16_000_000
 """Numbers of four bytes."""
 LOCK = Path(__file__).parents[1] / "requirements.lock"
 MODULE = "unifork.nodes"
-
-
-def installed() -> dict[str, str]:
-    """Versions of all distributions here, without the build (`+cpu`)."""
-    return {found.name.lower().replace("_", "-"): found.version.partition("+")[0] for found in distributions()}
 
 
 @contextmanager

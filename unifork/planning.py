@@ -156,21 +156,34 @@ def track_plans(
             yield TrackPlan(stage_name, track_name, track.steps, count, entries, added)
 
 
+def totals(tracks: Sequence[TrackPlan]) -> dict[str, float]:
+    """What some tracks see together, and what it costs."""
+    entries = [entry for track in tracks for entry in track.entries]
+    return {
+        "steps": sum(track.steps for track in tracks),
+        "documents": sum(entry.documents for entry in entries),
+        "text tokens": sum(entry.documents * entry.length.text for entry in entries),
+        "image tokens": sum(entry.documents * entry.length.image for entry in entries),
+        "FLOPs": sum(entry.flops for entry in entries),
+    }
+
+
 def variant_facts(
     experiment: Experiment, cards: Mapping[str, Card], name: str, model: UniForkModel, assumed: Assumptions
 ) -> dict[str, str | float]:
     """What a comparison of variants should know of each: what it is, what it sees and what that costs."""
     tracks, variant = list(track_plans(experiment, cards, name, model, assumed)), experiment.variants[name]
-    entries, counts = [part for track in tracks for part in track.entries], parameter_counts(model.config)
-    documents = {task: sum(part.documents for part in entries if part.entry.task == task) for task in TASKS}
+    cost, counts, documents = totals(tracks), parameter_counts(model.config), dict.fromkeys(TASKS, 0.0)
+    for part in (part for track in tracks for part in track.entries):
+        documents[part.entry.task] += part.documents
     return {
         "plan": variant.plan,
         "parameters": counts["total"],
         **{f"of them for {task}": counts[f"used for {task}"] for task in TASKS},
-        "FLOPs per document": sum(part.flops for part in entries) / max(sum(documents.values()), 1),
-        "steps": sum(track.steps for track in tracks),
+        "FLOPs per document": cost["FLOPs"] / max(cost["documents"], 1),
+        "steps": cost["steps"],
         **{f"documents of {task}": number for task, number in documents.items()},
-        "tokens": sum(part.documents * (part.length.text + part.length.image) for part in entries),
+        "tokens": cost["text tokens"] + cost["image tokens"],
         **{f"trained in {track.stage}, {track.track}": track.trained for track in tracks},
         "initialization": variant.warm_start or "drawn by seed and name of the tensor",
     }

@@ -6,10 +6,9 @@ It listens on this machine alone unless an address is given; then every request 
 import asyncio
 import base64
 import secrets
-import signal
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from unifork.config import StrictModel, parse
 from unifork.documents.prompts import Exchange
 from unifork.errors import UniForkError
 from unifork.images import png
+from unifork.jobs import is_loopback
 from unifork.library import Chat, Model
 
 PAGE = Path(__file__).with_name("serving.html")
@@ -52,11 +52,11 @@ def application(model: Model, token: str | None) -> web.Application:
 
     async def work(act: Callable[[], Any]) -> Any:
         async with lock:  # one request at a time: the network is one
-            return await asyncio.get_running_loop().run_in_executor(None, act)
+            return await asyncio.to_thread(act)
 
     @web.middleware
     async def guard(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-        if not token and not _is_here(request.url.host or ""):  # a name that somebody pointed at this machine
+        if not token and not is_loopback(request.url.host or ""):  # a name that somebody pointed at this machine
             return web.json_response({"error": f"this page is not {request.host}"}, status=403)
         given = request.query.get("token") or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and not secrets.compare_digest(given.encode(), token.encode()):
@@ -101,26 +101,9 @@ def application(model: Model, token: str | None) -> web.Application:
 
 def run(model: Model, host: str, port: int) -> None:
     """Serve until interrupted or terminated."""
-    token = None if _is_here(host) else secrets.token_urlsafe(16)
-
-    async def start() -> None:
-        runner = web.AppRunner(application(model, token))
-        await runner.setup()
-        site = web.TCPSite(runner, host, port)
-        await site.start()
-        (address, number, *_) = runner.addresses[0]
+    token = None if is_loopback(host) else secrets.token_urlsafe(16)
+    family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.create_server(place[:2], family=family) as listening:
+        address, number, *_ = listening.getsockname()
         print(f"http://{address}:{number}/{f'?token={token}' if token else ''}  (ctrl-C ends it)", flush=True)
-        ended = asyncio.Event()
-        for signal_number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signal_number, ended.set)
-        await ended.wait()
-        await runner.cleanup()
-
-    asyncio.run(start())
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        web.run_app(application(model, token), sock=listening, print=None)

@@ -65,13 +65,6 @@ def _cost(name: str, found: "Proposal") -> "list[str]":
     cards, variant = {name: load_card(name)}, next(iter(params.variants))
     model = planning.meta_model(params, params.variants[variant])
     tracks = list(planning.track_plans(params, cards, variant, model, planning.Assumptions()))
-    entries = [entry for track in tracks for entry in track.entries]
-    numbers = {
-        "steps": sum(track.steps for track in tracks),
-        "documents": sum(entry.documents for entry in entries),
-        "text tokens": sum(entry.documents * entry.length.text for entry in entries),
-        "image tokens": sum(entry.documents * entry.length.image for entry in entries),
-    }
     received = sum(len(row.get("image") or b"") for row in found.rows) / len(found.rows) * found.total
     sizes = {
         "images": received or None,
@@ -80,7 +73,8 @@ def _cost(name: str, found: "Proposal") -> "list[str]":
         "a checkpoint": max(planning.checkpoint_bytes(model, [track]) for track in tracks),
     }
     disk = ", ".join(f"{what} {amount(size, 'B') or 'not known'}" for what, size in sizes.items())
+    seen = ", ".join(f"{amount(number)} {what}" for what, number in planning.totals(tracks).items() if what != "FLOPs")
     return [
-        f"training (more: unifork plan {name}): {', '.join(f'{amount(n)} {what}' for what, n in numbers.items())}",
+        f"training (more: unifork plan {name}): {seen}",
         f"disk: {disk}",
     ]

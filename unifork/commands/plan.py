@@ -126,20 +126,16 @@ def amount(number: float | None, unit: str = "") -> str:
 
 def _training(variant: str, tracks: "list[TrackPlan]", chip: str | None, mfu: float | None) -> Iterable[list[str]]:
     """A row for each track, and one for all of them."""
-    from unifork.planning import gpu_hours
+    from unifork.planning import gpu_hours, totals
 
     groups = {(f"{variant}-{track.stage}", track.track): [track] for track in tracks}
     for names, some in (groups | {(variant, "all"): tracks}).items():
-        entries = [entry for track in some for entry in track.entries]
-        flops = sum(entry.flops for entry in entries)
-        hours = gpu_hours(flops, chip, mfu)
+        cost = totals(some)
+        hours = gpu_hours(cost["FLOPs"], chip, mfu)
         time = "not measured" if hours is None else f"{hours:,.1f} h" if hours >= 0.1 else f"{hours * 3600:.2g} s"
-        yield [
-            *names, f"{sum(track.steps for track in some):,}", amount(sum(entry.documents for entry in entries)),
-            amount(sum(entry.documents * entry.length.text for entry in entries)),
-            amount(sum(entry.documents * entry.length.image for entry in entries)),
-            amount(some[0].trained) if len(some) == 1 else "", amount(flops, "FLOP"), time,
-        ]  # fmt: skip
+        seen = (amount(cost[what]) for what in ("documents", "text tokens", "image tokens"))
+        trained = amount(some[0].trained) if len(some) == 1 else ""
+        yield [*names, f"{cost['steps']:,}", *seen, trained, amount(cost["FLOPs"], "FLOP"), time]
 
 
 def _table(title: str, columns: list[str], rows: Iterable[Sequence[str]], names: int = 1) -> None:

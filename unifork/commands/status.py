@@ -5,7 +5,6 @@ another machine a lock may not be seen as held; a program there that left its lo
 of its last sign of life.
 """
 
-import fcntl
 import json
 import socket
 import time
@@ -20,7 +19,7 @@ from yaml import YAMLError, safe_load
 
 from unifork.config import Experiment, load, load_experiment
 from unifork.layout import STAGE_OF_FOLDER, Layout
-from unifork.processes import lock_path
+from unifork.processes import holder_of, lock_path
 from unifork.reference import among, reference, references
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, write_json
 from unifork.shards.progress import PROGRESS, places, read_progress
@@ -129,7 +128,7 @@ def _validation(path: Path) -> Row:
 
 def _state(locks: Sequence[Path], finished: bool, begun: bool, progress: Row) -> Row:
     """running, finished, stopped, waiting or unknown, with the reason; seconds left and since the last sign of life."""
-    holders = [_holder(lock) for lock in locks if lock.exists()]
+    holders = [holder_of(lock) for lock in locks if lock.exists()]
     elsewhere = [text for _, text in holders if text and not text.endswith(f" on {socket.gethostname()}")]
     state, reason = "waiting", None
     if any(held for held, _ in holders):
@@ -145,20 +144,6 @@ def _state(locks: Sequence[Path], finished: bool, begun: bool, progress: Row) ->
     if state in ("running", "unknown") and "written" in progress:
         facts |= {"left": progress.get("seconds_left"), "seen": max(0.0, time.time() - progress["written"])}
     return facts
-
-
-def _holder(path: Path) -> tuple[bool, str]:
-    """Whether a lock is held, and who wrote it; one that was left by a dead program is held by nobody."""
-    text = ""
-    try:
-        with open(path) as handle:
-            text = handle.read().strip()
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True, text
-    except OSError:  # gone while we looked; a file system without locks
-        pass
-    return False, text
 
 
 def _text(rows: list[Row]) -> str:

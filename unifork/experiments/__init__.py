@@ -6,11 +6,13 @@ and a variant or stage from another of its kind, is written out by `inheritance`
 """
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from flatten_dict import flatten
 
 from unifork.config import (
     AnalyzedRun,
@@ -110,21 +112,13 @@ def _edits(experiment: Experiment) -> list[str]:
     other = found.get("name") if isinstance(found, dict) else None
     if other in names() and other != experiment.name:
         experiment, _ = _read(other, HERE.experiments, HERE.cards)
-    before, now = (dict(_leaves(plain)) for plain in (experiment.model_dump(mode="json"), found))
+    leaves = partial(flatten, reducer="dot", enumerate_types=(list,), keep_empty_types=(dict, list))
+    before, now = leaves(experiment.model_dump(mode="json")), leaves(found if isinstance(found, dict) else {})
     return [
         f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
         for key in {**before, **now}
         if key not in before or key not in now or before[key] != now[key]
     ]
-
-
-def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of plain data by its dotted path."""
-    if not (plain and isinstance(plain, dict | list)):
-        yield path, plain
-        return
-    for key, value in plain.items() if isinstance(plain, dict) else enumerate(plain):
-        yield from _leaves(value, f"{path}.{key}" if path else str(key))
 
 
 def _read(name: str, folder: Path, cards: Path, choice: Choice = AS_WRITTEN) -> tuple[Experiment, dict[str, Card]]:
@@ -138,7 +132,7 @@ def _read(name: str, folder: Path, cards: Path, choice: Choice = AS_WRITTEN) -> 
     if isinstance(variants := plain.get("variants"), dict):
         plain["variants"], roots = inheritance.alike(variants, str(path))
     if isinstance(stages := plain.get("stages"), dict):
-        plain["stages"] = {stage: inheritance.extended(stage, stages, str(path)) for stage in stages}
+        plain["stages"] = inheritance.extended(stages, str(path))
     filled = ("prepared", "runs", "evaluations", "text_runs", "scored", "analyzed", "examined")
     derived: dict[str, Any] = {key: {} for key in filled}
     experiment = parse(Experiment, plain | derived, str(path))
@@ -208,32 +202,32 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
             before = f"models/{name}-{stage}"
             if kinds := experiment.analyses.of_stage(stage):
                 analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
-    models = {name: f"models/{name}-{variant.stages[-1]}" for name, variant in experiment.variants.items()}
-    evaluations = {
-        f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": model}
-        for name, model in models.items()
-        for benchmark in experiment.benchmarks
+    pairs = {
+        f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
+        for name, variant in experiment.variants.items()
+        for benchmark in experiment.all_benchmarks
     }
-    nothing = (HERE.evals / "README.md").as_posix()
-    text_runs = {
-        f"{name}-{card.name}": {
-            "variant": name, "benchmark": card.name, "model": model,
-            "follows": nothing if card.absent else card.include_path or nothing,
-        }
-        for name, model in models.items()
-        for card in (load_text(text, HERE.evals) for text in experiment.text_evals)
-    }  # fmt: skip
-    archives = {name: evals[name].items.archive or "" for name in experiment.benchmarks}
-    follows = {name: archive if archive and Path(archive).is_dir() else nothing for name, archive in archives.items()}
+    texts = {name: load_text(name, HERE.evals) for name in experiment.text_evals}
+    follows = {name: None if card.absent else card.include_path for name, card in texts.items()}
     benchmarks = {
-        name: use.model_copy(update={"follows": follows[name]}) for name, use in experiment.benchmarks.items()
+        name: use.model_copy(update={"follows": _if_there(evals[name].items.archive)})
+        for name, use in experiment.benchmarks.items()
     }
     return {
-        "datasets": datasets, "runs": runs, "evaluations": evaluations, "benchmarks": benchmarks,
-        "analyzed": analyzed, "text_runs": text_runs,
-        "scored": {name: every for name in experiment.variants if (every := (*benchmarks, *experiment.text_evals))},
+        "datasets": datasets, "runs": runs, "benchmarks": benchmarks, "analyzed": analyzed,
+        "evaluations": {key: pair for key, pair in pairs.items() if pair["benchmark"] in evals},
+        "text_runs": {
+            key: {**pair, "follows": _if_there(follows[pair["benchmark"]])}
+            for key, pair in pairs.items() if pair["benchmark"] in texts
+        },
+        "scored": {name: every for name in experiment.variants if (every := experiment.all_benchmarks)},
         "examined": _examined(experiment.variants, evals, benchmarks),
     }  # fmt: skip
+
+
+def _if_there(folder: str | None) -> str:
+    """A folder that DVC follows, where it is there; a page of text where not."""
+    return folder if folder and Path(folder).is_dir() else (HERE.evals / "README.md").as_posix()
 
 
 def _examined(
@@ -243,8 +237,7 @@ def _examined(
     found = {}
     for name, card in evals.items():
         suite, _ = suite_of(card)
-        folder = os.path.commonpath(network.path for network in card.networks.values()) if card.networks else ""
-        networks = folder if folder and Path(folder).is_dir() else (HERE.evals / "README.md").as_posix()
+        networks = _if_there(os.path.commonpath(n.path for n in card.networks.values()) if card.networks else None)
         pairs = [(f"{variant}/{name}", f"answers/{variant}/{name}") for variant in variants if suite.examine]
         entries = {f"{pair.replace('/', '-')}": (pair, images, f"{images}.found") for pair, images in pairs}
         if suite.summarize:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flatten_dict import flatten
+
 from unifork.config import (
     ANALYSES,
     CLUSTER,
@@ -51,10 +53,13 @@ def check_alike(experiment: Experiment, roots: Mapping[str, str], place: str) ->
 
     roots: for each variant the one that it is like, in the end.
     """
-    first, *others = experiment.variants
-    theirs = _settings(experiment.variants[first])
-    for name in others:
-        ours = _settings(experiment.variants[name])
+    form: dict[str, Any] = {"mode": "json", "exclude": {"plan", "seed"}}
+    settings = {
+        name: flatten(variant.model_dump(**form), "dot", max_flatten_depth=2)
+        for name, variant in experiment.variants.items()
+    }
+    (first, theirs), *others = settings.items()
+    for name, ours in others:
         differ = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
         if differ and roots[name] != roots[first]:
             pairs = (f"{key}: {theirs.get(key, 'nothing')} -> {ours.get(key, 'nothing')}" for key in differ[:SHOWN])
@@ -62,13 +67,6 @@ def check_alike(experiment: Experiment, roots: Mapping[str, str], place: str) ->
                 f"{place}: variants.{name} is not {first} with another plan: {'; '.join(pairs)}"
                 f"{'; ...' * (len(differ) > SHOWN)}. Say `like: {first}` and write only what shall differ"
             )
-
-
-def _settings(variant: Variant) -> dict[str, Any]:
-    """What variants should have in common, by dotted key."""
-    plain = variant.model_dump(mode="json", exclude={"plan", "seed"})
-    parts = {f"{part}.{key}": value for part in ("backbone", "head") for key, value in plain.pop(part).items()}
-    return plain | parts
 
 
 def check_names(experiment: Experiment, cards: Cards, place: str) -> None:

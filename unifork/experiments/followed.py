@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from unifork.config import Card, Followed
@@ -12,6 +13,7 @@ from unifork.sources import check_installed, source_of
 
 ELSEWHERE = re.compile(r"[~$]")
 """In a path that only this machine knows: what it stands for is written into no file."""
+WILD = re.compile(r"[*?\[]")
 
 
 def followed(card: Card, place: str) -> Followed:
@@ -35,7 +37,8 @@ def followed(card: Card, place: str) -> Followed:
 
 def _folder(texts: Iterable[str], place: str) -> str:
     """The one file or the smallest folder that holds all that is named; nothing for none that can be followed."""
-    fixed = [_before_wild_cards(text) for text in texts if not ELSEWHERE.search(text)]
+    parts = [PurePosixPath(text).parts for text in texts if not ELSEWHERE.search(text)]
+    fixed = [str(PurePosixPath(*takewhile(lambda part: not WILD.search(part), path))) for path in parts]
     if not fixed:
         return ""
     try:
@@ -45,9 +48,3 @@ def _folder(texts: Iterable[str], place: str) -> str:
     if common in ("", ".", "/"):
         raise ConfigError(f"{place}: {', '.join(fixed)}: DVC follows one folder; put what the card names below one")
     return common
-
-
-def _before_wild_cards(text: str) -> str:
-    parts = PurePosixPath(text).parts
-    wild = next((number for number, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
-    return str(PurePosixPath(*parts[:wild]))

@@ -5,14 +5,17 @@ An experiment that says `extends: OTHER` says only what differs; `null` takes an
 imported replaces the inherited one whole. A variant that says `like: OTHER` is that variant but for its own keys.
 """
 
-from functools import reduce
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from unifork.config import Stage, parse, read_yaml
 from unifork.errors import ConfigError, one_of, unknown
 
-IMPORT, LIKE = "import", "like"
+IMPORT, LIKE, EXTEND = "import", "like", "extend"
+WORDS = {LIKE: ("variant", "is like"), EXTEND: ("stage", "extends")}
+"""What says so, and what it then does."""
 
 
 def inherited(name: str, folder: Path, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -42,39 +45,34 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def alike(variants: dict[str, Any], place: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Variants with all that they take from those they are `like`, and for each of them the one where that ends."""
-    chains = {name: _chain(name, variants, place) for name in variants}
-    found = {
-        name: reduce(merged, ({key: value for key, value in variants[other].items() if key != LIKE} for other in chain))
-        if len(chain) > 1
-        else variants[name]
-        for name, chain in chains.items()
-    }
-    return found, {name: chain[0] for name, chain in chains.items()}
+    found, roots = dict(variants), {name: name for name in variants}
+    for name, other in _bases(variants, LIKE, place):
+        own = {key: value for key, value in variants[name].items() if key != LIKE}
+        found[name], roots[name] = merged(found[other], own), roots[other]
+    return found, roots
 
 
-def _chain(name: str, variants: dict[str, Any], place: str, heirs: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """A variant after the one that it is like, after the one that this is like, and so on."""
-    own, heirs = variants[name], (*heirs, name)
-    if not isinstance(own, dict) or LIKE not in own:
-        return (name,)
-    other, where = str(own[LIKE]), f"{place}: variants.{name}.{LIKE}"
-    one_of("variant", other, variants, where)
-    if other in heirs:
-        raise ConfigError(f"{where}: it is like itself by way of {' -> '.join((*heirs, other))}")
-    return (*_chain(other, variants, place, heirs), name)
+def extended(stages: dict[str, Any], place: str) -> dict[str, Any]:
+    """Stages with all that they take from those they extend, which have warmed up."""
+    found = dict(stages)
+    for name, base in _bases(stages, EXTEND, place):
+        plain = parse(Stage, found[base], place, f"stages.{base}").model_dump(mode="json")
+        for track in plain["tracks"].values():
+            track["optimizer"]["warmup_steps"] = 0
+        found[name] = merged(plain, stages[name])
+    return found
 
 
-def extended(name: str, stages: dict[str, Any], place: str, heirs: tuple[str, ...] = ()) -> Any:
-    """A stage with all that it takes from the one it extends, which has warmed up."""
-    over, heirs = stages[name], (*heirs, name)
-    if not isinstance(over, dict) or "extend" not in over:
-        return over
-    if (base := str(over["extend"])) not in stages:
-        raise unknown("stage", base, stages, f"{place}: stages.{name}.extend")
-    if base in heirs:
-        raise ConfigError(f"{place}: stages.{name}: extends itself by way of {' -> '.join((*heirs, base))}")
-    typed = parse(Stage, extended(base, stages, place, heirs), place, f"stages.{base}")
-    plain = typed.model_dump(mode="json")
-    for track in plain["tracks"].values():
-        track["optimizer"]["warmup_steps"] = 0
-    return merged(plain, over)
+def _bases(parts: dict[str, Any], key: str, place: str) -> Iterator[tuple[str, str]]:
+    """Parts that name another under a key, with its name, each behind the one that it takes from."""
+    what, does = WORDS[key]
+    bases = {name: str(own[key]) for name, own in parts.items() if isinstance(own, dict) and key in own}
+    for name, base in bases.items():
+        one_of(what, base, parts, f"{place}: {what}s.{name}.{key}")
+    try:
+        order = [*TopologicalSorter({name: [base] for name, base in bases.items()}).static_order()]
+    except CycleError as error:
+        circle = error.args[1][::-1]
+        where = f"{place}: {what}s.{circle[0]}.{key}"
+        raise ConfigError(f"{where}: it {does} itself by way of {' -> '.join(circle)}") from None
+    return ((name, bases[name]) for name in order if name in bases)

@@ -7,9 +7,7 @@ has not run yet is said to be missing, so that a page can be made at any time; d
 import json
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 
-import jinja2
 import yaml
 
 from unifork.config import Experiment
@@ -24,7 +22,7 @@ from unifork.report.scores import benchmark, headlines, losses
 from unifork.report.study_page import architectures, curves
 from unifork.report.study_record import found_here
 from unifork.report.surroundings import surroundings
-from unifork.report.tables import data_uri
+from unifork.report.tables import data_uri, rendered
 
 REPORT_VERSION = 9
 """Raise when the same experiment should be shown otherwise."""
@@ -34,10 +32,6 @@ FIRST = 8
 
 def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     """The page, with the git revision of the layout's root."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     stages = training.stages_of(experiment, layout, load_codec)
     firsts = {min(seeds.items())[1] for seeds in experiment.groups.values()}
     shown = [stage for stage in stages if stage.variant in firsts]
@@ -52,7 +46,8 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     several = len(experiment.groups) > 1 and len(experiment.seeds) > 1
     study = found_here(experiment, layout, here) if several else None
     numbers = {shown["card"].name: shown["numbers"] for shown in benchmarks}
-    return environment.get_template("page.html").render(
+    return rendered(
+        "page.html",
         experiment=experiment,
         params=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
         program=version("unifork"),

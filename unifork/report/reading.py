@@ -105,6 +105,12 @@ def read_history(path: Path) -> list[Found]:
     return read(path, steps) or []
 
 
+def last_validation(path: Path) -> list[Found]:
+    """What a finished stage lost on held-out rows at its end, a row for each part."""
+    rows = read_history(path)
+    return [row for row in rows if row["finished_steps"] == rows[-1]["finished_steps"]]
+
+
 def read_codes(path: Path, images: int, name: str = "codes") -> np.ndarray | None:
     """The codes (images, N, D) of an `.npz` file. Raises DataError when there are more or fewer images."""
 

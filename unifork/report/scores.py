@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from unifork.config import EvalCard, Experiment, TextCard
 from unifork.config.evals import ShowPart
@@ -23,21 +23,14 @@ from unifork.evaluation.statistics import Z95, Score, holm, spread
 from unifork.layout import Layout
 from unifork.report.band import card_of
 from unifork.report.images import stored_images
-from unifork.report.reading import Found, read_history, read_records, scores_by_seed
-from unifork.report.tables import Judged, Measured, Table, count, real, words
+from unifork.report.reading import Found, last_validation, read_records, scores_by_seed
+from unifork.report.tables import Differs, Judged, Measured, Table, count, real, words
 from unifork.training.export import TRAINING
 
 SHOWN = 8
 """Items of each kind."""
 LONGEST = 300
 """Characters of an expected answer."""
-
-
-class Differs(NamedTuple):
-    """A difference with its 95 % interval in words, and its p."""
-
-    text: str
-    p: float
 
 
 def benchmark(name: str, experiment: Experiment, layout: Layout) -> dict[str, Any]:
@@ -88,18 +81,16 @@ def losses(experiment: Experiment, layout: Layout) -> Table:
 
 def _losses_of(variant: str, experiment: Experiment, layout: Layout) -> Scores:
     folder = layout.model(f"{variant}-{experiment.variants[variant].stages[-1]}") / TRAINING
-    rows = read_history(folder / "validation.csv")
-    plain: dict[str, Any] = {
-        "standard_error": None, "interval": None, "chance": nan, "rule": "", "unread": 0.0, "missing": 0,
-        "model": variant, "decoding": "", "seed": None,
-    }  # fmt: skip
     found = {}
-    for row in (row for row in rows if row["finished_steps"] == rows[-1]["finished_steps"]):
+    for row in last_validation(folder / "validation.csv"):
         for loss in ("text_loss", "image_loss"):
             if loss in row:
                 name, items = f"held-out {words(loss)} of {row['part']} (lower is better)", int(row["documents"])
-                about: dict[str, Any] = {"items": items, "clusters": items, "items_hash": row["part"]}
-                found["all", name] = Score(name, "all", row[loss], **plain, **about)
+                found["all", name] = Score(
+                    name, "all", row[loss], standard_error=None, interval=None, items=items, clusters=items,
+                    chance=nan, rule="", unread=0.0, missing=0, items_hash=row["part"], model=variant, decoding="",
+                    seed=None,
+                )  # fmt: skip
     return found
 
 
@@ -110,12 +101,8 @@ def headlines(benchmarks: Sequence[Mapping[str, Any]], losses: Table) -> Table:
     named = [dict(zip(table.columns, row, strict=True)) for table in tables for row in table.rows]
     rows = [[row.get(name, "") for name in columns] for row in named]
     corrected = iter(holm([cell.p for row in rows for cell in row if isinstance(cell, Differs)]))
-    shown = [[_with_p(cell, next(corrected)) if isinstance(cell, Differs) else cell for cell in row] for row in rows]
+    shown = [[cell._replace(p=next(corrected)) if isinstance(cell, Differs) else cell for cell in row] for row in rows]
     return Table("Headline scores", columns, shown)
-
-
-def _with_p(cell: Differs, p: float) -> str:
-    return f"{cell.text}, p {p:.2g}"
 
 
 def measured(score: Score, card: EvalCard | TextCard | None) -> Measured:
@@ -125,12 +112,12 @@ def measured(score: Score, card: EvalCard | TextCard | None) -> Measured:
     text = f"{real(score.value)} {about}" if card else real(score.value)
     text += f"; {count(score.missing)} answers missing" * (score.missing > 0)
     text += f"; {score.note}" * bool(score.note)
-    if card is None:
+    usual = (0.0, 1.0) if max(score.value, score.chance) <= 1 else None
+    scales = card.show.scales if card else {"*": None}
+    scale = next((ends for pattern, ends in scales.items() if fnmatch(score.name, pattern)), usual)
+    if scale is None:
         return Measured(text, None, None)
-    scale = next((ends for pattern, ends in card.show.scales.items() if fnmatch(score.name, pattern)), None)
-    if scale is None and max(score.value, score.chance) > 1:
-        return Measured(text, None, None)
-    worst, best = scale or (0.0, 1.0)
+    worst, best = scale
     places = [min(max((number - worst) / (best - worst), 0.0), 1.0) for number in (score.value, score.chance)]
     return Measured(text, places[0], places[1] if best > worst else None)
 
@@ -175,8 +162,6 @@ def _table(
                 ]
                 facts = ["" if isnan(first.chance) else real(first.chance), count(first.items)] if first else ["", ""]
                 paired = [column.get(f"{split} {name}", "") for column in differences.values()]
-                if label != "Headlines":
-                    paired = [_with_p(cell, cell.p) if isinstance(cell, Differs) else cell for cell in paired]
                 rows.append(
                     [names[name] if split == "all" else f"{words(split)}: {names[name]}", *cells, *facts, *paired]
                 )

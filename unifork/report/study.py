@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator
 
 from unifork.config import StrictModel, parse, read_yaml
 from unifork.errors import ConfigError, DataError, one_of
@@ -29,29 +31,31 @@ from unifork.report.reading import read_json
 STUDY, HYPOTHESES = "study.json", "hypotheses.yaml"
 RISK = 0.05
 """Of an interval that misses; a family shares it."""
+Short = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
+"""A number with six digits, so that files stay small and their differences readable."""
 
 
 class Scored(StrictModel):
     """A score of a run."""
 
-    value: float
-    error: float | None
+    value: Short
+    error: Short | None
     """Its standard error over the items alone."""
-    chance: float
+    chance: Short
 
 
 class Curve(StrictModel):
     """Alignment of one task by layer, first its input; 95 % of chance lies from low to high."""
 
-    score: tuple[float, ...]
-    standard_error: tuple[float, ...]
-    chance: tuple[float, ...]
-    chance_low: tuple[float, ...]
-    chance_high: tuple[float, ...]
+    score: tuple[Short, ...]
+    standard_error: tuple[Short, ...]
+    chance: tuple[Short, ...]
+    chance_low: tuple[Short, ...]
+    chance_high: tuple[Short, ...]
 
 
 class Record(StrictModel):
-    """One finished run, the file `<variant>-seed<N>.json`. Numbers have six digits."""
+    """One finished run, the file `<variant>-seed<N>.json`."""
 
     variant: str
     seed: int
@@ -65,14 +69,14 @@ class Record(StrictModel):
     machine: str
     items: dict[str, str]
     """By benchmark: hash of what was asked."""
-    seconds: dict[str, float]
+    seconds: dict[str, Short]
     """Of training, by stage."""
     scores: dict[str, Scored]
-    losses: dict[str, float]
+    losses: dict[str, Short]
     """By `<stage> <part> <text or image>`."""
     alignment: dict[str, dict[str, Curve]]
     """By stage and task."""
-    conflict: dict[str, dict[str, dict[int, float]]]
+    conflict: dict[str, dict[str, dict[int, Short]]]
     """By stage, matrix and layer."""
 
 
@@ -113,16 +117,11 @@ class Hypothesis(StrictModel):
     says: str
     first: str
     second: str
-    score: str | tuple[str, ...]
+    score: Annotated[tuple[str, ...], BeforeValidator(lambda score: (score,) if isinstance(score, str) else score)]
     """A quantity, or several whose mean is taken for each seed."""
     sign: Literal[">", "<", "!="]
     family: str = "primary"
     """Hypotheses that share the risk of an error."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Its quantities."""
-        return (self.score,) if isinstance(self.score, str) else self.score
 
 
 class Choices(StrictModel):
@@ -212,7 +211,7 @@ def results_of(
         where = f"{place}/{HYPOTHESES}: {hypothesis.id}"
         for variant in (hypothesis.first, hypothesis.second):
             one_of("variant", variant, values, where)
-        for name in hypothesis.names if records else ():
+        for name in hypothesis.score if records else ():
             one_of("quantity", name, found.names, where)
     for variant in references:
         one_of("variant", variant, values, f"{place}: references")
@@ -280,7 +279,7 @@ def judged(results: Results) -> list[tuple[Hypothesis, Between, str]]:
     """Every hypothesis with its difference and what became of it, in the order of the file."""
     rows = {}
     for name in {each.family for each in results.hypotheses}:
-        pairs = [(each.first, each.second, each.names) for each in results.hypotheses if each.family == name]
+        pairs = [(each.first, each.second, each.score) for each in results.hypotheses if each.family == name]
         rows[name] = iter(family(results, pairs))
     return [(each, row := next(rows[each.family]), verdict(each, row)) for each in results.hypotheses]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,7 +23,7 @@ from unifork.evaluation.statistics import spread
 from unifork.figures import INK, LOOK, svg
 from unifork.report.plots import DASHES, Plot
 from unifork.report.study import Between, Record, Results, curves_of, family, judged
-from unifork.report.tables import Judged, Table, count, csv_of, data_uri, duration, words
+from unifork.report.tables import Judged, Table, count, csv_of, data_uri, duration, rendered, words
 from unifork.shards.manifest import write_atomically
 
 COLUMNS, WIDTH, COLORS = 4, 2.3, 8
@@ -66,7 +65,7 @@ def _mean(values: Sequence[float]) -> str | None:
 def tables(results: Results) -> list[Table]:
     """All of them, in order: what was asked and found, then everything that was measured."""
     found = hypotheses_tables(results)
-    if names := dict.fromkeys(each.names for each in results.hypotheses):
+    if names := dict.fromkeys(each.score for each in results.hypotheses):
         found.append(means(results, "What the hypotheses compare", {title_of(each): each for each in names}))
     found.append(runs_table(results))
     for group, members in score_groups(results).items():
@@ -116,7 +115,7 @@ def hypotheses_tables(results: Results) -> list[Table]:
     families: dict[str, list[list[Any]]] = {}
     for each, row, verdict in judged(results):
         mark = Judged(MARKS[verdict], verdict) if verdict in MARKS else verdict
-        compared = f"{each.first} {each.sign} {each.second}: {title_of(each.names)}"
+        compared = f"{each.first} {each.sign} {each.second}: {title_of(each.score)}"
         families.setdefault(each.family, []).append([each.id, each.says, mark, compared, *_between(row)])
     columns = ["", "Hypothesis", "Verdict", "Compared", *BETWEEN]
     return [Table(f"Hypotheses: {name}", columns, rows) for name, rows in families.items()]
@@ -227,35 +226,18 @@ def _curves(results: Results, kind: str, panels: Mapping[str, Sequence[OfRun]]) 
     return _plot(f"{kind} by layer", figure, rows)
 
 
-def markdown(table: Table) -> str:
-    """A table as Markdown, below its title."""
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join([f"## {table.label}", "", *("| " + " | ".join(map(_plain, line)) + " |" for line in lines), ""])
-
-
-def _plain(cell: Any) -> str:
-    text = "-" if cell is None else cell.text if isinstance(cell, Judged) else cell
-    return str(text).replace("|", "\\|").replace("\n", " ")
-
-
 def write(results: Results, folder: Path, out: Path) -> list[Path]:
     """Write all files of a study; their paths."""
-    all_tables, all_plots, image = tables(results), plots(results), folder / GRID
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("study.html").render(
-        study=results.study, verdicts=verdicts(results), tables=all_tables, plots=all_plots,
-        grid=data_uri("image/png", image.read_bytes()) if image.exists() else None,
-    )  # fmt: skip
+    all_plots, image = plots(results), folder / GRID
+    shown = {"study": results.study, "verdicts": verdicts(results), "tables": tables(results), "plots": all_plots}
+    shown["grid"] = data_uri("image/png", image.read_bytes()) if image.exists() else None
     scores: list[Sequence[Any]] = [("variant", "seed", "quantity", "value", "error")]
     for record in results.records:
         scores += [(record.variant, record.seed, name, row.value, row.error) for name, row in record.scores.items()]
         scores += [(record.variant, record.seed, f"loss {name}", loss, None) for name, loss in record.losses.items()]
-    files = {"index.html": page.encode(), "scores.csv": csv_of(scores)}
-    files["tables.md"] = "\n".join(
-        [f"# {results.study.name}", "", verdicts(results), "", *map(markdown, all_tables)]
-    ).encode()
+    pages = {"index.html": "study.html", "tables.md": "study.md.jinja"}
+    files = {name: rendered(template, **shown).encode() for name, template in pages.items()}
+    files["scores.csv"] = csv_of(scores)
     files |= {f"{plot.title.replace(' ', '-')}.svg": b64decode(plot.src.partition(",")[2]) for plot in all_plots}
     for name, data in files.items():
         write_atomically(out / name, partial(Path.write_bytes, data=data))

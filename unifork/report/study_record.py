@@ -5,7 +5,7 @@ an image of what variants draw for the same prompts. Nothing is computed anew an
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import fill
@@ -26,14 +26,12 @@ from unifork.images import open_image
 from unifork.layout import Layout
 from unifork.models.layer_plan import LayerPlan
 from unifork.report.band import card_of, first_scores
-from unifork.report.reading import read_history, read_json
+from unifork.report.reading import last_validation, read_json
 from unifork.report.study import (
     STUDY,
-    Curve,
     GridPrompt,
     Record,
     Results,
-    Scored,
     Study,
     StudyVariant,
     read_study,
@@ -94,31 +92,26 @@ def record_of(experiment: Experiment, group: str, name: str, layout: Layout, her
     finished = {stage: read_json(layout.run(run) / FINISHED) for stage, run in runs.items()}
     summary = read_json(layout.model(runs[variant.stages[-1]]) / TRAINING / SUMMARY)
     scores = first_scores(experiment, name, layout)
-    folders = {stage: layout.analysis(run) for stage, run in runs.items()}
     alignment, conflict = (
-        {stage: found for stage, folder in folders.items() if (found := read_json(folder / f"{kind}.json"))}
+        {stage: found for stage, run in runs.items() if (found := read_json(layout.analysis(run) / f"{kind}.json"))}
         for kind in ("alignment", "conflict")
     )
-    return Record(
-        variant=group, seed=variant.seed, plan=plan_of(variant)[0],
-        parameters=sum(map(sum, parts_of(summary["tensors"] if summary else {}).values())),
-        config_hash=config_hash(experiment, name), versions=versions(), commit=here["revision"], machine=machine(here),
-        items={key.split(" ")[0]: score.items_hash for key, score in scores.items()},
-        seconds={stage: short(end["seconds"]) for stage, end in finished.items() if end},
-        scores={
-            key: Scored(value=short(score.value), chance=short(score.chance),
-                        error=None if score.standard_error is None else short(score.standard_error))
+    plain = {
+        "variant": group, "seed": variant.seed, "plan": plan_of(variant)[0],
+        "parameters": sum(map(sum, parts_of(summary["tensors"] if summary else {}).values())),
+        "config_hash": config_hash(experiment, name), "versions": versions(),
+        "commit": here["revision"], "machine": machine(here),
+        "items": {key.split(" ")[0]: score.items_hash for key, score in scores.items()},
+        "seconds": {stage: end["seconds"] for stage, end in finished.items() if end},
+        "scores": {
+            key: {"value": score.value, "error": score.standard_error, "chance": score.chance}
             for key, score in scores.items()
         },
-        losses={key: value for stage, run in runs.items() for key, value in _losses(stage, layout.model(run)).items()},
-        alignment={stage: _curves(found) for stage, found in alignment.items()},
-        conflict={stage: _matrices(found) for stage, found in conflict.items()},
-    )  # fmt: skip
-
-
-def short(value: float) -> float:
-    """A number with six digits, so that files stay small and their differences readable."""
-    return float(f"{value:.6g}")
+        "losses": {name: loss for stage, run in runs.items() for name, loss in _losses(stage, layout.model(run))},
+        "alignment": {stage: found["curves"] for stage, found in alignment.items()},
+        "conflict": {stage: _matrices(found) for stage, found in conflict.items()},
+    }  # fmt: skip
+    return parse(Record, plain, name)
 
 
 def plan_of(variant: Variant) -> tuple[str, int | None]:
@@ -129,21 +122,12 @@ def plan_of(variant: Variant) -> tuple[str, int | None]:
     return variant.plan, None
 
 
-def _losses(stage: str, model: Path) -> dict[str, float]:
-    """Losses of held-out rows at the end of a stage."""
-    rows = read_history(model / TRAINING / "validation.csv")
-    return {
-        f"{stage} {row['part']} {words(column.replace('_loss', ''))}": short(row[column])
-        for row in rows if row["finished_steps"] == rows[-1]["finished_steps"]
-        for column in row if "_loss" in column
-    }  # fmt: skip
-
-
-def _curves(found: Mapping[str, Any]) -> dict[str, Curve]:
-    return {
-        task: parse(Curve, {name: tuple(map(short, column)) for name, column in columns.items()}, "alignment", task)
-        for task, columns in found["curves"].items()
-    }
+def _losses(stage: str, model: Path) -> Iterator[tuple[str, float]]:
+    """Losses of held-out rows at the end of a stage, with their names."""
+    for row in last_validation(model / TRAINING / "validation.csv"):
+        for column in row:
+            if "_loss" in column:
+                yield f"{stage} {row['part']} {words(column.replace('_loss', ''))}", row[column]
 
 
 def _matrices(found: Mapping[str, Any]) -> dict[str, dict[int, float]]:
@@ -151,7 +135,7 @@ def _matrices(found: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     matrices: dict[str, dict[int, float]] = {}
     for name, row in found["matrices"].items():
         _, layer, *_, matrix, _ = name.split(".")
-        matrices.setdefault(matrix, {})[int(layer)] = short(row["conflict"])
+        matrices.setdefault(matrix, {})[int(layer)] = row["conflict"]
     return matrices
 
 

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ def surroundings(root: Path) -> dict[str, Any]:
         "gpus": (gpus or "").splitlines(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def installed() -> dict[str, str]:
+    """The distributions that Python imports with their versions, in one spelling, without the build (`+cpu`)."""
+    every = reversed([*distributions()])  # the first of a name is imported
+    return {found.name.lower().replace("_", "-"): found.version.partition("+")[0] for found in every}
 
 
 def machine(here: Mapping[str, Any]) -> str:

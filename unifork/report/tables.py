@@ -1,10 +1,16 @@
-"""What a page is built of: plain values go in; tables, which a phone shows as cards, and numbers in words come out."""
+"""What a page is built of: plain values go in; tables, which a phone shows as cards, and numbers in words come out.
+
+And the page itself, from a template.
+"""
 
 import csv
 import io
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import jinja2
 
 
 class Table(NamedTuple):
@@ -29,6 +35,22 @@ class Measured(NamedTuple):
     text: str
     place: float | None
     chance: float | None
+
+
+class Differs(NamedTuple):
+    """A difference with its 95 % interval in words, and its p."""
+
+    text: str
+    p: float
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of this folder with values in it, which are escaped in HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=jinja2.select_autoescape(),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
 def data_uri(kind: str, data: bytes) -> str:

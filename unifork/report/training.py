@@ -61,8 +61,7 @@ class Trained(NamedTuple):
 
 def stages_of(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> list[Trained]:
     """All stages of all variants, in order."""
-    keys = sorted(experiment.runs, key=lambda key: [*experiment.variants].index(experiment.runs[key].variant))
-    return [_stage(key, experiment, layout, load_codec) for key in keys]
+    return [_stage(key, experiment, layout, load_codec) for key in experiment.runs]
 
 
 def lines_of(experiment: Experiment, layout: Layout) -> Lines:
