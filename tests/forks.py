@@ -1,13 +1,53 @@
 """Processes forked from one that has imported what they need, so that a process costs no start.
 
-The server is started by the first process; the environment of that moment is that of all.
+The server is started by the first process; the environment of that moment is that of all. What is imported at import
+time is imported in the root of this project, and nothing there may depend on it.
 """
 
 import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
 
 LIBRARY = [
     "cli", "documents.prepare", "image_tokenizer.encode", "publish.publication", "sources.web.download",
     "training.stage",
 ]  # fmt: skip
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "pandas", "pipelines.download", *(f"unifork.{name}" for name in LIBRARY)])
+PRELOADED = ["pytest", "pandas", "pipelines.download", *(f"unifork.{name}" for name in LIBRARY)]
+SLOW = ["deepspeed", "dvc.cli.parser", "dvc.repo", "dvc.repo.reproduce", "dvc.stage.run"]
+"""What slow tests need, too."""
+
+
+def preload(*, slow: bool) -> None:
+    """Choose what the server imports, before it starts."""
+    SERVER.set_forkserver_preload([*PRELOADED, *(SLOW if slow else [])])
+
+
+def program(root: Path, words: tuple[str, ...], **environment: str) -> tuple[int, str]:
+    """`python -m words` in a root, in a forked process: its exit code, and output and errors as they came."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = SERVER.Process(target=_program, args=(str(root), words, f"{folder}/said", environment))
+        process.start()
+        process.join()
+        return process.exitcode or 0, Path(folder, "said").read_text()
+
+
+def _program(root: str, words: tuple[str, ...], said: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    become(root, words, said)
+
+
+def become(root: str, words: tuple[str, ...], said: str) -> None:
+    """Turn this process into `python -m words` in a root, with what it says in a file."""
+    from unifork import processes
+
+    os.chdir(root)
+    processes._PARENT = os.getppid()  # imported by the process this one was forked from
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)

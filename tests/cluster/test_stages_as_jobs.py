@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,26 @@ def stages(root: Path) -> list[str]:
     return commands
 
 
+FORKED = """
+import os, runpy, sys
+
+sys.path.insert(0, "")
+from unifork.training import stage  # what most of them import: once
+
+for words in sys.argv[1:]:
+    print("+", words, flush=True)
+    if not (child := os.fork()):
+        from unifork import processes
+
+        processes._PARENT = os.getppid()
+        sys.argv = words.split()
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(code)
+"""
+"""Programs one after the other, each in a process of its own that has torch."""
+
+
 @pytest.mark.cluster
 def test_every_stage_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
     root, code = tmp_path / "experiment", tmp_path / "code"
@@ -53,11 +74,14 @@ def test_every_stage_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None
     )
     for package in ("unifork", "pipelines"):
         shutil.copytree(REPOSITORY / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    commands = [command.replace("python", sys.executable, 1) for command in stages(root)]
+    commands = [command.removeprefix("python -m ") for command in stages(root)]
+    assert all(command.startswith("pipelines.") for command in commands)
     variables = {"UNIFORK_ROOT": str(root), "UNIFORK_CLUSTER": "clusters/far.yaml"}
     submit = [BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", code]
     submit += ["--runtime-env-json", json.dumps({"env_vars": variables})]
-    submit += ["--", "bash", "-exc", "pwd; test ! -e params.yaml; " + "; ".join(commands)]
+    (code / "forked.py").write_text(FORKED)
+    forked = shlex.join([sys.executable, "forked.py", *commands])
+    submit += ["--", "bash", "-exc", f"pwd; test ! -e params.yaml; {forked}"]
     done = subprocess.run(submit, env=head.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert len(commands) >= 10
