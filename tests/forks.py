@@ -1,7 +1,6 @@
 """Processes forked from one that has imported what they need, so that a process costs no start.
 
-The server is started by the first process; the environment of that moment is that of all. What is imported at import
-time is imported in the root of this project, and nothing there may depend on it.
+The server is started by the first process; the environment of that moment is that of all.
 """
 
 import multiprocessing
@@ -29,24 +28,24 @@ def preload(*, slow: bool) -> None:
 def program(root: Path, words: tuple[str, ...], **environment: str) -> tuple[int, str]:
     """`python -m words` in a root, in a forked process: its exit code, and output and errors as they came."""
     with tempfile.TemporaryDirectory() as folder:
-        process = SERVER.Process(target=_program, args=(str(root), words, f"{folder}/said", environment))
+        process = SERVER.Process(target=_program, args=(str(root), words, f"{folder}/printed", environment))
         process.start()
         process.join()
-        return process.exitcode or 0, Path(folder, "said").read_text()
+        return process.exitcode or 0, Path(folder, "printed").read_text()
 
 
-def _program(root: str, words: tuple[str, ...], said: str, environment: dict[str, str]) -> None:
+def _program(root: str, words: tuple[str, ...], printed: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    become(root, words, said)
+    become(root, words, printed)
 
 
-def become(root: str, words: tuple[str, ...], said: str) -> None:
+def become(root: str, words: tuple[str, ...], printed: str) -> None:
     """Turn this process into `python -m words` in a root, with what it says in a file."""
     from unifork import processes
 
     os.chdir(root)
     processes._PARENT = os.getppid()  # imported by the process this one was forked from
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = list(words)

@@ -50,6 +50,7 @@ def test_workers_on_two_machines_end_with_the_weights_of_two_in_one_place(tiny_r
     assert_same_weights(root, alone, KEY)
 
 
+@pytest.mark.soak  # a node that does not see the folder: test_launch for training, test_two_nodes for a real one
 def test_a_machine_without_the_disk_is_named_and_costs_no_restart(tiny_root, network, two):
     root = copy_of(tiny_root, network.disk)
     head, node, login = two(disk=False)
