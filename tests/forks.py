@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 LIBRARY = [
@@ -49,4 +50,5 @@ def become(root: str, words: tuple[str, ...], printed: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = list(words)
+    warnings.filterwarnings("ignore", "'.*' found in sys.modules")  # as what was imported before is
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)

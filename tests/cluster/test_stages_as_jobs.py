@@ -69,7 +69,7 @@ def test_every_stage_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None
     write_experiment(root, CHANGES)
     (root / "clusters" / "far.yaml").write_text(
         f"name: far\naddress: {head.address}\n"
-        "jobs: {encode: {workers: 1, cpus: 0.5}, prepare: {workers: 1, cpus: 0.5}, answer: {workers: 1, cpus: 0.5}}\n"
+        "jobs: {encode: {workers: 1, cpus: 0.5}, answer: {workers: 1, cpus: 0.5}}\n"
         "train: {row_tokens: 2048}\ntrain_stages: {s1-captions: {workers: 1, cpus: 0.5, row_tokens: 2048}}\n"
     )
     for package in ("unifork", "pipelines"):
