@@ -16,6 +16,7 @@ from unifork.config import Cluster
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # of several processes each has one core; before any test imports torch
     os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"RAY_worker_niceness": "0"}  # Ray's 15 would wait for the tests of the other process
 set_ray_environment()  # before any test imports ray
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such as `tiny`
 
@@ -28,12 +29,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def order(item: pytest.Item) -> int:
         users = "ray_session" in getattr(item, "fixturenames", ())
-        return 0 if item.get_closest_marker("cluster") else 1 if users else 2
+        cluster, longest = item.get_closest_marker("cluster"), item.path.name == "test_end_to_end.py"
+        return (0 if longest else 1) if cluster else 2 if users else 3
 
     for item in items:
-        if order(item) < 2:
+        if order(item) < 3:
             item.add_marker("slow")
     items.sort(key=order)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What forked processes find imported."""
+    import forks
+
+    forks.preload(slow=any(item.get_closest_marker("slow") for item in session.items))
 
 
 @pytest.fixture(scope="session")

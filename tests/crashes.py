@@ -6,15 +6,13 @@ The product knows nothing of it: what is called at the point is replaced in the 
 
 import os
 import re
-import runpy
 import signal
-import sys
 import threading
 from functools import wraps
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from forks import SERVER
+from forks import SERVER, become
 
 from unifork.config import Card
 from unifork.shards.task import ShardTask
@@ -72,23 +70,14 @@ def die(mark: str) -> None:
 
 
 def _program(root: str, words: tuple[str, ...], point: str | None) -> None:
-    """`python -m words` in a root, in this process."""
-    from unifork import processes
-
-    os.chdir(root)
     os.environ["UNIFORK_CLUSTER"] = "here.yaml"
-    processes._PARENT = os.getppid()  # imported by the process this one was forked from
-    descriptor = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     if point:
         arm(point)
-    sys.argv = list(words)
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    become(root, words, "said.txt")
 
 
 def run(root: Path, words: tuple[str, ...], point: str | None = None) -> str:
-    """Run a program of a root, to its end or to a point where it is killed; what it said."""
+    """Run `python -m words` in a root, to its end or to a point where it is killed; what it said."""
     (root / "here.yaml").write_text("name: here\n")
     process = SERVER.Process(target=_program, args=(str(root), words, point))
     process.start()

@@ -57,6 +57,7 @@ def head() -> Iterator[Head]:
     home = Path(tempfile.mkdtemp(prefix="unifork-ray-"))  # short: Ray's sockets lie below, their paths have a limit
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "UNIFORK_"))}
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_worker_niceness": "0"}  # Ray's 15 would wait for the tests of the other process
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     port, joins = free_port(), free_port()
     server = subprocess.Popen(

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from tiny import start
 
+pytestmark = pytest.mark.slow  # starts the program
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -91,7 +92,6 @@ def test_pages_of_other_sites_are_refused(address):
     assert post(address, "draw", {"prompt": "a"}, **{"Content-Type": "text/plain"})[0] == 415
 
 
-@pytest.mark.slow
 def test_beyond_this_machine_a_token_is_needed(tiny_root):
     with served(tiny_root, "--host", "0.0.0.0") as found:
         place, _, token = found.replace("0.0.0.0", "127.0.0.1").partition("?token=")
@@ -101,7 +101,6 @@ def test_beyond_this_machine_a_token_is_needed(tiny_root):
         assert post(place, "draw", {"prompt": "a", "n": 1}, Authorization=f"Bearer {token}")[0] == 200
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_in_a_browser(address, tmp_path):
     """Draws two images and chats for two turns by clicking, as people do."""

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from crashes import run
 from test_documents import ANSWER, opened, part
-from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, prepare_set, start
+from tiny import REPOSITORY, ROWS, SHARD_ROWS, bytes_of, copy_of, prepare_set
 
+import pipelines.prepare
 from unifork.config import Experiment, TrainResources, load
 from unifork.documents import mixture
 from unifork.documents.mixture import Documents
@@ -46,14 +47,13 @@ def test_the_program_makes_what_the_worker_makes_one_shard_for_each_shard_of_cod
     assert faults(folder_of(root)) == []
 
 
-@pytest.mark.cluster
-def test_two_workers_make_the_same_bytes(tiny_root, tmp_path):
+def test_two_workers_make_the_same_bytes(ray_session, tiny_root, tmp_path, monkeypatch):
     root = copy_of(tiny_root, tmp_path)
     (root / "two.yaml").write_text("name: two\ncpus: 2\njobs: {prepare: {workers: 2, cpus: 0.5}}\n")
     shutil.rmtree(folder_of(root))
-    program = start(root, *PROGRAM, cluster="two.yaml")
-    output = program.communicate(timeout=120)
-    assert program.returncode == 0, output
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("UNIFORK_CLUSTER", "two.yaml")
+    pipelines.prepare.main(KEY)
     assert bytes_of(folder_of(root)) == bytes_of(folder_of(tiny_root))
 
 

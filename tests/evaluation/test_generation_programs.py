@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import crashes
 import numpy as np
 import pytest
 import yaml
 from benchmark_files import ROOT, lines, png, write
 from generation_files import FILES, PROMPTS, benchmark, image_folder
-from tiny import fresh_tokenizer, start, write_experiment, write_model
+from tiny import fresh_tokenizer, write_experiment, write_model
 from tiny_networks import KINDS, shrink
 from typer.testing import CliRunner
 
@@ -169,9 +170,7 @@ def test_programs_go_from_a_model_to_scores(tmp_path):
     (tmp_path / "params.yaml").write_text(text.replace("model: models/unifork-s3", "model: models/unifork-init"))
 
     def run(program, name):
-        output, problem = (process := start(tmp_path, f"pipelines.{program}", name)).communicate(timeout=300)
-        assert process.returncode == 0, problem
-        return output
+        return crashes.run(tmp_path, (f"pipelines.{program}", name))
 
     for name in ("geneval", "mjhq", "dpg"):
         run("items", name)

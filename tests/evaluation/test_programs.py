@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import crashes
 import pytest
 from tiny import REPOSITORY, bytes_of, fresh_tokenizer, start, write_experiment, write_model
 
@@ -38,10 +39,7 @@ def root(tmp_path_factory):
 
 
 def run(root, program, name):
-    process = start(root, f"pipelines.{program}", name)
-    output, problem = process.communicate(timeout=300)
-    assert process.returncode == 0, problem
-    return output
+    return crashes.run(root, (f"pipelines.{program}", name))
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import crashes
 import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import REPOSITORY, start, write_experiment
+from tiny import REPOSITORY, write_experiment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -287,15 +288,11 @@ def test_the_programs_list_what_is_not_here_and_the_page_shows_scores(tmp_path):
     assert experiment.text_runs == {"unifork-tiny": entry}
     assert experiment.scored == {"unifork": ("tiny",)}
     for program, name in (("text", "unifork/tiny"), ("score", "unifork")):
-        process = start(tmp_path, f"pipelines.{program}", name)
-        output, problem = process.communicate(timeout=300)
-        assert process.returncode == 0, problem
-        assert "not here: put two files into archives/text" in output
+        assert "not here: put two files into archives/text" in crashes.run(tmp_path, (f"pipelines.{program}", name))
     assert json.loads((tmp_path / "scores/unifork.json").read_text()) == {}
     shutil.rmtree(tmp_path / "answers/unifork/tiny")
     written(tmp_path / "answers/unifork/tiny", [row("arc_tiny", acc=1.0), row("boolq_tiny", acc=0.0)] * 2)
-    process = start(tmp_path, "pipelines.score", "unifork")
-    assert process.wait() == 0
+    crashes.run(tmp_path, ("pipelines.score", "unifork"))
     found = benchmark("tiny", experiment, Layout(tmp_path))
     assert found["numbers"]["unifork"]["all"]["mean"]["value"] == 0.5
     assert found["missing"] == []

@@ -111,6 +111,7 @@ def run_page(folder: Path, home: Path) -> tuple[str, str]:
     return text, printed
 
 
+@pytest.mark.slow  # runs the page
 def test_codes_of_any_key_and_number_of_images_are_decoded(root, tmp_path):
     offer = Offer("'unifork @ git+https://example.org/u.git'", with_tokenizer=True)
     folder = tmp_path / "deep/er/out"
@@ -175,6 +176,7 @@ def test_the_tokenizer_comes_along(root, tmp_path, monkeypatch):
     assert theirs.to_pylist() == ours.to_pylist()
 
 
+@pytest.mark.slow  # runs the page
 def test_a_model_is_loaded_by_the_lines_of_its_page(trained, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(trained / "published", folder)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import crashes
 import pytest
 from tiny import REPOSITORY, bytes_of, filter_here, run_here, start, write_experiment
 from typer.testing import CliRunner
@@ -267,7 +268,8 @@ def test_the_programs_name_what_is_wrong_with_their_input_and_mend_their_output(
         assert f"part-00001.parquet: {problem}" in line
         repair, stage = re.findall(r"`(.*?)`", line)
         assert stage == "dvc repro download@shapes"
-        assert program(experiment, "unifork.cli", *repair.split()[1:])[0] == 0
+        crashes.run(experiment, ("unifork.cli", *repair.split()[1:]))
         for stage in ("download", "filter"):
-            assert "3/3 shards (2 kept from before), 4/4 rows" in program(experiment, f"pipelines.{stage}", "shapes")[1]
+            output = crashes.run(experiment, (f"pipelines.{stage}", "shapes"))
+            assert "3/3 shards (2 kept from before), 4/4 rows" in output
         assert bytes_of(experiment / "data") == bytes_of(whole / "data")

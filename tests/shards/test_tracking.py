@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from forks import program
 from PIL import Image
 from tiny import REPOSITORY, bytes_of, fresh_tokenizer, write_experiment
 
@@ -22,17 +23,11 @@ IMAGES, SHARD_ROWS = 12, 4
 
 
 def command(root: Path, *words: str, code: int = 0) -> str:
-    """Run `python -m words`; what it printed."""
-    environment = os.environ | {
-        "PYTHONPATH": str(root),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "UNIFORK_CLUSTER": "clusters/local.yaml",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """Run `python -m words` in a forked process, whose own programs are real ones; what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended, output = program(root, words, PYTHONPATH=str(root), PATH=path, UNIFORK_CLUSTER="clusters/here.yaml")
+    assert ended == code, output
+    return output
 
 
 @pytest.fixture(scope="module", params=["manifest", pytest.param("whole", marks=pytest.mark.soak)])
@@ -44,6 +39,7 @@ def checkout(request, tmp_path_factory) -> tuple[Path, str]:
         copy(REPOSITORY / name, root / name)
     for name in ("datasets", "experiments", "clusters"):
         shutil.copytree(REPOSITORY / name, root / name)
+    (root / "clusters/here.yaml").write_text("name: here\n")
     card = yaml.safe_load((root / "datasets/blip3o_60k.yaml").read_text())
     card |= {"name": "noise", "filters": []}
     card["source"] = {"kind": "pairs", "options": {"files": "archives/noise/*.tar"}}

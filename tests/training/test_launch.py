@@ -1,6 +1,5 @@
 """What training asks Ray for, and which errors cost a restart."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -52,6 +51,7 @@ def test_a_loss_out_of_its_band_ends_the_run_at_once_with_its_message(ray_sessio
     assert log_of(stage_job).count("starting, 8 steps") == 1
 
 
+@pytest.mark.soak  # what ends a worker keeps its type in the tests beside it; a next start: test_signals
 def test_a_missing_template_keeps_its_type_and_the_next_start_is_a_new_one(ray_session, root):
     stage_job = job(root, resources=resources(1), steps=1)
     stage = stage_job.stage
@@ -161,6 +161,13 @@ def test_a_range_of_workers_takes_what_is_there(ray_session, root, monkeypatch, 
 def test_waiting_is_said(ray_session, root, monkeypatch, tmp_path, capfd):
     import ray
 
+    def words(**what):
+        found = room(**what)
+        ray.kill(others[0])
+        return found
+
+    room = launch.room
+    monkeypatch.setattr(launch, "room", words)
     monkeypatch.setattr(launch, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(launch, "check_room", lambda *_: None)
 
@@ -176,8 +183,6 @@ def test_waiting_is_said(ray_session, root, monkeypatch, tmp_path, capfd):
 
     (tmp_path / "attempts").mkdir()
     instead_of_training(monkeypatch, tmp_path / "attempts", stage)
-    leaves = threading.Timer(8, ray.kill, [others[0]])
-    leaves.start()
     launch.launch(job(root, resources=resources(1)))
     line = "unifork-s2-pretrain: waiting for 1 workers with 0.5 CPU each; the cluster has 0 of 2 CPU free"
     assert line in capfd.readouterr().out
@@ -199,6 +204,7 @@ def test_a_worker_that_is_lost_costs_a_restart(ray_session, root, monkeypatch, t
     assert started(tmp_path / "attempts")["1"] == 2  # the other may not have come so far when the first is lost
 
 
+@pytest.mark.soak  # as the last two failures of the test of restarts from a checkpoint
 def test_what_is_no_mistake_of_the_user_is_raised_by_ray_after_the_last_restart(
     ray_session, root, monkeypatch, tmp_path
 ):
