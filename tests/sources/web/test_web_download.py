@@ -163,7 +163,7 @@ def test_a_list_in_the_shape_of_unsplash(root, web):
     (root / "lists/photos.tsv000").write_text(text + "\nbroken\n")
     manifest, _, _ = download(card(("id",), files="lists/photos.?sv*"), "out")
     (row,) = rows_of("out")
-    assert (row["key"], row["id"], row["caption"]) == ("photos/000000000", "x", "a_cat")
+    assert (row["key"], row["id"], row["caption"]) == ("photos.tsv000/000000000", "x", "a_cat")
     assert manifest.dropped == {"no_url": 1, "broken_line": 1}
 
 
