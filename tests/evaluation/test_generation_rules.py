@@ -348,6 +348,10 @@ def test_fid_refuses_features_that_are_none(tmp_path, text):
         ({"tag": "Counting"}, "prompt 00000: unknown tag 'Counting'. Did you mean 'counting'"),
         ({"include": [{"class": "dog"}]}, "no 'count' in {'class': 'dog'}; wanted: evaluation_metadata"),
         ({"include": [{"count": 1}]}, "no 'class' in {'count': 1}"),
+        (
+            {"include": [{"class": "dog", "count": 1, "position": ["left of", 1]}]},
+            "prompt 00000: position ['left of', 1] names no clause before its own",
+        ),
     ],
 )
 def test_prompts_of_geneval_that_no_image_can_meet_are_refused(tmp_path, change, problem):

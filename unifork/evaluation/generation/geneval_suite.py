@@ -39,8 +39,9 @@ def read(archive: Archive, options: Options, _: int) -> list[Item]:
     items = []
     for number, plain in enumerate(archive.json("**/evaluation_metadata.jsonl")):
         name, truth = f"{number:05d}", {part: plain.get(part, []) for part in ("include", "exclude")}
-        for clause in [*truth["include"], *truth["exclude"]]:
-            _clause(clause)  # raises what scoring would
+        for place, clause in enumerate([_clause(part) for part in (*truth["include"], *truth["exclude"])]):
+            if clause.position and clause.position[1] not in range(place):
+                raise LookupError(f"prompt {name}: position {clause.position} names no clause before its own")
         for sample in range(options.samples):
             kind, file = one_of("tag", plain["tag"], KINDS, f"prompt {name}"), f"{name}/samples/{sample:04d}"
             about = {"kind": kind, "file": file, "metadata": plain}
