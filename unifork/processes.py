@@ -77,7 +77,7 @@ def exclusive(
         path.parent.mkdir(parents=True, exist_ok=True)
     started, elsewhere = time.monotonic(), False
     while (handle := _try_lock(path)) is None:
-        holder, before = holder_of(path)[1] or "another process", elsewhere
+        holder, before = holder_of(path) or "another process", elsewhere
         elsewhere = ON in holder and not holder.endswith(ON + socket.gethostname())
         patience = max(LEASE_SECONDS, wait_seconds) if elsewhere else wait_seconds
         if elsewhere and not before:
@@ -119,18 +119,24 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
-def holder_of(path: Path) -> tuple[bool, str]:
-    """Whether a lock is held, and who wrote it as far as it says; one left by a dead program is held by nobody."""
-    text = ""
+def holder_of(path: Path) -> str:
+    """Who wrote a lock file, as far as it says. Reads alone: a look must not hinder who wants the lock."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def is_held(path: Path) -> bool:
+    """Whether a lock is held; one left by a dead program is held by nobody. Holds it for a moment itself."""
     try:
         with open(path) as handle:
-            text = handle.read().strip()
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True, text
+        return True
     except OSError:  # gone while we looked; a file system without locks
         pass
-    return False, text
+    return False
 
 
 def meet(rank: int, workers: int, backend: str, folder: str, numbers: int = 1024) -> float:

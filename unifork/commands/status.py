@@ -19,7 +19,7 @@ from yaml import YAMLError, safe_load
 
 from unifork.config import Experiment, load, load_experiment
 from unifork.layout import STAGE_OF_FOLDER, Layout
-from unifork.processes import holder_of, lock_path
+from unifork.processes import holder_of, is_held, lock_path
 from unifork.reference import among, reference, references
 from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, write_json
 from unifork.shards.progress import PROGRESS, places, read_progress
@@ -128,7 +128,7 @@ def _validation(path: Path) -> Row:
 
 def _state(locks: Sequence[Path], finished: bool, begun: bool, progress: Row) -> Row:
     """running, finished, stopped, waiting or unknown, with the reason; seconds left and since the last sign of life."""
-    holders = [holder_of(lock) for lock in locks if lock.exists()]
+    holders = [(is_held(lock), holder_of(lock)) for lock in locks if lock.exists()]
     elsewhere = [text for _, text in holders if text and not text.endswith(f" on {socket.gethostname()}")]
     state, reason = "waiting", None
     if any(held for held, _ in holders):

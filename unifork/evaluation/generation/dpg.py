@@ -95,8 +95,9 @@ def corrected(item: Item, answer: Answer) -> Verdict:
 def _judged(answer: Answer, order: Sequence[str], share_of: Callable[[dict[str, bool]], float]) -> Verdict:
     try:
         texts = dict(json.loads(answer.text))
-        # raises TypeError for an answer that is no text
-        return Verdict(texts, share_of({question: str.__eq__(texts[question], YES) for question in order}))
+        if odd := [question for question in order if not isinstance(texts[question], str)]:
+            raise TypeError(f"{odd[0]}: {texts[odd[0]]!r} is no text")
+        return Verdict(texts, share_of({question: texts[question] == YES for question in order}))
     except (ValueError, TypeError, KeyError) as error:
         return Verdict(None, 0.0, (f"not an answer to every question: {error}",))
 
