@@ -20,6 +20,7 @@ from model_samples import (
 
 from unifork.batch import BEGIN_IMAGE, IMAGE, TEXT, Document, pack
 from unifork.config import Sampling
+from unifork.models import decoder
 from unifork.models import generation as decoding
 from unifork.models.generation import (
     answer_texts,
@@ -231,3 +232,33 @@ def test_draws_follow_the_probabilities_and_never_pick_the_impossible():
     assert torch.bincount(found, minlength=5).tolist() == [0, 1000, 0, 3000, 0]
     assert torch.equal(draws(1, 2, P, DEPTH), draws(1, 2, P, DEPTH))
     assert not torch.equal(draws(1, 2, P, DEPTH), draws(1, 2 + 2**32, P, DEPTH))
+
+
+@pytest.mark.parametrize("plan", ["unifork:2", "uni-x:1:1"])
+def test_few_rows_and_large_weights_are_multiplied_the_other_way_round(plan, monkeypatch):
+    model, sampling = noisy_model(plan), Sampling(seed=3)
+    usual, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda rows, *others: usual.append(1) or linear(rows, *others))
+
+    def drawn(prompts):
+        usual.clear()
+        return generate_images(model, prompts, UNCONDITIONAL, sampling), len(usual)
+
+    single, three = drawn(PROMPTS[:1]), drawn(PROMPTS)
+    monkeypatch.setattr(decoder, "LARGE_WEIGHT", 1)
+    again, three_again = drawn(PROMPTS[:1]), drawn(PROMPTS)
+    assert torch.equal(again[0], single[0])
+    assert again[1] < single[1] / 10  # only what reads the prompts
+    assert torch.equal(three_again[0], three[0])
+    assert three_again[1] > three[1] / 2  # six rows
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_the_other_way_round_is_the_same_map(bias):
+    linear = decoder.Linear(512, 512, bias)
+    for count in (1, 2, 3, 4):
+        given = torch.randn(count, 1, 512)
+        wanted = torch.nn.functional.linear(given, linear.weight, linear.bias)
+        torch.testing.assert_close(linear(given), wanted, rtol=1e-5, atol=1e-5)
+        assert linear(given).shape == wanted.shape

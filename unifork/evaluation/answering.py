@@ -23,7 +23,7 @@ from unifork.shards.schema import columns_of
 from unifork.shards.task import ShardResult, ShardTask
 from unifork.vocabulary import CODE_DTYPE, VOCABULARY_VERSION
 
-ANSWER_VERSION = 2
+ANSWER_VERSION = 3
 """Raise when the same model would give other answers to the same items."""
 SCHEMA = pa.schema(
     [*((name, pa.string()) for name in ("id", "prompt", "text")), *((name, pa.binary()) for name in ("image", "codes"))]

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unifork.config import HeadConfig
 from unifork.errors import ConfigError
+from unifork.models.decoder import Linear
 from unifork.models.losses import linear_cross_entropy
 
 HEAD = "head"
@@ -116,7 +117,7 @@ class HeadBlock(nn.Module):
 
 
 def _linear(weight_OI: Tensor, bias_O: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], device="meta")
+    linear = Linear(weight_OI.shape[1], weight_OI.shape[0], device="meta")
     linear.weight, linear.bias = nn.Parameter(weight_OI), nn.Parameter(bias_O)
     return linear
 

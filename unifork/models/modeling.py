@@ -31,6 +31,7 @@ from unifork.models.decoder import (
     AttentionContext,
     Block,
     Cache,
+    Linear,
     batch_routes,
     by_modality,
     family,
@@ -108,6 +109,9 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.image_head = ImageHead(config.head_config(), H, config.code_channels, config.codebook_size, config.depth)
         self.register_buffer("codebook", torch.zeros(config.codebook_size, config.code_channels))
         self.codebook: Tensor
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear  # also in transformers' modules, which make plain ones
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch) -> Losses:
