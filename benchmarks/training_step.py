@@ -32,7 +32,8 @@ from timing import alternate, interval, machine, ratio, table
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack, pack_step
+from unifork import batch as packing_of  # of an older tree, too, which has no `pack_step` there (decoding.py)
+from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT, Batch, Document, pack
 from unifork.config import HeadConfig, OptimizerConfig, Variant
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
@@ -123,7 +124,7 @@ def make_documents(size: Size, count: int) -> list[Document]:
 
 def packed(documents: list[Document], row_tokens: int) -> list[Batch]:
     """Rows of whole documents, one row a microbatch."""
-    packing = pack_step([len(doc) for doc in documents], [doc.task for doc in documents], row_tokens)
+    packing = packing_of.pack_step([len(doc) for doc in documents], [doc.task for doc in documents], row_tokens)
     return [pack([[documents[number] for number in row]], packing.row_tokens, DEPTH) for row in packing.rows]
 
 
