@@ -24,17 +24,19 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts a Ray is slow, and comes first: clusters of a test's own, then what uses the session's Ray.
 
-    Processes take files in this order, so that none gets a cluster any more when it has the session's Ray.
+    Processes take slow tests file by file in this order, so that none gets a cluster any more when it has the session's
+    Ray; fast tests come last and one by one, so that no process is left without work.
     """
 
     def order(item: pytest.Item) -> int:
         users = "ray_session" in getattr(item, "fixturenames", ())
         cluster, longest = item.get_closest_marker("cluster"), item.path.name == "test_end_to_end.py"
-        return (0 if longest else 1) if cluster else 2 if users else 3
+        return (0 if longest else 1) if cluster else 2 if users else 3 if item.get_closest_marker("slow") else 4
 
     for item in items:
-        if order(item) < 3:
+        if order(item) < 4:
             item.add_marker("slow")
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     items.sort(key=order)
 
 

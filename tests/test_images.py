@@ -168,6 +168,7 @@ def test_scans_without_end_cost_nothing():
 
 
 @pytest.mark.parametrize("size", [48, 256, 384])
+@pytest.mark.slow
 def test_whatever_the_filter_keeps_can_be_encoded_at_every_size(size):
     random.seed(size)
     sides = [(1, 1), (1, MAX_ASPECT), (MAX_ASPECT, 1), (2, 2 * MAX_ASPECT), (3, 600), (7, 3)]

@@ -99,6 +99,7 @@ def test_a_name_that_yaml_reads_otherwise_is_refused(here, name):
 
 
 @pytest.mark.parametrize("like", ["demo", "micro"])
+@pytest.mark.slow
 def test_what_is_written_can_be_used_and_is_never_overwritten(here, like):
     new("birds", "--from", "archives/csv", "--like", like)
     assert use("birds").name == "birds"
@@ -152,6 +153,7 @@ def test_empty_texts_beside_images_are_shown(here):
     assert "  000  40 x 40  ''" in re.sub(r"\d+ x \d+", "40 x 40", new("birds", "--from", "archives/pairs"))
 
 
+@pytest.mark.slow
 def test_several_captions_of_an_image_and_columns_with_dots_and_other_urls(here):
     links = "".join(f"https://p.example/{n},https://i.example/{n}.jpg?w=1,a bird\n" for n in range(2))
     put(here / "archives/urls/more.csv", f"page,src.url,meta.title\n{links}".encode())

@@ -114,6 +114,7 @@ def test_tracks_count_documents_tokens_and_passes():
     assert sum(map(documents, tracks.values())) == pytest.approx(132_480_000)
 
 
+@pytest.mark.slow
 def test_fewer_supervised_positions_and_isolated_layers_cost_less():
     track = PAPER.stages["s2-sft"].tracks["joint"]
     entry = track.mixture[0]

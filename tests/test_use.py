@@ -238,6 +238,7 @@ def test_seeds_expand_variants_runs_and_evaluations_alone(here):
         assert getattr(several, shared) == getattr(alone, shared)
 
 
+@pytest.mark.slow
 def test_the_command_line_chooses_seeds_and_variants(here):
     own({**MOT, **NO_BRANCHES, "seeds": [0, 1]})
     result = CliRunner().invoke(app, ["use", "own", "--seeds", "4", "--variants", "shared,mot"])
@@ -307,6 +308,7 @@ def test_variants_without_branches_train_what_the_stage_says_for_them(here):
     use(own({**MOT, **NO_BRANCHES}))
 
 
+@pytest.mark.slow
 def test_use_prints_what_differs_and_what_does_not(here):
     own({**MOT, **NO_BRANCHES, "variants/expert": {"like": "shared", "stages": ["s2-pretrain"]}})
     text = " ".join(CliRunner().invoke(app, ["use", "own"]).output.split())
@@ -420,6 +422,7 @@ def test_a_mixture_that_no_row_fits_is_refused(here, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_corpus_is_used_and_its_documents_are_planned_without_images(here):
     Path("datasets/corpus.yaml").write_text(CORPUS)
     use(own({"datasets/corpus": {"rows": 10, "shard_rows": 10}, f"{TRACK}/mixture": [ANSWER, PLAIN]}))

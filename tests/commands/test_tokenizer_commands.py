@@ -82,6 +82,7 @@ def root(tiny_root, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_stage_imports(root):
     assert load(Experiment, root / "params.yaml").image_tokenizer.source == IMPORT["import"]
     run(root, ("pipelines.image_tokenizer",))

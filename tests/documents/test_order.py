@@ -33,6 +33,7 @@ def test_every_prefix_is_within_one_document_of_the_weights(weights):
     assert_within_one(weights, 12_000)
 
 
+@pytest.mark.slow
 def test_so_is_every_prefix_of_mixtures_that_nobody_chose():
     rng = np.random.default_rng(0)
     for parts in (2, 3, 5, 9, 40, 300):

@@ -58,6 +58,7 @@ def die_in_a_part(*arguments) -> None:
 
 
 @pytest.mark.parametrize("name", CARDS)
+@pytest.mark.slow
 def test_only_what_is_left_is_answered_and_the_bytes_are_the_same(tiny_root, items, tmp_path, monkeypatch, name):
     card, folder, numbers = load_eval(name, REPOSITORY / "datasets/evals"), tmp_path / "killed", []
     engine_answers = getattr(Engine, CARDS[name])

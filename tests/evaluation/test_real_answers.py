@@ -82,6 +82,7 @@ def test_answers_to_other_questions_are_refused(real, tmp_path):
     assert "0 items; its card wants 2374" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_two_files_of_answers_are_compared_pairwise(real, tmp_path):
     """One model answers as the other but for fifty items: the difference is surer than two errors say."""
     answers = [json.loads(line) for line in (real / "pope.jsonl").read_text().splitlines()]
@@ -102,6 +103,7 @@ def test_two_files_of_answers_are_compared_pairwise(real, tmp_path):
     assert "1 items are not the same in both: adversarial/1" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_verdicts_of_another_version_or_form_are_not_compared(real, tmp_path):
     """A rule that has changed reads the same answers in another way."""
     ours = real / "scores" / "pope"

@@ -91,6 +91,7 @@ def root(tiny_root, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_store_holds_the_bytes_that_a_disk_would_and_every_reader_finds_them(tiny_root, root, store):
     assert len(stages(root, store)) == 5 * SHARDS
     local = files(tiny_root / "data")
@@ -144,6 +145,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_named_and_made_again_alone(root, store):
     stages(root, store)
     before, away = files(root / "data"), objects(store)

@@ -53,6 +53,7 @@ def test_lines_of_lists(at, little_memory):
         assert [found[f"l/{number:09d}"] for number in range(len(lines))] == list(lines.values())
 
 
+@pytest.mark.slow
 def test_damaged_lists_cost_themselves_alone(at):
     put(at / "images/a.jpg", JPEG)
     letters = random.Random(0)

@@ -307,6 +307,7 @@ def test_llavas_array(at, indent, mark):
     assert kept.rejects == [reject for reject in result.rejects if reject[1] != "text_only"]
 
 
+@pytest.mark.slow
 def test_a_broken_element_of_an_array_costs_no_other(at):
     """Neither does its offset: each shard begins to read at its own first element."""
     llava_images(at / "images")

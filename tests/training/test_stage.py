@@ -59,6 +59,7 @@ def test_stage_three_branches_do_not_touch_each_other(root, unbroken):
 
 
 @pytest.mark.parametrize("interleave", ["sequential", "concurrent"])
+@pytest.mark.slow
 def test_how_tracks_take_turns_does_not_change_the_weights(root, unbroken, interleave):
     stage_job = job(root, "unifork-s3", interleave=interleave)
     train_stage(stage_job, WorkerContext())

@@ -133,6 +133,7 @@ def test_validation_is_the_mean_over_the_parts_of_the_newest(root):
     assert "1.500     4.500" in shown()
 
 
+@pytest.mark.slow
 def test_the_share_of_a_peak_is_that_of_the_planned_flops(root):
     stage_job = job(root)
     model, found = load_model(stage_job.start), {}

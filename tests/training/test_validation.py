@@ -127,6 +127,7 @@ def test_another_share_is_another_run(root, finished):
 
 
 @pytest.mark.parametrize("where", ["before the update", "between latest and the metrics"])
+@pytest.mark.slow
 def test_after_a_kill_the_record_is_the_same(root, finished, where):
     stage_job = job(root, validation=OFTEN)
     killed(stage_job, where, 5 if "update" in where else 2)

@@ -51,6 +51,7 @@ def dense(root, name, seed=0):
     return found
 
 
+@pytest.mark.slow
 def test_variants_of_a_seed_have_the_same_weights_and_documents(comparison):
     fresh = {name: dense(comparison, name) for name in VARIANTS}
     for name in VARIANTS[1:]:

@@ -115,6 +115,7 @@ def rejects(folder) -> list[dict]:
     return [row for path in sorted(Path(folder, "quarantine").glob("*")) for row in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.slow
 def test_every_row_is_in_its_class_and_good_images_arrive_as_they_are(root, web, forbidden):
     cases = pages(web, forbidden.root)
     web.pages |= {path: page for path, (_, page) in cases.items() if page is not None}
@@ -287,6 +288,7 @@ def test_a_key_that_repeats_is_counted(root, web):
     assert manifest.dropped == {"duplicate_key": 1}
 
 
+@pytest.mark.slow
 def test_a_host_has_at_most_its_connections_and_the_tail_of_a_shard_ends(root, web):
     def slow(page):
         time.sleep(0.03)

@@ -256,6 +256,7 @@ def test_hosts_are_asked_in_turn_and_none_exceeds_its_connections(threads):
 
 
 @pytest.mark.parametrize("silent", [0, 4, 6, 20])
+@pytest.mark.slow
 def test_silent_hosts_hold_back_no_other_and_are_given_up(silent):
     """Never more than half of the threads wait for hosts that do not answer; 16 failures in a row are enough."""
     names = [f"silent{number}" for number in range(silent)]
