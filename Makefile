@@ -11,8 +11,8 @@ demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the
 	@unifork score band
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
-test: $(VENV)/.installed        ## all tests but pages and the long kill tests; three processes, since slow ones often wait
-	python -m pytest -m "not soak and not pages" -n 3 --dist loadgroup --no-loadscope-reorder --durations=15 -rs
+test: $(VENV)/.installed        ## all tests but pages and the long kill tests; two processes, the slow ones first, file by file
+	python -m pytest -m "not soak and not pages" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 -rs
 
 test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work, under two minutes
 	python -m pytest -m "not soak and not slow" -n 2 --dist worksteal --durations=15
