@@ -14,7 +14,7 @@ demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the
 test: $(VENV)/.installed        ## all tests but pages and the long kill tests; two processes, the slow ones first, file by file
 	python -m pytest -m "not soak and not pages" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 -rs
 
-test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work, under two minutes
+test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work
 	python -m pytest -m "not soak and not slow" -n 2 --dist worksteal --durations=15
 
 pages: $(VENV)/.installed        ## all commands of docs/howto.md and docs/own-data.md, as people type them

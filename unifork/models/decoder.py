@@ -282,8 +282,8 @@ def norms(branches: tuple[str, ...], config: PreTrainedConfig) -> nn.ModuleDict:
 class Linear(nn.Linear):
     """A linear map that a CPU takes the other way round in float32 when a large weight meets two or three rows.
 
-    One image with guidance is two rows. Rows times weight takes a CPU 1.1 to 4 times as long there as weight times rows
-    (MKL, AMD EPYC, weights beyond its second cache); small weights and other numbers of rows are better as they are.
+    One image with guidance is two rows. Rows times weight takes MKL longer there than weight times rows, on an AMD EPYC
+    (docs/performance.md); small weights and other numbers of rows are better as they are.
     """
 
     def forward(self, input: Tensor) -> Tensor:
