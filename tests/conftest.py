@@ -21,6 +21,7 @@ set_ray_environment()  # before any test imports ray
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside this file, such as `tiny`
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups (with pytest 9.2 it sets them in vain)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts a Ray is slow, and comes first: clusters of a test's own, then what uses the session's Ray.
 
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if order(item) < 4:
             item.add_marker("slow")
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=order)
 
 
