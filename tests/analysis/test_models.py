@@ -210,7 +210,7 @@ def test_the_command_from_a_checkpoint_to_numbers_and_figures(root, monkeypatch,
     [
         (("alignment",), "give either --prompts FILE, --benchmark NAME or --held-out"),
         (("alignment", "--held-out", "--benchmark", "geneval"), "give either --prompts FILE, --benchmark NAME or"),
-        (("alignment", "--benchmark", "shapes-generation"), "data/evals/shapes-generation: not there"),
+        (("alignment", "--benchmark", "shapes-generation"), "data/evals/shapes-generation: no manifest.json"),
         (("alignmant", "--held-out"), "unknown analysis 'alignmant'"),
         (("entropy", "--run", "nobody"), "unknown run 'nobody'"),
         (("entropy", "--choose", "rows=l3"), "rows: Input should be 'l2'"),

@@ -79,8 +79,15 @@ def test_rows_of_any_key_go_out_come_back_and_are_taken_down(tiny_root, tmp_path
         Image.fromarray(np.full((48, 48, 3), number * 20, np.uint8)).save(image)
         image.with_suffix(".txt").write_text("a square")
     tasks = {"generation": {"view": "crop", "texts": ["caption"]}}
-    card = {"name": "odd", "title": "odd keys", "homepage": "none", "license": "CC0-1.0", "redistribute_codes": True,
-            "source": {"kind": "pairs", "options": {"files": str(root / "archives/odd")}}, "tasks": tasks}  # fmt: skip
+    about = {
+        "title": "odd keys",
+        "homepage": "none",
+        "license": "CC0-1.0",
+        "attribution": "none",
+        "redistribute_codes": True,
+    }
+    source = {"kind": "pairs", "options": {"files": str(root / "archives/odd")}}
+    card = {"name": "odd", **about, "source": source, "tasks": tasks}
     (root / "datasets/odd.yaml").write_text(yaml.safe_dump(card))
     loaded, layout = load_card("odd", root / "datasets"), Layout(root)
     run_here([download_job(loaded, 11, 4, 0, layout.raw("odd"))], Materialize(loaded))
