@@ -76,6 +76,14 @@ def test_ray_is_imported_in_three_places_only():
     assert users <= RAY_ALLOWED
 
 
+def test_files_beside_the_code_are_installed_with_it():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    files = [path for path in (ROOT / "unifork").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    others = [path for path in files if path.suffix != ".py" and not any(map(path.match, settings))]
+    assert others == []
+    assert (ROOT / "unifork/py.typed").exists()  # people's type checkers read the library
+
+
 def test_datasets_holds_no_python():
     """Otherwise transformers would take the folder for the library of the same name."""
     assert not list((ROOT / "datasets").rglob("*.py"))

@@ -23,7 +23,7 @@ STAGES_OF = {
     "DOCUMENTS_VERSION": "text_tokenizer prepare init train answer text analyze report",
     "MODEL_VERSION": "init train answer text analyze report",
     "TRAIN_VERSION": "train report",
-    "ITEMS_VERSION": "items examine score report",
+    "ITEMS_VERSION": "items analyze examine score report",
     "ANSWER_VERSION": "answer report",
     "EXAMINE_VERSION": "examine",
     "SCORE_VERSION": "score report",

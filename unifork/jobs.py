@@ -28,12 +28,14 @@ from unifork.config import (
     IN_JOB,
     ROOT,
     Cluster,
+    JobResources,
     TrainResources,
     cluster_file,
     in_job,
     load_cluster,
     load_experiment,
 )
+from unifork.devices import chosen_device
 from unifork.errors import ConfigError, Stopped, UniForkError, one_of
 from unifork.processes import die_with_parent, exclusive
 
@@ -58,6 +60,12 @@ def program(output: Callable[[str], Path], main: Callable[[str], None], what: st
             main(name)
 
     run_stage(alone, module, [name] if what else [], [output(name)])
+
+
+def device_of(step: str) -> str:
+    """Where a program without workers computes, by `jobs` of the cluster file. Raises ConfigError for an absent GPU."""
+    gpus = load_cluster().jobs.get(step, JobResources()).gpus
+    return str(chosen_device("cuda" if gpus else "cpu", f"{cluster_file()}: jobs.{step}.gpus:"))
 
 
 def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], outputs: Sequence[Path] = ()) -> None:

@@ -1,5 +1,6 @@
 """Analyses of small models: what is read, what batches and padding change (nothing), and the command."""
 
+import importlib
 import json
 import sys
 from math import isfinite
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import REPOSITORY, copy_of
+from tiny import REPOSITORY, copy_of, write_experiment
 
 from unifork.analysis import alignment, gradients
 from unifork.analysis.alignment import pooled_states
@@ -16,9 +17,10 @@ from unifork.analysis.gradients import conflicts
 from unifork.analysis.runs import RunDocuments
 from unifork.batch import IMAGE, TEXT
 from unifork.cli import main
-from unifork.config import Analysis, Sampling
+from unifork.config import Analysis, Sampling, load_eval
 from unifork.documents.prompts import template_named, written
 from unifork.errors import ConfigError, DataError
+from unifork.evaluation.items import Item, write_items
 from unifork.experiments import resolve
 from unifork.library import Model
 from unifork.models.modeling import UniForkModel
@@ -206,7 +208,9 @@ def test_the_command_from_a_checkpoint_to_numbers_and_figures(root, monkeypatch,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("alignment",), "give either --prompts FILE or --held-out"),
+        (("alignment",), "give either --prompts FILE, --benchmark NAME or --held-out"),
+        (("alignment", "--held-out", "--benchmark", "geneval"), "give either --prompts FILE, --benchmark NAME or"),
+        (("alignment", "--benchmark", "shapes-generation"), "data/evals/shapes-generation: no manifest.json"),
         (("alignmant", "--held-out"), "unknown analysis 'alignmant'"),
         (("entropy", "--run", "nobody"), "unknown run 'nobody'"),
         (("entropy", "--choose", "rows=l3"), "rows: Input should be 'l2'"),
@@ -224,4 +228,44 @@ def test_an_experiment_names_the_stages_that_are_analyzed():
     assert [*experiment.analyzed] == [*experiment.runs]
     first = experiment.analyzed["unifork-s1-classes"]
     assert (first.kinds, first.start) == (("alignment",), "models/unifork-init")
-    assert resolve("paper", REPOSITORY / "experiments", REPOSITORY / "datasets").analyzed == {}
+    assert resolve("compare", REPOSITORY / "experiments", REPOSITORY / "datasets").analyzed == {}
+
+
+def test_prompts_are_those_of_a_benchmark_or_there_is_no_alignment(tiny_root, tmp_path, monkeypatch, capsys):
+    """The stage and the command take the same texts; where its files are not here the stage says so and goes on."""
+    root = copy_of(tiny_root, tmp_path / "root")
+    copy_of(root / "models/unifork-init", root / "models/unifork-s3")
+    analyses = {"alignment": ["s3"], "prompts": "geneval", "pairs": 20, "k": 3}
+    changes = {"benchmarks": {"geneval": {}}, "analyses": analyses}
+    (root / "params.yaml").unlink()
+    monkeypatch.chdir(root)
+    analyzed = write_experiment(root, changes).analyzed["unifork-s3"]
+    assert (analyzed.kinds, analyzed.prompts) == (("alignment", "conflict", "entropy"), "data/evals/geneval")
+    with pytest.raises(ConfigError, match=r"analyses\.prompts: unknown benchmark 'genevall'.*'geneval'"):
+        write_experiment(root, {"benchmarks": {"geneval": {}}, "analyses": {"prompts": "genevall"}})
+    write_experiment(root, changes | {"analyses": analyses | {"conflict": [], "entropy": []}})
+    run_program("items", "geneval")
+    run_program("analyze", "unifork-s3")
+    assert "unifork-s3: no alignment: geneval is not here: put evaluation_metadata.jsonl" in capsys.readouterr().out
+    assert list((root / "scores/analyses/unifork-s3").iterdir()) == []
+    code, printed = run(capsys, "analyze", "alignment", "models/unifork-s3", "--benchmark", "geneval", "--out", "found")
+    assert (code, printed.err.count("\n")) == (2, 1)
+    assert "data/evals/geneval: not here: put evaluation_metadata.jsonl" in printed.err
+
+    texts = [*PROMPTS, *PROMPTS[:2]]
+    items = [Item(str(number), text, None, text) for number, text in enumerate(texts)]
+    write_items(load_eval("geneval"), items, lambda name: b"", root / "data/evals/geneval", {})
+    run_program("analyze", "unifork-s3")
+    found = json.loads((root / "scores/analyses/unifork-s3/alignment.json").read_text())
+    assert (found["prompts"], found["prompts_are"], found["choices"]["prompts"]) == (20, "geneval", "geneval")
+    words = ("--benchmark", "geneval", "--pairs", 20, "--choose", "k=3", "--untrained", "models/unifork-init")
+    code, printed = run(capsys, "analyze", "alignment", "models/unifork-s3", *words, "--out", "found")
+    assert code == 0, printed.err
+    again = json.loads(Path("found/alignment.json").read_text())
+    assert again["curves"] == found["curves"]
+    assert again["untrained"] == found["untrained"] != {}
+
+
+def run_program(name: str, key: str) -> None:
+    """A program of a stage, in this process and folder."""
+    importlib.import_module(f"pipelines.{name}").main(key)

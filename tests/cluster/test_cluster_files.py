@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from unifork.config import Cluster, TrainResources, load, load_cluster, parse
 from unifork.errors import ConfigError
+from unifork.jobs import device_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "clusters").glob("*.yaml") if "." not in path.stem)
@@ -19,7 +21,7 @@ def test_loads(path: Path) -> None:
     cluster = load(Cluster, path)
     assert cluster.name == path.stem
     always = {"download", "filter", "encode", "prepare"}
-    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer", "answer", "text"}
+    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer", "answer", "text", "analyze"}
 
 
 def test_the_local_one_starts_on_two_cores() -> None:
@@ -54,6 +56,23 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIFORK_CLUSTER", "clusters/nowhere.yaml")
     with pytest.raises(ConfigError, match=r"clusters/nowhere\.yaml: no such file"):
         load_cluster()
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_where_training_has_gpus_every_network_has_one(path: Path) -> None:
+    cluster = load(Cluster, path)
+    networks = {"image_tokenizer", "encode", "answer", "text", "analyze"}
+    with_gpu = {name for name, step in cluster.jobs.items() if step.gpus}
+    assert with_gpu == (networks if cluster.train.gpus else set())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("{name: file, jobs: {text: {gpus: 1}, analyze: {cpus: 2}}}")
+    monkeypatch.setenv("UNIFORK_CLUSTER", str(tmp_path / "file.yaml"))
+    assert (device_of("analyze"), device_of("image_tokenizer")) == ("cpu", "cpu")
+    with pytest.raises(ConfigError, match=r"file\.yaml: jobs\.text\.gpus: cuda: this machine has 0 GPUs"):
+        device_of("text")
 
 
 def test_ray_is_not_imported_before_it_is_needed() -> None:

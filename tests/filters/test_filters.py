@@ -21,7 +21,7 @@ from unifork.config import StrictModel, load_card
 from unifork.errors import ConfigError, DataError
 from unifork.filters import duplicates as dedup
 from unifork.filters.measure import Measure, measure_job
-from unifork.filters.rules import Listing, judge, listing, rule, rules_of
+from unifork.filters.rules import Listing, entry_line, judge, listing, rule, rules_of
 from unifork.filters.takedown import takedown, withdrawn
 from unifork.filters.worker import filter_job
 from unifork.images import measure
@@ -412,7 +412,7 @@ def test_a_takedown_list_acts_in_the_filter_and_on_finished_shards(tmp_path):
     names = ["part-00003.parquet", "part-00005.parquet"] if len(raw.manifest.shards) == 6 else [
         f"part-0000{n}.parquet" for n in (1, 2)
     ]  # fmt: skip
-    assert gone == {names[0]: {"1/p2": "key own/1/p2"}, names[1]: {"2/p5": f"sha256 {sha}"}}
+    assert gone == {names[0]: {"1/p2": [("key", "own/1/p2")]}, names[1]: {"2/p5": [("sha256", sha)]}}
     for folder in ("filtered", "raw", "raw-measured"):
         assert takedown(tmp_path / folder, gone) == 2
         manifest = read_manifest(tmp_path / folder)
@@ -453,6 +453,10 @@ def test_a_list_names_any_key(tmp_path, key):
     for text in forms:
         entries = Listing(put(tmp_path / "list", f"\ufeffhost no.example\r\nkey {text}\r\n".encode()))
         assert [bool(entries.match("set", row)) for row in rows] == [True, False, False], text
+        (entry,) = entries.match("set", rows[0])
+        shown = Listing(put(tmp_path / "shown", f"{(line := entry_line(entry))}\n".encode()))
+        assert line.isprintable()
+        assert shown.entries == {entry}
 
 
 @pytest.mark.parametrize(
@@ -483,18 +487,19 @@ def test_codes_without_a_withdrawn_row_are_still_codes(tiny_root, tmp_path):
 @pytest.mark.parametrize(
     ("url", "hit"),
     [
-        ("https://cdn.bad.org/x.jpg", "host bad.org"),
-        ("http://BAD.org:81/", "host bad.org"),
-        ("https://notbad.org/x.jpg", None),
-        ("https://a.org/x?y=1", "url https://a.org/x?y=1"),
-        ("https://a.org/x", None),
-        ("http://[broken", None),
-        ("", None),
+        ("https://cdn.bad.org/x.jpg", ["host bad.org"]),
+        ("http://BAD.org:81/", ["host bad.org"]),
+        ("https://notbad.org/x.jpg", []),
+        ("https://a.org/x?y=1", ["url https://a.org/x?y=1"]),
+        ("https://a.org/x", []),
+        ("http://[broken", []),
+        ("", []),
     ],
 )
 def test_hosts_and_urls_of_a_list(tmp_path, url, hit):
     entries = Listing(put(tmp_path / "list", b"host Bad.org\nurl https://a.org/x?y=1\n\n"))
-    assert entries.match("set", {"key": "k", "url": url, "sha256": "ab"}) == hit
+    found = entries.match("set", {"key": "k", "url": url, "sha256": "ab"})
+    assert [entry_line(entry) for entry in found] == hit
     with pytest.raises(ConfigError, match=r"list:2: 'urls http://a' is no entry"):
         Listing(put(tmp_path / "list", b"# ok\nurls http://a\n"))
 

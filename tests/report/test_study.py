@@ -298,7 +298,7 @@ def test_what_was_looked_at_inside_models_is_recorded_and_on_the_page(compared):
     plan, where = compared
     runs = [f"{name}-s3" for name in plan.variants]
     plan = plan.model_copy(
-        update={"analyzed": {run: AnalyzedRun(kinds=("alignment", "conflict"), start="m") for run in runs}}
+        update={"analyzed": {run: AnalyzedRun(kinds=("alignment", "conflict"), start="m", prompts="p") for run in runs}}
     )
     where.params.write_text(params_text(plan))
     for run_name in runs[:-1]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unifork.analysis import alignment, entropy, gradients
 from unifork.analysis.runs import RunDocuments
 from unifork.config import Analysis
@@ -22,18 +24,26 @@ def analyze(
 ) -> None:
     """Write an analysis of a model. of: it, and the run whose documents are read where no prompts are given.
 
+    prompts: of an alignment; `pairs` distinct ones are drawn by the seed.
+
     Raises ConfigError or DataError where there is nothing to analyze.
     """
     work, figure = KINDS[one_of("analysis", kind, KINDS)]
     found = work(of, prompts, untrained)
     weights = weights_identity(of.model.engine.model.state_dict())
-    found = {"model": str(of.model.directory), "weights": weights, "choices": of.choices.model_dump(), **found}
+    choices, device = of.choices.model_dump(), of.model.engine.model.device.type
+    found = {"model": str(of.model.directory), "weights": weights, "device": device, "choices": choices, **found}
     write_atomically(out / f"{kind}.svg", lambda path: path.write_text(figure(found, of.choices)))
     write_json(out / f"{kind}.json", found)
 
 
 def _alignment(of: RunDocuments, prompts: Sequence[str] | None, untrained: Model | None) -> dict[str, Any]:
-    texts, rows = (prompts, "given") if prompts else of.captions()
+    if prompts:
+        every, rows = [*dict.fromkeys(prompts)], of.choices.prompts or "given"
+        order = np.random.default_rng(of.choices.seed).permutation(len(every))
+        texts = [every[number] for number in order[: of.choices.pairs]]
+    else:
+        texts, rows = of.captions()
     found = alignment.alignment(of.model, texts, stage_sampling(of.model.directory), of.choices, untrained)
     return {"prompts_are": rows, **found}
 

@@ -14,6 +14,9 @@ def analyze(
     model: Annotated[Path, typer.Argument(help="model directory, for example models/unifork-s3")],
     out: Annotated[Path, typer.Option(help="folder for KIND.json and KIND.svg")],
     prompts: Annotated[Path | None, typer.Option(help="alignment: file with a prompt in each line")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="alignment: texts of a benchmark's items, data/evals/NAME")
+    ] = None,
     held_out: Annotated[bool, typer.Option(help="alignment: captions of held-out rows of the experiment here")] = False,
     run: Annotated[str | None, typer.Option(help="whose documents are read; by default the model's own name")] = None,
     untrained: Annotated[Path | None, typer.Option(help="alignment: model directory of a control")] = None,
@@ -24,19 +27,18 @@ def analyze(
     dtype: Dtype = "float32",
 ) -> None:
     """Alignment of images and texts by layer, gradient conflict, or conditional entropy of tokens."""
-    import numpy as np
-
     from unifork.analysis.kinds import analyze as analyzed
     from unifork.analysis.runs import RunDocuments
     from unifork.config import Analysis, parse
+    from unifork.evaluation.items import questions
+    from unifork.layout import Layout
     from unifork.library import Model
 
     given = dict(pair.partition("=")[::2] for pair in choose or [])
-    choices = parse(Analysis, {"pairs": pairs, "batch": batch, **given}, "--choose")
-    if kind == "alignment" and bool(prompts) == held_out:
-        raise ConfigError("whose alignment: give either --prompts FILE or --held-out")
-    every = [*dict.fromkeys(lines(prompts))] if prompts else []
-    texts = [every[number] for number in np.random.default_rng(choices.seed).permutation(len(every))[:pairs]]
+    choices = parse(Analysis, {"pairs": pairs, "batch": batch, "prompts": benchmark, **given}, "--choose")
+    if kind == "alignment" and (prompts, benchmark, held_out or None).count(None) != 2:
+        raise ConfigError("whose alignment: give either --prompts FILE, --benchmark NAME or --held-out")
+    texts = lines(prompts) if prompts else questions(Layout().items(benchmark)) if benchmark else []
     loaded = Model.load(model, device, dtype)
     control = Model.load(untrained, device, dtype) if untrained else None
     analyzed(kind, RunDocuments(run or model.name, loaded, choices), out, texts, control)

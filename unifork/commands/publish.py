@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 TAKEDOWN = Path("takedown.txt")
+NAMED = 5
+"""Entries that the report of a takedown shows; the others are counted."""
 
 
 def publish(
@@ -80,7 +82,10 @@ def takedown(
     rows: Annotated[Path, typer.Argument(help="list of rows: `url ADDRESS`, `host NAME`, `sha256 HEX`, `key SET/KEY`")],
 ) -> None:
     """Remove rows from all finished shards of a data set: images, measurements, codes and prepared documents."""
+    import sys
     from contextlib import ExitStack
+
+    import yaml
 
     from unifork.config import load_card
     from unifork.filters.rules import listing
@@ -92,10 +97,17 @@ def takedown(
     with ExitStack() as held:
         for folder in (layout.raw(dataset), layout.filtered(dataset), layout.codes / dataset, layout.prepared):
             held.enter_context(exclusive(folder))
-        for folder, count in take_down(dataset, layout, entries).items():
-            print(f"{folder}: {count} rows removed")
-    again = f"unifork publish {dataset} --to ... --takedown {rows}"
+        gone, unmatched = take_down(dataset, layout, entries)
+    for folder, count in gone.items():
+        print(f"{folder}: {count} rows removed")
+    if unmatched:
+        shown = ", ".join([*unmatched[:NAMED], *(["..."] if len(unmatched) > NAMED else [])])
+        print(f"{len(unmatched)} of {len(entries.entries)} entries name no row of {dataset}, or none any more: {shown}")
+    again = f"unifork publish {dataset} --to ... --takedown {quote(str(rows))}"
     print(f"Now `dvc repro` makes what follows from them, and `{again}` replaces what was published.")
     if str(rows) not in [rule.options.get("file") for rule in card.filters if rule.rule == "takedown"]:
-        named = f"{{rule: takedown, options: {{file: {rows}}}}}"
-        print(f"Rows of shards that are downloaded again would come back: add {named} to the filters of its card.")
+        plain = {"rule": "takedown", "options": {"file": str(rows)}}
+        rule = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+        print(
+            f"Rows of shards that are downloaded again would come back: add {rule.strip()} to the filters of its card."
+        )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from unifork.commands.infer import Device
+
 if TYPE_CHECKING:
     from unifork.config import EvalCard
     from unifork.evaluation.items import Item
@@ -164,10 +166,11 @@ def examine(
     images: Annotated[Path | None, typer.Option(help="folder, also in official layout; none: the reference")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for what is found; none: beside the images")] = None,
     archive: Archive = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Device = None,
 ) -> None:
     """Have a benchmark's networks look at images; what they find is scored by `unifork score`."""
     from unifork.cluster import run_jobs
+    from unifork.devices import chosen_device
     from unifork.errors import DataError
     from unifork.evaluation.examining import Examiner, examine_job, write_summary
     from unifork.evaluation.items import selected
@@ -179,17 +182,18 @@ def examine(
     job, worker = examine_job(card, selected(card, items), images, out or beside, archive)
     if absent := job.lineage.get(ABSENT):
         raise DataError(f"{suite}: not here: {absent}")
-    (manifest,) = run_jobs([job], Examiner, *worker, device)
+    (manifest,) = run_jobs([job], Examiner, *worker, str(chosen_device(device, "--device")))
     print(manifest.summary(job.folder))
     if images is None:
         print(*write_summary(card, job.folder), sep="\n")
 
 
 @answers_app.command(epilog="Example: unifork answers canary geneval")
-def canary(suite: Suite, device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu") -> None:
+def canary(suite: Suite, device: Device = None) -> None:
     """Record what a benchmark's networks give for drawn images, where they are sure to be the right ones."""
     from unifork.config import load_eval
+    from unifork.devices import chosen_device
     from unifork.evaluation.examining import load_networks
 
-    for name, network in load_networks(load_eval(suite), device, trusted=True).items():
+    for name, network in load_networks(load_eval(suite), str(chosen_device(device, "--device")), trusted=True).items():
         print(f"{name}: {network.hash}")

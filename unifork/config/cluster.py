@@ -133,8 +133,8 @@ class Cluster(StrictModel):
     environment of every node. None keeps shards beside their manifests."""
     jobs: dict[str, JobResources] = {}
     """Resources of `download`, `filter`, `encode`, `answer` and of `prepare`, whose workers read texts and need a CPU
-    each; the CPUs of `image_tokenizer` are the threads of its training, its GPUs (and those of `text`) whether that
-    runs on one."""
+    each; the CPUs of `image_tokenizer` are the threads of its training, its GPUs (and those of `text` and `analyze`)
+    whether that runs on one."""
     web: WebAccess = WebAccess()
     train: TrainResources = TrainResources()
     train_stages: dict[str, TrainResources] = {}

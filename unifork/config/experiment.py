@@ -228,6 +228,8 @@ class Analysis(StrictModel):
     """Stages after which gradient conflict is measured, between documents of the stage."""
     entropy: tuple[str, ...] = ()
     """Stages whose documents' conditional entropy is measured."""
+    prompts: str | None = None
+    """Benchmark whose texts are the prompts of an alignment; null: captions of held-out rows."""
     pairs: PositiveInt = 500
     """Prompts of an alignment, documents of each kind in a gradient conflict; fewer where there are fewer."""
     documents: PositiveInt = 20_000
@@ -265,6 +267,8 @@ class AnalyzedRun(StrictModel):
     kinds: tuple[str, ...]
     start: str
     """Folder of the untrained model."""
+    prompts: str
+    """Folder of the items whose texts are prompts; a page of text where there are none."""
 
 
 class StageRun(StrictModel):

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from unifork.config import EvalCard, fingerprint
 from unifork.errors import DataError
+from unifork.evaluation.names import ABSENT
 from unifork.images import measure
 from unifork.shards.job import read_table, table_of, write_shard
 from unifork.shards.manifest import Manifest, Shard, read_manifest, write_manifest
@@ -147,6 +148,13 @@ def item_of(row: Mapping[str, Any]) -> Item:
     """An item from a row of its table."""
     plain = {name: json.loads(row[name]) for name in ("truth", "about")}
     return Item(**{name: row[name] for name in (*TEXTS, "chance")}, **plain)
+
+
+def questions(folder: Path) -> list[str]:
+    """The texts of a table, each once, in their official order. Raises DataError where the benchmark is not here."""
+    if absent := read_manifest(folder).lineage.get(ABSENT):
+        raise DataError(f"{folder}: not here: {absent}")
+    return [*dict.fromkeys(item.question for item in read_items(folder))]
 
 
 def read_items(folder: Path) -> list[Item]:

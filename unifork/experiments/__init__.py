@@ -201,7 +201,8 @@ def _derived(experiment: Experiment, cards: dict[str, Card], evals: dict[str, Ev
             runs[f"{name}-{stage}"] = StageRun(variant=name, stage=stage, after=before, codes=codes, prepared=documents)
             before = f"models/{name}-{stage}"
             if kinds := experiment.analyses.of_stage(stage):
-                analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init")
+                items = f"data/evals/{prompts}" if (prompts := experiment.analyses.prompts) else _if_there(None)
+                analyzed[f"{name}-{stage}"] = AnalyzedRun(kinds=kinds, start=f"models/{name}-init", prompts=items)
     pairs = {
         f"{name}-{benchmark}": {"variant": name, "benchmark": benchmark, "model": f"models/{name}-{variant.stages[-1]}"}
         for name, variant in experiment.variants.items()

@@ -94,6 +94,8 @@ def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[s
     for kind in ANALYSES:
         for stage in getattr(experiment.analyses, kind):
             yield "stage", stage, experiment.stages, f"{place}: analyses.{kind}"
+    if prompts := experiment.analyses.prompts:
+        yield "benchmark", prompts, experiment.benchmarks, f"{place}: analyses.prompts"
     for where, track in _tracks(experiment, place):
         for entry in track.mixture:
             yield "data set", entry.dataset, experiment.datasets, f"{where}.mixture"

@@ -265,6 +265,8 @@ similarity, aesthetic, pwatermark, punsafe = map(_score_named, SCORES)
 
 KINDS = ("url", "host", "sha256", "key")
 """Kinds of entries of a list."""
+Entry = tuple[str, str]
+"""Kind and value."""
 
 
 class Listing:
@@ -277,7 +279,7 @@ class Listing:
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError naming the first line that is no entry."""
-        self.entries: set[tuple[str, str]] = set()
+        self.entries: set[Entry] = set()
         number = 0
         try:
             for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -295,16 +297,22 @@ class Listing:
         value = str(json.loads(value)) if value.startswith('"') else value
         self.entries.add((words[0], value if words[0] in ("url", "key") else value.lower()))
 
-    def match(self, dataset: str, row: dict[str, Any]) -> str | None:
-        """The entry that names a row with `key`, `url` and `sha256`, or None."""
+    def match(self, dataset: str, row: dict[str, Any]) -> list[Entry]:
+        """The entries that name a row with `key`, `url` and `sha256`."""
         url = row.get("url") or ""
         hashes = [image.get("sha256") or "" for image in (row, *(row.get(MORE_IMAGES) or ()))]
         candidates = [("key", f"{dataset}/{row['key']}"), ("url", url), *(("sha256", text.lower()) for text in hashes)]
-        hit = next((entry for entry in [*candidates, *_hosts(url)] if entry in self.entries), None)
-        return None if hit is None else " ".join(hit)
+        return [entry for entry in [*candidates, *_hosts(url)] if entry in self.entries]
 
 
-def _hosts(url: str) -> list[tuple[str, str]]:
+def entry_line(entry: Entry) -> str:
+    """An entry as a list has it, in one line that shows all its letters."""
+    kind, value = entry
+    plain = value.isprintable() and value == value.strip() and not value.startswith('"')
+    return f"{kind} {value if plain and value else json.dumps(value)}"
+
+
+def _hosts(url: str) -> list[Entry]:
     """`a.b.org` as the hosts a.b.org, b.org and org."""
     try:
         parts = (urlsplit(url).hostname or "").lower().split(".")
@@ -359,7 +367,7 @@ class BenchmarkOptions(StrictModel):
 @rule(TakedownOptions, "file")
 def takedown(row: Row, options: TakedownOptions) -> bool:
     """Keep rows that a list of withdrawn URLs, hosts, keys and hashes does not name."""
-    return listing(options.file).match(row[DATASET], row) is None
+    return not listing(options.file).match(row[DATASET], row)
 
 
 @rule(DuplicateOptions)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from unifork.filters.rules import Listing
+from unifork.filters.rules import Entry, Listing, entry_line
 from unifork.layout import Layout
 from unifork.shards.job import read_table, write_shard
 from unifork.shards.manifest import (
@@ -24,22 +24,25 @@ from unifork.vocabulary import MORE_IMAGES
 REASON = "takedown"
 
 
-def take_down(dataset: str, layout: Layout, entries: Listing) -> dict[Path, int]:
-    """Remove the rows that a list names from every finished folder of a data set; folder -> rows that went.
+def take_down(dataset: str, layout: Layout, entries: Listing) -> tuple[dict[Path, int], list[str]]:
+    """Remove the rows that a list names from every finished folder of a data set.
 
-    They are looked up in the measured rows, which go last, so that a killed run finds them again. Publications are
-    made anew by `unifork publish`, which takes the same list. Raises DataError where nothing was measured yet.
+    Gives folder -> rows that went, and the entries of the list that name no row, sorted. Rows are looked up in the
+    measured ones, which go last, so that a killed run finds them again. Publications are made anew by
+    `unifork publish`, which takes the same list. Raises DataError where nothing was measured yet.
     """
     measured = layout.measured(dataset)
     keys = withdrawn(measured, entries)
+    found = {entry for rows in keys.values() for hits in rows.values() for entry in hits}
     made_of_it = [*layout.prepared.glob("*"), *(layout.codes / dataset).glob("*"), layout.signatures(dataset)]
     folders = [*made_of_it, layout.filtered(dataset), layout.raw(dataset), measured]
     finished = [folder for folder in folders if (folder / MANIFEST).exists()]
-    return {folder: takedown(folder, keys) for folder in finished if read_manifest(folder).dataset == dataset}
+    gone = {folder: takedown(folder, keys) for folder in finished if read_manifest(folder).dataset == dataset}
+    return gone, [entry_line(entry) for entry in sorted(entries.entries - found)]
 
 
-def withdrawn(folder: Path, entries: Listing) -> dict[str, dict[str, str]]:
-    """Shard -> key -> entry of every row that a list names; one shard's columns in memory at a time.
+def withdrawn(folder: Path, entries: Listing) -> dict[str, dict[str, list[Entry]]]:
+    """Shard -> key -> entries of every row that a list names; one shard's columns in memory at a time.
 
     folder: of measured or image-text shards, whose names are those of all shards that were made of them.
     """
@@ -47,7 +50,7 @@ def withdrawn(folder: Path, entries: Listing) -> dict[str, dict[str, str]]:
     for shard in manifest.shards:
         more = [name for name in (MORE_IMAGES,) if name in manifest.columns]
         rows = read_table(folder, shard, ["key", "url", "sha256", *more]).to_pylist()
-        hits = {row["key"]: hit for row in rows if (hit := entries.match(manifest.dataset, row))}
+        hits = {row["key"]: hits for row in rows if (hits := entries.match(manifest.dataset, row))}
         if hits:
             found[shard.path] = hits
     return found

@@ -64,6 +64,7 @@ def config_hash(experiment: Experiment, name: str) -> str:
         include={"data_seed", "datasets", "image_tokenizer", "text_tokenizer", "benchmarks", "text_evals", "analyses"},
         exclude={"datasets": {"__all__": {"follows", "track"}}, "benchmarks": {"__all__": {"follows"}}},
     )
+    shared["analyses"] = {key: value for key, value in shared["analyses"].items() if value is not None}
     stages = [experiment.stages[stage].model_dump(mode="json", exclude=NOT_IN_NUMBERS) for stage in variant.stages]
     return fingerprint([variant.model_dump(mode="json", exclude={"seed"}), stages, shared])
 
