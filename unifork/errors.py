@@ -20,6 +20,14 @@ class DataError(UniForkError):
     """A shard, manifest or image that is missing, damaged or of another kind than promised."""
 
 
+class Rejected(DataError):
+    """An entry, image or text that is of no use: `reason` is one word to count it by, the message is the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 class MachineError(DataError):
     """A disk that takes nothing more, a network that answers nothing: no other shard would fare better."""
 

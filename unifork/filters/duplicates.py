@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unifork.config import Card, parse
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, Rejected
 from unifork.filters.measure import measurements
 from unifork.filters.rules import DUPLICATE_RULES, BenchmarkOptions, DuplicateOptions, Kind, judge
 from unifork.filters.worker import DROPS, filter_fingerprint
@@ -30,8 +30,8 @@ from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
 from unifork.shards.manifest import Shard, file_sha256, keep_only, present, read_manifest, write_atomically
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.sources import MAX_IMAGE_BYTES, RowError, located
-from unifork.sources.archives import Unreadable, is_image, opened
+from unifork.sources import MAX_IMAGE_BYTES, located
+from unifork.sources.archives import is_image, opened
 from unifork.vocabulary import MORE_IMAGES
 
 SIGNATURES_VERSION = 2
@@ -213,10 +213,10 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
 def benchmark(files: str) -> list[tuple[str, int]]:
     """(name, difference hash) of the images of a folder or tar. Raises ConfigError when there are none."""
     with opened(located(files)) as found:
-        named = (file for file in found if not isinstance(file, RowError) and is_image(file[0]))
+        named = (file for file in found if not isinstance(file, Rejected) and is_image(file[0]))
         try:
             hashed = [(name, measurements(read(MAX_IMAGE_BYTES))) for name, read in named]
-        except Unreadable as error:
+        except Rejected as error:
             raise ConfigError(f"{files!r}: {error}") from None
     if not hashed:
         raise ConfigError(f"{files!r}: no images in it")

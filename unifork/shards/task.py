@@ -176,7 +176,7 @@ CONTENT = {
 
 def quarantined(task: ShardTask, rejected: Iterable[Mapping[str, str | None]]) -> Counter[str]:
     """Write what is left out beside the shard, sorted by key; how many there are of each reason."""
-    rows = [{name: _plain(row.get(name) or "") for name in SCHEMA.names} for row in rejected]
+    rows = [{name: _plain(str(row.get(name) or "")) for name in SCHEMA.names} for row in rejected]
     output = Path(task.output)
     path = output.parent / QUARANTINE / parquet_name(output.name)
     if rows:

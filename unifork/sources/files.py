@@ -14,17 +14,17 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from unifork.config.card import expanded
-from unifork.errors import ChangedFile, ConfigError
+from unifork.errors import ChangedFile, ConfigError, Rejected
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
-from unifork.sources import MAX_LINE_BYTES, Row, RowError, cause, planned
+from unifork.sources import MAX_LINE_BYTES, Row, cause, planned, tried
 
 PARQUET = ".parquet"
 TABLES = (PARQUET, ".tsv", ".csv", ".tsv.gz", ".csv.gz")
@@ -123,6 +123,13 @@ def table_count(path: Path, check: Check) -> int:
     return sum(1 for _ in planned(text_rows(path, check), {}))
 
 
+def table_rows(path: Path, piece: Slice, read: Callable[[list[str]], list[str]]) -> Iterator[Row | Rejected]:
+    """The rows of a slice of a table. read: which of its columns, or raises what is wrong with their names."""
+    if path.suffix.lower() == PARQUET:
+        return parquet_rows(path, piece, read(pq.read_schema(path).names))
+    return islice(text_rows(path, read), piece.start, piece.stop)
+
+
 def parquet_count(path: Path, check: Check = len) -> int:
     """Rows of a table; 1 for one that cannot be opened, which `parquet_rows` then says.
 
@@ -137,10 +144,10 @@ def parquet_count(path: Path, check: Check = len) -> int:
         return 1
 
 
-def parquet_rows(path: Path, piece: Slice, columns: Iterable[str] | None) -> Iterator[Row | RowError]:
+def parquet_rows(path: Path, piece: Slice, columns: list[str]) -> Iterator[Row | Rejected]:
     """The rows of a slice of a table; only row groups that hold some of them are read, one at a time.
 
-    The error of a row has no key yet: `broken_list` in a row group that cannot be read, `broken_text` where a text is
+    Errors are `broken_list` in a row group that cannot be read, `broken_text` where a text is
     not UTF-8. Raises what a damaged file raises.
     """
     file, first = pq.ParquetFile(path), 0
@@ -151,24 +158,21 @@ def parquet_rows(path: Path, piece: Slice, columns: Iterable[str] | None) -> Ite
         if begin >= end:
             continue
         try:
-            chunk = file.read_row_group(group, columns=columns and list(columns)).slice(begin, end - begin)
+            chunk = file.read_row_group(group, columns=columns).slice(begin, end - begin)
             if chunk.num_rows != end - begin:
                 raise ValueError(f"{chunk.num_rows} rows, {end - begin} are expected")
         except Exception as error:
-            yield from [RowError("", "broken_list", f"row group {group}: {cause(error)}")] * (end - begin)
+            yield from [Rejected("broken_list", f"row group {group}: {cause(error)}")] * (end - begin)
             continue
         for batch in chunk.to_batches(max_chunksize=1024):
             try:
                 yield from batch.to_pylist()
             except UnicodeError:
-                yield from (_single(batch.slice(number, 1)) for number in range(batch.num_rows))
+                yield from (tried(_single, batch.slice(number, 1)) for number in range(batch.num_rows))
 
 
-def _single(batch: Any) -> Row | RowError:
-    try:
-        return dict(batch.to_pylist()[0])
-    except UnicodeError as error:
-        return RowError("", "broken_text", cause(error))
+def _single(batch: Any) -> Row:
+    return dict(batch.to_pylist()[0])
 
 
 def table_sha256(path: Path) -> str:
@@ -205,8 +209,8 @@ def text_table(path: Path) -> Iterator[Iterator[list[str] | str]]:
         yield (_tsv_rows if "\t" in first[0] else _csv_rows)(chain([first], lines))
 
 
-def text_rows(path: Path, check: Check) -> Iterator[Row | RowError]:
-    """The rows of a text table under the names of its header; an error has no key yet. Raises what damage raises."""
+def text_rows(path: Path, check: Check) -> Iterator[Row | Rejected]:
+    """The rows of a text table under the names of its header. Raises what damage raises."""
     with text_table(path) as table:
         names = next(table)
         if isinstance(names, str):
@@ -215,9 +219,9 @@ def text_rows(path: Path, check: Check) -> Iterator[Row | RowError]:
         check(names)
         for fields in table:
             if isinstance(fields, str):
-                yield RowError("", "broken_line", fields)
+                yield Rejected("broken_line", fields)
             elif len(fields) != len(names):
-                yield RowError("", "broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
+                yield Rejected("broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
             else:
                 yield dict(zip(names, fields, strict=True))
 
