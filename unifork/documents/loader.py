@@ -217,29 +217,45 @@ class StepPlan:
     fill: float
 
 
-class PackedDocuments:
-    """Any documents of the parts of a mixture, packed for a number of workers."""
+class TrackLoader:
+    """The documents of one track, in their order or any other, packed for a number of workers."""
 
     def __init__(
         self,
+        name: str,
         track: Track,
         layout: Layout,
         tokenizer: TextTokenizer,
         identity: CodesIdentity,
         *,
+        seed: int,
         context: int,
         row_tokens: int,
         rows_per_microbatch: int,
         held_out: bool = False,
     ) -> None:
-        """held_out: of the documents that nothing is trained on; parts may then be empty."""
-        self.track, self.identity = track, identity
+        """held_out: those that nothing is trained on, which have no order; parts may then be empty."""
+        self.name, self.track, self.identity, self.seed = name, track, identity, seed
         self.row_tokens, self.rows_per_microbatch = row_tokens, rows_per_microbatch
         self.parts = [
             MixturePart(entry, layout, tokenizer, identity, context, held_out=held_out) for entry in track.mixture
         ]
         self.unconditional: Skeleton = unconditional(tokenizer, identity.positions)
         self.supervised_positions = track.supervised_positions or identity.positions
+        if self.supervised_positions > identity.positions:
+            raise ConfigError(
+                f"track {name}: supervised_positions is {self.supervised_positions}; "
+                f"an image has {identity.positions} positions"
+            )
+        if not held_out:
+            weights = [entry.weight for entry in track.mixture]
+            sets = [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)]
+            self.order = MixtureOrder(weights, sets, track.batch_documents)
+
+    def plan(self, step: int, workers: int) -> StepPlan:
+        """Everything about a step but the codes."""
+        slots = self.order.documents(step)
+        return self.pack(slots, [self._drops(slot, step, number) for number, slot in enumerate(slots)], workers)
 
     def pack(self, slots: list[Slot], dropped: list[bool], workers: int) -> StepPlan:
         """How some documents are packed, those with a dropped prompt without it: everything but the codes."""
@@ -278,44 +294,6 @@ class PackedDocuments:
             return part.document(slot.document, self.supervised_positions)
         key, codes_ND = part.key(slot.document), part.codes(slot.document)
         return self.unconditional.with_codes(key, part.task, codes_ND, self.supervised_positions)
-
-
-class TrackLoader(PackedDocuments):
-    """The documents of one track in their order, for one worker of many."""
-
-    def __init__(
-        self,
-        name: str,
-        track: Track,
-        layout: Layout,
-        tokenizer: TextTokenizer,
-        identity: CodesIdentity,
-        *,
-        seed: int,
-        context: int,
-        row_tokens: int,
-        rows_per_microbatch: int,
-    ) -> None:
-        super().__init__(
-            track, layout, tokenizer, identity,
-            context=context, row_tokens=row_tokens, rows_per_microbatch=rows_per_microbatch,
-        )  # fmt: skip
-        self.name, self.seed = name, seed
-        self.order = MixtureOrder(
-            [entry.weight for entry in track.mixture],
-            [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)],
-            track.batch_documents,
-        )
-        if self.supervised_positions > identity.positions:
-            raise ConfigError(
-                f"track {name}: supervised_positions is {self.supervised_positions}; "
-                f"an image has {identity.positions} positions"
-            )
-
-    def plan(self, step: int, workers: int) -> StepPlan:
-        """Everything about a step but the codes."""
-        slots = self.order.documents(step)
-        return self.pack(slots, [self._drops(slot, step, number) for number, slot in enumerate(slots)], workers)
 
     @property
     def quarantined(self) -> Counter[str]:

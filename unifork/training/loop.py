@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unifork.batch import Batch
 from unifork.config import Stage, Track
-from unifork.documents.loader import PackedDocuments, Slot, StepPlan, TrackLoader
+from unifork.documents.loader import Slot, StepPlan, TrackLoader
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import Losses
 from unifork.training.optimizer import learning_rate, make_optimizer, trained_names
@@ -172,7 +172,7 @@ class TrackRun:
         return summed(torch.cat([sums, *flags]))
 
     @torch.no_grad()
-    def losses(self, wrapped: nn.Module, documents: PackedDocuments, slots: list[Slot], run: WorkerContext) -> Metrics:
+    def losses(self, wrapped: nn.Module, documents: TrackLoader, slots: list[Slot], run: WorkerContext) -> Metrics:
         """The losses of some documents, which nothing is learned from; every worker must call this."""
         self.strategy.turn(self.name)
         plan = documents.pack(slots, [False] * len(slots), run.workers)
