@@ -1,11 +1,8 @@
-"""Prompt templates as data: what a sample of each stage reads like, and which part is supervised.
+"""Prompt templates: what a sample of each stage reads like, and which part is supervised.
 
-A template is a text with three kinds of mark: `<image>` stands for the image, `{name}` for a
+A template (`templates.yaml`) is a text with three kinds of mark: `<image>` stands for the image, `{name}` for a
 field, and what is between `[[` and `]]` is what an understanding model is taught to write. Marks
 count in templates only: whatever a caption or a dialogue says is text, special tokens included.
-
-The formats are those of the official code (its stages 1.0 to 5.0). Where ours learns other tokens,
-the official way stands beside it under a name that begins with `official-`.
 
 A dialogue becomes a system text and exchanges that are safe to train on, or the reason why not: nothing is guessed and
 nothing is cut: a wrong mask is trained on silently. The image stands in front of the question whose turn has the
@@ -17,12 +14,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal
 
-from unifork.config import MixtureEntry
+from unifork.config import MixtureEntry, read_yaml
 from unifork.errors import ConfigError, Rejected, one_of
 from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, ROLES
-from unifork.vocabulary import DROPPED_PROMPT, TURN_END, TURN_START, Task
+from unifork.vocabulary import DROPPED_PROMPT, TURN_START, Task
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -61,32 +59,8 @@ class Template:
 
 
 INSTRUCTION = "Provide a one-sentence caption for the image."
-CAPTION_PLAIN = Template("understanding", f"{IMAGE_MARK}\n{INSTRUCTION}[[{{caption}}{TURN_END}]]")
-ANSWERS_PLAIN = Template("understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]")
-ANSWER_PLAIN = replace(ANSWERS_PLAIN, first_turn_only=True)
-ANSWER = Template(
-    "understanding",
-    opening=f"{TURN_START}{{system}} ",
-    turn=f"USER: {IMAGE_MARK}\n{{user}} ASSISTANT:[[ {{assistant}}{TURN_END}]]",
-)
-
 TEMPLATES: dict[str, Template] = {
-    "generate-class": Template("generation", f"{TURN_START}{{caption}}{IMAGE_MARK}"),
-    "name-class": Template("understanding", f"{TURN_START}{IMAGE_MARK}[[{{caption}}]]"),
-    "generate-plain": Template("generation", f"{{caption}}{IMAGE_MARK}"),
-    "caption-plain": CAPTION_PLAIN,
-    "official-caption-plain": replace(CAPTION_PLAIN, border="count"),
-    "generate": Template("generation", f"{TURN_START}USER: {{caption}} ASSISTANT: {IMAGE_MARK}"),
-    "answer-plain": ANSWER_PLAIN,
-    "official-answer-plain": replace(ANSWER_PLAIN, border="count"),
-    "answers-plain": ANSWERS_PLAIN,
-    "caption": Template(
-        "understanding",
-        f"{TURN_START}{SYSTEM} USER: {IMAGE_MARK}\n{INSTRUCTION} ASSISTANT:[[ {{caption}}{TURN_END}]]",
-    ),
-    "answer": ANSWER,
-    "official-answer": replace(ANSWER, border="count", once=" ASSISTANT: "),
-    "text": Template("understanding", f"{TURN_START}[[{{caption}}{TURN_END}]]"),
+    name: Template(**fields) for name, fields in read_yaml(Path(__file__).with_name("templates.yaml")).items()
 }
 
 
