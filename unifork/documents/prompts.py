@@ -128,31 +128,24 @@ class Exchange:
     """Whether images stand in the question, where its marks are."""
 
 
-@dataclass(frozen=True)
-class Dialogue:
-    """What a template writes; `system` is None where the dialogue has no text of its own for it."""
+def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> tuple[str, list[Exchange]]:
+    """The system text and the exchanges of turns `{role, text}` that belong to so many images.
 
-    system: str | None
-    exchanges: list[Exchange]
-
-
-def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue:
-    """Read turns `{role, text}` that belong to so many images.
-
-    Raises Rejected with the reason when they cannot be read in exactly one way.
+    The text is empty where the dialogue has none of its own. Raises Rejected with the reason when the turns cannot be
+    read in exactly one way.
     """
     unknown = next((turn["role"] for turn in turns if turn["role"] not in ROLES), None)
     if unknown is not None or not all(turn["role"] for turn in turns):
         raise Rejected("broken_dialogue", f"unknown role {unknown!r}; known are {', '.join(ROLES)}")
     roles = [ROLES[str(turn["role"])] for turn in turns]
     texts = [turn["text"] or "" for turn in turns]
-    system = None
+    system = ""
     if roles[:1] == ["system"]:
         system, roles, texts = texts[0], roles[1:], texts[1:]
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise Rejected("broken_dialogue", f"roles are {roles[:6]}, not user and assistant in turn")
     questions, answers = texts[::2], texts[1::2]
-    marks = _marks(system or "", questions, answers, images)
+    marks = _marks(system, questions, answers, images)
     exchanges = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         bare = question.replace(IMAGE_MARK, "").strip()
@@ -164,7 +157,7 @@ def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue
             exchanges.append(Exchange(question.strip() if marks[number] else question, answer, False, marked=True))
         else:
             exchanges.append(Exchange(bare if IMAGE_MARK in question else question, answer, bool(marks[number])))
-    return Dialogue(system if system and system.strip() else None, exchanges)
+    return system if system.strip() else "", exchanges
 
 
 def _marks(system: str, questions: list[str], answers: list[str], images: int) -> list[int]:
@@ -197,14 +190,13 @@ def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
         return laid_out(template.text, {"caption": _without_mark(value) if images else value})
     if isinstance(value, str):
         raise Rejected("broken_text", f"{CONVERSATIONS} are expected, a caption was given")
-    spoken = dialogue(value, images)
-    if spoken.system and "{system}" not in template.opening:
+    system, exchanges = dialogue(value, images)
+    if system and "{system}" not in template.opening:
         raise Rejected("broken_dialogue", "a system turn, the template has no place for it")
-    exchanges = spoken.exchanges[:1] if template.first_turn_only else spoken.exchanges
-    parts = [_exchange(template, exchange) for exchange in exchanges]
+    parts = [_exchange(template, exchange) for exchange in exchanges[: 1 if template.first_turn_only else None]]
     if sum(part.count(IMAGE_PIECE) for part in parts) != images:
         raise Rejected("broken_dialogue", "the image belongs to a later question, the template writes only the first")
-    parts[0] = laid_out(template.opening, {"system": spoken.system or SYSTEM}) + parts[0]
+    parts[0] = laid_out(template.opening, {"system": system or SYSTEM}) + parts[0]
     supervisable = not template.once or all(_read(part).count(template.once) == 1 for part in parts)
     return [piece if supervisable else replace(piece, supervised=False) for part in parts for piece in part]
 

@@ -214,11 +214,16 @@ def scrub(folder: Path, shard: Shard, gone: pa.Array) -> None:
     if source is None:
         return
     table = pq.read_table(source)
-    kept = table.filter(pc.invert(pc.is_in(table.column("key"), value_set=gone)))
+    kept = without_keys(table, gone)
     if kept.num_rows < table.num_rows:
         path = folder / QUARANTINE / parquet_name(shard.path)
         write_atomically(path, partial(pq.write_table, kept))
         deliver(path, f"{shard.store.uri}/{QUARANTINE}" if shard.store else None)
+
+
+def without_keys(table: pa.Table, gone: pa.Array) -> pa.Table:
+    """The rows of a table whose `key` is none of some."""
+    return table.filter(pc.invert(pc.is_in(table["key"], value_set=gone)))
 
 
 def nothing_kept(folder: Path, manifest: Manifest) -> str:
