@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unifork.batch import Batch, Document, assign_rows_to_workers, pack, pack_step
+from unifork.batch import Batch, Document, Packing, assign_rows_to_workers, pack, pack_step
 from unifork.config import Track
 from unifork.documents.mixture import CodesIdentity, MixturePart, Skeleton, unconditional
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -213,8 +213,7 @@ class StepPlan:
     microbatches: list[list[list[list[int]]]]
     text_targets: int
     image_targets: int
-    row_tokens: int
-    fill: float
+    packing: Packing
 
 
 class TrackLoader:
@@ -276,15 +275,14 @@ class TrackLoader:
             microbatches=assign_rows_to_workers(packing.rows, workers, self.rows_per_microbatch),
             text_targets=text,
             image_targets=images * self.supervised_positions,
-            row_tokens=packing.row_tokens,
-            fill=packing.fill,
+            packing=packing,
         )
 
     def batches(self, plan: StepPlan, worker: int) -> Iterator[Batch]:
         """The microbatches of one worker, in order."""
         for rows in plan.microbatches[worker]:
             documents = [[self.document(plan, number) for number in row] for row in rows]
-            yield pack(documents, plan.row_tokens, self.identity.depth)
+            yield pack(documents, plan.packing.row_tokens, self.identity.depth)
 
     def document(self, plan: StepPlan, number: int) -> Document:
         """One document of a step, its prompt dropped or not as the plan says."""

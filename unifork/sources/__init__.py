@@ -12,7 +12,6 @@ the machine (`MachineError`), a mistake of the user (`ConfigError`) and a file t
 with (`ChangedFile`) end the work on a shard.
 """
 
-import errno
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from unifork.config import Card, StrictModel, located, parse
-from unifork.errors import ChangedFile, ConfigError, DataError, MachineError, Rejected
+from unifork.errors import ConfigError, DataError, Found, Rejected, cause, tried
 from unifork.images import open_image, shrink
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, table_of, write_shard
@@ -48,7 +47,6 @@ MAX_LINE_BYTES = 16 * 1024**2
 
 Row = dict[str, Any]
 Entry = TypeVar("Entry")
-Found = TypeVar("Found")
 
 
 class SourceOptions(StrictModel):
@@ -173,41 +171,6 @@ def _where(access: str | None) -> str:
 
 # --------------------------------------------------------------------- what a broken input costs
 
-DEVICE_ERRORS = (
-    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EMFILE,
-    errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
-)  # fmt: skip
-"""What an operating system says where a disk or mount fails or nothing is left, whatever file is read."""
-
-
-def cause(error: Exception) -> str:
-    """What is wrong with an input, from what reading it raised.
-
-    Raises ConfigError, MachineError and ChangedFile again: no input is to blame, and dropping rows would hide them.
-    """
-    if isinstance(error, ConfigError | MachineError | ChangedFile):
-        raise error
-    if isinstance(error, OSError) and error.errno in DEVICE_ERRORS:
-        raise MachineError(f"{error}: it cannot be read. Mend the disk or mount, then run the command again") from error
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def rejected(error: Exception, reason: str = "unexpected") -> Rejected:
-    """What reading something raised, as what its row is counted by: `reason` where it has none of its own."""
-    if isinstance(error, Rejected):
-        return Rejected(error.reason, str(error))  # without its traceback, which holds files and bytes
-    if isinstance(error, UnicodeError):
-        return Rejected("broken_text", f"not UTF-8, or half a surrogate pair: {cause(error)}")
-    return Rejected(reason, cause(error))
-
-
-def tried(read: Callable[..., Found], *arguments: Any, reason: str = "unexpected") -> Found | Rejected:
-    """What `read` returns, or why that is of no use. Raises what `cause` does."""
-    try:
-        return read(*arguments)
-    except Exception as error:
-        return rejected(error, reason)
-
 
 def named(key: str, found: Found | Rejected) -> Found | RowError:
     """What was found for a row, or its error."""
@@ -219,7 +182,7 @@ def attempt(key: str, make: Callable[..., Row | RowError], *arguments: Any) -> R
     return named(key, tried(make, *arguments))
 
 
-def made(key: str, entry: Found | Rejected, make: Callable[[str, Found], Row]) -> Row | RowError:
+def row_of(key: str, entry: Found | Rejected, make: Callable[[str, Found], Row | RowError]) -> Row | RowError:
     """The row that `make` makes of an entry that was read, or its error."""
     return named(key, entry) if isinstance(entry, Rejected) else attempt(key, make, key, entry)
 

@@ -14,19 +14,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unifork.errors import Rejected
+from unifork.errors import Rejected, cause, rejected, tried
 from unifork.sources import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     Row,
     RowError,
-    cause,
     leaves,
-    made,
     named,
     oversize,
-    rejected,
-    tried,
+    row_of,
     without_kind,
 )
 from unifork.sources.files import hidden
@@ -219,7 +216,7 @@ def rows_in(samples: Iterable[Sample | RowError], make: Callable[[str, Contents]
             yield sample
             continue
         key, readers = sample
-        yield made(key, tried(_read_all, readers, reason="broken_archive"), make)
+        yield row_of(key, tried(_read_all, readers, reason="broken_archive"), make)
 
 
 def _read_all(readers: dict[str, Read]) -> Contents:

@@ -13,7 +13,6 @@ import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,10 +20,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from unifork.config.card import expanded
-from unifork.errors import ChangedFile, ConfigError, Rejected
+from unifork.errors import ChangedFile, ConfigError, Rejected, cause, tried
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
-from unifork.sources import MAX_LINE_BYTES, Row, cause, planned, tried
+from unifork.sources import MAX_LINE_BYTES, Row, planned
 
 PARQUET = ".parquet"
 TABLES = (PARQUET, ".tsv", ".csv", ".tsv.gz", ".csv.gz")
@@ -192,11 +191,10 @@ Line = tuple[str, int]
 """The beginning of a line, and its size."""
 
 
-@contextmanager
-def text_table(path: Path) -> Iterator[Iterator[list[str] | str]]:
-    """The rows of a text table as lists of fields, the header first; or what is wrong with a line.
+def text_rows(path: Path, check: Check) -> Iterator[Row | Rejected]:
+    """The rows of a text table under the names of its header. Raises what damage raises.
 
-    Bytes that are not UTF-8 (after the mark of UTF-16: not UTF-16) become surrogates. Raises what damage raises.
+    Bytes that are not UTF-8 (after the mark of UTF-16: not UTF-16) become surrogates.
     """
     with opened_list(path, "rb") as file:
         wide = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
@@ -206,20 +204,15 @@ def text_table(path: Path) -> Iterator[Iterator[list[str] | str]]:
         first = next(lines, ("", 0))
         if not first[0].strip():
             raise ValueError("empty, a line with the names of the columns is expected")
-        yield (_tsv_rows if "\t" in first[0] else _csv_rows)(chain([first], lines))
-
-
-def text_rows(path: Path, check: Check) -> Iterator[Row | Rejected]:
-    """The rows of a text table under the names of its header. Raises what damage raises."""
-    with text_table(path) as table:
+        table = (_tsv_rows if "\t" in first[0] else _csv_rows)(chain([first], lines))
         names = next(table)
-        if isinstance(names, str):
+        if isinstance(names, Rejected):
             raise ValueError(f"the line with the names of the columns: {names}")
         "".join(names).encode()  # raises UnicodeError: no table in any known encoding
         check(names)
         for fields in table:
-            if isinstance(fields, str):
-                yield Rejected("broken_line", fields)
+            if isinstance(fields, Rejected):
+                yield fields
             elif len(fields) != len(names):
                 yield Rejected("broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
             else:
@@ -236,12 +229,12 @@ def bounded_lines(file: Any, ends: Any, most: int = MAX_LINE_BYTES) -> Iterator[
         yield line, size
 
 
-def _tsv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
+def _tsv_rows(lines: Iterator[Line]) -> Iterator[list[str] | Rejected]:
     for line, size in lines:
         yield too_long(size) if size > len(line) else line.rstrip("\r\n").split("\t")
 
 
-def _csv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
+def _csv_rows(lines: Iterator[Line]) -> Iterator[list[str] | Rejected]:
     ahead: deque[Line] = deque()  # lines that were read for a field that they do not belong to
     while line := ahead.popleft() if ahead else next(lines, None):
         if line[1] > len(line[0]):
@@ -258,7 +251,7 @@ def _csv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
             yield fields
         except csv.Error as error:
             ahead.extendleft(reversed(taken))
-            yield f"{error}: {line[0]!r:.200}"
+            yield Rejected("broken_line", f"{error}: {line[0]!r:.200}")
 
 
 def _lines_of_a_row(first: Line, others: Iterator[Line], taken: list[Line]) -> Iterator[str]:
@@ -278,6 +271,6 @@ def _emptying(lines: deque[Line]) -> Iterator[Line]:
         yield lines.popleft()
 
 
-def too_long(size: int) -> str:
+def too_long(size: int) -> Rejected:
     """What is wrong with an entry of that size."""
-    return f"{size} bytes in one entry, at most {MAX_LINE_BYTES} are read"
+    return Rejected("broken_line", f"{size} bytes in one entry, at most {MAX_LINE_BYTES} are read")

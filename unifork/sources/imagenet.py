@@ -26,9 +26,9 @@ from unifork.sources import (
     cut,
     image_row,
     located,
-    made,
     named,
     oversize,
+    row_of,
     without_kind,
 )
 from unifork.sources.archives import Contents, File, opened, rows_in, samples_in
@@ -134,9 +134,9 @@ def rows(options: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Ro
         yield named(path.name, _classes(path)[1] or Rejected("broken_archive", "it breaks off"))
         return
     if piece.label is None:
-        row_of = partial(_table_row, seed=seed, prompts=prompts)
+        make = partial(_table_row, seed=seed, prompts=prompts)
         for number, entry in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):
-            yield made(f"{without_kind(name)}/{number:07d}", entry, row_of)
+            yield row_of(f"{without_kind(name)}/{number:07d}", entry, make)
         return
 
     def row(key: str, found: Contents) -> Row:

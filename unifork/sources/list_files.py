@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from unifork.errors import Rejected
+from unifork.errors import Rejected, rejected
 from unifork.shards.task import Slice
-from unifork.sources import MAX_LINE_BYTES, Row, planned, rejected
+from unifork.sources import MAX_LINE_BYTES, Row, planned
 from unifork.sources.archives import open_tar, until_damage
 from unifork.sources.files import as_planned, bounded_lines, check_ending, opened_list, size_of, too_long
 
@@ -55,7 +55,7 @@ def objects(path: Path, piece: Slice) -> Iterator[Row | Rejected]:
 
 def _parsed(entry: bytes | None, size: int) -> Row | Rejected:
     if entry is None:
-        return Rejected("broken_line", too_long(size))
+        return too_long(size)
     try:
         text = entry.decode("utf-8-sig")
         row = json.loads(text)

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
-from unifork.errors import ConfigError, Rejected
+from unifork.errors import ConfigError, Rejected, rejected
 from unifork.shards.task import Slice
-from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, cut, image_row, located, rejected
+from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, cut, image_row, located
 from unifork.sources.archives import ARCHIVES, Contents, File, is_image, opened, read_below, rows_in, samples_in
 from unifork.sources.files import as_planned, check_ending, file_named, files_of, hidden, size_of
 

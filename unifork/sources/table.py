@@ -28,9 +28,9 @@ from unifork.sources import (
     cut,
     image_row,
     located,
-    made,
     names_of,
     oversize,
+    row_of,
     text_row,
 )
 from unifork.sources.archives import picked
@@ -123,7 +123,7 @@ def _rows(path: Path, options: TableOptions, piece: Slice) -> Iterator[Row | Row
     damage = None
     try:
         for key, entry in zip(names_of(piece), _entries(path, piece, options), strict=False):
-            row = made(key, entry, partial(_row, options=options))
+            row = row_of(key, entry, partial(_row, options=options))
             if isinstance(row, RowError):
                 yield row
             else:

@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from unifork.config import StrictModel, read_yaml
 from unifork.errors import ChangedFile, ConfigError, Rejected
 from unifork.shards.task import Slice
-from unifork.sources import Row, RowError, Source, SourceOptions, cut, made, names_of
+from unifork.sources import Row, RowError, Source, SourceOptions, cut, names_of, row_of
 from unifork.sources.files import TABLES, file_named, files_of, table_count, table_rows, table_sha256
 
 # ----------------------------------------------------------------------------------------- options
@@ -179,14 +179,16 @@ def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
         return [column for same in columns.values() for column in same]
 
     for key, entry in zip(names_of(piece), table_rows(path, piece, read), strict=False):
-        yield made(key, entry, partial(_row, columns=columns))
+        yield row_of(key, entry, partial(_row, columns=columns))
 
 
-def _row(key: str, entry: Row, columns: Mapped) -> Row:
+def _row(key: str, entry: Row, columns: Mapped) -> Row | RowError:
     """An entry of a table as a row without an image, called `key` where the table has no names. Raises Rejected."""
     row = {"key": key, **canonical(entry, columns)}
     "".join(value for value in row.values() if isinstance(value, str)).encode()  # raises UnicodeError
-    if row["key"] is not None and row["url"] is None:
+    if row["key"] is None:
+        return RowError(key, "no_key", "the column of keys is empty", row["url"])
+    if row["url"] is None:
         raise Rejected("no_url", "the column of URLs is empty")
     return row
 

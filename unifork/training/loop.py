@@ -135,7 +135,7 @@ class TrackRun:
             "step": step,
             "learning_rate": rate,
             "tokens": sum(plan.lengths),
-            "fill": round(plan.fill, 4),
+            "fill": round(plan.packing.fill, 4),
             "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
             **self.loader.seen(step + 1),
         }
