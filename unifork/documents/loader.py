@@ -182,13 +182,9 @@ class MixtureOrder:
 
     def documents(self, step: int) -> list[Slot]:
         """Exactly `batch_documents` documents."""
-        first = step * self.batch_documents
-        return [self.document(slot) for slot in range(first, first + self.batch_documents)]
-
-    def document(self, slot: int) -> Slot:
-        """The document in a slot, counted over the whole track."""
-        part, position = self.schedule.slot(slot)
-        return Slot(part, self.sets[part].index(position))
+        first = step * self.batch_documents  # slots are counted over the whole track
+        places = map(self.schedule.slot, range(first, first + self.batch_documents))
+        return [Slot(part, self.sets[part].index(position)) for part, position in places]
 
     def served(self, steps: int) -> list[int]:
         """Documents of each part in the first `steps` steps."""
