@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from unifork import images
+from unifork.errors import Rejected
 from unifork.images import (
     FORMATS,
     MAX_ASPECT,
     VARIANTS,
-    ImageError,
     decode,
     decoded,
     decoding,
@@ -69,7 +69,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_each_reason_has_its_word(reason):
-    with pytest.raises(ImageError) as error:
+    with pytest.raises(Rejected) as error:
         measure(REFUSED[reason])
     assert error.value.reason == reason
     assert "object at 0x" not in str(error.value)
@@ -120,7 +120,7 @@ def verdict(data: bytes, look) -> tuple:
     try:
         with open_image(data) as image:
             return decoded(image, data, partial(look, data=data))[:2]
-    except ImageError as error:
+    except Rejected as error:
         return error.reason, str(error)
 
 
@@ -152,7 +152,7 @@ def test_other_decoders_are_never_asked(data, tmp_path, monkeypatch):
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(ImageError, match="no image of a known format"):
+    with pytest.raises(Rejected, match="no image of a known format"):
         open_image(data)
     assert not (tmp_path / "started").exists()
 
@@ -162,7 +162,7 @@ def test_scans_without_end_cost_nothing():
     first = progressive.index(b"\xff\xda")
     empty = progressive[first : first + 2 + int.from_bytes(progressive[first + 2 : first + 4], "big")]
     started = time.process_time()
-    with pytest.raises(ImageError, match="6010 scans, at most 100"):
+    with pytest.raises(Rejected, match="6010 scans, at most 100"):
         measure(progressive[:first] + empty * 6000 + progressive[first:])
     assert time.process_time() - started < 1
 
@@ -177,7 +177,7 @@ def test_whatever_the_filter_keeps_can_be_encoded_at_every_size(size):
     for width, height in sides:
         data = encoded(noise(width, height), "PNG")
         if max(width, height) > MAX_ASPECT * min(width, height):
-            with pytest.raises(ImageError, match="one side is more than"):
+            with pytest.raises(Rejected, match="one side is more than"):
                 measure(data)
             continue
         assert measure(data)[:2] == (width, height)

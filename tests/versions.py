@@ -30,6 +30,7 @@ IMAGES = ["unifork/images.py"]
 NETWORK = [*within(TOKENIZER, "architecture", "encoder", "model"), *IMAGES]
 """Images to codes."""
 SHARDS = within("unifork/shards", "schema")
+PROMPTS = ["unifork/documents/prompts.py", "unifork/documents/templates.yaml"]
 
 COVERS: dict[str, tuple[str, list[str]]] = {
     "VOCABULARY_VERSION": ("unifork/vocabulary.py", ["unifork/randomness.py"]),
@@ -64,7 +65,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     ),
     "TEXT_TOKENIZER_VERSION": (
         "unifork/documents/text_tokenizer.py",
-        ["unifork/documents/prompts.py", "unifork/weights.py", "pipelines/text_tokenizer.py"],
+        [*PROMPTS, "unifork/weights.py", "pipelines/text_tokenizer.py"],
     ),
     "ENCODE_VERSION": (
         f"{TOKENIZER}/encode.py",
@@ -73,7 +74,8 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "DOCUMENTS_VERSION": (
         "unifork/documents/mixture.py",
         [
-            *within("unifork/documents", "__init__", "prepare", "prompts", "text_tokenizer"),
+            *within("unifork/documents", "__init__", "prepare", "text_tokenizer"),
+            *PROMPTS,
             *SHARDS,
             "unifork/batch.py",
             "pipelines/prepare.py",
@@ -98,7 +100,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
         [
             *within(EVALUATION, "__init__", "answers", "archive", "statistics", "suites", "generation/layout"),
             *READ,
-            "unifork/documents/prompts.py",  # a question about whole images
+            *PROMPTS,  # a question about whole images
             *within("unifork/shapes", "generation", "understanding"),
             *IMAGES,
             "unifork/shards/schema.py",

@@ -3,9 +3,12 @@
 import errno
 import os
 import signal
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any, TypeVar
+
+Found = TypeVar("Found")
 
 
 class UniForkError(Exception):
@@ -18,6 +21,14 @@ class ConfigError(UniForkError):
 
 class DataError(UniForkError):
     """A shard, manifest or image that is missing, damaged or of another kind than promised."""
+
+
+class Rejected(DataError):
+    """An entry, image or text that is of no use: `reason` is one word to count it by, the message is the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class MachineError(DataError):
@@ -81,3 +92,41 @@ def writing(path: os.PathLike[str] | str) -> Iterator[None]:
             f"{os.fspath(path)}: cannot be written: {os.strerror(error.errno)}. Make room or allow writing, then run "
             f"the same command again: what is finished stays"
         ) from None
+
+
+# ------------------------------------------------------------------------------ what a broken input costs
+
+DEVICE_ERRORS = (
+    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
+)  # fmt: skip
+"""What an operating system says where a disk or mount fails or nothing is left, whatever file is read."""
+
+
+def cause(error: Exception) -> str:
+    """What is wrong with an input, from what reading it raised.
+
+    Raises ConfigError, MachineError and ChangedFile again: no input is to blame, and dropping rows would hide them.
+    """
+    if isinstance(error, ConfigError | MachineError | ChangedFile):
+        raise error
+    if isinstance(error, OSError) and error.errno in DEVICE_ERRORS:
+        raise MachineError(f"{error}: it cannot be read. Mend the disk or mount, then run the command again") from error
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def rejected(error: Exception, reason: str = "unexpected") -> Rejected:
+    """What reading something raised, as what its row is counted by: `reason` where it has none of its own."""
+    if isinstance(error, Rejected):
+        return Rejected(error.reason, str(error))  # without its traceback, which holds files and bytes
+    if isinstance(error, UnicodeError):
+        return Rejected("broken_text", f"not UTF-8, or half a surrogate pair: {cause(error)}")
+    return Rejected(reason, cause(error))
+
+
+def tried(read: Callable[..., Found], *arguments: Any, reason: str = "unexpected") -> Found | Rejected:
+    """What `read` returns, or why that is of no use. Raises what `cause` does."""
+    try:
+        return read(*arguments)
+    except Exception as error:
+        return rejected(error, reason)

@@ -1,6 +1,6 @@
 """Images as strangers send them: opened by a list of formats, measured once, decoded within bounds, seen as squares.
 
-In: the bytes of an image as received. Out: a Pillow image, or what it measures; or `ImageError` with a reason for
+In: the bytes of an image as received. Out: a Pillow image, or what it measures; or `Rejected` with a reason for
 people to count by. Everything here that reads bytes of others goes by `open_image`, so that none of Pillow's forty
 decoders runs that is not in FORMATS: one of them (EPS) starts a program.
 
@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 
-from unifork.errors import DataError
+from unifork.errors import DataError, Rejected
 from unifork.vocabulary import View
 
 Image.init()
@@ -68,14 +68,6 @@ SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd9\xff]")
 _ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
-class ImageError(DataError):
-    """Bytes that are no image to be used. `reason` names the class; the message is the detail."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 class Measured(NamedTuple):
     """What the bytes of an image say, all of them having been decoded."""
 
@@ -92,18 +84,18 @@ class Measured(NamedTuple):
 def open_image(data: bytes) -> Image.Image:
     """The image in some bytes, its pixels not yet decoded.
 
-    Raises ImageError: `empty`, `not_an_image`, `undecodable` for a header that no decoder takes.
+    Raises Rejected: `empty`, `not_an_image`, `undecodable` for a header that no decoder takes.
     """
     if not data:
-        raise ImageError("empty", "no bytes")
+        raise Rejected("empty", "no bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError("not_an_image", f"no image of a known format: it begins with {data[:24]!r}") from None
+        raise Rejected("not_an_image", f"no image of a known format: it begins with {data[:24]!r}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError("too_many_pixels", str(error)) from None
+        raise Rejected("too_many_pixels", str(error)) from None
     except Exception as error:  # a decoder may raise anything on hostile bytes
         raise _undecodable(error) from None
 
@@ -118,26 +110,26 @@ def png(image: Image.Image) -> bytes:
 def measure(data: bytes, max_pixels: int = MAX_PIXELS) -> Measured:
     """Decode an image whole and say what it measures.
 
-    Raises ImageError: those of `open_image`, `too_many_pixels` and `too_many_scans` before anything is decoded,
+    Raises Rejected: those of `open_image`, `too_many_pixels` and `too_many_scans` before anything is decoded,
     `too_thin` for what no view can be made of, `undecodable` with what the decoder said.
     """
     with open_image(data) as image:
         if image.width * image.height > max_pixels:
-            raise ImageError("too_many_pixels", f"{image.width}x{image.height}, at most {max_pixels} are decoded")
+            raise Rejected("too_many_pixels", f"{image.width}x{image.height}, at most {max_pixels} are decoded")
         return decoded(image, data, dhash)
 
 
 def decoded(image: Image.Image, data: bytes, look: Callable[[Image.Image], int | None]) -> Measured:
     """What an image just opened measures; `look` decodes it and says the hash.
 
-    Raises ImageError: `too_many_scans`, `too_thin`, `undecodable`.
+    Raises Rejected: `too_many_scans`, `too_thin`, `undecodable`.
     """
     width, height = image.size
     scans = jpeg_scans(data) if image.format in ("JPEG", "MPO") else 1
     if scans > MAX_SCANS:
-        raise ImageError("too_many_scans", f"{scans} scans, at most {MAX_SCANS} are decoded")
+        raise Rejected("too_many_scans", f"{scans} scans, at most {MAX_SCANS} are decoded")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError("too_thin", f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+        raise Rejected("too_thin", f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
     try:
         with decoding(width * height):
             image.draft("L", (32, 32))  # a JPEG is decoded at an eighth of its sides: all bytes, few pixels
@@ -177,9 +169,9 @@ def _is_whole(image: PngImageFile, data: bytes) -> bool:
     return False
 
 
-def _undecodable(error: Exception) -> ImageError:
+def _undecodable(error: Exception) -> Rejected:
     detail = _ADDRESS.sub("the bytes", str(error))  # which differs from run to run
-    return ImageError("undecodable", f"{type(error).__name__}: {detail}"[:300])
+    return Rejected("undecodable", f"{type(error).__name__}: {detail}"[:300])
 
 
 def dhash(image: Image.Image) -> int | None:
@@ -207,7 +199,7 @@ def shrink(data: bytes, matte: RGB, *, longest_side: int, format: str, quality: 
     """An image whose longest side is at most that, re-encoded where it was longer and else as it is.
 
     Nothing but colors is kept: views use no rotation and no color profile either.
-    Raises ImageError, for a longer image also those of `measure`.
+    Raises Rejected, for a longer image also those of `measure`.
     """
     with open_image(data) as image:
         if max(image.size) <= longest_side:

@@ -20,11 +20,11 @@ from unifork.devices import is_capture_trusted
 from unifork.documents.mixture import Skeleton, skeleton
 from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Exchange, Template, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, Rejected
 from unifork.layout import MODEL_TEXT_TOKENIZER
 from unifork.models.generation import answer_texts, generate_images
 from unifork.models.modeling import UniForkModel, load_model
-from unifork.shards.schema import IMAGE_MARK, Unusable
+from unifork.shards.schema import IMAGE_MARK
 from unifork.vocabulary import TURN_END, TURN_START, Task
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
@@ -154,7 +154,8 @@ class Engine:
     def _check_room(self, tokens: int) -> None:
         room = self.model.config.backbone_config().max_position_embeddings
         if tokens > room:
-            raise Unusable(f"{tokens} tokens with its image; the model reads at most {room} (max_position_embeddings)")
+            most = f"the model reads at most {room} (max_position_embeddings)"
+            raise Rejected("too_long", f"{tokens} tokens with its image; {most}")
 
     def _batches(self, numbers: Sequence[int], tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         """Parts of `numbers` that fit the device; number n takes `tokens[n]`, or as many as the longest beside it."""
@@ -197,5 +198,5 @@ def _naming(what: str, text: str) -> Iterator[None]:
     """Errors of one text of many begin with it."""
     try:
         yield
-    except Unusable as error:
+    except Rejected as error:
         raise ConfigError(f"{what} {text!r:.60}: {error}") from None

@@ -105,7 +105,7 @@ class Store:
             ) from error
 
 
-def open_store(uri: str, kind: type[Store] = Store) -> Store:
+def open_store(uri: str) -> Store:
     """The store at a folder, `s3://bucket/path` or any other address fsspec knows.
 
     Raises ConfigError for an address that nobody knows or that holds credentials.
@@ -119,7 +119,7 @@ def open_store(uri: str, kind: type[Store] = Store) -> Store:
         raise ConfigError(f"{uri}: {error}; for s3:// that is pip install 'unifork[s3]'") from None
     except ValueError as error:
         raise ConfigError(f"{uri}: {error}. Allowed: a folder, hf://user/name, s3://bucket/path, ...") from None
-    return kind(uri, system, str(root).rstrip("/"))
+    return Store(uri, system, str(root).rstrip("/"))
 
 
 def deliver(path: Path, store: str | None) -> None:

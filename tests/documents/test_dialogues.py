@@ -6,7 +6,8 @@ from unifork.batch import IMAGE, TEXT
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import SYSTEM, TEMPLATES, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.shards.schema import Unusable, turns_of
+from unifork.errors import Rejected
+from unifork.shards.schema import turns_of
 
 END = "<|im_end|>"
 S = f"<|im_start|>{SYSTEM}"
@@ -173,17 +174,17 @@ def test_what_is_supervised(tokenizer, template, given, whole, supervised):
     ],
 )
 def test_what_is_refused(tokenizer, template, given, reason):
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(Rejected) as caught:
         read(given, template, tokenizer)
     assert str(caught.value).startswith(reason)
 
 
 def test_several_images_of_a_shard_are_refused():
     turns = [{"role": "user", "text": "Which?"}, {"role": "assistant", "text": "The left."}]
-    with pytest.raises(Unusable, match="image markers: 0, images: 2"):
+    with pytest.raises(Rejected, match="image markers: 0, images: 2"):
         written(TEMPLATES["answer"], turns, images=2)
-    with pytest.raises(Unusable, match="images: 2, the template has a place for 1") as caught:
+    with pytest.raises(Rejected, match="images: 2, the template has a place for 1") as caught:
         written(TEMPLATES["generate"], "two cats", images=2)
     assert caught.value.reason == "several_images"
-    with pytest.raises(Unusable, match="images: 0, the template has a place for 1"):
+    with pytest.raises(Rejected, match="images: 0, the template has a place for 1"):
         written(TEMPLATES["generate"], "a cat", images=0)

@@ -6,7 +6,7 @@ from unifork.batch import BEGIN_IMAGE, END_IMAGE, IMAGE, TEXT
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import IMAGE_PIECE, TEMPLATES, UNCONDITIONAL, laid_out, question, written
 from unifork.documents.text_tokenizer import TextTokenizer, train_text_tokenizer
-from unifork.shards.schema import Unusable
+from unifork.errors import Rejected
 from unifork.vocabulary import DROPPED_PROMPT, SPECIAL_TOKENS, TURN_END
 
 DIALOGUE = [
@@ -71,7 +71,7 @@ def test_a_question_is_what_training_shows_before_the_supervised_part(tokenizer)
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_reason(name, value, reason):
-    with pytest.raises(Unusable, match=reason):
+    with pytest.raises(Rejected, match=reason):
         written(TEMPLATES[name], value)
 
 

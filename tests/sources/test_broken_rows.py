@@ -22,14 +22,13 @@ from PIL import Image
 from tiny import REPOSITORY
 
 from unifork.config.card import Shrink
-from unifork.errors import ChangedFile, ConfigError, MachineError
+from unifork.errors import ChangedFile, ConfigError, MachineError, Rejected
 from unifork.images import crop_view, pad_view
 from unifork.shards.task import Slice
 from unifork.sources import Materialize, RowError, Source, SourceOptions, download_job, image_row, plan, rows_of
 from unifork.sources import archives as archives_module
 from unifork.sources.url_lists import FetchRules
 from unifork.sources.web.download import inspect
-from unifork.sources.web.permission import Refused
 
 # -------------------------------------------------------------------------------------- all kinds
 
@@ -127,12 +126,12 @@ def test_no_program_is_started_for_what_is_called_an_image(at):
     put(at / "sets/s.tar", tarred([("a.jpg", eps), ("a.txt", b"x"), ("b.jpg", JPEG), ("b.txt", b"x")]))
     code = "from archive_samples import *; import sys\nfrom pathlib import Path\n" \
            "from unifork.sources.url_lists import FetchRules\nfrom unifork.sources.web.download import inspect\n" \
-           "from unifork.sources.web.permission import Refused\n" \
+           "from unifork.errors import Rejected\n" \
            "card = card_of('pairs', {'files': 'sets'}, ['caption'], shrink={'longest_side': 5})\n" \
            "download(card, Path('shrunk'))\n" \
            "card = card_of('pairs', {'files': 'sets'}, ['caption'])\ndownload(card, Path('raw'))\n" \
            "result = filtered(card, Path('raw'), Path('kept'))\nprint(result.manifest.dropped)\n" \
-           f"try: inspect({eps!r}, FetchRules())\nexcept Refused as refused: print(refused.reason)\n"  # fmt: skip
+           f"try: inspect({eps!r}, FetchRules())\nexcept Rejected as error: print(error.reason)\n"  # fmt: skip
     environment = os.environ | {"PATH": f"{at / 'bin'}:{os.environ['PATH']}",
                                 "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -174,8 +173,9 @@ def test_images_that_cost_much_or_cannot_be_viewed_are_kept_and_named_by_the_fil
         if reason is None:
             assert inspect(image, FetchRules(max_pixels=10**6))["image"] == image
         else:
-            with pytest.raises(Refused, match=reason):
+            with pytest.raises(Rejected) as rejected:
                 inspect(image, FetchRules(max_pixels=10**6))
+            assert rejected.value.reason == reason
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])

@@ -15,7 +15,7 @@ from tiny import copy_of, hold_out, prepare
 from unifork.batch import pack
 from unifork.config import load_card
 from unifork.config.experiment import Validation
-from unifork.documents.loader import PackedDocuments, TrackLoader
+from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.inference import Engine
@@ -59,9 +59,7 @@ def parts_of(root, *, held_out):
     identity = CodesIdentity(config.grid**2, config.depth, config.codebook_id, config.encoder_id, config.codebook_size)
     (track,) = stage_job.stage.tracks.values()
     sizes = {"context": stage_job.stage.context, "row_tokens": 384, "rows_per_microbatch": 1}
-    if held_out:
-        return PackedDocuments(track, Layout(root), tokenizer, identity, **sizes, held_out=True)
-    return TrackLoader("joint", track, Layout(root), tokenizer, identity, seed=0, **sizes)
+    return TrackLoader("joint", track, Layout(root), tokenizer, identity, seed=0, **sizes, held_out=held_out)
 
 
 def test_the_hash_of_the_key_decides_and_no_order_holds_a_held_out_row(held_root):

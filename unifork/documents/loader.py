@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unifork.batch import Batch, Document, assign_rows_to_workers, pack, pack_step
+from unifork.batch import Batch, Document, Packing, assign_rows_to_workers, pack, pack_step
 from unifork.config import Track
 from unifork.documents.mixture import CodesIdentity, MixturePart, Skeleton, unconditional
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -182,13 +182,9 @@ class MixtureOrder:
 
     def documents(self, step: int) -> list[Slot]:
         """Exactly `batch_documents` documents."""
-        first = step * self.batch_documents
-        return [self.document(slot) for slot in range(first, first + self.batch_documents)]
-
-    def document(self, slot: int) -> Slot:
-        """The document in a slot, counted over the whole track."""
-        part, position = self.schedule.slot(slot)
-        return Slot(part, self.sets[part].index(position))
+        first = step * self.batch_documents  # slots are counted over the whole track
+        places = map(self.schedule.slot, range(first, first + self.batch_documents))
+        return [Slot(part, self.sets[part].index(position)) for part, position in places]
 
     def served(self, steps: int) -> list[int]:
         """Documents of each part in the first `steps` steps."""
@@ -213,33 +209,48 @@ class StepPlan:
     microbatches: list[list[list[list[int]]]]
     text_targets: int
     image_targets: int
-    row_tokens: int
-    fill: float
+    packing: Packing
 
 
-class PackedDocuments:
-    """Any documents of the parts of a mixture, packed for a number of workers."""
+class TrackLoader:
+    """The documents of one track, in their order or any other, packed for a number of workers."""
 
     def __init__(
         self,
+        name: str,
         track: Track,
         layout: Layout,
         tokenizer: TextTokenizer,
         identity: CodesIdentity,
         *,
+        seed: int,
         context: int,
         row_tokens: int,
         rows_per_microbatch: int,
         held_out: bool = False,
     ) -> None:
-        """held_out: of the documents that nothing is trained on; parts may then be empty."""
-        self.track, self.identity = track, identity
+        """held_out: those that nothing is trained on, which have no order; parts may then be empty."""
+        self.name, self.track, self.identity, self.seed = name, track, identity, seed
         self.row_tokens, self.rows_per_microbatch = row_tokens, rows_per_microbatch
         self.parts = [
             MixturePart(entry, layout, tokenizer, identity, context, held_out=held_out) for entry in track.mixture
         ]
         self.unconditional: Skeleton = unconditional(tokenizer, identity.positions)
         self.supervised_positions = track.supervised_positions or identity.positions
+        if self.supervised_positions > identity.positions:
+            raise ConfigError(
+                f"track {name}: supervised_positions is {self.supervised_positions}; "
+                f"an image has {identity.positions} positions"
+            )
+        if not held_out:
+            weights = [entry.weight for entry in track.mixture]
+            sets = [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)]
+            self.order = MixtureOrder(weights, sets, track.batch_documents)
+
+    def plan(self, step: int, workers: int) -> StepPlan:
+        """Everything about a step but the codes."""
+        slots = self.order.documents(step)
+        return self.pack(slots, [self._drops(slot, step, number) for number, slot in enumerate(slots)], workers)
 
     def pack(self, slots: list[Slot], dropped: list[bool], workers: int) -> StepPlan:
         """How some documents are packed, those with a dropped prompt without it: everything but the codes."""
@@ -260,15 +271,14 @@ class PackedDocuments:
             microbatches=assign_rows_to_workers(packing.rows, workers, self.rows_per_microbatch),
             text_targets=text,
             image_targets=images * self.supervised_positions,
-            row_tokens=packing.row_tokens,
-            fill=packing.fill,
+            packing=packing,
         )
 
     def batches(self, plan: StepPlan, worker: int) -> Iterator[Batch]:
         """The microbatches of one worker, in order."""
         for rows in plan.microbatches[worker]:
             documents = [[self.document(plan, number) for number in row] for row in rows]
-            yield pack(documents, plan.row_tokens, self.identity.depth)
+            yield pack(documents, plan.packing.row_tokens, self.identity.depth)
 
     def document(self, plan: StepPlan, number: int) -> Document:
         """One document of a step, its prompt dropped or not as the plan says."""
@@ -278,44 +288,6 @@ class PackedDocuments:
             return part.document(slot.document, self.supervised_positions)
         key, codes_ND = part.key(slot.document), part.codes(slot.document)
         return self.unconditional.with_codes(key, part.task, codes_ND, self.supervised_positions)
-
-
-class TrackLoader(PackedDocuments):
-    """The documents of one track in their order, for one worker of many."""
-
-    def __init__(
-        self,
-        name: str,
-        track: Track,
-        layout: Layout,
-        tokenizer: TextTokenizer,
-        identity: CodesIdentity,
-        *,
-        seed: int,
-        context: int,
-        row_tokens: int,
-        rows_per_microbatch: int,
-    ) -> None:
-        super().__init__(
-            track, layout, tokenizer, identity,
-            context=context, row_tokens=row_tokens, rows_per_microbatch=rows_per_microbatch,
-        )  # fmt: skip
-        self.name, self.seed = name, seed
-        self.order = MixtureOrder(
-            [entry.weight for entry in track.mixture],
-            [SetOrder(part.group_sizes, seed, name, number) for number, part in enumerate(self.parts)],
-            track.batch_documents,
-        )
-        if self.supervised_positions > identity.positions:
-            raise ConfigError(
-                f"track {name}: supervised_positions is {self.supervised_positions}; "
-                f"an image has {identity.positions} positions"
-            )
-
-    def plan(self, step: int, workers: int) -> StepPlan:
-        """Everything about a step but the codes."""
-        slots = self.order.documents(step)
-        return self.pack(slots, [self._drops(slot, step, number) for number, slot in enumerate(slots)], workers)
 
     @property
     def quarantined(self) -> Counter[str]:

@@ -16,10 +16,10 @@ from unifork.config import Card, PreparedSet
 from unifork.documents.mixture import made_with, skeleton
 from unifork.documents.prompts import Template, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import UniForkError, unknown
+from unifork.errors import Rejected, tried, unknown
 from unifork.shards.job import ARROW, ShardJob, table_of, write_shard
 from unifork.shards.manifest import checked, manifest_sha256, present
-from unifork.shards.schema import Unusable, codes_meta, columns_of, documents_schema, images_of_rows
+from unifork.shards.schema import codes_meta, columns_of, documents_schema, images_of_rows
 from unifork.shards.task import ShardResult, ShardTask, quarantined
 
 
@@ -42,25 +42,20 @@ class Prepare:
             rows = file.read_row_group(group, columns=["key", self.text]).to_pylist()
             for number, (row, images) in enumerate(zip(rows, _images(file, group), strict=True)):
                 place = {"key": row["key"], "row_group": group, "row": number}
-                try:
-                    document = self._document(row[self.text], images, image_tokens)
+                document = tried(self._document, row[self.text], images, image_tokens)
+                if isinstance(document, Rejected):  # whatever a text may raise costs its row alone
+                    rejected.append({"key": row["key"], "reason": document.reason, "detail": str(document)})
+                else:
                     documents.append({**place, **document, "held_out": int(self.card.holds_out(row["key"]))})
-                except Unusable as problem:
-                    rejected.append({"key": row["key"], "reason": problem.reason, "detail": str(problem)})
-                except UniForkError:
-                    raise
-                except Exception as error:  # whatever a text may raise costs its row alone
-                    detail = f"{type(error).__name__}: {error}"
-                    rejected.append({"key": row["key"], "reason": "unexpected", "detail": detail})
         return write_shard(task, table_of(documents, documents_schema(schema)), quarantined(task, rejected))
 
     def _document(self, value: Any, images: int, image_tokens: int) -> dict[str, Any]:
-        """The columns of a row that can be used. Raises Unusable."""
+        """The columns of a row that can be used. Raises Rejected."""
         doc = skeleton(written(self.template, value, images), self.tokenizer, 1, self.template.border)
         if self.template.task == "understanding" and not doc.loss_mask_T.any():
-            raise Unusable("nothing to learn", "nothing_to_learn")
+            raise Rejected("nothing_to_learn", "nothing to learn")
         if doc.loss_mask_T[0]:
-            raise Unusable("the first token cannot be supervised: nothing stands before it", "nothing_before_answer")
+            raise Rejected("nothing_before_answer", "the first token cannot be supervised: nothing stands before it")
         is_text_T, begins_T = doc.kinds_T == TEXT, doc.kinds_T == BEGIN_IMAGE
         ids_T, loss_mask_T = doc.text_ids_T[is_text_T].astype(np.int32), doc.loss_mask_T[is_text_T].view(np.uint8)
         return {

@@ -1,11 +1,8 @@
-"""Prompt templates as data: what a sample of each stage reads like, and which part is supervised.
+"""Prompt templates: what a sample of each stage reads like, and which part is supervised.
 
-A template is a text with three kinds of mark: `<image>` stands for the image, `{name}` for a
+A template (`templates.yaml`) is a text with three kinds of mark: `<image>` stands for the image, `{name}` for a
 field, and what is between `[[` and `]]` is what an understanding model is taught to write. Marks
 count in templates only: whatever a caption or a dialogue says is text, special tokens included.
-
-The formats are those of the official code (its stages 1.0 to 5.0). Where ours learns other tokens,
-the official way stands beside it under a name that begins with `official-`.
 
 A dialogue becomes a system text and exchanges that are safe to train on, or the reason why not: nothing is guessed and
 nothing is cut: a wrong mask is trained on silently. The image stands in front of the question whose turn has the
@@ -17,12 +14,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal
 
-from unifork.config import MixtureEntry
-from unifork.errors import ConfigError, one_of
-from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, ROLES, Unusable
-from unifork.vocabulary import DROPPED_PROMPT, TURN_END, TURN_START, Task
+from unifork.config import MixtureEntry, read_yaml
+from unifork.errors import ConfigError, Rejected, one_of
+from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, ROLES
+from unifork.vocabulary import DROPPED_PROMPT, TURN_START, Task
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -61,32 +59,8 @@ class Template:
 
 
 INSTRUCTION = "Provide a one-sentence caption for the image."
-CAPTION_PLAIN = Template("understanding", f"{IMAGE_MARK}\n{INSTRUCTION}[[{{caption}}{TURN_END}]]")
-ANSWERS_PLAIN = Template("understanding", turn=f"{IMAGE_MARK}\n{{user}}[[{{assistant}}{TURN_END}]]")
-ANSWER_PLAIN = replace(ANSWERS_PLAIN, first_turn_only=True)
-ANSWER = Template(
-    "understanding",
-    opening=f"{TURN_START}{{system}} ",
-    turn=f"USER: {IMAGE_MARK}\n{{user}} ASSISTANT:[[ {{assistant}}{TURN_END}]]",
-)
-
 TEMPLATES: dict[str, Template] = {
-    "generate-class": Template("generation", f"{TURN_START}{{caption}}{IMAGE_MARK}"),
-    "name-class": Template("understanding", f"{TURN_START}{IMAGE_MARK}[[{{caption}}]]"),
-    "generate-plain": Template("generation", f"{{caption}}{IMAGE_MARK}"),
-    "caption-plain": CAPTION_PLAIN,
-    "official-caption-plain": replace(CAPTION_PLAIN, border="count"),
-    "generate": Template("generation", f"{TURN_START}USER: {{caption}} ASSISTANT: {IMAGE_MARK}"),
-    "answer-plain": ANSWER_PLAIN,
-    "official-answer-plain": replace(ANSWER_PLAIN, border="count"),
-    "answers-plain": ANSWERS_PLAIN,
-    "caption": Template(
-        "understanding",
-        f"{TURN_START}{SYSTEM} USER: {IMAGE_MARK}\n{INSTRUCTION} ASSISTANT:[[ {{caption}}{TURN_END}]]",
-    ),
-    "answer": ANSWER,
-    "official-answer": replace(ANSWER, border="count", once=" ASSISTANT: "),
-    "text": Template("understanding", f"{TURN_START}[[{{caption}}{TURN_END}]]"),
+    name: Template(**fields) for name, fields in read_yaml(Path(__file__).with_name("templates.yaml")).items()
 }
 
 
@@ -154,83 +128,75 @@ class Exchange:
     """Whether images stand in the question, where its marks are."""
 
 
-@dataclass(frozen=True)
-class Dialogue:
-    """What a template writes; `system` is None where the dialogue has no text of its own for it."""
+def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> tuple[str, list[Exchange]]:
+    """The system text and the exchanges of turns `{role, text}` that belong to so many images.
 
-    system: str | None
-    exchanges: list[Exchange]
-
-
-def dialogue(turns: Sequence[Mapping[str, str | None]], images: int) -> Dialogue:
-    """Read turns `{role, text}` that belong to so many images.
-
-    Raises Unusable with the reason when they cannot be read in exactly one way.
+    The text is empty where the dialogue has none of its own. Raises Rejected with the reason when the turns cannot be
+    read in exactly one way.
     """
     unknown = next((turn["role"] for turn in turns if turn["role"] not in ROLES), None)
     if unknown is not None or not all(turn["role"] for turn in turns):
-        raise Unusable(f"unknown role {unknown!r}; known are {', '.join(ROLES)}")
+        raise Rejected("broken_dialogue", f"unknown role {unknown!r}; known are {', '.join(ROLES)}")
     roles = [ROLES[str(turn["role"])] for turn in turns]
     texts = [turn["text"] or "" for turn in turns]
-    system = None
+    system = ""
     if roles[:1] == ["system"]:
         system, roles, texts = texts[0], roles[1:], texts[1:]
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
-        raise Unusable(f"roles are {roles[:6]}, not user and assistant in turn")
+        raise Rejected("broken_dialogue", f"roles are {roles[:6]}, not user and assistant in turn")
     questions, answers = texts[::2], texts[1::2]
-    marks = _marks(system or "", questions, answers, images)
+    marks = _marks(system, questions, answers, images)
     exchanges = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         bare = question.replace(IMAGE_MARK, "").strip()
         if not bare and not marks[number]:
-            raise Unusable(f"question {number + 1} is empty")
+            raise Rejected("broken_dialogue", f"question {number + 1} is empty")
         if not answer.strip():
-            raise Unusable(f"answer {number + 1} is empty")
+            raise Rejected("broken_dialogue", f"answer {number + 1} is empty")
         if images > 1:
             exchanges.append(Exchange(question.strip() if marks[number] else question, answer, False, marked=True))
         else:
             exchanges.append(Exchange(bare if IMAGE_MARK in question else question, answer, bool(marks[number])))
-    return Dialogue(system if system and system.strip() else None, exchanges)
+    return system if system.strip() else "", exchanges
 
 
 def _marks(system: str, questions: list[str], answers: list[str], images: int) -> list[int]:
     """Images of each question."""
     if IMAGE_MARK in system:
-        raise Unusable("an image marker inside the system turn")
+        raise Rejected("broken_dialogue", "an image marker inside the system turn")
     if any(IMAGE_MARK in answer for answer in answers):
-        raise Unusable("an image marker inside an answer")
+        raise Rejected("broken_dialogue", "an image marker inside an answer")
     marks = [question.count(IMAGE_MARK) for question in questions]
     if images == 1 and not any(marks):
         marks[0] = 1
     if sum(marks) != images:
-        raise Unusable(f"image markers: {sum(marks)}, images: {images}")
+        raise Rejected("broken_dialogue", f"image markers: {sum(marks)}, images: {images}")
     return marks
 
 
 def written(template: Template, value: Any, images: int = 1) -> list[Piece]:
     """One row as pieces. value: a caption, or a list of turns `{role, text}`; images: how many the row has.
 
-    Raises Unusable with the reason when the value does not fit the template.
+    Raises Rejected with the reason when the value does not fit the template.
     """
     if not value:
-        raise Unusable("no text", "no_text")
+        raise Rejected("no_text", "no text")
     if template.text:
         if not isinstance(value, str):
-            raise Unusable(f"a caption is expected, {CONVERSATIONS} were given", "broken_text")
+            raise Rejected("broken_text", f"a caption is expected, {CONVERSATIONS} were given")
         if images != template.images:
             reason = "several_images" if images > 1 else "image_without_place" if images else "no_image"
-            raise Unusable(f"images: {images}, the template has a place for {template.images}", reason)
+            raise Rejected(reason, f"images: {images}, the template has a place for {template.images}")
         return laid_out(template.text, {"caption": _without_mark(value) if images else value})
     if isinstance(value, str):
-        raise Unusable(f"{CONVERSATIONS} are expected, a caption was given", "broken_text")
-    spoken = dialogue(value, images)
-    if spoken.system and "{system}" not in template.opening:
-        raise Unusable("a system turn, the template has no place for it")
-    exchanges = spoken.exchanges[:1] if template.first_turn_only else spoken.exchanges
-    parts = [_exchange(template, exchange) for exchange in exchanges]
+        raise Rejected("broken_text", f"{CONVERSATIONS} are expected, a caption was given")
+    system, exchanges = dialogue(value, images)
+    if system and "{system}" not in template.opening:
+        raise Rejected("broken_dialogue", "a system turn, the template has no place for it")
+    parts = [_exchange(template, exchange) for exchange in exchanges[: 1 if template.first_turn_only else None]]
     if sum(part.count(IMAGE_PIECE) for part in parts) != images:
-        raise Unusable("the image belongs to a later question, the template writes only the first")
-    parts[0] = laid_out(template.opening, {"system": spoken.system or SYSTEM}) + parts[0]
+        raise Rejected("broken_dialogue", "the image belongs to a later question, the template writes only the first")
+    parts[0] = laid_out(template.opening, {"system": system or SYSTEM}) + parts[0]
     supervisable = not template.once or all(_read(part).count(template.once) == 1 for part in parts)
     return [piece if supervisable else replace(piece, supervised=False) for part in parts for piece in part]
 
@@ -241,7 +207,7 @@ def question(template: Template, user: str, before: Sequence[Exchange] = (), ima
     before: the exchanges of the dialogue so far. image: whether this question has the image in front of it.
     """
     if image and template.images == 0:
-        raise Unusable("the template has no place for an image", "image_without_place")
+        raise Rejected("image_without_place", "the template has no place for an image")
     if template.text:
         last = laid_out(template.text, {"caption": ""})
     else:
@@ -276,5 +242,5 @@ def _read(pieces: list[Piece]) -> str:
 
 def _without_mark(value: str) -> str:
     if IMAGE_MARK in value:
-        raise Unusable(f"the text contains the mark {IMAGE_MARK}", "broken_text")
+        raise Rejected("broken_text", f"the text contains the mark {IMAGE_MARK}")
     return value

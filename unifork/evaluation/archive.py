@@ -21,7 +21,7 @@ from unifork.errors import DataError
 from unifork.evaluation.items import faults
 from unifork.shards.manifest import file_sha256
 from unifork.sources import MAX_IMAGE_BYTES, leaves
-from unifork.sources.archives import Unreadable, read_below
+from unifork.sources.archives import read_below
 
 HELD = "image"
 """Column of a table that holds images; read only when one is wanted."""
@@ -77,7 +77,7 @@ class Archive:
             if leaves(name):
                 raise DataError("leads out of the folder")
             return read_below((self.folder / self.images).resolve(), name, MAX_IMAGE_BYTES)
-        except (OSError, ValueError, TypeError, LookupError, EOFError, Unreadable, DataError) as error:
+        except (OSError, ValueError, TypeError, LookupError, EOFError, DataError) as error:
             raise DataError(str(error)) from None
 
 

@@ -16,12 +16,12 @@ import jinja2
 import yaml
 
 from unifork.config import Card, parse
-from unifork.errors import ConfigError, one_of
+from unifork.errors import ConfigError, cause, one_of
 from unifork.experiments import HERE
 from unifork.experiments.followed import followed
 from unifork.experiments.inheritance import inherited
 from unifork.shards.schema import CONVERSATIONS
-from unifork.sources import Materialize, Row, RowError, cause, plan, source_of
+from unifork.sources import Materialize, Row, RowError, plan, source_of
 from unifork.sources.archives import ARCHIVES, is_image, picked
 from unifork.sources.files import TABLES, files_of
 from unifork.sources.list_files import LISTS

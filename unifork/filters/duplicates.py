@@ -13,7 +13,7 @@ different images agree in 64 bits of SHA-256 is to be expected in one of 3,700 s
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unifork.config import Card, parse
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, Rejected
 from unifork.filters.measure import measurements
 from unifork.filters.rules import DUPLICATE_RULES, BenchmarkOptions, DuplicateOptions, Kind, judge
 from unifork.filters.worker import DROPS, filter_fingerprint
 from unifork.shards.job import ShardJob, input_rows, read_table, write_shard
 from unifork.shards.manifest import Shard, file_sha256, keep_only, present, read_manifest, write_atomically
-from unifork.shards.schema import text_columns
+from unifork.shards.schema import columns_of, text_columns
 from unifork.shards.task import ShardResult, ShardTask
-from unifork.sources import MAX_IMAGE_BYTES, RowError, located
-from unifork.sources.archives import Unreadable, is_image, opened
+from unifork.sources import MAX_IMAGE_BYTES, located
+from unifork.sources.archives import is_image, opened
 from unifork.vocabulary import MORE_IMAGES
 
 SIGNATURES_VERSION = 2
@@ -81,9 +81,10 @@ def looks_around(card: Card) -> bool:
 def sign_job(card: Card, measured: Path, folder: Path) -> ShardJob:
     """The plan of pass 1: one task for each measured shard."""
     made_with = {"signatures": SIGNATURES_VERSION, "texts": text_columns(card), **filter_fingerprint(alone(card))}
-    columns = {field.name: str(field.type) for field in SCHEMA}
     tasks = [ShardTask(shard=shard) for shard in present(measured).shards]
-    return ShardJob("signatures", card.name, folder, columns, made_with, {}, tasks, measured, may_be_empty=True)
+    return ShardJob(
+        "signatures", card.name, folder, columns_of(SCHEMA), made_with, {}, tasks, measured, may_be_empty=True
+    )
 
 
 # ----------------------------------------------------------------------------------------- decision
@@ -93,16 +94,12 @@ Found = dict[int, tuple[str, int]]
 
 
 def nearest_duplicates(values: np.ndarray, numbers: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
-    """(number, smallest number of an earlier duplicate) among uint64 signatures of which a band agrees.
+    """(number, smallest number of an earlier duplicate) among signatures of which a band agrees, in their order.
 
     Signatures at most `distance` bits apart agree in one of distance + 1 bands (pigeonhole).
     """
-    order = np.lexsort((numbers, values)) if distance == 0 else np.argsort(numbers)
-    values, numbers = values[order], numbers[order]
-    if distance == 0:
-        first = np.r_[True, values[1:] != values[:-1]][: len(values)]
-        keeper = numbers[np.maximum.accumulate(np.where(first, np.arange(len(values)), 0))]
-        yield from zip(numbers[~first].tolist(), keeper[~first].tolist(), strict=True)
+    if distance == 0:  # the band is all of them
+        yield from zip(numbers[1:].tolist(), repeat(int(numbers[0])), strict=False)
         return
     for index in range(1, len(values)):
         near = np.bitwise_count(values[:index] ^ values[index]) <= distance
@@ -111,7 +108,7 @@ def nearest_duplicates(values: np.ndarray, numbers: np.ndarray, distance: int) -
 
 
 def groups(values: np.ndarray, numbers: np.ndarray, band: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Signatures and numbers of each value of a band that occurs twice."""
+    """Signatures and numbers, in the order given, of each value of a band that occurs twice."""
     order = np.argsort(band, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0, True])
     for begin, end in pairwise(starts.tolist()):
@@ -143,22 +140,17 @@ class Signatures:
         buckets = max(1, -(-int(self.starts[-1]) // BUCKET_ROWS))
         parts = [(extra, np.arange(-len(extra), 0))] if extra is not None else []
         for number in range(bands):
-            shift, mask = np.uint64(number * width), np.uint64(2**width - 1 if bands > 1 else 2**64 - 1)
+            shift, mask = np.uint64(number * width), np.uint64(2**width - 1)
             for bucket in range(buckets):
                 chosen = []
                 for values, numbers in chain(parts, self.column(kind)):
                     here = ((values >> shift) & mask) % np.uint64(buckets) == bucket
                     chosen.append((values[here], numbers[here]))
                 values, numbers = (np.concatenate(arrays) for arrays in zip(*chosen, strict=True))
-                band = (values >> shift) & mask
-                pieces = [(values, numbers)] if distance == 0 else groups(values, numbers, band)
-                for group in pieces:
+                for group in groups(values, numbers, (values >> shift) & mask):
                     for row, duplicate in nearest_duplicates(*group, distance):
-                        if (
-                            row >= first
-                            and (extra is None or duplicate < 0)
-                            and duplicate < found.get(row, ("", row))[1]
-                        ):
+                        compared = row >= first and (extra is None or duplicate < 0)
+                        if compared and duplicate < found.get(row, ("", row))[1]:
                             found[row] = (rule, duplicate)
 
     def keys(self, numbers: Iterable[int]) -> dict[int, str]:
@@ -213,10 +205,10 @@ def decide(card: Card, signatures: Path, others: dict[str, Path], filtered: Path
 def benchmark(files: str) -> list[tuple[str, int]]:
     """(name, difference hash) of the images of a folder or tar. Raises ConfigError when there are none."""
     with opened(located(files)) as found:
-        named = (file for file in found if not isinstance(file, RowError) and is_image(file[0]))
+        named = (file for file in found if not isinstance(file, Rejected) and is_image(file[0]))
         try:
             hashed = [(name, measurements(read(MAX_IMAGE_BYTES))) for name, read in named]
-        except Unreadable as error:
+        except Rejected as error:
             raise ConfigError(f"{files!r}: {error}") from None
     if not hashed:
         raise ConfigError(f"{files!r}: no images in it")

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from unifork.config import Card
-from unifork.images import ImageError, measure
+from unifork.errors import Rejected
+from unifork.images import measure
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import present
 from unifork.shards.schema import MORE_IMAGE, columns_of, image_text_schema, numbered
@@ -70,7 +71,7 @@ def measurements(data: bytes | None) -> dict[str, Any]:
     size = {"bytes": len(data)}
     try:
         return {**size, **measure(data)._asdict()}
-    except ImageError as error:
+    except Rejected as error:
         return {**size, "problem": error.reason, "problem_detail": str(error)}
 
 

@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from unifork.config import Card, StrictModel, parse
 from unifork.config.base import Fraction01
 from unifork.config.card import FilterRule
-from unifork.errors import ConfigError, UniForkError, unknown
+from unifork.errors import ConfigError, Rejected, tried, unknown
 from unifork.registry import Registry
 from unifork.shards.manifest import file_sha256
 from unifork.shards.schema import CONVERSATIONS, FIXED_COLUMNS, numbered, text_columns
@@ -123,12 +123,9 @@ def _dropped(
     row: Row, card: Card, entry: FilterRule, chosen: Rule[Any], options: StrictModel
 ) -> tuple[str, str] | None:
     """(reason, detail) where a rule does not keep a row."""
-    try:
-        keeps = chosen.keeps({**row, DATASET: card.name}, options)
-    except UniForkError:
-        raise
-    except Exception as error:  # of a rule that met what its author did not think of
-        return "unexpected", f"{entry.rule}: {type(error).__name__}: {error}"
+    keeps = tried(chosen.keeps, {**row, DATASET: card.name}, options)
+    if isinstance(keeps, Rejected):  # by a rule that met what its author did not think of
+        return "unexpected", f"{entry.rule}: {keeps}"
     if keeps:
         return None
     if entry.rule == TAKEDOWN:

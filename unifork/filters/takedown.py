@@ -18,7 +18,7 @@ from unifork.shards.manifest import (
     recorded_shards,
     write_manifest,
 )
-from unifork.shards.task import ShardTask, parquet_name, scrub
+from unifork.shards.task import ShardTask, parquet_name, scrub, without_keys
 from unifork.vocabulary import MORE_IMAGES
 
 REASON = "takedown"
@@ -79,7 +79,7 @@ def takedown(folder: Path, keys: Mapping[str, Iterable[str]]) -> int:
 def _without(folder: Path, shard: Shard, keys: Iterable[str]) -> Shard:
     """A shard without some rows, as it is now recorded; its quarantine names them no more either."""
     gone, table = pa.array(sorted(set(keys)), pa.string()), read_table(folder, shard)
-    kept = table.filter(pa.compute.invert(pa.compute.is_in(table["key"], value_set=gone)))
+    kept = without_keys(table, gone)
     count = table.num_rows - kept.num_rows
     if count:
         dropped = {**shard.dropped, REASON: shard.dropped.get(REASON, 0) + count}

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unifork.errors import DataError, one_of
+from unifork.errors import DataError, Rejected, one_of
 from unifork.image_tokenizer.model import ImageTokenizer, to_bytes
-from unifork.images import RGB, VARIANTS, ImageError, declared, decoding, open_image, to_rgb
+from unifork.images import RGB, VARIANTS, declared, decoding, open_image, to_rgb
 from unifork.vocabulary import CODE_DTYPE
 
 ImageInput = Image.Image | bytes | Path
@@ -147,7 +147,7 @@ class CodeEncoder:
                 opaque.load()
                 opaque.info.pop("transparency", None)  # of a chunk behind the pixels: a first view knows nothing of it
                 return [VARIANTS[view](opaque, size, self.matte) for view in views]
-        except ImageError as error:
+        except Rejected as error:
             raise DataError(f"{name} cannot be read: {error}") from None
         except DataError as error:
             raise DataError(f"{name}: {error}") from None

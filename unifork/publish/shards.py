@@ -28,7 +28,7 @@ from unifork.shards.schema import (
     images_of_rows,
     text_type,
 )
-from unifork.shards.task import Published, ShardResult, ShardTask
+from unifork.shards.task import Published, ShardResult, ShardTask, without_keys
 from unifork.vocabulary import CODE_DTYPE, Task
 
 PUBLISH_VERSION = 2
@@ -78,7 +78,7 @@ class Publish:
         table = input_table(task)
         shape = codes_meta(table.schema, task.folder)["shape"]
         gone = pa.array(task.withdrawn, pa.string())
-        kept = table.filter(pc.invert(pc.is_in(table["key"], value_set=gone)))
+        kept = without_keys(table, gone)
         numbers = codes_array(kept["codes"], tuple(shape)).reshape(-1).astype(np.uint16)
         images = pa.FixedSizeListArray.from_arrays(pa.array(numbers), shape[0] * shape[1])
         out = _with_codes(kept, images.cast(CODE_LIST.value_type), images_of_rows(kept["codes"]))

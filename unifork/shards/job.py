@@ -35,7 +35,6 @@ from unifork.shards.manifest import (
     RECORD_SUFFIX,
     Manifest,
     Shard,
-    Sizes,
     checked,
     delete_record,
     file_sha256,
@@ -46,6 +45,7 @@ from unifork.shards.manifest import (
     write_atomically,
     write_json,
     write_manifest,
+    wrong_sizes,
 )
 from unifork.shards.progress import places, write_progress
 from unifork.shards.task import QUARANTINE, ShardResult, ShardTask, nothing_kept, parquet_name
@@ -108,11 +108,11 @@ class ShardJob:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         recorded = recorded_shards(self.folder, [open_store(self.store)] if self.store else [])
-        found = Sizes(self.folder)
+        wrong = wrong_sizes(self.folder, recorded.values())
         left = []
         for name, task in zip(self.names, self.tasks, strict=True):
             inputs, old = self.inputs(task), recorded.get(name)
-            if old and old.inputs == inputs and not found.fault(old):
+            if old and old.inputs == inputs and name not in wrong:
                 self.finished[name] = old
             else:
                 if old and old.store:

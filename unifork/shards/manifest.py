@@ -214,20 +214,18 @@ def manifest_sha256(folder: Path) -> str:
     return hashlib.sha256(json_text(read_manifest(folder).content()).encode()).hexdigest()
 
 
-class Sizes:
-    """Sizes of the files of a folder and of the folders of stores that its shards lie in, each listed once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.found: dict[str | None, dict[str, int]] = {}
-
-    def fault(self, shard: Shard) -> str | None:
-        """What is wrong with a shard by its size alone, in words."""
+def wrong_sizes(folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
+    """What is wrong with shards by their sizes alone, by name; their folder and stores are listed once each."""
+    found: dict[str | None, dict[str, int]] = {None: sizes(folder)}
+    wrong: dict[str, str] = {}
+    for shard in shards:
         store = shard.store
         place = store.uri if store else None
-        if place not in self.found:
-            self.found[place] = store.sizes() if store else sizes(self.folder)
-        return _differs(shard, self.found[place].get(shard.path))
+        if store and place not in found:
+            found[place] = store.sizes()
+        if problem := _differs(shard, found[place].get(shard.path)):
+            wrong[shard.path] = problem
+    return wrong
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -241,10 +239,9 @@ def present(folder: Path) -> Manifest:
 
     Raises DataError, which says what brings them back, before anything is read or started.
     """
-    manifest, found = read_manifest(folder), Sizes(folder)
-    wrong = [(shard.path, problem) for shard in manifest.shards if (problem := found.fault(shard))]
-    if wrong:
-        name, problem = wrong[0]
+    manifest = read_manifest(folder)
+    if wrong := wrong_sizes(folder, manifest.shards):
+        name, problem = next(iter(wrong.items()))
         raise DataError(
             f"{folder}: {len(wrong)} of {len(manifest.shards)} shards are not as its manifest says, first {name}: "
             f"{problem}. {way_out(folder)}"
@@ -256,8 +253,8 @@ def elsewhere(folder: Path) -> bool:
     """Whether a finished stage has a manifest here and none of its shards, as where a clone pulled manifests alone."""
     if not (folder / MANIFEST).exists():
         return True
-    found = Sizes(folder)
-    return all(found.fault(shard) == "missing" for shard in read_manifest(folder).shards)
+    shards = read_manifest(folder).shards
+    return list(wrong_sizes(folder, shards).values()) == ["missing"] * len(shards)
 
 
 def way_out(folder: Path) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unifork.config import Card
-from unifork.errors import DataError, UniForkError
+from unifork.errors import DataError, Rejected
 from unifork.vocabulary import CODE_DTYPE, MORE_IMAGES, Task
 
 CONVERSATIONS = "conversations"
@@ -129,25 +129,17 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 """Names of the roles; `human` and `gpt` are those of LLaVA and InternVL."""
 
 
-class Unusable(UniForkError):
-    """A row from which no document can be made: the reason is one word for counting, the message its detail."""
-
-    def __init__(self, detail: str, reason: str = "broken_dialogue") -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 def turns_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """The turns `{role, text}` of a row: its `conversations` of `{from, value}` (LLaVA, InternVL) or `{role, content}`.
 
-    Roles are renamed where they are known and kept where not: `dialogue` judges them. Raises Unusable
+    Roles are renamed where they are known and kept where not: `dialogue` judges them. Raises Rejected
     when the row has no list of turns of texts.
     """
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Unusable("conversations is not a list of turns")
+        raise Rejected("broken_dialogue", "conversations is not a list of turns")
     roles = [str(turn.get("from", turn.get("role"))) for turn in turns]
     texts = [turn.get("value", turn.get("content")) for turn in turns]
     if wrong := next((text for text in texts if isinstance(text, list | dict | bytes)), None):
-        raise Unusable(f"a turn says {wrong!r:.200}; a text is expected")
+        raise Rejected("broken_dialogue", f"a turn says {wrong!r:.200}; a text is expected")
     return [{"role": ROLES.get(role, role), "text": str(text or "")} for role, text in zip(roles, texts, strict=True)]

@@ -176,7 +176,7 @@ CONTENT = {
 
 def quarantined(task: ShardTask, rejected: Iterable[Mapping[str, str | None]]) -> Counter[str]:
     """Write what is left out beside the shard, sorted by key; how many there are of each reason."""
-    rows = [{name: _plain(row.get(name) or "") for name in SCHEMA.names} for row in rejected]
+    rows = [{name: _plain(str(row.get(name) or "")) for name in SCHEMA.names} for row in rejected]
     output = Path(task.output)
     path = output.parent / QUARANTINE / parquet_name(output.name)
     if rows:
@@ -214,11 +214,16 @@ def scrub(folder: Path, shard: Shard, gone: pa.Array) -> None:
     if source is None:
         return
     table = pq.read_table(source)
-    kept = table.filter(pc.invert(pc.is_in(table.column("key"), value_set=gone)))
+    kept = without_keys(table, gone)
     if kept.num_rows < table.num_rows:
         path = folder / QUARANTINE / parquet_name(shard.path)
         write_atomically(path, partial(pq.write_table, kept))
         deliver(path, f"{shard.store.uri}/{QUARANTINE}" if shard.store else None)
+
+
+def without_keys(table: pa.Table, gone: pa.Array) -> pa.Table:
+    """The rows of a table whose `key` is none of some."""
+    return table.filter(pc.invert(pc.is_in(table["key"], value_set=gone)))
 
 
 def nothing_kept(folder: Path, manifest: Manifest) -> str:

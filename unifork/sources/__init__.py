@@ -12,10 +12,9 @@ the machine (`MachineError`), a mistake of the user (`ConfigError`) and a file t
 with (`ChangedFile`) end the work on a shard.
 """
 
-import errno
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -25,8 +24,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from unifork.config import Card, StrictModel, located, parse
-from unifork.errors import ChangedFile, ConfigError, DataError, MachineError
-from unifork.images import ImageError, open_image, shrink
+from unifork.errors import ConfigError, DataError, Found, Rejected, cause, tried
+from unifork.images import open_image, shrink
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, table_of, write_shard
 from unifork.shards.schema import columns_of, image_text_schema
@@ -172,33 +171,20 @@ def _where(access: str | None) -> str:
 
 # --------------------------------------------------------------------- what a broken input costs
 
-DEVICE_ERRORS = (
-    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EMFILE,
-    errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
-)  # fmt: skip
-"""What an operating system says where a disk or mount fails or nothing is left, whatever file is read."""
+
+def named(key: str, found: Found | Rejected) -> Found | RowError:
+    """What was found for a row, or its error."""
+    return RowError(key, found.reason, str(found)) if isinstance(found, Rejected) else found
 
 
-def cause(error: Exception) -> str:
-    """What is wrong with an input, from what reading it raised.
-
-    Raises ConfigError, MachineError and ChangedFile again: no input is to blame, and dropping rows would hide them.
-    """
-    if isinstance(error, ConfigError | MachineError | ChangedFile):
-        raise error
-    if isinstance(error, OSError) and error.errno in DEVICE_ERRORS:
-        raise MachineError(f"{error}: it cannot be read. Mend the disk or mount, then run the command again") from error
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def attempt(key: str, make: Callable[..., Row | RowError], *arguments: Any, **named: Any) -> Row | RowError:
+def attempt(key: str, make: Callable[..., Row | RowError], *arguments: Any) -> Row | RowError:
     """The row that `make` makes; what it raises, such as for a value of a kind that nobody expects, costs this row."""
-    try:
-        return make(*arguments, **named)
-    except UnicodeError as error:
-        return RowError(key, "broken_text", f"not UTF-8, or half a surrogate pair: {cause(error)}")
-    except Exception as error:
-        return RowError(key, "unexpected", cause(error))
+    return named(key, tried(make, *arguments))
+
+
+def row_of(key: str, entry: Found | Rejected, make: Callable[[str, Found], Row | RowError]) -> Row | RowError:
+    """The row that `make` makes of an entry that was read, or its error."""
+    return named(key, entry) if isinstance(entry, Rejected) else attempt(key, make, key, entry)
 
 
 def planned(entries: Iterator[Entry], rest: Entry) -> Iterator[Entry]:
@@ -225,6 +211,11 @@ def without_kind(name: str) -> str:
     return KIND.sub("", name)
 
 
+def names_of(piece: Slice, place: str = "") -> list[str]:
+    """What entries of a slice are called that have no other name: file, or `place`, and number."""
+    return [f"{place_of(piece) or place}/{number:09d}" for number in range(piece.start, piece.stop)]
+
+
 def rows_of(card: Card, task: ShardTask) -> Iterator[Row | RowError]:
     """One row or error for each entry of a planned shard, whatever its source does; no key comes twice.
 
@@ -234,7 +225,7 @@ def rows_of(card: Card, task: ShardTask) -> Iterator[Row | RowError]:
     source, options = source_of(card)
     piece = task.piece
     assert piece is not None, f"card {card.name}: a task without a slice of a source"
-    names = [f"{place_of(piece) or card.name}/{number:09d}" for number in range(piece.start, piece.stop)]
+    names = names_of(piece, card.name)
     seen: set[str] = set()
     count, why = 0, "the source says nothing of this entry"
     try:
@@ -291,33 +282,23 @@ class Materialize:
 
     def materialized(self, task: ShardTask) -> tuple[pa.Table, list[RowError]]:
         """The rows of a planned shard as it holds them, and what is left out."""
-        kept: list[Row] = []
-        rejected: list[RowError] = []
-        for row in self.rows(task):
-            ready = row if isinstance(row, RowError) else attempt(row["key"], self._ready, row)
-            if isinstance(ready, RowError):
-                rejected.append(ready)
-            else:
-                kept.append(ready)
+        kept, rejected = _sifted(self.rows(task), self._ready)
         kept.sort(key=lambda row: row["key"])
-        return self._table(kept, rejected), rejected
+        try:
+            return table_of(kept, self.schema), rejected
+        except Exception:  # a column cannot hold a value: whose is found row by row, so that a clean shard pays nothing
+            held, others = _sifted(kept, self._held)
+            return table_of(held, self.schema), rejected + others
 
-    def _ready(self, row: Row) -> Row | RowError:
-        """A row as the shard holds it."""
-        has_image = row.get("image") is not None
+    def _ready(self, row: Row) -> Row:
+        """A row as the shard holds it. Raises Rejected."""
+        has_image, more = row.get("image") is not None, row.get(MORE_IMAGES) or ()
         if not has_image and self.card.text_only == "drop":
-            return RowError(row["key"], "text_only", "a row without an image; text_only: keep in its card takes it")
-        if row.get(MORE_IMAGES) and self.card.several_images == "drop":
-            count = len(row[MORE_IMAGES]) + 1
-            return RowError(
-                row["key"], "several_images", f"{count} images; several_images: keep in its card takes them"
-            )
-        if self.card.shrink and has_image:
-            try:
-                # hashes stay those of images as received, which lists name
-                row = {**row, **self._shrunk(row), MORE_IMAGES: list(map(self._shrunk, row.get(MORE_IMAGES) or ()))}
-            except ImageError as error:
-                return RowError(row["key"], error.reason, str(error), row.get("url"), row.get("sha256"))
+            raise Rejected("text_only", "a row without an image; text_only: keep in its card takes it")
+        if more and self.card.several_images == "drop":
+            raise Rejected("several_images", f"{len(more) + 1} images; several_images: keep in its card takes them")
+        if self.card.shrink and has_image:  # hashes stay those of images as received, which lists name
+            row = {**row, **self._shrunk(row), MORE_IMAGES: list(map(self._shrunk, more))}
         columns = {name: str(row[name]) for name in self.card.columns if row.get(name) is not None}
         return {"license": self.card.license, **row, **columns}
 
@@ -326,23 +307,24 @@ class Materialize:
         data = shrink(image["image"], self.card.matte, **self.card.shrink.model_dump())
         return {"sha256": image.get("sha256"), **sized(data)}
 
-    def _table(self, rows: list[Row], rejected: list[RowError]) -> pa.Table:
-        """The table of rows; those with a value that its column cannot hold are rejected."""
-        try:
-            return table_of(rows, self.schema)
-        except Exception:  # which of them is found row by row, so that a clean shard pays nothing
-            kept = []
-            for row in rows:
-                held = attempt(row["key"], self._held, row)
-                if isinstance(held, RowError):
-                    rejected.append(replace(held, url=row.get("url"), sha256=row.get("sha256")))
-                else:
-                    kept.append(row)
-            return table_of(kept, self.schema)
-
     def _held(self, row: Row) -> Row:
         table_of([row], self.schema)
         return row
+
+
+def _sifted(rows: Iterable[Row | RowError], make: Callable[[Row], Row]) -> tuple[list[Row], list[RowError]]:
+    """What `make` makes of rows, and the errors of those of which it makes none."""
+    kept: list[Row] = []
+    rejected: list[RowError] = []
+    for row in rows:
+        found = row if isinstance(row, RowError) else attempt(row["key"], make, row)
+        if not isinstance(found, RowError):
+            kept.append(found)
+        elif isinstance(row, RowError):
+            rejected.append(row)
+        else:
+            rejected.append(replace(found, url=row.get("url"), sha256=row.get("sha256")))
+    return kept, rejected
 
 
 def download_job(card: Card, rows: int | None, shard_rows: int, seed: int, folder: Path, version: int = 0) -> ShardJob:
@@ -390,11 +372,16 @@ def text_row(key: str, **more: Any) -> Row:
     return {"key": key, "image": None, "url": "", **more}
 
 
+def oversize(size: int, most: int = MAX_IMAGE_BYTES) -> Rejected | None:
+    """Why so many bytes are not read; None where they are."""
+    return Rejected("too_large", f"{size} bytes, at most {most} are read") if size > most else None
+
+
 def sized(image: bytes) -> Row:
     """The columns of an image and its sides, which are those in its header; nothing is decoded."""
     try:
         with open_image(image) as opened:
             width, height = opened.size
-    except ImageError:
+    except Rejected:
         width = height = 0
     return {"image": image, "width": width, "height": height}

@@ -10,12 +10,22 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unifork.sources import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RowError, cause, leaves, without_kind
+from unifork.errors import Rejected, cause, rejected, tried
+from unifork.sources import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    Row,
+    RowError,
+    leaves,
+    named,
+    oversize,
+    row_of,
+    without_kind,
+)
 from unifork.sources.files import hidden
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -29,28 +39,13 @@ MAX_HEADER_BYTES = 1024**2
 """Longest of them that is read."""
 
 Read = Callable[[int], bytes]
-"""What reads a file of at most some bytes while its archive is open; raises Unreadable, or what is damaged raises."""
+"""What reads a file of at most some bytes while its archive is open; raises Rejected, or what is damaged raises."""
 File = tuple[str, Read]
 """Name of a file, and what reads it."""
 
 
-class Unreadable(Exception):
-    """A file that is not read, with the reason to count it by."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-def failed(key: str, error: Exception, reason: str = "broken_archive") -> RowError:
-    """The error of a row whose file could not be read; `reason` where the file does not know better."""
-    if isinstance(error, Unreadable):
-        return RowError(key, error.reason, str(error))
-    return RowError(key, reason, cause(error))
-
-
 @contextmanager
-def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | RowError]]:
+def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | Rejected]]:
     """The files of a folder (sorted) or tar, or of the first tar named `inner` inside a tar, in its order.
 
     Damage is not raised: an error comes last where there may have been more files.
@@ -66,11 +61,11 @@ def opened(path: Path, inner: str | None = None) -> Iterator[Iterator[File | Row
                 found = [member for member in until_damage(tar) if member.name == inner]
                 if not found:
                     raise tarfile.ReadError(f"no {inner!r} in it")
-                again = [RowError(inner, "duplicate_key", f"{inner!r} comes again in {path.name}")] * (len(found) - 1)
+                again = [Rejected("duplicate_key", f"{inner!r} comes again in {path.name}")] * (len(found) - 1)
                 tar = stack.enter_context(open_tar(fileobj=tar.extractfile(found[0])))
                 files = iter([*_members(tar), *again])
         except Exception as error:
-            files = iter([RowError(path.name, "broken_archive", cause(error))])
+            files = iter([Rejected("broken_archive", cause(error))])
         yield files
 
 
@@ -96,7 +91,7 @@ def until_damage(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         cause(error)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[File | RowError]:
+def _members(tar: tarfile.TarFile) -> Iterator[File | Rejected]:
     earlier: dict[str, tarfile.TarInfo] = {}
     try:
         for member in tar:
@@ -110,26 +105,26 @@ def _members(tar: tarfile.TarFile) -> Iterator[File | RowError]:
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
             raise EOFError("it ends, or a header is damaged, before the empty block that closes a tar")
     except Exception as error:
-        yield RowError(str(tar.name), "broken_archive", cause(error))
+        yield Rejected("broken_archive", cause(error))
 
 
 def _read_member(tar: tarfile.TarFile, target: tarfile.TarInfo | None, member: tarfile.TarInfo, most: int) -> bytes:
     if target is None or not target.isfile():
         link = f"a link to {member.linkname!r}" if member.linkname else f"of type {member.type!r}"
-        raise Unreadable("not_a_file", f"{member.name!r} is {link}")
+        raise Rejected("not_a_file", f"{member.name!r} is {link}")
     file = tar.extractfile(target)
     assert file is not None, f"{member.name}: a file without content"
     return _read(file, target.size, most)
 
 
-def _files_below(folder: Path) -> Iterator[File | RowError]:
+def _files_below(folder: Path) -> Iterator[File | Rejected]:
     """What lies below a folder; links to folders are not followed."""
     root = folder.resolve()
     names: list[str] = []
-    errors: list[RowError] = []
+    errors: list[Rejected] = []
 
     def unlisted(error: OSError) -> None:
-        errors.append(RowError(folder.name, "broken_archive", cause(error)))
+        errors.append(Rejected("broken_archive", cause(error)))
 
     for place, folders, files in os.walk(folder, onerror=unlisted):
         beside = os.path.relpath(place, folder)
@@ -138,25 +133,25 @@ def _files_below(folder: Path) -> Iterator[File | RowError]:
         for name in folders:
             if os.path.islink(os.path.join(place, name)):
                 detail = f"{os.path.join(beside, name)!r} is a link to a folder, which is not followed"
-                errors.append(RowError(folder.name, "not_a_file", detail))
+                errors.append(Rejected("not_a_file", detail))
     yield from ((name, partial(read_below, root, name)) for name in sorted(names))
     yield from errors
 
 
 def read_below(root: Path, name: str, most: int) -> bytes:
-    """A file below a folder, which is resolved. Raises Unreadable, OSError or ValueError for a name that none has."""
+    """A file below a folder, which is resolved. Raises Rejected, OSError or ValueError for a name that none has."""
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise Unreadable("path_outside", f"{name!r} is a link that leaves {root.name!r}")
+        raise Rejected("path_outside", f"{name!r} is a link that leaves {root.name!r}")
     if not path.is_file() and (path.exists() or os.path.islink(root / name)):
-        raise Unreadable("not_a_file", f"{name!r} is neither a file nor a link to one")
+        raise Rejected("not_a_file", f"{name!r} is neither a file nor a link to one")
     with open(path, "rb") as file:
         return _read(file, path.stat().st_size, most)
 
 
 def _read(file: Any, size: int, most: int) -> bytes:
-    if size > most:
-        raise Unreadable("too_large", f"{size} bytes, at most {most} are read")
+    if too_large := oversize(size, most):
+        raise too_large
     data: bytes = file.read(size)
     if len(data) < size:
         raise EOFError(f"{len(data)} bytes of {size}")
@@ -170,9 +165,11 @@ def is_image(name: str) -> bool:
 
 Sample = tuple[str, dict[str, Read]]
 """Key, and what reads its `image` and its `text`."""
+Contents = dict[str, bytes]
+"""Bytes of `image` and `text`, as far as they are there."""
 
 
-def samples_in(files: Iterable[File | RowError], place: str, text: str | None = None) -> list[Sample | RowError]:
+def samples_in(files: Iterable[File | Rejected], place: str, text: str | None = None) -> list[Sample | RowError]:
     """Files of one name, `text` being the ending of texts, in the order of the first; then what cannot be used.
 
     A name is what stands before the ending, and where that has no partner, before the first dot, as in WebDataset.
@@ -181,16 +178,16 @@ def samples_in(files: Iterable[File | RowError], place: str, text: str | None = 
     found: dict[str, dict[str, Read]] = {}
     errors: list[RowError] = []
     prefix = "" if place == "." else without_kind(place) + "/"
-    named: list[tuple[str, str, str, Read]] = []
+    members: list[tuple[str, str, str, Read]] = []
     for file in files:
-        if isinstance(file, RowError):
-            errors.append(replace(file, key=place))
+        if isinstance(file, Rejected):
+            errors.append(named(place, file))
         elif is_image(file[0]):
-            named.append(("image", file[0].rpartition(".")[0], *file))
+            members.append(("image", file[0].rpartition(".")[0], *file))
         elif text and file[0].lower().endswith(f".{text.lower()}"):
-            named.append(("text", file[0][: -len(text) - 1], *file))
-    stems = {role: {stem for its, stem, *_ in named if its == role} for role in MOST_BYTES}
-    for role, whole, name, read in named:
+            members.append(("text", file[0][: -len(text) - 1], *file))
+    stems = {role: {stem for its, stem, *_ in members if its == role} for role in MOST_BYTES}
+    for role, whole, name, read in members:
         others, first = stems["text" if role == "image" else "image"], _before_dots(name)
         stem = whole if whole in others or first not in others else first
         if role == "text" and stem != whole:  # a further field of a sample
@@ -212,16 +209,18 @@ def _before_dots(name: str) -> str:
     return folder + slash + (base.split(".")[0] or base)
 
 
-def contents(samples: Iterable[Sample | RowError]) -> Iterator[tuple[str, dict[str, bytes]] | RowError]:
-    """Samples with the bytes of `image` and `text`; errors stay."""
+def rows_in(samples: Iterable[Sample | RowError], make: Callable[[str, Contents], Row]) -> Iterator[Row | RowError]:
+    """The rows that `make` makes of keys and contents of samples; errors stay."""
     for sample in samples:
         if isinstance(sample, RowError):
             yield sample
             continue
-        try:
-            yield sample[0], {role: read(MOST_BYTES[role]) for role, read in sample[1].items()}
-        except Exception as error:
-            yield failed(sample[0], error)
+        key, readers = sample
+        yield row_of(key, tried(_read_all, readers, reason="broken_archive"), make)
+
+
+def _read_all(readers: dict[str, Read]) -> Contents:
+    return {role: read(MOST_BYTES[role]) for role, read in readers.items()}
 
 
 MOST_BYTES = {"image": MAX_IMAGE_BYTES, "text": MAX_TEXT_BYTES}
@@ -230,7 +229,7 @@ MOST_BYTES = {"image": MAX_IMAGE_BYTES, "text": MAX_TEXT_BYTES}
 # --------------------------------------------------------------------------- images named in lists
 
 
-def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | RowError]]:
+def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | Rejected]]:
     """(i, bytes or error) of every path of a list, in any order; each archive that is touched is read once.
 
     `000/x.jpg` is the file `root/000/x.jpg`, or a member of `root/000.tar`, `.tgz` or `.tar.gz`, with or
@@ -241,7 +240,7 @@ def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | RowError
     for number, text in enumerate(paths):
         name = PurePosixPath(text)
         if leaves(text):
-            yield number, RowError(text, "path_outside", f"{text!r} leaves the folder of the images")
+            yield number, Rejected("path_outside", f"{text!r} leaves the folder of the images")
             continue
         try:
             yield number, read_below(folder, text, MAX_IMAGE_BYTES)
@@ -250,29 +249,25 @@ def picked(root: Path, paths: list[str]) -> Iterator[tuple[int, bytes | RowError
             if archive := next(filter(Path.is_file, archives), None):
                 waiting.setdefault(archive, {}).setdefault(str(name), []).append(number)
             else:
-                why = f"{text!r}: it is neither a file nor a member of an archive"
-                yield number, RowError(text, "missing_image", why)
+                yield number, Rejected("missing_image", f"{text!r}: it is neither a file nor a member of an archive")
         except Exception as error:
-            yield number, failed(text, error, "missing_image")
+            yield number, rejected(error, "missing_image")
     for archive, wanted in waiting.items():
         yield from _from_archive(archive, wanted)
 
 
-def _from_archive(path: Path, wanted: dict[str, list[int]]) -> Iterator[tuple[int, bytes | RowError]]:
+def _from_archive(path: Path, wanted: dict[str, list[int]]) -> Iterator[tuple[int, bytes | Rejected]]:
     left, why = dict(wanted), f"not in {path.name}"
     with opened(path) as files:
         for file in files:
-            if isinstance(file, RowError):
-                why = f"{path.name} breaks off: {file.detail}"
+            if isinstance(file, Rejected):
+                why = f"{path.name} breaks off: {file}"
                 break
             name = file[0] if file[0] in left else f"{path.name.split('.')[0]}/{file[0]}"
             if name in left:
-                try:
-                    found: bytes | RowError = file[1](MAX_IMAGE_BYTES)
-                except Exception as error:
-                    found = failed(name, error, "missing_image")
+                found = tried(file[1], MAX_IMAGE_BYTES, reason="missing_image")
                 yield from ((number, found) for number in left.pop(name))
             if not left:
                 return
     for text, numbers in left.items():
-        yield from ((number, RowError(text, "missing_image", f"{text!r}: {why}")) for number in numbers)
+        yield from ((number, Rejected("missing_image", f"{text!r}: {why}")) for number in numbers)

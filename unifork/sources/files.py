@@ -13,18 +13,17 @@ import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from unifork.config.card import expanded
-from unifork.errors import ChangedFile, ConfigError
+from unifork.errors import ChangedFile, ConfigError, Rejected, cause, tried
 from unifork.shards.manifest import file_sha256
 from unifork.shards.task import Slice
-from unifork.sources import MAX_LINE_BYTES, Row, RowError, cause, planned
+from unifork.sources import MAX_LINE_BYTES, Row, planned
 
 PARQUET = ".parquet"
 TABLES = (PARQUET, ".tsv", ".csv", ".tsv.gz", ".csv.gz")
@@ -123,6 +122,13 @@ def table_count(path: Path, check: Check) -> int:
     return sum(1 for _ in planned(text_rows(path, check), {}))
 
 
+def table_rows(path: Path, piece: Slice, read: Callable[[list[str]], list[str]]) -> Iterator[Row | Rejected]:
+    """The rows of a slice of a table. read: which of its columns, or raises what is wrong with their names."""
+    if path.suffix.lower() == PARQUET:
+        return parquet_rows(path, piece, read(pq.read_schema(path).names))
+    return islice(text_rows(path, read), piece.start, piece.stop)
+
+
 def parquet_count(path: Path, check: Check = len) -> int:
     """Rows of a table; 1 for one that cannot be opened, which `parquet_rows` then says.
 
@@ -137,10 +143,10 @@ def parquet_count(path: Path, check: Check = len) -> int:
         return 1
 
 
-def parquet_rows(path: Path, piece: Slice, columns: Iterable[str] | None) -> Iterator[Row | RowError]:
+def parquet_rows(path: Path, piece: Slice, columns: list[str]) -> Iterator[Row | Rejected]:
     """The rows of a slice of a table; only row groups that hold some of them are read, one at a time.
 
-    The error of a row has no key yet: `broken_list` in a row group that cannot be read, `broken_text` where a text is
+    Errors are `broken_list` in a row group that cannot be read, `broken_text` where a text is
     not UTF-8. Raises what a damaged file raises.
     """
     file, first = pq.ParquetFile(path), 0
@@ -151,24 +157,21 @@ def parquet_rows(path: Path, piece: Slice, columns: Iterable[str] | None) -> Ite
         if begin >= end:
             continue
         try:
-            chunk = file.read_row_group(group, columns=columns and list(columns)).slice(begin, end - begin)
+            chunk = file.read_row_group(group, columns=columns).slice(begin, end - begin)
             if chunk.num_rows != end - begin:
                 raise ValueError(f"{chunk.num_rows} rows, {end - begin} are expected")
         except Exception as error:
-            yield from [RowError("", "broken_list", f"row group {group}: {cause(error)}")] * (end - begin)
+            yield from [Rejected("broken_list", f"row group {group}: {cause(error)}")] * (end - begin)
             continue
         for batch in chunk.to_batches(max_chunksize=1024):
             try:
                 yield from batch.to_pylist()
             except UnicodeError:
-                yield from (_single(batch.slice(number, 1)) for number in range(batch.num_rows))
+                yield from (tried(_single, batch.slice(number, 1)) for number in range(batch.num_rows))
 
 
-def _single(batch: Any) -> Row | RowError:
-    try:
-        return dict(batch.to_pylist()[0])
-    except UnicodeError as error:
-        return RowError("", "broken_text", cause(error))
+def _single(batch: Any) -> Row:
+    return dict(batch.to_pylist()[0])
 
 
 def table_sha256(path: Path) -> str:
@@ -188,11 +191,10 @@ Line = tuple[str, int]
 """The beginning of a line, and its size."""
 
 
-@contextmanager
-def text_table(path: Path) -> Iterator[Iterator[list[str] | str]]:
-    """The rows of a text table as lists of fields, the header first; or what is wrong with a line.
+def text_rows(path: Path, check: Check) -> Iterator[Row | Rejected]:
+    """The rows of a text table under the names of its header. Raises what damage raises.
 
-    Bytes that are not UTF-8 (after the mark of UTF-16: not UTF-16) become surrogates. Raises what damage raises.
+    Bytes that are not UTF-8 (after the mark of UTF-16: not UTF-16) become surrogates.
     """
     with opened_list(path, "rb") as file:
         wide = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
@@ -202,22 +204,17 @@ def text_table(path: Path) -> Iterator[Iterator[list[str] | str]]:
         first = next(lines, ("", 0))
         if not first[0].strip():
             raise ValueError("empty, a line with the names of the columns is expected")
-        yield (_tsv_rows if "\t" in first[0] else _csv_rows)(chain([first], lines))
-
-
-def text_rows(path: Path, check: Check) -> Iterator[Row | RowError]:
-    """The rows of a text table under the names of its header; an error has no key yet. Raises what damage raises."""
-    with text_table(path) as table:
+        table = (_tsv_rows if "\t" in first[0] else _csv_rows)(chain([first], lines))
         names = next(table)
-        if isinstance(names, str):
+        if isinstance(names, Rejected):
             raise ValueError(f"the line with the names of the columns: {names}")
         "".join(names).encode()  # raises UnicodeError: no table in any known encoding
         check(names)
         for fields in table:
-            if isinstance(fields, str):
-                yield RowError("", "broken_line", fields)
+            if isinstance(fields, Rejected):
+                yield fields
             elif len(fields) != len(names):
-                yield RowError("", "broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
+                yield Rejected("broken_line", f"{len(fields)} fields, {len(names)} are expected: {fields!r:.200}")
             else:
                 yield dict(zip(names, fields, strict=True))
 
@@ -232,12 +229,12 @@ def bounded_lines(file: Any, ends: Any, most: int = MAX_LINE_BYTES) -> Iterator[
         yield line, size
 
 
-def _tsv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
+def _tsv_rows(lines: Iterator[Line]) -> Iterator[list[str] | Rejected]:
     for line, size in lines:
         yield too_long(size) if size > len(line) else line.rstrip("\r\n").split("\t")
 
 
-def _csv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
+def _csv_rows(lines: Iterator[Line]) -> Iterator[list[str] | Rejected]:
     ahead: deque[Line] = deque()  # lines that were read for a field that they do not belong to
     while line := ahead.popleft() if ahead else next(lines, None):
         if line[1] > len(line[0]):
@@ -254,7 +251,7 @@ def _csv_rows(lines: Iterator[Line]) -> Iterator[list[str] | str]:
             yield fields
         except csv.Error as error:
             ahead.extendleft(reversed(taken))
-            yield f"{error}: {line[0]!r:.200}"
+            yield Rejected("broken_line", f"{error}: {line[0]!r:.200}")
 
 
 def _lines_of_a_row(first: Line, others: Iterator[Line], taken: list[Line]) -> Iterator[str]:
@@ -274,6 +271,6 @@ def _emptying(lines: deque[Line]) -> Iterator[Line]:
         yield lines.popleft()
 
 
-def too_long(size: int) -> str:
+def too_long(size: int) -> Rejected:
     """What is wrong with an entry of that size."""
-    return f"{size} bytes in one entry, at most {MAX_LINE_BYTES} are read"
+    return Rejected("broken_line", f"{size} bytes in one entry, at most {MAX_LINE_BYTES} are read")

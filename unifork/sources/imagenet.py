@@ -8,29 +8,30 @@ PNG that is called JPEG.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from unifork.config import StrictModel, load
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, Rejected
 from unifork.randomness import keyed
 from unifork.shards.task import Slice
 from unifork.sources import (
-    MAX_IMAGE_BYTES,
     Row,
     RowError,
     Source,
     SourceOptions,
-    attempt,
     cut,
     image_row,
     located,
+    named,
+    oversize,
+    row_of,
     without_kind,
 )
-from unifork.sources.archives import File, contents, opened, samples_in
+from unifork.sources.archives import Contents, File, opened, rows_in, samples_in
 from unifork.sources.files import as_planned, parquet_count, parquet_rows, size_of
 
 
@@ -85,14 +86,14 @@ def slices(options: ImageNetOptions, shard_rows: int) -> Iterator[Slice]:
         yield Slice(0, 1, bytes=size_of(path), content=content)
 
 
-def _classes(path: Path) -> tuple[list[tuple[str, str]], RowError | None]:
+def _classes(path: Path) -> tuple[list[tuple[str, str]], Rejected | None]:
     """(synset, name of the tar or folder with its images), in sorted order; and what is wrong with the tar of tars."""
     broken = None
     if path.is_file():
         with opened(path) as files:
             listed = list(files)
-        names = {file[0] for file in listed if not isinstance(file, RowError) and file[0].endswith(".tar")}
-        broken = next((file for file in listed if isinstance(file, RowError)), None)
+        names = {file[0] for file in listed if not isinstance(file, Rejected) and file[0].endswith(".tar")}
+        broken = next((file for file in listed if isinstance(file, Rejected)), None)
     else:
         names = {tar.name for tar in path.glob("*.tar")} or {entry.name for entry in path.iterdir() if entry.is_dir()}
     return sorted((_synset(name), name) for name in names), broken
@@ -102,7 +103,7 @@ def _synset(name: str) -> str:
     return without_kind(Path(name).name)
 
 
-def _class(path: Path, name: str) -> AbstractContextManager[Iterator[File | RowError]]:
+def _class(path: Path, name: str) -> AbstractContextManager[Iterator[File | Rejected]]:
     """The images of a class: a tar inside the official one, or a tar or folder inside a folder."""
     return opened(path, name) if path.is_file() else opened(path / name)
 
@@ -130,33 +131,30 @@ def rows(options: ImageNetOptions, piece: Slice, seed: int) -> Iterator[Row | Ro
     prompts, path, name = sentences(options.prompts), located(options.path), piece.file or ""
     file = as_planned(path if path.is_file() else path / name, piece)
     if piece.file is None:  # what the tar of tars held besides
-        yield replace(_classes(path)[1] or RowError("", "broken_archive", "it breaks off"), key=path.name)
+        yield named(path.name, _classes(path)[1] or Rejected("broken_archive", "it breaks off"))
         return
     if piece.label is None:
-        for number, row in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):
-            key = f"{without_kind(name)}/{number:07d}"
-            yield attempt(key, _table_row, key, row, seed, prompts)
+        make = partial(_table_row, seed=seed, prompts=prompts)
+        for number, entry in enumerate(parquet_rows(file, piece, ["image", "label"]), piece.start):
+            yield row_of(f"{without_kind(name)}/{number:07d}", entry, make)
         return
+
+    def row(key: str, found: Contents) -> Row:
+        return image_row(key, found["image"], **prompts.texts(piece.label or 0, seed, key))
+
     with _class(path, name) as files:
-        for sample in contents(samples_in(files, _synset(name))[piece.start : piece.stop]):
-            if isinstance(sample, RowError):
-                yield sample
-            else:
-                key, found = sample
-                yield image_row(key, found["image"], **prompts.texts(piece.label, seed, key))
+        yield from rows_in(samples_in(files, _synset(name))[piece.start : piece.stop], row)
 
 
-def _table_row(key: str, row: Row | RowError, seed: int, prompts: Sentences) -> Row | RowError:
-    if isinstance(row, RowError):
-        return replace(row, key=key)
-    image = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
-    label = row["label"]
+def _table_row(key: str, entry: Row, seed: int, prompts: Sentences) -> Row:
+    image = entry["image"]["bytes"] if isinstance(entry["image"], dict) else entry["image"]
+    label = entry["label"]
     if not image:
-        return RowError(key, "missing_image", "the row has no bytes of an image")
-    if len(image) > MAX_IMAGE_BYTES:
-        return RowError(key, "too_large", f"{len(image)} bytes, at most {MAX_IMAGE_BYTES} are read")
+        raise Rejected("missing_image", "the row has no bytes of an image")
+    if too_large := oversize(len(image)):
+        raise too_large
     if label is None or not 0 <= int(label) < len(prompts.names):
-        return RowError(key, "no_label", f"label {label} is none of 0 to {len(prompts.names) - 1}")
+        raise Rejected("no_label", f"label {label} is none of 0 to {len(prompts.names) - 1}")
     return image_row(key, image, **prompts.texts(int(label), seed, key))
 
 

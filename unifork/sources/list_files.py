@@ -11,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from unifork.errors import Rejected, rejected
 from unifork.shards.task import Slice
-from unifork.sources import MAX_LINE_BYTES, Row, RowError, attempt, place_of, planned
+from unifork.sources import MAX_LINE_BYTES, Row, planned
 from unifork.sources.archives import open_tar, until_damage
 from unifork.sources.files import as_planned, bounded_lines, check_ending, opened_list, size_of, too_long
 
@@ -45,25 +46,24 @@ def sizes_of(path: Path) -> Iterator[int]:
     return planned(sizes(), 0)
 
 
-def objects(path: Path, piece: Slice) -> Iterator[tuple[str, Row | RowError]]:
-    """The entries of one slice of a list by their keys. Raises what damage raises."""
+def objects(path: Path, piece: Slice) -> Iterator[Row | Rejected]:
+    """The entries of one slice of a list. Raises what damage raises."""
     with entries_of(as_planned(path, piece), piece.offset or 0) as entries:
-        for number in range(piece.start, piece.stop):
-            key = f"{place_of(piece)}/{number:09d}"
-            yield key, attempt(key, _parsed, key, *next(entries))
+        for _ in range(piece.start, piece.stop):
+            yield _parsed(*next(entries))
 
 
-def _parsed(key: str, entry: bytes | None, size: int) -> Row | RowError:
+def _parsed(entry: bytes | None, size: int) -> Row | Rejected:
     if entry is None:
-        return RowError(key, "broken_line", too_long(size))
-    text = entry.decode("utf-8-sig")
+        return too_long(size)
     try:
+        text = entry.decode("utf-8-sig")
         row = json.loads(text)
+    except UnicodeError as error:
+        return rejected(error)
     except (ValueError, RecursionError) as error:
-        return RowError(key, "broken_line", f"{error}: {text[:200]!r}")
-    if not isinstance(row, dict):
-        return RowError(key, "broken_line", f"an object is expected, this is {row!r:.200}")
-    return row
+        return Rejected("broken_line", f"{error}: {text[:200]!r}")
+    return row if isinstance(row, dict) else Rejected("broken_line", f"an object is expected, this is {row!r:.200}")
 
 
 @contextmanager

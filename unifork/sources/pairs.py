@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, Rejected, rejected
 from unifork.shards.task import Slice
-from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, attempt, cut, image_row, located
-from unifork.sources.archives import ARCHIVES, File, contents, failed, is_image, opened, read_below, samples_in
+from unifork.sources import MAX_TEXT_BYTES, Row, RowError, Source, SourceOptions, cut, image_row, located
+from unifork.sources.archives import ARCHIVES, Contents, File, is_image, opened, read_below, rows_in, samples_in
 from unifork.sources.files import as_planned, check_ending, file_named, files_of, hidden, size_of
 
 
@@ -60,12 +60,11 @@ def rows(options: PairOptions, piece: Slice, _seed: int) -> Iterator[Row | RowEr
     with _opened(as_planned(file_named(options.files, piece), piece), piece.file or "") as files:
         chosen = samples_in(files, piece.file or "", _ending(options))[piece.start : piece.stop]
         apart = _texts_apart([sample[0] for sample in chosen if not isinstance(sample, RowError)], options)
-        for sample in contents(chosen):
-            yield sample if isinstance(sample, RowError) else attempt(sample[0], _row, *sample, options, apart)
+        yield from rows_in(chosen, partial(_row, options=options, apart=apart))
 
 
-def _opened(path: Path, name: str) -> AbstractContextManager[Iterator[File | RowError]]:
-    link = RowError(name, "not_a_file", f"{name!r} is a link to a folder, which is not followed")
+def _opened(path: Path, name: str) -> AbstractContextManager[Iterator[File | Rejected]]:
+    link = Rejected("not_a_file", f"{name!r} is a link to a folder, which is not followed")
     return nullcontext(iter([link])) if name != "." and path.is_dir() and path.is_symlink() else opened(path)
 
 
@@ -74,41 +73,41 @@ def _ending(options: PairOptions) -> str | None:
     return None if options.captions else options.text
 
 
-def _row(key: str, found: dict[str, bytes], options: PairOptions, apart: dict[str, bytes | RowError]) -> Row | RowError:
+def _row(key: str, found: Contents, options: PairOptions, apart: dict[str, bytes | Rejected]) -> Row:
     text = found.get("text", apart.get(key))
-    if isinstance(text, RowError):
-        return text
+    if isinstance(text, Rejected):
+        raise Rejected(text.reason, str(text))
     caption = None if text is None else text.decode("utf-8-sig").strip()
     if "image" not in found:
-        return RowError(key, "missing_image", "its archive has a text of that name, but no image")
+        raise Rejected("missing_image", "its archive has a text of that name, but no image")
     if caption is None:
-        return RowError(key, "missing_caption", f"an image of that name, but no .{options.text}")
+        raise Rejected("missing_caption", f"an image of that name, but no .{options.text}")
     return image_row(key, found["image"], **{options.column: caption})
 
 
-def _texts_apart(keys: list[str], options: PairOptions) -> dict[str, bytes | RowError]:
+def _texts_apart(keys: list[str], options: PairOptions) -> dict[str, bytes | Rejected]:
     """The texts of some keys that lie apart, from a folder, read by name, or from a tar, read through once."""
     if not options.captions:
         return {}
-    path, texts = located(options.captions), dict[str, bytes | RowError]()
+    path, texts = located(options.captions), dict[str, bytes | Rejected]()
     wanted = {f"{key.rpartition('/')[2]}.{options.text}": key for key in keys}
     with ExitStack() as stack:
         if path.is_dir():
             root = path.resolve()
-            files: Iterable[File | RowError] = ((name, partial(read_below, root, name)) for name in wanted)
+            files: Iterable[File | Rejected] = ((name, partial(read_below, root, name)) for name in wanted)
         else:
             files = stack.enter_context(opened(path))
         for file in files:
-            if isinstance(file, RowError):
-                why = f"{path.name}: {file.detail}"
-                texts |= {key: RowError(key, "missing_caption", why) for key in wanted.values() if key not in texts}
+            if isinstance(file, Rejected):
+                why = Rejected("missing_caption", f"{path.name}: {file}")
+                texts |= {key: why for key in wanted.values() if key not in texts}
             elif key := wanted.get(file[0].rpartition("/")[2]):
                 try:
                     texts[key] = file[1](MAX_TEXT_BYTES)
                 except FileNotFoundError:  # an image without a caption
                     continue
                 except Exception as error:
-                    texts[key] = failed(key, error, "missing_caption")
+                    texts[key] = rejected(error, "missing_caption")
     return texts
 
 

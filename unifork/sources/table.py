@@ -10,19 +10,15 @@ sorted by archive reads every archive once per shard, so unpack the archives the
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from unifork.errors import ConfigError, one_of
-from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, Unusable, numbered, turns_of
+from unifork.errors import ConfigError, Rejected, one_of
+from unifork.shards.schema import CONVERSATIONS, IMAGE_MARK, numbered, turns_of
 from unifork.shards.task import Slice
 from unifork.sources import (
-    MAX_IMAGE_BYTES,
     MAX_IMAGES,
     Row,
     RowError,
@@ -32,23 +28,23 @@ from unifork.sources import (
     cut,
     image_row,
     located,
-    place_of,
+    names_of,
+    oversize,
+    row_of,
     text_row,
 )
 from unifork.sources.archives import picked
 from unifork.sources.files import (
-    PARQUET,
     TABLES,
     Check,
     as_planned,
     check_ending,
     file_named,
     files_of,
-    parquet_rows,
     size_of,
     table_count,
+    table_rows,
     table_sha256,
-    text_rows,
 )
 from unifork.sources.list_files import LISTS, list_slices, objects, sizes_of
 from unifork.sources.url_lists import FetchRules, text_or_none
@@ -126,10 +122,10 @@ def _rows(path: Path, options: TableOptions, piece: Slice) -> Iterator[Row | Row
     found: list[Row] = []
     damage = None
     try:
-        for key, entry in _entries(path, piece, options):
-            row = entry if isinstance(entry, RowError) else attempt(key, _row, key, entry, options)
+        for key, entry in zip(names_of(piece), _entries(path, piece, options), strict=False):
+            row = row_of(key, entry, partial(_row, options=options))
             if isinstance(row, RowError):
-                yield replace(row, key=row.key or key)
+                yield row
             else:
                 found.append(row)
     except Exception as error:  # raised again after the images of what came before
@@ -143,39 +139,25 @@ def _rows(path: Path, options: TableOptions, piece: Slice) -> Iterator[Row | Row
             yield {**text_row(**row), "url": url}
         else:
             images = [files.pop(next(numbers)) if isinstance(image, str) else image for image in row.pop("images")]
-            yield _with_images(images, **row)
+            yield attempt(row["key"], _with_images, row, images)
     if damage:
         raise damage
 
 
-def _with_images(images: list[bytes | RowError], key: str, **row: Any) -> Row | RowError:
-    """A row with its images; the first that is not there or too large costs the row."""
-    found: list[bytes] = []
+def _with_images(row: Row, images: list[bytes | Rejected]) -> Row:
+    """A row with its images. Raises Rejected for the first that is not there or too large."""
     for number, image in enumerate(images, 1):
-        if isinstance(image, RowError):
-            return replace(image, key=key, detail=numbered(image.detail, number, len(images)))
-        if len(image) > MAX_IMAGE_BYTES:
-            detail = f"{len(image)} bytes, at most {MAX_IMAGE_BYTES} are read"
-            return RowError(key, "too_large", numbered(detail, number, len(images)))
-        found.append(image)
-    return image_row(key, *found, **row) if found else text_row(key, **row)
+        if problem := image if isinstance(image, Rejected) else oversize(len(image)):
+            raise Rejected(problem.reason, numbered(str(problem), number, len(images)))
+    found = [image for image in images if isinstance(image, bytes)]
+    return image_row(row.pop("key"), *found, **row) if found else text_row(**row)
 
 
-def _entries(path: Path, piece: Slice, options: TableOptions | None) -> Iterator[tuple[str, Row | RowError]]:
-    """The entries of a slice by file and number, with the columns that options name, or all; an error may have no key.
-
-    Raises what damage raises.
-    """
+def _entries(path: Path, piece: Slice, options: TableOptions | None) -> Iterator[Row | Rejected]:
+    """The entries of a slice, with the columns that options name, or all. Raises what damage raises."""
     if path.name.lower().endswith(LISTS):
-        yield from objects(path, piece)
-        return
-    if as_planned(path, piece).suffix.lower() == PARQUET:
-        columns = options.read(path.name, pq.read_schema(path).names) if options else None
-        read = parquet_rows(path, piece, columns)
-    else:
-        check = partial(options.read, path.name) if options else len
-        read = islice(text_rows(path, check), piece.start, piece.stop)
-    yield from ((f"{place_of(piece)}/{number:09d}", entry) for number, entry in enumerate(read, piece.start))
+        return objects(path, piece)
+    return table_rows(as_planned(path, piece), piece, partial(options.read, path.name) if options else list)
 
 
 def first_entries(name: str, path: Path, most: int) -> list[Row]:
@@ -184,44 +166,42 @@ def first_entries(name: str, path: Path, most: int) -> list[Row]:
     Raises ValueError where all are broken, with what is wrong with the first.
     """
     piece = next(_slices(name, path, most, len), Slice(0, 0, file=name, bytes=size_of(path)))
-    found = [entry for _, entry in _entries(path, piece, None)]
-    broken = [entry for entry in found if isinstance(entry, RowError)]
+    found = list(_entries(path, piece, None))
+    broken = [entry for entry in found if isinstance(entry, Rejected)]
     if broken and len(broken) == len(found):
-        raise ValueError(f"{broken[0].reason}: {broken[0].detail}")
-    return [entry for entry in found if not isinstance(entry, RowError)]
+        raise ValueError(f"{broken[0].reason}: {broken[0]}")
+    return [entry for entry in found if not isinstance(entry, Rejected)]
 
 
-def _row(key: str, entry: Row, options: TableOptions) -> Row | RowError:
-    """The columns of an entry, `images` being the bytes or the paths of its images, or its URL."""
-    images = _images(key, entry, options)
-    if isinstance(images, RowError):
-        return images
-    row = texts_of(key, entry, options.texts, options.keep)
-    if isinstance(row, RowError):
-        return row
+def _row(key: str, entry: Row, options: TableOptions) -> Row:
+    """The columns of an entry, `images` being the bytes or the paths of its images, or its URL. Raises Rejected."""
+    images = _images(entry, options)
+    row = _texts(entry, options)
     turns = row.get(CONVERSATIONS)
     if options.image and not images and (not turns or any(IMAGE_MARK in turn["text"] for turn in turns)):
-        return RowError(key, "no_image", f"{options.image!r} is empty; a caption and {IMAGE_MARK} belong to an image")
+        raise Rejected("no_image", f"{options.image!r} is empty; a caption and {IMAGE_MARK} belong to an image")
     "".join(path for path in images if isinstance(path, str)).encode()  # raises UnicodeError
     name = text_or_none(_at(entry, options.key)) if options.key else key
-    return {"key": name, "images": images, **row} if name else RowError(key, "no_key", f"{options.key!r} is empty")
+    if not name:
+        raise Rejected("no_key", f"{options.key!r} is empty")
+    return {"key": name, "images": images, **row}
 
 
-def _images(key: str, entry: Row, options: TableOptions) -> list[bytes | str] | RowError:
-    """What an entry says of its images."""
+def _images(entry: Row, options: TableOptions) -> list[bytes | str]:
+    """What an entry says of its images. Raises Rejected."""
     value = _at(entry, options.image) if options.image else None
     found = [_image(image) for image in (value if isinstance(value, list) else [value] if value else [])]
     images = [image for image in found if image]
     paths = [image for image in images if isinstance(image, str)]
     what = f"{options.image!r} is {value!r:.200}"
     if len(images) < len(found):
-        return RowError(key, "no_image", f"{what}; bytes, a path or a list of them is expected")
+        raise Rejected("no_image", f"{what}; bytes, a path or a list of them is expected")
     if len(images) > MAX_IMAGES:
-        return RowError(key, "several_images", f"{len(images)} images, at most {MAX_IMAGES} are read")
+        raise Rejected("several_images", f"{len(images)} images, at most {MAX_IMAGES} are read")
     if options.web and not len(images) == len(paths) == 1:
-        return RowError(key, "no_url", f"{what}; a URL is expected")
+        raise Rejected("no_url", f"{what}; a URL is expected")
     if not options.web and any("://" in path for path in paths):
-        return RowError(key, "no_image", f"{what}, a URL; with fetch: {{}} in source.options it is fetched")
+        raise Rejected("no_image", f"{what}, a URL; with fetch: {{}} in source.options it is fetched")
     return images
 
 
@@ -242,27 +222,24 @@ def _at(entry: Any, field: str) -> Any:
     return None if isinstance(entry, float) and math.isnan(entry) else entry
 
 
-def texts_of(key: str, entry: Row, texts: dict[str, str], keep: dict[str, str]) -> Row | RowError:
-    """The columns that fields of an entry fill. Those of `keep` are no texts of the row."""
-    try:
-        row = {column: _text(entry, column, field) for column, field in texts.items()}
-    except Unusable as error:
-        return RowError(key, error.reason, str(error))
+def _texts(entry: Row, options: TableOptions) -> Row:
+    """The columns that fields of an entry fill. Those of `keep` are no texts of the row. Raises Rejected."""
+    row = {column: _text(entry, column, field) for column, field in options.texts.items()}
     if not any(row.values()):
-        return RowError(key, "missing_caption", f"none of {', '.join(texts.values())} is filled")
-    return row | {column: _written(_at(entry, field)) for column, field in keep.items()}
+        raise Rejected("missing_caption", f"none of {', '.join(options.texts.values())} is filled")
+    return row | {column: _written(_at(entry, field)) for column, field in options.keep.items()}
 
 
 def _text(entry: Any, column: str, field: str) -> Any:
     """A field as a text, or as turns when the column holds dialogues; None when it is not there or blank.
 
-    Raises Unusable for what is no text.
+    Raises Rejected for what is no text.
     """
     value = _at(entry, field)
     if column == CONVERSATIONS:
         return turns_of({CONVERSATIONS: value}) if value else None
     if isinstance(value, list | dict):
-        raise Unusable(f"{field!r} is {value!r:.200}; a text is expected (`{field}.0`: first of a list)", "broken_text")
+        raise Rejected("broken_text", f"{field!r} is {value!r:.200}; a text is expected (`{field}.0`: first of a list)")
     text = _written(value)
     return text if text and text.strip() else None
 
@@ -294,8 +271,8 @@ def meta_rows(options: MetaOptions, piece: Slice, _seed: int) -> Iterator[Row | 
     name = piece.file or ""
     entry = _meta(options)[name]
     if AGAIN in name:
-        for number in range(piece.start, piece.stop):
-            yield RowError(f"{name}/{number:09d}", "duplicate_key", f"{options.meta!r} has this name already")
+        for key in names_of(piece):
+            yield RowError(key, "duplicate_key", f"{options.meta!r} has this name already")
         return
     lists = TableOptions(files=entry["annotation"], root=entry["root"], texts={CONVERSATIONS: "conversations"})
     yield from _rows(Path(lists.files), lists, piece)

@@ -16,30 +16,18 @@ coyo-dataset and of unsplash/datasets. The columns of Re-LAION were not seen; th
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Network, IPv6Network
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from unifork.config import StrictModel, read_yaml
-from unifork.errors import ChangedFile, ConfigError
+from unifork.errors import ChangedFile, ConfigError, Rejected
 from unifork.shards.task import Slice
-from unifork.sources import Row, RowError, Source, SourceOptions, attempt, cut, place_of
-from unifork.sources.files import (
-    PARQUET,
-    TABLES,
-    Check,
-    file_named,
-    files_of,
-    parquet_rows,
-    table_count,
-    table_sha256,
-    text_rows,
-)
+from unifork.sources import Row, RowError, Source, SourceOptions, cut, names_of, row_of
+from unifork.sources.files import TABLES, file_named, files_of, table_count, table_rows, table_sha256
 
 # ----------------------------------------------------------------------------------------- options
 
@@ -171,11 +159,8 @@ def canonical(row: Mapping[str, Any], columns: Mapped) -> dict[str, Any]:
 def slices(urls: UrlList, shard_rows: int) -> Iterator[Slice]:
     """Shards of every table that a card names. Raises ConfigError for a table without URLs."""
     for name, path in files_of(urls.files, TABLES):
-        yield from cut(table_count(path, _check(urls, path.name)), shard_rows, file=name, content=table_sha256(path))
-
-
-def _check(urls: UrlList, name: str) -> Check:
-    return lambda names: mapped(names, name, urls.columns)
+        check = partial(mapped, place=path.name, named=urls.columns)
+        yield from cut(table_count(path, check), shard_rows, file=name, content=table_sha256(path))
 
 
 def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
@@ -187,28 +172,24 @@ def rows(urls: UrlList, piece: Slice, _seed: int) -> Iterator[Row | RowError]:
     path = file_named(urls.files, piece)
     if not path.is_file() or piece.content != table_sha256(path):
         raise ChangedFile(f"{piece.file!r} of {urls.files!r}: missing, or changed since it was planned with; run again")
-    if path.suffix.lower() == PARQUET:
-        columns = mapped(pq.read_schema(path).names, path.name, urls.columns)
-        entries = parquet_rows(path, piece, [name for names in columns.values() for name in names])
-    else:
-        columns, entries = {}, islice(text_rows(path, _check(urls, path.name)), piece.start, piece.stop)
-    for number, entry in enumerate(entries, piece.start):
-        key = f"{place_of(piece)}/{number:09d}"
-        if isinstance(entry, RowError):
-            yield replace(entry, key=key)
-        else:
-            columns = columns or mapped(entry, path.name, urls.columns)
-            yield attempt(key, _row, key, entry, columns)
+    columns: Mapped = {}
+
+    def read(names: list[str]) -> list[str]:
+        columns.update(mapped(names, path.name, urls.columns))
+        return [column for same in columns.values() for column in same]
+
+    for key, entry in zip(names_of(piece), table_rows(path, piece, read), strict=False):
+        yield row_of(key, entry, partial(_row, columns=columns))
 
 
 def _row(key: str, entry: Row, columns: Mapped) -> Row | RowError:
-    """An entry of a table as a row without an image, called `key` where the table does not name it."""
+    """An entry of a table as a row without an image, called `key` where the table has no names. Raises Rejected."""
     row = {"key": key, **canonical(entry, columns)}
     "".join(value for value in row.values() if isinstance(value, str)).encode()  # raises UnicodeError
     if row["key"] is None:
         return RowError(key, "no_key", "the column of keys is empty", row["url"])
     if row["url"] is None:
-        return RowError(key, "no_url", "the column of URLs is empty")
+        raise Rejected("no_url", "the column of URLs is empty")
     return row
 
 

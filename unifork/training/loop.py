@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unifork.batch import Batch
 from unifork.config import Stage, Track
-from unifork.documents.loader import PackedDocuments, Slot, StepPlan, TrackLoader
+from unifork.documents.loader import Slot, StepPlan, TrackLoader
 from unifork.models.layer_plan import BRANCHES
 from unifork.models.modeling import Losses
 from unifork.training.optimizer import learning_rate, make_optimizer, trained_names
@@ -135,7 +135,7 @@ class TrackRun:
             "step": step,
             "learning_rate": rate,
             "tokens": sum(plan.lengths),
-            "fill": round(plan.fill, 4),
+            "fill": round(plan.packing.fill, 4),
             "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
             **self.loader.seen(step + 1),
         }
@@ -172,7 +172,7 @@ class TrackRun:
         return summed(torch.cat([sums, *flags]))
 
     @torch.no_grad()
-    def losses(self, wrapped: nn.Module, documents: PackedDocuments, slots: list[Slot], run: WorkerContext) -> Metrics:
+    def losses(self, wrapped: nn.Module, documents: TrackLoader, slots: list[Slot], run: WorkerContext) -> Metrics:
         """The losses of some documents, which nothing is learned from; every worker must call this."""
         self.strategy.turn(self.name)
         plan = documents.pack(slots, [False] * len(slots), run.workers)

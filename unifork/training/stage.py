@@ -10,6 +10,7 @@ import time
 from collections import deque
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Lora, Stage, StrictModel, TrainResources, fingerprint
-from unifork.documents.loader import PackedDocuments, TrackLoader
+from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
 from unifork.errors import ConfigError, MachineError, writing
@@ -200,13 +201,14 @@ class Training:
         config, resources = self.model.config, self.job.resources
         shape = (config.positions, config.depth)
         identity = CodesIdentity(*shape, config.codebook_id, config.encoder_id, config.codebook_size)
-        sizes: dict[str, Any] = {"context": self.stage.context, "row_tokens": resources.row_tokens}
-        sizes["rows_per_microbatch"] = resources.rows_per_microbatch
-        loaders, held_out = dict[str, TrackLoader](), dict[str, PackedDocuments]()
-        for name, track in self.stage.tracks.items():
-            place: tuple[Any, ...] = (track, self.job.layout, self.tokenizer, identity)
-            loaders[name] = TrackLoader(name, *place, seed=self.job.seed, **sizes)
-            held_out[name] = PackedDocuments(*place, **sizes, held_out=True)
+        open_track = partial(
+            TrackLoader, layout=self.job.layout, tokenizer=self.tokenizer, identity=identity, seed=self.job.seed,
+            context=self.stage.context, row_tokens=resources.row_tokens,
+            rows_per_microbatch=resources.rows_per_microbatch,
+        )  # fmt: skip
+        tracks = self.stage.tracks.items()
+        loaders = {name: open_track(name, track) for name, track in tracks}
+        held_out = {name: open_track(name, track, held_out=True) for name, track in tracks}
         self.validation = Validation(self.stage, held_out)
         return loaders
 

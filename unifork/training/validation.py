@@ -18,7 +18,7 @@ from torch import nn
 
 from unifork.batch import IMAGE, Document
 from unifork.config import Stage
-from unifork.documents.loader import PackedDocuments, Slot
+from unifork.documents.loader import Slot, TrackLoader
 from unifork.documents.mixture import MixturePart
 from unifork.documents.prompts import TEMPLATES
 from unifork.inference import Engine
@@ -50,7 +50,7 @@ class Examined(NamedTuple):
 class Validation:
     """The held-out documents of a stage, by track."""
 
-    def __init__(self, stage: Stage, documents: Mapping[str, PackedDocuments]) -> None:
+    def __init__(self, stage: Stage, documents: Mapping[str, TrackLoader]) -> None:
         self.stage, self.config, self.documents = stage, stage.validation, documents
         held_out = [part for track in documents.values() for part in track.parts if len(part)]
         self.parts = {part.entry.prepared: part for part in held_out}

@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import time
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 from loopback import FETCH, Web, drip, image
@@ -32,6 +33,14 @@ def names(monkeypatch):
     return addresses
 
 
+@contextmanager
+def refused(reason: str, detail: str | None = None):
+    """Expect that a URL is refused."""
+    with pytest.raises(Refused, match=detail) as caught:
+        yield
+    assert caught.value.reason == reason
+
+
 def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web, names, monkeypatch):
     other = Web("127.0.0.2", int(web.root.rpartition(":")[2]))
     web.pages["/a.png"] = other.pages["/a.png"] = image("PNG")
@@ -40,11 +49,11 @@ def test_a_name_that_changes_its_address_is_met_at_the_one_that_was_checked(web,
     guard = Guard(FetchRules.model_validate(FETCH), 8)
     for host in ("turning", "mixed"):
         assert guard.get(target_of(web.root.replace("127.0.0.1", f"{host}.example") + "/a.png")) == web.pages["/a.png"]
-    with pytest.raises(Refused, match=r"bad\.example: 127\.0\.0\.2 is loopback, 10\.0\.0\.1 is private"):
+    with refused("forbidden_address", r"bad\.example: 127\.0\.0\.2 is loopback, 10\.0\.0\.1 is private"):
         guard.get(target_of(web.root.replace("127.0.0.1", "bad.example") + "/a.png"))
     assert (web.hits["/a.png"], other.hits.total()) == (2, 0)
     monkeypatch.setattr("unifork.sources.web.guard.REMEMBERED_SECONDS", 0.0)  # asked again, and checked again
-    with pytest.raises(Refused, match="forbidden_address"):
+    with refused("forbidden_address"):
         guard.get(target_of(web.root.replace("127.0.0.1", "turning.example") + "/a.png"))
     other.shutdown()
     other.server_close()
@@ -69,7 +78,7 @@ def test_a_negative_chunk_of_gigabytes_is_not_read(web, monkeypatch, strict):
         monkeypatch.delattr(guard_module._Response, "_read_next_chunk_size")
     guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
     tracemalloc.start()
-    with pytest.raises(Refused, match="bad_answer: .*a chunk of size b'-1'" if strict else "too_large"):
+    with refused(*("bad_answer", "a chunk of size b'-1'") if strict else ("too_large",)):
         guard.get(target_of(web.root + "/a.png"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -82,7 +91,7 @@ def test_a_connection_on_which_nothing_comes_ends_before_its_time(web, monkeypat
     web.pages["/slow.png"] = lambda page: drip(page, b"HTTP/1.0 200 OK\r\nContent-Length: 8\r\n\r\n", b"x")
     guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 20}), 8)
     started = time.monotonic()
-    with pytest.raises(Refused, match="timeout"):
+    with refused("timeout"):
         guard.get(target_of(web.root + "/silent.png"))
     assert time.monotonic() - started < 2
     assert guard.get(target_of(web.root + "/slow.png")) == b"x" * 8
@@ -102,9 +111,9 @@ def test_certificates_are_checked_for_the_name_and_not_for_the_address(web, name
     names |= {"good.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]}
     guard = Guard(FetchRules.model_validate({**FETCH, "timeout_seconds": 5}), 8)
     port = web.root.rpartition(":")[2]
-    with pytest.raises(Refused, match=r"tls_failed: good\.example.*self-signed"):
+    with refused("tls_failed", r"^good\.example.*self-signed"):
         guard.get(target_of(f"https://good.example:{port}/a.png"))
     guard.tls.load_verify_locations(certificate)
     assert guard.get(target_of(f"https://good.example:{port}/a.png")) == web.pages["/a.png"]
-    with pytest.raises(Refused, match=r"tls_failed: other\.example"):
+    with refused("tls_failed", r"^other\.example"):
         guard.get(target_of(f"https://other.example:{port}/a.png"))

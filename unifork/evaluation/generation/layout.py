@@ -19,7 +19,7 @@ from unifork.evaluation.answers import Rows
 from unifork.evaluation.items import Item, faults
 from unifork.images import measure, open_image, png
 from unifork.sources import MAX_IMAGE_BYTES
-from unifork.sources.archives import Unreadable, read_below
+from unifork.sources.archives import read_below
 
 BESIDE = ("metadata.jsonl", "grid.png")
 """Files that GenEval's folders hold beside the images."""
@@ -58,7 +58,7 @@ def checked_images(card: EvalCard, items: Sequence[Item], folder: Path, equal: b
                 raise DataError(f"{width}x{height} is no grid of 2 x 2 square images")
             files[key] = name, sha256(data).hexdigest()
             sizes[f"{width}x{height}"] += 1
-        except (OSError, ValueError, EOFError, Unreadable, DataError) as error:
+        except (OSError, ValueError, EOFError, DataError) as error:
             bad.append(f"{found[key][0]}: {error}")
     if bad:
         wrong.append(faults("images cannot be used", sorted(bad)))

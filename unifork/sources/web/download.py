@@ -26,8 +26,8 @@ import fsspec
 import pyarrow as pa
 
 from unifork.config import Card, WebAccess, cluster_file
-from unifork.errors import ConfigError, MachineError
-from unifork.images import ImageError, decode, decoded, open_image
+from unifork.errors import ConfigError, MachineError, Rejected
+from unifork.images import decode, decoded, open_image
 from unifork.shards.schema import text_columns
 from unifork.shards.task import ShardTask
 from unifork.sources import Materialize, Row, RowError, source_of
@@ -60,19 +60,19 @@ Outcome = Row | Refused
 def inspect(data: bytes, rules: FetchRules) -> Row:
     """The columns of an image that can be decoded, or where the rules say so has a header that can.
 
-    Raises Refused with the reasons of `unifork.images.measure` but `too_thin`: such an image is whole, and what no view
-    can be made of is for the filter to say.
+    Raises Rejected with the reasons of `unifork.images.measure` but `too_thin`: such an image is whole, and what no
+    view can be made of is for the filter to say.
     """
     try:
         with open_image(data) as image:
             width, height = image.size
             if width * height > rules.max_pixels:
-                raise ImageError("too_many_pixels", f"{width}x{height}, at most {rules.max_pixels} are fetched")
+                raise Rejected("too_many_pixels", f"{width}x{height}, at most {rules.max_pixels} are fetched")
             if rules.decode == "full":
                 decoded(image, data, partial(decode, data=data))
-    except ImageError as error:
+    except Rejected as error:
         if error.reason != "too_thin":
-            raise Refused(error.reason, str(error)) from None
+            raise
     return {"image": data, "width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -280,7 +280,7 @@ class _Shard:
                 # rows that come again are those that fail, which says nothing of the others
                 self.places.leave(host, answered or (None if self.attempts[number] else answered))
         except Refused as dead:
-            outcome = self.outcomes.get(number) or Refused(dead.reason, dead.detail)
+            outcome = self.outcomes.get(number) or Refused(dead.reason, str(dead))
         if outcome is not None:
             self._settle(number, outcome)
         if outcome is None or isinstance(outcome, Refused):
@@ -291,8 +291,8 @@ class _Shard:
         """One attempt at one URL; never raises."""
         try:
             return inspect(self.guard.get(self.targets[number]), self.rules)
-        except Refused as refused:  # kept without its traceback, which holds sockets and bytes
-            return Refused(refused.reason, refused.detail, refused.host)
+        except Rejected as error:  # kept without its traceback, which holds sockets and bytes
+            return Refused(error.reason, str(error), getattr(error, "host", ""))
         except Exception as error:  # a hostile answer costs its row, never the shard
             return Refused("unexpected", f"{type(error).__name__}: {error}"[:300])
 
@@ -370,7 +370,7 @@ class Download(Materialize):
         for row in wanted:
             outcome = outcomes[row["url"]]
             if isinstance(outcome, Refused):
-                yield RowError(row["key"], outcome.reason, outcome.detail, url=row["url"])
+                yield RowError(row["key"], outcome.reason, str(outcome), url=row["url"])
             else:
                 yield {**row, **outcome, "license": row.get("license") or self.card.license}
 

@@ -396,5 +396,5 @@ class Network:
         cause = "no name is resolved (DNS)" if names else "no connection leaves it (firewall, or a missing `web.proxy`)"
         raise MachineError(
             f"download stopped {when}: this machine has no network: {cause}. None of {len(chosen)} hosts can be "
-            f"reached, first {failures[0].detail!r}. Finished shards are kept; run the stage again when it is back"
+            f"reached, first {str(failures[0])!r}. Finished shards are kept; run the stage again when it is back"
         )

@@ -19,6 +19,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from protego import Protego
 
 from unifork.config import read_yaml
+from unifork.errors import Rejected
 from unifork.sources.url_lists import Network
 
 # ------------------------------------------------------------------------------------------- URLs
@@ -29,12 +30,12 @@ PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"
 """What lists leave as it is in a path; everything else, such as spaces and letters beyond ASCII, is quoted."""
 
 
-class Refused(Exception):
-    """Why a row has no image: a class to count by, a detail, and the host from which nothing came, if that is why."""
+class Refused(Rejected):
+    """Why a row has no image, with the host from which nothing came, if that is why."""
 
     def __init__(self, reason: str, detail: str, host: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.host = reason, detail, host
+        super().__init__(reason, detail)
+        self.host = host
 
 
 class Target(NamedTuple):
