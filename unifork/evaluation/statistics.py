@@ -16,11 +16,12 @@ Shape suffixes: I items, C clusters, R ratios (both sums of each), S exchanges, 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import atan, cos, fsum, inf, pi, sin, sqrt
+from math import fsum, inf, sqrt
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from unifork.errors import DataError
 
@@ -246,7 +247,8 @@ def p_values(differences: Sequence[float]) -> tuple[float, float]:
     """
     found, count = spread(differences), len(differences)
     scale = found.deviation / sqrt(count)
-    by_t = 1.0 if count == 1 or found.mean == 0 else t_tail(abs(found.mean) / scale if scale else inf, count - 1)
+    t = 0.0 if count == 1 or found.mean == 0 else abs(found.mean) / scale if scale else inf
+    by_t = float(2 * stdtr(max(count - 1, 1), -t))
     if count > MOST_FLIPPED:
         return by_t, float("nan")
     sums_F = np.array(list(product((-1, 1), repeat=count))) @ np.array(differences)
@@ -271,24 +273,9 @@ def prediction(values: Sequence[float], fewest: int = FEWEST_IN_BAND) -> tuple[f
     return fmean(values) - reach, fmean(values) + reach
 
 
-def t_tail(t: float, freedom: int) -> float:
-    """P(|T| > t) of Student's t, t >= 0, whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle, odd = atan(t / sqrt(freedom)), freedom % 2
-    term, terms = (cos(angle) if odd else 1.0), 0.0
-    for number in range(odd, freedom - 1, 2):
-        terms += term
-        term *= (number + 1) / (number + 2) * cos(angle) ** 2
-    inside = 2 / pi * (angle + sin(angle) * terms) if odd else sin(angle) * terms
-    return max(0.0, 1 - inside)
-
-
 def t_reach(freedom: int, outside: float = 0.05) -> float:
     """Standard errors on each side of an interval by Student's t that misses with probability `outside`."""
-    low, high = 0.0, 5 / outside
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > outside else (low, middle)
-    return high
+    return float(-stdtrit(freedom, outside / 2))
 
 
 def _part(ratio: Ratio) -> float:

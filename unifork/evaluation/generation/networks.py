@@ -9,7 +9,6 @@ Shape suffixes: B images, C channels, H W height and width, Q queries, K classes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BlipForQuestionAnswering, CLIPModel, Mask2FormerForUniversalSegmentation
-from transformers.models.mask2former import modeling_mask2former
 
 from unifork.errors import DataError, IdentityError
 from unifork.evaluation.archive import read_json
@@ -73,8 +71,7 @@ class Mask2Former:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device = device
-        with patch.object(modeling_mask2former, "requires_backends"):  # scipy, for a loss that is never taken
-            self.model = fitting(Mask2FormerForUniversalSegmentation.from_pretrained, folder, device)
+        self.model = fitting(Mask2FormerForUniversalSegmentation.from_pretrained, folder, device)
         if (classes := self.model.config.num_labels) != len(NAMES):
             raise DataError(f"{folder}: {classes} classes; GenEval needs the {len(NAMES)} of COCO")
 
