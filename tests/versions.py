@@ -59,6 +59,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
                 TOKENIZER, "canaries", "codebook_training", "conversion", "decoder", "measures", "readers", "samples"
             ),
             *within("unifork", "identity", "weights"),
+            f"{TOKENIZER}/official_names.yaml",
             "pipelines/image_tokenizer.py",
         ],
     ),
@@ -81,7 +82,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     ),
     "MODEL_VERSION": (
         "unifork/models/modeling.py",
-        ["unifork/models/*.py", *within("unifork", "assembly", "batch", "identity", "weights"), "pipelines/init.py"],
+        ["unifork/models/*.*", *within("unifork", "assembly", "batch", "identity", "weights"), "pipelines/init.py"],
     ),
     "TRAIN_VERSION": (
         "unifork/training/stage.py",

@@ -1,6 +1,6 @@
 """The official checkpoint and a dense language model: other layouts of the same weights.
 
-In: a folder the official trainer wrote, whose names are listed in `_PREFIXES` and `_HEAD_BLOCK`
+In: a folder the official trainer wrote, whose names are listed in `official_names.yaml`
 (tliby/UniFork at commit 2c5b757: modeling_qwen2, llava_arch, the tower's rqtransformer). Out: a model
 of the plan `shared*half task*half norm:task`, its head unfolded; and back, the same bytes. One branch
 of a model can also be taken out as the dense language model it is.
@@ -35,32 +35,8 @@ from unifork.weights import StoredWeights, check_fit
 TOWER = "model.vision_tower.vision_tower."
 TOKENIZER = f"{TOWER}rqvaesiglip."
 HEAD = f"{TOWER}rqtransformer."
-
-_PREFIXES = {
-    "embed_tokens.": "model.embed_tokens.",
-    "lm_head.": "lm_head.",
-    "norm.understanding.": "model.norm.",
-    "norm.generation.": "model.norm_gen.",
-    "connector.": "model.mm_projector.",
-    "image_head.code_proj.": f"{HEAD}in_mlp_1.",
-    "image_head.hidden_proj.": f"{HEAD}in_mlp_2.",
-    "image_head.depth_embedding.weight": f"{HEAD}pos_emb_d",
-    "image_head.norm.": f"{HEAD}classifier_mlp.layer_norm.",
-    "image_head.classifier.": f"{HEAD}classifier_mlp.linear.",
-}
-"""Our names and theirs, from the start of the name on. pos_emb_d has one more axis in front."""
-_HEAD_BLOCK = {
-    "attention_norm": "ln1",
-    "in_proj": "attn_in_proj",
-    "q_proj": "attn.query",
-    "k_proj": "attn.key",
-    "v_proj": "attn.value",
-    "o_proj": "attn.proj",
-    "out_proj": "attn_out_proj",
-    "mlp_norm": "ln2",
-    "fc1": "mlp.0",
-    "fc2": "mlp.2",
-}
+_NAMES = read_yaml(Path(__file__).with_name("official_names.yaml"))
+"""Our names and theirs: `starts`, and parts of a `head_block`."""
 _LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|^" + re.escape(TOKENIZER))
 DTYPES = "dtypes"
 """Key of the metadata of what an import keeps beside the model: dtypes of tensors, by official name."""
@@ -100,9 +76,13 @@ def _official_name(name: str, half: int) -> str:
         return f"model.layers.{index}.{rest}"
     if name.startswith("image_head.blocks."):
         *_, index, part, rest = name.split(".")
-        return f"{HEAD}head_transformer.blocks.{index}.{_HEAD_BLOCK[part]}.{rest}"
-    ours, theirs = next((ours, theirs) for ours, theirs in _PREFIXES.items() if name.startswith(ours))
-    return theirs + name.removeprefix(ours)
+        return f"{HEAD}head_transformer.blocks.{index}.{_NAMES['head_block'][part]}.{rest}"
+    return translated(name, _NAMES["starts"])
+
+
+def translated(name: str, starts: Mapping[str, str]) -> str:
+    """A name with another start; empty where it begins with none of those."""
+    return next((new + name.removeprefix(old) for old, new in starts.items() if name.startswith(old)), "")
 
 
 def official_config(
@@ -167,7 +147,7 @@ def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Te
 
 
 def _official_shape(theirs: str, tensor: Tensor) -> tuple[int, ...]:
-    return ((1,) if theirs == _PREFIXES["image_head.depth_embedding.weight"] else ()) + tuple(tensor.shape)
+    return ((1,) if theirs == _NAMES["starts"]["image_head.depth_embedding.weight"] else ()) + tuple(tensor.shape)
 
 
 def to_official(model: UniForkModel) -> dict[str, Tensor]:

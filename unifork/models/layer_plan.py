@@ -13,10 +13,13 @@ A tensor of a part that has copies carries the name of its branch.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, groupby, islice
+from pathlib import Path
 from typing import Literal, Self
 
+from unifork.config import read_yaml
 from unifork.errors import ConfigError, one_of, unknown
 from unifork.vocabulary import MODALITIES, TASKS
 
@@ -34,7 +37,7 @@ class Kind:
     """What one layer does. `attention` includes the norm before it, `mlp` the norm before that."""
 
     route: RouteBy
-    split: frozenset[BlockPart] = frozenset()
+    split: Sequence[BlockPart] = ()
     isolated: bool = False
 
     def route_of(self, part: BlockPart) -> RouteBy:
@@ -42,36 +45,12 @@ class Kind:
         return self.route if part in self.split else "none"
 
 
-_BOTH: frozenset[BlockPart] = frozenset({"attention", "mlp"})
-_MLP: frozenset[BlockPart] = frozenset({"mlp"})
-
-KINDS: dict[str, Kind] = {
-    "shared": Kind("none"),
-    "task": Kind("task", _BOTH),
-    "task_mlp": Kind("task", _MLP),
-    "modality": Kind("modality", _BOTH),
-    "modality_mlp": Kind("modality", _MLP),
-    "modality_isolated": Kind("modality", _BOTH, isolated=True),
-}
-
-NORMS: dict[str, RouteBy] = {"shared": "none", "task": "task", "modality": "modality"}
+_PLANS = read_yaml(Path(__file__).with_name("plans.yaml"))
+KINDS = {name: Kind(**plain) for name, plain in _PLANS["kinds"].items()}
+NORMS: dict[str, RouteBy] = _PLANS["norms"]
 """How `norm:` routes the norm after the last layer."""
-
-PRESETS: dict[str, str] = {
-    "shared": "shared*rest",
-    "generation-expert": "shared*rest",
-    "understanding-expert": "shared*rest",
-    "unifork:M": "shared*{M} task*rest norm:task",
-    "mot": "modality*rest norm:modality",
-    "hard-moe": "(shared modality_mlp)*rest",
-    "uni-x:FIRST:LAST": "modality_isolated*{FIRST} shared*rest modality_isolated*{LAST}",
-}
-"""Plans of the comparison by name; capitals stand for numbers of layers.
-
-Experts are the fully shared model trained on one task. UniFork: paper section 3, M shared layers.
-Mixture of transformers: BAGEL's split by modality. HardMoE and Uni-X: as the Uni-X paper describes
-them, with every second MLP, or the first and last layers, split by modality.
-"""
+PRESETS: dict[str, str] = _PLANS["presets"]
+"""Plans of the comparison by name; capitals stand for numbers of layers."""
 
 _ITEM = re.compile(r"\((?P<group>[^()]*)\)\s*\*\s*(?P<times>\d+|rest)|norm:(?P<norm>\S+)|(?P<run>[^\s()]+)")
 _WORD = re.compile(r"(?!norm:)[\w-]+(:[\w-]*)*")
