@@ -25,6 +25,7 @@ from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.layout import Files, checked_images, image_of
 from unifork.evaluation.items import AT_ONCE, Item, identity
 from unifork.evaluation.names import ABSENT
+from unifork.evaluation.scoring import origin_of
 from unifork.evaluation.suites import suite_of
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
@@ -128,9 +129,8 @@ def examine_job(
         raise ConfigError(f"{card.name}: its answers are read as they are; nothing is to be examined")
     archive = Archive(card, options, files_at)
     folder = images or archive.folder / archive.images
-    lineage: dict[str, Any] = {"model": str(folder), "decoding": "not recorded", "seed": None}
     source = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    lineage |= source.lineage if source else {}
+    lineage = origin_of(folder) | (source.lineage if source else {})
     absent = lineage.get(ABSENT) or (archive.absent if images is None else None) or absent_networks(card)
     tasks, files = list[ShardTask](), Files()
     if absent:

@@ -67,14 +67,8 @@ def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[
         ratios = (share(right_I, members_I, 100.0), together(right_I, images, members_I, 100.0))
         found[str(task)] = Measure(str(task), ratios, members_I)
     sums = {"perception": PERCEPTION, "cognition": COGNITION}
-    return [
-        *(
-            total(name, [found[task] for task in tasks])
-            for name, tasks in sums.items()
-            if all(task in found for task in tasks)
-        ),
-        *found.values(),
-    ]
+    whole = {name: tasks for name, tasks in sums.items() if found.keys() >= {*tasks}}
+    return [*(total(name, [found[task] for task in tasks]) for name, tasks in whole.items()), *found.values()]
 
 
 def export(_: EvalCard, rows: Rows) -> dict[str, str]:

@@ -46,16 +46,11 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
     for place, row in rows:
         name = str(row["question_id"])
         seen[name] += 1
-        options = choices(row, COLUMNS)
+        own, options = name if seen[name] == 1 else f"{name}#{seen[name]}", choices(row, COLUMNS)
         kind = int(one_of("question_type_id", str(row["question_type_id"]), NUMBERS, f"question {name}"))
-        about = {"question_id": name, "type": kind, "options": options}
-        items.append(
-            Item(
-                name if seen[name] == 1 else f"{name}#{seen[name]}", with_choices(row["question"], options),
-                row["answer"], str(row["data_id"]), one_of("data_type", str(row["data_type"]), SPLITS, name), place,
-                1 / len(options), about,
-            )
-        )  # fmt: skip
+        split = one_of("data_type", str(row["data_type"]), SPLITS, name)
+        text, about = with_choices(row["question"], options), {"question_id": name, "type": kind, "options": options}
+        items.append(Item(own, text, row["answer"], str(row["data_id"]), split, place, 1 / len(options), about))
     return items
 
 
