@@ -41,7 +41,8 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "WORLD_VERSION": (
         "unifork/shapes/source.py",
         [
-            *within("unifork/shapes", "__init__", "detector", "language", "questions", "world"),
+            *within("unifork/shapes", "__init__", "detector", "language", "questions"),
+            "unifork/shapes/world.*",
             "unifork/evaluation/generation/geneval.py",  # the clauses of its prompts
         ],
     ),
@@ -87,7 +88,8 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "TRAIN_VERSION": (
         "unifork/training/stage.py",
         [
-            *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch", "zero"),
+            *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch"),
+            "unifork/training/zero.*",
             *within("unifork/training", "validation", "export"),
             *within("unifork/documents", "loader"),
             *within("unifork", "batch", "inference"),  # a stage ends with samples
@@ -138,7 +140,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "ANALYZE_VERSION": (
         "unifork/analysis/kinds.py",
         [
-            "unifork/analysis/*.py",
+            "unifork/analysis/*.*",
             "unifork/figures.*",
             *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
             "pipelines/analyze.py",

@@ -34,7 +34,7 @@ from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.training.history import FILE
 from unifork.training.optimizer import Average, Optimizers, add_adapters
-from unifork.training.strategies import Strategy
+from unifork.training.strategies import Strategy, gathered
 from unifork.weights import check_fit, read_json
 
 LATEST = "latest"
@@ -156,8 +156,9 @@ class Saver:
         alone = self.group is None
         save_shards(tensors, storage_writer=FileSystemWriter(temporary), process_group=self.group, no_dist=alone)
         own = f"__{0 if alone else dist.get_rank()}_*"
-        written = self._gathered({path.name: written_file(path) for path in temporary.glob(own)})
+        every = gathered({path.name: written_file(path) for path in temporary.glob(own)}, self.group)
         if self.lead:
+            written = {name: file for files in every for name, file in files.items()}
             written |= {path.name: written_file(path) for path in temporary.iterdir() if path.name not in written}
             plain = {
                 "format": FORMAT, "fingerprint": self.fingerprint, "steps": state.steps, "files": written,
@@ -170,14 +171,6 @@ class Saver:
             write_atomically(self.folder / LATEST, lambda path: path.write_text(final.name))
             _prune(self.folder, self.keep)
         self._barrier()
-
-    def _gathered(self, written: dict[str, Any]) -> dict[str, Any]:
-        """What all workers wrote; waits for all of them."""
-        if self.group is None:
-            return written
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, written, self.group)
-        return {name: file for files in every for name, file in files.items()}
 
 
 def written_file(path: Path) -> dict[str, Any] | None:

@@ -7,10 +7,12 @@ reported numbers rest on them.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unifork.config import read_yaml
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, accuracy
 from unifork.evaluation.suites import Answer, Rule, Verdict
@@ -18,6 +20,8 @@ from unifork.evaluation.suites import Answer, Rule, Verdict
 LETTERS = "ABCDEFGH"
 """Of choices."""
 YES_NO = ("yes", "no")
+LABELS = read_yaml(Path(__file__).with_name("labels.yaml"))
+"""Names of tasks and types, by benchmark."""
 
 
 def pope_yes(answer: str) -> bool:

@@ -17,14 +17,10 @@ from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, accuracy, mean
 from unifork.evaluation.suites import Suite
-from unifork.evaluation.understanding.answers import choices, exact_letter, letter, strict_letter, with_choices
+from unifork.evaluation.understanding.answers import LABELS, choices, exact_letter, letter, strict_letter, with_choices
 
 COLUMNS = ("choice_a", "choice_b", "choice_c", "choice_d")
-TYPES = (
-    "scene_understanding", "instance_identity", "instance_attributes", "instance_location", "instances_counting",
-    "spatial_relation", "instance_interaction", "visual_reasoning", "text_understanding", "action_recognition",
-    "action_prediction", "procedure_understanding",
-)  # fmt: skip
+TYPES: list[str] = LABELS["seed"]
 """By question_type_id, from 1; the last three are of videos."""
 SPLITS = ("image", "video")
 NUMBERS = [str(number) for number in range(1, len(TYPES) + 1)]
