@@ -63,6 +63,15 @@ def one_of(what: str, name: str, choices: Collection[str], place: str = "") -> s
     return name
 
 
+@contextmanager
+def refusing(kind: type[UniForkError], where: object, *errors: type[Exception]) -> Iterator[None]:
+    """Raise an error of a kind, which begins with `where`, for any of some others; those of libraries name no place."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{where}: {error}") from None
+
+
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """What an operating system says of a full, read-only or forbidden disk."""
 IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)

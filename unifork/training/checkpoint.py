@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from unifork.config import Lora, fingerprint
-from unifork.errors import CheckpointError, MachineError, writing
+from unifork.errors import CheckpointError, MachineError, refusing, writing
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.training.history import FILE
@@ -41,6 +41,7 @@ LATEST = "latest"
 STATE = "state.json"
 FINISHED = "finished.json"
 FORMAT = 3
+UNREADABLE = (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 HASH = "blake2b"
 """In `state.json`: of a file, and of everything else that it says."""
 
@@ -262,7 +263,7 @@ def whole_model(path: Path, start: Path, averaged: bool = False, lora: Lora | No
 def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
     """Fill `targets` with the tensors below `part`. Raises CheckpointError."""
     reader = FileSystemReader(path)
-    try:
+    with refusing(CheckpointError, f"{path}: cannot be read", *UNREADABLE):
         stored = _stored(reader, part)
         check_fit(
             f"{path}: {part}",
@@ -273,8 +274,6 @@ def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no process group is used: none is needed
             load_shards(wanted, storage_reader=reader, no_dist=True)
-    except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
 def _stored(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMetadata]:

@@ -20,7 +20,7 @@ from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Lora, Stage, StrictMo
 from unifork.documents.loader import PackedDocuments, TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError, MachineError, writing
+from unifork.errors import ConfigError, MachineError, refusing, writing
 from unifork.layout import MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
@@ -134,11 +134,9 @@ def _train(job: StageJob, run: WorkerContext, log: Log) -> None:
     state = training.steps()
     if not training.lead:
         return
-    with writing(job.model_folder):
-        try:
-            export(training, checkpoint.folder_of(job.run_folder, state))
-        except SafetensorError as error:  # its own word for what a disk says
-            raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
+    unwritten = refusing(MachineError, f"{job.model_folder}: cannot be written", SafetensorError)  # by a full disk
+    with writing(job.model_folder), unwritten:
+        export(training, checkpoint.folder_of(job.run_folder, state))
     report_seen(log, training.tracks, read(job.run_folder))
     seconds = time.monotonic() - started
     write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": training.mark, "seconds": seconds})
