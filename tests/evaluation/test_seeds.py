@@ -18,7 +18,7 @@ TABLE = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 9: 2.26216,
 def scored(value, split="seen", name="overall", **changes):
     plain = {"standard_error": 0.02, "interval": None, "items": 9, "clusters": 9, "chance": 0.0, "rule": "official"}
     plain |= {"unread": 0.0, "missing": 0, "items_hash": "a", "model": "m", "decoding": "d", "seed": 0, **changes}
-    return {(split, name): Score(name, split, value, **plain)}
+    return {(split, name): Score(name, split, value=value, **plain)}
 
 
 def of_seeds(*values, **changes):

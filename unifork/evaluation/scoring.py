@@ -52,7 +52,7 @@ def score_answers(
         suffix = "" if rule == card.score.rules[0] else f"_{rule}"
         if suite.whole:
             name, found, note = suite.whole(options, rule, [answers[item.id] for item in scored])
-            plain = {**found._asdict(), "chance": 0.0, "unread": 0.0, "rule": rule, **shared, "note": note}
+            plain = {**vars(found), "chance": 0.0, "unread": 0.0, "rule": rule, **shared, "note": note}
             scores.append(Score(name + suffix, "all", **plain))
             continue
         verdicts = [suite.rules[rule](item, answers[item.id]) for item in scored]
@@ -72,7 +72,7 @@ def _scores(
     scores = []
     for measure, chance in zip(suite.measures(items, *outcomes(verdicts)), chances, strict=True):
         unread = float(unread_I[measure.members_I].mean())
-        plain = {**estimate(measure, clusters)._asdict(), "chance": chance, "unread": unread, **shared}
+        plain = {**vars(estimate(measure, clusters)), "chance": chance, "unread": unread, **shared}
         scores.append(Score(measure.name + suffix, measure.split, **plain))
     return scores
 

@@ -54,13 +54,10 @@ class Measure:
     split: str = "all"
 
 
-@dataclass(frozen=True)
-class Score:
-    """One number of a report and what is needed to judge it."""
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value and its error."""
 
-    name: str
-    split: str
-    """Which part of the benchmark, for example `seen` or `held_out`."""
     value: float
     standard_error: float | None
     """None for a single cluster, which has none."""
@@ -69,6 +66,15 @@ class Score:
     items: int
     clusters: int
     """Groups of items that belong together, such as all about one image."""
+
+
+@dataclass(frozen=True)
+class Score(Estimate):
+    """One number of a report and what is needed to judge it."""
+
+    name: str
+    split: str
+    """Which part of the benchmark, for example `seen` or `held_out`."""
     chance: float
     """What a model that ignores its input would reach, by the benchmark's own means."""
     rule: str
@@ -95,16 +101,6 @@ class Score:
             f"{self.split} {self.name} {self.value:.10g} {error} (chance {self.chance:.4g}; {self.items} items, "
             f"{self.clusters} clusters; rule {self.rule}, {self.unread:.2%} unread{partial})"
         )
-
-
-class Estimate(NamedTuple):
-    """A value and its error; `interval` where all items agree."""
-
-    value: float
-    standard_error: float | None
-    interval: tuple[float, float] | None
-    items: int
-    clusters: int
 
 
 def share(counted_I: np.ndarray, members_I: np.ndarray, weight: float = 1.0) -> Ratio:
@@ -174,7 +170,8 @@ def estimate(measure: Measure, clusters: Sequence[str]) -> Estimate:
     scale = fsum(ratio.weight for ratio in measure.ratios)
     # what holds for all of them is uncertain as far as there are few
     interval = _wilson(found / scale, count, scale) if error == 0 and found in (0, scale) else None
-    return Estimate(found, error, interval, int(measure.members_I.sum()), count)
+    items = int(measure.members_I.sum())
+    return Estimate(value=found, standard_error=error, interval=interval, items=items, clusters=count)
 
 
 def influence(ratios: Iterable[Ratio], clusters: np.ndarray) -> np.ndarray:

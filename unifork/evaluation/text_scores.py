@@ -26,7 +26,7 @@ def text_scores(card: TextCard, folder: Path) -> list[Score]:
     shared = {"unread": 0.0, "missing": 0, "items_hash": fingerprint(items), **origin_of(folder)}
     clusters = [str(number) for number in range(len(items))]
     return [
-        Score(measure.name, "all", **estimate(measure, clusters)._asdict(), chance=chance, rule=rule, **shared)
+        Score(measure.name, "all", **vars(estimate(measure, clusters)), chance=chance, rule=rule, **shared)
         for measure, chance, rule in parts
     ]
 

@@ -110,7 +110,7 @@ def whole(options: Options, protocol: str, answers: Sequence[Answer]) -> tuple[s
     if count < DIMENSIONS:
         note += f"; WARNING: fewer than {DIMENSIONS} images, biased upwards, compare at the same number only"
     error = float(np.std(draws, ddof=1)) if len(draws) > 1 else None
-    return "fid", Estimate(found, error, None, count, count), note
+    return "fid", Estimate(value=found, standard_error=error, interval=None, items=count, clusters=count), note
 
 
 RULES: dict[str, Rule] = dict.fromkeys(PROTOCOLS, lambda *_: Verdict(None, None))

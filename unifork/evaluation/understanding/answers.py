@@ -51,20 +51,15 @@ def normalized(answer: str) -> str:
 
 def yes_no(read: Callable[[str], bool | None]) -> Rule:
     """The rule of questions whose truth is `yes` or `no`."""
-
-    def rule(item: Item, answer: Answer) -> Verdict:
-        says = read(answer.text)
-        reading = None if says is None else "yes" if says else "no"
-        return Verdict(reading, float(reading == item.truth))
-
-    return rule
+    words = {True: "yes", False: "no", None: None}
+    return letter(lambda text, _: words[read(text)])
 
 
 def letter(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
     """The rule of questions with choices, `about["options"]` by letter, whose truth is a letter."""
 
     def rule(item: Item, answer: Answer) -> Verdict:
-        reading = read(answer.text, item.about["options"])
+        reading = read(answer.text, item.about.get("options", {}))
         return Verdict(reading, float(reading == item.truth))
 
     return rule
