@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from unifork.config import HeadConfig, read_yaml
 from unifork.errors import CheckpointError, ConfigError
-from unifork.identity import codebook_identity
-from unifork.models.configuration import UniForkConfig, backbone_of
+from unifork.models.configuration import UniForkConfig, backbone_of, codes_of
 from unifork.models.layer_plan import LayerPlan, branch_of, without_branch
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import NOT_DENSE
@@ -105,17 +104,8 @@ def official_config(
         layers = int(plain["num_hidden_layers"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as error:
         raise CheckpointError(f"{place}: not the configuration of an official model and its tower: {error!r}") from None
-    return UniForkConfig(
-        plan=official_plan(layers),
-        backbone=backbone_of(plain, "qwen2", place),
-        head=form.model_dump(),
-        codebook_size=codebook_KC.shape[0],
-        code_channels=codebook_KC.shape[1],
-        depth=depth,
-        grid=grid,
-        codebook_id=codebook_identity(codebook_KC, depth, grid),
-        encoder_id=encoder_id,
-    )
+    backbone, codes = backbone_of(plain, "qwen2", place), codes_of(codebook_KC, depth, grid, encoder_id)
+    return UniForkConfig(plan=official_plan(layers), backbone=backbone, head=form.model_dump(), **codes)
 
 
 def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Tensor) -> UniForkModel:

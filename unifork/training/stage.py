@@ -97,22 +97,18 @@ class StageJob(StrictModel):
 
     def fingerprint(self) -> str:
         """Of everything that decides the weights: versions, stage, seed, start model, codes, text tokenizer."""
-        data = {
-            entry.prepared: manifest_sha256(self.layout.prepared / entry.prepared)
-            for track in self.stage.tracks.values()
-            for entry in track.mixture
-            if (self.layout.prepared / entry.prepared / MANIFEST).exists()  # or opening it says what is wrong
+        folders = {entry.prepared: self.layout.prepared / entry.prepared for entry in self.stage.entries}
+        # or opening it says what is wrong
+        there = {name: folder for name, folder in folders.items() if (folder / MANIFEST).exists()}
+        facts = {
+            "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
+            "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
+            "seed": self.seed,
+            "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
+            "data": {name: manifest_sha256(folder) for name, folder in there.items()},
+            "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
         }
-        return fingerprint(
-            {
-                "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
-                "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
-                "seed": self.seed,
-                "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
-                "data": data,
-                "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
-            }
-        )
+        return fingerprint(facts)
 
 
 def train_stage(job: StageJob, run: WorkerContext) -> None:
