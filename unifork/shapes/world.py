@@ -39,7 +39,7 @@ SINGLE_KINDS: tuple[Kind, ...] = ("single_object", "colors")
 
 _WORLD = read_yaml(Path(__file__).with_suffix(".yaml"))
 SHAPES: list[str] = _WORLD["shapes"]
-COLORS: dict[str, list[int]] = _WORLD["colors"]
+COLORS: dict[str, tuple[int, ...]] = {name: tuple(color) for name, color in _WORLD["colors"].items()}
 GROUNDS: list[list[int]] = _WORLD["grounds"]
 RELATIONS: dict[str, list[int]] = _WORLD["relations"]
 
