@@ -214,7 +214,8 @@ def _shown(path: Path) -> Iterator[None]:
 
     def follow() -> None:
         nonlocal offset
-        while True:
+        last = False
+        while not last:
             last = done.wait(0.5)
             if path.exists():
                 offset = 0 if path.stat().st_size < offset else offset  # moved aside, begun again
@@ -222,8 +223,6 @@ def _shown(path: Path) -> Iterator[None]:
                     handle.seek(offset)
                     PRINT(handle.read(), end="")
                     offset = handle.tell()
-            if last:
-                return
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
