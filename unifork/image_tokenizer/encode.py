@@ -116,9 +116,8 @@ def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: 
     """
     use, description = card.tasks[task], describe(tokenizer)
     shape = description.architecture
-    identity = _identity(
-        description, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, card.encoder_dtype)
-    )
+    encoding = declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, card.encoder_dtype)
+    identity = _identity(description, encoding)
     made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
     tasks = [

@@ -128,9 +128,8 @@ def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Te
             f"{weights.folder}: lm_head.weight differs from model.embed_tokens.weight; config.json says they are tied"
         )
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
-    model.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in state.items()} | {"codebook": codebook_KC.float()}, assign=True
-    )
+    state = {name: tensor.to(dtype) for name, tensor in state.items()} | {"codebook": codebook_KC.float()}
+    model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.train(False)
     return model

@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, groupby, islice
+from itertools import chain, cycle, groupby, islice
 from pathlib import Path
 from typing import Literal, Self
 
@@ -101,8 +101,8 @@ class LayerPlan:
         return " ".join(items + [f"norm:{self.norm}"] * (self.norm != "shared"))
 
 
-_Repeated = tuple[list[str], int | None]
-"""Kinds and how often they are repeated; None fills the layers that are left."""
+_Repeated = tuple[list[str], str]
+"""Kinds and how often they are repeated; `rest` fills the layers that are left."""
 
 
 def _expanded(text: str, place: str) -> str:
@@ -122,13 +122,10 @@ def _expanded(text: str, place: str) -> str:
 def _repeated(item: re.Match[str], place: str) -> _Repeated:
     if item["run"]:
         return _run(item["run"], place)
-    group: list[str] = []
-    for run in item["group"].split():
-        kinds, times = _run(run, place)
-        if times is None:
-            raise ConfigError(f"{place}: *rest inside a group; a group as a whole may be repeated *rest")
-        group += kinds * times
-    return group, _times(item["times"])
+    runs = [_run(text, place) for text in item["group"].split()]
+    if any(times == "rest" for _, times in runs):
+        raise ConfigError(f"{place}: *rest inside a group; a group as a whole may be repeated *rest")
+    return [kind for kinds, times in runs for kind in kinds * int(times)], item["times"]
 
 
 def _run(text: str, place: str) -> _Repeated:
@@ -136,24 +133,20 @@ def _run(text: str, place: str) -> _Repeated:
     match = _RUN.fullmatch(text)
     if match is None:
         raise ConfigError(f"{place}: cannot read {text!r}; write kind*number with a whole number")
-    return [one_of("layer kind", match["kind"], KINDS, place)], _times(match["times"] or "1")
-
-
-def _times(text: str) -> int | None:
-    return None if text == "rest" else int(text)
+    return [one_of("layer kind", match["kind"], KINDS, place)], match["times"] or "1"
 
 
 def _filled(items: list[_Repeated], num_hidden_layers: int | None, place: str) -> list[str]:
     """Every layer of the items, `*rest` resolved."""
-    open_ends = sum(times is None for _, times in items)
+    open_ends = sum(times == "rest" for _, times in items)
     if open_ends > 1:
         raise ConfigError(f"{place}: says *rest twice")
     if open_ends and num_hidden_layers is None:
         raise ConfigError(f"{place}: *rest needs the number of layers of the backbone")
-    left = max(0, (num_hidden_layers or 0) - sum(len(kinds) * (times or 0) for kinds, times in items))
-    return [
-        layer for kinds, times in items for layer in (islice(cycle(kinds), left) if times is None else kinds * times)
-    ]
+    written = sum(len(kinds) * int(times) for kinds, times in items if times != "rest")
+    left = max(0, (num_hidden_layers or 0) - written)
+    filled = (islice(cycle(kinds), left) if times == "rest" else kinds * int(times) for kinds, times in items)
+    return list(chain.from_iterable(filled))
 
 
 # ------------------------------------------------------------------------------------ names of tensors

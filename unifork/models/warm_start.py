@@ -93,9 +93,8 @@ def initialize(model: UniForkModel, seed: int, embedding_range: float | None = N
     for name, parameter in model.named_parameters():
         std = embedding_range or general if parameter is model.embed_tokens.weight else general
         if parameter.dim() > 1:
-            parameter.copy_(
-                torch.normal(0.0, std, parameter.shape, generator=torch.Generator().manual_seed(seed_of(seed, name)))
-            )
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
+            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 

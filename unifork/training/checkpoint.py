@@ -136,18 +136,16 @@ class Saver:
     def _write(self, tensors: dict[str, Tensor], state: State, recorded: int) -> None:
         """The files of a checkpoint. Raises MachineError where they cannot be written."""
         final = folder_of(self.folder, state)
-        temporary = self.folder / f".{final.name}.tmp"
         try:
             with writing(final):
-                self._write_files(tensors, state, recorded, temporary, final)
+                self._write_files(tensors, state, recorded, final)
         except (CheckpointException, RuntimeError) as error:  # of torch, which hides what the disk said in a traceback
             reason = str(error).strip().splitlines()[-1]
             raise MachineError(f"{final}: the checkpoint cannot be written: {reason}") from None
 
-    def _write_files(
-        self, tensors: dict[str, Tensor], state: State, recorded: int, temporary: Path, final: Path
-    ) -> None:
+    def _write_files(self, tensors: dict[str, Tensor], state: State, recorded: int, final: Path) -> None:
         """The files of this worker with their hashes; then, by the lead, what makes them a checkpoint."""
+        temporary = self.folder / f".{final.name}.tmp"
         if self.lead:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
