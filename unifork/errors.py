@@ -6,6 +6,7 @@ import signal
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class UniForkError(Exception):
@@ -61,6 +62,12 @@ def one_of(what: str, name: str, choices: Collection[str], place: str = "") -> s
     if name not in choices:
         raise unknown(what, name, choices, place)
     return name
+
+
+def check_extra(package: str, extra: str, place: str) -> None:
+    """Raise ConfigError where a package is not installed, with the extra that brings it."""
+    if find_spec(package) is None:
+        raise ConfigError(f"{place}: needs {package}, which is not installed: pip install 'unifork[{extra}]'")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unifork.config import read_yaml
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, check_extra
 from unifork.training.optimizer import Optimizers, Parts, Read
 from unifork.training.strategies import Strategy
 
@@ -76,11 +75,7 @@ class ZeRO(Strategy):
 
     def __init__(self, stage: int) -> None:
         """stage: 1, 2 or 3. Raises ConfigError when DeepSpeed is not installed."""
-        if find_spec("deepspeed") is None:
-            raise ConfigError(
-                f"cluster file: shard: deepspeed-{stage} needs DeepSpeed, which is not installed; "
-                f"it comes with the extra: pip install 'unifork[deepspeed]'"
-            )
+        check_extra("deepspeed", "deepspeed", f"cluster file: shard: deepspeed-{stage}")
         super().__init__()
         self.stage = stage
         self.deepspeed: Any = None
