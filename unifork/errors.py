@@ -71,7 +71,7 @@ def check_extra(package: str, extra: str, place: str) -> None:
 
 
 @contextmanager
-def refusing(kind: type[UniForkError], where: object, *errors: type[Exception]) -> Iterator[None]:
+def refusing(kind: type[UniForkError], where: object, *errors: type[BaseException]) -> Iterator[None]:
     """Raise an error of a kind, which begins with `where`, for any of some others; those of libraries name no place."""
     try:
         yield

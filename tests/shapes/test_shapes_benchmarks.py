@@ -64,7 +64,8 @@ def random_answers(items):
         for split in ASKED_SPLITS
     }
     return [
-        Draws("random", number).pick(others[item.about["kind"], item.split]).answer for number, item in enumerate(items)
+        Draws("random", number).pick(others[item.about["kind"], item.split])[1].answer
+        for number, item in enumerate(items)
     ]
 
 
