@@ -42,7 +42,8 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "WORLD_VERSION": (
         "unifork/shapes/source.py",
         [
-            *within("unifork/shapes", "__init__", "detector", "language", "questions", "world"),
+            *within("unifork/shapes", "__init__", "detector", "language", "questions"),
+            "unifork/shapes/world.*",
             "unifork/evaluation/generation/geneval.py",  # the clauses of its prompts
         ],
     ),
@@ -60,6 +61,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
                 TOKENIZER, "canaries", "codebook_training", "conversion", "decoder", "measures", "readers", "samples"
             ),
             *within("unifork", "identity", "weights"),
+            f"{TOKENIZER}/official_names.yaml",
             "pipelines/image_tokenizer.py",
         ],
     ),
@@ -83,12 +85,13 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     ),
     "MODEL_VERSION": (
         "unifork/models/modeling.py",
-        ["unifork/models/*.py", *within("unifork", "assembly", "batch", "identity", "weights"), "pipelines/init.py"],
+        ["unifork/models/*.*", *within("unifork", "assembly", "batch", "identity", "weights"), "pipelines/init.py"],
     ),
     "TRAIN_VERSION": (
         "unifork/training/stage.py",
         [
-            *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch", "zero"),
+            *within("unifork/training", "checkpoint", "recovery", "loop", "optimizer", "strategies", "watch"),
+            "unifork/training/zero.*",
             *within("unifork/training", "validation", "export"),
             *within("unifork/documents", "loader"),
             *within("unifork", "batch", "inference"),  # a stage ends with samples
@@ -139,7 +142,7 @@ COVERS: dict[str, tuple[str, list[str]]] = {
     "ANALYZE_VERSION": (
         "unifork/analysis/kinds.py",
         [
-            "unifork/analysis/*.py",
+            "unifork/analysis/*.*",
             "unifork/figures.*",
             *within("unifork", "inference", "models/generation", "image_tokenizer/code_encoder"),
             "pipelines/analyze.py",

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 Found = TypeVar("Found")
@@ -72,6 +73,21 @@ def one_of(what: str, name: str, choices: Collection[str], place: str = "") -> s
     if name not in choices:
         raise unknown(what, name, choices, place)
     return name
+
+
+def check_extra(package: str, extra: str, place: str) -> None:
+    """Raise ConfigError where a package is not installed, with the extra that brings it."""
+    if find_spec(package) is None:
+        raise ConfigError(f"{place}: needs {package}, which is not installed: pip install 'unifork[{extra}]'")
+
+
+@contextmanager
+def refusing(kind: type[UniForkError], where: object, *errors: type[BaseException]) -> Iterator[None]:
+    """Raise an error of a kind, which begins with `where`, for any of some others; those of libraries name no place."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{where}: {error}") from None
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -7,7 +7,6 @@ Shape suffixes: B images, N image positions, D code depth.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from unifork.devices import is_capture_trusted
 from unifork.documents.mixture import Skeleton, skeleton
 from unifork.documents.prompts import IMAGE_PIECE, UNCONDITIONAL, Exchange, Template, question, template_named, written
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError, Rejected
+from unifork.errors import ConfigError, Rejected, refusing
 from unifork.layout import MODEL_TEXT_TOKENIZER
 from unifork.models.generation import answer_texts, generate_images
 from unifork.models.modeling import UniForkModel, load_model
@@ -136,7 +135,7 @@ class Engine:
 
     def _until_image(self, form: Template, prompt: str | None) -> list[int]:
         """Token ids up to the image; of the dropped prompt for None."""
-        with _naming("prompt", prompt or ""):
+        with refusing(ConfigError, f"prompt {prompt or ''!r:.60}", Rejected):
             pieces = UNCONDITIONAL if prompt is None else written(form, prompt)
             ids: list[int] = self.tokenizer.encode_pieces(pieces[: pieces.index(IMAGE_PIECE)])[0].tolist()
             self._check_room(len(ids) + self.model.config.positions)
@@ -145,7 +144,7 @@ class Engine:
     def _asked(
         self, form: Template, question_text: str, before: Sequence[Exchange] = (), image: bool = True
     ) -> Skeleton:
-        with _naming("question", question_text):
+        with refusing(ConfigError, f"question {question_text!r:.60}", Rejected):
             pieces = question(form, question_text, before, image)
             doc = skeleton(pieces, self.tokenizer, self.model.config.positions)
             self._check_room(len(doc.kinds_T))
@@ -191,12 +190,3 @@ def _template(name: str, task: Task) -> Template:
     if form.task != task:
         raise ConfigError(f"--template {name}: is for {form.task}, not for {task}")
     return form
-
-
-@contextmanager
-def _naming(what: str, text: str) -> Iterator[None]:
-    """Errors of one text of many begin with it."""
-    try:
-        yield
-    except Rejected as error:
-        raise ConfigError(f"{what} {text!r:.60}: {error}") from None

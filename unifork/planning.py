@@ -20,7 +20,7 @@ from unifork.documents.prompts import SYSTEM, template_named
 from unifork.errors import ConfigError, unknown
 from unifork.models.configuration import UniForkConfig
 from unifork.models.modeling import UniForkModel
-from unifork.models.parameters import paper_counts, parts, with_head
+from unifork.models.parameters import paper_counts, parts, tasks_of, with_head
 from unifork.models.warm_start import model_config
 from unifork.sources import source_of
 from unifork.training.flops import BORDER_TOKENS, PEAK_TFLOPS, Length, document_flops
@@ -99,9 +99,9 @@ def parameter_counts(config: UniForkConfig) -> dict[str, int]:
     counted = parts(config)
     paper = paper_counts(with_head(config, folded=False))
     return {
-        **{part.name: part.parameters for part in counted if part.parameters},
-        "total": sum(part.parameters for part in counted),
-        **{f"used for {task}": sum(part.parameters for part in counted if task in part.tasks) for task in TASKS},
+        **{name: count for name, count in counted.items() if count},
+        "total": sum(counted.values()),
+        **{f"used for {task}": sum(n for name, n in counted.items() if task in tasks_of(name)) for task in TASKS},
         **{f"as the paper counts: {name}": count for name, count in paper.items()},
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Generic, TypeVar
 
-from unifork.errors import ConfigError, unknown
+from unifork.errors import ConfigError, refusing, unknown
 
 Entry = TypeVar("Entry")
 
@@ -27,10 +27,8 @@ class Registry(Generic[Entry]):
         module, separator, attribute = address.partition(":")
         if not separator:
             raise ConfigError(f"{unknown(self.what, name, self.addresses, place)} Or MODULE:OBJECT of your own code.")
-        try:
+        with refusing(ConfigError, f"{place}: {self.what} {name!r}", ImportError, AttributeError):
             found = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{place}: {self.what} {name!r}: {error}") from None
         if not isinstance(found, self.kind):
             raise ConfigError(f"{place}: {self.what} {name!r} is a {type(found).__name__}, not a {self.kind.__name__}")
         return found

@@ -1,6 +1,7 @@
 """Files of answers: what does not fit the items is refused by name; what a model may write is kept."""
 
 import json
+from pathlib import Path
 
 import pytest
 from benchmark_files import OFFICIAL, TAIL, items_of, lines, write
@@ -9,7 +10,7 @@ from unifork.errors import DataError
 from unifork.evaluation.answers import join, read_answers
 from unifork.evaluation.archive import table_rows
 from unifork.evaluation.items import selected, write_items
-from unifork.evaluation.scoring import Origin, score_answers, write_scores
+from unifork.evaluation.scoring import origin_of, score_answers, write_scores
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_missing_doubled_and_unknown_answers_are_counted_and_the_first_named(pop
 def test_a_part_is_scored_when_asked_for_and_every_score_says_so(pope, tmp_path):
     card, items, rows = pope
     found = joined(pope, rows[2:], tmp_path, partial=True)
-    scores, _ = score_answers(card, selected(card, items), found, Origin("test"))
+    scores, _ = score_answers(card, selected(card, items), found, origin_of(Path("test")))
     assert {score.missing for score in scores} == {2}
     assert all("PARTIAL: 2 missing" in str(score) for score in scores)
 
@@ -72,7 +73,7 @@ def test_whatever_a_model_writes_is_kept_and_counted(pope, tmp_path):
     found = join(card, items, read_answers(tmp_path / "answers.jsonl"), "test")
     assert [found[item.id].text for item in items[:2]] == texts[:2]
     assert len(found[items[2].id].text) == 99_999
-    scores, kept = score_answers(card, items, found, Origin("test"))
+    scores, kept = score_answers(card, items, found, origin_of(Path("test")))
     write_scores(tmp_path / "scores", card, scores, kept)
     verdicts = [json.loads(line) for line in (tmp_path / "scores" / "verdicts.jsonl").read_text().split("\n") if line]
     assert [verdict["answer"] for verdict in verdicts[:2]] == texts[:2]

@@ -20,7 +20,7 @@ from unifork.evaluation.generation import dpg, geneval_suite
 from unifork.evaluation.generation.frechet import distances, moments
 from unifork.evaluation.generation.mjhq import Options, summarize
 from unifork.evaluation.items import Item, selected
-from unifork.evaluation.scoring import Origin, score_answers
+from unifork.evaluation.scoring import origin_of, score_answers
 from unifork.evaluation.statistics import value
 from unifork.evaluation.suites import Answer, suite_of
 
@@ -34,7 +34,7 @@ def distance(mean, covariance, *other):
 
 def scores_of(card, items, text_of):
     found, lines_of = score_answers(
-        card, items, {item.id: Answer(item.id, text_of(item)) for item in items}, Origin("x")
+        card, items, {item.id: Answer(item.id, text_of(item)) for item in items}, origin_of(Path("x"))
     )
     return {score.name: score for score in found}, lines_of
 
@@ -79,7 +79,7 @@ def test_genevals_summary_from_the_official_results(tmp_path):
 
     card, _, items = items_of("geneval", tmp_path)
     found = join(card, items, read_answers(tmp_path / "results.jsonl"), "test")
-    scores = {score.name: score for score in score_answers(card, items, found, Origin("x"))[0]}
+    scores = {score.name: score for score in score_answers(card, items, found, origin_of(Path("x")))[0]}
     stated = VECTORS["geneval_summary"]["official_stdout"]
     assert f"{scores['overall'].value:.5f}" in stated
     for kind in ("single_object", "counting", "color_attr"):
@@ -386,7 +386,7 @@ def test_images_are_not_scored_before_networks_have_looked_at_them(tmp_path):
     card, items = benchmark("geneval", tmp_path)
     answers = {item.id: Answer(item.id, "", b"png") for item in items}
     with pytest.raises(DataError, match=r"geneval: these are images; `unifork answers examine` says what is in them"):
-        score_answers(card, items, answers, Origin("x"))
+        score_answers(card, items, answers, origin_of(Path("x")))
 
 
 def test_scoring_needs_no_torch():

@@ -9,7 +9,7 @@ import pytest
 
 from unifork.errors import ConfigError, DataError
 from unifork.evaluation.comparison import Earlier, EarlierRun, compare_seeds, placed, read_runs
-from unifork.evaluation.statistics import Score, holm, p_values, prediction, spread, t_reach, t_tail
+from unifork.evaluation.statistics import Score, holm, p_values, prediction, spread, t_reach
 
 TABLE = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 9: 2.26216, 30: 2.04227}
 """Two-sided 95 % points of Student's t, from printed tables."""
@@ -18,7 +18,7 @@ TABLE = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 9: 2.26216,
 def scored(value, split="seen", name="overall", **changes):
     plain = {"standard_error": 0.02, "interval": None, "items": 9, "clusters": 9, "chance": 0.0, "rule": "official"}
     plain |= {"unread": 0.0, "missing": 0, "items_hash": "a", "model": "m", "decoding": "d", "seed": 0, **changes}
-    return {(split, name): Score(name, split, value, **plain)}
+    return {(split, name): Score(name, split, value=value, **plain)}
 
 
 def of_seeds(*values, **changes):
@@ -28,8 +28,11 @@ def of_seeds(*values, **changes):
 @pytest.mark.parametrize("freedom", TABLE)
 def test_students_t_is_that_of_the_tables(freedom):
     assert t_reach(freedom) == pytest.approx(TABLE[freedom], rel=1e-5)
-    assert t_tail(TABLE[freedom], freedom) == pytest.approx(0.05, rel=1e-4)
-    assert (t_tail(0.0, freedom), t_tail(inf, freedom)) == (1.0, pytest.approx(0.0, abs=1e-15))
+    differences = np.linspace(-1, 1, freedom + 1)
+    at = TABLE[freedom] * np.std(differences, ddof=1) / (freedom + 1) ** 0.5
+    assert p_values(differences + at)[0] == pytest.approx(0.05, rel=1e-4)
+    assert p_values(differences + 1e9)[0] == pytest.approx(0.0, abs=1e-6)
+    assert (p_values([0.0] * 5)[0], p_values([0.5] * 5)[0]) == (1.0, 0.0)
 
 
 def test_a_spread_is_the_textbooks():

@@ -1,6 +1,7 @@
 """Every understanding benchmark: its layouts give the same items, and known answerers land on known scores."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from unifork.errors import ConfigError, DataError, UniForkError
 from unifork.evaluation.answers import EXPORTS, join, read_answers
 from unifork.evaluation.archive import Archive, table_rows
 from unifork.evaluation.items import AT_ONCE, identity, read_items, selected, write_items
-from unifork.evaluation.scoring import Origin, score_answers
+from unifork.evaluation.scoring import origin_of, score_answers
 from unifork.evaluation.suites import Answer, suite_of
 from unifork.shards.job import read_table
 from unifork.shards.manifest import read_manifest
@@ -55,7 +56,7 @@ def right_answer(name, item):
 
 def scores_of(card, items, text_of):
     answers = {item.id: Answer(item.id, text_of(item)) for item in items}
-    scores, lines = score_answers(card, items, answers, Origin("test"))
+    scores, lines = score_answers(card, items, answers, origin_of(Path("test")))
     return {(score.split, score.name): score for score in scores}, lines
 
 
@@ -152,7 +153,7 @@ def test_a_submission_has_an_entry_for_every_test_question_and_no_scores(tmp_pat
     questions = selected(card, items)
     assert (len(items), len(questions)) == (8, 3)
     answers = {item.id: Answer(item.id, "Yes, 1,000") for item in questions}
-    assert score_answers(card, questions, answers, Origin("test"))[0] == []
+    assert score_answers(card, questions, answers, origin_of(Path("test")))[0] == []
     (text,) = EXPORTS.find("vqa", "test")(card, [(item, answers.get(item.id)) for item in items]).values()
     rows = json.loads(text)
     assert [row["answer"] for row in rows] == ["yes 1000"] * 3 + [""] * 5

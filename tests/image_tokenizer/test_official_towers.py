@@ -14,8 +14,9 @@ from unifork import weights
 from unifork.config import DecoderConfig, EncoderConfig
 from unifork.errors import CheckpointError
 from unifork.image_tokenizer.architecture import Architecture
-from unifork.image_tokenizer.conversion import TOWER_IN_UNIFORK, read_official
+from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.models.conversion import TOWER
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 VISION = "rqvaesiglip.siglip_model.vision_model."
@@ -25,7 +26,7 @@ CODEBOOKS = "rqvaesiglip.quantizer.codebooks."
 @pytest.fixture(scope="session")
 def tower_state() -> dict[str, torch.Tensor]:
     state = load_file(OFFICIAL / "unifork" / "model.safetensors")
-    return {name.removeprefix(TOWER_IN_UNIFORK): t for name, t in state.items() if name.startswith(TOWER_IN_UNIFORK)}
+    return {name.removeprefix(TOWER): t for name, t in state.items() if name.startswith(TOWER)}
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_a_checkpoint_whose_tower_is_described_elsewhere(tmp_path, tower, expect
 
 def test_the_codebook_of_a_checkpoint_may_have_drifted(tmp_path, expected):
     root = shutil.copytree(OFFICIAL, tmp_path / "root")
-    names = [f"{TOWER_IN_UNIFORK}{CODEBOOKS}{depth}.weight" for depth in range(4)]
+    names = [f"{TOWER}{CODEBOOKS}{depth}.weight" for depth in range(4)]
     rewrite(root / "unifork", lambda state: [grow(state, name, 0.01) for name in names])
     drifted = read_official(root / "unifork")
     assert drifted.codebook_id != expected.codebook_id

@@ -93,7 +93,7 @@ def test_scores_stand_on_the_scale_of_their_card(card, name, value, chance, text
         shown = shown.model_copy(update={"show": ShowPart(scales={"fid": (100.0, 0.0)})})
     rest = {"items": 2, "clusters": 2, "rule": "official", "unread": 0.0, "missing": 0, "items_hash": "a"}
     rest |= {"model": "b", "decoding": "c", "seed": None, "interval": None}
-    found = measured(Score(name, "all", value, 0.1, chance=chance, **rest), shown)
+    found = measured(Score(name, "all", value=value, standard_error=0.1, chance=chance, **rest), shown)
     assert found == (text, *(pytest.approx(number) if number is not None else None for number in place))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from unifork.config import load_eval
 from unifork.errors import ConfigError
 from unifork.evaluation.archive import Archive
-from unifork.evaluation.scoring import Origin, by_split, score_answers
+from unifork.evaluation.scoring import by_split, origin_of, score_answers
 from unifork.evaluation.suites import Answer, suite_of
 from unifork.images import crop_view, open_image, pad_view, png
 from unifork.shapes import understanding
@@ -38,7 +39,7 @@ def scores(name, items, outputs):
     for item, output in zip(items, outputs, strict=True):
         text, image = (output, None) if isinstance(output, str) else ("", png(output))
         answers[item.id] = Answer(item.id, text, image)
-    return score_answers(load_eval(name), items, answers, Origin("test"))
+    return score_answers(load_eval(name), items, answers, origin_of(Path("test")))
 
 
 @cache
@@ -63,7 +64,8 @@ def random_answers(items):
         for split in ASKED_SPLITS
     }
     return [
-        Draws("random", number).pick(others[item.about["kind"], item.split]).answer for number, item in enumerate(items)
+        Draws("random", number).pick(others[item.about["kind"], item.split])[1].answer
+        for number, item in enumerate(items)
     ]
 
 

@@ -13,12 +13,12 @@ from test_extended import jobs
 from tiny import copy_of
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from unifork import planning
+from unifork import errors, planning
 from unifork.config import Lora, Stage, load_card, parse
 from unifork.errors import ConfigError
 from unifork.experiments import use
 from unifork.models.modeling import load_model
-from unifork.training import checkpoint, optimizer
+from unifork.training import checkpoint
 from unifork.training.flops import flops_per_token
 from unifork.training.history import Log, read
 from unifork.training.loop import WorkerContext
@@ -222,7 +222,7 @@ def test_what_cannot_work_is_refused_by_use(tmp_path, monkeypatch, changes, mess
 
 
 def test_missing_peft_is_a_line_that_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"stages\.s3\.lora: needs peft.*pip install 'unifork\[lora\]'"):
         used(monkeypatch, tmp_path)
 

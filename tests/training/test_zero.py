@@ -12,10 +12,11 @@ from distributed_testing import run_distributed
 from stage_runs import RESOURCES, assert_equal, job, weights
 from tiny import copy_of
 
+from unifork import errors
 from unifork.batch import pack
 from unifork.config import OptimizerConfig
 from unifork.errors import ConfigError
-from unifork.training import checkpoint, launch, zero
+from unifork.training import checkpoint, launch
 from unifork.training.history import read
 from unifork.training.loop import TrackRun, WorkerContext
 from unifork.training.optimizer import freeze_all_but, make_optimizer
@@ -207,7 +208,7 @@ def test_tracks_must_not_share_a_parameter():
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(zero, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"shard: deepspeed-3 needs DeepSpeed.*unifork\[deepspeed\]"):
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"shard: deepspeed-3: needs deepspeed.*unifork\[deepspeed\]"):
         strategy("deepspeed-3", 2)
     assert strategy("deepspeed-3", 1).wrap(torch.nn.Linear(1, 1))

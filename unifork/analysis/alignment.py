@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn.functional import normalize
 
 from unifork.analysis.runs import drawn
 from unifork.batch import IMAGE, TEXT, Document, pack
-from unifork.config import Analysis, Sampling, fingerprint
+from unifork.config import Analysis, Sampling, fingerprint, read_yaml
 from unifork.documents.mixture import skeleton
 from unifork.documents.prompts import IMAGE_PIECE, Piece, question, template_named, written
 from unifork.errors import ConfigError
@@ -34,14 +35,7 @@ PERMUTATIONS, HALVES = 300, 200
 """Random pairings whose scores are chance; half samples of the prompts whose scores spread by the standard error."""
 CENTRAL = (0.025, 0.975)
 LAST = {"raw": -2, "normed": -1}
-FIXED = {
-    "pooling": "mean over tokens, inside the pass",
-    "image tokens": "those with codes, without begin and end",
-    "text tokens": "those of the prompt, without its template",
-    "layer 0": "input of the first layer",
-    "images of understanding": "drawn ones, decoded and encoded again in the padded view",
-    "untrained": "reads the images of the trained model",
-}
+FIXED = read_yaml(Path(__file__).with_suffix(".yaml"))
 """What else the paper leaves open, and how it is done here."""
 Masked = tuple[Document, np.ndarray]
 """A document and masks of its tokens (S, T)."""

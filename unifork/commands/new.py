@@ -59,9 +59,8 @@ def _cost(name: str, found: "Proposal") -> "list[str]":
     from unifork.experiments import resolve
 
     params = resolve(name)
-    params = params.model_copy(
-        update={"datasets": {name: params.datasets[name].model_copy(update={"rows": found.total})}}
-    )
+    use = params.datasets[name].model_copy(update={"rows": found.total})
+    params = params.model_copy(update={"datasets": {name: use}})
     cards, variant = {name: load_card(name)}, next(iter(params.variants))
     model = planning.meta_model(params, params.variants[variant])
     tracks = list(planning.track_plans(params, cards, variant, model, planning.Assumptions()))
@@ -74,7 +73,4 @@ def _cost(name: str, found: "Proposal") -> "list[str]":
     }
     disk = ", ".join(f"{what} {amount(size, 'B') or 'not known'}" for what, size in sizes.items())
     seen = ", ".join(f"{amount(number)} {what}" for what, number in planning.totals(tracks).items() if what != "FLOPs")
-    return [
-        f"training (more: unifork plan {name}): {seen}",
-        f"disk: {disk}",
-    ]
+    return [f"training (more: unifork plan {name}): {seen}", f"disk: {disk}"]

@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from unifork.config import Experiment
-    from unifork.planning import TrackPlan
+    from unifork.planning import EntryPlan, TrackPlan
 
 PARAMS = "params.yaml"
 WIDTH = 120
@@ -47,25 +47,17 @@ def plan(
     cards = {name: load_card(name) for name in params.datasets}
     tracks = {name: list(planning.track_plans(params, cards, name, models[name], assumed)) for name in models}
     counts = {name: planning.parameter_counts(model.config) for name, model in models.items()}
-    rows = dict.fromkeys(row for counted in counts.values() for row in counted)
-    _table(
-        "Parameters", ["", *counts],
-        ([row, *(amount(counted.get(row)) for counted in counts.values())] for row in rows),
-    )  # fmt: skip
+    names = dict.fromkeys(name for counted in counts.values() for name in counted)
+    rows = [[name, *(amount(counted.get(name)) for counted in counts.values())] for name in names]
+    _table("Parameters", ["", *counts], rows)
     columns = ["run", "track", "steps", "documents", "text", "image", "trained", "FLOPs", "GPU time"]
-    _table(
-        "Training: documents, tokens, FLOPs", columns,
-        (row for name in tracks for row in _training(name, tracks[name], chip, mfu)), names=2,
-    )  # fmt: skip
+    rows = [row for name in tracks for row in _training(name, tracks[name], chip, mfu)]
+    _table("Training: documents, tokens, FLOPs", columns, rows, names=2)
     columns = ["stage", "data set", "task", "template", "documents", "text", "image", "passes"]
     everything = [track for some in tracks.values() for track in some]
     mixtures = {(track.stage, track.track): track for track in everything}
-    _table(
-        "Mixtures: an average document, and how often a set is read", columns,
-        ([track.stage, part.entry.dataset, part.entry.task, part.entry.template, amount(part.documents),
-          str(part.length.text), str(part.length.image), "unknown" if part.passes is None else f"{part.passes:.2f}"]
-         for track in mixtures.values() for part in track.entries), names=4,
-    )  # fmt: skip
+    rows = [_mixture(track.stage, part) for track in mixtures.values() for part in track.entries]
+    _table("Mixtures: an average document, and how often a set is read", columns, rows, names=4)
     sizes = {f"data/codes/{name}": size for name, size in planning.code_bytes(params, cards).items()}
     sizes |= {f"data/prepared/{name}": size for name, size in planning.prepared_bytes(params, everything).items()}
     disk = [[name, "", "", amount(size, "B") or "unknown"] for name, size in sizes.items()]
@@ -122,6 +114,13 @@ def amount(number: float | None, unit: str = "") -> str:
     scale = f"{' ' if power or unit else ''}{('', *SCALES)[power]}{unit}"
     digits = f"{number:#.4g}" if power else f"{number:.0f}"
     return digits + (scale if unit else scale.replace("G", "B"))
+
+
+def _mixture(stage: str, part: "EntryPlan") -> list[str]:
+    """A row of the table of mixtures."""
+    entry, passes = part.entry, "unknown" if part.passes is None else f"{part.passes:.2f}"
+    length = (amount(part.documents), str(part.length.text), str(part.length.image))
+    return [stage, entry.dataset, entry.task, entry.template, *length, passes]
 
 
 def _training(variant: str, tracks: "list[TrackPlan]", chip: str | None, mfu: float | None) -> Iterable[list[str]]:

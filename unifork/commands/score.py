@@ -69,10 +69,8 @@ def score(
     chosen = selected(card, items)
     found = join(card, items, read_answers(answers), str(answers), partial)
     scores, lines = score_answers(card, chosen, found, origin_of(answers))
-    print(
-        "\n".join(map(str, scores))
-        or f"{suite}: its truths are not public; `unifork answers export` writes a submission"
-    )
+    secret = f"{suite}: its truths are not public; `unifork answers export` writes a submission"
+    print("\n".join(map(str, scores)) or secret)
     if out:
         write_scores(out, card, scores, lines)
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from yaml import YAMLError, safe_load
 
-from unifork.config import Experiment, load, load_experiment
+from unifork.config import Experiment, load, load_experiment, read_yaml
 from unifork.layout import STAGE_OF_FOLDER, Layout
 from unifork.processes import holder_of, is_held, lock_path
 from unifork.reference import among, reference, references
@@ -25,26 +25,10 @@ from unifork.shards.manifest import MANIFEST, RECORD_SUFFIX, write_json
 from unifork.shards.progress import PROGRESS, places, read_progress
 
 Row = dict[str, Any]
-FOLDERS = {
-    "raw/*": "datasets", "measured/*": "", "signatures/*": "", "filtered/*": "datasets", "codes/*/*": "datasets",
-    "prepared/*": "prepared", "published/*/crop": "", "published/*/pad": "",
-}  # fmt: skip
-"""Of jobs, below `data`, and what in `params.yaml` names those that will be there."""
+SHOWN = read_yaml(Path(__file__).with_suffix(".yaml"))
+"""Folders of jobs, and the columns of both tables."""
 TAIL = 100
 """Steps at the end of a history in which the last loss of each task is looked for."""
-
-
-JOBS = {
-    "stage": "{stage}", "job": "{name}", "state": "{state}", "shards": "{done}/{total}", "rows": "{rows}",
-    "rate": "{rows_per_second:.0f} rows/s", "left": "{left}", "seen": "{seen} ago",
-}  # fmt: skip
-RUNS = {
-    "run": "{name}", "state": "{state}", "step": "{done}/{total}", "text": "{text_loss:.3f}",
-    "image": "{image_loss:.3f}", "val text": "{validation_text_loss:.3f}", "val image": "{validation_image_loss:.3f}",
-    "fill": "{fill:.3f}", "rate": "{documents_per_second:.0f} documents/s", "memory": "{memory_gib:.2f} GiB",
-    "mfu": "{mfu:.1%}", "left": "{left}", "seen": "{seen} ago", "checkpoint": "{checkpoint}",
-}  # fmt: skip
-"""Columns of the tables, as formats over a row. What is missing is a dash."""
 
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="one list, for programs")] = False) -> None:
@@ -61,7 +45,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="one list, for p
 
 def _jobs(layout: Layout, planned: dict[str, Any]) -> Iterator[Row]:
     """Data sets and documents: folders that are there, and those that the experiment will make."""
-    for pattern, named_by in FOLDERS.items():
+    for pattern, named_by in SHOWN["folders"].items():
         place = pattern.partition("/")[0]
         found = {folder for folder in layout.data.glob(pattern) if folder.is_dir() and folder.name[0] != "."}
         begun = found | {folder.parent for folder in found}
@@ -149,7 +133,7 @@ def _state(locks: Sequence[Path], finished: bool, begun: bool, progress: Row) ->
 def _text(rows: list[Row]) -> str:
     """Two tables, and why what stopped did."""
     blocks = []
-    for columns, is_run in ((JOBS, False), (RUNS, True)):
+    for columns, is_run in ((SHOWN["jobs"], False), (SHOWN["runs"], True)):
         table = [[_cell(row, form) for form in columns.values()] for row in rows if (row["stage"] == "train") == is_run]
         widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in ([*columns], *table)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unifork.errors import DataError, IdentityError
+from unifork.errors import DataError, IdentityError, refusing
 
 if TYPE_CHECKING:
     from unifork.image_tokenizer.code_encoder import CodeEncoder
@@ -96,11 +96,12 @@ def _read(path: Path) -> dict[str, Any]:
 
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in ("codes", "names", "codebook_id")}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: no file of `unifork tokenizer encode`: {error}") from None
+    unreadable = (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
+    with (
+        refusing(DataError, f"{path}: no file of `unifork tokenizer encode`", *unreadable),
+        np.load(path, allow_pickle=False) as file,
+    ):
+        return {name: file[name] for name in ("codes", "names", "codebook_id")}
 
 
 def check_files(images: Iterable[Path]) -> None:

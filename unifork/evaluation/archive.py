@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from unifork.config import EvalCard, StrictModel
-from unifork.errors import DataError
+from unifork.errors import DataError, refusing
 from unifork.evaluation.items import faults
 from unifork.shards.manifest import file_sha256
 from unifork.sources import MAX_IMAGE_BYTES, leaves
@@ -93,11 +93,9 @@ def read_text(path: Path) -> str:
 
     What is not UTF-8 is kept as lone surrogates: an answer may hold anything.
     """
-    try:
+    with refusing(DataError, path, OSError, ValueError, EOFError):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode(json.detect_encoding(data), errors="surrogateescape")
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: {error}") from None
 
 
 def read_json(path: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from unifork.config import StrictModel, load_eval, load_text
-from unifork.errors import DataError, one_of
+from unifork.errors import DataError, one_of, refusing
 from unifork.evaluation.archive import read_json
 from unifork.evaluation.items import Item, faults
 from unifork.evaluation.names import SAMPLES
@@ -54,10 +54,8 @@ def compare(first: Path, second: Path, rule: str | None = None) -> list[Compared
     Raises DataError where they are of other benchmarks or items, or lack the rule.
     """
     of_text = all((folder / SAMPLES).exists() for folder in (first, second))
-    try:
+    with refusing(DataError, f"{first}, {second}: no verdicts of one form", LookupError, TypeError):
         clusters, measures = _text_outcomes(first, second) if of_text else _verdicts(first, second, rule)
-    except (LookupError, TypeError) as error:
-        raise DataError(f"{first}, {second}: no verdicts of one form: {error}") from None
     return [
         Compared(f"{a.split} {a.name}", value(a.ratios), value(b.ratios), difference(a, b, clusters))
         for a, b in zip(*measures, strict=True)

@@ -24,7 +24,8 @@ from unifork.evaluation.answers import read_answers
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.layout import Files, checked_images, image_of
 from unifork.evaluation.items import AT_ONCE, Item, identity
-from unifork.evaluation.names import ABSENT
+from unifork.evaluation.names import ABSENT, REGISTRIES
+from unifork.evaluation.scoring import origin_of
 from unifork.evaluation.suites import suite_of
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
@@ -38,13 +39,7 @@ CANARY = "canary.json"
 """In the folder of a network: what it gave for some drawn images."""
 SCHEMA = pa.schema([*((name, pa.string()) for name in ("id", "prompt", "text")), ("image", pa.binary())])
 """As answers, without images."""
-HERE = "unifork.evaluation.generation.networks"
-KINDS: Registry[type] = Registry(
-    "network",
-    type,
-    {"mask2former": f"{HERE}:Mask2Former", "clip": f"{HERE}:ClipColors", "blip-vqa": f"{HERE}:BlipAnswerer"}
-    | {"pytorch-fid": f"{HERE}:PytorchFid", "clean-fid": f"{HERE}:CleanFid"},
-)
+KINDS = Registry("network", type, REGISTRIES["networks"])
 """Classes of networks that cards name."""
 
 
@@ -128,9 +123,8 @@ def examine_job(
         raise ConfigError(f"{card.name}: its answers are read as they are; nothing is to be examined")
     archive = Archive(card, options, files_at)
     folder = images or archive.folder / archive.images
-    lineage: dict[str, Any] = {"model": str(folder), "decoding": "not recorded", "seed": None}
     source = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    lineage |= source.lineage if source else {}
+    lineage = origin_of(folder) | (source.lineage if source else {})
     absent = lineage.get(ABSENT) or (archive.absent if images is None else None) or absent_networks(card)
     tasks, files = list[ShardTask](), Files()
     if absent:

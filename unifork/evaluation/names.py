@@ -3,8 +3,11 @@
 from hashlib import sha256
 from pathlib import Path
 
+from unifork.config import read_yaml
 from unifork.shards.manifest import file_sha256
 
+REGISTRIES: dict[str, dict[str, str]] = read_yaml(Path(__file__).with_name("registries.yaml"))
+"""What cards may name, and `MODULE:OBJECT` of each."""
 ABSENT = "not_here"
 """Key of the manifest of a benchmark whose archive is not there: what to put where."""
 SAMPLES = "samples.jsonl"

@@ -6,7 +6,7 @@ needed to judge them. `comparison` compares models.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,20 @@ SCORE_VERSION = 3
 METRICS, VERDICTS = "metrics.json", "verdicts.jsonl"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where answers come from, for the record."""
-
-    model: str
-    decoding: str = "not recorded"
-    seed: int | None = None
-
-
-def origin_of(answers: Path) -> Origin:
-    """What a folder of answers says of its model; the name of a file, which says nothing."""
+def origin_of(answers: Path) -> dict[str, Any]:
+    """`model`, `decoding` and `seed` of answers, as their folder says; of a file, which says nothing, its name."""
     if not (answers / MANIFEST).exists():
-        return Origin(str(answers))
+        return {"model": str(answers), "decoding": "not recorded", "seed": None}
     lineage = read_manifest(answers).lineage
-    return Origin(lineage["model"], lineage["decoding"], lineage["seed"])
+    return {key: lineage[key] for key in ("model", "decoding", "seed")}
 
 
 def score_answers(
-    card: EvalCard, items: Sequence[Item], answers: Mapping[str, Answer], origin: Origin
+    card: EvalCard, items: Sequence[Item], answers: Mapping[str, Answer], origin: Mapping[str, Any]
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """All scores of a card's rules, and a line of plain data for each item that has an answer.
 
-    Items whose truth is not public get neither verdicts nor scores.
+    origin: as of `origin_of`. Items whose truth is not public get neither verdicts nor scores.
     """
     suite, options = suite_of(card)
     scored = [item for item in items if item.id in answers]
@@ -55,13 +46,13 @@ def score_answers(
     unshown = suite.whole is not None  # numbers of a network
     texts = [None if unshown or answers[item.id].image else answers[item.id].text for item in scored]
     lines = [{**vars(item), "answer": text, "verdicts": {}} for item, text in zip(scored, texts, strict=True)]
-    shared = {"missing": len(items) - len(scored), "items_hash": identity(items), **asdict(origin)}
+    shared = {"missing": len(items) - len(scored), "items_hash": identity(items), **origin}
     scores: list[Score] = []
     for rule in card.score.rules if all(item.truth is not None for item in scored) else ():
         suffix = "" if rule == card.score.rules[0] else f"_{rule}"
         if suite.whole:
             name, found, note = suite.whole(options, rule, [answers[item.id] for item in scored])
-            plain = {**found._asdict(), "chance": 0.0, "unread": 0.0, "rule": rule, **shared, "note": note}
+            plain = {**vars(found), "chance": 0.0, "unread": 0.0, "rule": rule, **shared, "note": note}
             scores.append(Score(name + suffix, "all", **plain))
             continue
         verdicts = [suite.rules[rule](item, answers[item.id]) for item in scored]
@@ -81,7 +72,7 @@ def _scores(
     scores = []
     for measure, chance in zip(suite.measures(items, *outcomes(verdicts)), chances, strict=True):
         unread = float(unread_I[measure.members_I].mean())
-        plain = {**estimate(measure, clusters)._asdict(), "chance": chance, "unread": unread, **shared}
+        plain = {**vars(estimate(measure, clusters)), "chance": chance, "unread": unread, **shared}
         scores.append(Score(measure.name + suffix, measure.split, **plain))
     return scores
 

@@ -16,11 +16,12 @@ Shape suffixes: I items, C clusters, R ratios (both sums of each), S exchanges, 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import atan, cos, fsum, inf, pi, sin, sqrt
+from math import fsum, inf, sqrt
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from unifork.errors import DataError
 
@@ -53,13 +54,10 @@ class Measure:
     split: str = "all"
 
 
-@dataclass(frozen=True)
-class Score:
-    """One number of a report and what is needed to judge it."""
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value and its error."""
 
-    name: str
-    split: str
-    """Which part of the benchmark, for example `seen` or `held_out`."""
     value: float
     standard_error: float | None
     """None for a single cluster, which has none."""
@@ -68,6 +66,15 @@ class Score:
     items: int
     clusters: int
     """Groups of items that belong together, such as all about one image."""
+
+
+@dataclass(frozen=True)
+class Score(Estimate):
+    """One number of a report and what is needed to judge it."""
+
+    name: str
+    split: str
+    """Which part of the benchmark, for example `seen` or `held_out`."""
     chance: float
     """What a model that ignores its input would reach, by the benchmark's own means."""
     rule: str
@@ -94,16 +101,6 @@ class Score:
             f"{self.split} {self.name} {self.value:.10g} {error} (chance {self.chance:.4g}; {self.items} items, "
             f"{self.clusters} clusters; rule {self.rule}, {self.unread:.2%} unread{partial})"
         )
-
-
-class Estimate(NamedTuple):
-    """A value and its error; `interval` where all items agree."""
-
-    value: float
-    standard_error: float | None
-    interval: tuple[float, float] | None
-    items: int
-    clusters: int
 
 
 def share(counted_I: np.ndarray, members_I: np.ndarray, weight: float = 1.0) -> Ratio:
@@ -173,7 +170,8 @@ def estimate(measure: Measure, clusters: Sequence[str]) -> Estimate:
     scale = fsum(ratio.weight for ratio in measure.ratios)
     # what holds for all of them is uncertain as far as there are few
     interval = _wilson(found / scale, count, scale) if error == 0 and found in (0, scale) else None
-    return Estimate(found, error, interval, int(measure.members_I.sum()), count)
+    items = int(measure.members_I.sum())
+    return Estimate(value=found, standard_error=error, interval=interval, items=items, clusters=count)
 
 
 def influence(ratios: Iterable[Ratio], clusters: np.ndarray) -> np.ndarray:
@@ -246,7 +244,8 @@ def p_values(differences: Sequence[float]) -> tuple[float, float]:
     """
     found, count = spread(differences), len(differences)
     scale = found.deviation / sqrt(count)
-    by_t = 1.0 if count == 1 or found.mean == 0 else t_tail(abs(found.mean) / scale if scale else inf, count - 1)
+    t = 0.0 if count == 1 or found.mean == 0 else abs(found.mean) / scale if scale else inf
+    by_t = float(2 * stdtr(max(count - 1, 1), -t))
     if count > MOST_FLIPPED:
         return by_t, float("nan")
     sums_F = np.array(list(product((-1, 1), repeat=count))) @ np.array(differences)
@@ -271,24 +270,9 @@ def prediction(values: Sequence[float], fewest: int = FEWEST_IN_BAND) -> tuple[f
     return fmean(values) - reach, fmean(values) + reach
 
 
-def t_tail(t: float, freedom: int) -> float:
-    """P(|T| > t) of Student's t, t >= 0, whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle, odd = atan(t / sqrt(freedom)), freedom % 2
-    term, terms = (cos(angle) if odd else 1.0), 0.0
-    for number in range(odd, freedom - 1, 2):
-        terms += term
-        term *= (number + 1) / (number + 2) * cos(angle) ** 2
-    inside = 2 / pi * (angle + sin(angle) * terms) if odd else sin(angle) * terms
-    return max(0.0, 1 - inside)
-
-
 def t_reach(freedom: int, outside: float = 0.05) -> float:
     """Standard errors on each side of an interval by Student's t that misses with probability `outside`."""
-    low, high = 0.0, 5 / outside
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > outside else (low, middle)
-    return high
+    return float(-stdtrit(freedom, outside / 2))
 
 
 def _part(ratio: Ratio) -> float:

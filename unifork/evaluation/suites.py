@@ -16,6 +16,7 @@ from unifork.config import EvalCard, StrictModel, parse
 from unifork.errors import DataError, one_of
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import TEXTS, Item, faults
+from unifork.evaluation.names import REGISTRIES
 from unifork.evaluation.statistics import Estimate, Measure
 from unifork.registry import Registry
 
@@ -98,14 +99,7 @@ class Suite:
         return self.rules[one_of("rule", name, self.rules, place)]
 
 
-HERE = "unifork.evaluation"
-SUITES: Registry[Suite] = Registry(
-    "suite",
-    Suite,
-    {name: f"{HERE}.understanding.{name}:SUITE" for name in ("mme", "pope", "seed", "vqa", "gqa", "mmbench")}
-    | {"geneval": f"{HERE}.generation.geneval_suite:SUITE"}
-    | {name: f"{HERE}.generation.{name}:SUITE" for name in ("mjhq", "dpg")},
-)
+SUITES = Registry("suite", Suite, REGISTRIES["suites"])
 """Benchmarks that cards name without a module."""
 
 

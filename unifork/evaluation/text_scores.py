@@ -1,7 +1,6 @@
 """Scores of benchmarks of text: what lm-evaluation-harness found on a model goes in, scores with errors come out."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -11,7 +10,7 @@ from unifork.config import TextCard, fingerprint
 from unifork.errors import DataError
 from unifork.evaluation.names import METRICS, SAMPLES
 from unifork.evaluation.scoring import origin_of
-from unifork.evaluation.statistics import Measure, Score, estimate, mean, share
+from unifork.evaluation.statistics import Measure, Score, accuracy, estimate, mean
 from unifork.shards.manifest import read_manifest
 
 MEAN = "mean"
@@ -24,10 +23,10 @@ def text_scores(card: TextCard, folder: Path) -> list[Score]:
     The first metric of a task has its plain name, a second ends in the metric's. Raises DataError for a task without.
     """
     parts, items = text_measures(card, folder)
-    shared = {"unread": 0.0, "missing": 0, "items_hash": fingerprint(items), **asdict(origin_of(folder))}
+    shared = {"unread": 0.0, "missing": 0, "items_hash": fingerprint(items), **origin_of(folder)}
     clusters = [str(number) for number in range(len(items))]
     return [
-        Score(measure.name, "all", **estimate(measure, clusters)._asdict(), chance=chance, rule=rule, **shared)
+        Score(measure.name, "all", **vars(estimate(measure, clusters)), chance=chance, rule=rule, **shared)
         for measure, chance, rule in parts
     ]
 
@@ -45,7 +44,7 @@ def text_measures(card: TextCard, folder: Path) -> tuple[list[tuple[Measure, flo
         for metric in metrics:
             name = task if metric == metrics[0] else f"{task}_{metric}"
             right_I = np.array([line.get(metric, 0.0) for line in lines])
-            parts.append((Measure(name, (share(right_I, members_I),), members_I), chance, metric))
+            parts.append((accuracy(name, right_I, members_I), chance, metric))
     firsts = [measure for measure, _, _ in parts if measure.name in card.tasks]
     parts.append((mean(MEAN, firsts), fmean(card.tasks.values()), "the first of each task"))
     return parts, [[line[f"{part}_hash"] for part in ("doc", "prompt", "target")] for line in lines]

@@ -31,7 +31,7 @@ from unifork.config import (
     read_yaml,
 )
 from unifork.documents.prompts import template_named
-from unifork.errors import ConfigError, one_of
+from unifork.errors import ConfigError, one_of, refusing
 from unifork.evaluation.suites import suite_of
 from unifork.experiments import checks, inheritance
 from unifork.experiments.followed import followed
@@ -174,12 +174,10 @@ def _prepared(experiment: Experiment) -> dict[str, PreparedSet]:
 
 def _eval(name: str, use: Benchmark, place: str) -> EvalCard:
     """The card of a benchmark as it is used; its suite, options, rules and template are known."""
-    try:
+    with refusing(ConfigError, f"{place}: benchmarks.{name}", ConfigError):
         card = load_eval(name, HERE.evals).used(use)
         suite_of(card)
         template_named(card.answer.template, f"card {name}: answer.template")
-    except ConfigError as error:
-        raise ConfigError(f"{place}: benchmarks.{name}: {error}") from None
     return card
 
 

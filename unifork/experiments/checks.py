@@ -5,7 +5,7 @@ data or weights can tell is left to the run: files that are not there yet, and t
 is still on the Hub.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,6 @@ def check_alike(experiment: Experiment, roots: Mapping[str, str], place: str) ->
 
 def check_names(experiment: Experiment, cards: Cards, place: str) -> None:
     """Data sets, stages, tasks and texts that parts of an experiment name."""
-    for what, name, allowed, where in _names(experiment, cards, place):
-        one_of(what, name, allowed, where)
-
-
-def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[str, str, Collection[str], str]]:
-    """(what it is, name, names that there are, place) of everything; each is looked at before the next is asked for."""
     images, texts = experiment.image_tokenizer, experiment.text_tokenizer
     readers = {
         "image_tokenizer.training": images.training.datasets if isinstance(images, ImageTokenizerConfig) else (),
@@ -84,24 +78,24 @@ def _names(experiment: Experiment, cards: Cards, place: str) -> Iterator[tuple[s
     }
     for part, datasets in readers.items():
         for dataset in datasets:
-            yield "data set", dataset, experiment.datasets, f"{place}: {part}.datasets"
+            one_of("data set", dataset, experiment.datasets, f"{place}: {part}.datasets")
     for name, variant in experiment.variants.items():
         for number, stage in enumerate(variant.stages):
-            yield "stage", stage, experiment.stages, f"{place}: variants.{name}.stages"
+            one_of("stage", stage, experiment.stages, f"{place}: variants.{name}.stages")
             if extended := experiment.stages[stage].extend:
                 where = f"{place}: variants.{name}.stages: {stage} extends {extended}, which must stand before it"
-                yield "earlier stage", extended, variant.stages[:number], where
+                one_of("earlier stage", extended, variant.stages[:number], where)
     for kind in ANALYSES:
         for stage in getattr(experiment.analyses, kind):
-            yield "stage", stage, experiment.stages, f"{place}: analyses.{kind}"
+            one_of("stage", stage, experiment.stages, f"{place}: analyses.{kind}")
     if prompts := experiment.analyses.prompts:
-        yield "benchmark", prompts, experiment.benchmarks, f"{place}: analyses.prompts"
+        one_of("benchmark", prompts, experiment.benchmarks, f"{place}: analyses.prompts")
     for where, track in _tracks(experiment, place):
         for entry in track.mixture:
-            yield "data set", entry.dataset, experiment.datasets, f"{where}.mixture"
+            one_of("data set", entry.dataset, experiment.datasets, f"{where}.mixture")
             tasks = cards[entry.dataset].tasks
-            yield f"task of {entry.dataset}", entry.task, tasks, f"{where}.mixture"
-            yield f"text of {entry.dataset} for {entry.task}", entry.text, tasks[entry.task].texts, f"{where}.mixture"
+            one_of(f"task of {entry.dataset}", entry.task, tasks, f"{where}.mixture")
+            one_of(f"text of {entry.dataset} for {entry.task}", entry.text, tasks[entry.task].texts, f"{where}.mixture")
 
 
 def check_choices(experiment: Experiment, cards: Cards, place: str) -> None:

@@ -60,14 +60,9 @@ def propose(name: str, files: str, extends: str, image: str | None = None, text:
     one_of("experiment", extends, EXTENDED, "--like")
     source = _source(files, image, text)
     column = next(iter(source["options"].get("texts", {"caption": "caption"})))
-    fields = {"name": name, "source": source, "text": column, "extends": extends}
-
-    def card_with(held_out: float) -> tuple[str, Card]:
-        written = _written("new_card.yaml.jinja", **fields, held_out=held_out)
-        return written, parse(Card, yaml.safe_load(written), f"datasets/{name}.yaml")
-
-    _, card = card_with(0.1)
-    followed(card, f"datasets/{name}.yaml")
+    fields, place = {"name": name, "source": source, "text": column, "extends": extends}, f"datasets/{name}.yaml"
+    card = parse(Card, yaml.safe_load(_written("new_card.yaml.jinja", **fields, held_out=0.1)), place)
+    followed(card, place)
     total = sum(task.rows for task in plan(card, None, SHARD_ROWS, 0))
     # images of the web are not there yet
     looked_at = card.model_copy(update={"text_only": "keep"}) if source_of(card)[1].web else card
@@ -83,7 +78,8 @@ def propose(name: str, files: str, extends: str, image: str | None = None, text:
         "new_experiment.yaml.jinja", **fields, rows=total, shard_rows=SHARD_ROWS, prompts=list(texts)[:PROMPTS],
         **{key: list(parent[key]) for key in ("datasets", "stages", "benchmarks")},
     )  # fmt: skip
-    return Proposal(card_with(0.1 if total < 4 * SHARD_ROWS else 0.02)[0], experiment, rows, left_out, total)
+    written = _written("new_card.yaml.jinja", **fields, held_out=0.1 if total < 4 * SHARD_ROWS else 0.02)
+    return Proposal(written, experiment, rows, left_out, total)
 
 
 def _written(template: str, **fields: Any) -> str:

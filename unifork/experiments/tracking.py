@@ -5,7 +5,6 @@ push and pull; of one tracked by `manifest` the shards lie where the job wrote t
 copied by DVC. Every program checks the shards that it reads, since DVC cannot miss one there.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from unifork.config import Experiment
@@ -21,19 +20,14 @@ def write_ignore_rules(experiment: Experiment, path: Path) -> None:
     before, _, rest = text.partition(f"{BEGIN}\n")
     if before and not before.endswith("\n"):
         before += "\n"
-    rules = list(_rules(experiment))
-    written = "".join(f"{line}\n" for line in (BEGIN, *rules, END)) if rules else ""
-    changed = before + written + (rest.partition(f"{END}\n")[2] if END in rest else rest)
-    if changed != text:
-        write_atomically(path, lambda temporary: temporary.write_text(changed))
-
-
-def _rules(experiment: Experiment) -> Iterator[str]:
-    layout = Layout()
+    rules, layout = list[str](), Layout()
     for name, use in experiment.datasets.items():
         if use.track == "manifest":
             places = [getattr(layout, stage)(name) for stage in ("raw", "measured", "signatures", "filtered")]
             places += [layout.prepared / key for key, chosen in experiment.prepared.items() if chosen.dataset == name]
             for place in (*places, layout.codes / name / "*"):
-                yield f"/{place.as_posix()}/*"
-                yield f"!/{place.as_posix()}/{MANIFEST}"
+                rules += [f"/{place.as_posix()}/*", f"!/{place.as_posix()}/{MANIFEST}"]
+    written = "".join(f"{line}\n" for line in (BEGIN, *rules, END)) if rules else ""
+    changed = before + written + (rest.partition(f"{END}\n")[2] if END in rest else rest)
+    if changed != text:
+        write_atomically(path, lambda temporary: temporary.write_text(changed))

@@ -1,7 +1,7 @@
 """Official tokenizers as ours, and back: VILA-U's `vision_tower` folder, or the tower inside a UniFork checkpoint.
 
 In: a folder, or its name on the Hub. Out: an `ImageTokenizer` with the same numbers. Every tensor of
-the tower is either renamed (`NAMES`, `CODEBOOKS`) or known to play no part (`UNUSED`); any other name is
+the tower is either renamed or known to play no part (`official_names.yaml`, `CODEBOOKS`); any other name is
 an error, and so is a missing tensor or another shape: a tower that was understood half is not loaded.
 
 The tower inside a UniFork checkpoint is its own: the official quantizer goes on learning while the
@@ -29,34 +29,18 @@ from jinja2 import StrictUndefined, Template
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from unifork.config import StrictModel, parse
+from unifork.config import DecoderConfig, EncoderConfig, StrictModel, parse, read_yaml
 from unifork.errors import CheckpointError, ConfigError
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
+from unifork.models.conversion import TOWER, translated
 from unifork.weights import PICKLED, StoredWeights, local_folder, read_json, refuse_tensors
 
-TOWER_IN_UNIFORK = "model.vision_tower.vision_tower."
-"""Prefix of the tower's tensors in a UniFork checkpoint."""
-
-NAMES = {
-    "encoder.embeddings.": "rqvaesiglip.siglip_model.vision_model.embeddings.",
-    "encoder.layers.": "rqvaesiglip.siglip_model.vision_model.encoder.layers.",
-    "post_quant_conv.": "rqvaesiglip.post_quant_conv.",
-    "decoder.": "rqvaesiglip.decoder.",
-}
+OFFICIAL = read_yaml(Path(__file__).with_name("official_names.yaml"))
+NAMES: dict[str, str] = OFFICIAL["starts"]
 """How names begin, ours and theirs."""
 CODEBOOKS = re.compile(r"rqvaesiglip\.quantizer\.codebooks\.\d+\.weight")
 """Several official tensors that are one of ours, `quantizer.codebook`."""
-
-UNUSED = (
-    r"rqtransformer\..+",  # the image head: part of the language model here
-    r"rqvaesiglip\.(siglip_model\.)?logit_(scale|bias)",
-    r"rqvaesiglip\.siglip_model\.text_model\..+",
-    r"rqvaesiglip\.siglip_model\.vision_model\.(post_layernorm|head)\..+",
-    r"rqvaesiglip\.siglip_model\.vision_model\.embeddings\.position_ids",  # 0, 1, 2, ..., of old transformers
-    r"rqvaesiglip\.quantizer\.codebooks\.\d+\.(cluster_size_ema|embed_ema)",  # state of its training
-)
-"""Official names that take no part in codes or images; the encoder's last layer is one more."""
 
 REMAINDER_FILE = "official_remainder.safetensors"
 """In a tokenizer directory: tensors of the tower it was imported from that the tokenizer does not give."""
@@ -73,10 +57,10 @@ class _Official(StrictModel):
 
 
 class _DecoderFacts(_Official):
-    ch: PositiveInt
-    ch_mult: tuple[PositiveInt, ...]
-    num_res_blocks: NonNegativeInt
     z_channels: PositiveInt
+    channels: PositiveInt = Field(alias="ch")
+    multipliers: tuple[PositiveInt, ...] = Field(alias="ch_mult")
+    blocks: NonNegativeInt = Field(alias="num_res_blocks")
     resolution: PositiveInt
     attn_resolutions: tuple[PositiveInt, ...]
 
@@ -99,8 +83,8 @@ class _Vision(_Official):
 
     hidden_size: PositiveInt = 768
     intermediate_size: PositiveInt = 3072
-    num_hidden_layers: PositiveInt = 12
-    num_attention_heads: PositiveInt = 12
+    layers: PositiveInt = Field(12, alias="num_hidden_layers")
+    heads: PositiveInt = Field(12, alias="num_attention_heads")
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 16
     num_channels: Literal[3] = 3
@@ -171,7 +155,7 @@ def tower_of(folder: Path, vision_tower: Path | str | None) -> tuple[Path, str]:
         )
     beside = (Path(),) if vision_tower else (folder, folder.parent, Path())
     try:
-        return local_folder(named, beside, ("*.json",)), TOWER_IN_UNIFORK
+        return local_folder(named, beside, ("*.json",)), TOWER
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; {folder / CONFIG_FILE} needs a vision_tower folder for the tower's configuration: "
@@ -189,24 +173,16 @@ def _architecture(tower: Path, image_size: int | None) -> Architecture:
     rqvae = parse(_Tower, read_json(tower / CONFIG_FILE), str(tower / CONFIG_FILE)).rqvaesiglip
     siglip = siglip_of(tower, rqvae.pretrained_model)
     vision, decoder = parse(_Siglip, read_json(siglip), str(siglip)).vision_config, rqvae.ddconfig
-    sides = [decoder.resolution // 2**level for level in range(len(decoder.ch_mult))]
+    sides = [decoder.resolution // 2**level for level in range(len(decoder.multipliers))]
     plain: dict[str, Any] = {
         "image_size": image_size or vision.image_size,
         "patch_size": vision.patch_size,
         "position_grid": vision.image_size // vision.patch_size,
         "depth": rqvae.code_shape[-1],
         "codebook_size": rqvae.n_embed,
-        "encoder": {
-            "hidden_size": vision.hidden_size,
-            "layers": vision.num_hidden_layers,
-            "heads": vision.num_attention_heads,
-            "intermediate_size": vision.intermediate_size,
-        },
+        "encoder": vision.model_dump(include={*EncoderConfig.model_fields}),
         "decoder": {
-            "z_channels": decoder.z_channels,
-            "channels": decoder.ch,
-            "multipliers": decoder.ch_mult,
-            "blocks": decoder.num_res_blocks,
+            **decoder.model_dump(include={*DecoderConfig.model_fields}),
             "attention_levels": tuple(level for level, side in enumerate(sides) if side in decoder.attn_resolutions),
             "norm_groups": 32,  # VQGAN's, written in its code
         },
@@ -224,11 +200,11 @@ def _renamed(names: Iterable[str], prefix: str, layers: int, place: str) -> dict
         inner = name.removeprefix(prefix)
         if inner.startswith(last):
             last_layer_seen = True
-        elif any(re.fullmatch(pattern, inner) for pattern in UNUSED):
+        elif any(re.fullmatch(pattern, inner) for pattern in OFFICIAL["unused"]):
             continue
         elif CODEBOOKS.fullmatch(inner):
             sources.setdefault("quantizer.codebook", []).append(name)
-        elif ours := _translated(inner, {theirs: ours for ours, theirs in NAMES.items()}):
+        elif ours := translated(inner, {theirs: ours for ours, theirs in NAMES.items()}):
             sources[ours] = [name]
         else:
             unknown.append(name)
@@ -242,11 +218,6 @@ def _renamed(names: Iterable[str], prefix: str, layers: int, place: str) -> dict
     return sources
 
 
-def _translated(name: str, starts: Mapping[str, str]) -> str:
-    """A name with another start; empty where it begins with none of those."""
-    return next((new + name.removeprefix(old) for old, new in starts.items() if name.startswith(old)), "")
-
-
 def tower_tensors(tokenizer: ImageTokenizer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tokenizer's tensors by official name, the codebook once per depth, as it is stored there.
 
@@ -254,7 +225,7 @@ def tower_tensors(tokenizer: ImageTokenizer, dtype: torch.dtype) -> dict[str, Te
     """
     architecture, own = tokenizer.architecture, tokenizer.state_dict()
     codebook_KC = own.pop("quantizer.codebook")
-    state = {_translated(name, NAMES): tensor.detach().cpu() for name, tensor in own.items()}
+    state = {translated(name, NAMES): tensor.detach().cpu() for name, tensor in own.items()}
     last, before = (f"{NAMES['encoder.layers.']}{architecture.encoder.layers - number}." for number in (1, 2))
     state |= {last + name.removeprefix(before): t.clone() for name, t in state.items() if name.startswith(before)}
     padded = torch.cat([codebook_KC, torch.zeros_like(codebook_KC[:1])])

@@ -92,22 +92,12 @@ class Encode:
             codes = view.encoder.encode_images(_images(spoken)) if codes is None else codes
         except DataError:  # only now each is looked at alone
             problems = [next(filter(None, map(view.encoder.problem_of, _images([row]))), None) for row in spoken]
-            rejected = [
-                {**row, "reason": UNENCODABLE, "detail": problem}
-                for row, problem in zip(spoken, problems, strict=True)
-                if problem
-            ]
-            spoken = [row for row, problem in zip(spoken, problems, strict=True) if not problem]
+            looked_at = list(zip(spoken, problems, strict=True))
+            rejected = [{**row, "reason": UNENCODABLE, "detail": problem} for row, problem in looked_at if problem]
+            spoken = [row for row, problem in looked_at if not problem]
             codes = view.encoder.encode_images(_images(spoken))
-        coded = map(np.ndarray.tobytes, codes)
-        out = [
-            {
-                "key": row["key"],
-                **{name: row[name] for name in view.use.texts},
-                "codes": list(islice(coded, len(_images([row])))),
-            }
-            for row in spoken
-        ]
+        coded, kept = map(np.ndarray.tobytes, codes), ("key", *view.use.texts)
+        out = [{name: row[name] for name in kept} | {"codes": [*islice(coded, len(_images([row])))]} for row in spoken]
         silent = rows - len(spoken) - len(rejected)
         dropped = quarantined(task, rejected) | ({"no_text_for_task": silent} if silent else {})
         return write_shard(task, table_of(out, view.schema), dropped)
@@ -126,9 +116,8 @@ def encode_job(card: Card, task: Task, rows: KeptRows, folder: Path, tokenizer: 
     """
     use, description = card.tasks[task], describe(tokenizer)
     shape = description.architecture
-    identity = _identity(
-        description, declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, card.encoder_dtype)
-    )
+    encoding = declared(use.view, card.matte, BATCH_IMAGES, shape.image_size, card.encoder_dtype)
+    identity = _identity(description, encoding)
     made_with = {**identity, "version": [ENCODE_VERSION, VOCABULARY_VERSION], "texts": use.texts}
     columns = columns_of(codes_schema(card, task, shape.grid, shape.depth, identity))
     tasks = [

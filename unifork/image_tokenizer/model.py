@@ -181,10 +181,9 @@ class ImageTokenizer(nn.Module):
         architecture.check(place)
         self.architecture = architecture
         self.encoder = VisionEncoder(architecture.encoder, architecture.patch_size, architecture.position_grid)
-        self.quantizer = ResidualQuantizer(
-            architecture.codebook_size, architecture.encoder.hidden_size, architecture.depth
-        )
-        self.post_quant_conv = nn.Conv2d(architecture.encoder.hidden_size, architecture.decoder.z_channels, 1)
+        width = architecture.encoder.hidden_size
+        self.quantizer = ResidualQuantizer(architecture.codebook_size, width, architecture.depth)
+        self.post_quant_conv = nn.Conv2d(width, architecture.decoder.z_channels, 1)
         self.decoder = Decoder(architecture.decoder)
         self.requires_grad_(False)
         self.eval()

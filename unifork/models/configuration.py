@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from unifork.config import HeadConfig, parse
 from unifork.errors import ConfigError, one_of
+from unifork.identity import codebook_identity
 from unifork.models.decoder import FAMILIES
 from unifork.models.layer_plan import LayerPlan
 from unifork.weights import read_json
@@ -89,6 +91,12 @@ def read_config(folder: Path) -> UniForkConfig:
     """The configuration of a model's folder. Raises CheckpointError where there is none, ConfigError for its values."""
     config: UniForkConfig = UniForkConfig.from_dict(read_json(folder / "config.json"))
     return config
+
+
+def codes_of(codebook_KC: Tensor, depth: int, grid: int, encoder_id: str) -> dict[str, Any]:
+    """The fields of a configuration that say what codes are: of a table of K rows, C wide, and how it is used."""
+    sizes = {"codebook_size": len(codebook_KC), "code_channels": codebook_KC.shape[1], "depth": depth, "grid": grid}
+    return {**sizes, "codebook_id": codebook_identity(codebook_KC, depth, grid), "encoder_id": encoder_id}
 
 
 def backbone_of(plain: Mapping[str, Any], model_type: str, place: str) -> dict[str, Any]:

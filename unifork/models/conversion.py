@@ -1,6 +1,6 @@
 """The official checkpoint and a dense language model: other layouts of the same weights.
 
-In: a folder the official trainer wrote, whose names are listed in `_PREFIXES` and `_HEAD_BLOCK`
+In: a folder the official trainer wrote, whose names are listed in `official_names.yaml`
 (tliby/UniFork at commit 2c5b757: modeling_qwen2, llava_arch, the tower's rqtransformer). Out: a model
 of the plan `shared*half task*half norm:task`, its head unfolded; and back, the same bytes. One branch
 of a model can also be taken out as the dense language model it is.
@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from unifork.config import HeadConfig, read_yaml
 from unifork.errors import CheckpointError, ConfigError
-from unifork.identity import codebook_identity
-from unifork.models.configuration import UniForkConfig, backbone_of
+from unifork.models.configuration import UniForkConfig, backbone_of, codes_of
 from unifork.models.layer_plan import LayerPlan, branch_of, without_branch
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import NOT_DENSE
@@ -35,32 +34,8 @@ from unifork.weights import StoredWeights, check_fit
 TOWER = "model.vision_tower.vision_tower."
 TOKENIZER = f"{TOWER}rqvaesiglip."
 HEAD = f"{TOWER}rqtransformer."
-
-_PREFIXES = {
-    "embed_tokens.": "model.embed_tokens.",
-    "lm_head.": "lm_head.",
-    "norm.understanding.": "model.norm.",
-    "norm.generation.": "model.norm_gen.",
-    "connector.": "model.mm_projector.",
-    "image_head.code_proj.": f"{HEAD}in_mlp_1.",
-    "image_head.hidden_proj.": f"{HEAD}in_mlp_2.",
-    "image_head.depth_embedding.weight": f"{HEAD}pos_emb_d",
-    "image_head.norm.": f"{HEAD}classifier_mlp.layer_norm.",
-    "image_head.classifier.": f"{HEAD}classifier_mlp.linear.",
-}
-"""Our names and theirs, from the start of the name on. pos_emb_d has one more axis in front."""
-_HEAD_BLOCK = {
-    "attention_norm": "ln1",
-    "in_proj": "attn_in_proj",
-    "q_proj": "attn.query",
-    "k_proj": "attn.key",
-    "v_proj": "attn.value",
-    "o_proj": "attn.proj",
-    "out_proj": "attn_out_proj",
-    "mlp_norm": "ln2",
-    "fc1": "mlp.0",
-    "fc2": "mlp.2",
-}
+_NAMES = read_yaml(Path(__file__).with_name("official_names.yaml"))
+"""Our names and theirs: `starts`, and parts of a `head_block`."""
 _LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|^" + re.escape(TOKENIZER))
 DTYPES = "dtypes"
 """Key of the metadata of what an import keeps beside the model: dtypes of tensors, by official name."""
@@ -100,9 +75,13 @@ def _official_name(name: str, half: int) -> str:
         return f"model.layers.{index}.{rest}"
     if name.startswith("image_head.blocks."):
         *_, index, part, rest = name.split(".")
-        return f"{HEAD}head_transformer.blocks.{index}.{_HEAD_BLOCK[part]}.{rest}"
-    ours, theirs = next((ours, theirs) for ours, theirs in _PREFIXES.items() if name.startswith(ours))
-    return theirs + name.removeprefix(ours)
+        return f"{HEAD}head_transformer.blocks.{index}.{_NAMES['head_block'][part]}.{rest}"
+    return translated(name, _NAMES["starts"])
+
+
+def translated(name: str, starts: Mapping[str, str]) -> str:
+    """A name with another start; empty where it begins with none of those."""
+    return next((new + name.removeprefix(old) for old, new in starts.items() if name.startswith(old)), "")
 
 
 def official_config(
@@ -125,17 +104,8 @@ def official_config(
         layers = int(plain["num_hidden_layers"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as error:
         raise CheckpointError(f"{place}: not the configuration of an official model and its tower: {error!r}") from None
-    return UniForkConfig(
-        plan=official_plan(layers),
-        backbone=backbone_of(plain, "qwen2", place),
-        head=form.model_dump(),
-        codebook_size=codebook_KC.shape[0],
-        code_channels=codebook_KC.shape[1],
-        depth=depth,
-        grid=grid,
-        codebook_id=codebook_identity(codebook_KC, depth, grid),
-        encoder_id=encoder_id,
-    )
+    backbone, codes = backbone_of(plain, "qwen2", place), codes_of(codebook_KC, depth, grid, encoder_id)
+    return UniForkConfig(plan=official_plan(layers), backbone=backbone, head=form.model_dump(), **codes)
 
 
 def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Tensor) -> UniForkModel:
@@ -158,16 +128,15 @@ def from_official(weights: StoredWeights, config: UniForkConfig, codebook_KC: Te
             f"{weights.folder}: lm_head.weight differs from model.embed_tokens.weight; config.json says they are tied"
         )
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
-    model.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in state.items()} | {"codebook": codebook_KC.float()}, assign=True
-    )
+    state = {name: tensor.to(dtype) for name, tensor in state.items()} | {"codebook": codebook_KC.float()}
+    model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.train(False)
     return model
 
 
 def _official_shape(theirs: str, tensor: Tensor) -> tuple[int, ...]:
-    return ((1,) if theirs == _PREFIXES["image_head.depth_embedding.weight"] else ()) + tuple(tensor.shape)
+    return ((1,) if theirs == _NAMES["starts"]["image_head.depth_embedding.weight"] else ()) + tuple(tensor.shape)
 
 
 def to_official(model: UniForkModel) -> dict[str, Tensor]:

@@ -117,11 +117,8 @@ def batch_routes(batch: Batch, needed: frozenset[RouteBy], every: bool = True) -
 
 def step_routes(tokens: int, task: int, modality: int) -> Routes:
     """The routes of one decoding step: every token is of the same task and the same modality."""
-    return {
-        "none": uniform(tokens, 0, 1),
-        "task": uniform(tokens, task, len(BRANCHES["task"])),
-        "modality": uniform(tokens, modality, len(BRANCHES["modality"])),
-    }
+    chosen: dict[RouteBy, int] = {"none": 0, "task": task, "modality": modality}
+    return {route: uniform(tokens, branch, len(BRANCHES[route])) for route, branch in chosen.items()}
 
 
 def modalities(kinds: Tensor) -> Tensor:

@@ -155,9 +155,8 @@ def common_starts(prompts: Sequence[Document]) -> tuple[list[Document], list[int
     groups: dict[tuple[bytes, ...], list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
         end = int(np.append(0, np.flatnonzero(prompt.kinds_T != TEXT) + 1)[-1])
-        groups[prompt.kinds_T[:end].tobytes(), prompt.text_ids_T[:end].tobytes(), prompt.codes_ND.tobytes()].append(
-            number
-        )
+        start = (prompt.kinds_T[:end].tobytes(), prompt.text_ids_T[:end].tobytes(), prompt.codes_ND.tobytes())
+        groups[start].append(number)
     starts, rows, rests = [], [0] * len(prompts), list(prompts)
     for row, numbers in enumerate(groups.values()):
         least = min(len(prompts[number]) for number in numbers) - 1

@@ -13,10 +13,13 @@ A tensor of a part that has copies carries the name of its branch.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, groupby, islice
+from itertools import chain, cycle, groupby, islice
+from pathlib import Path
 from typing import Literal, Self
 
+from unifork.config import read_yaml
 from unifork.errors import ConfigError, one_of, unknown
 from unifork.vocabulary import MODALITIES, TASKS
 
@@ -34,7 +37,7 @@ class Kind:
     """What one layer does. `attention` includes the norm before it, `mlp` the norm before that."""
 
     route: RouteBy
-    split: frozenset[BlockPart] = frozenset()
+    split: Sequence[BlockPart] = ()
     isolated: bool = False
 
     def route_of(self, part: BlockPart) -> RouteBy:
@@ -42,36 +45,12 @@ class Kind:
         return self.route if part in self.split else "none"
 
 
-_BOTH: frozenset[BlockPart] = frozenset({"attention", "mlp"})
-_MLP: frozenset[BlockPart] = frozenset({"mlp"})
-
-KINDS: dict[str, Kind] = {
-    "shared": Kind("none"),
-    "task": Kind("task", _BOTH),
-    "task_mlp": Kind("task", _MLP),
-    "modality": Kind("modality", _BOTH),
-    "modality_mlp": Kind("modality", _MLP),
-    "modality_isolated": Kind("modality", _BOTH, isolated=True),
-}
-
-NORMS: dict[str, RouteBy] = {"shared": "none", "task": "task", "modality": "modality"}
+_PLANS = read_yaml(Path(__file__).with_name("plans.yaml"))
+KINDS = {name: Kind(**plain) for name, plain in _PLANS["kinds"].items()}
+NORMS: dict[str, RouteBy] = _PLANS["norms"]
 """How `norm:` routes the norm after the last layer."""
-
-PRESETS: dict[str, str] = {
-    "shared": "shared*rest",
-    "generation-expert": "shared*rest",
-    "understanding-expert": "shared*rest",
-    "unifork:M": "shared*{M} task*rest norm:task",
-    "mot": "modality*rest norm:modality",
-    "hard-moe": "(shared modality_mlp)*rest",
-    "uni-x:FIRST:LAST": "modality_isolated*{FIRST} shared*rest modality_isolated*{LAST}",
-}
-"""Plans of the comparison by name; capitals stand for numbers of layers.
-
-Experts are the fully shared model trained on one task. UniFork: paper section 3, M shared layers.
-Mixture of transformers: BAGEL's split by modality. HardMoE and Uni-X: as the Uni-X paper describes
-them, with every second MLP, or the first and last layers, split by modality.
-"""
+PRESETS: dict[str, str] = _PLANS["presets"]
+"""Plans of the comparison by name; capitals stand for numbers of layers."""
 
 _ITEM = re.compile(r"\((?P<group>[^()]*)\)\s*\*\s*(?P<times>\d+|rest)|norm:(?P<norm>\S+)|(?P<run>[^\s()]+)")
 _WORD = re.compile(r"(?!norm:)[\w-]+(:[\w-]*)*")
@@ -122,8 +101,8 @@ class LayerPlan:
         return " ".join(items + [f"norm:{self.norm}"] * (self.norm != "shared"))
 
 
-_Repeated = tuple[list[str], int | None]
-"""Kinds and how often they are repeated; None fills the layers that are left."""
+_Repeated = tuple[list[str], str]
+"""Kinds and how often they are repeated; `rest` fills the layers that are left."""
 
 
 def _expanded(text: str, place: str) -> str:
@@ -143,13 +122,10 @@ def _expanded(text: str, place: str) -> str:
 def _repeated(item: re.Match[str], place: str) -> _Repeated:
     if item["run"]:
         return _run(item["run"], place)
-    group: list[str] = []
-    for run in item["group"].split():
-        kinds, times = _run(run, place)
-        if times is None:
-            raise ConfigError(f"{place}: *rest inside a group; a group as a whole may be repeated *rest")
-        group += kinds * times
-    return group, _times(item["times"])
+    runs = [_run(text, place) for text in item["group"].split()]
+    if any(times == "rest" for _, times in runs):
+        raise ConfigError(f"{place}: *rest inside a group; a group as a whole may be repeated *rest")
+    return [kind for kinds, times in runs for kind in kinds * int(times)], item["times"]
 
 
 def _run(text: str, place: str) -> _Repeated:
@@ -157,24 +133,20 @@ def _run(text: str, place: str) -> _Repeated:
     match = _RUN.fullmatch(text)
     if match is None:
         raise ConfigError(f"{place}: cannot read {text!r}; write kind*number with a whole number")
-    return [one_of("layer kind", match["kind"], KINDS, place)], _times(match["times"] or "1")
-
-
-def _times(text: str) -> int | None:
-    return None if text == "rest" else int(text)
+    return [one_of("layer kind", match["kind"], KINDS, place)], match["times"] or "1"
 
 
 def _filled(items: list[_Repeated], num_hidden_layers: int | None, place: str) -> list[str]:
     """Every layer of the items, `*rest` resolved."""
-    open_ends = sum(times is None for _, times in items)
+    open_ends = sum(times == "rest" for _, times in items)
     if open_ends > 1:
         raise ConfigError(f"{place}: says *rest twice")
     if open_ends and num_hidden_layers is None:
         raise ConfigError(f"{place}: *rest needs the number of layers of the backbone")
-    left = max(0, (num_hidden_layers or 0) - sum(len(kinds) * (times or 0) for kinds, times in items))
-    return [
-        layer for kinds, times in items for layer in (islice(cycle(kinds), left) if times is None else kinds * times)
-    ]
+    written = sum(len(kinds) * int(times) for kinds, times in items if times != "rest")
+    left = max(0, (num_hidden_layers or 0) - written)
+    filled = (islice(cycle(kinds), left) if times == "rest" else kinds * int(times) for kinds, times in items)
+    return list(chain.from_iterable(filled))
 
 
 # ------------------------------------------------------------------------------------ names of tensors

@@ -45,7 +45,7 @@ from unifork.models.decoder import (
 from unifork.models.image_head import HEAD, HeadBlock, ImageHead
 from unifork.models.layer_plan import BRANCHES, KINDS, RouteBy
 from unifork.models.losses import linear_cross_entropy
-from unifork.models.masks import VARLEN, Counts, Mask, Places, attention_mask
+from unifork.models.masks import VARLEN, attention_mask
 from unifork.weights import StoredWeights, check_fit, shapes_of
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # bars for reading and writing a file say nothing here
@@ -134,11 +134,13 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             positions = positions + cache.lengths_R[:, None]
             cache.extend(documents, kinds)
             documents, kinds = cache.documents_RS[:, : cache.reach], cache.modalities_RS[:, : cache.reach]
-        masks = self._masks(documents, kinds, positions.shape[1], counts, batch.places)
-        x_BTH = self.embed(batch)
+        x_BTH, name = self.embed(batch), self.config._attn_implementation
+        # documents have one task each, so isolation by task is what every mask already says
+        branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": kinds}
+        seen = (positions.shape[1], self.embed_tokens.weight.dtype, counts, batch.places)
+        masks = {route: attention_mask(name, documents, branches[route], *seen) for route in self.masks_needed}
         cos_BTE, sin_BTE = self.rotary_emb(x_BTH, positions)
         routes = batch_routes(batch, self.routes_needed, self.every_branch and torch.is_grad_enabled())
-        name = self.config._attn_implementation
         return self._forward_layers(x_BTH, AttentionContext(routes, masks, cos_BTE, sin_BTE, name, cache))
 
     def read(self, batch: Batch, cache: Cache) -> Tensor:
@@ -223,17 +225,6 @@ class UniForkModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                 for parts in (module.mlp, module.input_layernorm, module.post_attention_layernorm):
                     for part in parts.values():
                         part.compile(dynamic=True)
-
-    def _masks(
-        self, documents_BS: Tensor, modalities_BS: Tensor, queries: int, counts: Counts = (), places: Places = None
-    ) -> dict[RouteBy, Mask]:
-        # documents have one task each, so isolation by task is what every mask already says
-        branches: dict[RouteBy, Tensor | None] = {"none": None, "task": None, "modality": modalities_BS}
-        name, dtype = self.config._attn_implementation, self.embed_tokens.weight.dtype
-        return {
-            route: attention_mask(name, documents_BS, branches[route], queries, dtype, counts, places)
-            for route in self.masks_needed
-        }
 
     def _forward_layers(self, x_BTH: Tensor, reading: AttentionContext) -> Tensor:
         x_XH = x_BTH.flatten(0, 1)

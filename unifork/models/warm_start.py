@@ -18,8 +18,7 @@ from torch import Tensor
 
 from unifork.config import Variant
 from unifork.errors import ConfigError
-from unifork.identity import codebook_identity
-from unifork.models.configuration import UniForkConfig, backbone_of
+from unifork.models.configuration import UniForkConfig, backbone_of, codes_of
 from unifork.models.layer_plan import seed_of, without_branch
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.weights import StoredWeights, check_fit, local_folder, read_json, shapes_of
@@ -62,11 +61,8 @@ def create_model(
 
     Raises ConfigError or CheckpointError when the model of `warm_start` does not fit.
     """
-    (K, C), identity = codebook_KC.shape, codebook_identity(codebook_KC, depth, grid)
-    config = model_config(
-        variant, vocab_size, codebook_size=K, code_channels=C, depth=depth, grid=grid, codebook_id=identity,
-        encoder_id=encoder_id, special_tokens=special_tokens,
-    )  # fmt: skip
+    codes = codes_of(codebook_KC, depth, grid, encoder_id)
+    config = model_config(variant, vocab_size, **codes, special_tokens=special_tokens)
     start = local_folder(variant.warm_start) if variant.warm_start is not None else None
     if start and read_json(start / "config.json").get("model_type") == UniForkConfig.model_type:
         return _same_model(start, config)
@@ -97,9 +93,8 @@ def initialize(model: UniForkModel, seed: int, embedding_range: float | None = N
     for name, parameter in model.named_parameters():
         std = embedding_range or general if parameter is model.embed_tokens.weight else general
         if parameter.dim() > 1:
-            parameter.copy_(
-                torch.normal(0.0, std, parameter.shape, generator=torch.Generator().manual_seed(seed_of(seed, name)))
-            )
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
+            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 

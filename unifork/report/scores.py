@@ -87,7 +87,7 @@ def _losses_of(variant: str, experiment: Experiment, layout: Layout) -> Scores:
             if loss in row:
                 name, items = f"held-out {words(loss)} of {row['part']} (lower is better)", int(row["documents"])
                 found["all", name] = Score(
-                    name, "all", row[loss], standard_error=None, interval=None, items=items, clusters=items,
+                    name, "all", value=row[loss], standard_error=None, interval=None, items=items, clusters=items,
                     chance=nan, rule="", unread=0.0, missing=0, items_hash=row["part"], model=variant, decoding="",
                     seed=None,
                 )  # fmt: skip

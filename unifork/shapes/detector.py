@@ -15,6 +15,7 @@ from itertools import product
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy import ndimage
 
 from unifork.image_tokenizer.readers import Reader
 from unifork.shapes.world import CELL, COLORS, CROP, SHAPES, SIZE, Object, mask
@@ -105,26 +106,15 @@ def _labels(pixels: np.ndarray) -> np.ndarray:
 
 def _parts(foreground: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The pixels of each object, as their rows and columns."""
-    for y, x in _components(foreground):
+    numbers, count = ndimage.label(foreground)
+    for number in range(1, count + 1):
+        y, x = np.nonzero(numbers == number)
         rows, columns = (max(1, round((np.ptp(line) + 1) / CELL)) for line in (y, x))
         cells = (y - y.min()) * rows // (np.ptp(y) + 1) * columns + (x - x.min()) * columns // (np.ptp(x) + 1)
         for cell in range(rows * columns):
             inside = cells == cell
             if inside.sum() >= LEAST_PIXELS:
                 yield y[inside], x[inside]
-
-
-def _components(foreground: np.ndarray) -> Iterator[np.ndarray]:
-    """Sets of pixels joined along their sides, each as an array of its rows and one of its columns."""
-    left = set(map(tuple, np.argwhere(foreground).tolist()))
-    while left:
-        reached = [left.pop()]
-        for y, x in reached:  # grows while it is walked
-            for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if near in left:
-                    left.remove(near)
-                    reached.append(near)
-        yield np.array(reached).T
 
 
 def _color(labels: np.ndarray) -> str | None:

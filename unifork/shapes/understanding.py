@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count, product
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from pydantic import PositiveInt
@@ -44,19 +44,11 @@ class Options(StrictModel):
     """Questions for each kind and split."""
 
 
-class Asked(NamedTuple):
-    """One question about one image."""
-
-    scene: Scene
-    question: str
-    answer: str
-
-
 def read(_: Archive, options: Options, seed: int) -> list[Item]:
     """`samples` questions for each kind and split, yes and no in turn."""
     items = []
     for split, kind in product(ASKED_SPLITS, KINDS):
-        for number, (this, question, answer) in enumerate(_questions(kind, split, options.samples, seed)):
+        for number, (this, (question, answer)) in enumerate(_questions(kind, split, options.samples, seed)):
             shown, chance = f"{split}-{this.index}", _other_answers(kind, split, seed).get(answer, 0.0)
             name, image_name = f"{split}/{kind}/{number}", f"{seed}/{split}/{this.index}"
             items.append(Item(name, question, answer, shown, split, image_name, chance, {"kind": kind}))
@@ -90,15 +82,15 @@ def measures(items: Sequence[Item], right_I: np.ndarray, yes_I: np.ndarray) -> l
     return found
 
 
-def _questions(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[Asked]:
+def _questions(kind: Kind, split: Split, samples: int, seed: int, start: int = 0) -> list[tuple[Scene, Question]]:
     """The first questions of a kind that the scenes of a split allow."""
-    found: list[Asked] = []
+    found: list[tuple[Scene, Question]] = []
     numbers = count(start)
     while len(found) < samples:
         this = scene(seed, next(numbers), split)
         wanted = ("yes", "no")[len(found) % 2] if kind == "yes_no" else None
         if question := _question(this, kind, wanted):
-            found.append(Asked(this, *question))
+            found.append((this, question))
     return found
 
 
@@ -111,7 +103,7 @@ def _question(this: Scene, kind: Kind, wanted: str | None) -> Question | None:
 @cache
 def _other_answers(kind: Kind, split: Split, seed: int) -> dict[str, float]:
     """How often each answer is right, among other questions of a kind and split."""
-    counts = Counter(other.answer for other in _questions(kind, split, CHANCE_QUESTIONS, seed, CHANCE_START))
+    counts = Counter(other.answer for _, other in _questions(kind, split, CHANCE_QUESTIONS, seed, CHANCE_START))
     return {answer: number / CHANCE_QUESTIONS for answer, number in counts.items()}
 
 

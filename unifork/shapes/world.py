@@ -18,10 +18,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
+
+from unifork.config import read_yaml
 
 Split = Literal["train", "seen", "held_out"]
 """`seen` draws from the compositions of `train`, under other keys; `held_out` from the others."""
@@ -34,19 +37,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 SINGLE_KINDS: tuple[Kind, ...] = ("single_object", "colors")
 
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""The step (columns, rows) from the second object to the first; rows grow downwards."""
-
-SHAPES = ("circle", "square", "triangle", "cross", "diamond")
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 30),
-    "green": (20, 150, 60),
-    "blue": (40, 80, 230),
-    "yellow": (250, 205, 0),
-    "purple": (150, 40, 190),
-    "black": (15, 15, 15),
-}
-GROUNDS = ((250, 250, 250), (252, 246, 236), (238, 246, 252), (241, 250, 239))
+_WORLD = read_yaml(Path(__file__).with_suffix(".yaml"))
+SHAPES: list[str] = _WORLD["shapes"]
+COLORS: dict[str, tuple[int, ...]] = {name: tuple(color) for name, color in _WORLD["colors"].items()}
+GROUNDS: list[list[int]] = _WORLD["grounds"]
+RELATIONS: dict[str, list[int]] = _WORLD["relations"]
 
 CELL = 16
 """Side of a lattice cell in pixels."""
@@ -59,12 +54,9 @@ LONG = 96
 MOST = 4
 """Most objects in an image."""
 
-HELD_OUT_COLORS = frozenset(
-    {("red", "cross"), ("green", "circle"), ("blue", "triangle"), ("yellow", "square"), ("purple", "diamond")}
-)
-HELD_OUT_PAIRS = frozenset({frozenset({"circle", "cross"}), frozenset({"square", "triangle"})})
-HELD_OUT_COUNTS = frozenset({("cross", 2), ("square", 3), ("circle", 4)})
-"""Compositions that training never shows: a colored shape, two shapes in one image, a number of one shape."""
+HELD_OUT_COLORS, HELD_OUT_COUNTS = ({*map(tuple, _WORLD["held_out"][kind])} for kind in ("colors", "counts"))
+HELD_OUT_PAIRS = {*map(frozenset, _WORLD["held_out"]["pairs"])}
+"""Compositions that training never shows."""
 
 Item = TypeVar("Item")
 
@@ -158,7 +150,7 @@ def crop_objects(scene: Scene) -> tuple[Object, ...]:
 def relation(a: Object, b: Object) -> str | None:
     """Where `a` lies from `b` when they share a row or a column; None when they do not."""
     x, y = a.box[0] - b.box[0], a.box[1] - b.box[1]
-    step = ((x > 0) - (x < 0), (y > 0) - (y < 0))
+    step = [(x > 0) - (x < 0), (y > 0) - (y < 0)]
     return next((name for name, direction in RELATIONS.items() if direction == step), None)
 
 

@@ -29,18 +29,19 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from unifork.config import Lora, fingerprint
-from unifork.errors import CheckpointError, MachineError, writing
+from unifork.errors import CheckpointError, MachineError, refusing, writing
 from unifork.models.modeling import UniForkModel, load_model
 from unifork.shards.manifest import fsync_folder, fsync_tree, write_atomically, write_json
 from unifork.training.history import FILE
 from unifork.training.optimizer import Average, Optimizers, add_adapters
-from unifork.training.strategies import Strategy
+from unifork.training.strategies import Strategy, gathered
 from unifork.weights import check_fit, read_json
 
 LATEST = "latest"
 STATE = "state.json"
 FINISHED = "finished.json"
 FORMAT = 3
+UNREADABLE = (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 HASH = "blake2b"
 """In `state.json`: of a file, and of everything else that it says."""
 
@@ -135,18 +136,16 @@ class Saver:
     def _write(self, tensors: dict[str, Tensor], state: State, recorded: int) -> None:
         """The files of a checkpoint. Raises MachineError where they cannot be written."""
         final = folder_of(self.folder, state)
-        temporary = self.folder / f".{final.name}.tmp"
         try:
             with writing(final):
-                self._write_files(tensors, state, recorded, temporary, final)
+                self._write_files(tensors, state, recorded, final)
         except (CheckpointException, RuntimeError) as error:  # of torch, which hides what the disk said in a traceback
             reason = str(error).strip().splitlines()[-1]
             raise MachineError(f"{final}: the checkpoint cannot be written: {reason}") from None
 
-    def _write_files(
-        self, tensors: dict[str, Tensor], state: State, recorded: int, temporary: Path, final: Path
-    ) -> None:
+    def _write_files(self, tensors: dict[str, Tensor], state: State, recorded: int, final: Path) -> None:
         """The files of this worker with their hashes; then, by the lead, what makes them a checkpoint."""
+        temporary = self.folder / f".{final.name}.tmp"
         if self.lead:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -156,8 +155,9 @@ class Saver:
         alone = self.group is None
         save_shards(tensors, storage_writer=FileSystemWriter(temporary), process_group=self.group, no_dist=alone)
         own = f"__{0 if alone else dist.get_rank()}_*"
-        written = self._gathered({path.name: written_file(path) for path in temporary.glob(own)})
+        every = gathered({path.name: written_file(path) for path in temporary.glob(own)}, self.group)
         if self.lead:
+            written = {name: file for files in every for name, file in files.items()}
             written |= {path.name: written_file(path) for path in temporary.iterdir() if path.name not in written}
             plain = {
                 "format": FORMAT, "fingerprint": self.fingerprint, "steps": state.steps, "files": written,
@@ -170,14 +170,6 @@ class Saver:
             write_atomically(self.folder / LATEST, lambda path: path.write_text(final.name))
             _prune(self.folder, self.keep)
         self._barrier()
-
-    def _gathered(self, written: dict[str, Any]) -> dict[str, Any]:
-        """What all workers wrote; waits for all of them."""
-        if self.group is None:
-            return written
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, written, self.group)
-        return {name: file for files in every for name, file in files.items()}
 
 
 def written_file(path: Path) -> dict[str, Any] | None:
@@ -269,7 +261,7 @@ def whole_model(path: Path, start: Path, averaged: bool = False, lora: Lora | No
 def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
     """Fill `targets` with the tensors below `part`. Raises CheckpointError."""
     reader = FileSystemReader(path)
-    try:
+    with refusing(CheckpointError, f"{path}: cannot be read", *UNREADABLE):
         stored = _stored(reader, part)
         check_fit(
             f"{path}: {part}",
@@ -280,8 +272,6 @@ def _read(path: Path, part: str, targets: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no process group is used: none is needed
             load_shards(wanted, storage_reader=reader, no_dist=True)
-    except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
 def _stored(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMetadata]:

@@ -65,14 +65,13 @@ def export(done: "Training", path: Path) -> None:
 
 def _write_held_out(done: "Training", engine: Engine, training: Path) -> None:
     """What the stage lost on held-out rows, and what its model makes of them."""
-    examined = done.validation.examine(engine)
-    for row in examined.scores:
+    words, images = done.validation.examine(engine)
+    for row in words["scores"]:
         rates = f"exact match {row['exact_match']:.3f}, token F1 {row['token_f1']:.3f}"
         done.log(f"held out, {row['part']}: {rates} of {row['answers']} answers")
     write_csv(read(done.job.run_folder, VALIDATION), training / "validation.csv")
-    words = {"scores": examined.scores, "answers": examined.answers, "prompts": examined.prompts}
     write_json(training / "held_out.json", words)
-    np.savez(training / "held_out.npz", codes=examined.codes_BND, drawn=examined.drawn_BND)
+    np.savez(training / "held_out.npz", **images)  # type: ignore[arg-type]
 
 
 def _sample(engine: Engine, stage: Stage) -> np.ndarray:

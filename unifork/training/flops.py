@@ -26,7 +26,7 @@ from unifork.config import Lora
 from unifork.documents.loader import TrackLoader
 from unifork.models.masks import VARLEN
 from unifork.models.modeling import UniForkModel
-from unifork.training.optimizer import add_adapters
+from unifork.training.optimizer import add_adapters, freeze_all_but
 from unifork.vocabulary import Task
 
 PEAK_TFLOPS: dict[str, float] = yaml.safe_load((Path(__file__).parents[1] / "chips.yaml").read_text())
@@ -70,9 +70,7 @@ def document_flops(model: UniForkModel, task: Task, length: Length, trained: Ite
 
 
 def _flops(model: UniForkModel, documents: list[Document], trained: Iterable[str]) -> float:
-    chosen = set(trained)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+    freeze_all_but(model, chosen := set(trained))
     model.set_attn_implementation(VARLEN)  # each document, in isolated layers each modality, by itself
     batch = pack([documents], sum(map(len, documents)), model.config.depth).to("meta")
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _causal_flops}) as counter:

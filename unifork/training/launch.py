@@ -30,6 +30,7 @@ from unifork import errors
 from unifork.cluster import check_room, check_shared, room, shared_file, this_node
 from unifork.config import TrainResources, cluster_file
 from unifork.errors import ConfigError, Stopped, UniForkError
+from unifork.processes import PRINT
 from unifork.shards.progress import PROGRESS, stop_noted, write_progress
 from unifork.training.checkpoint import LATEST
 from unifork.training.history import LOG
@@ -93,17 +94,14 @@ def _fit(job: StageJob, requests: Requests) -> None:
                 try:
                     if _fit_once(job, requests, messages, shared):
                         return
-                    print(
-                        f"{job.key}: a node is about to be taken away; going on elsewhere from {_saved(job)}",
-                        flush=True,
-                    )
+                    PRINT(f"{job.key}: a node is about to be taken away; going on elsewhere from {_saved(job)}")
                 except TrainingFailedError as error:
                     before, saved = saved, _saved(job)
                     failures = failures + 1 if saved == before else 1
                     if failures > job.resources.max_restarts:
                         raise
                     reason = str(error).strip().splitlines()[-1]
-                    print(f"{job.key}: workers failed ({reason}); starting again from {saved}", flush=True)
+                    PRINT(f"{job.key}: workers failed ({reason}); starting again from {saved}")
     finally:
         ray.kill(messages)
 
@@ -143,7 +141,7 @@ def _fit_once(job: StageJob, requests: Requests, messages: Any, shared: str) -> 
         if time.monotonic() >= look_at:
             look_at += SILENT_SECONDS
             if ray.get(messages.silence.remote()) >= SILENT_SECONDS:
-                print(f"{job.key}: waiting for {room(**scaling(job.resources))}", flush=True)
+                PRINT(f"{job.key}: waiting for {room(**scaling(job.resources))}")
     end, _ = ray.get(messages.read.remote())
     if end:  # before what Ray says of workers that it took down with it
         if end[0] != Stopped.__name__:
@@ -216,16 +214,15 @@ def _shown(path: Path) -> Iterator[None]:
 
     def follow() -> None:
         nonlocal offset
-        while True:
+        last = False
+        while not last:
             last = done.wait(0.5)
             if path.exists():
                 offset = 0 if path.stat().st_size < offset else offset  # moved aside, begun again
                 with open(path) as handle:
                     handle.seek(offset)
-                    print(handle.read(), end="", flush=True)
+                    PRINT(handle.read(), end="")
                     offset = handle.tell()
-            if last:
-                return
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

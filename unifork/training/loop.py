@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from unifork.batch import Batch
 from unifork.config import Stage, Track
 from unifork.documents.loader import Slot, StepPlan, TrackLoader
-from unifork.models.layer_plan import BRANCHES
+from unifork.models.layer_plan import branch_of
 from unifork.models.modeling import Losses
 from unifork.training.optimizer import learning_rate, make_optimizer, trained_names
 from unifork.training.requests import Requests
@@ -71,10 +71,8 @@ def trained_by(name: str, track: Track, model: nn.Module) -> list[str]:
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to, for gradient norms: a branch, or one of the rest."""
-    words = name.split(".")
-    branches = {branch for route, names in BRANCHES.items() if route != "none" for branch in names}
-    named = {"image_head": "head", "connector": "connector"}
-    return named.get(words[0]) or next((word for word in words if word in branches), "trunk")
+    named, branch = {"image_head": "head", "connector": "connector"}, branch_of(name)
+    return named.get(name.partition(".")[0]) or (branch if branch and branch != "shared" else "trunk")
 
 
 class Done:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from unifork.config import Lora, OptimizerConfig, Track
-from unifork.errors import ConfigError
+from unifork.errors import ConfigError, check_extra
 from unifork.models.layer_plan import branch_of, seed_of
 from unifork.models.modeling import UniForkModel
 from unifork.vocabulary import TASKS
@@ -40,8 +39,7 @@ def add_adapters(model: UniForkModel, lora: Lora | None, seed: int, place: str =
     """
     if lora is None:
         return None
-    if find_spec("peft") is None:
-        raise ConfigError(f"{place}: needs peft, which is not installed: pip install 'unifork[lora]'")
+    check_extra("peft", "lora", place)
     from peft import LoraConfig, LoraModel  # noqa: PLC0415  an extra
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -44,9 +44,8 @@ def settle(folder: Path, mark: str, order: Sequence[str], log: Log) -> None:
     if named is None and not found:
         return
     if named not in names:
-        problems.append(
-            f"{pointer} is missing" if named is None else f"{pointer} names {named!r:.80}, which is not there"
-        )
+        what = "is missing" if named is None else f"names {named!r:.80}, which is not there"
+        problems.append(f"{pointer} {what}")
     for path in found[names.index(named) if named in names else 0 :]:
         try:
             plain = read_state(path)
@@ -57,8 +56,8 @@ def settle(folder: Path, mark: str, order: Sequence[str], log: Log) -> None:
             _check(path, plain, order)
         except CheckpointError as error:
             problems.append(str(error))
-            continue
-        break
+        else:
+            break
     else:
         raise CheckpointError(
             f"{folder}: no whole checkpoint to continue from: {'; '.join(problems)}. Delete the folder to start afresh"

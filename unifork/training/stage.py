@@ -21,7 +21,7 @@ from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Lora, Stage, StrictMo
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError, MachineError, writing
+from unifork.errors import ConfigError, MachineError, refusing, writing
 from unifork.layout import MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
@@ -98,22 +98,18 @@ class StageJob(StrictModel):
 
     def fingerprint(self) -> str:
         """Of everything that decides the weights: versions, stage, seed, start model, codes, text tokenizer."""
-        data = {
-            entry.prepared: manifest_sha256(self.layout.prepared / entry.prepared)
-            for track in self.stage.tracks.values()
-            for entry in track.mixture
-            if (self.layout.prepared / entry.prepared / MANIFEST).exists()  # or opening it says what is wrong
+        folders = {entry.prepared: self.layout.prepared / entry.prepared for entry in self.stage.entries}
+        # or opening it says what is wrong
+        there = {name: folder for name, folder in folders.items() if (folder / MANIFEST).exists()}
+        facts = {
+            "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
+            "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
+            "seed": self.seed,
+            "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
+            "data": {name: manifest_sha256(folder) for name, folder in there.items()},
+            "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
         }
-        return fingerprint(
-            {
-                "versions": [TRAIN_VERSION, MODEL_VERSION, DOCUMENTS_VERSION, VOCABULARY_VERSION],
-                "stage": self.stage.model_dump(mode="json", exclude=NOT_IN_THE_WEIGHTS),
-                "seed": self.seed,
-                "start": {name: file_sha256(self.start / name) for name in ("config.json", "model.safetensors")},
-                "data": data,
-                "text": TextTokenizer(self.start / MODEL_TEXT_TOKENIZER).identity,
-            }
-        )
+        return fingerprint(facts)
 
 
 def train_stage(job: StageJob, run: WorkerContext) -> None:
@@ -135,11 +131,9 @@ def _train(job: StageJob, run: WorkerContext, log: Log) -> None:
     state = training.steps()
     if not training.lead:
         return
-    with writing(job.model_folder):
-        try:
-            export(training, checkpoint.folder_of(job.run_folder, state))
-        except SafetensorError as error:  # its own word for what a disk says
-            raise MachineError(f"{job.model_folder}: cannot be written: {error}") from None
+    unwritten = refusing(MachineError, f"{job.model_folder}: cannot be written", SafetensorError)  # by a full disk
+    with writing(job.model_folder), unwritten:
+        export(training, checkpoint.folder_of(job.run_folder, state))
     report_seen(log, training.tracks, read(job.run_folder))
     seconds = time.monotonic() - started
     write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": training.mark, "seconds": seconds})

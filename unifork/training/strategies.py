@@ -139,19 +139,12 @@ def strategy(shard: str, workers: int, bfloat16: bool = False, node_workers: int
         from unifork.training.zero import ZeRO  # noqa: PLC0415  which is one of these, by an extra
 
         return ZeRO(DEEPSPEED[shard])
-    shards = {"none": 1, "all": workers}.get(shard) or _on_every_node(node_workers, workers)
-    return Sharded(shards, workers, bfloat16)
-
-
-def _on_every_node(node_workers: int, workers: int) -> int:
-    every = [0] * workers
-    dist.all_gather_object(every, node_workers)
-    if len(set(every)) > 1:
+    if shard == "node" and len(every := set(gathered(node_workers))) > 1:
         raise ConfigError(
             f"cluster file: shard is node, but nodes have {min(every)} to {max(every)} of the {workers} workers; "
             f"give every node as many, or shard over none or all"
         )
-    return node_workers
+    return Sharded({"none": 1, "node": node_workers, "all": workers}[shard], workers, bfloat16)
 
 
 @contextmanager
@@ -179,6 +172,15 @@ def summed(values: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """What each worker gives, by rank; waits for all."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value, group)
+    return every
 
 
 def barrier() -> None:

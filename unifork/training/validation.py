@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -31,20 +31,6 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff
 """A word; where none are written apart, a character."""
 
 Row = dict[str, Any]
-
-
-class Examined(NamedTuple):
-    """What a finished model makes of held-out documents."""
-
-    scores: list[Row]
-    """Exact match and token F1 of each part, with standard errors."""
-    answers: list[Row]
-    prompts: list[Row]
-    """Those of the images, by part."""
-    codes_BND: np.ndarray
-    """The images that were held out."""
-    drawn_BND: np.ndarray
-    """The images that the model drew."""
 
 
 class Validation:
@@ -72,8 +58,12 @@ class Validation:
                     rows.append({**place, **tracks[name].losses(wrapped, documents, slots, run)})
         return rows
 
-    def examine(self, engine: Engine) -> Examined:
-        """What a finished model answers and draws."""
+    def examine(self, engine: Engine) -> tuple[dict[str, list[Row]], dict[str, np.ndarray]]:
+        """What a finished model makes of held-out documents, as words and as codes (B, N, D) of images.
+
+        `scores`: exact match and token F1 of each part, with standard errors; `answers`; `prompts` of the images, with
+        their parts; `codes` of the images that were held out, and those that were `drawn`.
+        """
         by_task = {task: [part for part in self.parts.values() if part.task == task] for task in TASKS}
         asking = [part for part in by_task["understanding"] if TEMPLATES[part.entry.template].images != 0]
         answers = {part: _answers(engine, part, self.config.answers) for part in asking}  # of plain text none
@@ -89,8 +79,9 @@ class Validation:
             codes.append(np.stack([part.codes(index) for index in indices]))
             drawn.append(engine.generate_images(texts, self.stage.sampling, part.entry.template))
         rows = [row for found in answers.values() for row in found]
-        images = (np.concatenate(group)[: self.config.prompts] if group else np.zeros(0) for group in (codes, drawn))
-        return Examined(scores, rows, prompts[: self.config.prompts], *images)
+        images, most = {"codes": codes, "drawn": drawn}, self.config.prompts
+        words = {"scores": scores, "answers": rows, "prompts": prompts[:most]}
+        return words, {name: np.concatenate(group)[:most] if group else np.zeros(0) for name, group in images.items()}
 
 
 def spread(length: int, count: int) -> list[int]:

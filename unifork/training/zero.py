@@ -10,14 +10,15 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unifork.errors import ConfigError
+from unifork.config import read_yaml
+from unifork.errors import ConfigError, check_extra
 from unifork.training.optimizer import Optimizers, Parts, Read
 from unifork.training.strategies import Strategy
 
@@ -74,11 +75,7 @@ class ZeRO(Strategy):
 
     def __init__(self, stage: int) -> None:
         """stage: 1, 2 or 3. Raises ConfigError when DeepSpeed is not installed."""
-        if find_spec("deepspeed") is None:
-            raise ConfigError(
-                f"cluster file: shard: deepspeed-{stage} needs DeepSpeed, which is not installed; "
-                f"it comes with the extra: pip install 'unifork[deepspeed]'"
-            )
+        check_extra("deepspeed", "deepspeed", f"cluster file: shard: deepspeed-{stage}")
         super().__init__()
         self.stage = stage
         self.deepspeed: Any = None
@@ -106,18 +103,12 @@ class ZeRO(Strategy):
             [{**g, "track": track} for track, (optimizer, _) in optimizers.items() for g in optimizer.param_groups],
             fused=True,
         )
-        config = {
-            "train_micro_batch_size_per_gpu": 1,  # how many there are is the loop's business
-            "gradient_accumulation_steps": 1,  # or it would divide the loss
-            "managed_gradient_accumulation": False,  # a step ends when the loop says so
-            "zero_allow_untested_optimizer": True,
-            "gradient_clipping": 1.0,  # set for each step
-            "zero_optimization": {
-                "stage": self.stage,
-                "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in model.parameters())),
-                # vectors stay whole on every worker, matrices are sharded
-                "stage3_param_persistence_threshold": max(p.numel() for p in model.parameters() if p.ndim < 2),
-            },
+        config = read_yaml(Path(__file__).with_suffix(".yaml"))
+        config["zero_optimization"] = {
+            "stage": self.stage,
+            "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in model.parameters())),
+            # vectors stay whole on every worker, matrices are sharded
+            "stage3_param_persistence_threshold": max(p.numel() for p in model.parameters() if p.ndim < 2),
         }
         self.deepspeed = _deepspeed(next(model.parameters()).device.type)
         self.shared.engine, *_ = self.deepspeed.initialize(

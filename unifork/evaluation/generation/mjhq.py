@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import NonNegativeInt
 
 from unifork.config import StrictModel
-from unifork.errors import DataError
+from unifork.errors import DataError, refusing
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.frechet import distances, moments
 from unifork.evaluation.items import Item
@@ -29,6 +29,7 @@ from unifork.evaluation.suites import Answer, Rule, Suite, Verdict
 from unifork.images import open_image
 
 PROTOCOLS = ("pytorch-fid", "clean-fid")
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, LookupError, BadZipFile)
 DIMENSIONS = 2048
 """Features of the network: with no more images the covariance is singular and the distance biased upwards."""
 
@@ -66,11 +67,9 @@ def features_of(protocol: str, answers: Sequence[Answer], place: str) -> tuple[s
     if len(names) != 1 or not all(found):
         raise DataError(f"{place}: features of {sorted(names) or 'no network'} for {protocol}; one network must have "
                         "seen all images: `unifork answers examine`")  # fmt: skip
-    try:
+    with refusing(DataError, f"{place}: features are no base64 of equally many float32 numbers", ValueError, TypeError):
         rows = [np.frombuffer(base64.b64decode(next(iter(row.values()))), dtype="<f4") for row in found]
         return names.pop(), np.asarray_chkfinite(np.stack(rows))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{place}: features are no base64 of equally many float32 numbers: {error}") from None
 
 
 def _plain(answer: Answer) -> dict[str, str]:
@@ -98,12 +97,10 @@ def whole(options: Options, protocol: str, answers: Sequence[Answer]) -> tuple[s
     if not path.exists():
         raise DataError(f"{path}: no statistics of the reference by the network that saw the answers; make them by "
                         "`unifork answers examine mjhq`")  # fmt: skip
-    try:
+    with refusing(DataError, f"{path}: no mean `mu` and covariance `sigma` of features", *UNREADABLE):
         with np.load(path, allow_pickle=False) as held:
             reference = mean, covariance = held["mu"], held["sigma"]
         np.asarray_chkfinite(covariance).reshape(2 * mean.shape)
-    except (OSError, EOFError, ValueError, TypeError, LookupError, BadZipFile) as fault:
-        raise DataError(f"{path}: no mean `mu` and covariance `sigma` of features: {fault}") from None
     if len(rows_ND) < 2 or rows_ND.shape[1:] != mean.shape:
         raise DataError(f"{path}: {mean.shape} features; the answers are {rows_ND.shape}, at least two rows")
     rng, count = np.random.default_rng(0), len(rows_ND)
@@ -113,7 +110,7 @@ def whole(options: Options, protocol: str, answers: Sequence[Answer]) -> tuple[s
     if count < DIMENSIONS:
         note += f"; WARNING: fewer than {DIMENSIONS} images, biased upwards, compare at the same number only"
     error = float(np.std(draws, ddof=1)) if len(draws) > 1 else None
-    return "fid", Estimate(found, error, None, count, count), note
+    return "fid", Estimate(value=found, standard_error=error, interval=None, items=count, clusters=count), note
 
 
 RULES: dict[str, Rule] = dict.fromkeys(PROTOCOLS, lambda *_: Verdict(None, None))

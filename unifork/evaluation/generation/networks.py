@@ -9,7 +9,6 @@ Shape suffixes: B images, C channels, H W height and width, Q queries, K classes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BlipForQuestionAnswering, CLIPModel, Mask2FormerForUniversalSegmentation
-from transformers.models.mask2former import modeling_mask2former
 
-from unifork.errors import DataError, IdentityError
+from unifork.errors import DataError, IdentityError, refusing
 from unifork.evaluation.archive import read_json
 from unifork.image_tokenizer.canaries import images
 from unifork.shards.manifest import write_json
@@ -58,10 +56,8 @@ def pixels(image: Image.Image, mean: Sequence[float], std: Sequence[float], devi
 
 def fitting(load: Callable[..., Any], folder: Path, device: str) -> Any:
     """A model of transformers from its folder. Raises DataError where a weight is missing or of another shape."""
-    try:
+    with refusing(DataError, f"{folder}: cannot be loaded", OSError, ValueError, RuntimeError):
         model, found = load(folder, output_loading_info=True, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder}: cannot be loaded: {error}") from None
     missing = [key for key in found["missing_keys"] if not key.startswith("criterion.")]  # of the loss
     if wrong := sorted(map(str, [*missing, *found["mismatched_keys"]])):
         raise DataError(f"{folder}: weights do not fit its configuration: {len(wrong)}, first {wrong[0]}")
@@ -73,8 +69,7 @@ class Mask2Former:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device = device
-        with patch.object(modeling_mask2former, "requires_backends"):  # scipy, for a loss that is never taken
-            self.model = fitting(Mask2FormerForUniversalSegmentation.from_pretrained, folder, device)
+        self.model = fitting(Mask2FormerForUniversalSegmentation.from_pretrained, folder, device)
         if (classes := self.model.config.num_labels) != len(NAMES):
             raise DataError(f"{folder}: {classes} classes; GenEval needs the {len(NAMES)} of COCO")
 
@@ -165,10 +160,8 @@ class BlipAnswerer:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device, self.model = device, fitting(BlipForQuestionAnswering.from_pretrained, folder, device)
-        try:
+        with refusing(DataError, f"{folder}: its tokenizer cannot be loaded", OSError, ValueError):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
         self.side, self.text = self.model.config.vision_config.image_size, self.model.config.text_config
         self.answer, self.question = self.text.vocab_size - 2, self.text.vocab_size - 1
         if len(self.tokenizer) != self.answer:

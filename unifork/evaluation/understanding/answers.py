@@ -7,10 +7,12 @@ reported numbers rest on them.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unifork.config import read_yaml
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, accuracy
 from unifork.evaluation.suites import Answer, Rule, Verdict
@@ -18,6 +20,8 @@ from unifork.evaluation.suites import Answer, Rule, Verdict
 LETTERS = "ABCDEFGH"
 """Of choices."""
 YES_NO = ("yes", "no")
+LABELS = read_yaml(Path(__file__).with_name("labels.yaml"))
+"""Names of tasks and types, by benchmark."""
 
 
 def pope_yes(answer: str) -> bool:
@@ -47,20 +51,15 @@ def normalized(answer: str) -> str:
 
 def yes_no(read: Callable[[str], bool | None]) -> Rule:
     """The rule of questions whose truth is `yes` or `no`."""
-
-    def rule(item: Item, answer: Answer) -> Verdict:
-        says = read(answer.text)
-        reading = None if says is None else "yes" if says else "no"
-        return Verdict(reading, float(reading == item.truth))
-
-    return rule
+    words = {True: "yes", False: "no", None: None}
+    return letter(lambda text, _: words[read(text)])
 
 
 def letter(read: Callable[[str, Mapping[str, str]], str | None]) -> Rule:
     """The rule of questions with choices, `about["options"]` by letter, whose truth is a letter."""
 
     def rule(item: Item, answer: Answer) -> Verdict:
-        reading = read(answer.text, item.about["options"])
+        reading = read(answer.text, item.about.get("options", {}))
         return Verdict(reading, float(reading == item.truth))
 
     return rule

@@ -15,13 +15,10 @@ from unifork.evaluation.archive import Archive, read_text
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, share, together, total
 from unifork.evaluation.suites import Suite
-from unifork.evaluation.understanding.answers import YES_NO, mme_yes, strict_yes, yes_no
+from unifork.evaluation.understanding.answers import LABELS, YES_NO, mme_yes, strict_yes, yes_no
 
-PERCEPTION = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
-)  # fmt: skip
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-TASKS = (*PERCEPTION, *COGNITION)
+SUMS: dict[str, list[str]] = LABELS["mme"]
+TASKS = (*SUMS["perception"], *SUMS["cognition"])
 ENDINGS = (".jpg", ".png", ".jpeg")
 
 
@@ -66,15 +63,8 @@ def measures(items: Sequence[Item], right_I: np.ndarray, _: np.ndarray) -> list[
         members_I = tasks_I == task
         ratios = (share(right_I, members_I, 100.0), together(right_I, images, members_I, 100.0))
         found[str(task)] = Measure(str(task), ratios, members_I)
-    sums = {"perception": PERCEPTION, "cognition": COGNITION}
-    return [
-        *(
-            total(name, [found[task] for task in tasks])
-            for name, tasks in sums.items()
-            if all(task in found for task in tasks)
-        ),
-        *found.values(),
-    ]
+    whole = {name: tasks for name, tasks in SUMS.items() if found.keys() >= {*tasks}}
+    return [*(total(name, [found[task] for task in tasks]) for name, tasks in whole.items()), *found.values()]
 
 
 def export(_: EvalCard, rows: Rows) -> dict[str, str]:

@@ -50,13 +50,12 @@ def measures(items: Sequence[Item], right_I: np.ndarray, yes_I: np.ndarray) -> l
     """Five scores for each split, and their mean F1, which papers call POPE."""
     splits_I = np.array([item.split for item in items])
     labels_I = np.array([item.truth == "yes" for item in items], dtype=np.float64)
-    found, f1 = [], []
+    found: list[Measure] = []
     for split in (name for name in SPLITS if name in splits_I):
         members_I = splits_I == split
-        for name, ratio in binary(yes_I, labels_I, right_I, members_I).items():
-            found.append(Measure(name, (ratio,), members_I, split))
-        f1.append(next(measure for measure in found[::-1] if measure.name == "f1"))
-    return [*found, mean("pope", f1, "all")]
+        ratios = binary(yes_I, labels_I, right_I, members_I)
+        found += [Measure(name, (ratio,), members_I, split) for name, ratio in ratios.items()]
+    return [*found, mean("pope", [measure for measure in found if measure.name == "f1"], "all")]
 
 
 SUITE = Suite(read, {"official": yes_no(pope_yes), "strict": yes_no(strict_yes)}, measures, Options, truths=YES_NO)

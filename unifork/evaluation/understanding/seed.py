@@ -17,14 +17,10 @@ from unifork.evaluation.archive import Archive
 from unifork.evaluation.items import Item
 from unifork.evaluation.statistics import Measure, accuracy, mean
 from unifork.evaluation.suites import Suite
-from unifork.evaluation.understanding.answers import choices, exact_letter, letter, strict_letter, with_choices
+from unifork.evaluation.understanding.answers import LABELS, choices, exact_letter, letter, strict_letter, with_choices
 
 COLUMNS = ("choice_a", "choice_b", "choice_c", "choice_d")
-TYPES = (
-    "scene_understanding", "instance_identity", "instance_attributes", "instance_location", "instances_counting",
-    "spatial_relation", "instance_interaction", "visual_reasoning", "text_understanding", "action_recognition",
-    "action_prediction", "procedure_understanding",
-)  # fmt: skip
+TYPES: list[str] = LABELS["seed"]
 """By question_type_id, from 1; the last three are of videos."""
 SPLITS = ("image", "video")
 NUMBERS = [str(number) for number in range(1, len(TYPES) + 1)]
@@ -46,16 +42,11 @@ def read(archive: Archive, _: Options, __: int) -> list[Item]:
     for place, row in rows:
         name = str(row["question_id"])
         seen[name] += 1
-        options = choices(row, COLUMNS)
+        own, options = name if seen[name] == 1 else f"{name}#{seen[name]}", choices(row, COLUMNS)
         kind = int(one_of("question_type_id", str(row["question_type_id"]), NUMBERS, f"question {name}"))
-        about = {"question_id": name, "type": kind, "options": options}
-        items.append(
-            Item(
-                name if seen[name] == 1 else f"{name}#{seen[name]}", with_choices(row["question"], options),
-                row["answer"], str(row["data_id"]), one_of("data_type", str(row["data_type"]), SPLITS, name), place,
-                1 / len(options), about,
-            )
-        )  # fmt: skip
+        split = one_of("data_type", str(row["data_type"]), SPLITS, name)
+        text, about = with_choices(row["question"], options), {"question_id": name, "type": kind, "options": options}
+        items.append(Item(own, text, row["answer"], str(row["data_id"]), split, place, 1 / len(options), about))
     return items
 
 
