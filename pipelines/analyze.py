@@ -6,7 +6,7 @@ from unifork.analysis.kinds import analyze
 from unifork.analysis.runs import RunDocuments
 from unifork.config import load_experiment
 from unifork.errors import one_of
-from unifork.jobs import program
+from unifork.jobs import own_device, program
 from unifork.layout import Layout
 from unifork.library import Model
 
@@ -18,7 +18,8 @@ def main(name: str) -> None:
     params = load_experiment()
     one_of("analyzed run", name, params.analyzed, "params.yaml: analyzed")
     wanted = params.analyzed[name]
-    model, untrained = Model.load(LAYOUT.model(name), "cpu"), Model.load(Path(wanted.start), "cpu")
+    device = own_device("analyze")
+    model, untrained = (Model.load(folder, device) for folder in (LAYOUT.model(name), Path(wanted.start)))
     documents = RunDocuments(name, model, params.analyses)
 
     # out: numbers and a figure of each kind

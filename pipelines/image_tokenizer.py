@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 
-from unifork.config import ImportedTokenizer, JobResources, cluster_file, load_card, load_cluster, load_experiment
-from unifork.devices import chosen_device
+from unifork.config import ImportedTokenizer, JobResources, load_card, load_cluster, load_experiment
 from unifork.errors import DataError
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.samples import MAX_IMAGES, sample_sets
 from unifork.image_tokenizer.training import decode_all, encode_all, measure, train_tokenizer
-from unifork.jobs import program
+from unifork.jobs import own_device, program
 from unifork.layout import Layout
 from unifork.shards.manifest import MANIFEST, write_json
 
@@ -24,9 +23,8 @@ MEASURED_IMAGES = 32
 
 
 def main(_: str) -> None:
-    resources = load_cluster().jobs.get("image_tokenizer", JobResources())
-    torch.set_num_threads(max(1, int(resources.cpus)))
-    device = chosen_device("cuda" if resources.gpus else "cpu", f"{cluster_file()}: jobs.image_tokenizer.gpus:")
+    torch.set_num_threads(max(1, int(load_cluster().jobs.get("image_tokenizer", JobResources()).cpus)))
+    device = torch.device(own_device("image_tokenizer"))
     params, folder = load_experiment(), LAYOUT.image_tokenizer
     config = params.image_tokenizer
     report: dict[str, Any]

@@ -5,11 +5,11 @@ Benchmarks whose files are not here are noted as such, with what to put where; n
 
 import shutil
 
-from unifork.config import JobResources, load_cluster, load_experiment, load_text
+from unifork.config import load_experiment, load_text
 from unifork.errors import one_of
 from unifork.evaluation.names import ABSENT
 from unifork.evaluation.text import run_tasks
-from unifork.jobs import program
+from unifork.jobs import own_device, program
 from unifork.layout import Layout
 from unifork.shards.manifest import Manifest, write_manifest
 
@@ -17,7 +17,7 @@ LAYOUT = Layout()
 
 
 def main(name: str) -> None:
-    params, cluster = load_experiment(), load_cluster()
+    params = load_experiment()
     entries = {f"{entry['variant']}/{entry['benchmark']}": entry for entry in params.text_runs.values()}
     one_of("text evaluation", name, entries, "params.yaml: text_runs")
     card, folder = load_text(entries[name]["benchmark"]), LAYOUT.answers(name)
@@ -28,7 +28,7 @@ def main(name: str) -> None:
         write_manifest(folder, Manifest(kind="text", dataset=card.name, columns={}, shards=(), lineage=lineage))
         print(f"{name}: not here: {card.absent}")
         return
-    device = "cuda" if cluster.jobs.get("text", JobResources()).gpus else "cpu"
+    device = own_device("text")
     run_tasks(card, LAYOUT.root / entries[name]["model"], folder, device, params.data_seed)
     print(f"{folder}: {', '.join(card.tasks)}")
 

@@ -34,6 +34,7 @@ from unifork.config import (
     load_cluster,
     load_experiment,
 )
+from unifork.devices import chosen_device
 from unifork.errors import ConfigError, Stopped, UniForkError, one_of
 from unifork.processes import die_with_parent, exclusive
 
@@ -85,6 +86,11 @@ def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], output
         print(f"stopped by {stopped}", file=sys.stderr, flush=True)
         code = 128 + stopped.number
     sys.exit(code)
+
+
+def own_device(step: str) -> str:
+    """Where a step of `jobs` without workers computes, by the cluster file. Raises ConfigError for a GPU not here."""
+    return str(chosen_device(load_cluster().device(step), f"{cluster_file()}: jobs.{step}.gpus:"))
 
 
 def _enter(root: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from unifork.config import Cluster, TrainResources, load, load_cluster, parse
 from unifork.errors import ConfigError
+from unifork.jobs import _start_job
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "clusters").glob("*.yaml") if "." not in path.stem)
@@ -19,7 +20,7 @@ def test_loads(path: Path) -> None:
     cluster = load(Cluster, path)
     assert cluster.name == path.stem
     always = {"download", "filter", "encode", "prepare"}
-    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer", "answer", "text"}
+    assert always <= set(cluster.jobs) <= {*always, "image_tokenizer", "answer", "text", "analyze"}
 
 
 def test_the_local_one_starts_on_two_cores() -> None:
@@ -43,6 +44,21 @@ def test_workers_of_training_are_a_number_or_a_range() -> None:
     for wrong in ([3, 2], [0, 2], [2], -1):
         with pytest.raises(ConfigError, match="workers"):
             parse(TrainResources, {"workers": wrong}, "file")
+
+
+def test_a_submitted_program_without_workers_asks_for_what_its_entry_says() -> None:
+    class Client:
+        def submit_job(self, **options: object) -> str:
+            demands.update(options)
+            return "job"
+
+    demands: dict[str, object] = {}
+    entries = {"analyze": {"cpus": 2, "gpus": 1}, "encode": {"workers": 4, "gpus": 1}}
+    cluster = parse(Cluster, {"name": "x", "driver": {"cpus": 3}, "jobs": entries}, "file")
+    for module, wanted in {"analyze": (2, 1), "encode": (3, 0), "report": (3, 0)}.items():
+        _start_job(Client(), cluster, f"pipelines.{module}", ["name"])
+        assert (demands["entrypoint_num_cpus"], demands["entrypoint_num_gpus"]) == wanted
+    assert [cluster.device(step) for step in ("analyze", "encode", "text")] == ["cuda", "cuda", "cpu"]
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
