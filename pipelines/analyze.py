@@ -8,7 +8,7 @@ from unifork.config import load_experiment
 from unifork.errors import one_of
 from unifork.evaluation.items import questions
 from unifork.evaluation.names import ABSENT
-from unifork.jobs import device_of, program
+from unifork.jobs import own_device, program
 from unifork.layout import Layout
 from unifork.library import Model
 from unifork.shards.manifest import read_manifest
@@ -21,7 +21,7 @@ def main(name: str) -> None:
     params = load_experiment()
     one_of("analyzed run", name, params.analyzed, "params.yaml: analyzed")
     wanted = params.analyzed[name]
-    device = device_of("analyze")
+    device = own_device("analyze")
     model, untrained = (Model.load(folder, device) for folder in (LAYOUT.model(name), Path(wanted.start)))
     documents = RunDocuments(name, model, params.analyses)
     kinds, prompts = wanted.kinds, None

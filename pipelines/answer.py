@@ -4,7 +4,7 @@ A run that is killed goes on with the next part of a shard and ends with the sam
 """
 
 from unifork.cluster import run_jobs
-from unifork.config import JobResources, load_cluster, load_eval, load_experiment
+from unifork.config import load_cluster, load_eval, load_experiment
 from unifork.errors import one_of
 from unifork.evaluation.answering import Answerer, answer_job
 from unifork.evaluation.names import ABSENT
@@ -20,8 +20,7 @@ def main(name: str) -> None:
     one_of("evaluation", name, entries, "params.yaml: evaluations")
     benchmark = entries[name]["benchmark"]
     card = load_eval(benchmark).used(params.benchmarks[benchmark])
-    device = "cuda" if cluster.jobs.get("answer", JobResources()).gpus else "cpu"
-    model = (LAYOUT.root / entries[name]["model"]).absolute()
+    device, model = cluster.device("answer"), (LAYOUT.root / entries[name]["model"]).absolute()
     job = answer_job(card, LAYOUT.items(benchmark), LAYOUT.answers(name), model, params.data_seed)
     (manifest,) = run_jobs([job], Answerer, model, card.answer, device, cluster=cluster, step="answer")
     absent = manifest.lineage.get(ABSENT)

@@ -15,8 +15,7 @@ LAYOUT = Layout()
 
 def main(name: str) -> None:
     card, cluster = load_card(name), load_cluster()
-    resources = cluster.jobs.get("encode", JobResources())
-    device, threads = "cuda" if resources.gpus else "cpu", max(1, int(resources.cpus))
+    device, threads = cluster.device("encode"), max(1, int(cluster.jobs.get("encode", JobResources()).cpus))
     tokenizer = LAYOUT.image_tokenizer.absolute()
     rows = KeptRows(LAYOUT, name)
     jobs = [encode_job(card, task, rows, LAYOUT.codes / name / use.view, tokenizer) for task, use in card.tasks.items()]

@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from unifork.cluster import run_jobs
-from unifork.config import JobResources, load_cluster, load_eval, load_experiment
+from unifork.config import load_cluster, load_eval, load_experiment
 from unifork.errors import one_of
 from unifork.evaluation.examining import Examiner, examine_job, write_summary
 from unifork.evaluation.items import read_items
@@ -23,10 +23,9 @@ def main(name: str) -> None:
     one_of("name", name, entries, "params.yaml: examined")
     benchmark = entries[name]["benchmark"]
     card = load_eval(benchmark).used(params.benchmarks[benchmark])
-    device = "cuda" if cluster.jobs.get("answer", JobResources()).gpus else "cpu"
     images = None if name == benchmark else LAYOUT.answers(name)
     job, worker = examine_job(card, read_items(LAYOUT.items(benchmark)), images, output(name))
-    (manifest,) = run_jobs([job], Examiner, *worker, device, cluster=cluster, step="answer")
+    (manifest,) = run_jobs([job], Examiner, *worker, cluster.device("answer"), cluster=cluster, step="answer")
     absent = manifest.lineage.get(ABSENT)
     print(f"{name}: not here: {absent}" if absent else manifest.summary(job.folder))
     if images is None and not absent:

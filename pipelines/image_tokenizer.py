@@ -13,7 +13,7 @@ from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.samples import MAX_IMAGES, sample_sets
 from unifork.image_tokenizer.training import decode_all, encode_all, measure, train_tokenizer
-from unifork.jobs import device_of, program
+from unifork.jobs import own_device, program
 from unifork.layout import Layout
 from unifork.shards.manifest import MANIFEST, write_json
 
@@ -23,9 +23,8 @@ MEASURED_IMAGES = 32
 
 
 def main(_: str) -> None:
-    resources = load_cluster().jobs.get("image_tokenizer", JobResources())
-    torch.set_num_threads(max(1, int(resources.cpus)))
-    device = device_of("image_tokenizer")
+    torch.set_num_threads(max(1, int(load_cluster().jobs.get("image_tokenizer", JobResources()).cpus)))
+    device = torch.device(own_device("image_tokenizer"))
     params, folder = load_experiment(), LAYOUT.image_tokenizer
     config = params.image_tokenizer
     report: dict[str, Any]

@@ -9,7 +9,7 @@ from unifork.config import load_experiment, load_text
 from unifork.errors import one_of
 from unifork.evaluation.names import ABSENT
 from unifork.evaluation.text import run_tasks
-from unifork.jobs import device_of, program
+from unifork.jobs import own_device, program
 from unifork.layout import Layout
 from unifork.shards.manifest import Manifest, write_manifest
 
@@ -28,7 +28,8 @@ def main(name: str) -> None:
         write_manifest(folder, Manifest(kind="text", dataset=card.name, columns={}, shards=(), lineage=lineage))
         print(f"{name}: not here: {card.absent}")
         return
-    run_tasks(card, LAYOUT.root / entries[name]["model"], folder, device_of("text"), params.data_seed)
+    device = own_device("text")
+    run_tasks(card, LAYOUT.root / entries[name]["model"], folder, device, params.data_seed)
     print(f"{folder}: {', '.join(card.tasks)}")
 
 

@@ -148,6 +148,18 @@ def write_model(experiment: Experiment, images: ImageTokenizer, text: TextTokeni
     shutil.copytree(root / "tokenizers/text", folder / "text_tokenizer")
 
 
+def untrained(root: Path, benchmarks: dict) -> Path:
+    """A root without data, where an experiment with some benchmarks asks the model of step 0."""
+    experiment = write_experiment(root, {"benchmarks": benchmarks})
+    images = fresh_tokenizer(experiment, root / "tokenizers/image")
+    texts = ["Is there a red circle in the image? yes, no", "a photo of two blue squares"] * 50
+    text = train_text_tokenizer(texts, experiment.text_tokenizer.vocab_size, root / "tokenizers/text")
+    write_model(experiment, images, text, root / "models/unifork-init", root)
+    params = root / "params.yaml"
+    params.write_text(params.read_text().replace("model: models/unifork-s3", "model: models/unifork-init"))
+    return root
+
+
 def copy_of(root: Path, target: Path) -> Path:
     """A private copy of a root, hard links where possible."""
     shutil.copytree(root, target, copy_function=os.link, dirs_exist_ok=True)

@@ -28,7 +28,6 @@ from unifork.config import (
     IN_JOB,
     ROOT,
     Cluster,
-    JobResources,
     TrainResources,
     cluster_file,
     in_job,
@@ -62,12 +61,6 @@ def program(output: Callable[[str], Path], main: Callable[[str], None], what: st
     run_stage(alone, module, [name] if what else [], [output(name)])
 
 
-def device_of(step: str) -> str:
-    """Where a program without workers computes, by `jobs` of the cluster file. Raises ConfigError for an absent GPU."""
-    gpus = load_cluster().jobs.get(step, JobResources()).gpus
-    return str(chosen_device("cuda" if gpus else "cpu", f"{cluster_file()}: jobs.{step}.gpus:"))
-
-
 def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], outputs: Sequence[Path] = ()) -> None:
     """Run a stage where the cluster file says: `main()` here, or `python -m module argv` as a job. Ends the program.
 
@@ -93,6 +86,11 @@ def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], output
         print(f"stopped by {stopped}", file=sys.stderr, flush=True)
         code = 128 + stopped.number
     sys.exit(code)
+
+
+def own_device(step: str) -> str:
+    """Where a step of `jobs` without workers computes, by the cluster file. Raises ConfigError for a GPU not here."""
+    return str(chosen_device(load_cluster().device(step), f"{cluster_file()}: jobs.{step}.gpus:"))
 
 
 def _enter(root: str) -> None:

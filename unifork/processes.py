@@ -91,8 +91,9 @@ def exclusive(
             )
         time.sleep(0.1)
     try:
-        os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()}{ON}{socket.gethostname()}".encode())
+        with writing(path):  # which a full disk refuses first
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()}{ON}{socket.gethostname()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held: nobody can lock the file of a dead name

@@ -6,6 +6,7 @@ import sys
 from math import isfinite
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -203,6 +204,23 @@ def test_the_command_from_a_checkpoint_to_numbers_and_figures(root, monkeypatch,
     assert all(isfinite(row["conflict"]) for row in matrices.values())
     bits = json.loads((tmp_path / "entropy.json").read_text())["bits"]
     assert all(h1 >= h2 >= h3 >= 0 for h1, h2, h3 in bits.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_stage_computes_where_the_cluster_file_says(root, tmp_path, gpus):
+    root = copy_of(root, tmp_path / "root")
+    for name in ("params.yaml", "experiments/tiny.yaml"):
+        (root / name).unlink()  # a link to another root's
+    kinds = {kind: ["s3"] for kind in ("alignment", "conflict", "entropy")}
+    write_experiment(root, {"analyses": {**kinds, "pairs": 8, "k": 2, "documents": 60}})
+    (root / "here.yaml").write_text(f"name: here\njobs: {{analyze: {{gpus: {gpus}}}}}\n")
+    code, printed = forks.program(root, ("pipelines.analyze", "unifork-s3"), UNIFORK_CLUSTER="here.yaml")
+    if gpus > torch.cuda.device_count():
+        assert (code, printed) == (2, "error: here.yaml: jobs.analyze.gpus: cuda: this machine has 0 GPUs\n")
+    else:
+        assert code == 0, printed
+        assert {path.stem for path in (root / "scores/analyses/unifork-s3").iterdir()} == kinds.keys()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from unifork.config import Cluster, TrainResources, load, load_cluster, parse
 from unifork.errors import ConfigError
-from unifork.jobs import device_of
+from unifork.jobs import _start_job, own_device
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "clusters").glob("*.yaml") if "." not in path.stem)
@@ -47,6 +47,21 @@ def test_workers_of_training_are_a_number_or_a_range() -> None:
             parse(TrainResources, {"workers": wrong}, "file")
 
 
+def test_a_submitted_program_without_workers_asks_for_what_its_entry_says() -> None:
+    class Client:
+        def submit_job(self, **options: object) -> str:
+            demands.update(options)
+            return "job"
+
+    demands: dict[str, object] = {}
+    entries = {"analyze": {"cpus": 2, "gpus": 1}, "encode": {"workers": 4, "gpus": 1}}
+    cluster = parse(Cluster, {"name": "x", "driver": {"cpus": 3}, "jobs": entries}, "file")
+    for module, wanted in {"analyze": (2, 1), "encode": (3, 0), "report": (3, 0)}.items():
+        _start_job(Client(), cluster, f"pipelines.{module}", ["name"])
+        assert (demands["entrypoint_num_cpus"], demands["entrypoint_num_gpus"]) == wanted
+    assert [cluster.device(step) for step in ("analyze", "encode", "text")] == ["cuda", "cuda", "cpu"]
+
+
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("UNIFORK_CLUSTER", raising=False)
@@ -70,9 +85,9 @@ def test_where_training_has_gpus_every_network_has_one(path: Path) -> None:
 def test_a_gpu_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("{name: file, jobs: {text: {gpus: 1}, analyze: {cpus: 2}}}")
     monkeypatch.setenv("UNIFORK_CLUSTER", str(tmp_path / "file.yaml"))
-    assert (device_of("analyze"), device_of("image_tokenizer")) == ("cpu", "cpu")
+    assert (own_device("analyze"), own_device("image_tokenizer")) == ("cpu", "cpu")
     with pytest.raises(ConfigError, match=r"file\.yaml: jobs\.text\.gpus: cuda: this machine has 0 GPUs"):
-        device_of("text")
+        own_device("text")
 
 
 def test_ray_is_not_imported_before_it_is_needed() -> None:

@@ -4,21 +4,24 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from crashes import run as run_program
 from PIL import Image
 from tiny import REPOSITORY, bytes_of, copy_of
 from typer.testing import CliRunner
 
 from unifork import cli
-from unifork.config import Sampling
+from unifork.config import Cluster, EvalCard, Experiment, Sampling, load
 from unifork.config.base import read_yaml
 from unifork.errors import ConfigError
 from unifork.inference import Engine
 
+CARD = "datasets/evals/pope.yaml"
 ASK = ("--question", "Is there a red circle in the image?")
 LONG = "red " * 600
 
@@ -159,6 +162,53 @@ def test_a_fault_in_yaml_is_one_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         read_yaml(tmp_path / "x.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "key", "value", "message"),
+    [
+        (EvalCard, CARD, "items.rows", "many", "items.rows: 'many' is a str, allowed: whole number"),
+        (EvalCard, CARD, "items.rows", 1.5, "items.rows: 1.5 is a float, allowed: whole number"),
+        (EvalCard, CARD, "items.revision", 1.2, "items.revision: 1.2 is a float, allowed: text in quotes"),
+        (EvalCard, CARD, "items.revision", date(2023, 7, 12),
+         "items.revision: datetime.date(2023, 7, 12) is a date, allowed: text in quotes"),
+        (EvalCard, CARD, "items", None, "items: is empty, allowed: keys and values"),
+        (EvalCard, CARD, "score.rules", "official", "score.rules: 'official' is a str, allowed: list"),
+        (EvalCard, CARD, "score.rules", [1], "score.rules.0: 1 is an int, allowed: text in quotes"),
+        (EvalCard, CARD, "items.options", [], "items.options: [] is a list, allowed: keys and values"),
+        (EvalCard, CARD, "answer.max_new_tokens", 0, "answer.max_new_tokens: Input should be greater than 0 (got 0)"),
+        (Experiment, "params.yaml", "stages.s3.context", "long",
+         "stages.s3.context: 'long' is a str, allowed: whole number"),
+        (Experiment, "params.yaml", "image_tokenizer.image_size", "big",
+         "image_tokenizer.(trained).image_size: 'big' is a str, allowed: whole number"),
+        (Cluster, "clusters/local.yaml", "train.workers", "all",
+         "train.workers: 'all' is a str, allowed: whole number or list"),
+        (Cluster, "clusters/local.yaml", "train.workers", [0, 2],
+         "train.workers.0: Input should be greater than 0 (got 0)"),
+        (Cluster, "clusters/local.yaml", "jobs.encode", 2, "jobs.encode: 2 is an int, allowed: keys and values"),
+        (Cluster, "clusters/local.yaml", "jobs.encode.gpus", "one",
+         "jobs.encode.gpus: 'one' is a str, allowed: number"),
+        (Cluster, "clusters/local.yaml", "allow_unprotected", "perhaps",
+         "allow_unprotected: 'perhaps' is a str, allowed: true or false"),
+        (Cluster, "clusters/local.yaml", "name", ..., "name: Field required"),
+    ],
+)  # fmt: skip
+def test_an_entry_of_another_type_is_named_with_its_value_and_what_is_allowed(
+    tmp_path, model, file, key, value, message
+):
+    plain = read_yaml(REPOSITORY / file)
+    *above, last = key.split(".")
+    inside = plain
+    for name in above:
+        inside = inside[name]
+    inside[last] = value
+    if value is ...:
+        del inside[last]
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(ConfigError) as error:
+        load(model, path)
+    assert str(error.value) == f"{path}: {message}"
 
 
 @pytest.mark.parametrize("command", ["use", "generate", "describe", "plan", "publish", "verify"])

@@ -1,13 +1,20 @@
-"""Small official files of every benchmark in each layout that is read, and the real answers of a published model."""
+"""Small official files of every benchmark in each layout that is read, and the real answers of a published model.
+
+Their images are cut from a photo: of Grace Hopper by the US Navy, in the public domain, which matplotlib brings along.
+"""
 
 import base64
 import io
 import json
 import lzma
+import zlib
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from unifork.config import load_eval
@@ -26,6 +33,19 @@ MME_TASKS = {"existence": True, "artwork": False}
 def png(color="red", side=8):
     stream = io.BytesIO()
     Image.new("RGB", (side, side), color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@cache
+def photo(name, side=None, form="JPEG"):
+    """An image file with another cut of the photo for each name: a square of a side, or of any size."""
+    with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as whole:
+        rng = np.random.default_rng(zlib.crc32(repr(name).encode()))
+        size = rng.integers(150, 400, 2) if side is None else (2 * side, 2 * side)
+        left, top = (int(rng.integers(0, most - length)) for most, length in zip(whole.size, size, strict=True))
+        cut = whole.crop((left, top, left + int(size[0]), top + int(size[1])))
+    stream = io.BytesIO()
+    (cut if side is None else cut.resize((side, side))).save(stream, form)
     return stream.getvalue()
 
 
@@ -73,7 +93,7 @@ def pope(folder):
                 text = f"Is there a {color if truth == 'yes' else split} thing in the image?"
                 image = f"COCO_val2014_{color}.jpg"
                 rows.append({"question_id": len(rows) + 1, "image": image, "text": text, "label": truth})
-                write(folder / "val2014" / image, png(color))
+                write(folder / "val2014" / image, photo(color))
         write(folder / f"coco_pope_{split}.json", lines(rows))
 
 
@@ -83,7 +103,7 @@ def mme(folder):
             place = folder / "MME_Benchmark_release_version" / task
             text = f"Is this {color}? Please answer yes or no.\tYes\nIs this black?  Please answer yes or no.\tNo\n\n"
             write(place / ("" if flat else "questions_answers_YN") / f"{color}.txt", text)
-            write(place / ("" if flat else "images") / f"{color}.png", png(color))
+            write(place / ("" if flat else "images") / f"{color}.jpg", photo(color))
 
 
 def seed(folder):
@@ -94,7 +114,7 @@ def seed(folder):
         row |= {f"choice_{mark}": f"thing {mark}" for mark in "abcd"}
         row |= {"question": f"What is {number}?", "question_id": str(100 + max(number, 1))}
         questions.append(row | {"question_type_id": 10 if kind == "video" else 1 + number % 2})
-        write(folder / "SEED-Bench-image" / f"{number // 2}", png(COLORS[number // 2 % 3]))
+        write(folder / "SEED-Bench-image" / f"{number // 2}", photo(COLORS[number // 2 % 3]))
     write(folder / "SEED-Bench.json", {"questions": questions})
 
 
@@ -108,7 +128,7 @@ def vqav2(folder):
         kind = "yes/no" if number < 4 else "number"
         people.append({"question_id": 10 * number, "answer_type": kind, "image_id": image, "answers": answers})
         people[-1]["multiple_choice_answer"] = texts[0]
-        write(folder / "val2014" / f"COCO_val2014_{image:012d}.jpg", png(COLORS[image % 3]))
+        write(folder / "val2014" / f"COCO_val2014_{image:012d}.jpg", photo(COLORS[image % 3]))
     write(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
     write(folder / "v2_mscoco_val2014_annotations.json", {"annotations": people})
 
@@ -119,7 +139,7 @@ def gqa(folder):
         kind, answer = ("verify", "yes" if number % 3 else "no") if number < 6 else ("query", "table")
         row = {"question": f"What about {number}?", "imageId": f"n{number // 3}", "answer": answer}
         questions[f"0{number}"] = row | {"isBalanced": number != 8, "types": {"structural": kind}}
-        write(folder / "images" / f"n{number // 3}.jpg", png(COLORS[number // 3]))
+        write(folder / "images" / f"n{number // 3}.jpg", photo(COLORS[number // 3]))
     write(folder / "testdev_balanced_questions.json", questions)
 
 
@@ -129,7 +149,7 @@ def mmbench_dev(folder):
         for turn in range(options):
             texts = [f"choice {(n + turn) % options}" for n in range(options)] + ["", ""]
             truth = "ABCD"[-turn % options]
-            image = base64.b64encode(png(COLORS[options - 2])).decode() if turn == 0 else str(question)
+            image = base64.b64encode(photo(COLORS[options - 2])).decode() if turn == 0 else str(question)
             hint = "Some words." if question == 252 else "nan"
             cells = [turn * 1_000_000 + question, f"Which of {question}?", hint, *texts[:4], truth, "any", image]
             rows.append("\t".join(map(str, cells)))

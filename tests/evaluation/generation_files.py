@@ -63,11 +63,11 @@ def benchmark(name, folder, **changes):
     return card, items
 
 
-def image_folder(items, folder, side=8, suffix=".png"):
+def image_folder(items, folder, side=8, suffix=".png", image=png):
     """An image for every item in the official layout, each in another color; sides twice as long for four tiles."""
     for number, file in enumerate(dict.fromkeys(item.about["file"] for item in items)):
         grid = 2 if "tile" in items[0].about else 1
-        write(folder / f"{file}{suffix}", png((40 * number % 256, 90, 255 - 20 * number % 256), grid * side))
+        write(folder / f"{file}{suffix}", image((40 * number % 256, 90, 255 - 20 * number % 256), grid * side))
 
 
 __all__ = ["FILES", "PROMPTS", "QUESTIONS", "benchmark", "card_of", "image_folder"]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from benchmark_files import OFFICIAL, TAIL, items_of, lines, write
+from typer.testing import CliRunner
 
+from unifork.cli import app
 from unifork.errors import DataError
 from unifork.evaluation.answers import join, read_answers
 from unifork.evaluation.archive import table_rows
@@ -80,6 +82,28 @@ def test_whatever_a_model_writes_is_kept_and_counted(pope, tmp_path):
     assert [verdict["verdicts"]["strict"]["reading"] for verdict in verdicts[:6]] == [None] * 4 + ["yes", None]
     strict = next(score for score in scores if score.name == "accuracy_strict" and score.split == "adversarial")
     assert strict.unread == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(("name", "form"), [("pope", "llava"), ("mme", "mme")])
+def test_exports_keep_whatever_a_model_wrote(tmp_path, name, form):
+    OFFICIAL[name](tmp_path / "files")
+    card, _, items = items_of(name, tmp_path / "files")
+    texts = ["a\nb\tc\r\n", "\x00\x1b[31m", "x" * 100_000, "", "\u2028yes \\n", "\udcff\udcfe"]
+    written = {item.id: texts[number % len(texts)] for number, item in enumerate(items)}
+    rows = [
+        {"question_id": item.about["question_id"], "prompt": item.question + TAIL, "text": written[item.id]}
+        for item in items
+    ]
+    raw = b"".join(json.dumps(row).replace("\\udcff\\udcfe", "\udcff\udcfe").encode(errors="surrogateescape") + b"\n"
+                   for row in rows)  # fmt: skip
+    assert b'"\xff\xfe"' in raw
+    write(tmp_path / "answers.jsonl", raw)
+    out = tmp_path / "out"
+    words = ("--answers", tmp_path / "answers.jsonl", "--archive", tmp_path / "files", "--format", form, "--out", out)
+    done = CliRunner().invoke(app, ["answers", "export", name, *map(str, words)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    back = join(card, items, read_answers(out if form == "mme" else out / "llava.jsonl"), "back")
+    assert {key: answer.text for key, answer in back.items()} == written
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,26 @@ def test_references_may_have_unequal_sizes_and_answers_not(tmp_path):
         checked_images(card, items, tmp_path / "images")
 
 
+@pytest.mark.parametrize("protocols", [("pytorch-fid",), ("clean-fid",), ("pytorch-fid", "clean-fid")], ids="+".join)
+def test_unequal_sizes_are_refused_for_pytorch_fid_and_scaled_by_clean_fid(tmp_path, protocols):
+    card, items = benchmark("mjhq", tmp_path / "files")
+    networks = {}
+    for name in protocols:
+        inception(tmp_path / name)
+        networks[name] = Network(kind=name, path=str(tmp_path / name))
+    card = card.model_copy(update={"networks": networks})
+    load_networks(card, "cpu", trusted=True)
+    image_folder(items, tmp_path / "images")
+    write(tmp_path / "images" / f"{items[0].about['file']}.png", png(side=20))
+    if "pytorch-fid" in protocols:
+        with pytest.raises(DataError, match=r"sizes differ: 8x8 \(5\), 20x20 \(1\)"):
+            examine_job(card, items, tmp_path / "images", tmp_path / "out")
+        return
+    job, worker = examine_job(card, items, tmp_path / "images", tmp_path / "out")
+    run_jobs([job], Examiner, *worker, "cpu")
+    assert len(read_answers(tmp_path / "out")) == len(items)
+
+
 def test_networks_that_are_not_there_are_named_with_what_to_put_where(tmp_path):
     card, items = benchmark("geneval", tmp_path / "files")
     message = absent_networks(card)
@@ -368,6 +388,9 @@ def test_networks_that_are_not_there_are_named_with_what_to_put_where(tmp_path):
     assert job.lineage[ABSENT] == message
     with pytest.raises(DataError, match=r"put config\.json"):
         load_networks(card, "cpu")
+    hashed = card.networks["detector"].model_copy(update={"sha256": {"model.safetensors": "ab12", "config.json": ""}})
+    wanted = absent_networks(card.model_copy(update={"networks": {"detector": hashed}}))
+    assert wanted.endswith("into networks/mask2former-swin-small-coco-instance, model.safetensors with sha256 ab12")
     dpg, _ = benchmark("dpg", tmp_path / "dpg")
     assert absent_networks(dpg).startswith("the network answerer: put config.json ")
     dpg = dpg.model_copy(update={"networks": {}})

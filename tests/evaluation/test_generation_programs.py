@@ -2,20 +2,20 @@
 
 import json
 import shutil
+from functools import partial
 
 import crashes
 import numpy as np
 import pytest
 import yaml
-from benchmark_files import ROOT, lines, png, write
+from benchmark_files import ROOT, lines, photo, png, write
 from generation_files import FILES, PROMPTS, benchmark, image_folder
-from tiny import fresh_tokenizer, write_experiment, write_model
+from tiny import untrained, write_experiment
 from tiny_networks import KINDS, shrink
 from typer.testing import CliRunner
 
 from unifork.cli import app
 from unifork.config import load_eval
-from unifork.documents.text_tokenizer import train_text_tokenizer
 from unifork.errors import ConfigError
 from unifork.evaluation.examining import CANARY, load_networks
 from unifork.experiments import resolve
@@ -51,18 +51,19 @@ def output_of(*words):
     return done.output
 
 
+@pytest.mark.parametrize("image", [png, partial(photo, form="PNG")], ids=["one color", "photo"])
 @pytest.mark.parametrize("name", ["geneval", "mjhq", "dpg"])
-def test_a_folder_of_images_becomes_scores(name, root, monkeypatch):
+def test_a_folder_of_images_becomes_scores(name, image, root, monkeypatch):
     shrink(monkeypatch)
     place(root, name)
     _, items = benchmark(name, root / "archives" / "evals" / name)
-    image_folder(items, root / "images")
+    image_folder(items, root / "images", image=image)
     assert "images: `unifork answers examine`" in str(command("score", name, "--answers", "images").exception)
     found = command("answers", "examine", name, "--images", "images", "--out", "found")
     assert f"write it by `unifork answers canary {name}`" in str(found.exception)
     output_of("answers", "canary", name)
     if name == "mjhq":
-        image_folder(items, root / "archives/evals/mjhq/mjhq30k_imgs", side=9, suffix=".jpg")
+        image_folder(items, root / "archives/evals/mjhq/mjhq30k_imgs", side=9, suffix=".jpg", image=image)
         assert ".npz" in output_of("answers", "examine", name)
     assert "images.found: " in output_of("answers", "examine", name, "--images", "images")
     shown = output_of("score", name, "--answers", "images.found", "--out", "scores")
@@ -155,19 +156,11 @@ def test_an_experiment_lists_where_networks_look(root):
 
 @pytest.mark.slow
 def test_programs_go_from_a_model_to_scores(tmp_path):
-    changes = {"benchmarks": {"geneval": {}, "mjhq": {"options": {"resamples": 2}}, "dpg": {}}}
-    changes["benchmarks"] |= {"shapes-generation": None, "shapes-understanding": None}
-    experiment = write_experiment(tmp_path, changes)
+    none = {"shapes-generation": None, "shapes-understanding": None}
+    untrained(tmp_path, {"geneval": {}, "mjhq": {"options": {"resamples": 2}}, "dpg": {}} | none)
     for name in ("geneval", "mjhq"):
         place(tmp_path, name)
     write(tmp_path / "datasets/evals/dpg.yaml", (ROOT / "datasets/evals/dpg.yaml").read_text())
-    images = fresh_tokenizer(experiment, tmp_path / "tokenizers/image")
-    words = train_text_tokenizer(
-        ["a photo of a dog"] * 50, experiment.text_tokenizer.vocab_size, tmp_path / "tokenizers/text"
-    )
-    write_model(experiment, images, words, tmp_path / "models/unifork-init", tmp_path)
-    text = (tmp_path / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(text.replace("model: models/unifork-s3", "model: models/unifork-init"))
 
     def run(program, name):
         return crashes.run(tmp_path, (f"pipelines.{program}", name))

@@ -316,6 +316,27 @@ def test_fid_refuses_other_networks_missing_statistics_and_fewer_images(tmp_path
         join(card, items, [Answer(item.id, texts[item.id]) for item in items[1:]], "test")
 
 
+class Harm:
+    """What touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_statistics_that_are_pickled_are_refused_unread(tmp_path):
+    rows = np.random.default_rng(2).normal(size=(6, 3))
+    card, items = benchmark("mjhq", tmp_path / "files", options={"reference": str(tmp_path)})
+    harm = np.array([Harm(tmp_path / "harm")] * 3, dtype=object)
+    np.savez(tmp_path / "pytorch-fid-abc.npz", mu=harm, sigma=np.eye(3))
+    texts = dict(zip([item.id for item in items], features(rows), strict=True))
+    with pytest.raises(DataError, match=r"pytorch-fid-abc\.npz: no mean .*Object arrays cannot be loaded"):
+        scores_of(card, items, lambda item: texts[item.id])
+    assert not (tmp_path / "harm").exists()
+
+
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04x", b"text", "no sigma", "small", "nan"], ids=repr)
 def test_fid_refuses_statistics_that_are_none(tmp_path, damage):
     rows = np.random.default_rng(2).normal(size=(6, 3))

@@ -11,29 +11,19 @@ import time
 
 import crashes
 import pytest
-from tiny import REPOSITORY, bytes_of, fresh_tokenizer, start, write_experiment, write_model
+from tiny import REPOSITORY, bytes_of, start, untrained
 
-from unifork.documents.text_tokenizer import train_text_tokenizer
 from unifork.shards.manifest import read_manifest
 
 NAME = "shapes-understanding"
-CHANGES = {
-    "benchmarks": {NAME: {"options": {"samples": 16}}, "shapes-generation": {"options": {"samples": 1}}, "pope": {}}
-}
+BENCHMARKS = {NAME: {"options": {"samples": 16}}, "shapes-generation": {"options": {"samples": 1}}, "pope": {}}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """An experiment whose last model is that of step 0, and the items of its benchmarks."""
-    root = tmp_path_factory.mktemp("programs")
-    experiment = write_experiment(root, CHANGES)
-    images = fresh_tokenizer(experiment, root / "tokenizers/image")
-    texts = ["Is there a red circle in the image? yes, no", "a photo of two blue squares"] * 50
-    words = train_text_tokenizer(texts, experiment.text_tokenizer.vocab_size, root / "tokenizers/text")
-    write_model(experiment, images, words, root / "models/unifork-init", root)
-    text = (root / "params.yaml").read_text()
-    (root / "params.yaml").write_text(text.replace("model: models/unifork-s3", "model: models/unifork-init"))
-    for name in CHANGES["benchmarks"]:
+    root = untrained(tmp_path_factory.mktemp("programs"), BENCHMARKS)
+    for name in BENCHMARKS:
         assert "not here" in run(root, "items", name) or name != "pope"
     return root
 
@@ -67,14 +57,14 @@ def test_a_killed_run_goes_on_and_gives_the_same_answers(root):
 
 @pytest.mark.slow
 def test_scores_are_made_again_from_answers_and_absent_benchmarks_are_listed(root):
-    for name in CHANGES["benchmarks"]:
+    for name in BENCHMARKS:
         output = run(root, "answer", f"unifork/{name}")
         assert ("pope: not here: put coco_pope_" in output) == (name == "pope")
     output = run(root, "score", "unifork")
     assert "unifork: pope: not here: put coco_pope_{adversarial,popular,random}.json" in output
     every = {
         name: json.loads((root / f"scores/unifork/{name}/metrics.json").read_text())
-        for name in CHANGES["benchmarks"]
+        for name in BENCHMARKS
         if name != "pope"
     }
     headlines = {NAME: ["yes_no_accuracy"], "shapes-generation": ["overall", "single_object"]}

@@ -12,7 +12,7 @@ from unifork.errors import ConfigError, DataError, UniForkError
 from unifork.evaluation.answers import EXPORTS, join, read_answers
 from unifork.evaluation.archive import Archive, table_rows
 from unifork.evaluation.items import AT_ONCE, identity, read_items, selected, write_items
-from unifork.evaluation.scoring import origin_of, score_answers
+from unifork.evaluation.scoring import NO_COUNT, NO_ERROR, origin_of, score_answers
 from unifork.evaluation.suites import Answer, suite_of
 from unifork.shards.job import read_table
 from unifork.shards.manifest import read_manifest
@@ -76,6 +76,23 @@ def test_perfect_constant_and_empty_answers_score_what_is_known(suite):
     assert empty[first].value == pytest.approx(2 / 3 if name == "pope" else 0.0)  # POPE reads nothing as yes
     assert empty[first[0], f"{first[1]}_strict"].value == 0.0
     assert empty[first[0], f"{first[1]}_strict"].unread == 1.0
+
+
+@pytest.mark.parametrize("text", ["No", "Yes"])
+def test_no_positives_nothing_predicted_and_one_cluster_are_defined_with_a_note(tmp_path, text):
+    OFFICIAL["pope"](tmp_path)
+    card, _, items = items_of("pope", tmp_path)
+    negative = [item for item in items if item.truth == "no" and item.cluster == items[0].cluster]
+    assert len({item.split for item in negative}) == 3
+    scores, _ = scores_of(card, negative, lambda item: text)
+    for (split, name), score in scores.items():
+        assert (score.clusters, score.standard_error) == (1, None)
+        of_nothing = name.startswith(("precision", "recall", "f1", "pope") if text == "No" else "recall")
+        assert (NO_COUNT in score.note) == of_nothing, (split, name)
+        assert NO_ERROR in score.note
+        if of_nothing:
+            assert score.value == 0.0
+    assert all(score.note == "" for score in scores_of(card, items, lambda item: item.truth)[0].values())
 
 
 def test_random_answers_score_chance_by_the_benchmarks_own_measure(suite):
@@ -283,7 +300,7 @@ def test_a_table_of_mmbench_may_have_five_choices(tmp_path):
     ("damage", "problem"),
     [
         (lambda path: path.unlink(), "No such file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:45]), "truncated|cut|broken"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-500]), "truncated|cut|broken"),
         (lambda path: path.write_bytes(b"<html>"), "no image of a known format"),
         (lambda path: path.write_bytes(png(side=1) * 0), "no bytes"),
     ],

@@ -1,12 +1,16 @@
 """SIGKILL at random moments, up to thirty times each, of the real programs: the end is always the same bytes."""
 
+import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -15,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from loopback import ROBOTS, Page, Web, image
-from tiny import REPOSITORY, build, bytes_of, start
+from tiny import REPOSITORY, build, bytes_of, start, untrained
 
-from unifork.shards.manifest import read_manifest
+from unifork.shards.manifest import read_manifest, recorded_shards
 from unifork.training.history import read
 
 KILLS = 30
@@ -41,6 +45,9 @@ PROGRAMS = {
     "train": (("pipelines.train", "unifork-s1-captions"), "models/unifork-s1-captions"),
 }
 """Words after `python -m`, and what the program makes."""
+ANSWER = (("pipelines.answer", "unifork/shapes-understanding"), "answers/unifork/shapes-understanding")
+ITEMS, PARTS = 640, 20
+"""Questions, and parts of 32 of them that are answered at once on a CPU."""
 
 pytestmark = pytest.mark.soak
 
@@ -132,6 +139,78 @@ def killed_at_random(root: Path, words: tuple[str, ...], output: str, most: int)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_random_kills_change_nothing(root, name):
     killed_at_random(root, *PROGRAMS[name], KILLS)
+
+
+@pytest.fixture(scope="module")
+def questions_root(tmp_path_factory) -> Path:
+    """A root in which the model of step 0 is asked ITEMS questions."""
+    name = ANSWER[1].rpartition("/")[2]
+    root = untrained(tmp_path_factory.mktemp("answers"), {name: {"options": {"samples": ITEMS // 10}}})
+    (root / "here.yaml").write_text(CLUSTERS["here"])
+    finish(start(root, "pipelines.items", name, cluster="here.yaml"))
+    return root
+
+
+def shard_of(part: str) -> str:
+    """The name of the shard that a part is of."""
+    return re.sub(r"\.\d+\.json$", "", part)
+
+
+def answered(folder: Path) -> dict[str, int]:
+    """Answers that a program left, by the name of their shard: all of a finished one, or those of its parts."""
+    found = Counter[str]()
+    for part in folder.glob("part-*.json"):
+        found[shard_of(part.name)] += len(json.loads(part.read_text())["answers"])
+    return {**found, **{name: shard.rows for name, shard in recorded_shards(folder).items()}}
+
+
+def has_more(folder: Path, before: dict[str, int]) -> bool:
+    """Whether a running program has finished another part or shard."""
+    with suppress(FileNotFoundError):  # gone while we looked
+        return answered(folder) != before
+    return False
+
+
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which files hold them, and when they were written: a part until its shard is finished, then the shard."""
+    shards = recorded_shards(folder)
+    files = [path for path in folder.glob("part-*.json") if shard_of(path.name) not in shards]
+    files += [folder / name for name in shards]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def test_random_kills_of_answers_cost_no_finished_part(questions_root):
+    """Every second kill is in the start of the program, the others come after it has finished a part more."""
+    words, output = ANSWER
+    folder = questions_root / output
+    expected, starting, working = prepared(questions_root, words, output, "here.yaml")
+    random.seed(words[-1])
+    kills = finished = 0
+    progress = [0]
+    while kills < KILLS:
+        before, files = answered(folder), written(folder)
+        program = start(questions_root, *words, cluster="here.yaml")
+        if kills % 2:
+            while program.poll() is None and not has_more(folder, before):
+                time.sleep(0.01)
+            moment = random.uniform(0, 2 * working / PARTS)
+        else:
+            moment = random.uniform(0, starting)
+        if not killed_after(moment, program, questions_root, output, expected):
+            finished, progress = finished + 1, [*progress, 0]
+            continue
+        kills += 1
+        after, now = answered(folder), written(folder)
+        again = [name for name in files.keys() & now.keys() if files[name] != now[name]]
+        assert again == [], "work that was kept is made again"
+        assert all(after[name] >= count for name, count in before.items())
+        progress.append(sum(after.values()))
+        print(f"kill {kills}: {progress[-1]} of {ITEMS} answers kept, {len(recorded_shards(folder))} whole shards")
+    finish(start(questions_root, *words, cluster="here.yaml"))
+    assert bytes_of(folder) == expected
+    gains = sum(later > earlier for earlier, later in pairwise(progress))
+    print(f"{' '.join(words)}: {kills} kills, {gains} of them after more answers, {finished + 1} times finished")
+    assert gains >= KILLS // 3
 
 
 def test_random_kills_of_a_download_from_the_web_change_nothing(tmp_path):

@@ -1,6 +1,5 @@
 """A disk that takes nothing more, or a writer that dies: one line within seconds, and the last checkpoint stays."""
 
-import ctypes
 import errno
 import multiprocessing
 import re
@@ -9,6 +8,7 @@ import time
 
 import pytest
 from forks import SERVER
+from small_disk import mount, needs_mounts
 from stage_runs import RESOURCES, assert_equal, job, weights
 
 from unifork.cluster import local_ray
@@ -21,27 +21,18 @@ from unifork.training.loggers import TensorBoard
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
-KEY, CLONE_NEWNS = "unifork-s2-pretrain", 0x20000
+KEY = "unifork-s2-pretrain"
 STEP_BYTES = 3_200_000
 SPAWN = multiprocessing.get_context("spawn")
 SECONDS = 20
 """Within which a run must have ended after its last step."""
 
 
-def mounts() -> bool:
-    return subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
-
-
-needs_mounts = pytest.mark.skipif(not mounts(), reason="may not make a mount namespace")
-
-
 def on_a_small_disk(plain, size, pipe):
     """Train with `runs` on a disk of some bytes, then (one worker) with room for all; what was seen in between."""
     stage_job = StageJob.model_validate(plain)
     runs = stage_job.run_folder.parent
-    assert ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) == 0
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(runs)], check=True)
+    mount(runs, size)
     with local_ray(Cluster(name="small", cpus=2, object_store_mb=80), needed=stage_job.resources.workers > 0):
         try:
             launch(stage_job)

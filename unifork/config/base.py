@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +15,11 @@ from unifork.errors import ConfigError, unknown
 UNKNOWN_KEY = "unknown_key"
 RENAMED = {"hops": "jobs", "licence": "license", "quantise_from_step": "quantize_from_step"}
 """Keys that had another name before."""
+ALLOWED = {
+    "int": "whole number", "float": "number", "bool": "true or false", "string": "text in quotes", "list": "list",
+    "tuple": "list", "dict": "keys and values", "model": "keys and values",
+}  # fmt: skip
+"""Pydantic's names of types, and what to write."""
 Fraction01 = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -87,9 +93,38 @@ def parse(model: type[Config], plain: Any, place: str, inside: str = "") -> Conf
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            key = ".".join(map(str, (*filter(None, [inside]), *fault["loc"]))) or "(top)"
-            value = "" if fault["type"] == UNKNOWN_KEY else f" (got {fault['input']!r:.80})"
-            faults.append(f"{key}: {fault['msg']}{value}")
-        raise ConfigError(f"{place}: {'; '.join(faults)}") from None
+        raise ConfigError(f"{place}: {'; '.join(_faults(error, plain, inside))}") from None
+
+
+def _faults(error: ValidationError, plain: Any, inside: str) -> list[str]:
+    """What is wrong, entry by entry: its value and what that is where another type is allowed, else value and rule."""
+    types: dict[str, tuple[Any, list[str]]] = {}
+    rules: dict[str, list[str]] = {}
+    for fault in error.errors():
+        value, kind = fault["input"], fault["type"]
+        key = ".".join(filter(None, [inside, *_keys(plain, fault["loc"], kind)])) or "(top)"
+        if kind.endswith(("_type", "_parsing", "_from_float")) and (named := ALLOWED.get(kind.partition("_")[0])):
+            types.setdefault(key, (value, []))[1].append(named)
+        else:
+            shown = "" if kind in (UNKNOWN_KEY, "missing") else f" (got {value!r:.80})"
+            rules.setdefault(key, []).append(f"{key}: {fault['msg']}{shown}")
+    for key, (value, allowed) in types.items():
+        right = key in rules or any(other.startswith(f"{key}.") for other in (*types, *rules))
+        if not right:  # as another of the types that are allowed
+            found = type(value).__name__
+            what = "is empty" if value is None else f"{value!r:.80} is a{'n' * (found[0] in 'aeiou')} {found}"
+            rules.setdefault(key, []).append(f"{key}: {what}, allowed: {' or '.join(dict.fromkeys(allowed))}")
+    return [text for texts in rules.values() for text in texts]
+
+
+def _keys(plain: Any, place: Sequence[int | str], kind: str) -> list[str]:
+    """The keys on the way to a fault. Pydantic names the types that it tried among them; ours stand in parentheses."""
+    keys = []
+    for key in place:
+        listed = isinstance(plain, Sequence) and isinstance(key, int) and key < len(plain)
+        if listed or (isinstance(plain, Mapping) and key in plain):
+            plain = plain[key]
+            keys.append(str(key))
+        elif (kind == "missing" and key is place[-1]) or str(key).startswith("("):
+            keys.append(str(key))
+    return keys

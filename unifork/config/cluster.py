@@ -133,8 +133,8 @@ class Cluster(StrictModel):
     environment of every node. None keeps shards beside their manifests."""
     jobs: dict[str, JobResources] = {}
     """Resources of `download`, `filter`, `encode`, `answer` and of `prepare`, whose workers read texts and need a CPU
-    each; the CPUs of `image_tokenizer` are the threads of its training, its GPUs (and those of `text` and `analyze`)
-    whether that runs on one."""
+    each; the CPUs of `image_tokenizer` are the threads of its training. It, `text` and `analyze` compute in the program
+    itself; their GPUs say whether on one."""
     web: WebAccess = WebAccess()
     train: TrainResources = TrainResources()
     train_stages: dict[str, TrainResources] = {}
@@ -146,6 +146,10 @@ class Cluster(StrictModel):
         if store and store.startswith("hf:"):
             raise ValueError("the Hub makes a commit of every file; publish finished codes there instead")
         return store
+
+    def device(self, step: str) -> str:
+        """Where the networks of a step of `jobs` run, in its workers or in the program itself: `cuda` or `cpu`."""
+        return "cuda" if self.jobs.get(step, JobResources()).gpus else "cpu"
 
     def for_stage(self, stage: str) -> TrainResources:
         """Resources of a training stage."""

@@ -49,6 +49,7 @@ def absent_networks(card: EvalCard) -> str | None:
         return f"card {card.name}: no network is named in `networks`: give kind MODULE:OBJECT and path, or score a file"
     absent = [
         f"the network {name}: put {network.access or ', '.join(network.sha256) or 'its files'} into {network.path}"
+        + "".join(f", {file} with sha256 {digest}" for file, digest in network.sha256.items() if digest)
         for name, network in card.networks.items()
         if not all((Path(network.path) / file).exists() for file in (".", *network.sha256))
     ]
@@ -136,7 +137,8 @@ def examine_job(
         if source:
             tasks = [ShardTask(shard=shard) for shard in source.shards]
         else:
-            files = checked_images(card, items, folder, equal=images is not None)
+            equal = images is not None and not card.networks.keys() <= set(suite.any_size)
+            files = checked_images(card, items, folder, equal)
             for start in range(0, len(items), AT_ONCE):
                 stop = min(start + AT_ONCE, len(items))
                 content = sha256(repr([files[item.id] for item in items[start:stop]]).encode()).hexdigest()

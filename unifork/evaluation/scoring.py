@@ -19,9 +19,11 @@ from unifork.evaluation.statistics import Score, estimate, value
 from unifork.evaluation.suites import Answer, Suite, Verdict, suite_of
 from unifork.shards.manifest import MANIFEST, read_manifest, write_atomically, write_json
 
-SCORE_VERSION = 3
+SCORE_VERSION = 4
 """Raise when the same answers would get other verdicts or scores."""
 METRICS, VERDICTS = "metrics.json", "verdicts.jsonl"
+NO_ERROR = "one cluster has no error"
+NO_COUNT = "a ratio in it is of nothing and counts as 0"
 
 
 def origin_of(answers: Path) -> dict[str, Any]:
@@ -72,7 +74,10 @@ def _scores(
     scores = []
     for measure, chance in zip(suite.measures(items, *outcomes(verdicts)), chances, strict=True):
         unread = float(unread_I[measure.members_I].mean())
-        plain = {**vars(estimate(measure, clusters)), "chance": chance, "unread": unread, **shared}
+        found = estimate(measure, clusters)
+        odd = {NO_ERROR: found.clusters == 1, NO_COUNT: not all(ratio.among_I.any() for ratio in measure.ratios)}
+        note = "; ".join(text for text, applies in odd.items() if applies)
+        plain = {**vars(found), "chance": chance, "unread": unread, **shared, "note": note}
         scores.append(Score(measure.name + suffix, measure.split, **plain))
     return scores
 

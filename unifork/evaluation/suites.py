@@ -68,6 +68,8 @@ class Suite:
     """From options, a rule and all answers: name, value and note of a score that is no sum over items."""
     summarize: Callable[[Path, Sequence[Answer]], list[Path]] | None = None
     """From a folder and what networks found in the reference images: the files there that `whole` compares with."""
+    any_size: Collection[str] = ()
+    """Networks that scale images of unequal sizes; beside any other all images of a model must be alike."""
     truths: Collection[str] = ()
     """What the truth of an item may be, where it is not one of its `about["options"]`; nothing for any."""
 

@@ -114,4 +114,5 @@ def whole(options: Options, protocol: str, answers: Sequence[Answer]) -> tuple[s
 
 
 RULES: dict[str, Rule] = dict.fromkeys(PROTOCOLS, lambda *_: Verdict(None, None))
-SUITE = Suite(read, RULES, lambda *_: [], Options, examine=examine, whole=whole, summarize=summarize)
+SUITE = Suite(read, RULES, lambda *_: [], Options, examine=examine, whole=whole, summarize=summarize,
+              any_size=("clean-fid",))  # fmt: skip
