@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -10,6 +9,7 @@ from unifork.config import ImportedTokenizer, JobResources, cluster_file, load_c
 from unifork.devices import chosen_device
 from unifork.errors import DataError
 from unifork.image_tokenizer.conversion import read_official
+from unifork.image_tokenizer.measures import REPORT
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.samples import MAX_IMAGES, sample_sets
@@ -29,7 +29,6 @@ def main(_: str) -> None:
     device = chosen_device("cuda" if resources.gpus else "cpu", f"{cluster_file()}: jobs.image_tokenizer.gpus:")
     params, folder = load_experiment(), LAYOUT.image_tokenizer
     config = params.image_tokenizer
-    report: dict[str, Any]
 
     if isinstance(config, ImportedTokenizer):
         # in: an official tokenizer, and a few images of the data sets that are there
@@ -58,13 +57,12 @@ def main(_: str) -> None:
 
     # out, beside the tokenizer: what codes lose, and how much of what images show survives them
     tokenizer = ImageTokenizer.load(folder)
-    report["detector"] = {}
     for name, originals in held_out.items():
         card = load_card(name.partition("/")[0], LAYOUT.cards)
         if card.reader:
             drawn = decode_all(tokenizer, encode_all(tokenizer, originals))
             report["detector"][name] = read_back(card, originals, drawn)
-    write_json(folder / "report.json", report)
+    write_json(folder / REPORT, report)
     print(json.dumps(report["detector"]), f"-> {folder}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from unifork.config import EvalCard, TextCard
 from unifork.errors import DataError
@@ -22,6 +23,28 @@ from unifork.shards.manifest import MANIFEST, read_manifest, write_atomically, w
 SCORE_VERSION = 3
 """Raise when the same answers would get other verdicts or scores."""
 METRICS, VERDICTS = "metrics.json", "verdicts.jsonl"
+
+
+class RuleVerdict(TypedDict):
+    """A `Verdict` as plain data."""
+
+    reading: Any
+    right: float | None
+    faults: list[str]
+
+
+class JudgedItem(TypedDict):
+    """An `Item` with its answer: a line of `verdicts.jsonl`."""
+
+    id: str
+    question: str
+    truth: Any
+    split: str
+    image: str
+    answer: str | None
+    """Its text; None for an image, and where it is not shown."""
+    verdicts: dict[str, RuleVerdict]
+    """By rule."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def views_of(card: Card) -> list[View]:
     return [view for view in VIEWS if any(use.view == view for use in card.tasks.values())]
 
 
-def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> Table | None:
+def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> Table:
     """Images of a data set as received, in each view, and decoded from codes. Raises DataError for damaged shards.
 
     size: side of the views in pixels. codec: None leaves out what is decoded.
@@ -86,7 +86,7 @@ def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> T
         if codec is not None:
             strips.append((f"{view} view, decoded from codes", shown_images(codec.reconstruct(pixels_BSSC))))
     texts = [row["text"] for row in rows]
-    return grid("Images", [(title, zip(texts, strip, strict=True)) for title, strip in strips]) if rows else None
+    return grid("Images", [(title, zip(texts, strip, strict=True)) for title, strip in strips if strip])
 
 
 def grid(label: str, rows: Iterable[tuple[str, Iterable[tuple[str, ShownImage]]]]) -> Table:
