@@ -77,7 +77,9 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         architectures=architectures(study, {one["card"].name: one["card"] for one in benchmarks}) if study else None,
         curves=curves(study) if study else [],
         alignments=alignments(experiment, layout),
-        images=training.images_after_stages(shown),
+        images=grid(
+            "Images after each stage", [(stage.title, stage.drawn if stage.summary else None) for stage in shown]
+        ),
     )
 
 

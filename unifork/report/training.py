@@ -14,7 +14,7 @@ from unifork.layout import MODEL_IMAGE_TOKENIZER, Layout
 from unifork.models.layer_plan import branch_of
 from unifork.reference import Reference, among, references
 from unifork.report.codec import LoadCodec
-from unifork.report.images import ShownImage, grid, shown_images
+from unifork.report.images import ShownImage, Strip, grid, shown_images
 from unifork.report.plots import Lines, Recorded
 from unifork.report.reading import last_validation, read_codes, read_history, read_json, read_lines
 from unifork.report.tables import Table, count, duration, table
@@ -26,8 +26,6 @@ from unifork.training.validation import HELD_OUT, HeldOut
 
 PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
 """Order of the rows; branches come after the shared trunk."""
-Strip = Sequence[tuple[str, ShownImage]]
-"""Texts and images for them."""
 
 
 class Trained(NamedTuple):
@@ -143,14 +141,6 @@ def parameters_table(stages: Sequence[Trained]) -> Table:
             row["Parameters"] = count(frozen + trained)
             row[stage.name] = "frozen" if not trained else f"{count(trained)} trained" if frozen else "trained"
     return table("Parameters", [*rows.values()])
-
-
-def images_after_stages(stages: Sequence[Trained]) -> Table:
-    """The same prompts and seeds after each stage of each variant."""
-    found = grid("Images after each stage", [(stage.title, stage.drawn) for stage in stages])
-    missing = {stage.title for stage in stages if not stage.summary}
-    rows = [[row[0], None] if row[0] in missing else row for row in found.rows]
-    return found._replace(columns=["", *(found.columns[1:] or ["Images"])], rows=rows)
 
 
 def held_out_images(stages: Sequence[Trained]) -> Table:
