@@ -49,7 +49,8 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
     benchmarks = [benchmark(name, experiment, layout) for name in experiment.all_benchmarks]
     several = len(experiment.groups) > 1 and len(experiment.seeds) > 1
     study = found_here(experiment, layout, here) if several else None
-    numbers = {one["card"].name: one["numbers"] for one in benchmarks}
+    cards = {found["card"].name: found["card"] for found in benchmarks}
+    numbers = {found["card"].name: found["numbers"] for found in benchmarks}
     ended = max((stage.progress.get("written", 0) for stage in stages), default=0)
     return rendered(
         "page.html",
@@ -62,7 +63,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         first=first,
         numbers=data_uri("application/json", json.dumps(numbers, indent=1).encode()),
         benchmarks=benchmarks,
-        headlines=headlines([row for one in benchmarks for row in one["headlines"]] + losses(experiment, layout)),
+        headlines=headlines([row for found in benchmarks for row in found["headlines"]] + losses(experiment, layout)),
         band=band(experiment, layout),
         datasets=[dataset(name, experiment, layout, load_codec) for name in experiment.datasets],
         tokenizer=read_json(layout.image_tokenizer / REPORT, Report),
@@ -74,7 +75,7 @@ def build(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> str:
         plots=training_plots(training.lines_of(experiment, layout), experiment.groups),
         parameters=training.parameters_table(shown),
         held_out_images=training.held_out_images(shown),
-        architectures=architectures(study, {one["card"].name: one["card"] for one in benchmarks}) if study else None,
+        architectures=architectures(study, cards) if study and benchmarks else None,
         curves=curves(study) if study else [],
         alignments=alignments(experiment, layout),
         images=grid(

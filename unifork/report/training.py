@@ -67,12 +67,12 @@ def total(stages: Sequence[Trained]) -> float | None:
 
 def stages_of(experiment: Experiment, layout: Layout, load_codec: LoadCodec) -> list[Trained]:
     """All stages of all variants, in order."""
-    known = references(layout)
-    return [_stage(key, experiment, layout, load_codec, known) for key in experiment.runs]
+    others = references(layout)
+    return [_stage(key, experiment, layout, load_codec, others) for key in experiment.runs]
 
 
 def _stage(
-    key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec, known: Sequence[Reference]
+    key: str, experiment: Experiment, layout: Layout, load_codec: LoadCodec, others: Sequence[Reference]
 ) -> Trained:
     run, folder = experiment.runs[key], layout.model(key) / TRAINING
     summary, finished = read_json(folder / SUMMARY, Summary), read_json(layout.run(key) / FINISHED, Finished)
@@ -93,7 +93,7 @@ def _stage(
         summary=summary,
         seconds=finished["seconds"] if finished else None,
         progress=read_progress(layout.run(key) / PROGRESS),
-        references=among(known, experiment, layout, key, read_history(folder / "history.csv")),
+        references=among(others, experiment, layout, key, read_history(folder / "history.csv")),
         losses={
             row["part"]: row.get("text_loss" if row["task"] == "understanding" else "image_loss")
             for row in last_validation(folder / "validation.csv")
