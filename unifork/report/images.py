@@ -93,26 +93,23 @@ def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> T
     return grid("Images", [(title, [*zip(texts, strip, strict=True)]) for title, strip in strips if strip])
 
 
-def grid(label: str, strips: Iterable[tuple[str, Strip | None]]) -> Table:
+def grid(label: str, strips: Sequence[tuple[str, Strip | None]]) -> Table:
     """Images with texts: a row for each title, a column for each text, two for one that a row has twice.
 
     A strip that is None is not there yet.
     """
-    found: dict[str, dict[tuple[str, int], ShownImage]] = {}
-    missing = []
+    found: dict[str, dict[tuple[str, int], ShownImage]] = {title: {} for title, _ in strips}
     for title, strip in strips:
-        row = found.setdefault(title, {})
-        missing += [title] if strip is None else []
+        row = found[title]
         for text, image in strip or ():
             number = next(number for number in range(len(row) + 1) if (text, number) not in row)
             row[text, number] = image._replace(alt=f"{text}, {title}")
     columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    texts = ["", *([text for text, _ in columns] or ["Images"])]
-    rows = [
-        [title, *([None] if title in missing else [row.get(key, "") for key in columns])]
-        for title, row in found.items()
-    ]
-    return Table(label, texts, rows)
+    texts = [text for text, _ in columns] or ["Images"]
+    cells = {title: [row.get(key, "") for key in columns] for title, row in found.items()}
+    return Table(
+        label, ["", *texts], [[title, *([None] if strip is None else cells[title])] for title, strip in strips]
+    )
 
 
 def sample_rows(kept: KeptRows, card: Card) -> list[dict[str, Any]]:
