@@ -2,13 +2,13 @@
 
 import json
 from functools import partial
-from typing import Any
 
 import torch
 
 from unifork.config import ImportedTokenizer, JobResources, load_card, load_cluster, load_experiment
 from unifork.errors import DataError
 from unifork.image_tokenizer.conversion import read_official
+from unifork.image_tokenizer.measures import REPORT
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.image_tokenizer.readers import read_back
 from unifork.image_tokenizer.samples import MAX_IMAGES, sample_sets
@@ -27,7 +27,6 @@ def main(_: str) -> None:
     device = torch.device(own_device("image_tokenizer"))
     params, folder = load_experiment(), LAYOUT.image_tokenizer
     config = params.image_tokenizer
-    report: dict[str, Any]
 
     if isinstance(config, ImportedTokenizer):
         # in: an official tokenizer, and a few images of the data sets that are there
@@ -56,13 +55,12 @@ def main(_: str) -> None:
 
     # out, beside the tokenizer: what codes lose, and how much of what images show survives them
     tokenizer = ImageTokenizer.load(folder)
-    report["detector"] = {}
     for name, originals in held_out.items():
         card = load_card(name.partition("/")[0], LAYOUT.cards)
         if card.reader:
             drawn = decode_all(tokenizer, encode_all(tokenizer, originals))
             report["detector"][name] = read_back(card, originals, drawn)
-    write_json(folder / "report.json", report)
+    write_json(folder / REPORT, report)
     print(json.dumps(report["detector"]), f"-> {folder}")
 
 

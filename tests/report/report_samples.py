@@ -188,8 +188,14 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
         for name, shape in shapes.items()
     }
     documents = {name: [{"dataset": "world", "template": "generate", "usable": 3, "seen": 12}] for name in this.tracks}
-    summary = {"run": key, "stage": this.model_dump(mode="json"), "documents": documents, "tensors": tensors}
-    write_json(folder / "summary.json", {**summary, "quarantined": {"world: too long": 7}})
+    summary = {
+        "run": key,
+        "history": "x",
+        "stage": this.model_dump(mode="json"),
+        "documents": documents,
+        "tensors": tensors,
+    }
+    write_json(folder / "summary.json", {**summary, "tensors": tensors, "quarantined": {"world: too long": 7}})
     lines = [
         "track,step,loss,text_loss,image_loss,image_loss_depth_0,image_loss_depth_1,learning_rate,gradient_norm,tokens,fill,documents_hash"
     ]
@@ -201,7 +207,8 @@ def write_stage(where: Layout, key: str, plan: Experiment) -> None:
     codes = np.arange(len(this.sample_prompts) * 4 * DEPTH).reshape(-1, 4, DEPTH) % 16
     np.savez(folder / "samples.npz", codes=codes)
     if "joint" in this.tracks:  # the only stage that holds rows out
-        numbers = {"part": "world-caption-caption", "answers": 2, "exact_match": 0.5, "token_f1": 0.625}
+        numbers = {"part": "world-caption-caption", "dataset": "world", "task": "understanding", "answers": 2}
+        numbers |= {"exact_match": 0.5, "token_f1": 0.625}
         errors = {"exact_match_standard_error": 0.35, "token_f1_standard_error": 0.125}
         answers = [
             {"part": "world-caption-caption", "key": f"row-{number}", "expected": "a dot", "answer": given}

@@ -18,7 +18,7 @@ from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
 from unifork.report.codec import load_codec
 from unifork.report.images import LARGEST, shown_image
-from unifork.report.plots import MOST_POINTS, Recorded, loss_files, training_plots
+from unifork.report.plots import MOST_POINTS, Recorded, curves_of, loss_files, training_plots
 from unifork.report.scores import measured
 from unifork.report.surroundings import revision, surroundings
 from unifork.report.tables import count, duration
@@ -63,6 +63,15 @@ def test_long_histories_make_small_plots():
     (plot,) = training_plots({"fork": [Recorded("s1", history)]}, {"fork": {0: "fork"}})
     assert len(plot.src) < 60 * MOST_POINTS + 10_000
     assert "20000 steps" in plot.alt
+
+
+def test_speed_and_memory_are_drawn_over_the_steps_of_all_stages():
+    history = [{"track": "joint", "step": step} for step in range(4)]
+    rates = [{"finished_steps": 2, "tokens_per_second": 64.0, "documents_per_second": 2.0, "memory_gib": 0.5}]
+    lines = {"fork": [Recorded("s1", history, rates), Recorded("s2", history, rates, before=4)]}
+    titles = ("Tokens per second", "Documents per second", "Peak memory, GiB")
+    assert [plot.title for plot in training_plots(lines, {"fork": {0: "fork"}})] == [*titles]
+    assert curves_of(lines, titles[0])["fork", ""].tolist() == [[2, 64], [6, 64]]
 
 
 def test_losses_are_metrics_and_plots():

@@ -185,7 +185,7 @@ def test_before_the_first_run_hypotheses_are_not_measured(tmp_path):
     [
         ("study.json", "{", r"study.json: damaged"),
         ("fork-3-seed1.json", '{"variant": "fork-3"}', r"fork-3-seed1.json: seed: Field required"),
-        ("fork-3-seed1.json", "[]", r"fork-3-seed1.json: damaged: ValueError: list"),
+        ("fork-3-seed1.json", "[]", r"fork-3-seed1.json: damaged: Input should be an object"),
         ("fork-3-seed7.json", "COPY", r"fork-3-seed7.json: is of fork-3-seed1.json"),
         ("hypotheses.yaml", "H1: x", r"hypotheses.yaml: dict; a list"),
         ("hypotheses.yaml", "- [", r"hypotheses.yaml, line 1"),

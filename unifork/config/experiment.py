@@ -349,6 +349,11 @@ class Experiment(StrictModel):
         return found
 
     @property
+    def firsts(self) -> dict[str, str]:
+        """The first training seed's variant of each group."""
+        return {group: names[min(names)] for group, names in self.groups.items()}
+
+    @property
     def all_benchmarks(self) -> tuple[str, ...]:
         """Names of its benchmarks, those of text behind the others."""
         return (*self.benchmarks, *self.text_evals)

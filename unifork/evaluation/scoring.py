@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from unifork.config import EvalCard, TextCard
 from unifork.errors import DataError
@@ -24,6 +25,28 @@ SCORE_VERSION = 4
 METRICS, VERDICTS = "metrics.json", "verdicts.jsonl"
 NO_ERROR = "one cluster has no error"
 NO_COUNT = "a ratio in it is of nothing and counts as 0"
+
+
+class RuleVerdict(TypedDict):
+    """A `Verdict` as plain data."""
+
+    reading: Any
+    right: float | None
+    faults: list[str]
+
+
+class JudgedItem(TypedDict):
+    """An `Item` with its answer: a line of `verdicts.jsonl`."""
+
+    id: str
+    question: str
+    truth: Any
+    split: str
+    image: str
+    answer: str | None
+    """Its text; None for an image, and where it is not shown."""
+    verdicts: dict[str, RuleVerdict]
+    """By rule."""
 
 
 def origin_of(answers: Path) -> dict[str, Any]:

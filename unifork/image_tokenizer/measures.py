@@ -8,12 +8,62 @@ Shape suffixes: B images, S side in pixels, C channels (RGB), N positions, D cod
 K different values.
 """
 
-from typing import Any
-
 import numpy as np
+from typing_extensions import TypedDict
 
 
-def reconstruction_error(original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> dict[str, float]:
+class DepthUse(TypedDict):
+    """Use of the codebook at one depth of the code."""
+
+    codebook_usage: int
+    """Rows that occur."""
+    perplexity: float
+    """2 to the entropy."""
+
+
+class CodeUse(TypedDict):
+    """Use of the codebook."""
+
+    codebook_usage: int
+    bits_per_position: float
+    """That the codes of a position carry together."""
+    depths: list[DepthUse]
+
+
+class Error(TypedDict):
+    """What codes lose of images."""
+
+    mean_absolute_levels: float
+    psnr_db: float
+
+
+class Measured(Error):
+    """What is measured on some images."""
+
+    codes: CodeUse
+
+
+class ReadBack(TypedDict):
+    """From how many images a reader reads the same before and after the codes."""
+
+    same: int
+    total: int
+
+
+class Report(Measured):
+    """What is measured on all images: the file `report.json` of a tokenizer."""
+
+    groups: dict[str, Measured]
+    """By data set and view."""
+    images: int
+    detector: dict[str, ReadBack]
+    """Of data sets whose cards name a reader, by data set and view."""
+
+
+REPORT = "report.json"
+
+
+def reconstruction_error(original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> Error:
     """Mean absolute difference in gray levels, and the mean over images of the PSNR in dB."""
     difference_BSSC = original_BSSC.astype(np.float64) - drawn_BSSC.astype(np.float64)
     square_B = np.maximum((difference_BSSC**2).mean(axis=(1, 2, 3)), 1e-3)
@@ -23,11 +73,8 @@ def reconstruction_error(original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> d
     }
 
 
-def code_use(codes_BND: np.ndarray) -> dict[str, Any]:
-    """Use of the codebook, in all and per depth, and how many bits the codes of a position carry together.
-
-    codebook_usage: rows that occur; perplexity: 2 to the entropy.
-    """
+def code_use(codes_BND: np.ndarray) -> CodeUse:
+    """Use of the codebook, in all and per depth, and how many bits the codes of a position carry together."""
     codes_MD = codes_BND.reshape(-1, codes_BND.shape[-1])
     counts = [np.unique(codes_M, return_counts=True)[1] for codes_M in codes_MD.T]
     return {

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from unifork.config import Card
+from unifork.image_tokenizer.measures import ReadBack
 from unifork.registry import Registry
 
 
@@ -31,7 +32,7 @@ READERS: Registry[Reader] = Registry("reader", Reader, {})
 """Readers that cards name without a module."""
 
 
-def read_back(card: Card, original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> dict[str, int]:
+def read_back(card: Card, original_BSSC: np.ndarray, drawn_BSSC: np.ndarray) -> ReadBack:
     """From how many images the card's reader reads the same before and after the codes: `same` of `total`.
 
     Raises ConfigError for an unknown reader, and where the card names none.

@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from unifork.errors import ConfigError, DataError, one_of
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.codebook_training import CodebookAverages
 from unifork.image_tokenizer.decoder import zero_last_convolutions
-from unifork.image_tokenizer.measures import code_use, reconstruction_error
+from unifork.image_tokenizer.measures import Measured, Report, code_use, reconstruction_error
 from unifork.image_tokenizer.model import ImageTokenizer, commitment_loss, residual_codes, to_bytes, to_tensor
 
 TOKENIZER_VERSION = 1
@@ -56,7 +55,7 @@ def train_tokenizer(
     directory: Path | str,
     progress: Callable[[str], None] = print,
     device: torch.device | str = "cpu",
-) -> dict[str, Any]:
+) -> Report:
     """Train, write the tokenizer directory, and return the report (see `measure`).
 
     progress: takes a line every few seconds. Codes are always found on the CPU in the end. Raises DataError for images
@@ -91,19 +90,19 @@ def train_tokenizer(
     return measure(trainer.tokenizer, held_out)
 
 
-def measure(tokenizer: ImageTokenizer, groups: Groups) -> dict[str, Any]:
+def measure(tokenizer: ImageTokenizer, groups: Groups) -> Report:
     """Reconstruction error and code use of every group and of all together."""
     codes = {name: encode_all(tokenizer, pixels_BSSC) for name, pixels_BSSC in groups.items()}
     drawn = {name: decode_all(tokenizer, codes_BND) for name, codes_BND in codes.items()}
 
-    def measured(names: Iterable[str]) -> dict[str, Any]:
+    def measured(names: Iterable[str]) -> Measured:
         before_BSSC, after_BSSC, codes_BND = (
             np.concatenate([arrays[name] for name in names]) for arrays in (groups, drawn, codes)
         )
         return {**reconstruction_error(before_BSSC, after_BSSC), "codes": code_use(codes_BND)}
 
     each = {name: measured([name]) for name in groups}
-    return {"groups": each, "images": sum(map(len, groups.values())), **measured(list(groups))}
+    return {"groups": each, "images": sum(map(len, groups.values())), **measured(list(groups)), "detector": {}}
 
 
 def encode_all(tokenizer: ImageTokenizer, pixels_BSSC: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ losses as a reference for others, and `SHA256SUMS`. What held-out rows gave stay
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
@@ -23,11 +24,11 @@ from unifork.publish.publication import begin, finish
 from unifork.publish.samples import SHOWN, strip
 from unifork.publish.stores import CHECKSUMS, SAMPLES, bring, checksums_text, hashes, open_store
 from unifork.reference import reference
-from unifork.report.reading import Found, read_codes, read_history, read_json, read_scores
+from unifork.report.reading import read_codes, read_history, read_json, read_scores
 from unifork.report.scores import measured
 from unifork.shards.manifest import json_text
 from unifork.stores import Store
-from unifork.training.export import SUMMARY, TRAINING
+from unifork.training.export import SUMMARY, TRAINING, Summary
 
 PAGE = Path(__file__).with_name("model.jinja")
 CONFIG = "config.json"
@@ -47,8 +48,8 @@ def build(model: Path, layout: Layout, folder: Path, offer: Offer) -> int:
 
     Raises CheckpointError where there is no model.
     """
-    config, summary = read_config(model), read_json(model / TRAINING / SUMMARY)
-    run, experiment, stages = str(summary["run"]) if summary else "", None, list[Found]()
+    config, summary = read_config(model), read_json(model / TRAINING / SUMMARY, Summary)
+    run, experiment, stages = str(summary["run"]) if summary else "", None, list[Summary]()
     if layout.params.exists() and layout.model(run).resolve() == model.resolve():
         present = load(Experiment, layout.params)
         experiment = present if run in present.runs else None
@@ -64,7 +65,7 @@ def build(model: Path, layout: Layout, folder: Path, offer: Offer) -> int:
     while summary:
         stages.insert(0, summary)
         begun = experiment.runs.get(summary["run"]) if experiment else None
-        summary = read_json(layout.root / begun.after / TRAINING / SUMMARY) if begun else None
+        summary = read_json(layout.root / begun.after / TRAINING / SUMMARY, Summary) if begun else None
     parts = [part for stage in stages for track in stage["documents"].values() for part in track]
     scores = _scores(experiment, layout, run) if experiment else []
     start = experiment.variants[experiment.runs[run].variant].warm_start if experiment else None
@@ -82,7 +83,7 @@ def build(model: Path, layout: Layout, folder: Path, offer: Offer) -> int:
         head=head.to_yaml(), name=name, config=config, counts=parameter_counts(config), offer=offer, start=start,
         stages=stages, cards={part["dataset"]: _card(layout, part["dataset"]) for part in parts}, scores=scores,
         prompts=prompts[:SHOWN] if SAMPLES in files else [], templates=TEMPLATES,
-        tokenizer=read_json(model / MODEL_IMAGE_TOKENIZER / CONFIG),
+        tokenizer=read_json(model / MODEL_IMAGE_TOKENIZER / CONFIG, dict[str, Any]),
     )  # fmt: skip
     finish(folder, {**files, README: text.encode()}, sums, before)
     return len(sums)

@@ -7,12 +7,13 @@ file, and a table of its scores with where one more run was expected to have the
 from unifork.config import EvalCard, Experiment, TextCard, load_eval, load_text
 from unifork.errors import ConfigError, DataError
 from unifork.evaluation.comparison import Earlier, EarlierRun, placed, read_runs
+from unifork.evaluation.scoring import METRICS
 from unifork.evaluation.statistics import Score
 from unifork.layout import Layout
-from unifork.report.reading import read_json, scores_by_seed
+from unifork.report.reading import read_json, read_scores
 from unifork.report.surroundings import machine, surroundings
-from unifork.report.tables import Judged, Table
-from unifork.training.checkpoint import FINISHED
+from unifork.report.tables import Judged, Table, table
+from unifork.training.checkpoint import FINISHED, Finished
 
 
 def card_of(name: str, experiment: Experiment, layout: Layout) -> EvalCard | TextCard:
@@ -32,7 +33,7 @@ def this_run(experiment: Experiment, name: str, layout: Layout) -> EarlierRun:
     found = {
         key: Earlier(value=score.value, error=score.standard_error, items=score.items) for key, score in scores.items()
     }
-    runs = [read_json(layout.run(f"{name}-{stage}") / FINISHED) for stage in variant.stages]
+    runs = [read_json(layout.run(f"{name}-{stage}") / FINISHED, Finished) for stage in variant.stages]
     seconds = sum(run["seconds"] for run in runs if run)
     return EarlierRun(seed=variant.seed, seconds=seconds, machine=machine(surroundings(layout.root)), scores=found)
 
@@ -42,15 +43,14 @@ def first_scores(experiment: Experiment, name: str, layout: Layout) -> dict[str,
 
     Raises DataError where they are not there yet.
     """
-    variant, found = experiment.variants[name], dict[str, Score]()
+    found = dict[str, Score]()
     for benchmark in experiment.all_benchmarks:
-        card = card_of(benchmark, experiment, layout)
-        (scores,) = scores_by_seed(layout, {variant.seed: name}, benchmark).values()
-        if not scores:
-            raise DataError(f"{layout.scores(name) / benchmark}: not there yet; `dvc repro` makes it")
-        for (split, score_name), score in scores.items():
+        card, folder = card_of(benchmark, experiment, layout), layout.scores(name) / benchmark
+        if not (scores := read_scores(folder / METRICS)):
+            raise DataError(f"{folder}: not there yet; `dvc repro` makes it")
+        for key, score in scores.items():
             if isinstance(card, TextCard) or score.rule == card.score.rules[0]:
-                found[f"{benchmark} {split} {score_name}"] = score
+                found[" ".join((benchmark, *key))] = score
     return found
 
 
@@ -58,7 +58,7 @@ def band(experiment: Experiment, layout: Layout) -> Table | None:
     """Headlines and what is outside, by variant, or why there is none; None where the experiment names no file."""
     if experiment.band is None:
         return None
-    rows, counts, columns = [], [], ["Score", "This run", "Usual", "As usual"]
+    rows, counts = [], []
     try:
         earlier = read_runs(layout.root / experiment.band)
         for name in experiment.variants:
@@ -67,7 +67,8 @@ def band(experiment: Experiment, layout: Layout) -> Table | None:
             for score in scores:
                 if not score.inside or is_headline(score.name, experiment, layout):
                     usual = "{:.2f} to {:.2f}".format(*score.usual)
-                    rows.append([f"{name}: {score.name}", f"{score.value:.3f}", usual, Judged(score.inside, None)])
+                    row = {"Score": f"{name}: {score.name}", "This run": f"{score.value:.3f}", "Usual": usual}
+                    rows.append(row | {"As usual": Judged(score.inside, None)})
     except (ConfigError, DataError) as fault:
-        return Table(f"Beside earlier runs ({fault})", columns, [])
-    return Table(f"Beside {len(earlier)} earlier runs: {'; '.join(counts)}", columns, rows)
+        return table(f"Beside earlier runs ({fault})", [])
+    return table(f"Beside {len(earlier)} earlier runs: {'; '.join(counts)}", rows)

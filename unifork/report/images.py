@@ -7,7 +7,7 @@ Shape suffixes: B images, S side in pixels, C channels (RGB), N positions, D cod
 """
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,10 @@ class ShownImage(NamedTuple):
     alt: str = ""
 
 
+Strip = Sequence[tuple[str, ShownImage]]
+"""Texts and images for them."""
+
+
 def shown_image(image: Image.Image, alt: str = "") -> ShownImage:
     """An image as a data URI. alt: what it shows."""
     exact = max(image.size) <= LARGEST_EXACT
@@ -72,7 +76,7 @@ def views_of(card: Card) -> list[View]:
     return [view for view in VIEWS if any(use.view == view for use in card.tasks.values())]
 
 
-def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> Table | None:
+def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> Table:
     """Images of a data set as received, in each view, and decoded from codes. Raises DataError for damaged shards.
 
     size: side of the views in pixels. codec: None leaves out what is decoded.
@@ -86,20 +90,26 @@ def data_images(card: Card, kept: KeptRows, size: int, codec: Codec | None) -> T
         if codec is not None:
             strips.append((f"{view} view, decoded from codes", shown_images(codec.reconstruct(pixels_BSSC))))
     texts = [row["text"] for row in rows]
-    return grid("Images", [(title, zip(texts, strip, strict=True)) for title, strip in strips]) if rows else None
+    return grid("Images", [(title, [*zip(texts, strip, strict=True)]) for title, strip in strips if strip])
 
 
-def grid(label: str, rows: Iterable[tuple[str, Iterable[tuple[str, ShownImage]]]]) -> Table:
-    """Images with texts: a row for each title, a column for each text, two for one that a row has twice."""
-    found: dict[str, dict[tuple[str, int], ShownImage]] = {}
-    for title, images in rows:
-        row = found.setdefault(title, {})
-        for text, image in images:
+def grid(label: str, strips: Sequence[tuple[str, Strip | None]]) -> Table:
+    """Images with texts: a row for each title, a column for each text, two for one that a row has twice.
+
+    A strip that is None is not there yet.
+    """
+    found: dict[str, dict[tuple[str, int], ShownImage]] = {title: {} for title, _ in strips}
+    for title, strip in strips:
+        row = found[title]
+        for text, image in strip or ():
             number = next(number for number in range(len(row) + 1) if (text, number) not in row)
             row[text, number] = image._replace(alt=f"{text}, {title}")
     columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    texts = ["", *(text for text, _ in columns)]
-    return Table(label, texts, [[title, *(row.get(key, "") for key in columns)] for title, row in found.items()])
+    texts = [text for text, _ in columns] or ["Images"]
+    cells = {title: [row.get(key, "") for key in columns] for title, row in found.items()}
+    return Table(
+        label, ["", *texts], [[title, *([None] if strip is None else cells[title])] for title, strip in strips]
+    )
 
 
 def sample_rows(kept: KeptRows, card: Card) -> list[dict[str, Any]]:

@@ -1,15 +1,13 @@
-"""The files that earlier stages leave behind, as plain values.
+"""The files that earlier stages leave behind, in the forms that their writers have, too.
 
-In: a path. Out: the file's content, or nothing where the stage has not run. A file that exists but is cut short or of
-another form raises a DataError that names it: a report that leaves out what it cannot read would lie. What a report
-does not show is not looked at, so that stages may write more than it knows.
+In: a path and a form. Out: the file's content, or nothing where the stage has not run. A file that exists but is cut
+short or lacks something raises a DataError that names it: a report that leaves out what it cannot read would lie. What
+a form does not have is not looked at, so that stages may write more than readers know.
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,21 +27,7 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile)
 WORDS = ("track", "documents_hash", "part", "dataset", "task")
 """Columns of a history that hold no numbers."""
 
-
-class Found(dict[str, Any]):
-    """An object of a JSON file. Asked for a key that it lacks, it raises the DataError that names its file."""
-
-    def __init__(self, path: Path, plain: Any) -> None:
-        super().__init__(plain)
-        self._path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise damaged(self._path, f"no {key!r} among {', '.join(self)}")
-
-
-def damaged(path: Path, what: str) -> DataError:
-    """The error for a file that cannot be used."""
-    return DataError(f"{path}: damaged: {what}. Delete it and run the stage that writes it again.")
+Row = Mapping[str, Any]
 
 
 @contextmanager
@@ -51,11 +35,12 @@ def undamaged(path: Path) -> Iterator[None]:
     """Raise DataError, which names the file, where what is done inside fails on its content."""
     try:
         yield
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise damaged(path, f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
     except DAMAGE as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from None
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            fault = error.errors()[0]
+            what = ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))
+        raise DataError(f"{path}: damaged: {what}. Delete it and run the stage that writes it again.") from None
 
 
 def read(path: Path, form: Callable[[bytes], Content]) -> Content | None:
@@ -64,23 +49,24 @@ def read(path: Path, form: Callable[[bytes], Content]) -> Content | None:
         return form(path.read_bytes()) if path.exists() else None
 
 
-def read_json(path: Path) -> Found | None:
-    """A file that is one JSON object."""
-    return read(path, partial(_found, path))
+def read_json(path: Path, form: type[Content]) -> Content | None:
+    """A JSON file."""
+    return read(path, TypeAdapter(form).validate_json)
 
 
-def read_records(path: Path) -> list[Found]:
-    """A file of one JSON object per line."""
-    return read(path, lambda data: [_found(path, line) for line in data.splitlines()]) or []
+def read_lines(path: Path, form: type[Content]) -> list[Content]:
+    """A file with some JSON on each line."""
+    line = TypeAdapter(form)
+    return read(path, lambda data: [line.validate_json(text) for text in data.splitlines()]) or []
 
 
 def read_scores(path: Path) -> dict[tuple[str, str], Score]:
     """The scores of a benchmark by split and name."""
-    form = TypeAdapter(Score)
+    form, tables = TypeAdapter(Score), read_json(path, dict[str, dict[str, dict[str, Any]]]) or {}
     with undamaged(path):
         return {
             (split, name): form.validate_python({**row, "name": name, "split": split})
-            for split, table in (read_json(path) or {}).items()
+            for split, table in tables.items()
             for name, row in table.items()
         }
 
@@ -90,22 +76,19 @@ def scores_by_seed(layout: Layout, names: Mapping[int, str], name: str) -> dict[
     return {seed: read_scores(layout.scores(variant) / name / METRICS) for seed, variant in names.items()}
 
 
-def read_history(path: Path) -> list[Found]:
+def read_history(path: Path) -> list[Row]:
     """The steps of a training stage; values that a step does not have (a loss of the other task) are left out."""
 
-    def steps(data: bytes) -> list[Found]:
+    def steps(data: bytes) -> list[Row]:
         if not data.endswith(b"\n"):
             raise ValueError("it ends in the middle of a line")
         rows = csv.DictReader(data.decode().splitlines(), strict=True)
-        return [
-            Found(path, {name: text if name in WORDS else float(text) for name, text in row.items() if text})
-            for row in rows
-        ]
+        return [{name: text if name in WORDS else float(text) for name, text in row.items() if text} for row in rows]
 
     return read(path, steps) or []
 
 
-def last_validation(path: Path) -> list[Found]:
+def last_validation(path: Path) -> list[Row]:
     """What a finished stage lost on held-out rows at its end, a row for each part."""
     rows = read_history(path)
     return [row for row in rows if row["finished_steps"] == rows[-1]["finished_steps"]]
@@ -121,10 +104,3 @@ def read_codes(path: Path, images: int, name: str = "codes") -> np.ndarray | Non
         return found
 
     return read(path, codes)
-
-
-def _found(path: Path, text: bytes) -> Found:
-    plain = json.loads(text, object_hook=partial(Found, path))
-    if not isinstance(plain, Found):
-        raise ValueError(f"{type(plain).__name__} instead of an object")
-    return plain

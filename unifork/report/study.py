@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -222,7 +222,7 @@ def results_of(
 
 def read_study(folder: Path) -> Study:
     """What is written in `study.json`. Raises ConfigError or DataError."""
-    if (plain := read_json(folder / STUDY)) is None:
+    if (plain := read_json(folder / STUDY, dict[str, Any])) is None:
         raise DataError(f"{folder / STUDY}: no such file; `unifork study record {folder}` writes it")
     return parse(Study, plain, str(folder / STUDY))
 
@@ -234,7 +234,7 @@ def read_results(folder: Path, references: Sequence[str] = ()) -> Results:
     """
     study, records = read_study(folder), []
     for path in sorted(folder.glob("*-seed*.json")):
-        records.append(record := parse(Record, read_json(path), str(path)))
+        records.append(record := parse(Record, read_json(path, dict[str, Any]), str(path)))
         if path.name != (name := f"{record.variant}-seed{record.seed}.json"):
             raise DataError(f"{path}: is of {name}; a file has the name of its run")
     entries = read_yaml(folder / HYPOTHESES) if (folder / HYPOTHESES).exists() else []

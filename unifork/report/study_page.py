@@ -20,10 +20,10 @@ from matplotlib.ticker import MaxNLocator
 
 from unifork.config import EvalCard, TextCard
 from unifork.evaluation.statistics import spread
-from unifork.figures import INK, LOOK, svg
-from unifork.report.plots import DASHES, Plot
+from unifork.figures import INK, LOOK
+from unifork.report.plots import DASHES, Plot, plot
 from unifork.report.study import Between, Record, Results, curves_of, family, judged
-from unifork.report.tables import Judged, Table, count, csv_of, data_uri, duration, rendered, words
+from unifork.report.tables import Judged, Table, count, csv_of, data_uri, duration, rendered, table, words
 from unifork.shards.manifest import write_atomically
 
 COLUMNS, WIDTH, COLORS = 4, 2.3, 8
@@ -47,11 +47,10 @@ def score_groups(results: Results) -> dict[str, list[str]]:
 
 def means(results: Results, label: str, names: Mapping[str, Sequence[str]]) -> Table:
     """A row for each variant, a column for the mean of some quantities. names: of these, by title."""
-    rows = [
-        [variant, *(_mean([*results.of(variant, each).values()]) for each in names.values())]
+    return table(label, [
+        {"Variant": variant} | {title: _mean([*results.of(variant, each).values()]) for title, each in names.items()}
         for variant in results.values
-    ]
-    return Table(label, ["Variant", *names], rows)
+    ])  # fmt: skip
 
 
 def _mean(values: Sequence[float]) -> str | None:
@@ -155,8 +154,7 @@ def _panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
 
 def _plot(title: str, figure: Figure, rows: Sequence[Sequence[Any]]) -> Plot:
     """rows: the numbers, below the names of their columns."""
-    alt = f"{title}: " + "; ".join(" ".join(map(str, row)) for row in rows[1:])
-    return Plot(title, data_uri("image/svg+xml", svg(figure).encode()), alt, data_uri("text/csv", csv_of(rows)))
+    return plot(title, figure, f"{title}: " + "; ".join(" ".join(map(str, row)) for row in rows[1:]), rows)
 
 
 @matplotlib.rc_context(fname=LOOK)

@@ -42,8 +42,8 @@ from unifork.report.tables import words
 from unifork.report.training import parts_of
 from unifork.shards.job import read_table
 from unifork.shards.manifest import MANIFEST, read_manifest, write_atomically, write_json
-from unifork.training.checkpoint import FINISHED
-from unifork.training.export import SUMMARY, TRAINING
+from unifork.training.checkpoint import FINISHED, Finished
+from unifork.training.export import SUMMARY, TRAINING, Summary
 
 OUTSIDE_RUNS = ("REPORT_VERSION", "PUBLISH_VERSION")
 """Versions from which no number of a run follows."""
@@ -90,11 +90,15 @@ def record_of(experiment: Experiment, group: str, name: str, layout: Layout, her
     """A finished variant. group: its name without the seed. here: `surroundings`."""
     variant = experiment.variants[name]
     runs = {stage: f"{name}-{stage}" for stage in variant.stages}
-    finished = {stage: read_json(layout.run(run) / FINISHED) for stage, run in runs.items()}
-    summary = read_json(layout.model(runs[variant.stages[-1]]) / TRAINING / SUMMARY)
+    finished = {stage: read_json(layout.run(run) / FINISHED, Finished) for stage, run in runs.items()}
+    summary = read_json(layout.model(runs[variant.stages[-1]]) / TRAINING / SUMMARY, Summary)
     scores = first_scores(experiment, name, layout)
     alignment, conflict = (
-        {stage: found for stage, run in runs.items() if (found := read_json(layout.analysis(run) / f"{kind}.json"))}
+        {
+            stage: found
+            for stage, run in runs.items()
+            if (found := read_json(layout.analysis(run) / f"{kind}.json", dict[str, Any]))
+        }
         for kind in ("alignment", "conflict")
     )
     plain = {
@@ -192,7 +196,7 @@ def record(experiment: Experiment, layout: Layout, folder: Path, again: bool = F
         for seed, name in seeds.items():
             path = folder / f"{group}-seed{seed}.json"
             mark = {"config_hash": config_hash(experiment, name), "versions": now}
-            if path.exists() and not again and mark.items() <= (read_json(path) or {}).items():
+            if path.exists() and not again and mark.items() <= (read_json(path, dict[str, Any]) or {}).items():
                 done[name] = "recorded before"
             elif gone := missing(experiment, name, layout):
                 done[name] = f"missing: {gone[0]}" + f" and {len(gone) - 1} more" * (len(gone) > 1)

@@ -6,7 +6,7 @@ And the page itself, from a template.
 import csv
 import io
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,12 @@ class Table(NamedTuple):
     label: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+
+
+def table(label: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows by the titles of their columns; what a row has no cell for stays empty."""
+    columns = list(dict.fromkeys(title for row in rows for title in row))
+    return Table(label, columns, [[row.get(title, "") for title in columns] for row in rows])
 
 
 class Judged(NamedTuple):
@@ -50,6 +56,7 @@ def rendered(template: str, **values: Any) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=jinja2.select_autoescape(),
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters |= {"number": count, "duration": duration, "form": form, "rate": rate}
     return environment.get_template(template).render(**values)
 
 
@@ -83,6 +90,16 @@ def duration(seconds: float | None) -> str:
 def real(number: float) -> str:
     """A score: three digits after the point, one for large ones."""
     return f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}"
+
+
+def form(value: float | None, pattern: str) -> str:
+    """A value as `str.format` writes it; a dash where there is none."""
+    return "-" if value is None else pattern.format(value)
+
+
+def rate(row: Mapping[str, Any], name: str) -> str:
+    """A mean of a row with its standard error."""
+    return f"{row[name]:.3f} ± {row[f'{name}_standard_error']:.3f}"
 
 
 def words(name: str) -> str:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from typing_extensions import TypedDict
 
 from unifork.config import Lora, fingerprint
 from unifork.errors import CheckpointError, MachineError, refusing, writing
@@ -39,11 +40,21 @@ from unifork.weights import check_fit, read_json
 
 LATEST = "latest"
 STATE = "state.json"
-FINISHED = "finished.json"
 FORMAT = 3
 UNREADABLE = (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 HASH = "blake2b"
 """In `state.json`: of a file, and of everything else that it says."""
+
+
+FINISHED = "finished.json"
+
+
+class Finished(TypedDict):
+    """A run that is done: the file `finished.json`."""
+
+    fingerprint: str
+    seconds: float
+    """Of the attempt that ended it."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from unifork.config import Stage, fingerprint
 from unifork.inference import Engine
@@ -21,12 +22,43 @@ from unifork.shards.manifest import whole_folder, write_json
 from unifork.training import checkpoint
 from unifork.training.history import VALIDATION, Log, read, write_csv
 from unifork.training.loop import TrackRun
+from unifork.training.validation import HELD_OUT
 
 if TYPE_CHECKING:
     from unifork.training.stage import Training
 
 TRAINING, SUMMARY = "training", "summary.json"
 """Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
+
+
+class Seen(TypedDict):
+    """Documents of a part of a mixture: how many can be used, and how often one of them was trained on."""
+
+    dataset: str
+    template: str
+    usable: int
+    seen: int
+
+
+class Tensor(TypedDict):
+    """A tensor of the model."""
+
+    shape: list[int]
+    trained: bool
+
+
+class Summary(TypedDict):
+    """What a stage did: the file `summary.json`."""
+
+    run: str
+    history: str
+    """Hash of all steps."""
+    stage: dict[str, Any]
+    """Its entry in `params.yaml`."""
+    quarantined: dict[str, int]
+    documents: dict[str, list[Seen]]
+    """By track."""
+    tensors: dict[str, Tensor]
 
 
 def export(done: "Training", path: Path) -> None:
@@ -44,7 +76,7 @@ def export(done: "Training", path: Path) -> None:
         write_csv(rows, training / "history.csv")
         if done.validation.parts:
             _write_held_out(done, engine, training)
-        summary = {
+        summary: Summary = {
             "run": job.key,
             "history": fingerprint(rows),
             "stage": job.stage.model_dump(mode="json"),
@@ -70,7 +102,7 @@ def _write_held_out(done: "Training", engine: Engine, training: Path) -> None:
         rates = f"exact match {row['exact_match']:.3f}, token F1 {row['token_f1']:.3f}"
         done.log(f"held out, {row['part']}: {rates} of {row['answers']} answers")
     write_csv(read(done.job.run_folder, VALIDATION), training / "validation.csv")
-    write_json(training / "held_out.json", words)
+    write_json(training / HELD_OUT, words)
     np.savez(training / "held_out.npz", **images)  # type: ignore[arg-type]
 
 

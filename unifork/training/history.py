@@ -2,8 +2,8 @@
 
 `history.jsonl` has one line per step and survives a kill: on resume it becomes what it was at the
 checkpoint, so the file never shows a step twice. Everything in it is reproducible; rates and clocks
-go to the progress line and `progress.json`. Nothing on this disk is written by a thread: one that is full is an error
-at once.
+go to the progress line, `progress.json` and `rates.jsonl`. Nothing on this disk is written by a thread:
+one that is full is an error at once.
 """
 
 import csv
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from unifork.errors import writing
 from unifork.shards.manifest import write_atomically
@@ -78,7 +79,7 @@ class History:
                 close()
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
@@ -122,6 +123,46 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as handle:
                 handle.write(f"{self.title}: {text}\n")
+
+
+RATES, POINTS = "rates.jsonl", 200
+"""A file of the run folder, and how many rows a run writes there in about all."""
+
+
+class Rate(TypedDict):
+    """How fast the steps since the row before were, which no two runs repeat: a row of `rates.jsonl`."""
+
+    finished_steps: int
+    documents_per_second: float
+    tokens_per_second: float
+    memory_gib: float
+    """`peak_memory` so far."""
+
+
+class Rates:
+    """The speed of a run in `rates.jsonl`; like the history it becomes on resume what it was at the checkpoint."""
+
+    def __init__(self, folder: Path, finished: int, total: int, device: str = "cpu") -> None:
+        self.path, self.device, self.every = folder / RATES, torch.device(device), max(1, total // POINTS)
+        self.documents, self.tokens, self.since = 0, 0, time.monotonic()
+        kept = [row for row in read(folder, RATES) if row["finished_steps"] <= finished]
+        with writing(self.path):
+            write_atomically(self.path, lambda path: path.write_text("".join(map(_line, kept))))
+
+    def add(self, finished: int, tokens: int, documents: int) -> None:
+        """One more step. Raises MachineError where the disk takes nothing more."""
+        self.documents, self.tokens = self.documents + documents, self.tokens + tokens
+        if finished % self.every:
+            return
+        now = time.monotonic()
+        seconds = max(now - self.since, 1e-9)
+        row: Rate = {
+            "finished_steps": finished, "documents_per_second": self.documents / seconds,
+            "tokens_per_second": self.tokens / seconds, "memory_gib": peak_memory(self.device) / 2**30,
+        }  # fmt: skip
+        with writing(self.path), open(self.path, "a") as handle:
+            handle.write(_line(row))
+        self.documents, self.tokens, self.since = 0, 0, now
 
 
 class Progress:

@@ -31,7 +31,7 @@ from unifork.training import checkpoint
 from unifork.training.checkpoint import State
 from unifork.training.export import SUMMARY, TRAINING, export, quarantined, report_seen
 from unifork.training.flops import flops_per_token, peak_flops
-from unifork.training.history import History, Log, Progress, Startup, read
+from unifork.training.history import History, Log, Progress, Rates, Startup, read
 from unifork.training.loggers import find_loggers
 from unifork.training.loop import Done, TrackRun, WorkerContext, trained_by, turns
 from unifork.training.optimizer import Average, add_adapters, freeze_all_but
@@ -136,7 +136,8 @@ def _train(job: StageJob, run: WorkerContext, log: Log) -> None:
         export(training, checkpoint.folder_of(job.run_folder, state))
     report_seen(log, training.tracks, read(job.run_folder))
     seconds = time.monotonic() - started
-    write_json(job.run_folder / checkpoint.FINISHED, {"fingerprint": training.mark, "seconds": seconds})
+    finished: checkpoint.Finished = {"fingerprint": training.mark, "seconds": seconds}
+    write_json(job.run_folder / checkpoint.FINISHED, finished)
     (job.run_folder / STOPPED).unlink(missing_ok=True)
     log(f"finished in {seconds:.0f} s -> models/{job.model_folder.name}")
 
@@ -214,6 +215,7 @@ class Training:
         job, run, stage, requests, total = self.job, self.run, self.stage, self.run.requests, len(self.order)
         if self.lead:
             self.history = History(job.run_folder, self.state.total, self.log, find_loggers(job.resources.loggers))
+            self.rates = Rates(job.run_folder, self.state.total, total, run.device)
             self.progress.write()
             self.progress.token_shares = _token_shares(run.device, run.workers, self.model, self.tracks, stage.lora)
         started_up, minutes = not self.lead, stage.checkpoint_minutes
@@ -279,6 +281,7 @@ class Training:
             if self.history:
                 self.history.add(metrics)
                 self.progress.show(metrics, len(done.plan.keys))
+                self.rates.add(self.progress.done, metrics["tokens"], len(done.plan.keys))
             found.append((done, metrics))
         return found
 

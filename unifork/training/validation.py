@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from typing_extensions import TypedDict
 
 from unifork.batch import IMAGE, Document
 from unifork.config import Stage
@@ -31,6 +32,46 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff
 """A word; where none are written apart, a character."""
 
 Row = dict[str, Any]
+HELD_OUT = "held_out.json"
+
+
+class Rates(TypedDict):
+    """How good the answers for a part of a mixture are: means, with their standard errors."""
+
+    part: str
+    dataset: str
+    task: str
+    answers: int
+    exact_match: float
+    exact_match_standard_error: float
+    token_f1: float
+    token_f1_standard_error: float
+
+
+class Answered(TypedDict):
+    """An answer beside what was expected."""
+
+    part: str
+    key: str
+    expected: str
+    answer: str
+    exact_match: float
+    token_f1: float
+
+
+class Prompt(TypedDict):
+    """What an image was drawn for."""
+
+    part: str
+    prompt: str
+
+
+class HeldOut(TypedDict):
+    """What a finished model makes of held-out documents: the file `held_out.json`."""
+
+    scores: list[Rates]
+    answers: list[Answered]
+    prompts: list[Prompt]
 
 
 class Validation:
@@ -58,7 +99,7 @@ class Validation:
                     rows.append({**place, **tracks[name].losses(wrapped, documents, slots, run)})
         return rows
 
-    def examine(self, engine: Engine) -> tuple[dict[str, list[Row]], dict[str, np.ndarray]]:
+    def examine(self, engine: Engine) -> tuple[HeldOut, dict[str, np.ndarray]]:
         """What a finished model makes of held-out documents, as words and as codes (B, N, D) of images.
 
         `scores`: exact match and token F1 of each part, with standard errors; `answers`; `prompts` of the images, with
@@ -67,9 +108,9 @@ class Validation:
         by_task = {task: [part for part in self.parts.values() if part.task == task] for task in TASKS}
         asking = [part for part in by_task["understanding"] if TEMPLATES[part.entry.template].images != 0]
         answers = {part: _answers(engine, part, self.config.answers) for part in asking}  # of plain text none
-        scores = [{**_named(part), **_scores(found)} for part, found in answers.items() if found]
+        scores = [_rates(part, found) for part, found in answers.items() if found]
         share = math.ceil(self.config.prompts / max(len(by_task["generation"]), 1))
-        prompts: list[Row] = []
+        prompts: list[Prompt] = []
         codes, drawn = [], []
         for part in by_task["generation"]:
             if not (indices := spread(len(part), share)):
@@ -80,7 +121,7 @@ class Validation:
             drawn.append(engine.generate_images(texts, self.stage.sampling, part.entry.template))
         rows = [row for found in answers.values() for row in found]
         images, most = {"codes": codes, "drawn": drawn}, self.config.prompts
-        words = {"scores": scores, "answers": rows, "prompts": prompts[:most]}
+        words: HeldOut = {"scores": scores, "answers": rows, "prompts": prompts[:most]}
         return words, {name: np.concatenate(group)[:most] if group else np.zeros(0) for name, group in images.items()}
 
 
@@ -99,7 +140,7 @@ def _named(part: MixturePart) -> Row:
     return {"part": part.entry.prepared, "dataset": part.entry.dataset, "task": part.task}
 
 
-def _answers(engine: Engine, part: MixturePart, count: int) -> list[Row]:
+def _answers(engine: Engine, part: MixturePart, count: int) -> list[Answered]:
     """The first supervised stretch of each document as it stands there, and as the model writes it."""
     documents = [part.document(index) for index in spread(len(part), count)]
     starts = [int(document.loss_mask_T.argmax()) for document in documents]
@@ -128,13 +169,19 @@ def _until(document: Document, stop: int) -> Document:
     return Document(document.key, document.task, kinds_T, document.text_ids_T[:stop], np.zeros(stop, bool), codes_ND)
 
 
-def _scores(rows: Sequence[Row]) -> Row:
-    """Means over independent rows, with their standard errors."""
-    scores: Row = {"answers": len(rows)}
-    for name in ("exact_match", "token_f1"):
-        values = np.array([row[name] for row in rows])
-        scores |= {name: float(values.mean()), f"{name}_standard_error": float(values.std() / math.sqrt(len(values)))}
-    return scores
+def _rates(part: MixturePart, rows: Sequence[Answered]) -> Rates:
+    exact, exact_error = _mean([row["exact_match"] for row in rows])
+    f1, f1_error = _mean([row["token_f1"] for row in rows])
+    return {
+        "part": part.entry.prepared, "dataset": part.entry.dataset, "task": part.task, "answers": len(rows),
+        "exact_match": exact, "exact_match_standard_error": exact_error,
+        "token_f1": f1, "token_f1_standard_error": f1_error,
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of independent values, and its standard error."""
+    return float(np.mean(values)), float(np.std(values) / math.sqrt(len(values)))
 
 
 def _words(text: str) -> list[str]:
