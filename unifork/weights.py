@@ -27,11 +27,18 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLED = (".bin", ".pt", ".pth")
 HUB_NAME = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inside>(/[\w-][\w.-]*)*)(@(?P<revision>[\w./-]+))?")
 """`owner/name`, a folder inside it, and a revision: `owner/name/vision_tower@main`."""
+TOWER = "model.vision_tower.vision_tower."
+"""Prefix of the image tokenizer's tensors in an official checkpoint."""
 LISTED = 10
 """Names of an error message."""
 Shapes = dict[str, tuple[Any, ...]]
 """Of tensors by name."""
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
+
+
+def translated(name: str, starts: Mapping[str, str]) -> str:
+    """A name with another start; empty where it begins with none of those."""
+    return next((new + name.removeprefix(old) for old, new in starts.items() if name.startswith(old)), "")
 
 
 def local_folder(

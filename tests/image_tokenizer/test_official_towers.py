@@ -16,7 +16,7 @@ from unifork.errors import CheckpointError
 from unifork.image_tokenizer.architecture import Architecture
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.models.conversion import TOWER
+from unifork.weights import TOWER
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "official_tiny"
 VISION = "rqvaesiglip.siglip_model.vision_model."

@@ -312,7 +312,9 @@ def test_a_verdict_without_its_image_is_refused(tmp_path):
 
 
 def test_it_shows_alignment_where_it_was_analyzed(tmp_path):
-    plan = experiment().model_copy(update={"analyzed": {"fork-s3": AnalyzedRun(kinds=("alignment",), start="m")}})
+    plan = experiment().model_copy(
+        update={"analyzed": {"fork-s3": AnalyzedRun(kinds=("alignment",), start="m", prompts="")}}
+    )
     where = layout(tmp_path)
     assert "Alignment by layer" not in build(experiment(), where, None)
     assert "Alignment by layer after" not in build(plan, where, None)

@@ -19,7 +19,6 @@ from unifork.batch import Document, pack
 from unifork.config import Analysis
 from unifork.errors import DataError
 from unifork.models.modeling import UniForkModel
-from unifork.training.optimizer import freeze_all_but
 
 SHARED = re.compile(r"layers\.(\d+)\..*\bshared\.([qkvo]_proj|gate_proj|up_proj|down_proj)\.weight")
 SHOWN = ("down_proj", "o_proj", "v_proj")
@@ -67,7 +66,9 @@ def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analy
     mixed = np.random.default_rng(choices.seed).permutation(len(every))
     orders = [*np.split(np.arange(len(every)), 2), *np.split(mixed, 2)]
     weights = {name: parameter for name, parameter in model.named_parameters() if SHARED.fullmatch(name)}
-    freeze_all_but(model, weights)
+    model.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
     found = {}
     if weights:
         a, b, *halves = (mean_gradients(model, [every[n] for n in order], choices.batch, weights) for order in orders)

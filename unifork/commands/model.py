@@ -119,6 +119,7 @@ def _write_official(loaded, images: Path, out: Path) -> None:  # type: ignore[no
     from unifork.image_tokenizer.model import ImageTokenizer
     from unifork.models import conversion
     from unifork.shards.manifest import write_json
+    from unifork.weights import TOWER
 
     conversion.set_head_form(loaded, folded=False)
     tokenizer = ImageTokenizer.load(images)
@@ -129,7 +130,7 @@ def _write_official(loaded, images: Path, out: Path) -> None:  # type: ignore[no
             state = conversion.with_dtypes(state, json.loads(kept.metadata().get(conversion.DTYPES, "{}")))
             tower |= {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
             files[f"{SIGLIP_FOLDER}/config.json"] = json.loads(kept.metadata()[SIGLIP_FOLDER])
-    state |= {conversion.TOWER + name: tensor for name, tensor in tower.items()}
+    state |= {TOWER + name: tensor for name, tensor in tower.items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     plain = conversion.official_plain(loaded)
     write_json(out / "config.json", plain)

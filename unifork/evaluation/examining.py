@@ -25,7 +25,6 @@ from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.layout import Files, checked_images, image_of
 from unifork.evaluation.items import AT_ONCE, Item, identity
 from unifork.evaluation.names import ABSENT, REGISTRIES
-from unifork.evaluation.scoring import origin_of
 from unifork.evaluation.suites import suite_of
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
@@ -125,7 +124,8 @@ def examine_job(
     archive = Archive(card, options, files_at)
     folder = images or archive.folder / archive.images
     source = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    lineage = origin_of(folder) | (source.lineage if source else {})
+    lineage: dict[str, Any] = {"model": str(folder), "decoding": "not recorded", "seed": None}
+    lineage |= source.lineage if source else {}
     absent = lineage.get(ABSENT) or (archive.absent if images is None else None) or absent_networks(card)
     tasks, files = list[ShardTask](), Files()
     if absent:

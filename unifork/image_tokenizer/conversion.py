@@ -33,8 +33,7 @@ from unifork.config import DecoderConfig, EncoderConfig, StrictModel, parse, rea
 from unifork.errors import CheckpointError, ConfigError
 from unifork.image_tokenizer.architecture import CONFIG_FILE, Architecture
 from unifork.image_tokenizer.model import ImageTokenizer
-from unifork.models.conversion import TOWER, translated
-from unifork.weights import PICKLED, StoredWeights, local_folder, read_json, refuse_tensors
+from unifork.weights import PICKLED, TOWER, StoredWeights, local_folder, read_json, refuse_tensors, translated
 
 OFFICIAL = read_yaml(Path(__file__).with_name("official_names.yaml"))
 NAMES: dict[str, str] = OFFICIAL["starts"]

@@ -29,9 +29,8 @@ from unifork.models.layer_plan import LayerPlan, branch_of, without_branch
 from unifork.models.modeling import UniForkModel
 from unifork.models.warm_start import NOT_DENSE
 from unifork.vocabulary import MODALITIES, TASKS
-from unifork.weights import StoredWeights, check_fit
+from unifork.weights import TOWER, StoredWeights, check_fit, translated
 
-TOWER = "model.vision_tower.vision_tower."
 TOKENIZER = f"{TOWER}rqvaesiglip."
 HEAD = f"{TOWER}rqtransformer."
 _NAMES = read_yaml(Path(__file__).with_name("official_names.yaml"))
@@ -77,11 +76,6 @@ def _official_name(name: str, half: int) -> str:
         *_, index, part, rest = name.split(".")
         return f"{HEAD}head_transformer.blocks.{index}.{_NAMES['head_block'][part]}.{rest}"
     return translated(name, _NAMES["starts"])
-
-
-def translated(name: str, starts: Mapping[str, str]) -> str:
-    """A name with another start; empty where it begins with none of those."""
-    return next((new + name.removeprefix(old) for old, new in starts.items() if name.startswith(old)), "")
 
 
 def official_config(
