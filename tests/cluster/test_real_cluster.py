@@ -105,6 +105,7 @@ EVERY = """
 import os
 import runpy
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -113,6 +114,7 @@ from unifork import processes
 from unifork.cluster import set_ray_environment
 
 set_ray_environment()
+warnings.filterwarnings("ignore", "'.*' found in sys.modules")
 for program in Path(pipelines.__path__[0]).glob("[a-z]*.py"):
     import_module(f"pipelines.{program.stem}")
 assert Path(pipelines.__path__[0]).parent == Path.cwd()

@@ -93,7 +93,7 @@ def test_activation_checkpointing_changes_no_bit():
 
 @pytest.mark.slow
 def test_compiled_parts_compute_the_same():
-    plain, compiled = (noisy_model("shared*1 task*1 norm:task").train() for _ in range(2))
+    plain, compiled = (noisy_model("shared*2 task*2 norm:task").train() for _ in range(2))
     for model in (plain, compiled):
         add_adapters(model, EVERYWHERE, seed=0)
     compiled.compile_parts()

@@ -82,8 +82,8 @@ def origin(tmp_path_factory, dvc, s3_server) -> Path:
     dvc(root, "repro", *STAGES)
     words = TextTokenizer(root / "tokenizers/text")
     write_model(experiment, fresh_tokenizer(experiment, root / "tokenizers/image"), words, root / model, root)
-    for stage in MADE:
-        dvc(root, "commit", "-q", "-f", stage)
+    for name in MADE:
+        dvc(root, "commit", "-q", "-f", name)
     dvc(root, "repro", EVALUATION)
     boto3.client("s3").create_bucket(Bucket="dvc")
     dvc(root, "remote", "add", "-q", "-d", "disk", str(base / "disk"))
