@@ -192,7 +192,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Path:
+def unseen(tmp_path: Path) -> Path:
     """A folder that the second node does not see."""
     return folder(tmp_path / "experiment")
 
@@ -205,12 +205,12 @@ def folder(path: Path) -> Path:
 
 
 @pytest.fixture
-def second(head: Head, experiment: Path) -> Iterator[None]:
+def second(head: Head, unseen: Path) -> Iterator[None]:
     """A node of four CPUs, where the head has two."""
-    log = experiment.with_name("second.log")
+    log = unseen.with_name("second.log")
     start = [BIN / "ray", "start", "--block", f"--address={head.joins}", "--num-cpus=4", "--num-gpus=0"]
     node = subprocess.Popen(
-        [*HIDE, experiment, *start, "--object-store-memory=80000000"],
+        [*HIDE, unseen, *start, "--object-store-memory=80000000"],
         env=head.environment, cwd=head.environment["HOME"], start_new_session=True,
         stdout=log.open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -235,23 +235,23 @@ def run(head: Head, place: Path, *command: str, **keys: object) -> "subprocess.C
 
 @pytest.mark.skipif(not CAN_HIDE, reason="a node without the shared disk needs mounts of its own")
 def test_what_a_node_without_the_disk_and_a_driver_with_cpus_do(
-    head: Head, second: None, experiment: Path, tmp_path: Path
+    head: Head, second: None, unseen: Path, tmp_path: Path
 ) -> None:
-    hidden = f"{{env_vars: {{HIDDEN: {experiment}}}}}"
+    hidden = f"{{env_vars: {{HIDDEN: {unseen}}}}}"
     jobs = "{work: {workers: 1, cpus: 3}}"  # on the second node
-    done = run(head, experiment, "stages.program", jobs=jobs, runtime_env=hidden)
+    done = run(head, unseen, "stages.program", jobs=jobs, runtime_env=hidden)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "driver on the head node" in done.stdout  # the head: nothing was asked for
     (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert line.startswith("error: node ")
-    assert f" does not see {experiment}/runs/.ray/.shared-" in line
+    assert f" does not see {unseen}/runs/.ray/.shared-" in line
 
-    done = run(head, experiment, "unifork.cli", "doctor", "--cluster", "two.yaml")
+    done = run(head, unseen, "unifork.cli", "doctor", "--cluster", "two.yaml")
     assert done.returncode == 1, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if " GPUs" in line]
     assert sorted(line.split()[2] for line in lines) == ["failed", "ok"], done.stdout + done.stderr
     bad, good = sorted(lines, key=lambda line: line.split()[2])
-    assert f"does not see {experiment}/.doctor-" in bad
+    assert f"does not see {unseen}/.doctor-" in bad
     assert "root shared, flock holds" in good
     assert "tokens: token" in good
 
