@@ -35,7 +35,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def run(root: Path, *command: str) -> str:
-    """Output and errors of a command that must end well; `dvc` is forked, and starts its programs itself."""
+    """Output and errors of a command that must end well; `dvc` and the programs of its stages are forked."""
     if command[0] == "dvc":
         code, output = program(root, command, **environment(root))
         assert code == 0, output[-6000:]

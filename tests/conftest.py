@@ -58,13 +58,14 @@ def ray_session() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment root with everything up to a fresh model, made by the real stages in this process.
+    """An experiment root with everything up to a fresh model, made by the real stages.
 
     Read-only: tests that train or damage something copy it.
     """
+    from builds import built_once
     from tiny import build
 
-    return build(tmp_path_factory.mktemp("tiny"))
+    return built_once(tmp_path_factory, "tiny", build)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,9 @@ import runpy
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 LIBRARY = [
     "cli", "documents.prepare", "image_tokenizer.encode", "publish.publication", "sources.web.download",
@@ -17,7 +19,10 @@ LIBRARY = [
 ]  # fmt: skip
 SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = ["pytest", "pandas", "pipelines.download", *(f"unifork.{name}" for name in LIBRARY)]
-SLOW = ["deepspeed", "dvc.cli.parser", "dvc.repo", "dvc.repo.reproduce", "dvc.stage.run"]
+SLOW = [
+    "deepspeed", "dvc.cli.parser", "dvc.repo", "dvc.repo.reproduce", "dvc.stage.run", "pipelines.analyze",
+    "pipelines.report", "unifork.inference",
+]  # fmt: skip
 """What slow tests need, too."""
 
 
@@ -26,10 +31,10 @@ def preload(*, slow: bool) -> None:
     SERVER.set_forkserver_preload([*PRELOADED, *(SLOW if slow else [])])
 
 
-def program(root: Path, words: tuple[str, ...], **environment: str) -> tuple[int, str]:
+def program(root: Path, words: tuple[str, ...], *, context: Any = SERVER, **environment: str) -> tuple[int, str]:
     """`python -m words` in a root, in a forked process: its exit code, and output and errors as they came."""
     with tempfile.TemporaryDirectory() as folder:
-        process = SERVER.Process(target=_program, args=(str(root), words, f"{folder}/printed", environment))
+        process = context.Process(target=_program, args=(str(root), words, f"{folder}/printed", environment))
         process.start()
         process.join()
         return process.exitcode or 0, Path(folder, "printed").read_text()
@@ -37,7 +42,23 @@ def program(root: Path, words: tuple[str, ...], **environment: str) -> tuple[int
 
 def _program(root: str, words: tuple[str, ...], printed: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    if words[0] == "dvc":
+        from dvc.stage import run
+
+        run._run = partial(stage, multiprocessing.get_context("fork"))
     become(root, words, printed)
+
+
+def stage(context: Any, _: str, command: str, *, cwd: str, env: dict[str, str], **__: object) -> None:
+    """What DVC calls with the command of a stage: forked, where a program of its own would import for seconds."""
+    from dvc.stage.exceptions import StageCmdFailedError
+
+    python, option, *words = command.split()
+    assert (python, option) == ("python", "-m"), command
+    code, output = program(Path(cwd), tuple(words), context=context, **env)
+    print(output, end="", flush=True)
+    if code:
+        raise StageCmdFailedError(command, code)
 
 
 def become(root: str, words: tuple[str, ...], printed: str) -> None:

@@ -51,7 +51,7 @@ def wait_until(condition: object, seconds: float) -> bool:
     return bool(done)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """`ray start --head` in token mode with a home and a session folder of its own."""
     home = Path(tempfile.mkdtemp(prefix="unifork-ray-"))  # short: Ray's sockets lie below, their paths have a limit

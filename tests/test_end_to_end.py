@@ -63,7 +63,11 @@ def ran(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reproduced(checkout) -> Path:
-    """Killed in the middle of the stage that runs on a worker process, then run to the end."""
+    """Killed in the middle of the stage that runs on a worker process, then run to the end.
+
+    What is killed are real programs of a real `dvc`; the stages before and after are forked.
+    """
+    run(checkout, "dvc", "repro", "train@unifork-s1-captions")
     with open(checkout / "first.log", "w") as log:
         first = subprocess.Popen(
             ["dvc", "repro"], cwd=checkout, env=environment(checkout), stdout=log, stderr=log, start_new_session=True
@@ -141,6 +145,7 @@ def test_a_second_repro_does_nothing_in_under_five_seconds(reproduced):
 def test_damaged_code_shards_are_noticed_and_only_they_are_made_again(reproduced):
     """One is missing, one is truncated, in different views; DVC's cache of runs is of no help."""
     shutil.rmtree(reproduced / ".dvc/cache/runs", ignore_errors=True)
+    (reproduced / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "jobs": {}}))  # actors made them
     folder = reproduced / "data/codes/shapes"
     damaged = {"crop/part-00001.parquet", "pad/part-00000.parquet"}
 

@@ -1,5 +1,5 @@
-"""The real cluster that some of these tests run on."""
+"""The programs that some of these tests start."""
 
-from ray_heads import head
+from stage_programs import experiment, start
 
-__all__ = ["head"]
+__all__ = ["experiment", "start"]

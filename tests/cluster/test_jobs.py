@@ -1,23 +1,19 @@
-"""A stage that submits itself: against a pretended job server, and once against a real cluster in token mode."""
+"""A stage that submits itself, against a pretended job server."""
 
 import asyncio
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Protocol
 
 import pytest
-from ray_heads import BIN, Head, free_port, wait_until
+from ray_heads import free_port
+from stage_programs import Start
 from tiny import write_experiment
 
 from unifork import jobs
@@ -28,96 +24,6 @@ from unifork.jobs import follow, wait_for_outputs
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
-
-PROGRAM = """
-import sys
-import time
-from pathlib import Path
-
-import unifork
-from unifork.cluster import local_ray, map_shards
-from unifork.config import in_job, load_cluster
-from unifork.errors import DataError
-from unifork.jobs import run_stage
-from unifork.shards.task import ShardTask, Slice
-from stages.worker import Square
-
-OUTPUTS = [Path(name) for name in sys.argv[2:]]
-
-
-def main():
-    print(f"code from {Path(unifork.__file__).parent}")
-    match sys.argv[1]:
-        case "fail":
-            sys.exit(7)
-        case "mistake":
-            raise DataError("shard 3: damaged")
-        case "bug":
-            raise ZeroDivisionError("internal mistake")
-        case "wait":
-            OUTPUTS[0].touch()
-            time.sleep(600)
-        case "note":
-            OUTPUTS[0].write_text(f"{load_cluster().name} {in_job()}")
-        case "work":
-            cluster = load_cluster()
-            encode = cluster.jobs["encode"]
-            with local_ray(cluster, needed=encode.workers > 0):
-                tasks = [ShardTask(piece=Slice(n, n + 1), output=str(n)) for n in range(4)]
-                results = sorted(map_shards(tasks, Square, (), encode), key=lambda result: result.output)
-            OUTPUTS[0].write_text(" ".join(result.problem for result in results))
-
-
-if __name__ == "__main__":
-    run_stage(main, "stages.program", sys.argv[1:], OUTPUTS)
-"""
-
-WORKER = """
-from unifork.shards.task import ShardResult
-
-
-class Square:
-    def __call__(self, task):
-        return ShardResult(task.output, problem=str(task.piece.start ** 2))
-"""
-
-
-@pytest.fixture
-def experiment(tmp_path: Path) -> Path:
-    """A folder with a package of programs and a cluster file, as a checkout is."""
-    (tmp_path / "stages").mkdir()
-    (tmp_path / "stages" / "__init__.py").touch()
-    (tmp_path / "stages" / "program.py").write_text(PROGRAM)
-    (tmp_path / "stages" / "worker.py").write_text(WORKER)
-    (tmp_path / "local.yaml").write_text("name: local\njobs: {encode: {workers: 0}}\n")
-    return tmp_path
-
-
-class Start(Protocol):
-    """Starts the program in the experiment's folder, as `dvc repro` does."""
-
-    def __call__(self, cluster: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]": ...
-
-
-@pytest.fixture
-def start(experiment: Path) -> Iterator[Start]:
-    """Programs of the experiment; none outlives the test."""
-    processes = []
-
-    def start(cluster: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "stages.program", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "UNIFORK_CLUSTER": cluster, **environment}
-        process = subprocess.Popen(
-            command, cwd=experiment, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
 
 # ----------------------------------------------------------------------------------------- locally
 
@@ -303,56 +209,3 @@ def test_outputs_that_cannot_be_seen_are_named(tmp_path: Path) -> None:
     wait_for_outputs([tmp_path / "there"], Cluster(name="far"))
     with pytest.raises(UniForkError, match=r"cluster 'far': the job succeeded, but .*missing cannot be seen here"):
         wait_for_outputs([tmp_path / "there", tmp_path / "missing"], Cluster(name="far"), patience_seconds=0)
-
-
-# ------------------------------------------------------------------------------- a real cluster
-
-
-def submit_by_hand(head: Head, experiment: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """What a user can do without any help: `ray job submit`, with the code as the working directory."""
-    code = experiment / "code"
-    shutil.copytree(REPOSITORY / "unifork", code / "unifork", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(experiment / "stages", code / "stages", ignore=shutil.ignore_patterns("__pycache__"))
-    variables = {"UNIFORK_ROOT": str(experiment), "UNIFORK_CLUSTER": "far.yaml"}
-    command = [BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", code]
-    command += ["--runtime-env-json", json.dumps({"env_vars": variables})]
-    command += ["--", sys.executable, "-m", "stages.program", *arguments]
-    return subprocess.Popen(command, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.mark.cluster
-def test_stages_submit_themselves_to_a_cluster_in_token_mode(head: Head, start: Start, experiment: Path) -> None:
-    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
-    (experiment / "far.yaml").write_text(
-        f"name: far\naddress: {head.address}\njobs: {{encode: {{workers: 2, cpus: 0.5}}}}\n"
-    )
-    # no mode and no address is inherited: the file in HOME is all that the stage needs
-    environment = {"HOME": head.environment["HOME"], "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "http://127.0.0.1:1"}
-    waits = start("far.yaml", "wait", "started", **environment)
-    fails = start("far.yaml", "fail", **environment)
-    works = start("far.yaml", "work", "squares.txt", **environment)
-
-    by_hand = submit_by_hand(head, experiment, "note", "by-hand.txt")
-
-    out, errors = fails.communicate(timeout=80)
-    assert fails.returncode == 7, errors
-    assert "code from " in out
-    assert f"code from {REPOSITORY}" not in out  # it ran the code that was sent
-    assert "exit code 7" in errors
-
-    assert wait_until((experiment / "started").exists, 60)
-    waits.send_signal(signal.SIGTERM)
-    out, errors = waits.communicate(timeout=60)
-    assert waits.returncode == 143, errors
-    job = out.split()[1]
-    assert head.get(f"/api/jobs/{job}")["status"] == "STOPPED"
-
-    out, errors = works.communicate(timeout=80)
-    assert works.returncode == 0, errors + out
-    assert (experiment / "squares.txt").read_text() == "0 1 4 9"
-
-    out, _ = by_hand.communicate(timeout=80)
-    assert by_hand.returncode == 0, out
-    assert (experiment / "by-hand.txt").read_text() == "far True"  # in a job, so not submitted again

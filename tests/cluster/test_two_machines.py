@@ -72,7 +72,7 @@ def test_a_replica_on_each_machine_trains_as_one_process(tiny_root, network, two
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.soak  # a node that does not see the folder: test_launch for training, test_two_nodes for a real one
+@pytest.mark.soak  # a node that does not see the folder: test_launch for training, test_real_cluster for a real one
 def test_a_machine_without_the_disk_is_named_and_costs_no_restart(tiny_root, network, two):
     root = copy_of(tiny_root, network.disk)
     head, node, login = two(disk=False)

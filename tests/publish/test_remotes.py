@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from forks import SERVER, stage
 from tiny import REPOSITORY, bytes_of, fresh_tokenizer, write_experiment, write_model
 
 from unifork.documents.text_tokenizer import TextTokenizer
@@ -27,12 +28,12 @@ ROWS, SHARD_ROWS = 24, 8
 
 @pytest.fixture(scope="module")
 def dvc(request):
-    """Runs a DVC command in a folder, in this process (each of its own would import for seconds)."""
+    """Runs a DVC command in a folder, in this process (each of its own would import for seconds), and forks stages."""
     from dvc.cli import main
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patched.delenv("UNIFORK_CLUSTER", raising=False)
+        patched.setattr("dvc.stage.run._run", partial(stage, SERVER))
 
         def run(folder: Path, *words: str) -> None:
             patched.setenv("PYTHONPATH", str(folder))
@@ -81,8 +82,8 @@ def origin(tmp_path_factory, dvc, s3_server) -> Path:
     dvc(root, "repro", *STAGES)
     words = TextTokenizer(root / "tokenizers/text")
     write_model(experiment, fresh_tokenizer(experiment, root / "tokenizers/image"), words, root / model, root)
-    for stage in MADE:
-        dvc(root, "commit", "-q", "-f", stage)
+    for name in MADE:
+        dvc(root, "commit", "-q", "-f", name)
     dvc(root, "repro", EVALUATION)
     boto3.client("s3").create_bucket(Bucket="dvc")
     dvc(root, "remote", "add", "-q", "-d", "disk", str(base / "disk"))

@@ -23,7 +23,7 @@ IMAGES, SHARD_ROWS = 12, 4
 
 
 def command(root: Path, *words: str, code: int = 0) -> str:
-    """Run `python -m words` in a forked process, whose own programs are real ones; what it printed."""
+    """Run `python -m words` in a forked process; what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ended, output = program(root, words, PYTHONPATH=str(root), PATH=path, UNIFORK_CLUSTER="clusters/here.yaml")
     assert ended == code, output

@@ -1,5 +1,6 @@
 """What training asks Ray for, and which errors cost a restart."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,13 @@ def test_training_asks_for_the_gpus_of_the_cluster_file(ray_session, tmp_path):
     assert all(devices for devices in seen)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
-def test_a_loss_out_of_its_band_ends_the_run_at_once_with_its_message(ray_session, root, workers):
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)]
+)
+def test_a_loss_out_of_its_band_ends_the_run_at_once_with_its_message(request, root, workers):
+    """On workers its way is that of the mistake of one worker, below."""
+    if workers:
+        request.getfixturevalue("ray_session")
     stage_job = job(root, resources=resources(workers), loss_band=LossBand(stop=0.9))
     with pytest.raises(UniForkError, match=r"step 0: text_loss .* is above 0\.9 x 5\.991") as caught:
         launch.launch(stage_job)
@@ -126,7 +132,39 @@ def test_a_node_that_does_not_share_the_folder_is_named_and_costs_no_restart(
     assert not (stage_job.run_folder / "log.txt").exists()  # nothing was written there
 
 
-def test_restarts_are_counted_from_the_last_checkpoint(ray_session, root, monkeypatch, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("saved", "restarts"),
+    [([None, 1, 1], 2), ([1, 2, 3, 3], 3), ([1, 2, "end"], 2)],
+)
+def test_restarts_are_counted_from_the_last_checkpoint(ray_session, root, monkeypatch, capfd, saved, restarts):
+    """With `max_restarts: 1` fits fail after saving some step; twice from one checkpoint only at the end."""
+    import ray.train
+
+    stage_job, attempts = job(root, resources=resources(1, max_restarts=1)), iter(enumerate(saved))
+    stage_job.run_folder.mkdir(parents=True)
+
+    def fit(*_):
+        number, step = next(attempts)
+        if step == "end":
+            return True
+        if step:
+            (stage_job.run_folder / "latest").write_text(f"step-{step}")
+        raise ray.train.TrainingFailedError(f"workers died:\nfailure {number}")
+
+    monkeypatch.setattr(launch, "_fit_once", fit)
+    if saved[-1] == "end":
+        launch.launch(stage_job)
+    else:
+        with pytest.raises(ray.train.TrainingFailedError, match=f"failure {len(saved) - 1}"):
+            launch.launch(stage_job)
+    assert next(attempts, None) is None
+    begins = [f"step-{step}" if step else "the beginning" for step in saved[:restarts]]
+    lines = [f"{stage_job.key}: workers failed (failure {n}); starting again from {b}\n" for n, b in enumerate(begins)]
+    assert capfd.readouterr().out == "".join(lines)
+
+
+@pytest.mark.soak  # the same by the failures of real workers
+def test_restarts_of_real_workers_are_counted_from_the_last_checkpoint(ray_session, root, monkeypatch, tmp_path, capfd):
     """With `max_restarts: 1` workers fail three times, and twice from one checkpoint only at the end."""
     import ray.train
 
@@ -189,7 +227,7 @@ def test_waiting_is_said(ray_session, root, monkeypatch, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("death", ["exit", pytest.param("exception", marks=pytest.mark.soak)])
-def test_a_worker_that_is_lost_costs_a_restart(ray_session, root, monkeypatch, tmp_path, death):
+def test_a_worker_that_is_lost_costs_a_restart(ray_session, root, monkeypatch, tmp_path, capfd, death):
     def stage(rank, attempt):
         import os
 
@@ -202,6 +240,8 @@ def test_a_worker_that_is_lost_costs_a_restart(ray_session, root, monkeypatch, t
     instead_of_training(monkeypatch, tmp_path / "attempts", stage)
     launch.launch(job(root, resources=resources(2)))
     assert started(tmp_path / "attempts")["1"] == 2  # the other may not have come so far when the first is lost
+    line = r"^unifork-s2-pretrain: workers failed \(.+\); starting again from the beginning$"
+    assert len(re.findall(line, capfd.readouterr().out, re.MULTILINE)) == 1
 
 
 @pytest.mark.soak  # as the last two failures of the test of restarts from a checkpoint

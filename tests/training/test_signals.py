@@ -189,13 +189,14 @@ def test_checkpoint_minutes_save_between_the_steps_of_checkpoint_every(root, mon
     assert stage_job.fingerprint() == job(root).fingerprint()
 
 
+@pytest.mark.parametrize("again", ["two processes", pytest.param("the same command", marks=pytest.mark.soak)])
 def test_two_ray_workers_save_after_the_same_step_and_end_as_unbroken(
-    ray_session, root, tiny_root, tmp_path, monkeypatch
+    ray_session, root, tiny_root, tmp_path, monkeypatch, again
 ):
-    """No restart is spent; the run goes on with the same command and has the bytes of two workers without a signal."""
+    """No restart is spent; the run goes on and has the bytes of two workers without a signal."""
     resources = TrainResources(workers=2, cpus=0.5, threads=1, row_tokens=384, max_restarts=2)
     stage_job, alone = (
-        job(place, resources=resources, checkpoint_every=1000, steps=30)
+        job(place, resources=resources, checkpoint_every=1000, steps=20)
         for place in (root, copy_of(tiny_root, tmp_path / "alone"))
     )
 
@@ -216,11 +217,14 @@ def test_two_ray_workers_save_after_the_same_step_and_end_as_unbroken(
     with pytest.raises(Stopped, match="SIGTERM"), monkeypatch.context() as patch:
         patch.setattr("unifork.training.launch._worker", slowly)
         launch(stage_job)
-    (step,) = re.findall(r"stopped by a signal after step (\d+) of 30", log_of(stage_job))
+    (step,) = re.findall(r"stopped by a signal after step (\d+) of 20", log_of(stage_job))
     assert latest(stage_job) == len(read(stage_job.run_folder)) == int(step)
-    launch(stage_job)
-    assert log_of(stage_job).count("starting, 30 steps") == 1
-    assert log_of(stage_job).count(f"continuing from step {step} of 30") == 1
+    if again == "two processes":
+        run_distributed(worker, 2, stage_job.model_dump(mode="json"))
+    else:
+        launch(stage_job)
+    assert log_of(stage_job).count("starting, 20 steps") == 1
+    assert log_of(stage_job).count(f"continuing from step {step} of 20") == 1
     run_distributed(worker, 2, alone.model_dump(mode="json"))
     assert_equal(weights(stage_job), weights(alone))
     assert read(stage_job.run_folder) == read(alone.run_folder)

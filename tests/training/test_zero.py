@@ -103,18 +103,18 @@ def train(plain, rank=0, workers=1, until=None):
         return
 
 
-def plain_job(root, shard="none"):
+def plain_job(root, shard="none", every=1):
     resources = RESOURCES.model_copy(update={"workers": 2, "shard": shard})
-    return job(root, "unifork-s3", resources, steps=3, checkpoint_every=1).model_dump(mode="json")
+    return job(root, "unifork-s3", resources, steps=3, checkpoint_every=every).model_dump(mode="json")
 
 
 def _rank(rank, workers, folder):
     """Everything that needs two workers, in one process group."""
     found = {stage: steps(rank, workers, f"deepspeed-{stage}") for stage in STAGES}
     for stage in STAGES:
-        train(plain_job(folder / f"unbroken-{stage}", f"deepspeed-{stage}"), rank, workers)
+        train(plain_job(folder / f"unbroken-{stage}", f"deepspeed-{stage}", every=6), rank, workers)
         for until in (4, None):
-            train(plain_job(folder / f"resumed-{stage}", f"deepspeed-{stage}"), rank, workers, until)
+            train(plain_job(folder / f"resumed-{stage}", f"deepspeed-{stage}", every=4), rank, workers, until)
         train(plain_job(folder / "handed-on", f"deepspeed-{stage}"), rank, workers, until=stage + 1)
     return found
 
@@ -126,7 +126,7 @@ def folder(tiny_root, tmp_path_factory):
     names = [f"{name}-{stage}" for name in ("unbroken", "resumed") for stage in STAGES]
     for name in (*names, "plain", "handed-on"):
         copy_of(tiny_root, folder / name)
-    train(plain_job(folder / "plain"))
+    train(plain_job(folder / "plain", every=6))
     train(plain_job(folder / "handed-on"), until=1)
     return folder
 
