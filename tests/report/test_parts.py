@@ -65,6 +65,14 @@ def test_long_histories_make_small_plots():
     assert "20000 steps" in plot.alt
 
 
+def test_plots_have_axes_of_tokens_and_documents_where_steps_have_them():
+    step = {"track": "joint", "text_loss": 1.0, "tokens": 700.0, "documents": 16}
+    plots = training_plots({"fork": [Recorded("s1", [step] * 9)]}, {"fork": {0: "fork"}})
+    svg = base64.b64decode(plots[0].src.partition(",")[2]).decode()
+    assert ">tokens<" in svg
+    assert ">documents<" in svg
+
+
 def test_speed_and_memory_are_drawn_over_the_steps_of_all_stages():
     history = [{"track": "joint", "step": step} for step in range(4)]
     rates = [{"finished_steps": 2, "tokens_per_second": 64.0, "documents_per_second": 2.0, "memory_gib": 0.5}]

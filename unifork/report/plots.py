@@ -35,6 +35,8 @@ CHARTS = {
 }  # fmt: skip
 """Title: columns of what was recorded, and whether each track has a curve of its own."""
 LOSSES = ("Text loss", "Image loss")
+AXES: Mapping[str, Any] = {"tokens": "top", "documents": -0.22}
+"""What else a step has a number of, and where its axis stands."""
 
 Step = Mapping[str, Any]
 """`track`, `step`, and the values that the step has, by name."""
@@ -147,7 +149,7 @@ def _table(curves: Curves) -> list[list[str]]:
 
 
 def _figure(curves: Curves, lines: Lines, groups: Groups) -> Figure:
-    """Variants by color, their seeds as thin lines, parts by dashes, stages by marks; tokens above where recorded."""
+    """Variants by color, their seeds as thin lines, parts by dashes, stages by marks; AXES where they are recorded."""
     group_of = {name: group for group, seeds in groups.items() for name in seeds.values()}
     color = {group: f"C{number}" for number, group in enumerate(groups)}
     parts = dict.fromkeys(part for _, part in curves)
@@ -158,9 +160,9 @@ def _figure(curves: Curves, lines: Lines, groups: Groups) -> Figure:
         Line2D([], [], color=INK, linestyle=dash[part], label=part or "trained on") for part in dash if len(dash) > 1
     ]
     columns = 1 if any(len(str(mark.get_label())) > 30 for mark in marks) else 2
-    height = 2.9 + 0.16 * -(-len(marks) // columns)
+    height = 3.3 + 0.16 * -(-len(marks) // columns)
     figure = Figure(figsize=(5.4, height))
-    axes = figure.add_axes((0.1, 0.42 / height, 0.88, 2.0 / height))  # a layout engine would draw everything twice
+    axes = figure.add_axes((0.1, 0.82 / height, 0.88, 2.0 / height))  # a layout engine would draw everything twice
     for (variant, part), found in curves.items():
         look = {"color": color[group_of[variant]], "linestyle": dash[part], "linewidth": width, "alpha": 0.9}
         axes.plot(*_short(found).T, **look)
@@ -172,12 +174,13 @@ def _figure(curves: Curves, lines: Lines, groups: Groups) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
     first = next(variant for variant, _ in curves)
-    counts = [step.get("tokens", 0.0) for stage in lines[first] for step in stage.history]
-    if all(counts):
-        tokens = np.array([0, *np.cumsum(counts)])
-        ticks = [tick for tick in MaxNLocator(4).tick_values(0, tokens[-1]) if tick <= tokens[-1]]
-        above = axes.secondary_xaxis("top")
-        above.set_ticks(np.interp(ticks, tokens, np.arange(len(tokens))).tolist(), [f"{tick:g}" for tick in ticks])
-        above.set_xlabel(f"tokens of {first}" if len(lines) > 1 else "tokens", fontsize=8)
+    for what, place in AXES.items():
+        counts = [step.get(what, 0.0) for stage in lines[first] for step in stage.history]
+        if all(counts):
+            seen = np.array([0, *np.cumsum(counts)])
+            ticks = [tick for tick in MaxNLocator(4).tick_values(0, seen[-1]) if tick <= 0.97 * seen[-1]]  # labels fit
+            beside = axes.secondary_xaxis(place)
+            beside.set_ticks(np.interp(ticks, seen, np.arange(len(seen))).tolist(), [f"{tick:g}" for tick in ticks])
+            beside.set_xlabel(f"{what} of {first}" if len(lines) > 1 else what, fontsize=8)
     figure.legend(handles=marks, loc="upper left", ncols=columns, handlelength=2.4)
     return figure

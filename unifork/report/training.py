@@ -111,6 +111,8 @@ def lines_of(experiment: Experiment, layout: Layout) -> Lines:
     for key, run in experiment.runs.items():
         folder = layout.model(key) / TRAINING
         if history := read_history(folder / "history.csv"):
+            documents = {name: track.batch_documents for name, track in experiment.stages[run.stage].tracks.items()}
+            history = [{**step, "documents": documents.get(step["track"], 0)} for step in history]
             beside = [*read_history(folder / "validation.csv"), *read_lines(layout.run(key) / RATES, Rate)]
             before = sum(len(stage.history) for stage in found[run.variant])
             found[run.variant].append(Recorded(run.stage, history, beside, before))
