@@ -16,8 +16,10 @@ __version__ = "0.1.0"
 
 # Must be set before torch is loaded. By default OpenMP threads spin while they wait for each other;
 # with any other load on the machine a step of the small models took 60 times longer (measured,
-# two threads on two busy cores: 5.2 s instead of 0.09 s).
+# two threads on two busy cores: 5.2 s instead of 0.09 s). Asleep at once, they cost a third of the speed of an idle
+# machine: they spin for some microseconds (docs/training.md, the demo's recipe, has what that gains and costs).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def load(directory: Path | str, device: str | None = None, dtype: str = "float32") -> "Model":
