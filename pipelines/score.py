@@ -8,10 +8,10 @@ import shutil
 
 from unifork.config import EvalCard, TextCard, load_eval, load_experiment, load_text
 from unifork.errors import one_of
-from unifork.evaluation.answers import join, read_answers
+from unifork.evaluation.answers import join, origin_of, read_answers
 from unifork.evaluation.items import read_items
 from unifork.evaluation.names import ABSENT
-from unifork.evaluation.scoring import METRICS, by_split, headline_values, origin_of, score_answers, write_scores
+from unifork.evaluation.scoring import METRICS, by_split, headline_values, score_answers, write_scores
 from unifork.evaluation.suites import suite_of
 from unifork.evaluation.text_scores import text_scores
 from unifork.jobs import program

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from unifork.cli import app
 from unifork.errors import DataError
-from unifork.evaluation.answers import join, read_answers
+from unifork.evaluation.answers import join, origin_of, read_answers
 from unifork.evaluation.archive import table_rows
 from unifork.evaluation.items import selected, write_items
-from unifork.evaluation.scoring import origin_of, score_answers, write_scores
+from unifork.evaluation.scoring import score_answers, write_scores
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from unifork.cluster import run_jobs
 from unifork.config import Network
 from unifork.errors import ConfigError, DataError, IdentityError
-from unifork.evaluation.answers import EXPORTS, join, read_answers
+from unifork.evaluation.answers import EXPORTS, join, origin_of, read_answers
 from unifork.evaluation.examining import CANARY, Examiner, absent_networks, examine_job, load_networks, write_summary
 from unifork.evaluation.generation.layout import checked_images
 from unifork.evaluation.generation.networks import (
@@ -29,7 +29,7 @@ from unifork.evaluation.generation.networks import (
     objects,
 )
 from unifork.evaluation.names import ABSENT
-from unifork.evaluation.scoring import origin_of, score_answers
+from unifork.evaluation.scoring import score_answers
 from unifork.evaluation.suites import Answer
 from unifork.images import open_image
 from unifork.shards.manifest import read_manifest

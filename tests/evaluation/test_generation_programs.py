@@ -7,6 +7,7 @@ from functools import partial
 import crashes
 import numpy as np
 import pytest
+import torch
 import yaml
 from benchmark_files import ROOT, lines, photo, png, write
 from generation_files import FILES, PROMPTS, benchmark, image_folder
@@ -190,7 +191,9 @@ def test_programs_go_from_a_model_to_scores(tmp_path):
     assert geneval["value"] == headlines["geneval.all.overall"]
     drawn = read_manifest(tmp_path / "answers/unifork/geneval").lineage
     assert geneval["model"] == drawn["model"]
-    assert geneval["decoding"].startswith(drawn["decoding"] + "; examined by ")
+    here = f", on cpu by torch {torch.__version__}"
+    assert geneval["decoding"].startswith(f"{drawn['decoding']}{here}; examined by ")
+    assert geneval["decoding"].endswith(here)
     (reference,) = (tmp_path / "data/evals/mjhq-reference").glob("pytorch-fid-*.npz")
     with np.load(reference) as held:
         assert held["images"] == 6

@@ -14,13 +14,13 @@ from benchmark_files import lines, write
 from generation_files import PROMPTS, benchmark
 
 from unifork.errors import DataError, UniForkError
-from unifork.evaluation.answers import join, read_answers
+from unifork.evaluation.answers import join, origin_of, read_answers
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation import dpg, geneval_suite
 from unifork.evaluation.generation.frechet import distances, moments
 from unifork.evaluation.generation.mjhq import Options, summarize
 from unifork.evaluation.items import Item, selected
-from unifork.evaluation.scoring import origin_of, score_answers
+from unifork.evaluation.scoring import score_answers
 from unifork.evaluation.statistics import value
 from unifork.evaluation.suites import Answer, suite_of
 

@@ -11,6 +11,7 @@ import time
 
 import crashes
 import pytest
+import torch
 from tiny import REPOSITORY, bytes_of, start, untrained
 
 from unifork.shards.manifest import read_manifest
@@ -76,7 +77,7 @@ def test_scores_are_made_again_from_answers_and_absent_benchmarks_are_listed(roo
     score = every[NAME]["seen"]["yes_no_accuracy"]
     assert (score["items"], score["missing"], score["seed"], score["rule"]) == (16, 0, 0, "official")
     assert (score["model"], score["items_hash"]) == (manifest.lineage["model"], manifest.lineage["items"])
-    assert score["decoding"] == "greedy, at most 32 tokens, float32"
+    assert score["decoding"] == f"greedy, at most 32 tokens, float32, on cpu by torch {torch.__version__}"
     assert "guidance" in every["shapes-generation"]["seen"]["overall"]["decoding"]
     verdicts = (root / "scores/unifork" / NAME / "verdicts.jsonl").read_text().splitlines()
     assert len(verdicts) == manifest.rows == 160

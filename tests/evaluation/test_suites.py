@@ -9,10 +9,10 @@ import pytest
 from benchmark_files import NAMES, OFFICIAL, card_of, hub, items_of, png, table, write
 
 from unifork.errors import ConfigError, DataError, UniForkError
-from unifork.evaluation.answers import EXPORTS, join, read_answers
+from unifork.evaluation.answers import EXPORTS, join, origin_of, read_answers
 from unifork.evaluation.archive import Archive, table_rows
 from unifork.evaluation.items import AT_ONCE, identity, read_items, selected, write_items
-from unifork.evaluation.scoring import NO_COUNT, NO_ERROR, origin_of, score_answers
+from unifork.evaluation.scoring import NO_COUNT, NO_ERROR, score_answers
 from unifork.evaluation.suites import Answer, suite_of
 from unifork.shards.job import read_table
 from unifork.shards.manifest import read_manifest

@@ -11,8 +11,9 @@ from PIL import Image
 
 from unifork.config import load_eval
 from unifork.errors import ConfigError
+from unifork.evaluation.answers import origin_of
 from unifork.evaluation.archive import Archive
-from unifork.evaluation.scoring import by_split, origin_of, score_answers
+from unifork.evaluation.scoring import by_split, score_answers
 from unifork.evaluation.suites import Answer, suite_of
 from unifork.images import crop_view, open_image, pad_view, png
 from unifork.shapes import understanding

@@ -57,9 +57,9 @@ def score(
     partial: Annotated[bool, typer.Option(help="score what has an answer; all scores are marked")] = False,
 ) -> None:
     """Score answers in a file: no model, no network."""
-    from unifork.evaluation.answers import join, read_answers
+    from unifork.evaluation.answers import join, origin_of, read_answers
     from unifork.evaluation.items import selected
-    from unifork.evaluation.scoring import origin_of, score_answers, write_scores
+    from unifork.evaluation.scoring import score_answers, write_scores
     from unifork.evaluation.suites import suite_of
 
     card, items = _all_items(suite, archive)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from unifork.config import AnswerPart, EvalCard
 from unifork.documents.prompts import template_named
-from unifork.evaluation.names import ABSENT, identity
+from unifork.evaluation.names import ABSENT, MADE_ON, identity
 from unifork.images import png
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
 from unifork.shards.manifest import read_manifest, write_json
@@ -31,8 +31,6 @@ SCHEMA = pa.schema(
 """`text` of a question, `image` (PNG) and `codes` of a prompt; the others are null."""
 PART = {"cpu": 32}
 """Items of a part by kind of device, elsewhere the whole shard. Fewer at once take longer (docs/evaluation.md)."""
-MADE_ON = "unifork.made_on"
-"""Schema metadata of a shard: JSON with the device, number type and torch that its answers come from."""
 
 
 class Answerer:

@@ -17,6 +17,7 @@ from unifork.config import EvalCard
 from unifork.errors import DataError
 from unifork.evaluation.archive import read_json, read_text, table_rows
 from unifork.evaluation.items import Item, faults
+from unifork.evaluation.names import MADE_ON
 from unifork.evaluation.suites import Answer
 from unifork.registry import Registry
 from unifork.shards.job import read_table
@@ -42,6 +43,22 @@ EXPORTS: Registry[FunctionType] = Registry(
     | dict.fromkeys(("geneval", "mjhq", "dpg"), "unifork.evaluation.generation.layout:export"),
 )
 """Layouts that answers are written in: functions of a card and rows that give texts or bytes by file name."""
+
+
+def origin_of(answers: Path) -> dict[str, Any]:
+    """`model`, `decoding` and `seed` of answers, as their folder says; of a file, which says nothing, its name.
+
+    What decides the last bits of answers beside those, the device and torch, belongs to their decoding.
+    """
+    if not (answers / MANIFEST).exists():
+        return {"model": str(answers), "decoding": "not recorded", "seed": None}
+    manifest = read_manifest(answers)
+    tables = [read_table(answers, shard, ["id"]) for shard in manifest.shards if shard.path.endswith(".parquet")]
+    places = {place for table in tables if (place := (table.schema.metadata or {}).get(MADE_ON))}
+    origin = {key: manifest.lineage[key] for key in ("model", "decoding", "seed")}
+    for place in map(json.loads, sorted(places)):
+        origin["decoding"] += f", on {place['device']} by torch {place['torch']}"
+    return origin
 
 
 def read_answers(path: Path) -> list[Answer]:

@@ -11,6 +11,7 @@ of files. Networks stand behind small protocols, each an object called with
 They are made from a folder and a device. Nothing is downloaded: a card says what to put where.
 """
 
+import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +21,11 @@ import pyarrow as pa
 
 from unifork.config import EvalCard
 from unifork.errors import ConfigError, DataError
-from unifork.evaluation.answers import read_answers
+from unifork.evaluation.answers import origin_of, read_answers
 from unifork.evaluation.archive import Archive
 from unifork.evaluation.generation.layout import Files, checked_images, image_of
 from unifork.evaluation.items import AT_ONCE, Item, identity
-from unifork.evaluation.names import ABSENT, REGISTRIES
+from unifork.evaluation.names import ABSENT, MADE_ON, REGISTRIES
 from unifork.evaluation.suites import suite_of
 from unifork.registry import Registry
 from unifork.shards.job import ShardJob, input_rows, table_of, write_shard
@@ -91,6 +92,10 @@ class Examiner:
     """The networks of a card, applied to images: those of a table of answers, or files by the id of their item."""
 
     def __init__(self, card: EvalCard, items: Sequence[Item], files: Files, folder: Path, device: str) -> None:
+        import torch  # noqa: PLC0415  only workers wait for it
+
+        here = {"device": torch.device(device).type, "torch": str(torch.__version__)}
+        self.schema = SCHEMA.with_metadata({MADE_ON: json.dumps(here)})
         self.look, self.networks = suite_of(card)[0].examine, load_networks(card, device)
         self.items, self.files, self.folder = items, files, folder
         self.by_id = {item.id: item for item in items}
@@ -106,7 +111,7 @@ class Examiner:
             if not item or not data:
                 raise DataError(f"{self.folder}: {row['id']} is no item of the card, or has no image")
             row["text"] = self.look(self.networks, item, data)
-        return write_shard(task, table_of(rows, SCHEMA), {})
+        return write_shard(task, table_of(rows, self.schema), {})
 
 
 def examine_job(
@@ -124,8 +129,7 @@ def examine_job(
     archive = Archive(card, options, files_at)
     folder = images or archive.folder / archive.images
     source = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    lineage: dict[str, Any] = {"model": str(folder), "decoding": "not recorded", "seed": None}
-    lineage |= source.lineage if source else {}
+    lineage = (source.lineage if source else {}) | origin_of(folder)
     absent = lineage.get(ABSENT) or (archive.absent if images is None else None) or absent_networks(card)
     tasks, files = list[ShardTask](), Files()
     if absent:

@@ -10,6 +10,8 @@ REGISTRIES: dict[str, dict[str, str]] = read_yaml(Path(__file__).with_name("regi
 """What cards may name, and `MODULE:OBJECT` of each."""
 ABSENT = "not_here"
 """Key of the manifest of a benchmark whose archive is not there: what to put where."""
+MADE_ON = b"unifork.made_on"
+"""Schema metadata of a shard of answers: JSON with the device and the torch that they come from."""
 SAMPLES = "samples.jsonl"
 """File of a benchmark of text: a line for each question."""
 METRICS = ("acc", "acc_norm")

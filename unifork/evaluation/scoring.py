@@ -18,7 +18,7 @@ from unifork.errors import DataError
 from unifork.evaluation.items import Item, identity
 from unifork.evaluation.statistics import Score, estimate, value
 from unifork.evaluation.suites import Answer, Suite, Verdict, suite_of
-from unifork.shards.manifest import MANIFEST, read_manifest, write_atomically, write_json
+from unifork.shards.manifest import write_atomically, write_json
 
 SCORE_VERSION = 4
 """Raise when the same answers would get other verdicts or scores."""
@@ -47,14 +47,6 @@ class JudgedItem(TypedDict):
     """Its text; None for an image, and where it is not shown."""
     verdicts: dict[str, RuleVerdict]
     """By rule."""
-
-
-def origin_of(answers: Path) -> dict[str, Any]:
-    """`model`, `decoding` and `seed` of answers, as their folder says; of a file, which says nothing, its name."""
-    if not (answers / MANIFEST).exists():
-        return {"model": str(answers), "decoding": "not recorded", "seed": None}
-    lineage = read_manifest(answers).lineage
-    return {key: lineage[key] for key in ("model", "decoding", "seed")}
 
 
 def score_answers(

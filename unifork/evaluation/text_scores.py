@@ -8,8 +8,8 @@ import numpy as np
 
 from unifork.config import TextCard, fingerprint
 from unifork.errors import DataError
+from unifork.evaluation.answers import origin_of
 from unifork.evaluation.names import METRICS, SAMPLES
-from unifork.evaluation.scoring import origin_of
 from unifork.evaluation.statistics import Measure, Score, accuracy, estimate, mean
 from unifork.shards.manifest import read_manifest
 
