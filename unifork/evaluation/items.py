@@ -151,10 +151,10 @@ def item_of(row: Mapping[str, Any]) -> Item:
 
 
 def questions(folder: Path) -> list[str]:
-    """The texts of a table, each once, in their official order. Raises DataError where the benchmark is not here."""
+    """The texts of a table, in their official order. Raises DataError where the benchmark is not here."""
     if absent := read_manifest(folder).lineage.get(ABSENT):
         raise DataError(f"{folder}: not here: {absent}")
-    return [*dict.fromkeys(item.question for item in read_items(folder))]
+    return [item.question for item in read_items(folder)]
 
 
 def read_items(folder: Path) -> list[Item]:

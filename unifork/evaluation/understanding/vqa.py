@@ -26,7 +26,12 @@ DIGITS = "zero one two three four five six seven eight nine ten"
 NUMBERS = {word: str(n) for n, word in enumerate(DIGITS.split())}
 NUMBERS["none"] = "0"
 ARTICLES = ("a", "an", "the")
-CONTRACTIONS = dict(map(str.split, Path(__file__).with_name("contractions.txt").read_text().splitlines()))
+CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in Path(__file__).with_name("contractions.txt").read_text().split()
+    for place, mark in enumerate(word)
+    if mark == "'"
+} | {"somebody'd": "somebodyd"}
 """Words that lack an apostrophe, and what they become (the last is a slip of the makers)."""
 
 
