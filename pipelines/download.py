@@ -1,7 +1,7 @@
 """Bring a data set's images and texts into image-text shards, as its card says. 1 slice of the source : 1 shard."""
 
 from unifork.cluster import run_jobs
-from unifork.config import JobResources, load_card, load_cluster, load_experiment
+from unifork.config import load_card, load_cluster, load_experiment
 from unifork.filters.rules import check_card
 from unifork.jobs import program
 from unifork.layout import Layout
@@ -19,7 +19,7 @@ def main(name: str) -> None:
     if source_of(card)[1].web:
         # no seed: another one must not fetch the web again
         job = download_job(card, use.rows, use.shard_rows, 0, folder, WEB_VERSION)
-        workers = max(1, cluster.jobs.get("download", JobResources()).workers)
+        workers = max(1, cluster.for_step("download").workers)
         (manifest,) = run_jobs([job], Download, card, cluster.web, workers, cluster=cluster, step="download")
     else:
         job = download_job(card, use.rows, use.shard_rows, params.data_seed, folder)

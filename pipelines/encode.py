@@ -4,7 +4,7 @@ Decoding, views and the network run in the same actor: no image travels between 
 """
 
 from unifork.cluster import run_jobs
-from unifork.config import JobResources, load_card, load_cluster
+from unifork.config import load_card, load_cluster
 from unifork.image_tokenizer.encode import Encode, encode_job
 from unifork.jobs import program
 from unifork.layout import Layout
@@ -15,7 +15,7 @@ LAYOUT = Layout()
 
 def main(name: str) -> None:
     card, cluster = load_card(name), load_cluster()
-    device, threads = cluster.device("encode"), max(1, int(cluster.jobs.get("encode", JobResources()).cpus))
+    device, threads = cluster.device("encode"), max(1, int(cluster.for_step("encode").cpus))
     tokenizer = LAYOUT.image_tokenizer.absolute()
     rows = KeptRows(LAYOUT, name)
     jobs = [encode_job(card, task, rows, LAYOUT.codes / name / use.view, tokenizer) for task, use in card.tasks.items()]

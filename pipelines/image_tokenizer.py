@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from unifork.config import ImportedTokenizer, JobResources, load_card, load_cluster, load_experiment
+from unifork.config import ImportedTokenizer, load_card, load_cluster, load_experiment
 from unifork.errors import DataError
 from unifork.image_tokenizer.conversion import read_official
 from unifork.image_tokenizer.measures import REPORT
@@ -23,7 +23,7 @@ MEASURED_IMAGES = 32
 
 
 def main(_: str) -> None:
-    torch.set_num_threads(max(1, int(load_cluster().jobs.get("image_tokenizer", JobResources()).cpus)))
+    torch.set_num_threads(max(1, int(load_cluster().for_step("image_tokenizer").cpus)))
     device = torch.device(own_device("image_tokenizer"))
     params, folder = load_experiment(), LAYOUT.image_tokenizer
     config = params.image_tokenizer

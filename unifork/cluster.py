@@ -28,7 +28,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from unifork.config import Cluster, JobResources, cluster_file, in_job
+from unifork.config import Cluster, JobResources, Step, cluster_file, in_job
 from unifork.devices import chosen_device
 from unifork.errors import ConfigError, IdentityError, MachineError, UniForkError, writing
 from unifork.layout import Layout
@@ -200,15 +200,15 @@ def run_jobs(
     worker_class: Callable[..., Worker],
     *arguments: object,
     cluster: Cluster | None = None,
-    step: str = "",
+    step: Step | None = None,
 ) -> list[Manifest]:
     """Make every missing shard of some jobs with one set of workers, and print their progress.
 
     cluster: where, with the workers that it gives to `step`; None: in this process, shards beside their manifests.
     Raises DataError where shards could not be made.
     """
+    resources = cluster.for_step(step) if cluster and step else JobResources()
     cluster = cluster or Cluster(name="here")
-    resources = cluster.jobs.get(step, JobResources())
     if resources.gpus and not resources.workers:  # actors are counted where they start
         chosen_device("cuda", f"{cluster_file()}: jobs.{step}.gpus:")
     job_of: dict[str, ShardJob] = {}

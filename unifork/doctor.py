@@ -244,11 +244,11 @@ def cpus_and_gpus(here: Here) -> Finding:
     cluster = here.cluster
     if cluster.address:
         return "not run", f"stages run at {cluster.address}: look there, with a cluster file without `address`"
-    needs: dict[str, Any] = {**cluster.jobs, "train": cluster.train, **cluster.train_stages}
+    needs: list[tuple[str, Any]] = [*cluster.jobs.items(), ("train", cluster.train), *cluster.train_stages.items()]
     have = {"cpus": cluster.cpus or os.cpu_count() or 1, "gpus": torch.cuda.device_count()}
     short = [
         f"{name} asks for {total:g} {kind}"
-        for name, need in needs.items()
+        for name, need in needs
         for workers in [need.fewest if isinstance(need, TrainResources) else need.workers]
         for kind, total in (("cpus", workers * need.cpus), ("gpus", max(workers, 1) * need.gpus))
         if total > have[kind]

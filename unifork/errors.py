@@ -2,8 +2,9 @@
 
 import errno
 import os
+import re
 import signal
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -90,22 +91,32 @@ def refusing(kind: type[UniForkError], where: object, *errors: type[BaseExceptio
         raise kind(f"{where}: {error}") from None
 
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What an operating system says of a full, read-only or forbidden disk."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What an operating system says of a full or read-only disk, and of nothing that is only read."""
+UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM)
+"""And of a forbidden one."""
 IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
 """And of a file where a folder should be."""
 
 
 @contextmanager
-def writing(path: os.PathLike[str] | str) -> Iterator[None]:
-    """Raise MachineError, which names the place and the way on, where a disk takes nothing more."""
+def writing(path: os.PathLike[str] | str, refusals: Sequence[int] = UNWRITABLE + IN_THE_WAY) -> Iterator[None]:
+    """Raise MachineError, which names the place and the way on, where a disk takes nothing more.
+
+    refusals: `errno` by which it says so.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE + IN_THE_WAY:
+    except UniForkError:
+        raise
+    except Exception as error:
+        number = (error.errno if isinstance(error, OSError) else None) or 0
+        if not number and (written := re.search(r"(?:\[Errno |os error )(\d+)", str(error))):  # by a library
+            number = int(written[1])
+        if number not in refusals:
             raise
         raise MachineError(
-            f"{os.fspath(path)}: cannot be written: {os.strerror(error.errno)}. Make room or allow writing, then run "
+            f"{os.fspath(path)}: cannot be written: {os.strerror(number)}. Make room or allow writing, then run "
             f"the same command again: what is finished stays"
         ) from None
 

@@ -28,6 +28,8 @@ from unifork.config import (
     IN_JOB,
     ROOT,
     Cluster,
+    JobResources,
+    Step,
     TrainResources,
     cluster_file,
     in_job,
@@ -35,7 +37,7 @@ from unifork.config import (
     load_experiment,
 )
 from unifork.devices import chosen_device
-from unifork.errors import ConfigError, Stopped, UniForkError, one_of
+from unifork.errors import FULL, ConfigError, Stopped, UniForkError, one_of, writing
 from unifork.processes import die_with_parent, exclusive
 
 SILENT_SECONDS = 30.0
@@ -55,7 +57,7 @@ def program(output: Callable[[str], Path], main: Callable[[str], None], what: st
     name: str = getattr(parser.parse_args(), "name", "")
 
     def alone() -> None:
-        with exclusive(output(name)):
+        with exclusive(output(name)), writing(output(name), FULL):
             main(name)
 
     run_stage(alone, module, [name] if what else [], [output(name)])
@@ -88,7 +90,7 @@ def run_stage(main: Callable[[], None], module: str, argv: Sequence[str], output
     sys.exit(code)
 
 
-def own_device(step: str) -> str:
+def own_device(step: Step) -> str:
     """Where a step of `jobs` without workers computes, by the cluster file. Raises ConfigError for a GPU not here."""
     return str(chosen_device(load_cluster().device(step), f"{cluster_file()}: jobs.{step}.gpus:"))
 
@@ -192,7 +194,7 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
     }
     packages = [import_module(name).__path__[0] for name in sorted({"unifork", module.partition(".")[0]})]
     name = module.rpartition(".")[2]
-    step = cluster.jobs.get(name) if module != "pipelines.train" else _for_run(cluster, *argv)
+    step = _resources(cluster, name, argv)
     own = step if step and not step.workers else cluster.driver  # without workers the program itself computes
     job: str = client.submit_job(
         entrypoint_num_cpus=own.cpus,
@@ -209,9 +211,13 @@ def _start_job(client: Any, cluster: Cluster, module: str, argv: Sequence[str]) 
     return job
 
 
-def _for_run(cluster: Cluster, run: str) -> TrainResources:
-    one_of("run", run, runs := load_experiment().runs, "params.yaml: runs")
-    return cluster.for_stage(runs[run].stage)
+def _resources(cluster: Cluster, program: str, argv: Sequence[str]) -> JobResources | TrainResources | None:
+    """What the cluster file gives to a program, if it names it."""
+    if program == "train":
+        one_of("run", argv[0], runs := load_experiment().runs, "params.yaml: runs")
+        return cluster.for_stage(runs[argv[0]].stage)
+    step = "answer" if program == "examine" else program
+    return next((resources for name, resources in cluster.jobs.items() if name == step), None)
 
 
 async def follow(client: Any, job: str, patience_seconds: float = 120.0) -> Any:

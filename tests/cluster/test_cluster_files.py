@@ -39,6 +39,11 @@ def test_what_was_a_strategy_names_what_it_is_now(before: str, now: str) -> None
     assert parse(Cluster, {"name": "x", "train": {"shard": now}}, "file").train.shard == now
 
 
+def test_an_entry_for_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"jobs\.encod: .*'download', .*'encode', .*\(got 'encod'\)"):
+        parse(Cluster, {"name": "x", "jobs": {"encod": {"gpus": 1}}}, "file")
+
+
 def test_workers_of_training_are_a_number_or_a_range() -> None:
     assert parse(TrainResources, {"workers": [2, 16]}, "file").fewest == 2
     assert parse(TrainResources, {"workers": 4}, "file").fewest == 4
@@ -54,9 +59,9 @@ def test_a_submitted_program_without_workers_asks_for_what_its_entry_says() -> N
             return "job"
 
     demands: dict[str, object] = {}
-    entries = {"analyze": {"cpus": 2, "gpus": 1}, "encode": {"workers": 4, "gpus": 1}}
+    entries = {"analyze": {"cpus": 2, "gpus": 1}, "encode": {"workers": 4, "gpus": 1}, "answer": {"gpus": 0.5}}
     cluster = parse(Cluster, {"name": "x", "driver": {"cpus": 3}, "jobs": entries}, "file")
-    for module, wanted in {"analyze": (2, 1), "encode": (3, 0), "report": (3, 0)}.items():
+    for module, wanted in {"analyze": (2, 1), "encode": (3, 0), "report": (3, 0), "examine": (1, 0.5)}.items():
         _start_job(Client(), cluster, f"pipelines.{module}", ["name"])
         assert (demands["entrypoint_num_cpus"], demands["entrypoint_num_gpus"]) == wanted
     assert [cluster.device(step) for step in ("analyze", "encode", "text")] == ["cuda", "cuda", "cpu"]

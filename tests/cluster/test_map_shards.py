@@ -217,11 +217,11 @@ class Writer:
 def test_a_job_finishes_what_it_can_and_names_the_rest(
     ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster = Cluster(name="tests", jobs={"write": ACTORS})
+    cluster = Cluster(name="tests", jobs={"encode": ACTORS})
     with pytest.raises(
         DataError, match=r"2 of 5 shards could not be made: part-00001.parquet: KeyError: 'row 7'; part-"
     ):
-        run_jobs([job(tmp_path, "a", "bad", "b", "bad", "c")], Writer, cluster=cluster, step="write")
+        run_jobs([job(tmp_path, "a", "bad", "b", "bad", "c")], Writer, cluster=cluster, step="encode")
     printed = capsys.readouterr()
     assert "3/5 shards, 2 failed" in printed.out
     assert f"{tmp_path}/part-00001.parquet: Traceback" in printed.err

@@ -183,7 +183,7 @@ def main():
     cluster = load_cluster()
     with local_ray(cluster):
         print("driver on the", "head" if any(Path(os.environ["HIDDEN"]).iterdir()) else "second", "node", flush=True)
-        print(len(list(map_shards([ShardTask(output="a")], Name, (), cluster.jobs["work"]))), "shards")
+        print(len(list(map_shards([ShardTask(output="a")], Name, (), cluster.jobs["encode"]))), "shards")
 
 
 if __name__ == "__main__":
@@ -238,7 +238,7 @@ def test_what_a_node_without_the_disk_and_a_driver_with_cpus_do(
     head: Head, second: None, unseen: Path, tmp_path: Path
 ) -> None:
     hidden = f"{{env_vars: {{HIDDEN: {unseen}}}}}"
-    jobs = "{work: {workers: 1, cpus: 3}}"  # on the second node
+    jobs = "{encode: {workers: 1, cpus: 3}}"  # on the second node
     done = run(head, unseen, "stages.program", jobs=jobs, runtime_env=hidden)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "driver on the head node" in done.stdout  # the head: nothing was asked for
@@ -256,7 +256,7 @@ def test_what_a_node_without_the_disk_and_a_driver_with_cpus_do(
     assert "tokens: token" in good
 
     both_see = folder(tmp_path / "seen")
-    jobs = "{work: {workers: 1, cpus: 1}}"
+    jobs = "{encode: {workers: 1, cpus: 1}}"
     done = run(head, both_see, "stages.program", driver="{cpus: 3}", jobs=jobs, runtime_env=hidden)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "driver on the second node" in done.stdout

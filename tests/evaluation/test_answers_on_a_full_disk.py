@@ -1,4 +1,4 @@
-"""A disk that takes nothing more while answers are written: one line, and with room the same bytes in the end."""
+"""A disk that takes nothing more while answers or scores are written: one line, and with room the same bytes."""
 
 import multiprocessing
 import os
@@ -52,21 +52,58 @@ def shard_of(part):
     return re.sub(r"\.\d+\.json$", "", part)
 
 
-def on_a_small_disk(root, name, pipe):
-    """Answer with `answers` on a disk that has more room at every start: exit code, lines, what is kept; all files."""
-    os.environ["UNIFORK_CLUSTER"] = "here.yaml"
-    disk, runs = root / "answers", []
-    folder, printed = disk / "unifork" / name, root / "printed.txt"
-    mount(disk, DISK)
+def on_a_small_disk(root, disk, program, name, pipe):
+    """Run a program on a disk that has more room at every start: exit code, lines, what is kept; all files."""
+    folder, runs = root / disk / name, []
+    mount(root / disk, DISK)
     while not runs or runs[-1][0]:
-        free(disk, len(runs) if len(runs) < 6 else int(6 * 1.5 ** (len(runs) - 6)))
-        process = multiprocessing.get_context("fork").Process(
-            target=become, args=(str(root), ("pipelines.answer", f"unifork/{name}"), str(printed))
-        )
-        process.start()
-        process.join()
-        runs.append((process.exitcode, printed.read_text(), kept(folder) if folder.exists() else set()))
+        free(root / disk, len(runs) if len(runs) < 6 else int(6 * 1.5 ** (len(runs) - 6)))
+        runs.append((*run(root, program, name), kept(folder) if folder.exists() else set()))
     pipe.send((runs, bytes_of(folder)))
+
+
+def on_a_disk_of_two_files(root, disk, *program_pipe):
+    """Run a program where the disk takes itself and one file more: exit code, lines."""
+    *program, pipe = program_pipe
+    mount(root / disk, f"{DISK},nr_inodes=2")
+    pipe.send(run(root, *program))
+
+
+def run(root, *program):
+    """Exit code and lines of a program."""
+    os.environ["UNIFORK_CLUSTER"] = "here.yaml"
+    printed = root / "printed.txt"
+    process = multiprocessing.get_context("fork").Process(target=become, args=(str(root), program, str(printed)))
+    process.start()
+    process.join()
+    return process.exitcode, printed.read_text()
+
+
+def alone(target, *what):
+    """What a function found in a process of its own."""
+    here, there = SERVER.Pipe()
+    process = SERVER.Process(target=target, args=(*what, there))
+    process.start()
+    there.close()
+    found = here.recv()
+    process.join()
+    return found
+
+
+def refused(runs):
+    """Where the disk was full in all runs but the last, which ends well."""
+    *failed, last = runs
+    assert last[0] == 0
+    return [place_in(code, printed) for code, printed, _ in failed]
+
+
+def place_in(code, printed):
+    """Where the disk was full, by a line and nothing else."""
+    line = re.search(LINE, printed)
+    assert code == 2, printed
+    assert line, printed
+    assert "Traceback" not in printed
+    return line[1]
 
 
 @pytest.mark.slow
@@ -76,25 +113,34 @@ def test_a_full_disk_is_one_line_and_loses_no_part(root, name):
     whole = crashes.run(root, ("pipelines.answer", f"unifork/{name}"))
     assert "kept from before" not in whole
     expected = bytes_of(root / "answers/unifork" / name)
-    here, there = SERVER.Pipe()
-    process = SERVER.Process(target=on_a_small_disk, args=(root, name, there))
-    process.start()
-    there.close()
-    runs, found = here.recv()
-    process.join()
+    runs, found = alone(on_a_small_disk, root, "answers", "pipelines.answer", f"unifork/{name}")
     assert found == expected
-    *failed, last = runs
-    places = []
-    for code, printed, _ in failed:
-        line = re.search(LINE, printed)
-        assert code == 2, printed
-        assert line, printed
-        assert "Traceback" not in printed
-        places.append(line[1])
-    assert last[0] == 0
+    places = refused(runs)
     for (*_, before), (*_, after) in pairwise(runs):
         assert [part for part in before if not {part, shard_of(part)} & after] == []
     assert places[0].endswith(f"answers/unifork/{name}.lock")  # full before anything begins
     assert any(place.endswith(".json") for place in places), places
     assert any(place.endswith(".parquet") for place in places), places
-    print(f"\n{name}: {len(failed)} times full, at {', '.join(dict.fromkeys(os.path.basename(p) for p in places))}")
+    print(f"\n{name}: {len(places)} times full, at {', '.join(dict.fromkeys(os.path.basename(p) for p in places))}")
+
+
+@pytest.mark.slow
+@needs_mounts
+def test_scores_on_a_full_disk_are_one_line_too(root):
+    for name in BENCHMARKS:
+        crashes.run(root, ("pipelines.answer", f"unifork/{name}"))
+    crashes.run(root, ("pipelines.score", "unifork"))
+    expected = bytes_of(root / "scores/unifork")
+    runs, found = alone(on_a_small_disk, root, "scores", "pipelines.score", "unifork")
+    assert found == expected
+    assert {"unifork.lock", "metrics.json"} <= {os.path.basename(place) for place in refused(runs)}
+
+
+@pytest.mark.slow
+@needs_mounts
+def test_a_model_on_a_full_disk_is_one_line_too(root):
+    runs, _ = alone(on_a_small_disk, root, "models", "pipelines.init", "unifork")
+    places = {os.path.basename(place) for place in refused(runs)}
+    assert places == {"unifork-init.lock", "unifork-init"}
+    place = place_in(*alone(on_a_disk_of_two_files, root, "models", "pipelines.init", "unifork"))
+    assert place.endswith("models/unifork-init")  # which cannot even be made

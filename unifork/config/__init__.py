@@ -21,6 +21,7 @@ from unifork.config.cluster import (
     ROOT,
     Cluster,
     JobResources,
+    Step,
     TrainResources,
     WebAccess,
     cluster_file,

@@ -16,6 +16,10 @@ ROOT = "UNIFORK_ROOT"
 """Environment: the folder that holds the data, on storage that the cluster shares; programs work in it."""
 
 
+Step = Literal["download", "filter", "encode", "prepare", "image_tokenizer", "answer", "text", "analyze"]
+"""What an entry of `jobs` is for; networks that examine images work with what `answer` has."""
+
+
 class JobResources(StrictModel):
     """Workers of one data stage."""
 
@@ -131,7 +135,7 @@ class Cluster(StrictModel):
     """`s3://bucket/path` or any other address of fsspec where new shards go, as `<store>/raw/<set>/part-00000.parquet`;
     the folders here keep the manifests, which name them. One experiment, one store. Credentials come from the
     environment of every node. None keeps shards beside their manifests."""
-    jobs: dict[str, JobResources] = {}
+    jobs: dict[Step, JobResources] = {}
     """Resources of `download`, `filter`, `encode`, `answer` and of `prepare`, whose workers read texts and need a CPU
     each; the CPUs of `image_tokenizer` are the threads of its training. It, `text` and `analyze` compute in the program
     itself; their GPUs say whether on one."""
@@ -147,9 +151,13 @@ class Cluster(StrictModel):
             raise ValueError("the Hub makes a commit of every file; publish finished codes there instead")
         return store
 
-    def device(self, step: str) -> str:
+    def for_step(self, step: Step) -> JobResources:
+        """Resources of a step of `jobs`."""
+        return self.jobs.get(step, JobResources())
+
+    def device(self, step: Step) -> str:
         """Where the networks of a step of `jobs` run, in its workers or in the program itself: `cuda` or `cpu`."""
-        return "cuda" if self.jobs.get(step, JobResources()).gpus else "cpu"
+        return "cuda" if self.for_step(step).gpus else "cpu"
 
     def for_stage(self, stage: str) -> TrainResources:
         """Resources of a training stage."""

@@ -22,7 +22,7 @@ from uuid import uuid4
 from pydantic import AfterValidator, Field
 
 from unifork.config import StrictModel, parse
-from unifork.errors import ConfigError, DataError, writing
+from unifork.errors import FULL, ConfigError, DataError, writing
 from unifork.layout import command_for
 from unifork.stores import Store, open_store
 
@@ -131,14 +131,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` when all of it is written."""
+    """A folder to write into, which takes the place of `folder` when all of it is written. Raises as `writing` does."""
     partial = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
+        with writing(folder):
+            partial.mkdir(parents=True)
+        with writing(folder, FULL):
+            yield partial
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

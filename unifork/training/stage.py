@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from unifork.config import NOT_IN_THE_WEIGHTS, Experiment, Lora, Stage, StrictModel, TrainResources, fingerprint
 from unifork.documents.loader import TrackLoader
 from unifork.documents.mixture import DOCUMENTS_VERSION, CodesIdentity
 from unifork.documents.text_tokenizer import TextTokenizer
-from unifork.errors import ConfigError, MachineError, refusing, writing
+from unifork.errors import ConfigError, writing
 from unifork.layout import MODEL_TEXT_TOKENIZER, Layout
 from unifork.models.masks import KERNEL, VARLEN
 from unifork.models.modeling import MODEL_VERSION, UniForkModel, load_model
@@ -131,9 +130,7 @@ def _train(job: StageJob, run: WorkerContext, log: Log) -> None:
     state = training.steps()
     if not training.lead:
         return
-    unwritten = refusing(MachineError, f"{job.model_folder}: cannot be written", SafetensorError)  # by a full disk
-    with writing(job.model_folder), unwritten:
-        export(training, checkpoint.folder_of(job.run_folder, state))
+    export(training, checkpoint.folder_of(job.run_folder, state))
     report_seen(log, training.tracks, read(job.run_folder))
     seconds = time.monotonic() - started
     finished: checkpoint.Finished = {"fingerprint": training.mark, "seconds": seconds}
