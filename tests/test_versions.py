@@ -28,7 +28,7 @@ STAGES_OF = {
     "EXAMINE_VERSION": "examine",
     "SCORE_VERSION": "score report",
     "TEXT_VERSION": "text",
-    "ANALYZE_VERSION": "analyze",
+    "ANALYZE_VERSION": "analyze report",
     "REPORT_VERSION": "report",
 }
 """What DVC runs again when a constant is raised, beside all that follows from it."""

@@ -293,3 +293,11 @@ class FakeCodec:
 
     def reconstruct(self, pixels_BSSC):
         return pixels_BSSC
+
+
+def alignment(curves):
+    """What an analysis found, with these curves."""
+    return {
+        "prompts": 3, "prompts_hash": "p", "sampling": {}, "fixed": {}, "fork": 1, "curves": curves,
+        "bag_of_words": dict.fromkeys(curves, 0.5), "untrained": {},
+    }  # fmt: skip

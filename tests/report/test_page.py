@@ -7,7 +7,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from report_samples import NASTY, FakeCodec, experiment, layout, write_all
+from report_samples import NASTY, FakeCodec, alignment, experiment, layout, write_all
 
 from unifork.config import AnalyzedRun
 from unifork.errors import UniForkError
@@ -318,8 +318,10 @@ def test_it_shows_alignment_where_it_was_analyzed(tmp_path):
     where = layout(tmp_path)
     assert "Alignment by layer" not in build(experiment(), where, None)
     assert "Alignment by layer after" not in build(plan, where, None)
-    curves = {"curves": {"generation": {"score": [0.5, 0.25]}, "understanding": {"score": [0.5, 0.75]}}}
-    write_json(where.analysis("fork-s3") / "alignment.json", curves)
+    names = ("standard_error", "chance", "chance_low", "chance_high")
+    scores = {"generation": [0.5, 0.25], "understanding": [0.5, 0.75]}
+    curves = {task: {"score": score, **{key: [0.0, 0.0] for key in names}} for task, score in scores.items()}
+    write_json(where.analysis("fork-s3") / "alignment.json", alignment(curves))
     (where.analysis("fork-s3") / "alignment.svg").write_text("<svg/>")
     page = build(plan, where, None)
     assert "after fork-s3, from the first to the last: generation 0.50 to 0.25; understanding 0.50 to 0.75." in page

@@ -9,7 +9,7 @@ from math import inf, sqrt
 import pytest
 import yaml
 from PIL import Image
-from report_samples import FakeCodec
+from report_samples import FakeCodec, alignment
 from scipy import stats
 from study_samples import OVERALL, VARIANTS, record, write_study
 from test_page import Page
@@ -287,11 +287,12 @@ def test_variants_and_seeds_may_be_recorded_apart(compared):  # noqa: F811
 
 def write_analyses(where, run):
     columns = record("fork-3", 0).alignment["s2"]["generation"].model_dump()
-    write_json(where.analysis(run) / "alignment.json", {"curves": {"generation": columns}, "fork": 1})
+    write_json(where.analysis(run) / "alignment.json", alignment({"generation": columns}))
     (where.analysis(run) / "alignment.svg").write_text("<svg/>")
     names = ("layers.0.mlp.shared.down_proj.weight", "layers.10.attention.shared.o_proj.weight")
-    matrices = {name: {"conflict": 0.123456789, "baseline": 0.5} for name in names}
-    write_json(where.analysis(run) / "conflict.json", {"matrices": matrices})
+    matrices = {name: {"conflict": 0.123456789, "baseline": 0.5, "similarity": 0.376543211} for name in names}
+    found = {"documents": {"generation": 3, "understanding": 3}, "loss": "mean", "matrices": matrices}
+    write_json(where.analysis(run) / "conflict.json", found)
 
 
 def test_what_was_looked_at_inside_models_is_recorded_and_on_the_page(compared):  # noqa: F811

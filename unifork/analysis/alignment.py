@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from unifork.analysis.results import Alignment, Curve
 from unifork.analysis.runs import drawn
 from unifork.batch import IMAGE, TEXT, Document, pack
 from unifork.config import Analysis, Sampling, fingerprint, read_yaml
@@ -37,6 +38,8 @@ CENTRAL = (0.025, 0.975)
 LAST = {"raw": -2, "normed": -1}
 FIXED = read_yaml(Path(__file__).with_suffix(".yaml"))
 """What else the paper leaves open, and how it is done here."""
+
+
 Masked = tuple[Document, np.ndarray]
 """A document and masks of its tokens (S, T)."""
 ROWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,7 +72,7 @@ def overlaps(similar_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
     return _members(other_NN, k).expand_as(similar_NN).gather(-1, found_Nk).double().mean(-1)
 
 
-def curve(states_LNC: Tensor, text_NC: Tensor, choices: Analysis) -> dict[str, list[float]]:
+def curve(states_LNC: Tensor, text_NC: Tensor, choices: Analysis) -> Curve:
     """Score, standard error and chance of every state of image tokens against one state of the text.
 
     Chance is the score of randomly paired prompts. The standard error is the spread over halves of the prompts, which
@@ -87,10 +90,11 @@ def curve(states_LNC: Tensor, text_NC: Tensor, choices: Analysis) -> dict[str, l
         half = torch.randperm(N, generator=generator)[: N // 2]
         halves.append(overlaps(similar_LNN[:, half][:, :, half], text_NN[half][:, half], k).mean(-1))
     low_L, high_L = torch.stack(chance).quantile(torch.tensor(CENTRAL, dtype=torch.float64), dim=0)
-    columns = {"score": overlaps(similar_LNN, text_NN, k).mean(-1), "chance": torch.stack(chance).mean(0)}
-    columns |= {"standard_error": torch.stack(halves).std(0) * (N // 2 / (N - N // 2)) ** 0.5}
-    columns |= {"chance_low": low_L, "chance_high": high_L}
-    return {name: column_L.tolist() for name, column_L in columns.items()}
+    error_L = torch.stack(halves).std(0) * (N // 2 / (N - N // 2)) ** 0.5
+    return {
+        "score": overlaps(similar_LNN, text_NN, k).mean(-1).tolist(), "standard_error": error_L.tolist(),
+        "chance": torch.stack(chance).mean(0).tolist(), "chance_low": low_L.tolist(), "chance_high": high_L.tolist(),
+    }  # fmt: skip
 
 
 def masked_means(x_BTC: Tensor, masks_BST: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ def pooled_states(model: UniForkModel, documents: Sequence[Masked]) -> Tensor:
 
 def alignment(
     model: Model, prompts: Sequence[str], sampling: Sampling, choices: Analysis, untrained: Model | None = None
-) -> dict[str, Any]:
+) -> Alignment:
     """Everything that is written as `alignment.json`. untrained: a control, which reads the images of `model`.
 
     Raises ConfigError for a prompt that occurs twice, and where half of the prompts are no more than neighbors.
@@ -152,11 +156,11 @@ def alignment(
     }
 
 
-def figure(found: dict[str, Any], choices: Analysis) -> str:
+def figure(found: Alignment, choices: Analysis) -> str:
     """The curves of both tasks with chance, controls and the fork's depth, as SVG."""
     curves = []
     for number, (task, columns) in enumerate(found["curves"].items()):
-        style = {"x": range(len(columns["score"])), "color": f"C{number}"}
+        style: dict[str, Any] = {"x": range(len(columns["score"])), "color": f"C{number}"}
         band = (columns["chance_low"], columns["chance_high"])
         curves.append({**style, "y": columns["score"], "error": columns["standard_error"], "band": band, "label": task})
         if found["untrained"]:
@@ -167,7 +171,7 @@ def figure(found: dict[str, Any], choices: Analysis) -> str:
 
 def _curves(
     engine: Engine, prompts: Sequence[str], codes: dict[Task, np.ndarray], choices: Analysis
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[dict[Task, Curve], dict[Task, float]]:
     """The curve of each task, and how well words of the prompts are aligned with the text of each."""
     form, frame = (template_named(n, "template") for n in (choices.generation_template, choices.understanding_template))
     prompted = [written(form, text) for text in prompts]
@@ -182,7 +186,7 @@ def _curves(
 
     drawn_LNSC = read("generation", prompted, codes["generation"])
     seen_LNSC = read("understanding", [asked_for] * len(prompts), codes["understanding"])
-    texts: dict[str, Tensor] = {"generation": drawn_LNSC[-1, :, 1], "understanding": drawn_LNSC[-1, :, 1]}
+    texts: dict[Task, Tensor] = {"generation": drawn_LNSC[-1, :, 1], "understanding": drawn_LNSC[-1, :, 1]}
     if choices.text == "query":
         texts["understanding"] = seen_LNSC[-1, :, 1]
     elif choices.text == "branch":
@@ -192,7 +196,7 @@ def _curves(
     bag_NN = similarities(torch.tensor([[count[word] for word in every] for count in words]))
     texts_NN = {task: similarities(text_NC, choices.rows) for task, text_NC in texts.items()}
     bag = {task: float(overlaps(bag_NN, text_NN, choices.k).mean()) for task, text_NN in texts_NN.items()}
-    images = {"generation": drawn_LNSC[:, :, 0], "understanding": seen_LNSC[:, :, 0]}
+    images: dict[Task, Tensor] = {"generation": drawn_LNSC[:, :, 0], "understanding": seen_LNSC[:, :, 0]}
     return {task: curve(images[task], text_NC, choices) for task, text_NC in texts.items()}, bag
 
 

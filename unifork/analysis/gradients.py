@@ -8,12 +8,13 @@ documents as each kind, so that they are no noisier than what they are compared 
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from unifork.analysis.results import Conflict, Conflicts
 from unifork.analysis.runs import drawn
 from unifork.batch import Document, pack
 from unifork.config import Analysis
@@ -29,7 +30,7 @@ KINDS: dict[str, Callable[[Document], str]] = {
 }
 
 
-def conflict(kinds: tuple[Tensor, Tensor], halves: tuple[Tensor, Tensor]) -> dict[str, float]:
+def conflict(kinds: tuple[Tensor, Tensor], halves: tuple[Tensor, Tensor]) -> Conflict:
     """Conflict and both cosines of one matrix, from two pairs of gradients as vectors."""
     similar, baseline = (float(cosine_similarity(*pair, dim=0)) for pair in (kinds, halves))
     return {"similarity": similar, "baseline": baseline, "conflict": baseline - similar}
@@ -50,7 +51,7 @@ def mean_gradients(
     return {name: cast(Tensor, weight.grad).flatten().double().cpu() for name, weight in weights.items()}
 
 
-def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analysis) -> dict[str, Any]:
+def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analysis) -> Conflicts:
     """Everything that is written as `conflict.json`: of the first `pairs` documents of each kind, equally many.
 
     The model has no other gradients switched on afterwards. `matrices` is empty where they share no layer. Raises
@@ -76,7 +77,7 @@ def conflicts(model: UniForkModel, documents: Iterable[Document], choices: Analy
     return {"documents": dict.fromkeys(kinds, count), "loss": "mean over mini-batches", "matrices": found}
 
 
-def figure(found: dict[str, Any], _: Analysis) -> str:
+def figure(found: Conflicts, _: Analysis) -> str:
     """Conflict over layers, a curve for each of SHOWN, as SVG."""
     curves = []
     for matrix in SHOWN:

@@ -1,6 +1,6 @@
 """The analyses by name: a model, a run and choices go in, `NAME.json` and `NAME.svg` come out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def _alignment(of: RunDocuments, prompts: Sequence[str] | None, untrained: Model
     return {"prompts_are": rows, **found}
 
 
-KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[dict[str, Any], Analysis], str]]] = {
+KINDS: dict[str, tuple[Callable[..., Mapping[str, Any]], Callable[[Any, Analysis], str]]] = {
     "alignment": (_alignment, alignment.figure),
     "conflict": (
         lambda of, *_: gradients.conflicts(of.model.engine.model, of.documents(), of.choices),

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from unifork.analysis.results import Alignment
 from unifork.config import Experiment
 from unifork.figures import INK, LOOK, svg
 from unifork.layout import Layout
@@ -96,7 +97,7 @@ def alignments(experiment: Experiment, layout: Layout) -> list[Plot]:
     plots = []
     for key in experiment.analyzed:
         path = layout.analysis(key) / "alignment.json"
-        found = read_json(path, dict[str, Any])
+        found = read_json(path, Alignment)
         if found and experiment.runs[key].variant in experiment.firsts.values():
             ranges = (f"{task} {c['score'][0]:.2f} to {c['score'][-1]:.2f}" for task, c in found["curves"].items())
             alt = f"Alignment by layer after {key}, from the first to the last: {'; '.join(ranges)}."

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import unifork
+from unifork.analysis.results import Alignment, Conflicts
 from unifork.config import EvalCard, Experiment, Variant, fingerprint, parse
 from unifork.errors import ConfigError, DataError
 from unifork.evaluation.answering import draws
@@ -26,7 +27,7 @@ from unifork.images import open_image
 from unifork.layout import Layout
 from unifork.models.layer_plan import LayerPlan
 from unifork.report.band import card_of, first_scores
-from unifork.report.reading import last_validation, read_json
+from unifork.report.reading import Content, last_validation, read_json
 from unifork.report.study import (
     STUDY,
     GridPrompt,
@@ -93,14 +94,8 @@ def record_of(experiment: Experiment, group: str, name: str, layout: Layout, her
     finished = {stage: read_json(layout.run(run) / FINISHED, Finished) for stage, run in runs.items()}
     summary = read_json(layout.model(runs[variant.stages[-1]]) / TRAINING / SUMMARY, Summary)
     scores = first_scores(experiment, name, layout)
-    alignment, conflict = (
-        {
-            stage: found
-            for stage, run in runs.items()
-            if (found := read_json(layout.analysis(run) / f"{kind}.json", dict[str, Any]))
-        }
-        for kind in ("alignment", "conflict")
-    )
+    alignment = _analyses(runs, layout, "alignment", Alignment)
+    conflict = _analyses(runs, layout, "conflict", Conflicts)
     plain = {
         "variant": group, "seed": variant.seed, "plan": plan_of(variant)[0],
         "parameters": sum(map(sum, parts_of(summary["tensors"] if summary else {}).values())),
@@ -135,7 +130,13 @@ def _losses(stage: str, model: Path) -> Iterator[tuple[str, float]]:
                 yield f"{stage} {row['part']} {words(column.replace('_loss', ''))}", row[column]
 
 
-def _matrices(found: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+def _analyses(runs: Mapping[str, str], layout: Layout, kind: str, form: type[Content]) -> dict[str, Content]:
+    """What an analysis found after each stage that has it."""
+    found = {stage: read_json(layout.analysis(run) / f"{kind}.json", form) for stage, run in runs.items()}
+    return {stage: content for stage, content in found.items() if content}
+
+
+def _matrices(found: Conflicts) -> dict[str, dict[int, float]]:
     """Conflict by matrix and layer, of names such as `layers.3.mlp.shared.down_proj.weight`."""
     matrices: dict[str, dict[int, float]] = {}
     for name, row in found["matrices"].items():
