@@ -162,6 +162,37 @@ def create(
 
 
 @app.command()
+def checkpoint(
+    run: Annotated[str, typer.Argument(help="run of the experiment, for example unifork-s2-pretrain")],
+    out: Out,
+    step: Annotated[int | None, typer.Option(help="of all tracks together; by default the newest")] = None,
+) -> None:
+    """Write a checkpoint of a run as a model directory, for all that takes one; the run may still go on.
+
+    `keep_checkpoints` of a stage says how many there are.
+    """
+    from unifork.assembly import new_folder
+    from unifork.config import TrainResources, load_experiment
+    from unifork.layout import Layout
+    from unifork.training.checkpoint import read_state, step_folders
+    from unifork.training.export import write_model
+    from unifork.training.loop import turns
+    from unifork.training.recovery import check_whole
+    from unifork.training.stage import StageJob
+
+    experiment, root = load_experiment(), Layout().root.absolute()
+    one_of("run", run, experiment.runs, "params.yaml: runs")
+    job = StageJob(key=run, experiment=experiment, resources=TrainResources(), root=str(root))
+    there = {path.name: path for path in step_folders(job.run_folder)}
+    newest = next(reversed(there), "step-0")
+    path = there[one_of("checkpoint", newest if step is None else f"step-{step}", there, str(job.run_folder))]
+    check_whole(path, read_state(path), [track for track, _ in turns(job.stage)])
+    with new_folder(out) as partial:
+        write_model(job, path, partial)
+    print(f"{out}: {run} after {path.name.removeprefix('step-')} steps")
+
+
+@app.command()
 def summary(model: Annotated[Path, typer.Argument(help="model directory")]) -> None:
     """Print the parts of a model and their parameters, those that each task uses, and the paper's sums."""
     from unifork.models.configuration import read_config

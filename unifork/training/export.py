@@ -8,6 +8,7 @@ Shape suffixes: N image positions, D code depth.
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from typing_extensions import TypedDict
 from unifork.config import Stage, fingerprint
 from unifork.inference import Engine
 from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
+from unifork.models.modeling import UniForkModel
 from unifork.shards.manifest import whole_folder, write_json
 from unifork.training import checkpoint
 from unifork.training.history import VALIDATION, Log, read, write_csv
@@ -25,7 +27,7 @@ from unifork.training.loop import TrackRun
 from unifork.training.validation import HELD_OUT
 
 if TYPE_CHECKING:
-    from unifork.training.stage import Training
+    from unifork.training.stage import StageJob, Training
 
 TRAINING, SUMMARY = "training", "summary.json"
 """Folder of a model that says how it was trained, and a file in it; a fresh one has none."""
@@ -63,36 +65,46 @@ class Summary(TypedDict):
 
 def export(done: "Training", path: Path) -> None:
     """Write the model directory from a checkpoint: weights, companions, history, samples and what was done."""
-    job, rows = done.job, read(done.job.run_folder)
-    averaged = job.stage.ema is not None and job.stage.ema.export
-    model = checkpoint.whole_model(path, job.start, averaged, job.stage.lora)
+    job = done.job
     with whole_folder(job.model_folder) as partial:
-        model.save_pretrained(partial)
-        for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
-            if (job.start / name).exists():
-                shutil.copytree(job.start / name, partial / name)
+        model = write_model(job, path, partial, done.tracks)
         model.to(torch.device(done.run.device))  # type: ignore[arg-type]
         training, engine = partial / TRAINING, Engine(model, done.tokenizer)
-        write_csv(rows, training / "history.csv")
         if done.validation.parts:
             _write_held_out(done, engine, training)
-        summary: Summary = {
-            "run": job.key,
-            "history": fingerprint(rows),
-            "stage": job.stage.model_dump(mode="json"),
-            "quarantined": quarantined(done.tracks),
-            "documents": {
-                name: [
-                    {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
-                    for p, seen in zip(track.loader.parts, track.served(), strict=True)
-                ]
-                for name, track in done.tracks.items()
-            },
-            "tensors": checkpoint.read_state(path)["tensors"],
-        }
-        write_json(training / SUMMARY, summary)
         if job.stage.sample_prompts:
             np.savez(training / "samples.npz", codes=_sample(engine, job.stage))
+
+
+def write_model(job: "StageJob", path: Path, out: Path, tracks: Mapping[str, TrackRun] | None = None) -> UniForkModel:
+    """The weights of a checkpoint, averaged where the stage says so, their tokenizers, history and what was done.
+
+    tracks: with what they served; None where that is not known.
+    """
+    averaged = job.stage.ema is not None and job.stage.ema.export
+    model = checkpoint.whole_model(path, job.start, averaged, job.stage.lora)
+    model.save_pretrained(out)
+    for name in (MODEL_TEXT_TOKENIZER, MODEL_IMAGE_TOKENIZER):
+        if (job.start / name).exists():
+            shutil.copytree(job.start / name, out / name)
+    rows, tracks = read(path), tracks or {}
+    write_csv(rows, out / TRAINING / "history.csv")
+    summary: Summary = {
+        "run": job.key,
+        "history": fingerprint(rows),
+        "stage": job.stage.model_dump(mode="json"),
+        "quarantined": quarantined(tracks),
+        "documents": {
+            name: [
+                {"dataset": p.entry.dataset, "template": p.entry.template, "usable": len(p), "seen": seen}
+                for p, seen in zip(track.loader.parts, track.served(), strict=True)
+            ]
+            for name, track in tracks.items()
+        },
+        "tensors": checkpoint.read_state(path)["tensors"],
+    }
+    write_json(out / TRAINING / SUMMARY, summary)
+    return model
 
 
 def _write_held_out(done: "Training", engine: Engine, training: Path) -> None:
@@ -122,6 +134,6 @@ def report_seen(log: Log, tracks: dict[str, TrackRun], rows: list[dict[str, Any]
         log(f"track {name}: seen {seen}; mean fill of rows {sum(fills) / len(fills):.3f}")
 
 
-def quarantined(tracks: dict[str, TrackRun]) -> dict[str, int]:
+def quarantined(tracks: Mapping[str, TrackRun]) -> dict[str, int]:
     """Rows that are not trained on, as `data set: reason`, most frequent first."""
     return dict(sum((track.loader.quarantined for track in tracks.values()), Counter()).most_common())

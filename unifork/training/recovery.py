@@ -53,7 +53,7 @@ def settle(folder: Path, mark: str, order: Sequence[str], log: Log) -> None:
                 aside = set_aside(folder)
                 log(f"{folder.name} {reason}; moved to {aside.name}, starting afresh")
                 return
-            _check(path, plain, order)
+            check_whole(path, plain, order)
         except CheckpointError as error:
             problems.append(str(error))
         else:
@@ -80,7 +80,7 @@ def check_extended(folder: Path, order: Sequence[str], summary: Path) -> None:
         if (found := latest(folder)) is None:
             raise CheckpointError(f"{folder}: no checkpoint there")
         path, plain = found
-        _check(path, plain, order)
+        check_whole(path, plain, order)
         if path.name != f"step-{len(order)}" or fingerprint(read(path)) != read_json(summary).get("history"):
             raise CheckpointError(f"{path}: not the end of the run that {summary.parent.parent} was made by")
     except CheckpointError as error:
@@ -111,8 +111,8 @@ def _foreign(plain: dict[str, Any], mark: str) -> str | None:
     return None
 
 
-def _check(path: Path, plain: dict[str, Any], order: Sequence[str]) -> None:
-    """Raise CheckpointError where anything of a checkpoint is not as it was written."""
+def check_whole(path: Path, plain: dict[str, Any], order: Sequence[str]) -> None:
+    """Raise CheckpointError where anything of a checkpoint is not as it was written. plain: its state."""
     place, number = path / STATE, int(path.name.removeprefix("step-"))
     if number > len(order):
         raise CheckpointError(f"{path}: the stage has {len(order)} steps; was the folder renamed?")
