@@ -7,6 +7,7 @@ import pytest
 
 @pytest.fixture
 def at(tmp_path, monkeypatch):
+    """Work in an empty folder; cards name relative paths."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
