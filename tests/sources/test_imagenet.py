@@ -7,12 +7,16 @@ import pyarrow.parquet as pq
 import pytest
 from archive_samples import PNG, card_of, download, filtered, jpeg, put, tarred
 from PIL import Image
-from test_sources import PROMPTS, SYNSETS
 
 from unifork.errors import ConfigError, DataError
 from unifork.images import crop_view
 from unifork.sources import plan
 
+PROMPTS = b"""
+templates: ["a photo of a {}.", "itap of my {}.", "a {} in a video game."]
+names: [tench, "potter's wheel", kite (bird of prey)]
+"""
+SYNSETS = ("n01440764", "n01443537", "n01484850")
 CMYK = jpeg("img1", "CMYK")
 IMAGES = {
     "n01440764": [("n01440764_18.JPEG", jpeg("img0")), ("n01440764_2.JPEG", CMYK), ("n01440764_9.JPEG", PNG["img2"])],

@@ -18,11 +18,6 @@ from unifork.sources import RowError, Source, SourceOptions, plan, rows_of, sour
 from unifork.sources.imagenet import sentences
 
 DATASETS = Path(__file__).parent.parent.parent / "datasets"
-PROMPTS = b"""
-templates: ["a photo of a {}.", "itap of my {}.", "a {} in a video game."]
-names: [tench, "potter's wheel", kite (bird of prey)]
-"""
-SYNSETS = ("n01440764", "n01443537", "n01484850")
 
 
 # ------------------------------------------------------------------------------- pairs of one name
