@@ -4,18 +4,21 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test test-fast pages check soak slurm-lab lock clean
+.PHONY: demo test test-fast test-clusters pages check soak slurm-lab lock clean
 
 demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the report
 	dvc repro
 	@unifork score band
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
-test: $(VENV)/.installed        ## all tests but pages and the long kill tests; two processes, the slow ones first, file by file
-	python -m pytest -m "not soak and not pages" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 -rs
+test: $(VENV)/.installed        ## all tests but those below; two processes, the slow ones first, file by file
+	python -m pytest -m "not soak and not pages and not nodes" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 -rs
 
 test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work
 	python -m pytest -m "not soak and not slow" -n 2 --dist worksteal --durations=15
+
+test-clusters: $(VENV)/.installed ## real clusters: a job server, several nodes, several machines
+	python -m pytest -m "nodes and not soak" -n 2 --dist loadgroup --durations=5 -rs
 
 pages: $(VENV)/.installed        ## all commands of docs/howto.md and docs/own-data.md, as people type them
 	python -m pytest -m pages -n 2 --dist loadfile --durations=5

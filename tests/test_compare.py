@@ -13,7 +13,7 @@ from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
 FEW = {
-    "validation": {"documents": 8, "answers": 2, "prompts": 1},
+    "validation": {"documents": 2, "answers": 1, "prompts": 1},
     "checkpoint_every": 9,
     "sample_prompts": ["a circle"],
 }

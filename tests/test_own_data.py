@@ -21,6 +21,8 @@ from unifork.errors import ConfigError, DataError
 from unifork.experiments import names, resolve, use
 from unifork.sources import RowError, plan, rows_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/own-data.md").read_text()
 COMMANDS = re.findall(r"^\|.*`unifork (new birds --from .*)` \|$", PAGE, re.MULTILINE)
@@ -99,7 +101,6 @@ def test_a_name_that_yaml_reads_otherwise_is_refused(here, name):
 
 
 @pytest.mark.parametrize("like", ["demo", "micro"])
-@pytest.mark.slow
 def test_what_is_written_can_be_used_and_is_never_overwritten(here, like):
     new("birds", "--from", "archives/csv", "--like", like)
     assert use("birds").name == "birds"
@@ -153,7 +154,6 @@ def test_empty_texts_beside_images_are_shown(here):
     assert "  000  40 x 40  ''" in re.sub(r"\d+ x \d+", "40 x 40", new("birds", "--from", "archives/pairs"))
 
 
-@pytest.mark.slow
 def test_several_captions_of_an_image_and_columns_with_dots_and_other_urls(here):
     links = "".join(f"https://p.example/{n},https://i.example/{n}.jpg?w=1,a bird\n" for n in range(2))
     put(here / "archives/urls/more.csv", f"page,src.url,meta.title\n{links}".encode())
@@ -221,7 +221,6 @@ def test_a_set_of_few_different_images_is_told_what_to_change(here, monkeypatch)
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 @pytest.mark.pages
 def test_the_example_goes_from_files_to_a_report(checkout):  # noqa: F811
     script, commands = re.findall(r"```(?:python|console)\n(.*?)```", PAGE, re.DOTALL)[:2]

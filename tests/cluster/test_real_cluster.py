@@ -20,7 +20,7 @@ from tiny import write_experiment
 
 __all__ = ["head"]
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.nodes]
 
 
 def submit_by_hand(head: Head, experiment: Path, *arguments: str) -> "subprocess.Popen[str]":

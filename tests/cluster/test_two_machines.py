@@ -13,7 +13,7 @@ from unifork.training.history import read
 
 __all__ = ["network"]
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_machines]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.nodes, needs_machines]
 
 KEY = "unifork-s1-captions"
 TRAIN = {"workers": 2, "cpus": 1, "threads": 1, "row_tokens": 384, "max_restarts": 3}

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from forks import program
 from PIL import Image
-from tiny import bytes_of, copy_of, filter_here, run_here, start
+from tiny import bytes_of, copy_of, filter_here, run_here
 from typer.testing import CliRunner
 
 from unifork.cli import app
@@ -102,9 +103,8 @@ def test_rows_of_any_key_go_out_come_back_and_are_taken_down(tiny_root, tmp_path
     assert {key.removeprefix("./") for key in keys} == {*KEYS, "kept"}
 
     def command(*words):
-        process = start(root, "unifork.cli", *words)
-        printed, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        code, printed = program(root, ("unifork.cli", *words))
+        assert code == 0, printed
         return printed
 
     assert "11 rows, 0 withheld" in command("publish", "odd", "--to", str(home), "--verify")

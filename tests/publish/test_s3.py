@@ -16,6 +16,8 @@ from unifork.publish.card import Offer
 from unifork.publish.publication import build, fetch
 from unifork.publish.stores import CHECKSUMS, checksums, open_store, reread, sync
 
+pytestmark = pytest.mark.slow
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

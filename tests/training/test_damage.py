@@ -14,6 +14,8 @@ from unifork.training.history import Log, read
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
 
+pytestmark = pytest.mark.slow
+
 KEY = "unifork-s2-pretrain"
 
 

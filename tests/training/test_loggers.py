@@ -18,6 +18,8 @@ from unifork.training.loggers import Logger, TensorBoard
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
 
+pytestmark = pytest.mark.slow
+
 
 def with_loggers(root, *names, **changes):
     return job(root, resources=RESOURCES.model_copy(update={"loggers": names}), **changes)

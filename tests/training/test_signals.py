@@ -22,6 +22,8 @@ from unifork.training.loop import WorkerContext
 from unifork.training.requests import Requests, signals
 from unifork.training.stage import StageJob, train_stage
 
+pytestmark = pytest.mark.slow
+
 KEY = "unifork-s2-pretrain"
 
 
@@ -136,7 +138,6 @@ def _of_two(rank, world, plain):
     return caught.value.number
 
 
-@pytest.mark.slow
 def test_a_signal_of_any_worker_saves_all_after_the_same_step(root):
     """It travels with the losses of step 3, which are read when step 4 is under way: that is the one more step."""
     two = job(root, checkpoint_every=100, resources=RESOURCES.model_copy(update={"workers": 2}))
@@ -152,7 +153,6 @@ def _trained(plain):
         os._exit(stopped.code)
 
 
-@pytest.mark.slow
 def test_a_signal_at_a_random_moment(root, unbroken):
     """In a process of its own; then on to the end."""
     stage_job, stops = job(root, checkpoint_every=100), 0

@@ -21,6 +21,8 @@ from unifork.training.history import read
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_exported_history_has_every_step_once(unbroken, root):
     stage_job = job(root)
@@ -59,7 +61,6 @@ def test_stage_three_branches_do_not_touch_each_other(root, unbroken):
 
 
 @pytest.mark.parametrize("interleave", ["sequential", "concurrent"])
-@pytest.mark.slow
 def test_how_tracks_take_turns_does_not_change_the_weights(root, unbroken, interleave):
     stage_job = job(root, "unifork-s3", interleave=interleave)
     train_stage(stage_job, WorkerContext())
@@ -232,7 +233,6 @@ def test_norms_of_the_parts_make_up_the_whole_and_tensorboard_has_them(root, unb
     assert b"joint/gradient_norm_trunk" in events.read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "all"])
 def test_two_workers_give_the_weights_of_one_within_reduction_noise(root, unbroken, shard):
     """In the stage with two tracks, which train other parameters in turns."""

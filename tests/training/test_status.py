@@ -22,6 +22,8 @@ from unifork.training.launch import launch
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import train_stage
 
+pytestmark = pytest.mark.slow
+
 KEY = "unifork-s2-pretrain"
 
 
@@ -133,7 +135,6 @@ def test_validation_is_the_mean_over_the_parts_of_the_newest(root):
     assert "1.500     4.500" in shown()
 
 
-@pytest.mark.slow
 def test_the_share_of_a_peak_is_that_of_the_planned_flops(root):
     stage_job = job(root)
     model, found = load_model(stage_job.start), {}

@@ -27,6 +27,8 @@ from unifork.training.stage import train_stage
 from unifork.training.validation import Validation as HeldOut
 from unifork.training.validation import spread, token_f1
 
+pytestmark = pytest.mark.slow
+
 SHARE = 0.15
 OFTEN = Validation(every=3, documents=5, answers=4, prompts=3)
 
@@ -125,7 +127,6 @@ def test_another_share_is_another_run(root, finished):
 
 
 @pytest.mark.parametrize("where", ["before the update", "between latest and the metrics"])
-@pytest.mark.slow
 def test_after_a_kill_the_record_is_the_same(root, finished, where):
     stage_job = job(root, validation=OFTEN)
     killed(stage_job, where, 5 if "update" in where else 2)
@@ -134,7 +135,6 @@ def test_after_a_kill_the_record_is_the_same(root, finished, where):
     assert_equal(weights(stage_job), weights(finished))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "all"])
 def test_two_workers_find_the_same_losses(root, finished, shard):
     stage_job = job(root, resources=RESOURCES.model_copy(update={"shard": shard}), validation=OFTEN)
