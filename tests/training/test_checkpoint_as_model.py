@@ -15,6 +15,8 @@ from unifork.inference import stage_sampling
 from unifork.training.loop import WorkerContext
 from unifork.training.stage import StageJob, train_stage
 
+pytestmark = pytest.mark.slow
+
 STAGE, KEY = "s2-pretrain", "unifork-s2-pretrain"
 SUMMARY = "training/summary.json"
 
