@@ -1,4 +1,4 @@
-"""A disk that takes nothing more while answers or scores are written: one line, and with room the same bytes."""
+"""A disk that takes nothing more while answers, scores or a model are written: a line, and with room the same bytes."""
 
 import multiprocessing
 import os

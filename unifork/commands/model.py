@@ -8,7 +8,7 @@ import typer
 
 from unifork.commands.tokenizer import AllowPickle, ImageSize, VisionTower
 from unifork.errors import ConfigError, one_of
-from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER
+from unifork.layout import MODEL_IMAGE_TOKENIZER, MODEL_TEXT_TOKENIZER, Layout
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -173,7 +173,6 @@ def checkpoint(
     """
     from unifork.assembly import new_folder
     from unifork.config import TrainResources, load_experiment
-    from unifork.layout import Layout
     from unifork.training.checkpoint import read_state, step_folders
     from unifork.training.export import write_model
     from unifork.training.loop import turns
