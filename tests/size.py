@@ -25,9 +25,9 @@ BESIDE = {
         "image_tokenizer/decoder", "models/configuration", "models/layer_plan", "models/masks", "models/parameters",
     ),
     "what a run leaves behind, and what a trained model does": (
-        "training/checkpoint", "training/recovery", "training/history", "training/watch", "training/requests",
-        "training/optimizer", "training/zero", "training/loggers", "training/service", "training/flops",
-        "training/export", "training/validation",
+        "training/checkpoint", "training/recovery", "training/history", "training/tables", "training/watch",
+        "training/requests", "training/optimizer", "training/zero", "training/loggers", "training/service",
+        "training/flops", "training/export", "training/validation",
         "shards/progress",
         "models/generation", "inference",
     ),

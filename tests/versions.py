@@ -177,6 +177,7 @@ DECIDES_NOTHING = {
     "unifork/training/launch.py": "where a stage runs",
     "unifork/training/requests.py": "when a run ends or saves, not with what",
     "unifork/training/history.py": "writes down what happened",
+    "unifork/training/tables.py": "forms of what happened",
     "unifork/reference.py": "numbers for people",
     "unifork/training/loggers.py": "writes down what happened",
     "unifork/training/service.py": "writes down what happened",

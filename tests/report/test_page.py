@@ -293,6 +293,17 @@ def test_files_that_lack_a_value_are_refused_by_name(tmp_path, file, key):
 
 
 @pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize(("file", "column"), [("history", "track"), ("history", "tokens"), ("validation", "part")])
+def test_tables_that_lack_a_column_are_refused_by_name(tmp_path, file, column):
+    plan = experiment()
+    where = write_all(tmp_path, plan)
+    path = tmp_path / f"models/fork-s1/training/{file}.csv"
+    path.write_text(path.read_text().replace(column, "other", 1))
+    with pytest.raises(UniForkError, match=f"{file}.csv: damaged: .*{column}: Field required"):
+        build(plan, where, FakeCodec)
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_a_benchmark_without_verdicts_has_no_samples(tmp_path):
     plan = experiment()
     where = write_all(tmp_path, plan)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,12 +20,11 @@ from unifork.errors import DataError
 from unifork.evaluation.scoring import METRICS
 from unifork.evaluation.statistics import Score
 from unifork.layout import Layout
+from unifork.training.tables import HeldOutPart, Step
 
 Content = TypeVar("Content")
 DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile)
 """What reading bytes raises that are not what they should be."""
-WORDS = ("track", "documents_hash", "part", "dataset", "task")
-"""Columns of a history that hold no numbers."""
 
 Row = Mapping[str, Any]
 
@@ -76,21 +75,29 @@ def scores_by_seed(layout: Layout, names: Mapping[int, str], name: str) -> dict[
     return {seed: read_scores(layout.scores(variant) / name / METRICS) for seed, variant in names.items()}
 
 
-def read_history(path: Path) -> list[Row]:
-    """The steps of a training stage; values that a step does not have (a loss of the other task) are left out."""
+def read_history(path: Path, form: Any = Step) -> list[Row]:
+    """The steps of a training stage; values that a step does not have (a loss of the other task) are left out.
+
+    form: the columns that every row has; of those that hold no words, and of all others, the values are numbers.
+    """
+    kinds, whole = get_type_hints(form), TypeAdapter(form)
 
     def steps(data: bytes) -> list[Row]:
         if not data.endswith(b"\n"):
             raise ValueError("it ends in the middle of a line")
-        rows = csv.DictReader(data.decode().splitlines(), strict=True)
-        return [{name: text if name in WORDS else float(text) for name, text in row.items() if text} for row in rows]
+        table = csv.DictReader(data.decode().splitlines(), strict=True)
+        rows = [{name: text for name, text in row.items() if text} for row in table]
+        return [
+            whole.validate_python(row) | {name: float(text) for name, text in row.items() if name not in kinds}
+            for row in rows
+        ]
 
     return read(path, steps) or []
 
 
 def last_validation(path: Path) -> list[Row]:
     """What a finished stage lost on held-out rows at its end, a row for each part."""
-    rows = read_history(path)
+    rows = read_history(path, HeldOutPart)
     return [row for row in rows if row["finished_steps"] == rows[-1]["finished_steps"]]
 
 

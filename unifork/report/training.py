@@ -21,7 +21,8 @@ from unifork.report.tables import Table, count, duration, table
 from unifork.shards.progress import PROGRESS, read_progress
 from unifork.training.checkpoint import FINISHED, Finished
 from unifork.training.export import SUMMARY, TRAINING, Summary, Tensor
-from unifork.training.history import RATES, Rate
+from unifork.training.history import RATES
+from unifork.training.tables import HeldOutPart, Rate
 from unifork.training.validation import HELD_OUT, HeldOut
 
 PARTS = ("embeddings", "connector", "shared trunk", "image head", "text head", "codebook")
@@ -113,7 +114,7 @@ def lines_of(experiment: Experiment, layout: Layout) -> Lines:
         if history := read_history(folder / "history.csv"):
             documents = {name: track.batch_documents for name, track in experiment.stages[run.stage].tracks.items()}
             history = [{**step, "documents": documents.get(step["track"], 0)} for step in history]
-            beside = [*read_history(folder / "validation.csv"), *read_lines(layout.run(key) / RATES, Rate)]
+            beside = [*read_history(folder / "validation.csv", HeldOutPart), *read_lines(layout.run(key) / RATES, Rate)]
             before = sum(len(stage.history) for stage in found[run.variant])
             found[run.variant].append(Recorded(run.stage, history, beside, before))
     return found

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from typing_extensions import TypedDict
 
 from unifork.errors import writing
 from unifork.shards.manifest import write_atomically
 from unifork.shards.progress import PROGRESS, write_progress
 from unifork.training.loggers import Logger
+from unifork.training.tables import Rate
 
 FILE, VALIDATION = "history.jsonl", "validation.jsonl"
 
@@ -127,16 +127,6 @@ class Log:
 
 RATES, POINTS = "rates.jsonl", 200
 """A file of the run folder, and how many rows a run writes there in about all."""
-
-
-class Rate(TypedDict):
-    """How fast the steps since the row before were, which no two runs repeat: a row of `rates.jsonl`."""
-
-    finished_steps: int
-    documents_per_second: float
-    tokens_per_second: float
-    memory_gib: float
-    """`peak_memory` so far."""
 
 
 class Rates:

@@ -28,6 +28,7 @@ from unifork.models.modeling import Losses
 from unifork.training.optimizer import learning_rate, make_optimizer, trained_names
 from unifork.training.requests import Requests
 from unifork.training.strategies import Strategy, summed
+from unifork.training.tables import Step
 
 Metrics = dict[str, Any]
 Loaded = tuple[StepPlan, list[Batch]]
@@ -128,16 +129,15 @@ class TrackRun:
         sums_R = self._accumulate(wrapped, plan, batches, run)
         norms = self.strategy.update(self.parts, self.track.optimizer.clip_norm)
         model.zero_grad(set_to_none=True)  # of the other tracks' parameters too
-        host_metrics = {
+        row: Step = {
             "track": self.name,
             "step": step,
             "learning_rate": rate,
             "tokens": sum(plan.lengths),
             "fill": round(plan.packing.fill, 4),
             "documents_hash": hashlib.blake2b("\n".join(plan.keys).encode(), digest_size=8).hexdigest(),
-            **self.loader.seen(step + 1),
         }
-        return Done(host_metrics, plan, sums_R, norms)
+        return Done({**row, **self.loader.seen(step + 1)}, plan, sums_R, norms)
 
     def served(self) -> list[int]:
         """Documents of each part of the mixture at the end of the stage, those of the stages before it included."""

@@ -24,6 +24,7 @@ from unifork.documents.mixture import MixturePart
 from unifork.documents.prompts import TEMPLATES
 from unifork.inference import Engine
 from unifork.training.loop import TrackRun, WorkerContext
+from unifork.training.tables import HeldOutPart
 from unifork.vocabulary import TASKS
 
 LONGER = 16
@@ -95,8 +96,11 @@ class Validation:
             for number, part in enumerate(documents.parts):
                 slots = [Slot(number, index) for index in spread(len(part), self.config.documents)]
                 if slots:
-                    place = {"finished_steps": finished, "track": name, **_named(part), "documents": len(slots)}
-                    rows.append({**place, **tracks[name].losses(wrapped, documents, slots, run)})
+                    row: HeldOutPart = {
+                        "finished_steps": finished, "track": name, "part": part.entry.prepared,
+                        "dataset": part.entry.dataset, "task": part.task, "documents": len(slots),
+                    }  # fmt: skip
+                    rows.append({**row, **tracks[name].losses(wrapped, documents, slots, run)})
         return rows
 
     def examine(self, engine: Engine) -> tuple[HeldOut, dict[str, np.ndarray]]:
@@ -134,10 +138,6 @@ def summary_of(rows: Sequence[Row]) -> str:
     """Text and image losses of every part, as a line for people."""
     losses = ((row["part"], row["text_loss"] if row["task"] == "understanding" else row["image_loss"]) for row in rows)
     return ", ".join(f"{part} {loss:.3f}" for part, loss in losses)
-
-
-def _named(part: MixturePart) -> Row:
-    return {"part": part.entry.prepared, "dataset": part.entry.dataset, "task": part.task}
 
 
 def _answers(engine: Engine, part: MixturePart, count: int) -> list[Answered]:
