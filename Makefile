@@ -11,12 +11,8 @@ demo: $(VENV)/.installed        ## the whole pipeline on the demo data, then the
 	@unifork score band
 	@echo "Report: $(CURDIR)/reports/$$(python -c 'import yaml; print(yaml.safe_load(open("params.yaml"))["name"])')/index.html"
 
-test: $(VENV)/.installed        ## all tests but those below: slow ones in two processes, fast ones in what these leave of the cores
-	@log=$$(mktemp); OMP_NUM_THREADS=1 nice python -m pytest -m "not soak and not slow" --durations=5 -rs >$$log 2>&1 & beside=$$!; \
-	trap 'exit 130' INT TERM; trap 'kill $$beside 2>/dev/null; rm $$log' EXIT; \
-	python -m pytest -m "slow and not soak and not pages and not nodes" \
-	    -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 -rs; slow=$$?; \
-	wait $$beside; fast=$$?; cat $$log; test $$slow = 0 && test $$fast = 0
+test: $(VENV)/.installed        ## all tests but those below; two processes, the slow ones first, file by file
+	python -m pytest -m "not soak and not pages and not nodes" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15 -rs
 
 test-fast: $(VENV)/.installed   ## no Ray, no whole programs: for daily work
 	python -m pytest -m "not soak and not slow" -n 2 --dist worksteal --durations=15
