@@ -75,7 +75,7 @@ def scores_by_seed(layout: Layout, names: Mapping[int, str], name: str) -> dict[
     return {seed: read_scores(layout.scores(variant) / name / METRICS) for seed, variant in names.items()}
 
 
-def read_history(path: Path, form: Any = Step) -> list[Row]:
+def read_history(path: Path, form: type[Step | HeldOutPart] = Step) -> list[Row]:
     """The steps of a training stage; values that a step does not have (a loss of the other task) are left out.
 
     form: the columns that every row has; of those that hold no words, and of all others, the values are numbers.
